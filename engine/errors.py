@@ -1,0 +1,58 @@
+"""The exceptions that a user of the engine can meet, each with the exit code the command line gives it.
+
+    ShoalError                    1   base: anything this project raises on purpose
+    ├── ModelFileError            3   a model file is missing, truncated, altered, or lies about itself
+    ├── UnsupportedModelError     4   the model is sound, but of a family, type or format we do not have
+    ├── ContextError              5   the prompt does not fit the context
+    ├── NoPlanError               6   no assignment of layers meets the devices' limits
+    ├── DownloadError            11   a model could not be fetched
+    ├── MissingDependencyError   12   an optional package is not installed
+    └── NetError                 13   see net/errors.py
+
+A message is one sentence for the person at the terminal: it names the culprit (the file, the device, the option) and says
+what to do. Exceptions of libraries are translated once, where the library is called.
+"""
+
+from typing import ClassVar
+
+
+class ShoalError(Exception):
+    """Base of every error this project raises on purpose."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class ModelFileError(ShoalError):
+    """A model file is missing, truncated, altered, or its header contradicts its contents."""
+
+    exit_code = 3
+
+
+class UnsupportedModelError(ShoalError):
+    """The model is well formed, but needs a family, a tensor type or a format version that is not here."""
+
+    exit_code = 4
+
+
+class ContextError(ShoalError):
+    """The prompt, or the prompt and the tokens asked for, do not fit the context."""
+
+    exit_code = 5
+
+
+class NoPlanError(ShoalError):
+    """No assignment of layers to the given devices fits their RAM; the message says how many MB are missing."""
+
+    exit_code = 6
+
+
+class DownloadError(ShoalError):
+    """A model could not be fetched: no network, no such model, or a hash that does not match."""
+
+    exit_code = 11
+
+
+class MissingDependencyError(ShoalError):
+    """An optional package is needed and not installed; the message is the one line that installs it."""
+
+    exit_code = 12

@@ -1,0 +1,27 @@
+"""The SHA-256 of the C sources: compiled into the library, compared when it is loaded.
+
+An editable install never rebuilds C, so a checkout can hold a library older than its sources. `setup.py` loads this file by its
+path to stamp the library (`-DSHOAL_SOURCE_HASH`); the native backend calls it to compare. Hence: standard library only, and no
+relative imports.
+"""
+
+import hashlib
+from pathlib import Path
+
+CHECKOUT_CSRC = Path(__file__).resolve().parent.parent / "csrc"
+
+
+def source_hash(csrc: Path = CHECKOUT_CSRC) -> str | None:
+    """Hex digest over every C source in `csrc` (name, size and bytes, sorted by name); None if there are none beside the package.
+
+    None is the normal answer for an installed wheel: the library came with it and nothing can have gone stale.
+    """
+    files = sorted(path for pattern in ("*.c", "*.h", "*.inc") for path in csrc.glob(pattern))
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for path in files:
+        data = path.read_bytes()
+        digest.update(f"{path.name}\0{len(data)}\0".encode())
+        digest.update(data)
+    return digest.hexdigest()

@@ -1,0 +1,60 @@
+"""shoal runs one language model across the devices a person already owns.
+
+This is the whole public API; everything else may change without notice. Names load on first use, so
+`import shoal` costs nothing, and a phone that only runs a node never needs the tokenizer or the solver.
+
+    import shoal
+
+    model = shoal.Model.open("path/to/model")
+    stage = shoal.Stage(model, 0, model.n_units)    # every unit: the whole engine in this process
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .engine.errors import ContextError as ContextError
+    from .engine.errors import DownloadError as DownloadError
+    from .engine.errors import MissingDependencyError as MissingDependencyError
+    from .engine.errors import ModelFileError as ModelFileError
+    from .engine.errors import NoPlanError as NoPlanError
+    from .engine.errors import ShoalError as ShoalError
+    from .engine.errors import UnsupportedModelError as UnsupportedModelError
+    from .engine.generate import generate as generate
+    from .engine.sampler import Sampling as Sampling
+    from .engine.shards import Model as Model
+    from .engine.stage import Run as Run
+    from .engine.stage import Stage as Stage
+    from .engine.stage import Want as Want
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "ContextError": "engine.errors",
+    "DownloadError": "engine.errors",
+    "MissingDependencyError": "engine.errors",
+    "Model": "engine.shards",
+    "ModelFileError": "engine.errors",
+    "NoPlanError": "engine.errors",
+    "Run": "engine.stage",
+    "Sampling": "engine.sampler",
+    "ShoalError": "engine.errors",
+    "Stage": "engine.stage",
+    "UnsupportedModelError": "engine.errors",
+    "Want": "engine.stage",
+    "generate": "engine.generate",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})

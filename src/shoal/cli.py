@@ -1,0 +1,64 @@
+"""The command line: loads the one command that is asked for, and turns exceptions into a line and an exit code.
+
+Imports argparse and nothing heavy: `shoal --help` answers at once, and works where numpy does not. Exit codes:
+0 done, 2 wrong usage, 130 interrupted, 141 the reader of our output went away; the others stand in
+engine/errors.py and net/errors.py.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+
+from .arguments import build_parser
+from .engine.errors import ShoalError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (default: the process's own) and return its exit code."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 0
+    try:
+        code = dispatch(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output went away, as in `shoal ls | head -1`. Nothing more can be said there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except BaseException as error:
+        if args.traceback:
+            raise
+        return report(error)
+    return code
+
+
+def dispatch(args: argparse.Namespace) -> int:
+    command = importlib.import_module(f"{__package__}.commands.{args.command}")
+    code: int = command.run(args)
+    return code
+
+
+def report(error: BaseException) -> int:
+    """Print one line for each error that is meant for the user; return the exit code. Mistakes of ours go on."""
+    leaves = list(_leaves(error))
+    if any(isinstance(leaf, KeyboardInterrupt) for leaf in leaves):
+        return 130
+    meant = [leaf for leaf in leaves if isinstance(leaf, ShoalError)]
+    if not meant or len(meant) < len(leaves):
+        raise error
+    for message in dict.fromkeys(str(leaf) for leaf in meant):
+        print(f"shoal: error: {message}", file=sys.stderr)
+    return meant[0].exit_code
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    """The exceptions themselves, out of the groups in which nurseries wrap them."""
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error

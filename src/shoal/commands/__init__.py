@@ -1,0 +1,25 @@
+"""One module per subcommand, each with `run(args: argparse.Namespace) -> int` (the exit code).
+
+`shoal.cli` parses and imports only the module that is asked for, so `shoal --help` loads nothing heavy. A
+command raises ShoalError for anything the user can mend; the command line prints it and exits with its code.
+`args` (see `shoal.arguments`) holds:
+
+    pull      source: str, dtype: "int8"|"f32", name: str|None
+    ls        (nothing)
+    convert   source: Path, destination: Path, dtype: "int8"|"f32", equalise: bool
+    verify    model: str
+    inspect   model: str, json: bool
+    run       model: str, prompt: str|None, nodes: tuple[tuple[str, int], ...], max_tokens: int|None,
+              temperature: float, top_k: int, top_p: float, min_p: float, repeat_penalty: float,
+              seed: int|None, stop: list[str], system: str|None, raw: bool, context: int|None, stats: bool,
+              threads, backend, isa
+    plan      model: str, devices: Path|None, nodes: as for run (one of the two is given), context: int,
+              streams: int, objective: "latency"|"throughput", json: bool
+    profile   model: str, json: bool, threads, backend, isa
+    node      model: str, listen: tuple[str, int], name: str|None, ram: int|None (MB), slow: float,
+              insecure: bool, port_file: Path|None, threads, backend, isa
+    demo      timeout: int (seconds), prompt: str
+
+Where they occur, threads: int|None, backend: "auto"|"native"|"numba"|"numpy", and isa: str ("auto" or the name
+of a kernel set). `model` is a name that `shoal ls` shows, or a path to a model directory. `traceback: bool` is always there.
+"""

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def source_hash() -> str:
-    """What the engine compares at run time, from the same function; loaded by path, as nothing is installed yet."""
+    """From the function that the engine compares with; loaded by its path, as nothing is installed yet."""
     path = ROOT / "src" / "shoal" / "engine" / "source_hash.py"
     spec = importlib.util.spec_from_file_location("_source_hash", path)
     assert spec is not None
@@ -38,7 +38,7 @@ def extensions() -> list[Extension]:
             sources=sources,
             depends=sorted(path.relative_to(ROOT).as_posix() for path in headers),
             define_macros=[("SHOAL_SOURCE_HASH", f'"{source_hash()}"')],
-            # No contraction: compilers fuse a*b+c differently per target, and all sets must give the same bits.
+            # Compilers contract a*b+c differently per target, and all kernel sets must give the same bits.
             extra_compile_args=[
                 "-O3",
                 "-ffp-contract=off",

@@ -9,8 +9,8 @@
     ├── MissingDependencyError   12   an optional package is not installed
     └── NetError                 13   see net/errors.py
 
-A message is one sentence for the person at the terminal: it names the culprit (the file, the device, the option) and says
-what to do. Exceptions of libraries are translated once, where the library is called.
+A message is one sentence for the person at the terminal: it names the culprit (the file, the device, the
+option) and says what to do. Exceptions of libraries are translated once, where the library is called.
 """
 
 from typing import ClassVar
@@ -41,7 +41,7 @@ class ContextError(ShoalError):
 
 
 class NoPlanError(ShoalError):
-    """No assignment of layers to the given devices fits their RAM; the message says how many MB are missing."""
+    """No assignment of layers fits the devices' RAM; the message says how many MB are missing."""
 
     exit_code = 6
 

@@ -1,7 +1,7 @@
-"""The command line: loads the one command that is asked for, and turns exceptions into a line and an exit code.
+"""The command line: loads the one command that is asked for, and exceptions become a line and an exit code.
 
-Imports argparse and nothing heavy: `shoal --help` answers at once, and works where numpy does not. Exit codes:
-0 done, 2 wrong usage, 130 interrupted, 141 the reader of our output went away; the others stand in
+Imports argparse and nothing heavy: `shoal --help` answers at once, and works where numpy does not. Exit
+codes: 0 done, 2 wrong usage, 130 interrupted, 141 the reader of our output went away; the others stand in
 engine/errors.py and net/errors.py.
 """
 
@@ -43,7 +43,7 @@ def dispatch(args: argparse.Namespace) -> int:
 
 
 def report(error: BaseException) -> int:
-    """Print one line for each error that is meant for the user; return the exit code. Mistakes of ours go on."""
+    """Print a line for each error meant for the user; return the exit code. Our own mistakes go on."""
     leaves = list(_leaves(error))
     if any(isinstance(leaf, KeyboardInterrupt) for leaf in leaves):
         return 130

@@ -20,6 +20,7 @@ command raises ShoalError for anything the user can mend; the command line print
               insecure: bool, port_file: Path|None, threads, backend, isa
     demo      timeout: int (seconds), prompt: str
 
-Where they occur, threads: int|None, backend: "auto"|"native"|"numba"|"numpy", and isa: str ("auto" or the name
-of a kernel set). `model` is a name that `shoal ls` shows, or a path to a model directory. `traceback: bool` is always there.
+Where they occur, threads: int|None, backend: "auto"|"native"|"numba"|"numpy", and isa: str ("auto" or the
+name of a kernel set). `model` is a name that `shoal ls` shows, or a path to a model directory. `traceback:
+bool` is always there.
 """

@@ -1,0 +1,164 @@
+/* The whole interface of libshoal. The C files include it through common.h and cffi parses it as it stands, so it
+ * holds no directives. It is also the one place of the layout constants, the op table and the status codes.
+ * Semantics of every op: csrc/scalar.c and docs/numerics.md. All ranges are half-open. */
+
+enum shoal_layout {
+  SHOAL_NUMERICS = 1, /* version of the definition: a change of any bit of any result raises it */
+  SHOAL_LAYOUT = 1,   /* version of the packed weight layout */
+  SHOAL_PANEL = 16,   /* output rows of one panel of packed weights */
+  SHOAL_QUAD = 4,     /* consecutive inputs of a row that stand side by side in a panel */
+  SHOAL_GROUP = 32,   /* inputs that share a scale */
+  SHOAL_LANES = 16,   /* lanes of every float reduction */
+  SHOAL_PAGE = 64,    /* positions in a page of keys and values */
+  SHOAL_BLOCK = 256,  /* positions in one block of the softmax */
+  SHOAL_MAX_PARTS = 4 /* weights that one matmul joins into one output */
+};
+
+enum shoal_status {
+  SHOAL_OK = 0,
+  SHOAL_E_PROGRAM = 1,   /* the program or the batch does not hold together: shoal_error() says where */
+  SHOAL_E_MEMORY = 2,    /* out of memory */
+  SHOAL_E_NONFINITE = 3, /* NaN or infinity among the inputs or in the logits */
+  SHOAL_E_CANCELLED = 4, /* the caller's flag was set between two ops */
+  SHOAL_E_ISA = 5        /* this CPU has not the instruction set asked for */
+};
+
+enum shoal_isa {
+  SHOAL_ISA_AUTO = 0,
+  SHOAL_ISA_SCALAR = 1,
+  SHOAL_ISA_AVX2 = 2,
+  SHOAL_ISA_AVXVNNI = 3,
+  SHOAL_ISA_AVX512 = 4,
+  SHOAL_ISA_NEON = 5,
+  SHOAL_ISA_NEON_DOT = 6,
+  SHOAL_ISA_NEON_I8MM = 7
+};
+
+enum shoal_type { SHOAL_F32 = 0, SHOAL_Q8 = 1, SHOAL_F16 = 2, SHOAL_F64 = 3 };
+
+/* Rows of a buffer: every row of the batch, or only the rows whose logits are wanted. */
+enum shoal_domain { SHOAL_ALL_ROWS = 0, SHOAL_WANTED_ROWS = 1 };
+
+enum shoal_activation { SHOAL_SILU = 0, SHOAL_GELU_TANH = 1 };
+
+/* in/out are buffers; w are weights; i and f are the parameters named here. */
+enum shoal_op_kind {
+  SHOAL_OP_EMBED = 0,    /* out f32[cols] = w0[token] */
+  SHOAL_OP_ANGLES = 1,   /* out f32[2 * half] = cos, then sin, of position * w0 (f64[half]) */
+  SHOAL_OP_NORM = 2,     /* out (f32 or q8) = rms_norm(in) * w0; f0 = epsilon; gathers when out holds wanted rows only */
+  SHOAL_OP_QUANTISE = 3, /* out q8 = in f32 */
+  SHOAL_OP_MATMUL = 4,   /* out f32 = in @ [w0; w1; ...]^T; i0 = 1: added to what out holds */
+  SHOAL_OP_ROPE = 5,     /* out f32 is rotated in place by in (angles): i0 heads of i1 columns, the first 2 * half of each */
+  SHOAL_OP_STORE = 6,    /* keys at column i0 of in, values at column i1, into the pages of the state */
+  SHOAL_OP_ATTEND = 7,   /* out f32 = attention of the i1 query heads at column i0 of in; f0 = scale of the scores */
+  SHOAL_OP_GATE = 8,     /* out (f32 or q8) = act(in[:cols]) * in[cols:]; i0 = activation */
+  SHOAL_OP_SAMPLE = 9    /* draws one token a sequence from in (logits, wanted rows) */
+};
+
+typedef struct {
+  int32_t type;   /* SHOAL_F32 or SHOAL_Q8 (int8 with one f32 scale a group) */
+  int32_t cols;   /* columns, unpadded */
+  int32_t domain; /* enum shoal_domain */
+} shoal_buffer;
+
+/* A matrix [rows][cols] or a vector (rows = 1).
+ * SHOAL_F32, SHOAL_F64: row-major. SHOAL_Q8: data is int8 [panels][cols padded to a group / 4][16][4], scales is
+ * fp16 [panels][groups][16]; rows and columns beyond the matrix hold zeros. */
+typedef struct {
+  const void *data;
+  const uint16_t *scales;
+  uint64_t data_bytes;
+  uint64_t scales_bytes;
+  int32_t type;
+  int32_t rows;
+  int32_t cols;
+} shoal_weight;
+
+/* Keys and values of one layer. A page is, for each kv head, keys [64 / 16][head_dim][16] then values [64][head_dim]. */
+typedef struct {
+  int32_t type; /* SHOAL_F32 or SHOAL_F16 */
+  int32_t kv_heads;
+  int32_t head_dim; /* a multiple of 16 */
+} shoal_state;
+
+typedef struct {
+  int32_t kind;
+  int32_t out;   /* buffer, or -1 */
+  int32_t in;    /* buffer, or -1 */
+  int32_t angles; /* buffer, or -1: ROPE only */
+  int32_t state; /* state, or -1 */
+  int32_t n_weights;
+  int32_t weights[4];
+  int32_t i[2];
+  float f[1];
+} shoal_op;
+
+typedef struct {
+  const shoal_op *ops;
+  const shoal_buffer *buffers;
+  const shoal_weight *weights;
+  const shoal_state *states;
+  const int32_t *inputs;  /* f32 buffers that the caller fills before a run */
+  const int32_t *outputs; /* f32 buffers that the caller gets after it */
+  int32_t n_ops, n_buffers, n_weights, n_states, n_inputs, n_outputs;
+  int32_t max_rows;   /* of one batch */
+  int32_t max_wanted; /* of one batch */
+} shoal_program;
+
+typedef struct {
+  float temperature; /* 0: greedy */
+  int32_t top_k;     /* 0: off */
+  float top_p;       /* 1: off */
+  float min_p;       /* 0: off */
+  float repetition_penalty; /* 1: off */
+  uint64_t seed;
+} shoal_sampling;
+
+/* One sequence's run of consecutive rows. */
+typedef struct {
+  int32_t rows;
+  int32_t first;  /* absolute position of the first row */
+  int32_t wanted; /* how many of the last rows want logits: 0, 1 or rows */
+  int32_t sample; /* 1: draw a token from the last row */
+  void *const *pages;    /* [n_states][pages_stride]: page p of state s holds positions [64 p, 64 p + 64) */
+  int64_t pages_stride;
+  const int32_t *history; /* token ids at positions [0, first + rows): read when repetition_penalty != 1 */
+  shoal_sampling sampling;
+} shoal_sequence;
+
+typedef struct {
+  const shoal_sequence *sequences;
+  int32_t n_sequences;
+  const int32_t *tokens;      /* [sum of rows]: read by EMBED */
+  const float *const *inputs; /* per input buffer: [rows][cols], dense */
+  float *const *outputs;      /* per output buffer: [rows or wanted rows][cols], dense; an entry may be NULL */
+  int32_t *drawn;             /* [n_sequences]: the drawn token, or -1 */
+  const volatile int32_t *cancel; /* may be NULL */
+  uint64_t *op_ns;            /* [n_ops] nanoseconds, or NULL */
+} shoal_batch;
+
+typedef struct shoal_pool shoal_pool;
+typedef struct shoal_executor shoal_executor;
+
+/* Instruction sets of this build and CPU. */
+int32_t shoal_isa_best(void);
+int32_t shoal_isa_available(int32_t isa);
+const char *shoal_isa_name(int32_t isa);
+
+/* SHA-256 of the C sources that this library was built from, in hexadecimal. */
+const char *shoal_source_hash(void);
+
+/* Threads: the caller is one of them. NULL when out of memory. */
+shoal_pool *shoal_pool_open(int32_t threads);
+void shoal_pool_close(shoal_pool *pool);
+
+/* Checks the program, copies its tables, plans the workspace. The weights' memory stays the caller's and must outlive it.
+ * On failure *executor is NULL and error (of error_bytes) says what does not hold. */
+int32_t shoal_open(const shoal_program *program, shoal_pool *pool, int32_t isa, shoal_executor **executor, char *error,
+                   int32_t error_bytes);
+void shoal_close(shoal_executor *executor);
+uint64_t shoal_workspace_bytes(const shoal_executor *executor);
+
+/* Runs every op once for the batch. Sequences of one batch must be distinct. On failure error says why; the pages of the
+ * batch's positions may have been written, nothing before them. */
+int32_t shoal_run(shoal_executor *executor, const shoal_batch *batch, char *error, int32_t error_bytes);

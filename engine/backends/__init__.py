@@ -1,0 +1,40 @@
+"""The three backends of one program: `native` (C), `numba`, `numpy`; and the choice among them."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from ..errors import UnsupportedModelError
+from .base import Executor, Linked
+
+NAMES = ("native", "numba", "numpy")
+
+
+def choose(backend: str = "auto") -> tuple[str, str | None]:
+    """The backend to use, and, when `auto` could not have the quickest, the reason with its remedy."""
+    if backend != "auto":
+        if backend not in NAMES:
+            raise UnsupportedModelError(f"there is no backend {backend!r}; there are: {', '.join(NAMES)}")
+        return backend, None
+    from . import native
+
+    reason = native.available()
+    if reason is None:
+        return "native", None
+    return ("numba" if find_spec("numba") else "numpy"), reason
+
+
+def make_executor(linked: Linked, backend: str = "auto", isa: str = "auto", threads: int = 1) -> Executor:
+    """An executor of `linked`. MissingDependencyError: the backend or instruction set asked for is not there."""
+    name, _ = choose(backend)
+    if name == "native":
+        from .native import NativeExecutor
+
+        return NativeExecutor(linked, threads, isa)
+    if name == "numba":
+        from .numba_backend import NumbaExecutor
+
+        return NumbaExecutor(linked, threads)
+    from .numpy_backend import NumpyExecutor
+
+    return NumpyExecutor(linked)

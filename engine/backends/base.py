@@ -1,0 +1,87 @@
+"""What a backend is: something that links a range of units once and then runs batches through it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..batch import F32, Sampling
+from ..kv import SequenceKv
+from ..program import KvState, Op, Program
+
+
+class WeightData(Protocol):
+    """A weight in memory, as `shards` opens it: f32 (or f64) row-major, or packed int8 with f16 scales."""
+
+    @property
+    def data(self) -> NDArray[Any]: ...
+    @property
+    def scales(self) -> NDArray[np.float16] | None: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def cols(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Linked:
+    """Units [first, last) of a program with their weights: all that a backend needs to know of a model."""
+
+    program: Program
+    ops: tuple[tuple[int, Op], ...]
+    """(unit, op) in order; the prologue's unit is -1."""
+    weights: dict[tuple[int, str], WeightData]
+    states: tuple[tuple[int, KvState], ...]
+    """(unit, state) in order: the index is the state's row in every page table."""
+    kv_type: str
+    reads_tokens: bool
+    """The range starts with the embedding; else it starts from the cut."""
+    last: bool
+    """The range ends with the head: it has logits instead of a cut."""
+    max_rows: int
+
+
+@dataclass(slots=True)
+class SequenceRows:
+    """Rows of one sequence within a batch."""
+
+    kv: SequenceKv
+    history: NDArray[np.int32]
+    """Token ids by position, those of this batch's rows included."""
+    sampling: Sampling
+    rows: int
+    first: int
+    wanted: int
+    """How many of the last rows want logits: 0, 1 or rows."""
+    sample: bool
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a batch gave: the cut `[rows, hidden]`, or the logits `[wanted, vocab]` and one token (or -1) a sequence."""
+
+    hidden: F32 | None
+    logits: F32 | None
+    drawn: NDArray[np.int32]
+
+
+class Executor(Protocol):
+    """A linked range of units, ready to run. Not thread-safe: one batch at a time."""
+
+    name: str
+    """Backend and instruction set, as a person would say it: "native (avx512)"."""
+    exact: bool
+    """True when results are the same bits everywhere (docs/numerics.md)."""
+
+    def run(self, sequences: Sequence[SequenceRows], hidden: F32 | None, want_logits: bool) -> Outcome:
+        """Runs a batch. `hidden` is the cut `[rows, hidden]`, None when the range starts with the embedding.
+
+        FloatingPointError: NaN or infinity among the inputs or in the logits.
+        """
+
+    def close(self) -> None:
+        """Gives up threads and memory; harmless when repeated."""

@@ -1,0 +1,226 @@
+"""The program in C: one cffi call runs every op of a range of units (csrc/). Exact: the same bits on every set."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..batch import F32
+from ..errors import MissingDependencyError, ShoalError
+from ..program import Angles, Attend, Embed, Gate, Matmul, Norm, Op, Quantise, Rope, Sample, Store
+from ..source_hash import source_hash
+from ._abi import ffi
+from .base import Linked, Outcome, SequenceRows, WeightData
+
+_ERROR_BYTES = 512
+_ISA: dict[str, int] = {
+    name.removeprefix("SHOAL_ISA_").lower(): value for name, value in ffi.typeof("enum shoal_isa").relements.items()
+}
+_ENUMS = {
+    name: value
+    for enum in ("type", "domain", "activation", "op_kind", "status")
+    for name, value in ffi.typeof(f"enum shoal_{enum}").relements.items()
+}
+_OP_FIELDS = {"out": -1, "in": -1, "angles": -1, "state": -1, "weights": [], "i": [0, 0], "f": [0.0]}
+
+
+def library_path() -> Path:
+    """Where the build puts the library: beside the package's own modules."""
+    return Path(__file__).parents[2] / "libshoal.so"
+
+
+@cache
+def library() -> Any:
+    """The C library. MissingDependencyError: it was not built, or not from the sources beside it."""
+    path = library_path()
+    if not path.exists():
+        raise MissingDependencyError(
+            "the C library is not there: install a C compiler and run `pip install --force-reinstall shoal` "
+            "(in a checkout: `make lib`), or use --backend numba or numpy"
+        )
+    try:
+        lib = ffi.dlopen(str(path))
+    except OSError as e:
+        raise MissingDependencyError(f"the C library cannot be loaded ({e}); build it anew: `make lib`") from e
+    built, sources = ffi.string(lib.shoal_source_hash()).decode(), source_hash()
+    if sources is not None and built != sources:
+        raise MissingDependencyError("the C library is older than the sources in csrc/: run `make lib`")
+    return lib
+
+
+def available() -> str | None:
+    """None when the library can be used, else the reason why not, with the remedy."""
+    try:
+        library()
+    except MissingDependencyError as e:
+        return str(e)
+    return None
+
+
+def isa_names() -> list[str]:
+    """Instruction sets that this build and CPU have, in the order of the enum."""
+    lib = library()
+    return [name for name, value in _ISA.items() if value != _ISA["auto"] and lib.shoal_isa_available(value)]
+
+
+class NativeExecutor:
+    """A linked range of units behind one C executor and its threads."""
+
+    exact = True
+
+    def __init__(self, linked: Linked, threads: int = 1, isa: str = "auto") -> None:
+        self._lib = lib = library()
+        self._linked = linked
+        if isa not in _ISA or (isa != "auto" and not lib.shoal_isa_available(_ISA[isa])):
+            raise MissingDependencyError(f"this CPU or build has no {isa!r} kernels; it has: {', '.join(isa_names())}")
+        self.name = f"native ({ffi.string(lib.shoal_isa_name(_ISA[isa] or lib.shoal_isa_best())).decode()})"
+        self._pool = ffi.gc(lib.shoal_pool_open(threads), lib.shoal_pool_close)
+        if self._pool == ffi.NULL:
+            raise ShoalError(f"cannot start {threads} threads: ask for fewer with --threads")
+        self._error = ffi.new("char[]", _ERROR_BYTES)
+        self._keep: list[Any] = []  # what the C side points at
+        handle = ffi.new("shoal_executor **")
+        program = self._program()
+        self._check(lib.shoal_open(program, self._pool, _ISA[isa], handle, self._error, _ERROR_BYTES))
+        self._executor = ffi.gc(handle[0], lib.shoal_close)
+        self.workspace_bytes = int(lib.shoal_workspace_bytes(self._executor))
+        self._batch = ffi.new("shoal_batch *")
+        self._input = ffi.new("float *[1]")
+        self._output = ffi.new("float *[1]")
+        self._batch.inputs, self._batch.outputs = ffi.cast("const float *const *", self._input), self._output
+        self._cut = linked.program.buffer(linked.program.cut[0]).cols
+
+    def close(self) -> None:
+        """See base.Executor.close."""
+        ffi.release(self._executor)
+        ffi.release(self._pool)
+
+    def run(self, sequences: Sequence[SequenceRows], hidden: F32 | None, want_logits: bool) -> Outcome:
+        """See base.Executor.run."""
+        linked, batch = self._linked, self._batch
+        rows = sum(s.rows for s in sequences)
+        described = ffi.new("shoal_sequence[]", len(sequences))
+        keep: list[Any] = [described]
+        for item, s in zip(described, sequences, strict=True):
+            pages, history = ffi.from_buffer("void *[]", s.kv.table), ffi.from_buffer("int32_t[]", s.history)
+            keep += [pages, history]
+            item.rows, item.first, item.wanted, item.sample = s.rows, s.first, s.wanted, s.sample
+            item.pages, item.pages_stride, item.history = pages, s.kv.table.shape[1], history
+            p = s.sampling
+            item.sampling = (p.temperature, p.top_k, p.top_p, p.min_p, p.repetition_penalty, p.seed)
+        if linked.reads_tokens:
+            tokens = np.concatenate([s.history[s.first : s.first + s.rows] for s in sequences])
+            batch.tokens = keep_buffer(keep, "int32_t[]", tokens)
+        if hidden is not None:
+            self._input[0] = keep_buffer(keep, "float[]", np.ascontiguousarray(hidden, np.float32))
+        drawn = np.full(len(sequences), -1, np.int32)
+        wanted = sum(s.wanted for s in sequences)
+        out: F32 | None = None
+        if not linked.last:
+            out = np.empty((rows, self._cut), np.float32)
+        elif want_logits:
+            out = np.empty((wanted, linked.program.vocab), np.float32)
+        self._output[0] = ffi.NULL if out is None else keep_buffer(keep, "float[]", out)
+        batch.sequences, batch.n_sequences = described, len(sequences)
+        batch.drawn = keep_buffer(keep, "int32_t[]", drawn)
+        self._check(self._lib.shoal_run(self._executor, batch, self._error, _ERROR_BYTES))
+        return Outcome(out if not linked.last else None, out if linked.last else None, drawn)
+
+    def _check(self, status: int) -> None:
+        if status == _ENUMS["SHOAL_OK"]:
+            return
+        message = ffi.string(self._error).decode(errors="replace")
+        if status == _ENUMS["SHOAL_E_NONFINITE"]:
+            raise FloatingPointError(message)
+        if status == _ENUMS["SHOAL_E_MEMORY"]:
+            raise MemoryError(message)
+        raise ShoalError(f"the C library refused the work: {message}")
+
+    def _program(self) -> Any:
+        """The tables of a shoal_program."""
+        linked, keep = self._linked, self._keep
+        weight_rows = {key: row for row, key in enumerate(linked.weights)}
+        buffer_rows = {b.name: row for row, b in enumerate(linked.program.buffers)}
+        state_rows = {(unit, state.name): row for row, (unit, state) in enumerate(linked.states)}
+        ops = ffi.new("shoal_op[]", [_op(u, op, buffer_rows, weight_rows, state_rows) for u, op in linked.ops])
+        buffers = ffi.new(
+            "shoal_buffer[]",
+            [
+                (_ENUMS[f"SHOAL_{b.type.upper()}"], b.cols, _ENUMS[f"SHOAL_{'ALL' if b.domain == 'rows' else 'WANTED'}_ROWS"])
+                for b in linked.program.buffers
+            ],
+        )
+        weights = ffi.new("shoal_weight[]", [_weight(w, keep) for w in linked.weights.values()])
+        kv_type = _ENUMS[f"SHOAL_{linked.kv_type.upper()}"]
+        states = ffi.new("shoal_state[]", [(kv_type, s.kv_heads, s.head_dim) for _, s in linked.states])
+        cut = buffer_rows[linked.program.cut[0]]
+        inputs = ffi.new("int32_t[]", [] if linked.reads_tokens else [cut])
+        outputs = ffi.new("int32_t[]", [buffer_rows[linked.program.logits] if linked.last else cut])
+        keep += [ops, buffers, weights, states, inputs, outputs]
+        program = ffi.new("shoal_program *")
+        program.ops, program.buffers, program.weights = ops, buffers, weights
+        program.states, program.inputs, program.outputs = states, inputs, outputs
+        program.n_ops, program.n_buffers, program.n_weights = len(ops), len(buffers), len(weights)
+        program.n_states, program.n_inputs, program.n_outputs = len(states), len(inputs), len(outputs)
+        program.max_rows = program.max_wanted = linked.max_rows
+        return program
+
+
+def keep_buffer(keep: list[Any], ctype: str, array: NDArray[Any]) -> Any:
+    """A C pointer to an array's memory, held by `keep` for as long as C needs it."""
+    pointer = ffi.from_buffer(ctype, array)
+    keep.append(pointer)
+    return pointer
+
+
+def _weight(weight: WeightData, keep: list[Any]) -> tuple[Any, ...]:
+    data = keep_buffer(keep, "char[]", weight.data)
+    scales, scales_bytes, kind = ffi.NULL, 0, "F64" if weight.data.dtype == np.float64 else "F32"
+    if weight.scales is not None:
+        scales, scales_bytes, kind = keep_buffer(keep, "uint16_t[]", weight.scales), weight.scales.nbytes, "Q8"
+    return (data, scales, weight.data.nbytes, scales_bytes, _ENUMS[f"SHOAL_{kind}"], weight.rows, weight.cols)
+
+
+def _op(
+    unit: int, op: Op, buffers: dict[str, int], weights: dict[tuple[int, str], int], states: dict[tuple[int, str], int]
+) -> dict[str, Any]:
+    """One row of the op table: field names and meanings as in kernels.h."""
+
+    def row(kind: str, **values: Any) -> dict[str, Any]:
+        values["weights"] = [weights[unit, name] for name in values.get("weights", ())]
+        return {**_OP_FIELDS, **values, "kind": _ENUMS[f"SHOAL_OP_{kind}"], "n_weights": len(values["weights"])}
+
+    match op:
+        case Embed(out, table):
+            return row("EMBED", out=buffers[out], weights=[table])
+        case Angles(out, inv_freq):
+            return row("ANGLES", out=buffers[out], weights=[inv_freq])
+        case Norm(out, x, weight, epsilon):
+            return row("NORM", out=buffers[out], **{"in": buffers[x]}, weights=[weight], f=[epsilon])
+        case Quantise(out, x):
+            return row("QUANTISE", out=buffers[out], **{"in": buffers[x]})
+        case Matmul(out, x, names, accumulate):
+            return row("MATMUL", out=buffers[out], **{"in": buffers[x]}, weights=names, i=[int(accumulate), 0])
+        case Rope(x, angles, heads, head_dim):
+            return row("ROPE", out=buffers[x], angles=buffers[angles], i=[heads, head_dim])
+        case Store(x, state, key, value):
+            return row("STORE", **{"in": buffers[x]}, state=states[unit, state], i=[key, value])
+        case Attend(out, x, state, heads, scale):
+            places = {"out": buffers[out], "in": buffers[x], "state": states[unit, state]}
+            return row("ATTEND", **places, i=[0, heads], f=[scale])
+        case Gate(out, x, activation):
+            activation_row = _ENUMS[f"SHOAL_{activation.upper()}"]
+            return row("GATE", out=buffers[out], **{"in": buffers[x]}, i=[activation_row, 0])
+        case Sample(x):
+            return row("SAMPLE", **{"in": buffers[x]})
+
+
+def cpu_threads() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

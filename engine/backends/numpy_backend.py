@@ -1,0 +1,190 @@
+"""The program in NumPy: the definition in floats, obvious rather than quick.
+
+Agrees with `native` within a stated tolerance (docs/numerics.md), not bit for bit: NumPy's sums have another order.
+A q8 buffer holds the f32 values that its int8 numbers stand for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..batch import F32
+from ..layout import GROUP, round_up
+from ..program import Angles, Attend, Embed, Gate, Matmul, Norm, Op, Quantise, Rope, Sample, Store
+from ..quant import unpack_q8
+from ..sampler import draw
+from .base import Linked, Outcome, SequenceRows, WeightData
+
+
+def quantised(x: F32) -> F32:
+    """x `[rows, cols]` rounded to int8 with one scale per row and group, as floats."""
+    rows, cols = x.shape
+    padded = np.zeros((rows, round_up(cols, GROUP)), np.float32)
+    padded[:, :cols] = x
+    groups = padded.reshape(rows, -1, GROUP)
+    amax = np.abs(groups).max(axis=2, keepdims=True)
+    inverse = np.where(amax < 1e-30, np.float32(0), np.float32(127) / np.maximum(amax, np.float32(1e-30)))
+    q = np.rint(np.clip(groups * inverse, -127, 127))
+    return (q * (amax / np.float32(127))).reshape(rows, -1)[:, :cols].astype(np.float32)
+
+
+class NumpyExecutor:
+    """Runs one op after another on arrays named as in the program."""
+
+    name = "numpy"
+    exact = False
+
+    def __init__(self, linked: Linked) -> None:
+        self.linked = linked
+        self.types = {b.name: b.type for b in linked.program.buffers}
+        self.domains = {b.name: b.domain for b in linked.program.buffers}
+        self.state_rows = {(unit, state.name): row for row, (unit, state) in enumerate(linked.states)}
+        self.weights = {key: self.prepare(weight) for key, weight in linked.weights.items()}
+        self.buffers: dict[str, F32] = {}
+        self.sequences: Sequence[SequenceRows] = ()
+        self.drawn: NDArray[np.int32] = np.empty(0, np.int32)
+
+    def prepare(self, weight: WeightData) -> Any:
+        """A weight in the form that this backend's ops read: here f32 (or f64) `[rows, cols]`."""
+        if weight.scales is None:
+            return weight.data
+        return unpack_q8(weight.data, weight.scales, weight.rows, weight.cols)
+
+    def run(self, sequences: Sequence[SequenceRows], hidden: F32 | None, want_logits: bool) -> Outcome:
+        """See base.Executor.run."""
+        self.sequences = sequences
+        self.drawn = np.full(len(sequences), -1, np.int32)
+        self.buffers = {}
+        program = self.linked.program
+        if hidden is not None:
+            if not np.isfinite(hidden).all():
+                raise FloatingPointError("the activations that came in hold NaN or infinity")
+            self.buffers[program.cut[0]] = hidden.copy()
+        wanted = any(s.wanted for s in sequences)
+        for unit, op in self.linked.ops:
+            if wanted or not self._for_wanted_rows(op):
+                self.ops[type(op)](self, unit, op)
+        if not self.linked.last:
+            return Outcome(self.buffers[program.cut[0]], None, self.drawn)
+        return Outcome(None, self.buffers[program.logits] if want_logits and wanted else None, self.drawn)
+
+    def close(self) -> None:
+        """Nothing to give up."""
+
+    def _for_wanted_rows(self, op: Op) -> bool:
+        return self.domains[op.x if isinstance(op, Sample | Rope | Store) else op.out] == "wanted"
+
+    def _write(self, name: str, value: F32) -> None:
+        self.buffers[name] = quantised(value) if self.types[name] == "q8" else value
+
+    def embed(self, unit: int, op: Embed) -> None:
+        tokens = np.concatenate([s.history[s.first : s.first + s.rows] for s in self.sequences])
+        self._write(op.out, self.weights[unit, op.table][tokens])
+
+    def angles(self, unit: int, op: Angles) -> None:
+        positions = np.concatenate([np.arange(s.first, s.first + s.rows) for s in self.sequences])
+        angle = positions[:, None].astype(np.float64) * self.weights[unit, op.inv_freq]
+        self._write(op.out, np.concatenate([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32))
+
+    def norm(self, unit: int, op: Norm) -> None:
+        x = self.buffers[op.x]
+        if self.domains[op.out] == "wanted" and self.domains[op.x] == "rows":
+            ends = np.cumsum([s.rows for s in self.sequences])
+            x = np.concatenate([x[end - s.wanted : end] for s, end in zip(self.sequences, ends, strict=True)])
+        scale = 1 / np.sqrt(np.mean(x * x, axis=1, keepdims=True) + np.float32(op.epsilon))
+        self._write(op.out, x * scale * self.weights[unit, op.weight].reshape(1, -1))
+
+    def quantise(self, unit: int, op: Quantise) -> None:
+        self._write(op.out, self.buffers[op.x])
+
+    def matmul(self, unit: int, op: Matmul) -> None:
+        y = np.concatenate([self.product(self.buffers[op.x], self.weights[unit, w]) for w in op.weights], axis=1)
+        self._write(op.out, self.buffers[op.out] + y if op.accumulate else y)
+
+    def product(self, x: F32, weight: Any) -> F32:
+        """x @ weight^T."""
+        y: F32 = x @ weight.T
+        return y
+
+    def rope(self, unit: int, op: Rope) -> None:
+        x, angles = self.buffers[op.x], self.buffers[op.angles]
+        half = angles.shape[1] // 2
+        heads = x[:, : op.heads * op.head_dim].reshape(len(x), op.heads, op.head_dim)
+        cos, sin = angles[:, None, :half], angles[:, None, half:]
+        a, b = heads[..., :half].copy(), heads[..., half : 2 * half].copy()
+        heads[..., :half], heads[..., half : 2 * half] = a * cos - b * sin, b * cos + a * sin
+
+    def store(self, unit: int, op: Store) -> None:
+        x, at = self.buffers[op.x], 0
+        s = self.state_rows[unit, op.state]
+        state = self.linked.states[s][1]
+        width = state.kv_heads * state.head_dim
+        for sequence in self.sequences:
+            rows = x[at : at + sequence.rows]
+            shape = (sequence.rows, state.kv_heads, state.head_dim)
+            keys, values = rows[:, op.key : op.key + width], rows[:, op.value : op.value + width]
+            sequence.kv.write(s, sequence.first, keys.reshape(shape), values.reshape(shape))
+            at += sequence.rows
+
+    def attend(self, unit: int, op: Attend) -> None:
+        x, at = self.buffers[op.x], 0
+        s = self.state_rows[unit, op.state]
+        state = self.linked.states[s][1]
+        group, outs = op.heads // state.kv_heads, []
+        for sequence in self.sequences:
+            n, total = sequence.rows, sequence.first + sequence.rows
+            queries = x[at : at + n, : op.heads * state.head_dim]
+            queries = queries.reshape(n, state.kv_heads, group, state.head_dim).transpose(1, 2, 0, 3)
+            outs.append(self.attention(queries, *sequence.kv.keys_values(s, total), op.scale))
+            at += n
+        self._write(op.out, np.concatenate(outs))
+
+    def attention(self, queries: F32, keys: F32, values: F32, scale: float) -> F32:
+        """Causal attention of the last rows: queries `[kv_heads, group, rows, head_dim]`, keys and values
+        `[kv_heads, positions, head_dim]`; gives `[rows, kv_heads * group * head_dim]`."""
+        rows, total = queries.shape[2], keys.shape[1]
+        scores = queries @ keys[:, None].transpose(0, 1, 3, 2) * np.float32(scale)
+        scores[..., np.arange(total) > np.arange(total - rows, total)[:, None]] = -np.inf
+        p = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        out = (p @ values[:, None]) / p.sum(axis=-1, keepdims=True)
+        flat: F32 = out.transpose(2, 0, 1, 3).reshape(rows, -1)
+        return flat
+
+    def gate(self, unit: int, op: Gate) -> None:
+        x = self.buffers[op.x]
+        half = x.shape[1] // 2
+        gate, up = x[:, :half], x[:, half:]
+        if op.activation == "silu":
+            with np.errstate(over="ignore"):  # exp(-x) may overflow to infinity, and x / infinity is the right 0
+                act = gate / (1 + np.exp(-gate))
+        else:
+            inner = np.float32(np.sqrt(2 / np.pi)) * (gate + np.float32(0.044715) * gate**3)
+            act = np.float32(0.5) * gate * (1 + np.tanh(inner))
+        self._write(op.out, act * up)
+
+    def sample(self, unit: int, op: Sample) -> None:
+        logits, end = self.buffers[op.x], 0
+        if not np.isfinite(logits).all():
+            raise FloatingPointError("the logits hold NaN or infinity")
+        for i, s in enumerate(self.sequences):
+            end += s.wanted
+            if s.sample:
+                position = s.first + s.rows
+                self.drawn[i] = draw(logits[end - 1], s.sampling, s.history[:position], position)
+
+    ops: ClassVar[dict[type[Any], Callable[[Any, int, Any], None]]] = {
+        Embed: embed,
+        Angles: angles,
+        Norm: norm,
+        Quantise: quantise,
+        Matmul: matmul,
+        Rope: rope,
+        Store: store,
+        Attend: attend,
+        Gate: gate,
+        Sample: sample,
+    }

@@ -1,0 +1,96 @@
+"""What a stage is asked and what it answers: plain rows, shared by the engine's backends and by the network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+F32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn. The defaults are greedy.
+
+    The draw is a pure function of logits, these values, the token history and (seed, position): a replay, or another
+    device, draws the same token. Order: repetition penalty, temperature, top-k, top-p, min-p.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        limits: tuple[tuple[str, float, bool], ...] = (
+            ("temperature", self.temperature, 0 <= self.temperature < math.inf),
+            ("top_k", self.top_k, 0 <= self.top_k < 1 << 31),
+            ("top_p", self.top_p, 0 < self.top_p <= 1),
+            ("min_p", self.min_p, 0 <= self.min_p <= 1),
+            ("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < math.inf),
+            ("seed", self.seed, 0 <= self.seed < 1 << 64),
+        )
+        for name, value, good in limits:
+            if not good:
+                raise ValueError(f"sampling: {name} = {value!r} is out of range")
+
+
+class Want(IntEnum):
+    """What the last stage returns for a run of rows."""
+
+    NOTHING = 0
+    """Rows that only fill the cache: all chunks of a prompt but the last."""
+    TOKEN = 1
+    """A token drawn from the last row."""
+    LOGITS = 2
+    """Logits of every row, and no token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive rows of one sequence, at positions [first, first + len(tokens)).
+
+    A run at position p forgets whatever the sequence held from p on. `hidden` is the cut `[rows, hidden]` that the
+    previous stage returned; None for a stage that starts with the embedding.
+    """
+
+    sequence: int
+    first: int
+    tokens: Sequence[int]
+    want: Want
+    hidden: F32 | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Answer to the Run at the same place of the batch.
+
+    `hidden` is set by every stage but the last, `token` by the last for Want.TOKEN, `logits` by the last for
+    Want.LOGITS (`[rows, vocab]`).
+    """
+
+    sequence: int
+    first: int
+    rows: int
+    hidden: F32 | None = None
+    token: int | None = None
+    logits: F32 | None = None
+
+
+def from_json(values: dict[str, Any]) -> Sampling:
+    """A Sampling from decoded JSON. ValueError: unknown keys, wrong types, out of range."""
+    floats = {"temperature", "top_p", "min_p", "repetition_penalty"}
+    for key, value in values.items():
+        if key not in Sampling.__dataclass_fields__:
+            raise ValueError(f"sampling: unknown key {key!r}")
+        if type(value) is not int and not (key in floats and type(value) is float):
+            raise ValueError(f"sampling: {key} = {value!r} has the wrong type")
+    return Sampling(**{k: float(v) if k in floats else v for k, v in values.items()})

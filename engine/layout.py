@@ -1,0 +1,24 @@
+"""Layout constants and the op table, read from csrc/kernels.h (through the generated cffi module): every fact once.
+
+Works without the C library: only the parsed header is needed.
+"""
+
+from __future__ import annotations
+
+from .backends._abi import ffi
+
+_LAYOUT: dict[str, int] = ffi.typeof("enum shoal_layout").relements
+
+NUMERICS_VERSION = _LAYOUT["SHOAL_NUMERICS"]
+LAYOUT_VERSION = _LAYOUT["SHOAL_LAYOUT"]
+PANEL = _LAYOUT["SHOAL_PANEL"]
+QUAD = _LAYOUT["SHOAL_QUAD"]
+GROUP = _LAYOUT["SHOAL_GROUP"]
+LANES = _LAYOUT["SHOAL_LANES"]
+PAGE = _LAYOUT["SHOAL_PAGE"]
+BLOCK = _LAYOUT["SHOAL_BLOCK"]
+
+
+def round_up(n: int, multiple: int) -> int:
+    """The least multiple of `multiple` that is >= n."""
+    return -(-n // multiple) * multiple

@@ -1,0 +1,57 @@
+"""Drawing a token in NumPy: what `csrc/sample.c` does, for the backends that have no C, and its oracle in tests.
+
+A pure function of logits, parameters, token history and (seed, position): a replay draws the same token.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .batch import F32, Sampling
+
+_MASK = (1 << 64) - 1
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) that depends on (seed, position) only: SplitMix64 finalisers (Steele et al., 2014), 53 bits."""
+    z = _mix((seed + 0x9E3779B97F4A7C15) & _MASK)
+    z = _mix((z ^ position) + 0x9E3779B97F4A7C15 & _MASK)
+    return (z >> 11) * 2.0**-53
+
+
+def _mix(z: int) -> int:
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & _MASK
+    return z ^ z >> 31
+
+
+def draw(logits: F32, sampling: Sampling, history: NDArray[np.int32], position: int) -> int:
+    """The token at `position`, from logits `[vocab]` and the tokens before it.
+
+    Repetition penalty, then temperature (0: the largest, ties to the lowest id), top-k, top-p over what is left, min-p
+    against the largest; then the inverse of the cumulative distribution.
+    """
+    logits = logits.astype(np.float32)
+    if sampling.repetition_penalty != 1:
+        seen = np.unique(history)
+        penalty = np.float32(sampling.repetition_penalty)
+        logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+    if sampling.temperature == 0:
+        return int(np.argmax(logits))
+    logits /= np.float32(sampling.temperature)
+    truncated = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
+    # Stable: equal logits stay in the order of their ids.
+    ids = np.argsort(-logits, kind="stable") if truncated else np.arange(len(logits))
+    if sampling.top_k:
+        ids = ids[: sampling.top_k]
+    p = np.exp(logits[ids] - logits.max()).astype(np.float64)
+    if sampling.top_p < 1:
+        keep = int(np.searchsorted(np.cumsum(p), sampling.top_p * p.sum())) + 1
+        ids, p = ids[:keep], p[:keep]
+    if sampling.min_p > 0:
+        keep = int(np.count_nonzero(p >= sampling.min_p * p[0]))
+        ids, p = ids[:keep], p[:keep]
+    cumulative = np.cumsum(p)
+    at = int(np.searchsorted(cumulative, uniform(sampling.seed, position) * cumulative[-1], side="right"))
+    return int(ids[min(at, len(ids) - 1)])

@@ -2,8 +2,8 @@
 
     python scripts/make_abi.py [OUTPUT]
 
-The result is committed, so that neither an install nor a start has to parse C. tests/repo/test_abi.py compares it with a
-fresh one.
+The result is committed, so that neither an install nor a start has to parse C; tests/repo/test_abi.py
+compares it with a fresh one.
 """
 
 import sys

@@ -13,6 +13,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .engine.batch import Result as Result
+    from .engine.batch import Run as Run
+    from .engine.batch import Sampling as Sampling
+    from .engine.batch import Want as Want
     from .engine.errors import ContextError as ContextError
     from .engine.errors import DownloadError as DownloadError
     from .engine.errors import MissingDependencyError as MissingDependencyError
@@ -21,11 +25,11 @@ if TYPE_CHECKING:
     from .engine.errors import ShoalError as ShoalError
     from .engine.errors import UnsupportedModelError as UnsupportedModelError
     from .engine.generate import generate as generate
-    from .engine.sampler import Sampling as Sampling
+    from .engine.generate import TextStream as TextStream
     from .engine.shards import Model as Model
-    from .engine.stage import Run as Run
     from .engine.stage import Stage as Stage
-    from .engine.stage import Want as Want
+    from .engine.stage import StageOptions as StageOptions
+    from .engine.tokenizer import Tokenizer as Tokenizer
 
 __version__ = "0.1.0"
 
@@ -36,12 +40,16 @@ _EXPORTS = {
     "Model": "engine.shards",
     "ModelFileError": "engine.errors",
     "NoPlanError": "engine.errors",
-    "Run": "engine.stage",
-    "Sampling": "engine.sampler",
+    "Result": "engine.batch",
+    "Run": "engine.batch",
+    "Sampling": "engine.batch",
     "ShoalError": "engine.errors",
     "Stage": "engine.stage",
+    "StageOptions": "engine.stage",
+    "TextStream": "engine.generate",
+    "Tokenizer": "engine.tokenizer",
     "UnsupportedModelError": "engine.errors",
-    "Want": "engine.stage",
+    "Want": "engine.batch",
     "generate": "engine.generate",
 }
 

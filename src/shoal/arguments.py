@@ -139,7 +139,7 @@ def _run(commands: "Commands") -> None:
         help="0: greedy; 0.8: livelier (default 0)",
     )
     sampling.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest (default 0: all)"
+        "--top-k", type=_whole, default=0, metavar="K", help="draw from the K likeliest (default 0: all)"
     )
     sampling.add_argument(
         "--top-p",
@@ -163,7 +163,7 @@ def _run(commands: "Commands") -> None:
         help="divide what was said before by R (default 1: off)",
     )
     sampling.add_argument(
-        "--seed", type=int, metavar="S", help="draw the same tokens again (default: a new one each time)"
+        "--seed", type=_whole, metavar="S", help="draw the same tokens again (default: a new one each time)"
     )
     _add_engine(parser)
     parser.add_argument(
@@ -316,6 +316,12 @@ def _addresses(text: str) -> tuple[tuple[str, int], ...]:
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(text)
 
 

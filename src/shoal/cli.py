@@ -5,7 +5,6 @@ codes: 0 done, 2 wrong usage, 130 interrupted, 141 the reader of our output went
 engine/errors.py and net/errors.py.
 """
 
-import argparse
 import importlib
 import os
 import sys
@@ -17,28 +16,30 @@ from .engine.errors import ShoalError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: the process's own) and return its exit code."""
+    try:
+        try:
+            return run(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output went away, as in `shoal ls | head -1`; the exit must not try again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def run(argv: Sequence[str] | None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.command is None:
         parser.print_help()
         return 0
+    command = importlib.import_module(f"{__package__}.commands.{args.command}")
     try:
-        code = dispatch(args)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Whoever read our output went away, as in `shoal ls | head -1`. Nothing more can be said there.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        code: int = command.run(args)
     except BaseException as error:
         if args.traceback:
             raise
         return report(error)
-    return code
-
-
-def dispatch(args: argparse.Namespace) -> int:
-    command = importlib.import_module(f"{__package__}.commands.{args.command}")
-    code: int = command.run(args)
     return code
 
 
@@ -47,8 +48,10 @@ def report(error: BaseException) -> int:
     leaves = list(_leaves(error))
     if any(isinstance(leaf, KeyboardInterrupt) for leaf in leaves):
         return 130
+    if all(isinstance(leaf, BrokenPipeError) for leaf in leaves):
+        raise leaves[0]
     meant = [leaf for leaf in leaves if isinstance(leaf, ShoalError)]
-    if not meant or len(meant) < len(leaves):
+    if len(meant) < len(leaves):
         raise error
     for message in dict.fromkeys(str(leaf) for leaf in meant):
         print(f"shoal: error: {message}", file=sys.stderr)

@@ -1,0 +1,100 @@
+# Everything a clean clone needs is made here: `make demo` and `make test` create .venv themselves. The second run uses
+# no network.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+LIB := src/shoal/libshoal.so
+RUN_STAMP := $(VENV)/.shoal-run
+DEV_STAMP := $(VENV)/.shoal-dev
+ORACLE := .venv-oracle
+ORACLE_STAMP := $(ORACLE)/.shoal-oracle
+C_SOURCES := $(wildcard csrc/*.c csrc/*.h csrc/*.inc)
+# A phone's numpy comes from its package manager; pip could only compile it there.
+VENV_FLAGS := $(if $(findstring com.termux,$(PREFIX)),--system-site-packages)
+
+.PHONY: help demo test check format bench dist lib abi oracle check-arm clean
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+help:
+	@echo "make demo       a model, cut in three, answers a question across three processes"
+	@echo "make test       all tests that need no more than a C compiler and PyPI"
+	@echo "make check      ruff, mypy --strict, file sizes and import directions"
+	@echo "make format     let ruff format the code"
+	@echo "make bench      benchmarks of the kernels"
+	@echo "make dist       an sdist and a wheel, in dist/"
+	@echo "make lib        compile csrc/ again if it changed"
+	@echo "make abi        write engine/backends/_abi.py again from csrc/kernels.h"
+	@echo "make oracle     compare with torch and transformers (a big download, in an environment of its own)"
+	@echo "make check-arm  run the Arm kernels under qemu (installs it and a cross compiler with apt)"
+	@echo "make clean      remove what was built; .venv stays"
+
+demo: $(RUN_STAMP) lib
+	@$(BIN)/shoal demo
+
+test: $(DEV_STAMP) lib
+	$(BIN)/python -m pytest -q --durations=10
+
+check: $(DEV_STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/repo/test_shape.py
+
+format: $(DEV_STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(DEV_STAMP) lib
+	$(BIN)/python -m pytest -q bench
+
+dist: $(DEV_STAMP)
+	rm -rf build dist
+	$(BIN)/python -m build --no-isolation
+
+lib: $(LIB)
+
+# An install survives a compiler that fails; this does not. The old library goes first, so that a failure leaves none.
+$(LIB): $(C_SOURCES) setup.py | $(RUN_STAMP)
+	rm -f $@
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@test -f $@ || { echo "make: csrc/ did not compile; the compiler's words stand above" >&2; exit 1; }
+
+abi: $(DEV_STAMP)
+	$(BIN)/python scripts/make_abi.py
+
+oracle: $(ORACLE_STAMP) lib
+	$(ORACLE)/bin/python -m pytest -q -m oracle
+
+check-arm: $(DEV_STAMP) lib
+	scripts/apt-need qemu-user-static gcc-aarch64-linux-gnu libc6-dev-arm64-cross
+	$(BIN)/python -m pytest -q -m arm
+
+clean:
+	rm -rf build dist $(LIB) src/shoal.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
+
+# setuptools is installed first, and isolation is off, so that the library is compiled by the same setuptools each time.
+$(VENV)/.shoal-venv:
+	@sh scripts/preflight.sh $(PYTHON)
+	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	$(PIP) "setuptools>=77"
+	@touch $@
+
+$(RUN_STAMP): pyproject.toml | $(VENV)/.shoal-venv
+	$(PIP) --no-build-isolation --editable ".[run,convert,plan]"
+	@touch $@
+
+$(DEV_STAMP): pyproject.toml | $(VENV)/.shoal-venv
+	$(PIP) --no-build-isolation --editable ".[all,dev]"
+	@touch $@ $(RUN_STAMP)
+
+$(ORACLE_STAMP): pyproject.toml
+	@sh scripts/preflight.sh $(PYTHON)
+	$(PYTHON) -m venv $(ORACLE)
+	$(ORACLE)/bin/python -m pip --disable-pip-version-check install --quiet "setuptools>=77"
+	$(ORACLE)/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0
+	$(ORACLE)/bin/python -m pip --disable-pip-version-check install --quiet accelerate gguf transformers
+	$(ORACLE)/bin/python -m pip --disable-pip-version-check install --quiet --no-build-isolation --editable ".[all,dev]"
+	@touch $@

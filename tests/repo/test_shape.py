@@ -1,0 +1,107 @@
+"""The shape of the repository: how long files are, and which way imports run."""
+
+import ast
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+MAX_LINES = 400
+OURS = {"engine", "net", "planner", "shoal"}
+# What each top package may import of ours.
+MAY_IMPORT = {
+    "engine": {"shoal.engine"},
+    "planner": {"shoal.planner"},
+    "net": {"shoal.net", "shoal.engine", "shoal.planner"},
+}
+# The files of net that carry decisions out; every other file is pure.
+WITH_TRIO = {"coordinator", "http", "link", "node", "probe", "session", "shards", "tls"}
+
+
+def tracked(*suffixes: str) -> list[Path]:
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True)
+    paths = [Path(name) for name in listing.stdout.split("\0") if name.endswith(suffixes)]
+    return [path for path in paths if (ROOT / path).is_file()]
+
+
+def text(path: Path) -> str:
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+def package_of(path: Path) -> tuple[str, ...]:
+    """The package that a source file belongs to: of engine/stage.py it is ("shoal", "engine")."""
+    folder = path.parent.parts
+    return folder[1:] if folder[0] == "src" else ("shoal", *folder)
+
+
+def imports(source: str, package: tuple[str, ...]) -> Iterator[tuple[int, str]]:
+    """Line and absolute name of everything that source imports, inside functions too."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            stem = ".".join((*base, node.module) if node.module else base)
+            # `from . import x` names the module x itself.
+            names = [stem] if node.module else [f"{stem}.{alias.name}" for alias in node.names]
+            yield from ((node.lineno, name) for name in names)
+
+
+def library_files() -> list[Path]:
+    return [path for path in tracked(".py") if path.parts[0] in {"engine", "net", "planner", "src"}]
+
+
+def within(name: str, packages: set[str]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def test_no_file_is_too_long() -> None:
+    lengths = {path: len(text(path).splitlines()) for path in tracked(".py", ".c", ".h", ".inc")}
+    assert {path: n for path, n in lengths.items() if n > MAX_LINES} == {}
+    assert Path("setup.py") in lengths
+
+
+def test_imports_run_one_way() -> None:
+    wrong = []
+    for path in library_files():
+        allowed = MAY_IMPORT[package_of(path)[1]] if path.parts[0] != "src" else {"shoal"}
+        for line, name in imports(text(path), package_of(path)):
+            if name.split(".")[0] in OURS and not within(name, allowed):
+                wrong.append(f"{path}:{line} imports {name}")
+    assert wrong == []
+
+
+def test_only_the_files_that_act_import_trio() -> None:
+    wrong = []
+    for path in library_files():
+        acts = (
+            path.stem in WITH_TRIO
+            if path.parent == Path("net")
+            else path.parent == Path("src/shoal/commands")
+        )
+        found = imports(text(path), package_of(path))
+        wrong += [f"{path}:{line}" for line, name in found if within(name, {"trio"}) and not acts]
+    assert wrong == []
+
+
+def test_every_module_says_why_it_exists() -> None:
+    modules = [path for path in tracked(".py") if path.name != "_abi.py" and text(path).strip()]
+    assert [path for path in modules if not ast.get_docstring(ast.parse(text(path)))] == []
+
+
+def test_the_import_reader_sees_every_form() -> None:
+    source = """
+import trio.abc
+def late():
+    from . import sibling
+    from .deep import name
+    from ..engine.errors import ShoalError
+    from shoal.planner import cost
+"""
+    assert {name for _, name in imports(source, ("shoal", "net"))} == {
+        "trio.abc",
+        "shoal.net.sibling",
+        "shoal.net.deep",
+        "shoal.engine.errors",
+        "shoal.planner",
+    }

@@ -83,6 +83,9 @@ class TagWheel(bdist_wheel):
         platform = super().get_tag()[2]
         build = self.get_finalized_command("build_ext")
         built = [ext for ext in build.extensions or [] if Path(build.get_ext_fullpath(ext.name)).exists()]
+        self.root_is_pure = (
+            not built
+        )  # this is called when all is built, before the wheel's metadata is written
         return "py3", "none", platform if built else "any"
 
 

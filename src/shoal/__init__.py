@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from .engine.errors import NoPlanError as NoPlanError
     from .engine.errors import ShoalError as ShoalError
     from .engine.errors import UnsupportedModelError as UnsupportedModelError
-    from .engine.generate import generate as generate
     from .engine.generate import TextStream as TextStream
+    from .engine.generate import generate as generate
     from .engine.shards import Model as Model
     from .engine.stage import Stage as Stage
     from .engine.stage import StageOptions as StageOptions

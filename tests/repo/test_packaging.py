@@ -1,4 +1,4 @@
-"""What an install gives, with a compiler and without: setup.py on a copy of the package with a tiny library."""
+"""What an install gives, with a compiler and without: setup.py on a copy with a tiny library."""
 
 import os
 import shutil

@@ -54,10 +54,12 @@ dist: $(DEV_STAMP)
 	rm -rf build dist
 	$(BIN)/python -m build --no-isolation
 
-lib: $(LIB)
+# A make of its own, because the install before it may just have compiled the library.
+lib: $(RUN_STAMP)
+	@$(MAKE) --no-print-directory --quiet $(LIB)
 
 # An install survives a compiler that fails; this does not. The old library goes first, so that a failure leaves none.
-$(LIB): $(C_SOURCES) setup.py | $(RUN_STAMP)
+$(LIB): $(C_SOURCES) setup.py | $(VENV)/.shoal-venv
 	rm -f $@
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@test -f $@ || { echo "make: csrc/ did not compile; the compiler's words stand above" >&2; exit 1; }

@@ -1,0 +1,257 @@
+"""The exact plan over devices, their order and their layer counts, as a mixed-integer linear program in PuLP.
+
+Made for models whose layers are alike: a device then needs only a *number* of layers, not a yes or no per
+layer, and eight devices solve in milliseconds. Each used device has one role: first (embedding and n >= 0
+layers), middle (n >= 1), last (n >= 0 and the head), or sole (everything). Binary arcs join the roles to a
+path; layers flow along the arcs and each device takes its n, so that a ring off the path, whose middle
+devices take layers that never arrive, is impossible and the relaxation stays tight. All costs and room come
+from the same tables as the DP's.
+
+PuLP is imported when a problem is solved, not before: phones plan without it.
+"""
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .dp import Chain
+from .rows import Model, Objective
+from .tables import TimeTables
+
+SCALE = 1000.0  # the objective's size in the solver's units, far above its absolute tolerances of 1e-6
+
+
+class SolverMissing(ImportError):
+    """PuLP, or every solver that it could use, is absent; the message says what to install."""
+
+
+@dataclass(frozen=True, slots=True)
+class Solver:
+    """PuLP and one of its solvers."""
+
+    pulp: Any
+    name: str
+    make: Any  # (time limit in seconds) -> a PuLP solver with gap 0
+
+
+def load_solver(only: str | None = None) -> Solver:
+    """PuLP with HiGHS, its bundled CBC or an installed CBC, whichever is there first (or the one named, lower
+    case: highs, bundled-cbc, cbc). SolverMissing says what to install."""
+    try:
+        pulp = importlib.import_module("pulp")
+    except ImportError as error:
+        raise SolverMissing("the MILP needs PuLP: pip install pulp highspy") from error
+
+    def highs(limit: float) -> Any:
+        # Restarts and primal heuristics lose here: on 8 devices x 32 layers they double the worst case.
+        quick = {"mip_allow_restart": False, "mip_heuristic_effort": 0.0}
+        return pulp.HiGHS(msg=False, gapRel=0.0, gapAbs=0.0, threads=1, timeLimit=limit, **quick)
+
+    def coin(path: str | None) -> Any:
+        return lambda limit: pulp.COIN_CMD(msg=False, gapRel=0.0, gapAbs=0.0, timeLimit=limit, path=path)
+
+    # PULP_CBC_CMD itself warns that it goes away in PuLP 4; the path of its program does not.
+    bundled = getattr(pulp.PULP_CBC_CMD, "pulp_cbc_path", None) if hasattr(pulp, "PULP_CBC_CMD") else None
+    choices = [("highs", "HiGHS", highs), ("cbc", "CBC", coin(None))]
+    if bundled:
+        choices.insert(1, ("bundled-cbc", "PuLP's CBC", coin(bundled)))
+    for key, name, make in choices:
+        if only in (None, key) and make(1.0).available():
+            return Solver(pulp, name, make)
+    what = "no solver" if only is None else f"no {only}"
+    raise SolverMissing(f"PuLP finds {what}: pip install highspy (Termux: pkg install coinor-cbc)")
+
+
+def layers_alike(model: Model) -> bool:
+    """Whether counts say everything: all layers have the same costs, and any two boundaries pass the same
+    bytes."""
+    costs = {replace(unit, name="layer", cut_bytes=0) for unit in model.units[1:-1]}
+    return len(costs) <= 1 and len({unit.cut_bytes for unit in model.units[:-1]}) == 1
+
+
+def best_chain(
+    tables: TimeTables,
+    devices: Sequence[int],
+    objective: Objective,
+    streams: int,
+    solver: Solver,
+    *,
+    ordered: bool = False,
+    known: float | None = None,
+    time_limit: float = 60.0,
+) -> tuple[Chain | None, bool]:
+    """The best chain over `devices` in any order (or in the given order, any left out), and whether that is
+    proved.
+
+    The model's layers must be alike. `known`: a value of the objective that some chain reaches, which halves
+    the work for throughput. Gap 0; after `time_limit` seconds the best so far, unproved. (None, True): there
+    is no chain.
+    """
+    if objective == "throughput" and known is not None:
+        tables = tables.within(known)
+    program = _Program(tables, devices, objective, streams, solver.pulp, ordered, known)
+    status = program.problem.solve(solver.make(time_limit))
+    pulp = solver.pulp
+    if status == pulp.LpStatusOptimal:
+        chain = program.chain()
+        return chain, program.problem.sol_status == pulp.LpSolutionOptimal
+    return None, status == pulp.LpStatusInfeasible
+
+
+class _Program:
+    """The variables and constraints of one problem."""
+
+    def __init__(
+        self,
+        tables: TimeTables,
+        devices: Sequence[int],
+        objective: Objective,
+        streams: int,
+        pulp: Any,
+        ordered: bool,
+        known: float | None,
+    ) -> None:
+        self.tables, self.devices, self.pulp = tables, devices, pulp
+        self.layers = tables.units - 2
+        self.problem = pulp.LpProblem("plan", pulp.LpMinimize)
+        # PuLP 4 attaches variables to their problem; before 3.3 there was only the constructor.
+        self._add = getattr(self.problem, "add_variable", pulp.LpVariable)
+        self._roles()
+        self._path(ordered)
+        self._cost(objective, streams, known)
+
+    def _binary(self, name: str, possible: bool = True) -> Any:
+        return self._add(name, 0, int(possible), self.pulp.LpInteger)
+
+    def _most_layers(self, j: int, first: bool, last: bool) -> int:
+        """How many layers device j has room for, beside the embedding (first) or the head (last); -1: not
+        even those.
+
+        Read off the same windows as the DP's; more layers never take less room.
+        """
+        units, fit = self.tables.units, self.tables.first_fit[j]
+        if last:
+            return units - 1 - max(1, fit[units]) if fit[units] < units else -1
+        if first:
+            return max((c for c in range(1, units) if fit[c] == 0), default=0) - 1
+        return max((c - max(1, fit[c]) for c in range(2, units)), default=0)
+
+    def _roles(self) -> None:
+        sum_of, problem = self.pulp.lpSum, self.problem
+        self.first, self.middle, self.last, self.sole, self.count = {}, {}, {}, {}, {}
+        for j in self.devices:
+            room_first = self._most_layers(j, True, False)
+            room_last = self._most_layers(j, False, True)
+            room = self._most_layers(j, False, False)
+            fits_all = self.tables.first_fit[j][self.tables.units] == 0
+            self.first[j] = self._binary(f"first_{j}", room_first >= 0)
+            self.last[j] = self._binary(f"last_{j}", room_last >= 0)
+            self.middle[j] = self._binary(f"middle_{j}", room >= 1)
+            self.sole[j] = self._binary(f"sole_{j}", fits_all)
+            most = max(0, room_first, room_last, room)
+            self.count[j] = self._add(f"layers_{j}", 0, most, self.pulp.LpInteger)
+            problem += self.first[j] + self.middle[j] + self.last[j] + self.sole[j] <= 1
+            problem += self.count[j] >= self.middle[j]
+            problem += self.count[j] <= (
+                max(0, room_first) * self.first[j] + max(0, room_last) * self.last[j] + room * self.middle[j]
+            )
+        alone = sum_of(self.sole.values())
+        problem += sum_of(self.first.values()) + alone == 1
+        problem += sum_of(self.last.values()) + alone == 1
+        problem += sum_of(self.count.values()) + self.layers * alone == self.layers
+
+    def _path(self, ordered: bool) -> None:
+        """Arcs between used devices, and the layers still to be placed flowing along them."""
+        sum_of, problem = self.pulp.lpSum, self.problem
+        place = {j: at for at, j in enumerate(self.devices)}
+        self.arc, flow = {}, {}
+        for i in self.devices:
+            for j in self.devices:
+                if self.tables.hop[i][j] is None or (ordered and place[i] >= place[j]):
+                    continue
+                self.arc[i, j] = self._binary(f"arc_{i}_{j}")
+                flow[i, j] = self._add(f"flow_{i}_{j}", 0, self.layers)
+                problem += flow[i, j] <= self.layers * self.arc[i, j]
+        for j in self.devices:
+            out = [(i, k) for i, k in self.arc if i == j]
+            into = [(i, k) for i, k in self.arc if k == j]
+            problem += sum_of(self.arc[a] for a in out) == self.first[j] + self.middle[j]
+            problem += sum_of(self.arc[a] for a in into) == self.last[j] + self.middle[j]
+            entering = self.layers * self.first[j] + sum_of(flow[a] for a in into)
+            problem += entering - sum_of(flow[a] for a in out) == self.count[j]
+
+    def _cost(self, objective: Objective, streams: int, known: float | None) -> None:
+        tables, sum_of, units = self.tables, self.pulp.lpSum, self.tables.units
+        # Alike layers: any one tells, and the cut before it.
+        boundary = 1
+        scale = SCALE / self._guess()
+        stage, hops, busy = {}, [], []
+        for j in self.devices:
+            layer = tables.prefix[j][2] - tables.prefix[j][1] if self.layers else 0.0
+            stage[j] = (
+                scale * layer * self.count[j]
+                + scale * tables.stage(j, 0, 1) * self.first[j]
+                + scale * tables.overhead[j] * self.middle[j]
+                + scale * tables.stage(j, units - 1, units) * self.last[j]
+                + scale * tables.stage(j, 0, units) * self.sole[j]
+            )
+            ends = (
+                (tables.enter[j], tables.busy_enter[j], self.first[j] + self.sole[j]),
+                (tables.leave[j], tables.busy_leave[j], self.last[j] + self.sole[j]),
+            )
+            for seconds, taken, used in ends:
+                if seconds == float("inf"):
+                    self.problem += used == 0
+                else:
+                    hops.append(scale * seconds * used)
+                    busy.append((scale * taken, used))
+        for (i, j), arc in self.arc.items():
+            hop, taken_by = tables.hop[i][j], tables.busy[i][j]
+            assert hop is not None and taken_by is not None, "arcs are made only where there is a link"
+            hops.append(scale * hop[boundary] * arc)
+            busy.append((scale * taken_by[boundary], arc))
+        total = sum_of(stage.values()) + sum_of(hops)
+        if objective == "latency":
+            self.problem += total
+            return
+        # A hair above what is known, so that rounding does not cut that chain off.
+        slowest = self._add("period", 0, None if known is None else known * scale * (1 + 1e-9))
+        self.problem += slowest
+        self.problem += total <= streams * slowest
+        for seconds in stage.values():
+            self.problem += seconds <= slowest
+        for seconds, used in busy:
+            if seconds:
+                self.problem += seconds * used <= slowest
+
+    def _guess(self) -> float:
+        """The size of the objective, roughly: the whole model and its hops on a middling device."""
+        tables = self.tables
+        times = sorted(tables.stage(j, 0, tables.units) for j in self.devices)
+        return times[len(times) // 2] or 1.0
+
+    def chain(self) -> Chain:
+        """The chain of the solved program, its cost summed afresh from the tables."""
+
+        def on(variable: Any) -> bool:
+            return bool(round(variable.value()))
+
+        tables, units = self.tables, self.tables.units
+        stages: list[tuple[int, int, int]] = []
+        j, first = next(j for j in self.devices if on(self.first[j]) or on(self.sole[j])), 0
+        if on(self.sole[j]):
+            return Chain(((j, 0, units),), tables.enter[j] + tables.stage(j, 0, units) + tables.leave[j])
+        total = tables.enter[j]
+        while True:
+            at_end = on(self.last[j])
+            last = units if at_end else max(first, 1) + round(self.count[j].value())
+            stages.append((j, first, last))
+            total += tables.stage(j, first, last)
+            if at_end:
+                return Chain(tuple(stages), total + tables.leave[j])
+            following = next(k for (i, k), arc in self.arc.items() if i == j and on(arc))
+            hop = tables.hop[j][following]
+            assert hop is not None, "arcs are made only where there is a link"
+            total += hop[last]
+            j, first = following, last

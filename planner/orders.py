@@ -1,0 +1,123 @@
+"""Over orders of devices, without a solver: exact for a few devices, a good order for many.
+
+`cheapest_any_order` is the fixed-order step over subsets (Held and Karp): the state is the set of devices
+used, the last of them and the boundary. It takes any layers and any links, 2^n in the number of devices.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import cycle, permutations
+
+from .dp import Chain, arrivals, best_chain, cheapest, value
+from .rows import Objective
+from .tables import INF, Tables, TimeTables
+
+EXACT_DEVICES = 8  # 2^n: some tens of milliseconds for one search at 8 devices and 32 layers
+TRIALS = 300  # orders that local search tries
+
+
+def cheapest_any_order(tables: Tables, devices: Sequence[int]) -> Chain | None:
+    """The chain of least total cost over all subsets and orders of `devices`. None: there is none."""
+    count, units = len(devices), tables.units
+    ends: dict[tuple[int, int], list[float]] = {}
+    steps: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
+    best, at = INF, (0, -1)
+    for used in range(1, 1 << count):
+        for p in range(count):
+            if not used >> p & 1:
+                continue
+            rest = used & ~(1 << p)
+            befores = [(q, devices[q], ends[rest, q]) for q in range(count) if (rest, q) in ends]
+            if rest and not befores:
+                continue
+            arrive, came = arrivals(tables, devices[p], befores)
+            if rest:
+                arrive[0] = INF  # used as the first device it stands in the set of itself alone
+            end, start = tables.extend(devices[p], arrive)
+            if min(end) == INF:
+                continue
+            ends[used, p] = end
+            steps[used, p] = (start, came)
+            if end[units] + tables.leave[devices[p]] < best:
+                best, at = end[units] + tables.leave[devices[p]], (used, p)
+    if best == INF:
+        return None
+    stages, (used, p), last = [], at, units
+    while p >= 0:
+        start, came = steps[used, p]
+        first = start[last]
+        stages.append((devices[p], first, last))
+        used, p, last = used & ~(1 << p), came[first], first
+    return Chain(tuple(reversed(stages)), best)
+
+
+def search_orders(
+    tables: TimeTables,
+    devices: Sequence[int],
+    objective: Objective,
+    streams: int,
+    *,
+    exact_devices: int = EXACT_DEVICES,
+    trials: int = TRIALS,
+) -> tuple[Chain | None, bool]:
+    """The best chain over orders, and whether it is proved best: exact up to `exact_devices`, else by local
+    search."""
+    if len(devices) <= exact_devices:
+        return best_chain(tables, objective, streams, lambda t: cheapest_any_order(t, devices)), True
+
+    def solve(order: Sequence[int]) -> tuple[float, Chain | None]:
+        chain = best_chain(tables, objective, streams, lambda t: cheapest(t, order))
+        return (INF, None) if chain is None else (value(tables, objective, streams, chain), chain)
+
+    return _improve(solve, seed_orders(tables, devices), trials), False
+
+
+def least_lack(tables: Tables, devices: Sequence[int]) -> tuple[Chain | None, bool]:
+    """The chain that lacks least under the caps, and whether that is proved."""
+    if len(devices) <= EXACT_DEVICES:
+        return cheapest_any_order(tables, devices), True
+
+    def solve(order: Sequence[int]) -> tuple[float, Chain | None]:
+        chain = cheapest(tables, order)
+        return (INF, None) if chain is None else (chain.total, chain)
+
+    return _improve(solve, [list(devices), list(reversed(devices))], TRIALS), False
+
+
+def seed_orders(tables: TimeTables, devices: Sequence[int]) -> list[list[int]]:
+    """Orders to start from: by speed both ways, and the nearest neighbour next, from the likeliest first
+    devices."""
+    by_speed = sorted(devices, key=lambda j: tables.prefix[j][-1])
+    seeds = [by_speed, by_speed[::-1]]
+
+    def far(i: int, j: int) -> float:
+        hop = tables.hop[i][j]
+        return INF if hop is None else max(hop)
+
+    for start in sorted(devices, key=lambda j: tables.enter[j] + tables.prefix[j][-1])[:4]:
+        order, left = [start], [j for j in devices if j != start]
+        while left:
+            near = min(left, key=lambda j: (far(order[-1], j), tables.prefix[j][-1]))
+            order.append(near)
+            left.remove(near)
+        seeds.append(order)
+    return seeds
+
+
+def _improve(
+    solve: Callable[[Sequence[int]], tuple[float, Chain | None]], seeds: Sequence[list[int]], trials: int
+) -> Chain | None:
+    """From the best seed, move one device to another place as long as that helps, for `trials` orders at
+    most."""
+    solved = [(*solve(seed), seed) for seed in seeds]
+    best, chain, order = min(solved, key=lambda entry: entry[0])
+    since = 0  # trials since the last gain; all moves tried without one: a local optimum
+    for trial, (source, target) in enumerate(cycle(permutations(range(len(order)), 2))):
+        if trial == trials or since == len(order) * (len(order) - 1):
+            break
+        moved = list(order)
+        moved.insert(target, moved.pop(source))
+        cost, other = solve(moved)
+        since += 1
+        if cost < best:
+            best, chain, order, since = cost, other, moved, 0
+    return chain

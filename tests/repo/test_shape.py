@@ -1,6 +1,7 @@
 """The shape of the repository: how long files are, and which way imports run."""
 
 import ast
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,6 +88,33 @@ def test_only_the_files_that_act_import_trio() -> None:
 def test_every_module_says_why_it_exists() -> None:
     modules = [path for path in tracked(".py") if path.name != "_abi.py" and text(path).strip()]
     assert [path for path in modules if not ast.get_docstring(ast.parse(text(path)))] == []
+
+
+def names_and_strings(source: str) -> Iterator[tuple[int, str]]:
+    """What a Python file says to the interpreter: identifiers and string constants, without docstrings."""
+    tree = ast.parse(source)
+    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        match node:
+            case ast.Constant(value=str(words)) if id(node) not in prose:
+                yield node.lineno, words
+            case ast.Name(id=word) | ast.Attribute(attr=word) | ast.arg(arg=word):
+                yield node.lineno, word
+            case ast.FunctionDef(name=word) | ast.ClassDef(name=word):
+                yield node.lineno, word
+
+
+def test_only_families_name_a_family() -> None:
+    families = {path.stem for path in tracked(".py") if path.parent == Path("engine/families")} - {"__init__"}
+    assert families
+    wrong = [
+        f"{path}:{line} says {words!r}"
+        for path in library_files()
+        if path.parent != Path("engine/families")
+        for line, words in names_and_strings(text(path))
+        if families & set(re.findall("[a-z0-9]+", words.lower()))
+    ]
+    assert wrong == []
 
 
 def test_the_import_reader_sees_every_form() -> None:

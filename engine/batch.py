@@ -1,4 +1,5 @@
-"""What a stage is asked and what it answers: plain rows, shared by the engine's backends and by the network."""
+"""What a stage is asked and what it answers: plain rows, shared by the engine's backends and by the
+network."""
 
 from __future__ import annotations
 
@@ -18,9 +19,8 @@ F32 = NDArray[np.float32]
 class Sampling:
     """How tokens are drawn. The defaults are greedy.
 
-    The draw is a pure function of logits, these values, the token history and (seed, position): a replay, or another
-    device, draws the same token. Order: repetition penalty, temperature, top-k, top-p, min-p.
-    """
+    The draw is a pure function of logits, these values, the token history and (seed, position): a replay, or
+    another device, draws the same token. Order: repetition penalty, temperature, top-k, top-p, min-p."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -58,9 +58,8 @@ class Want(IntEnum):
 class Run:
     """Consecutive rows of one sequence, at positions [first, first + len(tokens)).
 
-    A run at position p forgets whatever the sequence held from p on. `hidden` is the cut `[rows, hidden]` that the
-    previous stage returned; None for a stage that starts with the embedding.
-    """
+    A run at position p forgets whatever the sequence held from p on. `hidden` is the cut `[rows, hidden]`
+    that the previous stage returned; None for a stage that starts with the embedding."""
 
     sequence: int
     first: int
@@ -93,4 +92,5 @@ def from_json(values: dict[str, Any]) -> Sampling:
             raise ValueError(f"sampling: unknown key {key!r}")
         if type(value) is not int and not (key in floats and type(value) is float):
             raise ValueError(f"sampling: {key} = {value!r} has the wrong type")
-    return Sampling(**{k: float(v) if k in floats else v for k, v in values.items()})
+    typed: dict[str, Any] = {k: float(v) if k in floats else v for k, v in values.items()}
+    return Sampling(**typed)

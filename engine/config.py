@@ -13,7 +13,9 @@ from typing import Any
 
 from .errors import ModelFileError, UnsupportedModelError
 
-_MAX_COUNT = 1 << 24  # no honest dimension, layer count or vocabulary is larger; products of two fit in 64 bits
+_MAX_COUNT = (
+    1 << 24
+)  # no honest dimension, layer count or vocabulary is larger; products of two fit in 64 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,8 @@ class Config:
 
 
 def read_config(path: Path) -> Config:
-    """Reads `config.json`. ModelFileError: unreadable or lying; UnsupportedModelError: a feature we don't have."""
+    """Reads `config.json`. ModelFileError: unreadable or lying; UnsupportedModelError: a feature we don't
+    have."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -74,9 +77,13 @@ def parse_config(values: dict[str, Any], where: str) -> Config:
     kv_heads = count("num_key_value_heads", heads)
     head_dim = count("head_dim", hidden // heads or 1)
     if heads % kv_heads:
-        raise ModelFileError(f"{where}: {heads} attention heads cannot share {kv_heads} key-value heads evenly")
+        raise ModelFileError(
+            f"{where}: {heads} attention heads cannot share {kv_heads} key-value heads evenly"
+        )
     if head_dim % 16:
-        raise UnsupportedModelError(f"{where}: head_dim is {head_dim}; the attention kernels need a multiple of 16")
+        raise UnsupportedModelError(
+            f"{where}: head_dim is {head_dim}; the attention kernels need a multiple of 16"
+        )
     for key in ("attention_bias", "mlp_bias"):
         if values.get(key):
             raise UnsupportedModelError(f"{where}: {key} is set; biases are not supported yet")

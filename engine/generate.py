@@ -41,8 +41,8 @@ def generate(
 ) -> Iterator[int]:
     """Token ids that follow `prompt`, one at a time; `stage` must hold all units of the model.
 
-    Stops after `max_tokens`, at the context's end, or before a token of `end`. ContextError: the prompt does not fit.
-    """
+    Stops after `max_tokens`, at the context's end, or before a token of `end`. ContextError: the prompt does
+    not fit."""
     context = stage.model.config.context if context is None else context
     check_prompt(prompt, context)
     stage.open(sequence, sampling, context)

@@ -1,9 +1,9 @@
 """Keys and values of sequences, in pages of 64 positions per layer.
 
-A page is one flat array: for each kv head, keys `[64 / 16][head_dim][16]`, then values `[64][head_dim]` (csrc/kernels.h).
-The layout is the same on every device, so a page is sent and received as it stands. Pages are written by absolute
-position, so writing a position again is harmless, and forgetting from a position on needs no work on pages kept.
-"""
+A page is one flat array: for each kv head, keys `[64 / 16][head_dim][16]`, then values `[64][head_dim]`
+(csrc/kernels.h). The layout is the same on every device, so a page is sent and received as it stands. Pages
+are written by absolute position, so writing a position again is harmless, and forgetting from a position on
+needs no work on pages kept."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ class SequenceKv:
         self.table = np.zeros((max(len(self.states), 1), -(-context // PAGE)), np.uint64)
 
     def reserve(self, positions: int) -> None:
-        """Makes sure that positions [0, positions) have pages. ContextError: no room; nothing is lost then."""
+        """Makes sure that positions [0, positions) have pages. ContextError: no room; nothing is lost
+        then."""
         need = -(-positions // PAGE)
         for s, state in enumerate(self.states):
             while len(self.pages[s]) < need:

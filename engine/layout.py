@@ -1,4 +1,5 @@
-"""Layout constants and the op table, read from csrc/kernels.h (through the generated cffi module): every fact once.
+"""Layout constants and the op table, read from csrc/kernels.h (through the generated cffi module): every fact
+once.
 
 Works without the C library: only the parsed header is needed.
 """

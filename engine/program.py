@@ -1,9 +1,8 @@
 """A model as a program: ops over named buffers, weights and states, unit by unit.
 
-This is the computational graph. A family writes it once (`families/`); every backend runs it, `costs` reads bytes and MACs
-off it, and a cut between two units is the list of buffers in `Program.cut`. Units are numbered 0 (embedding),
-1 … n (layers), n + 1 (final norm and head); ranges of units are half-open.
-"""
+This is the computational graph. A family writes it once (`families/`); every backend runs it, `costs` reads
+bytes and MACs off it, and a cut between two units is the list of buffers in `Program.cut`. Units are numbered
+0 (embedding), 1 … n (layers), n + 1 (final norm and head); ranges of units are half-open."""
 
 from __future__ import annotations
 
@@ -29,9 +28,8 @@ class Buffer:
 class Weight:
     """A tensor of one unit: a matrix `[rows, cols]`, or a vector `[cols]` with rows = 1.
 
-    `source` is its name in a Hugging Face checkpoint. Matrices take the model directory's dtype; vectors stay f32
-    (f64 for inverse frequencies, which no checkpoint holds: their values are in `Program.constants`).
-    """
+    `source` is its name in a Hugging Face checkpoint. Matrices take the model directory's dtype; vectors stay
+    f32 (f64 for inverse frequencies, which no checkpoint holds: their values are in `Program.constants`)."""
 
     name: str
     rows: int
@@ -67,7 +65,8 @@ class Angles:
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """out = RMS norm of x, times weight; quantised when out is q8; gathers wanted rows when out holds those."""
+    """out = RMS norm of x, times weight; quantised when out is q8; gathers wanted rows when out holds
+    those."""
 
     out: str
     x: str
@@ -95,7 +94,8 @@ class Matmul:
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotates `heads` heads of `head_dim` columns at the start of x in place (first half against second half)."""
+    """Rotates `heads` heads of `head_dim` columns at the start of x in place (first half against second
+    half)."""
 
     x: str
     angles: str
@@ -105,7 +105,8 @@ class Rope:
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """Writes keys (from column `key`) and values (from column `value`) of x into the state, at the rows' positions."""
+    """Writes keys (from column `key`) and values (from column `value`) of x into the state, at the rows'
+    positions."""
 
     x: str
     state: str
@@ -173,7 +174,8 @@ class Program:
     cut: tuple[str, ...]
     """Buffers that cross from one unit to the next."""
     constants: tuple[tuple[str, tuple[float, ...]], ...]
-    """f64 vectors that every stage holds (`common.safetensors`), computed once, when the model was converted."""
+    """f64 vectors that every stage holds (`common.safetensors`), computed once, when the model was
+    converted."""
     logits: str
     vocab: int
 
@@ -185,7 +187,8 @@ class Program:
         raise KeyError(name)
 
     def ops(self, first: int, last: int) -> Iterator[tuple[int, Op]]:
-        """(unit, op) of a stage that runs units [first, last), in order; the prologue's ops come with unit -1."""
+        """(unit, op) of a stage that runs units [first, last), in order; the prologue's ops come with unit
+        -1."""
         body = [(u, op) for u in range(first, last) for op in self.units[u].ops]
         read = {name for _, op in body for name in reads(op)}
         yield from ((-1, op) for op in self.prologue if written(op) in read)

@@ -1,8 +1,8 @@
 """Inverse frequencies of rotary positions, computed once, when a model is converted, and stored as f64.
 
 They are never recomputed on a device: `pow` of two libms may differ in the last bit, and answers must not.
-Sources: Su et al., arXiv 2104.09864; the scaling rules of Hugging Face transformers (`modeling_rope_utils.py`).
-"""
+Sources: Su et al., arXiv 2104.09864; the scaling rules of Hugging Face transformers
+(`modeling_rope_utils.py`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from .errors import UnsupportedModelError
 
 
 def inverse_frequencies(config: Config) -> tuple[float, ...]:
-    """head_dim / 2 angles per position, highest first. UnsupportedModelError: a scaling that we don't have."""
+    """head_dim / 2 angles per position, highest first. UnsupportedModelError: a scaling that we don't
+    have."""
     plain = [config.rope_theta ** (-2 * j / config.head_dim) for j in range(config.head_dim // 2)]
     scaling = dict(config.rope_scaling)
     kind = scaling.get("rope_type", "default")

@@ -1,4 +1,5 @@
-"""A stage: a contiguous range of a model's units, with its weights, and the state of the sequences that pass through.
+"""A stage: a contiguous range of a model's units, with its weights, and the state of the sequences that pass
+through.
 
 `Stage(model, 0, n)` is the engine that other programs embed; the network is stages in a chain.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,12 +53,16 @@ class Stage:
         self._sequences: dict[int, _Sequence] = {}
         self._linked = _link(model, first, last, options.max_rows)
         self._executor = make_executor(self._linked, options.backend, options.isa, options.threads)
-        self._pool = PagePool(np.dtype(np.float16 if model.kv_dtype == "f16" else np.float32), options.kv_bytes)
+        self._pool = PagePool(
+            np.dtype(np.float16 if model.kv_dtype == "f16" else np.float32), options.kv_bytes
+        )
 
-    def __enter__(self) -> Stage:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
         self.close()
 
     @property
@@ -75,12 +81,15 @@ class Stage:
         return self._pool.used
 
     def open(self, sequence: int, sampling: Sampling = Sampling(), context: int | None = None) -> None:
-        """Starts a sequence of at most `context` positions. ValueError: the number is taken, or context is too long."""
+        """Starts a sequence of at most `context` positions. ValueError: the number is taken, or context is
+        too long."""
         if sequence in self._sequences:
             raise ValueError(f"sequence {sequence} is open already")
         context = self.model.config.context if context is None else context
         if not 0 < context <= self.model.config.context:
-            raise ContextError(f"a context of {context} tokens was asked for; the model's is {self.model.config.context}")
+            raise ContextError(
+                f"a context of {context} tokens was asked for; the model's is {self.model.config.context}"
+            )
         kv = SequenceKv(self._pool, [state for _, state in self._linked.states], context)
         self._sequences[sequence] = _Sequence(kv, np.zeros(context, np.int32), 0, sampling)
 
@@ -105,10 +114,9 @@ class Stage:
     def run(self, batch: Sequence[Run]) -> list[Result]:
         """Runs a batch of rows of distinct sequences; the results stand in the batch's order.
 
-        ValueError: a run that does not fit the sequences or this stage. ContextError: a sequence outgrows its context,
-        or the pages are used up. FloatingPointError: NaN or infinity. After an error the positions of the batch hold
-        nothing; everything before them is kept.
-        """
+        ValueError: a run that does not fit the sequences or this stage. ContextError: a sequence outgrows its
+        context, or the pages are used up. FloatingPointError: NaN or infinity. After an error the positions
+        of the batch hold nothing; everything before them is kept."""
         if len({run.sequence for run in batch}) != len(batch):
             raise ValueError("a sequence stands twice in one batch")
         if sum(len(run.tokens) for run in batch) > self.options.max_rows:
@@ -127,7 +135,9 @@ class Stage:
         if state is None:
             raise ValueError(f"sequence {run.sequence} is not open")
         if n == 0 or not 0 <= run.first <= state.length:
-            raise ValueError(f"{n} rows from position {run.first}: the sequence holds {state.length} positions")
+            raise ValueError(
+                f"{n} rows from position {run.first}: the sequence holds {state.length} positions"
+            )
         if end > len(state.tokens):
             raise ContextError(f"position {end} is beyond the context of {len(state.tokens)} tokens")
         tokens = np.asarray(run.tokens)
@@ -136,7 +146,9 @@ class Stage:
         if not self._linked.reads_tokens:
             width = self.model.program.buffer(self.model.program.cut[0]).cols
             if run.hidden is None or run.hidden.shape != (n, width):
-                raise ValueError(f"stage [{self.first}, {self.last}) needs hidden rows of shape ({n}, {width})")
+                raise ValueError(
+                    f"stage [{self.first}, {self.last}) needs hidden rows of shape ({n}, {width})"
+                )
         self.truncate(run.sequence, run.first)
         state.kv.reserve(end)
         state.tokens[run.first : end] = tokens

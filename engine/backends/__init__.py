@@ -25,7 +25,8 @@ def choose(backend: str = "auto") -> tuple[str, str | None]:
 
 
 def make_executor(linked: Linked, backend: str = "auto", isa: str = "auto", threads: int = 1) -> Executor:
-    """An executor of `linked`. MissingDependencyError: the backend or instruction set asked for is not there."""
+    """An executor of `linked`. MissingDependencyError: the backend or instruction set asked for is not
+    there."""
     name, _ = choose(backend)
     if name == "native":
         from .native import NativeExecutor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -62,7 +63,8 @@ class SequenceRows:
 
 @dataclass(slots=True)
 class Outcome:
-    """What a batch gave: the cut `[rows, hidden]`, or the logits `[wanted, vocab]` and one token (or -1) a sequence."""
+    """What a batch gave: the cut `[rows, hidden]`, or the logits `[wanted, vocab]` and one token (or -1) a
+    sequence."""
 
     hidden: F32 | None
     logits: F32 | None
@@ -85,3 +87,8 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Gives up threads and memory; harmless when repeated."""
+
+
+def cpu_threads() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

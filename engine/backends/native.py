@@ -1,8 +1,8 @@
-"""The program in C: one cffi call runs every op of a range of units (csrc/). Exact: the same bits on every set."""
+"""The program in C: one cffi call runs every op of a range of units (csrc/). Exact: the same bits on every
+set."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,8 @@ from .base import Linked, Outcome, SequenceRows, WeightData
 
 _ERROR_BYTES = 512
 _ISA: dict[str, int] = {
-    name.removeprefix("SHOAL_ISA_").lower(): value for name, value in ffi.typeof("enum shoal_isa").relements.items()
+    name.removeprefix("SHOAL_ISA_").lower(): value
+    for name, value in ffi.typeof("enum shoal_isa").relements.items()
 }
 _ENUMS = {
     name: value
@@ -47,7 +48,9 @@ def library() -> Any:
     try:
         lib = ffi.dlopen(str(path))
     except OSError as e:
-        raise MissingDependencyError(f"the C library cannot be loaded ({e}); build it anew: `make lib`") from e
+        raise MissingDependencyError(
+            f"the C library cannot be loaded ({e}); build it anew: `make lib`"
+        ) from e
     built, sources = ffi.string(lib.shoal_source_hash()).decode(), source_hash()
     if sources is not None and built != sources:
         raise MissingDependencyError("the C library is older than the sources in csrc/: run `make lib`")
@@ -78,7 +81,9 @@ class NativeExecutor:
         self._lib = lib = library()
         self._linked = linked
         if isa not in _ISA or (isa != "auto" and not lib.shoal_isa_available(_ISA[isa])):
-            raise MissingDependencyError(f"this CPU or build has no {isa!r} kernels; it has: {', '.join(isa_names())}")
+            raise MissingDependencyError(
+                f"this CPU or build has no {isa!r} kernels; it has: {', '.join(isa_names())}"
+            )
         self.name = f"native ({ffi.string(lib.shoal_isa_name(_ISA[isa] or lib.shoal_isa_best())).decode()})"
         self._pool = ffi.gc(lib.shoal_pool_open(threads), lib.shoal_pool_close)
         if self._pool == ffi.NULL:
@@ -148,11 +153,17 @@ class NativeExecutor:
         weight_rows = {key: row for row, key in enumerate(linked.weights)}
         buffer_rows = {b.name: row for row, b in enumerate(linked.program.buffers)}
         state_rows = {(unit, state.name): row for row, (unit, state) in enumerate(linked.states)}
-        ops = ffi.new("shoal_op[]", [_op(u, op, buffer_rows, weight_rows, state_rows) for u, op in linked.ops])
+        ops = ffi.new(
+            "shoal_op[]", [_op(u, op, buffer_rows, weight_rows, state_rows) for u, op in linked.ops]
+        )
         buffers = ffi.new(
             "shoal_buffer[]",
             [
-                (_ENUMS[f"SHOAL_{b.type.upper()}"], b.cols, _ENUMS[f"SHOAL_{'ALL' if b.domain == 'rows' else 'WANTED'}_ROWS"])
+                (
+                    _ENUMS[f"SHOAL_{b.type.upper()}"],
+                    b.cols,
+                    _ENUMS[f"SHOAL_{'ALL' if b.domain == 'rows' else 'WANTED'}_ROWS"],
+                )
                 for b in linked.program.buffers
             ],
         )
@@ -183,18 +194,31 @@ def _weight(weight: WeightData, keep: list[Any]) -> tuple[Any, ...]:
     data = keep_buffer(keep, "char[]", weight.data)
     scales, scales_bytes, kind = ffi.NULL, 0, "F64" if weight.data.dtype == np.float64 else "F32"
     if weight.scales is not None:
-        scales, scales_bytes, kind = keep_buffer(keep, "uint16_t[]", weight.scales), weight.scales.nbytes, "Q8"
+        scales, scales_bytes, kind = (
+            keep_buffer(keep, "uint16_t[]", weight.scales),
+            weight.scales.nbytes,
+            "Q8",
+        )
     return (data, scales, weight.data.nbytes, scales_bytes, _ENUMS[f"SHOAL_{kind}"], weight.rows, weight.cols)
 
 
 def _op(
-    unit: int, op: Op, buffers: dict[str, int], weights: dict[tuple[int, str], int], states: dict[tuple[int, str], int]
+    unit: int,
+    op: Op,
+    buffers: dict[str, int],
+    weights: dict[tuple[int, str], int],
+    states: dict[tuple[int, str], int],
 ) -> dict[str, Any]:
     """One row of the op table: field names and meanings as in kernels.h."""
 
     def row(kind: str, **values: Any) -> dict[str, Any]:
         values["weights"] = [weights[unit, name] for name in values.get("weights", ())]
-        return {**_OP_FIELDS, **values, "kind": _ENUMS[f"SHOAL_OP_{kind}"], "n_weights": len(values["weights"])}
+        return {
+            **_OP_FIELDS,
+            **values,
+            "kind": _ENUMS[f"SHOAL_OP_{kind}"],
+            "n_weights": len(values["weights"]),
+        }
 
     match op:
         case Embed(out, table):
@@ -206,7 +230,9 @@ def _op(
         case Quantise(out, x):
             return row("QUANTISE", out=buffers[out], **{"in": buffers[x]})
         case Matmul(out, x, names, accumulate):
-            return row("MATMUL", out=buffers[out], **{"in": buffers[x]}, weights=names, i=[int(accumulate), 0])
+            return row(
+                "MATMUL", out=buffers[out], **{"in": buffers[x]}, weights=names, i=[int(accumulate), 0]
+            )
         case Rope(x, angles, heads, head_dim):
             return row("ROPE", out=buffers[x], angles=buffers[angles], i=[heads, head_dim])
         case Store(x, state, key, value):
@@ -219,8 +245,3 @@ def _op(
             return row("GATE", out=buffers[out], **{"in": buffers[x]}, i=[activation_row, 0])
         case Sample(x):
             return row("SAMPLE", **{"in": buffers[x]})
-
-
-def cpu_threads() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

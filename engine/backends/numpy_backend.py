@@ -1,8 +1,7 @@
 """The program in NumPy: the definition in floats, obvious rather than quick.
 
-Agrees with `native` within a stated tolerance (docs/numerics.md), not bit for bit: NumPy's sums have another order.
-A q8 buffer holds the f32 values that its int8 numbers stand for.
-"""
+Agrees with `native` within a stated tolerance (docs/numerics.md), not bit for bit: NumPy's sums have another
+order. A q8 buffer holds the f32 values that its int8 numbers stand for."""
 
 from __future__ import annotations
 
@@ -83,7 +82,12 @@ class NumpyExecutor:
 
     def embed(self, unit: int, op: Embed) -> None:
         tokens = np.concatenate([s.history[s.first : s.first + s.rows] for s in self.sequences])
-        self._write(op.out, self.weights[unit, op.table][tokens])
+        self._write(op.out, self.rows(self.weights[unit, op.table], tokens))
+
+    def rows(self, weight: Any, tokens: NDArray[np.int32]) -> F32:
+        """The rows of an embedding table that the tokens name."""
+        table: F32 = weight[tokens]
+        return table
 
     def angles(self, unit: int, op: Angles) -> None:
         positions = np.concatenate([np.arange(s.first, s.first + s.rows) for s in self.sequences])
@@ -102,7 +106,9 @@ class NumpyExecutor:
         self._write(op.out, self.buffers[op.x])
 
     def matmul(self, unit: int, op: Matmul) -> None:
-        y = np.concatenate([self.product(self.buffers[op.x], self.weights[unit, w]) for w in op.weights], axis=1)
+        y = np.concatenate(
+            [self.product(self.buffers[op.x], self.weights[unit, w]) for w in op.weights], axis=1
+        )
         self._write(op.out, self.buffers[op.out] + y if op.accumulate else y)
 
     def product(self, x: F32, weight: Any) -> F32:
@@ -159,7 +165,9 @@ class NumpyExecutor:
         half = x.shape[1] // 2
         gate, up = x[:, :half], x[:, half:]
         if op.activation == "silu":
-            with np.errstate(over="ignore"):  # exp(-x) may overflow to infinity, and x / infinity is the right 0
+            with np.errstate(
+                over="ignore"
+            ):  # exp(-x) may overflow to infinity, and x / infinity is the right 0
                 act = gate / (1 + np.exp(-gate))
         else:
             inner = np.float32(np.sqrt(2 / np.pi)) * (gate + np.float32(0.044715) * gate**3)

@@ -1,4 +1,5 @@
-"""Model families: one module each, named as `model_type` in config.json, with `program(config, quantised) -> Program`."""
+"""Model families: one module each, named as `model_type` in config.json, with `program(config, quantised) ->
+Program`."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ def build(config: Config, *, quantised: bool) -> Program:
     """
     if config.family not in names():
         raise UnsupportedModelError(
-            f"the model's family is {config.family!r}, which shoal does not have; it has: {', '.join(names())}"
+            f"the model's family is {config.family!r}, which shoal does not have; "
+            f"it has: {', '.join(names())}"
         )
     program: Program = import_module(f".{config.family}", __name__).program(config, quantised=quantised)
     return program

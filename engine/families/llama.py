@@ -10,6 +10,7 @@ from ..program import (
     Angles,
     Attend,
     Buffer,
+    BufferType,
     Embed,
     Gate,
     KvState,
@@ -30,7 +31,7 @@ def program(config: Config, *, quantised: bool) -> Program:
     """The program of a Llama model."""
     c = config
     queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    act = "q8" if quantised else "f32"
+    act: BufferType = "q8" if quantised else "f32"
     epsilon = c.norm_epsilon
 
     embed = Weight("embed.weight", c.vocab, c.hidden, "model.embed_tokens.weight")
@@ -61,7 +62,9 @@ def program(config: Config, *, quantised: bool) -> Program:
                 Weight("k.weight", keys, c.hidden, source + "self_attn.k_proj.weight"),
                 Weight("v.weight", keys, c.hidden, source + "self_attn.v_proj.weight"),
                 Weight("o.weight", c.hidden, queries, source + "self_attn.o_proj.weight"),
-                Weight("mlp_norm.weight", 1, c.hidden, source + "post_attention_layernorm.weight", vector=True),
+                Weight(
+                    "mlp_norm.weight", 1, c.hidden, source + "post_attention_layernorm.weight", vector=True
+                ),
                 Weight("gate.weight", c.intermediate, c.hidden, source + "mlp.gate_proj.weight"),
                 Weight("up.weight", c.intermediate, c.hidden, source + "mlp.up_proj.weight"),
                 Weight("down.weight", c.hidden, c.intermediate, source + "mlp.down_proj.weight"),

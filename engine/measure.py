@@ -1,0 +1,101 @@
+"""Measures this device with the real kernels on the model's own layers: what the planner is told is what
+runs.
+
+A one-row batch gives bytes/s (decode reads every weight once), a batch of many rows gives MAC/s (prefill),
+and the difference between one layer and several gives what a step costs before any layer."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from .batch import Run, Sampling, Want
+from .costs import unit_cost
+from .shards import Model
+from .stage import Stage, StageOptions
+
+_LAYERS = 8  # enough that weights do not stay in a phone's caches between steps
+_PREFILL_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A device as measured: bytes/s of weights at one row, MAC/s at many, seconds per step outside the
+    layers."""
+
+    backend: str
+    exact: bool
+    threads: int
+    read_bytes_per_s: float
+    macs_per_s: float
+    step_overhead_s: float
+    ram_total: int
+    ram_free: int
+
+
+def measure(model: Model, options: StageOptions = StageOptions(), *, seconds: float = 0.5) -> Measured:
+    """Measures with the layers that are on this device; takes about `seconds` after loading them.
+
+    ValueError: the model has no layers.
+    """
+    layers = [u for u in range(len(model.program.units)) if model.program.units[u].states]
+    if not layers:
+        raise ValueError("the model has no layers to measure with")
+    first, count = layers[0], min(_LAYERS, len(layers))
+    with Stage(model, first, first + 1, options) as one, Stage(model, first, first + count, options) as many:
+        one_s = _step_seconds(one, 1, seconds / 4)
+        many_s = _step_seconds(many, 1, seconds / 2)
+        prefill_s = _step_seconds(many, min(_PREFILL_ROWS, options.max_rows), seconds / 4)
+        backend, exact = many.backend, many.exact
+    costs = [unit_cost(model, u) for u in range(first, first + count)]
+    read, macs = sum(c.read_bytes for c in costs), sum(c.macs for c in costs)
+    per_layer = (many_s - one_s) / (count - 1) if count > 1 else many_s
+    overhead = max(0.0, many_s - count * per_layer) if 0 < per_layer < many_s else 0.0
+    total, free = ram()
+    return Measured(
+        backend=backend,
+        exact=exact,
+        threads=options.threads,
+        read_bytes_per_s=read / (many_s - overhead),
+        macs_per_s=macs * min(_PREFILL_ROWS, options.max_rows) / max(prefill_s - overhead, 1e-9),
+        step_overhead_s=overhead,
+        ram_total=total,
+        ram_free=free,
+    )
+
+
+def _step_seconds(stage: Stage, rows: int, seconds: float) -> float:
+    """Median time of a step of `rows` rows, over about `seconds` and at least 5 steps, after one to warm
+    up."""
+    width = stage.model.program.buffer(stage.model.program.cut[0]).cols
+    hidden = np.random.default_rng(0).standard_normal((rows, width)).astype(np.float32)
+    run = Run(0, 0, [0] * rows, Want.NOTHING, hidden)
+    stage.open(0, Sampling(), max(rows, 1))
+    times: list[float] = []
+    stage.run([run])
+    until = time.perf_counter() + seconds
+    while len(times) < 5 or time.perf_counter() < until:
+        start = time.perf_counter()
+        stage.run([run])
+        times.append(time.perf_counter() - start)
+    stage.close_sequence(0)
+    return statistics.median(times)
+
+
+def ram() -> tuple[int, int]:
+    """(total, available) bytes of RAM; available is what the kernel would give without swapping, 0 where
+    unknown."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    total = page * os.sysconf("SC_PHYS_PAGES")
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return total, int(line.split()[1]) * 1024
+    except OSError:  # not every Android allows it
+        pass
+    return total, 0

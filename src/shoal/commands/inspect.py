@@ -1,0 +1,124 @@
+"""`shoal inspect`: a model as the table of its program: each op, its shapes, bytes and MACs, unit by unit."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..engine.costs import constant_bytes, op_macs, op_read_bytes, op_weights, tied_bytes, unit_cost
+from ..engine.program import Op, Unit, reads, written
+from ..engine.shards import Model
+from ..store import resolve
+from ..text_table import table
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One op as it is shown."""
+
+    op: str
+    inputs: str
+    weights: str
+    output: str
+    bytes: int
+    macs: int
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the table, or JSON."""
+    model = Model.open(resolve(args.model))
+    if args.json:
+        print(json.dumps(_json(model), indent=2))
+        return 0
+    program, config = model.program, model.config
+    units = program.units
+    costs = [unit_cost(model, u) for u in range(len(units))]
+    total = sum(cost.bytes for cost in costs) - tied_bytes(model) + constant_bytes(program)
+    print(f"{model.path}")
+    print(
+        f"{config.family}, {config.layers} layers, hidden {config.hidden}, {config.heads} heads "
+        f"({config.kv_heads} for keys and values) of {config.head_dim}, vocabulary {config.vocab}, "
+        f"context {config.context}"
+    )
+    print(
+        f"{model.dtype} weights, {total / 1e6:.1f} MB, {sum(c.macs for c in costs) / 1e6:.1f} M MACs a token; "
+        f"keys and values ({model.kv_dtype}) {sum(c.kv_bytes_per_token for c in costs) / 1e3:.1f} kB a token; "
+        f"{costs[0].cut_bytes / 1e3:.1f} kB a token cross a cut"
+    )
+    print(f"model hash {model.hash}\n")
+    header = ("op", "reads", "weights [rows, cols]", "writes", "bytes read", "MACs")
+    rows: list[tuple[str, ...]] = [_cells(_row(model, program.units[1], op)) for op in program.prologue]
+    print(f"every stage first\n{table(header, rows)}\n")
+    for first, last in _alike(units):
+        title = f"unit {first}: {units[first].name}"
+        if last - first > 1:
+            title = f"units {first} to {last - 1}: {units[first].name} to {units[last - 1].name}, each"
+        cost = costs[first]
+        lines = [_cells(_row(model, units[first], op)) for op in units[first].ops]
+        read = sum(op_read_bytes(op, units[first], model.dtype) for op in units[first].ops)
+        lines.append(("in all", "", f"{cost.bytes:,} bytes held", "", f"{read:,}", f"{cost.macs:,}"))
+        print(f"{title}\n{table(header, lines)}\n")
+    return 0
+
+
+def _row(model: Model, unit: Unit, op: Op) -> _Row:
+    def shape(name: str) -> str:
+        buffer = model.program.buffer(name)
+        return f"{name} [{'n' if buffer.domain == 'rows' else 'wanted'}, {buffer.cols}] {buffer.type}"
+
+    own = {w.name for w in unit.weights}
+    weights = op_weights(op, unit) if all(name in own for name in _weight_names(op)) else []
+    shapes = (f"{w.name} [{w.rows}, {w.cols}]" if not w.vector else f"{w.name} [{w.cols}]" for w in weights)
+    inputs = [shape(name) for name in reads(op)] + [f"state {s}" for s in _state(op, "attend")]
+    output = [shape(written(op))] if written(op) else [f"state {s}" for s in _state(op, "store")]
+    macs = op_macs(op, unit) if weights else 0
+    size = op_read_bytes(op, unit, model.dtype) if weights else 0
+    return _Row(
+        type(op).__name__.lower(), ", ".join(inputs), ", ".join(shapes), ", ".join(output), size, macs
+    )
+
+
+def _weight_names(op: Op) -> tuple[str, ...]:
+    names = getattr(op, "weights", ()) or tuple(
+        getattr(op, key) for key in ("weight", "table", "inv_freq") if hasattr(op, key)
+    )
+    return tuple(names)
+
+
+def _state(op: Op, kind: str) -> list[str]:
+    return [op.state] if hasattr(op, "state") and type(op).__name__.lower() == kind else []
+
+
+def _cells(row: _Row) -> tuple[str, ...]:
+    return (row.op, row.inputs, row.weights, row.output, f"{row.bytes:,}", f"{row.macs:,}")
+
+
+def _alike(units: tuple[Unit, ...]) -> Iterable[tuple[int, int]]:
+    """Half-open ranges of neighbouring units with the same ops and the same shapes."""
+    first = 0
+    for u in range(1, len(units) + 1):
+        if u == len(units) or _signature(units[u]) != _signature(units[first]):
+            yield first, u
+            first = u
+
+
+def _signature(unit: Unit) -> Any:
+    return unit.ops, [(w.name, w.rows, w.cols) for w in unit.weights]
+
+
+def _json(model: Model) -> dict[str, Any]:
+    units = []
+    for u, unit in enumerate(model.program.units):
+        ops = [asdict(_row(model, unit, op)) for op in unit.ops]
+        units.append({**asdict(unit_cost(model, u)), "ops": ops})
+    return {
+        "path": str(model.path),
+        "hash": model.hash,
+        "dtype": model.dtype,
+        "config": asdict(model.config),
+        "tied_bytes": tied_bytes(model),
+        "units": units,
+    }

@@ -17,13 +17,14 @@ from typing import Any
 
 from .dp import Chain
 from .rows import Model, Objective
-from .tables import TimeTables
+from .tables import INF, TimeTables
 
 SCALE = 1000.0  # the objective's size in the solver's units, far above its absolute tolerances of 1e-6
+BOUNDARY = 1  # any cut stands for all: layers_alike
 
 
 class SolverMissing(ImportError):
-    """PuLP, or every solver that it could use, is absent; the message says what to install."""
+    """PuLP is absent, or no solver that it could use is here and runs; the message says what to install."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,31 +37,54 @@ class Solver:
 
 
 def load_solver(only: str | None = None) -> Solver:
-    """PuLP with HiGHS, its bundled CBC or an installed CBC, whichever is there first (or the one named, lower
-    case: highs, bundled-cbc, cbc). SolverMissing says what to install."""
+    """PuLP with HiGHS, an installed CBC or the CBC that PuLP brings, the first that runs here.
+
+    `only` asks for one: highs, cbc, bundled-cbc. SolverMissing says what to install.
+    """
     try:
         pulp = importlib.import_module("pulp")
     except ImportError as error:
-        raise SolverMissing("the MILP needs PuLP: pip install pulp highspy") from error
+        raise SolverMissing("the MILP needs PuLP and a solver: pip install 'shoal[plan]'") from error
 
     def highs(limit: float) -> Any:
-        # Restarts and primal heuristics lose here: on 8 devices x 32 layers they double the worst case.
-        quick = {"mip_allow_restart": False, "mip_heuristic_effort": 0.0}
-        return pulp.HiGHS(msg=False, gapRel=0.0, gapAbs=0.0, threads=1, timeLimit=limit, **quick)
+        # Presolve of HiGHS 1.15.1 calls some of these problems infeasible that are not (its issue 3296); without
+        # it they take as long. Restarts and primal heuristics only lose: twice the worst case of 8 devices x 32
+        # layers.
+        options = {"presolve": "off", "mip_allow_restart": False, "mip_heuristic_effort": 0.0}
+        return pulp.HiGHS(msg=False, gapRel=0.0, gapAbs=0.0, threads=1, timeLimit=limit, **options)
 
     def coin(path: str | None) -> Any:
         return lambda limit: pulp.COIN_CMD(msg=False, gapRel=0.0, gapAbs=0.0, timeLimit=limit, path=path)
 
+    choices = {"highs": ("HiGHS", highs), "cbc": ("CBC", coin(None))}
     # PULP_CBC_CMD itself warns that it goes away in PuLP 4; the path of its program does not.
-    bundled = getattr(pulp.PULP_CBC_CMD, "pulp_cbc_path", None) if hasattr(pulp, "PULP_CBC_CMD") else None
-    choices = [("highs", "HiGHS", highs), ("cbc", "CBC", coin(None))]
+    bundled = getattr(getattr(pulp, "PULP_CBC_CMD", None), "pulp_cbc_path", None)
     if bundled:
-        choices.insert(1, ("bundled-cbc", "PuLP's CBC", coin(bundled)))
-    for key, name, make in choices:
-        if only in (None, key) and make(1.0).available():
+        choices["bundled-cbc"] = ("PuLP's CBC", coin(bundled))
+    for key, (name, make) in choices.items():
+        if only in (None, key) and _runs(pulp, make):
             return Solver(pulp, name, make)
-    what = "no solver" if only is None else f"no {only}"
+    what = "no solver that runs here" if only is None else f"no {only} that runs here"
     raise SolverMissing(f"PuLP finds {what}: pip install highspy (Termux: pkg install coinor-cbc)")
+
+
+def _runs(pulp: Any, make: Any) -> bool:
+    """Whether a solver is there and solves: PuLP's own CBC is a program for glibc, which Android has not."""
+    if not make(5.0).available():
+        return False
+    problem = pulp.LpProblem("probe", pulp.LpMinimize)
+    x = _adder(problem, pulp)("x", 0, 3, pulp.LpInteger)
+    problem += x
+    problem += 2 * x >= 3
+    try:
+        return bool(problem.solve(make(5.0)) == pulp.LpStatusOptimal and round(x.value()) == 2)
+    except (pulp.PulpSolverError, OSError):
+        return False
+
+
+def _adder(problem: Any, pulp: Any) -> Any:
+    """What makes a problem's variables: PuLP 4 attaches them, before 3.3 there was only the constructor."""
+    return getattr(problem, "add_variable", pulp.LpVariable)
 
 
 def layers_alike(model: Model) -> bool:
@@ -91,8 +115,11 @@ def best_chain(
     if objective == "throughput" and known is not None:
         tables = tables.within(known)
     program = _Program(tables, devices, objective, streams, solver.pulp, ordered, known)
-    status = program.problem.solve(solver.make(time_limit))
     pulp = solver.pulp
+    try:
+        status = program.problem.solve(solver.make(time_limit))
+    except pulp.PulpSolverError as error:
+        raise SolverMissing(f"{solver.name} failed: {error}") from error
     if status == pulp.LpStatusOptimal:
         chain = program.chain()
         return chain, program.problem.sol_status == pulp.LpSolutionOptimal
@@ -115,8 +142,7 @@ class _Program:
         self.tables, self.devices, self.pulp = tables, devices, pulp
         self.layers = tables.units - 2
         self.problem = pulp.LpProblem("plan", pulp.LpMinimize)
-        # PuLP 4 attaches variables to their problem; before 3.3 there was only the constructor.
-        self._add = getattr(self.problem, "add_variable", pulp.LpVariable)
+        self._add = _adder(self.problem, pulp)
         self._roles()
         self._path(ordered)
         self._cost(objective, streams, known)
@@ -168,7 +194,9 @@ class _Program:
         self.arc, flow = {}, {}
         for i in self.devices:
             for j in self.devices:
-                if self.tables.hop[i][j] is None or (ordered and place[i] >= place[j]):
+                hop = self.tables.hop[i][j]
+                # Cuts are alike, so one boundary tells whether the link is there and quick enough.
+                if hop is None or hop[BOUNDARY] == INF or (ordered and place[i] >= place[j]):
                     continue
                 self.arc[i, j] = self._binary(f"arc_{i}_{j}")
                 flow[i, j] = self._add(f"flow_{i}_{j}", 0, self.layers)
@@ -183,8 +211,6 @@ class _Program:
 
     def _cost(self, objective: Objective, streams: int, known: float | None) -> None:
         tables, sum_of, units = self.tables, self.pulp.lpSum, self.tables.units
-        # Alike layers: any one tells, and the cut before it.
-        boundary = 1
         scale = SCALE / self._guess()
         stage, hops, busy = {}, [], []
         for j in self.devices:
@@ -201,7 +227,7 @@ class _Program:
                 (tables.leave[j], tables.busy_leave[j], self.last[j] + self.sole[j]),
             )
             for seconds, taken, used in ends:
-                if seconds == float("inf"):
+                if seconds == INF:
                     self.problem += used == 0
                 else:
                     hops.append(scale * seconds * used)
@@ -209,8 +235,8 @@ class _Program:
         for (i, j), arc in self.arc.items():
             hop, taken_by = tables.hop[i][j], tables.busy[i][j]
             assert hop is not None and taken_by is not None, "arcs are made only where there is a link"
-            hops.append(scale * hop[boundary] * arc)
-            busy.append((scale * taken_by[boundary], arc))
+            hops.append(scale * hop[BOUNDARY] * arc)
+            busy.append((scale * taken_by[BOUNDARY], arc))
         total = sum_of(stage.values()) + sum_of(hops)
         if objective == "latency":
             self.problem += total

@@ -141,17 +141,13 @@ def _search(
     else:
         try:
             solver = milp.load_solver()
+            chain, optimal = _by_milp(tables, devices, objective, streams, solver, time_limit)
         except milp.SolverMissing as missing:
             if method == "milp":
                 raise
             why = str(missing)
         else:
-            chain, optimal = _by_milp(tables, devices, objective, streams, solver, time_limit)
-            return (
-                chain,
-                optimal,
-                f"MILP ({solver.name}, gap 0)" if optimal else f"MILP ({solver.name}), unproved",
-            )
+            return chain, optimal, f"MILP ({solver.name}, gap 0)" if optimal else f"MILP ({solver.name})"
     chain, optimal = orders.search_orders(tables, devices, objective, streams)
     return chain, optimal, f"{'exact DP over all orders' if optimal else 'DP over searched orders'} ({why})"
 

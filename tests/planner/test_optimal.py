@@ -1,0 +1,276 @@
+"""The searches find the optimum: DP, MILP and brute force agree on random small problems.
+
+Brute force is the oracle: every order of every subset of devices, every cut, with its own arithmetic from the
+rows (nothing of planner.cost or planner.tables), so a wrong formula cannot hide in both.
+"""
+
+import itertools
+import math
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from shoal.planner import dp, milp, orders
+from shoal.planner.rows import (
+    Cluster,
+    Device,
+    Infeasible,
+    Link,
+    Model,
+    Objective,
+    Plan,
+    Stage,
+    Unit,
+    Workload,
+)
+from shoal.planner.solve import plan
+from shoal.planner.tables import time_tables
+
+SAME = 1e-6
+Problem = tuple[Model, Cluster, Workload]
+
+
+def brute_stage_seconds(problem: Problem, device: Device, first: int, last: int) -> float:
+    model, _, load = problem
+    depth = (load.prompt_tokens + load.context) // 2 if load.depth is None else load.depth
+    total = device.step_overhead_s
+    for unit in model.units[first:last]:
+        moved = unit.read_bytes + depth * unit.kv_bytes_per_token + unit.fixed_state_bytes
+        total += max(moved / device.read_bytes_per_s, unit.macs / device.macs_per_s)
+    return total
+
+
+def brute_ram(problem: Problem, device: Device, first: int, last: int) -> int:
+    model, _, load = problem
+    positions = math.ceil(load.context / model.kv_page_tokens) * model.kv_page_tokens
+    total = device.base_bytes + max(unit.workspace_bytes for unit in model.units[first:last])
+    for unit in model.units[first:last]:
+        total += unit.bytes
+        total += load.sequences * (positions * unit.kv_bytes_per_token + unit.fixed_state_bytes)
+    return total - (model.tied_bytes if last - first == len(model.units) else 0)
+
+
+def brute_value(problem: Problem, stages: list[Stage], objective: Objective) -> float:
+    """Seconds a token of given stages; infinite without a link."""
+    model, cluster, load = problem
+    places, total, at, size = [], 0.0, cluster.head, 4
+    for stage in [*stages, None]:
+        to = cluster.head if stage is None else stage.device
+        link = cluster.links.get((at, to))
+        if link is None and at != to:
+            return math.inf
+        if link is not None:
+            places.append((4 if stage is None else size) / link.bytes_per_s)
+            total += link.latency_s + places[-1]
+        if stage is not None:
+            device = next(d for d in cluster.devices if d.name == to)
+            places.append(brute_stage_seconds(problem, device, stage.first, stage.last))
+            total += places[-1]
+            at, size = to, model.units[stage.last - 1].cut_bytes
+    return total if objective == "latency" else max(total / load.streams, *places)
+
+
+def brute_chains(problem: Problem, order: tuple[Device, ...]) -> Iterator[list[Stage]]:
+    """Every cut of the model over exactly these devices in this order."""
+    units = len(problem[0].units)
+    for inner in itertools.combinations(range(1, units), len(order) - 1):
+        edges = [0, *inner, units]
+        yield [
+            Stage(device.name, a, b) for device, (a, b) in zip(order, itertools.pairwise(edges), strict=True)
+        ]
+
+
+def subsets(devices: tuple[Device, ...], any_order: bool) -> Iterator[tuple[Device, ...]]:
+    choose = itertools.permutations if any_order else itertools.combinations
+    for count in range(1, len(devices) + 1):
+        yield from choose(devices, count)
+
+
+def brute(problem: Problem, objective: Objective, *, any_order: bool) -> float:
+    """The least value of any feasible plan, infinite if there is none; in the cluster's order or in any."""
+    by_name = {device.name: device for device in problem[1].devices}
+    best = math.inf
+    for order in subsets(problem[1].devices, any_order):
+        for stages in brute_chains(problem, order):
+            fits = all(
+                brute_ram(problem, by_name[s.device], s.first, s.last) <= by_name[s.device].ram_bytes
+                for s in stages
+            )
+            if fits:
+                best = min(best, brute_value(problem, stages, objective))
+    return best
+
+
+def brute_lack(problem: Problem) -> float:
+    """The least total of bytes over the caps, infinite when links are what is missing."""
+    by_name = {device.name: device for device in problem[1].devices}
+    best = math.inf
+    for order in subsets(problem[1].devices, True):
+        for stages in brute_chains(problem, order):
+            if brute_value(problem, stages, "latency") < math.inf:
+                rams = [
+                    (by_name[s.device], brute_ram(problem, by_name[s.device], s.first, s.last))
+                    for s in stages
+                ]
+                best = min(best, sum(max(0, ram - device.ram_bytes) for device, ram in rams))
+    return best
+
+
+def random_problem(seed: int, *, alike: bool = True) -> Problem:
+    """A small problem with every feature now and then: tied tables, tight caps, missing links, equal devices,
+    a head that computes, workspace, paged and fixed state, and times from microseconds to seconds."""
+    rng = random.Random(seed)
+    cut = rng.choice([4, 256, 2048, 60_000])
+
+    def unit(name: str, size: int) -> Unit:
+        return Unit(
+            name,
+            bytes=size,
+            read_bytes=rng.randint(size // 2, size),
+            macs=rng.randint(0, 2 * size),
+            kv_bytes_per_token=rng.choice([0, 64, 256]),
+            fixed_state_bytes=rng.choice([0, 0, 1000]),
+            cut_bytes=cut if alike else rng.choice([4, 256, 2048, 60_000]),
+            workspace_bytes=rng.choice([0, 5_000, 40_000]),
+        )
+
+    count = rng.choice([0, 1, 2, 3, 4, 5, 5, 6])
+    layer = unit("layer", rng.randint(10_000, 200_000))
+    layers = [layer if alike else unit(f"layer {i}", rng.randint(10_000, 200_000)) for i in range(count)]
+    table = rng.randint(5_000, 300_000)
+    units = (unit("embedding", table), *layers, unit("head", table + rng.randint(0, 1000)))
+    model = Model(units, rng.choice([0, table]), rng.choice([1, 16, 64]))
+    load = Workload(
+        context=rng.randint(8, 300),
+        sequences=4,
+        prompt_tokens=rng.randint(1, 8),
+        streams=rng.randint(1, 4),
+        depth=rng.choice([None, 0, 8]),
+    )
+    whole = sum(u.bytes + 4 * (u.kv_bytes_per_token * load.context + u.fixed_state_bytes) for u in units)
+    roomy = rng.choice([0.35, 0.8, 0.9, 1.5])
+
+    def device(name: str) -> Device:
+        return Device(
+            name,
+            ram_bytes=int(whole * roomy * rng.uniform(0.3, 1.1)),
+            read_bytes_per_s=10 ** rng.uniform(6, 9),
+            macs_per_s=10 ** rng.uniform(6, 9),
+            base_bytes=rng.choice([0, 20_000]),
+            step_overhead_s=rng.choice([0.0, 1e-5, 1e-3]),
+        )
+
+    devices = [device(f"d{i}") for i in range(rng.choice([1, 2, 3, 3, 4, 4]))]
+    if len(devices) > 1 and rng.random() < 0.2:
+        twin = devices[0]
+        devices[1] = Device("d1", twin.ram_bytes, twin.read_bytes_per_s, twin.macs_per_s)
+    head = rng.choice(["head", "d0"])
+    names = [head, *(d.name for d in devices if d.name != head)]
+    links = {
+        (a, b): Link(rng.choice([0.0, 10 ** rng.uniform(-5, -3)]), 10 ** rng.uniform(5, 9))
+        for a, b in itertools.permutations(names, 2)
+        if rng.random() < 0.95
+    }
+    return model, Cluster(tuple(devices), links, head), load
+
+
+def value(chain: dp.Chain | None, problem: Problem, objective: Objective) -> float:
+    """What brute force's arithmetic says of a chain that a search found."""
+    if chain is None:
+        return math.inf
+    stages = [Stage(problem[1].devices[j].name, a, b) for j, a, b in chain.stages]
+    return brute_value(problem, stages, objective)
+
+
+def agree(problem: Problem, objective: Objective, solver: milp.Solver | None) -> None:
+    """DP = MILP = brute force, for the cluster's order and for any order."""
+    tables, streams = time_tables(*problem), problem[2].streams
+    devices = list(range(len(problem[1].devices)))
+    for any_order in (False, True):
+        truth = pytest.approx(brute(problem, objective, any_order=any_order), rel=SAME)
+
+        def search(t: dp.TimeTables, any_order: bool = any_order) -> dp.Chain | None:
+            return orders.cheapest_any_order(t, devices) if any_order else dp.cheapest(t, devices)
+
+        by_dp = dp.best_chain(tables, objective, streams, search)
+        assert value(by_dp, problem, objective) == truth
+        assert by_dp is None or dp.value(tables, objective, streams, by_dp) == truth
+        if solver is not None:
+            by_milp, proved = milp.best_chain(
+                tables, devices, objective, streams, solver, ordered=not any_order
+            )
+            assert proved
+            assert value(by_milp, problem, objective) == truth
+
+
+@pytest.fixture(scope="module")
+def highs() -> milp.Solver:
+    return milp.load_solver("highs")
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+@pytest.mark.parametrize("seed", range(40))
+def test_dp_and_milp_equal_brute_force(seed: int, objective: Objective, highs: milp.Solver) -> None:
+    agree(random_problem(seed), objective, highs)
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+@pytest.mark.parametrize("seed", range(1000, 1030))
+def test_dp_equals_brute_force_when_layers_differ(seed: int, objective: Objective) -> None:
+    agree(random_problem(seed, alike=False), objective, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_dp_and_milp_equal_brute_force_on_many(objective: Objective, highs: milp.Solver) -> None:
+    for seed in range(2000, 2120):
+        agree(random_problem(seed), objective, highs)
+
+
+@pytest.mark.parametrize("seed", [2041, 2068])
+def test_a_problem_with_one_feasible_plan_is_not_called_infeasible(seed: int, highs: milp.Solver) -> None:
+    """HiGHS 1.15.1 does, with presolve."""
+    agree(random_problem(seed), "latency", highs)
+
+
+def test_every_solver_here_finds_the_same() -> None:
+    here = []
+    for name in ("highs", "cbc", "bundled-cbc"):
+        try:
+            here.append(milp.load_solver(name))
+        except milp.SolverMissing:
+            continue
+    assert here, "the development extra installs one"
+    for solver, seed in itertools.product(here, (1, 2, 5)):
+        agree(random_problem(seed), "latency", solver)
+
+
+@pytest.mark.parametrize("method", ["auto", "dp"])
+@pytest.mark.parametrize("seed", range(30))
+def test_plan_equals_brute_force_and_keeps_the_caps(seed: int, method: str) -> None:
+    problem = random_problem(seed)
+    objective: Objective = "latency" if seed % 2 else "throughput"
+    answer = plan(*problem, objective, method=method)  # type: ignore[arg-type]
+    truth = brute(problem, objective, any_order=True)
+    if isinstance(answer, Infeasible):
+        lack = brute_lack(problem)
+        assert truth == math.inf
+        assert answer.missing_bytes == (0 if lack == math.inf else lack)
+        return
+    assert answer.optimal
+    assert answer.step_seconds == pytest.approx(truth, rel=SAME)
+    assert brute_value(problem, list(answer.stages), objective) == pytest.approx(truth, rel=SAME)
+    for stage, ram, cap in zip(answer.stages, answer.ram_bytes, answer.cap_bytes, strict=True):
+        assert ram == brute_ram(problem, problem[1].device(stage.device), stage.first, stage.last) <= cap
+
+
+def test_the_random_problems_have_every_kind() -> None:
+    """So that agreement above means something."""
+    answers = [plan(*random_problem(seed), "latency", explain=False) for seed in range(40)]
+    plans = [answer for answer in answers if isinstance(answer, Plan)]
+    lacks = [answer for answer in answers if isinstance(answer, Infeasible)]
+    assert len([lack for lack in lacks if lack.missing_bytes]) >= 3
+    assert len([found for found in plans if len(found.stages) == 1]) >= 3
+    assert len([found for found in plans if len(found.stages) > 1]) >= 10
+    assert len([found for found in plans if 1 < len(found.stages) < len(found.alone)]) >= 3

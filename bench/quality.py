@@ -72,9 +72,10 @@ class Comparison:
         difference = np.array(self.nll) - np.array(self.reference_nll)
         error = float(difference.std() / np.sqrt(len(difference)))
         return (
-            f"{len(self.kl)} positions: mean KL {self.mean_kl:.5f}, top-1 agreement {self.top1:.2%}, perplexity "
-            f"{self.perplexity:.3f} against {self.reference_perplexity:.3f} ({self.perplexity_change:+.2%} "
-            f"+- {error:.2%}), largest difference of a logit {self.max_difference:.3g}"
+            f"{len(self.kl)} positions: mean KL {self.mean_kl:.5f}, top-1 agreement {self.top1:.2%}, "
+            f"perplexity {self.perplexity:.3f} against {self.reference_perplexity:.3f} "
+            f"({self.perplexity_change:+.2%} +- {error:.2%}), "
+            f"largest difference of a logit {self.max_difference:.3g}"
         )
 
 
@@ -95,7 +96,7 @@ def windows(tokens: Sequence[int], positions: int, window: int) -> Iterator[Sequ
 def all_logits(stage: Stage, tokens: Sequence[int]) -> F32:
     """Logits of every position of one window."""
     stage.open(0, Sampling(), len(tokens))
-    chunk = stage.options.max_rows
+    chunk = min(stage.options.max_rows, stage.options.max_wanted)
     runs = [Run(0, at, tokens[at : at + chunk], Want.LOGITS) for at in range(0, len(tokens), chunk)]
     parts = [stage.run([run])[0].logits for run in runs]
     stage.close_sequence(0)
@@ -125,8 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reference, model = Model.open(args.reference), Model.open(args.model)
     tokens = text_tokens(Tokenizer.open(args.model), cache_directory(), args.positions)
     compared = Comparison()
-    first = StageOptions(backend="numpy")
-    second = StageOptions(backend=args.backend, threads=args.threads)
+    first = StageOptions(backend="numpy", max_wanted=256)
+    second = StageOptions(backend=args.backend, threads=args.threads, max_wanted=256)
     n = len(model.program.units)
     with Stage(reference, 0, n, first) as a, Stage(model, 0, n, second) as b:
         for window in windows(tokens, args.positions, args.window):

@@ -24,12 +24,14 @@ from .shards import Model
 
 @dataclass(frozen=True, slots=True)
 class StageOptions:
-    """How a stage runs. `kv_bytes` caps keys and values; `max_rows` is the most rows of one batch."""
+    """How a stage runs. `kv_bytes` caps keys and values. One batch has at most `max_rows` rows, and logits of
+    at most `max_wanted` of them: both size the workspace."""
 
     backend: str = "auto"
     isa: str = "auto"
     threads: int = 1
     max_rows: int = 256
+    max_wanted: int = 32
     kv_bytes: int | None = None
 
 
@@ -51,7 +53,7 @@ class Stage:
             raise ValueError(f"units [{first}, {last}) are not a range of this model's {len(units)} units")
         self.model, self.first, self.last, self.options = model, first, last, options
         self._sequences: dict[int, _Sequence] = {}
-        self._linked = _link(model, first, last, options.max_rows)
+        self._linked = _link(model, first, last, options)
         self._executor = make_executor(self._linked, options.backend, options.isa, options.threads)
         self._pool = PagePool(
             np.dtype(np.float16 if model.kv_dtype == "f16" else np.float32), options.kv_bytes
@@ -122,6 +124,8 @@ class Stage:
         if sum(len(run.tokens) for run in batch) > self.options.max_rows:
             raise ValueError(f"a batch may have at most {self.options.max_rows} rows")
         rows = [self._rows(run) for run in batch]
+        if sum(item.wanted for item in rows) > self._linked.max_wanted:
+            raise ValueError(f"a batch may want logits of at most {self._linked.max_wanted} rows")
         hidden = None if self._linked.reads_tokens else _joined([run.hidden for run in batch])
         outcome = self._executor.run(rows, hidden, any(run.want is Want.LOGITS for run in batch))
         for run in batch:
@@ -174,7 +178,7 @@ def _joined(parts: Sequence[F32 | None]) -> F32:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
-def _link(model: Model, first: int, last: int, max_rows: int) -> Linked:
+def _link(model: Model, first: int, last: int, options: StageOptions) -> Linked:
     """The ops, weights and states of units [first, last), resolved."""
     program = model.program
     ops = tuple(program.ops(first, last))
@@ -193,7 +197,8 @@ def _link(model: Model, first: int, last: int, max_rows: int) -> Linked:
         kv_type=model.kv_dtype,
         reads_tokens=first == 0,
         last=last == len(program.units),
-        max_rows=max_rows,
+        max_rows=options.max_rows,
+        max_wanted=min(options.max_rows, options.max_wanted),
     )
 
 

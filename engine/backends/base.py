@@ -44,6 +44,7 @@ class Linked:
     last: bool
     """The range ends with the head: it has logits instead of a cut."""
     max_rows: int
+    max_wanted: int
 
 
 @dataclass(slots=True)

@@ -179,7 +179,7 @@ class NativeExecutor:
         program.states, program.inputs, program.outputs = states, inputs, outputs
         program.n_ops, program.n_buffers, program.n_weights = len(ops), len(buffers), len(weights)
         program.n_states, program.n_inputs, program.n_outputs = len(states), len(inputs), len(outputs)
-        program.max_rows = program.max_wanted = linked.max_rows
+        program.max_rows, program.max_wanted = linked.max_rows, linked.max_wanted
         return program
 
 

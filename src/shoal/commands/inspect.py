@@ -43,9 +43,10 @@ def run(args: argparse.Namespace) -> int:
         f"({config.kv_heads} for keys and values) of {config.head_dim}, vocabulary {config.vocab}, "
         f"context {config.context}"
     )
+    macs, kv_bytes = sum(c.macs for c in costs), sum(c.kv_bytes_per_token for c in costs)
     print(
-        f"{model.dtype} weights, {total / 1e6:.1f} MB, {sum(c.macs for c in costs) / 1e6:.1f} M MACs a token; "
-        f"keys and values ({model.kv_dtype}) {sum(c.kv_bytes_per_token for c in costs) / 1e3:.1f} kB a token; "
+        f"{model.dtype} weights, {total / 1e6:.1f} MB; {macs / 1e6:.1f} M MACs a token; "
+        f"keys and values {kv_bytes / 1e3:.1f} kB a token ({model.kv_dtype}); "
         f"{costs[0].cut_bytes / 1e3:.1f} kB a token cross a cut"
     )
     print(f"model hash {model.hash}\n")

@@ -1,0 +1,153 @@
+"""Joins engine and planner: a model's costs and a device's measurements as the planner's rows.
+
+The planner imports nothing of ours, the engine nothing of the planner: this is the one place that knows both.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+from typing import Any
+
+from . import planner
+from .engine.costs import constant_bytes, tied_bytes, unit_cost
+from .engine.errors import NoPlanError, ShoalError
+from .engine.layout import PAGE
+from .engine.measure import Measured
+from .engine.shards import Model
+from .engine.stage import StageOptions
+
+MB = 1_000_000
+BASE_BYTES = 60 * MB
+"""What a node's process holds before its first unit, when nobody measured it."""
+
+
+def planner_model(model: Model, options: StageOptions) -> planner.Model:
+    """The planner's view of a model: one row per unit."""
+    units = []
+    shared = workspace_bytes(model, options) + constant_bytes(model.program)
+    for u in range(len(model.program.units)):
+        cost = unit_cost(model, u)
+        units.append(
+            planner.Unit(
+                name=cost.name,
+                bytes=cost.bytes,
+                read_bytes=cost.read_bytes,
+                macs=cost.macs,
+                kv_bytes_per_token=cost.kv_bytes_per_token,
+                fixed_state_bytes=cost.fixed_state_bytes,
+                cut_bytes=cost.cut_bytes,
+                workspace_bytes=shared,
+            )
+        )
+    return planner.Model(tuple(units), tied_bytes(model), PAGE)
+
+
+def workspace_bytes(model: Model, options: StageOptions) -> int:
+    """Activations of the largest batch, all buffers at once: what a stage needs at most."""
+    rows = {"rows": options.max_rows, "wanted": min(options.max_rows, options.max_wanted)}
+    return sum(4 * buffer.cols * rows[buffer.domain] for buffer in model.program.buffers)
+
+
+def device_profile(name: str, measured: Measured) -> planner.DeviceProfile:
+    """A measurement as the planner's profile row."""
+    backend, _, isa = measured.backend.partition(" ")
+    return planner.DeviceProfile(
+        name=name,
+        backend=backend,
+        isa=isa.strip("()") or backend,
+        threads=measured.threads,
+        read_bytes_per_s=measured.read_bytes_per_s,
+        macs_per_s=measured.macs_per_s,
+        ram_total=measured.ram_total,
+        ram_free=min(measured.ram_free, measured.ram_total),
+        step_overhead_s=measured.step_overhead_s,
+    )
+
+
+def read_devices(path: Path) -> planner.Cluster:
+    """The cluster that a file describes: TOML written by a person (README), or the JSON of `shoal profile`.
+
+    ShoalError: unreadable, unknown keys, values out of range.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            profile = planner.load_profile(text)
+            if not profile.devices:
+                raise ValueError("it describes no device")
+            return planner.cluster_from(profile, profile.devices[0].name)
+        return _cluster(tomllib.loads(text))
+    except FileNotFoundError:
+        raise ShoalError(f"{path} is missing: name a file that describes the devices") from None
+    except (OSError, ValueError) as e:
+        raise ShoalError(f"{path}: {e}") from e
+
+
+def _cluster(body: dict[str, Any]) -> planner.Cluster:
+    """A Cluster of a TOML table. ValueError names what is wrong."""
+    _keys("the file", body, {"device", "head", "default_link", "link"})
+    rows = body.get("device")
+    if not isinstance(rows, list) or not rows:
+        raise ValueError("it needs at least one [[device]]")
+    devices = tuple(_device(row) for row in rows)
+    names = [device.name for device in devices]
+    head = body.get("head", names[0])
+    links = {}
+    if "default_link" in body:
+        link = _link("default_link", body["default_link"], set())
+        links = {(a, b): link for a in {head, *names} for b in {head, *names} if a != b}
+    for row in body.get("link", []):
+        link = _link("[[link]]", row, {"from", "to"})
+        links[row["from"], row["to"]] = links[row["to"], row["from"]] = link
+    return planner.Cluster(devices, links, head)
+
+
+def _device(row: Any) -> planner.Device:
+    name = row.get("name") if isinstance(row, dict) else None
+    needed = {"name", "read_gb_per_s", "gmac_per_s", "ram_mb"}
+    _keys(f"[[device]] {name}", row, needed | {"base_mb", "step_overhead_ms"}, needed)
+    number = _numbers(f"[[device]] {name}", {k: v for k, v in row.items() if k != "name"})
+    return planner.Device(
+        name=row["name"],
+        ram_bytes=int(number["ram_mb"] * MB),
+        read_bytes_per_s=number["read_gb_per_s"] * 1e9,
+        macs_per_s=number["gmac_per_s"] * 1e9,
+        base_bytes=int(number["base_mb"] * MB) if "base_mb" in number else BASE_BYTES,
+        step_overhead_s=number.get("step_overhead_ms", 0.1) / 1e3,
+    )
+
+
+def _link(what: str, row: Any, more: set[str]) -> planner.Link:
+    known = {"latency_ms", "mbit_per_s"} | more
+    _keys(what, row, known, known)
+    number = _numbers(what, {key: row[key] for key in ("latency_ms", "mbit_per_s")})
+    return planner.Link(number["latency_ms"] / 1e3, number["mbit_per_s"] * 1e6 / 8)
+
+
+def _keys(what: str, row: Any, known: AbstractSet[str], needed: AbstractSet[str] = frozenset()) -> None:
+    if not isinstance(row, dict):
+        raise ValueError(f"{what} must be a table")
+    for key in sorted(row.keys() - known):
+        raise ValueError(f"{what} has an unknown key {key!r}; known: {', '.join(sorted(known))}")
+    for key in sorted(needed - row.keys()):
+        raise ValueError(f"{what} lacks {key!r}")
+
+
+def _numbers(what: str, row: dict[str, Any]) -> dict[str, float]:
+    for key, value in row.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{what}: {key} must be a number, not {value!r}")
+    return {key: float(value) for key, value in row.items()}
+
+
+def plan_or_error(
+    model: planner.Model, cluster: planner.Cluster, workload: planner.Workload, objective: Any
+) -> planner.Plan:
+    """The best plan. NoPlanError: none fits; the message says how many MB are missing."""
+    answer = planner.plan(model, cluster, workload, objective)
+    if isinstance(answer, planner.Infeasible):
+        raise NoPlanError(planner.render_infeasible(answer).strip())
+    return answer
+

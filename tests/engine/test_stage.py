@@ -1,0 +1,91 @@
+"""What a stage refuses, and that a refusal loses nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from shoal.engine.batch import Run, Sampling, Want
+from shoal.engine.errors import ContextError, MissingDependencyError, ShoalError
+from shoal.engine.generate import check_prompt, generate
+from shoal.engine.shards import Model
+from shoal.engine.stage import Stage, StageOptions
+
+
+@pytest.fixture
+def stage(tiny_int8: Model) -> Stage:
+    return Stage(tiny_int8, 0, len(tiny_int8.program.units))
+
+
+def test_runs_that_do_not_fit_are_refused_and_nothing_is_lost(stage: Stage) -> None:
+    stage.open(1, Sampling(), 40)
+    (before,) = stage.run([Run(1, 0, [5, 6, 7], Want.TOKEN)])
+    hidden = np.zeros((1, 3), np.float32)
+    for run, error in (
+        (Run(2, 0, [1], Want.TOKEN), "not open"),
+        (Run(1, 4, [1], Want.TOKEN), "holds 3 positions"),
+        (Run(1, 3, [], Want.TOKEN), "0 rows"),
+        (Run(1, 3, [-1], Want.TOKEN), "token id"),
+        (Run(1, 3, [267], Want.TOKEN), "token id"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            stage.run([run])
+    with pytest.raises(ContextError, match="beyond the context"):
+        stage.run([Run(1, 3, [1] * 38, Want.TOKEN)])
+    with pytest.raises(ValueError, match="twice"):
+        stage.run([Run(1, 3, [1], Want.TOKEN), Run(1, 3, [1], Want.TOKEN)])
+    assert hidden.shape == (1, 3)
+    (after,) = stage.run([Run(1, 2, [7], Want.TOKEN)])
+    assert after.token == before.token
+
+
+def test_a_middle_stage_needs_hidden_rows_of_its_width(tiny_int8: Model) -> None:
+    with Stage(tiny_int8, 1, 3) as middle:
+        middle.open(0, Sampling(), 10)
+        for hidden in (None, np.zeros((2, 72), np.float32), np.zeros((1, 71), np.float32)):
+            with pytest.raises(ValueError, match="hidden rows of shape"):
+                middle.run([Run(0, 0, [1], Want.NOTHING, hidden)])
+        for bad in (np.nan, np.inf):
+            with pytest.raises(FloatingPointError):
+                middle.run([Run(0, 0, [1], Want.NOTHING, np.full((1, 72), bad, np.float32))])
+        (good,) = middle.run([Run(0, 0, [1], Want.NOTHING, np.ones((1, 72), np.float32))])
+        assert good.hidden is not None and good.hidden.shape == (1, 72)
+
+
+def test_a_cap_on_keys_and_values_holds(tiny_int8: Model) -> None:
+    page = 2 * 64 * 2 * 16 * 2  # keys and values, positions, kv heads, head_dim, bytes
+    with Stage(tiny_int8, 0, 5, StageOptions(kv_bytes=4 * page)) as stage:
+        stage.open(0, Sampling(), 128)
+        stage.run([Run(0, 0, [1] * 64, Want.NOTHING)])
+        assert stage.kv_bytes == 3 * page
+        with pytest.raises(ContextError, match="promise more RAM"):
+            stage.run([Run(0, 64, [1], Want.TOKEN)])
+        stage.close_sequence(0)
+        assert stage.kv_bytes == 0
+        stage.open(1, Sampling(), 64)
+        (result,) = stage.run([Run(1, 0, [1] * 64, Want.TOKEN)])
+        assert result.token is not None
+
+
+def test_generation_stops_where_it_should(stage: Stage) -> None:
+    tokens = list(generate(stage, [1, 2, 3], max_tokens=20))
+    assert len(tokens) == 20
+    assert (
+        list(generate(stage, [1, 2, 3], max_tokens=20, end={tokens[4]})) == tokens[: tokens.index(tokens[4])]
+    )
+    assert list(generate(stage, [1, 2, 3], max_tokens=99, context=8)) == tokens[:6]
+    with pytest.raises(ContextError, match="8 tokens and the context holds 8"):
+        list(generate(stage, [1] * 8, context=8))
+    with pytest.raises(ContextError, match="empty"):
+        check_prompt([], 8)
+    seeded = Sampling(temperature=0.8, top_k=40, top_p=0.95, seed=11)
+    drawn = list(generate(stage, [1, 2, 3], seeded, max_tokens=20))
+    assert drawn == list(generate(stage, [1, 2, 3], seeded, max_tokens=20))
+    assert drawn != tokens
+
+
+def test_unknown_kernels_are_named(tiny_int8: Model) -> None:
+    with pytest.raises(MissingDependencyError, match="it has: scalar"):
+        Stage(tiny_int8, 0, 5, StageOptions(isa="mmx"))
+    with pytest.raises(ShoalError, match="there is no backend"):
+        Stage(tiny_int8, 0, 5, StageOptions(backend="cuda"))

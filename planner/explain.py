@@ -1,5 +1,6 @@
 """Why each device is in a plan or out of it, and what a problem without a plan lacks, in words."""
 
+import math
 from collections.abc import Sequence
 
 from . import cost, dp, orders
@@ -8,6 +9,7 @@ from .tables import TimeTables
 
 QUICK_EXACT = 5  # devices up to which "without it" is exact; beyond, the best of a few orders
 MB = 1e6
+NAMED = 3  # devices that an answer without a plan names
 
 
 def units_text(first: int, last: int, units: int) -> str:
@@ -85,14 +87,20 @@ def _why_out(plan: Plan, cluster: Cluster, tables: TimeTables, j: int, chain: dp
 def say_lack(
     model: Model, cluster: Cluster, workload: Workload, stages: Sequence[Stage], missing: int, exact: bool
 ) -> str:
-    """Which caps are how much too low, in the split that lacks least."""
-    parts = []
+    """How many MB the caps are short of, and which caps, in the split that lacks least."""
+    lacks = []
     for stage in stages:
         device = cluster.device(stage.device)
         ram = cost.range_ram_bytes(model, device, workload, stage.first, stage.last)
-        if ram > device.ram_bytes:
-            what = units_text(stage.first, stage.last, len(model.units))
-            cap = f"{device.ram_bytes / MB:.1f} MB"
-            parts.append(f"{device.name} would need {ram / MB:.1f} MB for {what} and promises {cap}")
-    short = f"the RAM caps are {'' if exact else 'up to '}{missing / MB:.1f} MB short"
-    return f"{short}: {'; '.join(parts)}"
+        what = f"{mb_up(ram)} for {units_text(stage.first, stage.last, len(model.units))}"
+        text = f"{device.name} promises {mb_up(device.ram_bytes)} and would need {what}"
+        lacks.append((ram - device.ram_bytes, text))
+    short = [text for lack, text in sorted(lacks, key=lambda entry: -entry[0]) if lack > 0]
+    more = f"; and {len(short) - NAMED} more" if len(short) > NAMED else ""
+    bound = "" if exact else "up to "
+    return f"the RAM caps are {bound}{mb_up(missing)} short in total: {'; '.join(short[:NAMED])}{more}"
+
+
+def mb_up(size: int) -> str:
+    """Bytes as MB, rounded up, so that what is asked for suffices."""
+    return f"{math.ceil(size / MB * 10) / 10:.1f} MB"

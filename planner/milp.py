@@ -47,9 +47,9 @@ def load_solver(only: str | None = None) -> Solver:
         raise SolverMissing("the MILP needs PuLP and a solver: pip install 'shoal[plan]'") from error
 
     def highs(limit: float) -> Any:
-        # Presolve of HiGHS 1.15.1 calls some of these problems infeasible that are not (its issue 3296); without
-        # it they take as long. Restarts and primal heuristics only lose: twice the worst case of 8 devices x 32
-        # layers.
+        # Presolve of HiGHS 1.15.1 calls some of these problems infeasible that are not (its issue 3296);
+        # without it they take as long. Restarts and primal heuristics only lose: they double the worst case
+        # of 8 devices x 32 layers.
         options = {"presolve": "off", "mip_allow_restart": False, "mip_heuristic_effort": 0.0}
         return pulp.HiGHS(msg=False, gapRel=0.0, gapAbs=0.0, threads=1, timeLimit=limit, **options)
 

@@ -36,15 +36,9 @@ def render(plan: Plan, measured: Measured | None = None) -> str:
 
 
 def render_infeasible(answer: Infeasible) -> str:
-    """Why there is no plan, with what is missing in MB (rounded up, so that adding that much suffices)."""
-    lines = [f"No plan: {answer.reason}."]
-    if answer.missing_bytes:
-        tenths = math.ceil(answer.missing_bytes / MB * 10) / 10
-        bound = "" if answer.exact else "at most "
-        lines.append(
-            f"Missing in total: {bound}{tenths:.1f} MB. Raise a cap, add a device, or shorten the context."
-        )
-    return "\n".join(lines) + "\n"
+    """Why there is no plan, how many MB are missing, and what would help."""
+    remedy = "Raise a cap, add a device, or shorten the context." if answer.missing_bytes else "Add a link."
+    return f"No plan: {answer.reason}. {remedy}\n"
 
 
 def to_json(answer: Plan | Infeasible) -> str:

@@ -183,7 +183,9 @@ def _infeasible(
     tables = lack_tables(model, cluster, workload)
     chain, exact = (dp.cheapest(tables, devices), True) if fixed else orders.least_lack(tables, devices)
     if chain is None:
-        return Infeasible(0, f"no chain of links leads from the head {cluster.head} through devices and back")
+        return Infeasible(
+            0, f"no chain of links leads from the head {cluster.head} through the devices and back"
+        )
     stages = [Stage(cluster.devices[j].name, first, last) for j, first, last in chain.stages]
     missing = round(chain.total)
     return Infeasible(missing, say_lack(model, cluster, workload, stages, missing, exact), exact)

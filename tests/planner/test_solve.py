@@ -1,0 +1,254 @@
+"""plan(): what it is asked, what it says when there is no plan or no solver, and the reasons it gives."""
+
+import importlib
+import itertools
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from shoal.planner import milp, orders, solve
+from shoal.planner.rows import Cluster, Device, Infeasible, Link, Model, Plan, Stage, Unit, Workload
+from shoal.planner.solve import evaluate, plan
+
+LAYER = Unit("layer", 1_000_000, 1_000_000, 1_000_000, 0, 0, 1000)
+EMBEDDING = Unit("embedding", 4_000_000, 1000, 0, 0, 0, 1000)
+HEAD = Unit("head", 4_000_000, 4_000_000, 4_000_000, 0, 0, 4)
+MODEL = Model((EMBEDDING, *[LAYER] * 6, HEAD), tied_bytes=4_000_000)
+LOAD = Workload(context=64, sequences=4, streams=4)
+
+
+def device(name: str, cap: int, rate: float = 1e9) -> Device:
+    return Device(name, cap, rate, 1e12)
+
+
+def cluster(*devices: Device, latency: float = 0.001) -> Cluster:
+    names = ["head", *(d.name for d in devices)]
+    links = {pair: Link(latency, 1e9) for pair in itertools.permutations(names, 2)}
+    return Cluster(devices, links, "head")
+
+
+FAST, SLOW = device("fast", 20_000_000), device("slow", 20_000_000, 1e8)
+
+
+def planned(*args: Any, **options: Any) -> Plan:
+    answer = plan(*args, **options)
+    assert isinstance(answer, Plan)
+    return answer
+
+
+def test_a_slow_device_gets_nothing_when_the_fast_one_has_room() -> None:
+    found = planned(MODEL, cluster(FAST, SLOW), LOAD)
+    assert found.stages == (Stage("fast", 0, 8),)
+    # embedding 1 us, six layers of 1 ms, the head 4 ms; two hops of 1 ms and 4 ns
+    assert found.step_seconds == pytest.approx(0.010001 + 0.002, abs=1e-7)
+    assert found.tokens_per_s == pytest.approx(1 / 0.012001, rel=1e-5)
+    assert found.ram_bytes == (10_000_000,)
+    assert found.optimal
+
+
+def test_reasons_say_what_each_device_changes() -> None:
+    found = planned(MODEL, cluster(FAST, SLOW, device("tiny", 1000)), LOAD)
+    assert [(r.device, r.used) for r in found.reasons] == [("fast", True), ("slow", False), ("tiny", False)]
+    # slow alone: 100.01 ms + 2 ms of hops
+    assert found.reasons[0].text == "without it: 9.80 tokens/s instead of 83.33"
+    # with it, at best: the embedding on slow (0.01 ms), and a third hop of 1.001 ms: 13.011 ms
+    assert found.reasons[1].text == "with it: 76.86 tokens/s instead of 83.33"
+    assert found.reasons[2].text == "its cap of 0.0 MB has no room for any unit"
+
+
+def test_reasons_of_a_device_that_is_needed_alone_or_not_asked() -> None:
+    two = cluster(device("a", 9_000_000), device("b", 9_000_000))
+    assert [r.text for r in planned(MODEL, two, LOAD).reasons] == [
+        "needed: without it the model does not fit"
+    ] * 2
+    assert planned(MODEL, cluster(FAST), LOAD).reasons[0].text == "the only device"
+    ordered = planned(MODEL, cluster(FAST, SLOW), LOAD, order=["slow"])
+    assert [r.text for r in ordered.reasons] == ["not in the given order", "the only device"]
+
+
+def test_an_unreachable_device_is_left_out_and_said_so() -> None:
+    links = {pair: Link(0.001, 1e9) for pair in (("head", "fast"), ("fast", "head"))}
+    found = planned(MODEL, Cluster((FAST, SLOW), links, "head"), LOAD)
+    assert found.reasons[1].text == "no chain of links with room leads through it"
+    assert found.alone[1].tokens_per_s is None
+    assert not found.alone[1].possible
+
+
+def test_each_device_alone_is_told_whether_or_not_it_fits() -> None:
+    small = device("small", 7_000_000, 2e9)
+    found = planned(MODEL, cluster(FAST, small), LOAD, "throughput")
+    assert [(alone.device, alone.missing_bytes, alone.possible) for alone in found.alone] == [
+        ("fast", 0, True),
+        ("small", 3_000_000, False),
+    ]
+    # fast: 10.001 ms a token is more than a fourth of the round; small: half of that
+    assert found.alone[0].tokens_per_s == pytest.approx(1 / 0.010001)
+    assert found.alone[1].tokens_per_s == pytest.approx(2 / 0.010001)
+    assert found.best_alone == found.alone[0]
+
+
+def test_many_streams_use_devices_that_one_stream_leaves_out() -> None:
+    # The head unit takes 4 ms, so 6 + 4 ms split best as 5 + 5.
+    twins = cluster(FAST, device("twin", 20_000_000))
+    assert len(planned(MODEL, twins, LOAD, "latency").stages) == 1
+    found = planned(MODEL, twins, LOAD, "throughput")
+    assert [stage.last - stage.first for stage in found.stages] == [6, 2]
+    assert found.step_seconds == pytest.approx(0.005001)
+
+
+@pytest.mark.parametrize("method", ["milp", "dp"])
+def test_missing_megabytes_are_counted(method: Any) -> None:
+    answer = plan(MODEL, cluster(device("a", 6_500_000), device("b", 6_500_000)), LOAD, method=method)
+    assert isinstance(answer, Infeasible)
+    # 4 + 6 + 4 MB over two devices of 6.5 MB lack 1 MB; one device would lack 3.5 MB.
+    assert (answer.missing_bytes, answer.exact) == (1_000_000, True)
+    assert answer.reason.startswith("the RAM caps are 1.0 MB short in total: ")
+    assert "promises 6.5 MB and would need 7.0 MB" in answer.reason
+
+
+def test_adding_what_is_missing_makes_a_plan() -> None:
+    tight = cluster(device("a", 3_000_000), device("b", 6_100_000))
+    answer = plan(MODEL, tight, LOAD)
+    assert isinstance(answer, Infeasible)
+    by_name = {"a": 3_000_000, "b": 6_100_000 + answer.missing_bytes}
+    assert isinstance(plan(MODEL, cluster(*(device(n, c) for n, c in by_name.items())), LOAD), Plan)
+    by_name["b"] -= 1
+    assert isinstance(plan(MODEL, cluster(*(device(n, c) for n, c in by_name.items())), LOAD), Infeasible)
+
+
+def test_an_order_is_planned_and_its_lack_told() -> None:
+    a, b = device("a", 9_000_000), device("b", 9_000_000, 2e9)
+    free = planned(MODEL, cluster(a, b), LOAD)
+    assert [stage.device for stage in free.stages] == ["a", "b"]  # the head unit is read faster on b
+    fixed = planned(MODEL, cluster(a, b), LOAD, order=["b", "a"])
+    assert [stage.device for stage in fixed.stages] == ["b", "a"]
+    assert fixed.method == "exact DP for the given order"
+    assert fixed.step_seconds > free.step_seconds
+    alone = plan(MODEL, cluster(a, b), LOAD, order=["b"])
+    assert isinstance(alone, Infeasible)
+    assert alone.missing_bytes == 1_000_000
+
+
+def test_without_a_way_round_links_are_what_is_missing() -> None:
+    links = {("head", "fast"): Link(0.001, 1e9)}
+    answer = plan(MODEL, Cluster((FAST, SLOW), links, "head"), LOAD)
+    assert isinstance(answer, Infeasible)
+    assert answer.missing_bytes == 0
+    assert answer.reason == "no chain of links leads from the head head through the devices and back"
+
+
+def test_layers_that_differ_are_planned_without_the_milp() -> None:
+    odd = Model((EMBEDDING, LAYER, replace(LAYER, macs=2_000_000), HEAD))
+    found = planned(odd, cluster(FAST, SLOW), LOAD)
+    assert found.method == "exact DP over all orders (the layers differ)"
+    assert found.optimal
+    with pytest.raises(ValueError, match="layers differ"):
+        plan(odd, cluster(FAST), LOAD, method="milp")
+
+
+def test_layers_are_alike_whatever_their_names() -> None:
+    assert milp.layers_alike(MODEL)
+    assert milp.layers_alike(Model((EMBEDDING, LAYER, replace(LAYER, name="layer 2"), HEAD)))
+    assert not milp.layers_alike(Model((replace(EMBEDDING, cut_bytes=8), LAYER, HEAD)))
+
+
+def test_without_pulp_the_dp_plans_and_the_milp_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pulp", None)
+    found = planned(MODEL, cluster(FAST, SLOW), LOAD)
+    assert (
+        found.method
+        == "exact DP over all orders (the MILP needs PuLP and a solver: pip install 'shoal[plan]')"
+    )
+    with pytest.raises(milp.SolverMissing, match="pip install 'shoal"):
+        plan(MODEL, cluster(FAST, SLOW), LOAD, method="milp")
+
+
+def test_a_solver_that_does_not_run_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    pulp = importlib.import_module("pulp")
+
+    class Broken:
+        """A program for another libc: there, and not to be started."""
+
+        def __init__(self, **options: object) -> None:
+            pass
+
+        def available(self) -> bool:
+            return True
+
+        def actualSolve(self, problem: object) -> int:
+            raise FileNotFoundError("no such interpreter")
+
+    monkeypatch.setattr(pulp, "HiGHS", Broken)
+    monkeypatch.setattr(pulp, "COIN_CMD", Broken)
+    with pytest.raises(milp.SolverMissing, match="pkg install coinor-cbc"):
+        milp.load_solver()
+    assert planned(MODEL, cluster(FAST, SLOW), LOAD).method.startswith(
+        "exact DP over all orders (PuLP finds no"
+    )
+
+
+def test_a_milp_without_an_answer_leaves_the_dp_plan_unproved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(milp, "best_chain", lambda *args, **options: (None, True))
+    found = planned(MODEL, cluster(FAST, SLOW), LOAD)
+    assert found.stages == (Stage("fast", 0, 8),)
+    assert not found.optimal
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "speed"}, "unknown objective 'speed'; there are latency, throughput"),
+        ({"method": "guess"}, "unknown method 'guess'"),
+        ({"order": ["fast", "who"]}, "there is no device who; there are fast, slow"),
+        ({"order": ["fast", "fast"]}, "names a device twice"),
+        ({"order": []}, "names no device"),
+    ],
+)
+def test_a_bad_question_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan(MODEL, cluster(FAST, SLOW), LOAD, **options)
+
+
+def test_given_stages_are_evaluated_even_over_their_caps() -> None:
+    small = cluster(FAST, device("small", 5_000_000))
+    found = evaluate(MODEL, small, LOAD, [Stage("small", 0, 4), Stage("fast", 4, 8)])
+    assert found.ram_bytes == (7_000_000, 7_000_000)
+    assert found.cap_bytes == (5_000_000, 20_000_000)
+    assert found.step_seconds == pytest.approx(0.003001 + 0.007 + 0.003, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([], "must cover units 0 to 8"),
+        ([Stage("fast", 0, 7)], "must cover units 0 to 8"),
+        ([Stage("fast", 0, 3), Stage("slow", 4, 8)], "without gap or overlap"),
+        ([Stage("fast", 0, 3), Stage("fast", 3, 8)], "one stage only"),
+        ([Stage("who", 0, 8)], "no device who"),
+    ],
+)
+def test_stages_that_are_no_plan_are_refused(stages: list[Stage], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate(MODEL, cluster(FAST, SLOW), LOAD, stages)
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_local_search_over_many_orders_finds_a_plan_near_the_best(objective: Any) -> None:
+    devices = [device(f"d{i}", 2_500_000 + 400_000 * i, 1e9 / (1 + i % 3)) for i in range(8)]
+    spread = cluster(*devices, latency=0.0002)
+    tables = solve.time_tables(MODEL, spread, LOAD)
+    exact, proved = orders.search_orders(tables, range(8), objective, 4)
+    found, unproved = orders.search_orders(tables, range(8), objective, 4, exact_devices=1)
+    assert (proved, unproved) == (True, False)
+    assert exact is not None
+    assert found is not None
+    assert exact.total <= found.total <= 1.2 * exact.total
+
+
+def test_planning_imports_no_solver_until_it_solves() -> None:
+    code = "import sys, shoal.planner; print(sorted({'pulp', 'highspy', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

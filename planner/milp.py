@@ -271,10 +271,11 @@ class _Program:
         total = tables.enter[j]
         while True:
             at_end = on(self.last[j])
-            last = units if at_end else max(first, 1) + round(self.count[j].value())
+            last = max(first, 1) + round(self.count[j].value()) + at_end
             stages.append((j, first, last))
             total += tables.stage(j, first, last)
             if at_end:
+                assert last == units, "the layers of all roles add up along the path"
                 return Chain(tuple(stages), total + tables.leave[j])
             following = next(k for (i, k), arc in self.arc.items() if i == j and on(arc))
             hop = tables.hop[j][following]

@@ -87,11 +87,14 @@ def subsets(devices: tuple[Device, ...], any_order: bool) -> Iterator[tuple[Devi
         yield from choose(devices, count)
 
 
-def brute(problem: Problem, objective: Objective, *, any_order: bool) -> float:
-    """The least value of any feasible plan, infinite if there is none; in the cluster's order or in any."""
+def brute(problem: Problem, objective: Objective, *, any_order: bool, must: str | None = None) -> float:
+    """The least value of any feasible plan (that uses `must`), infinite if there is none; in the cluster's
+    order or in any."""
     by_name = {device.name: device for device in problem[1].devices}
     best = math.inf
     for order in subsets(problem[1].devices, any_order):
+        if must is not None and must not in (device.name for device in order):
+            continue
         for stages in brute_chains(problem, order):
             fits = all(
                 brute_ram(problem, by_name[s.device], s.first, s.last) <= by_name[s.device].ram_bytes
@@ -219,6 +222,25 @@ def test_dp_and_milp_equal_brute_force(seed: int, objective: Objective, highs: m
 @pytest.mark.parametrize("seed", range(1000, 1030))
 def test_dp_equals_brute_force_when_layers_differ(seed: int, objective: Objective) -> None:
     agree(random_problem(seed, alike=False), objective, None)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_device_that_must_be_used_costs_the_least_it_can(seed: int) -> None:
+    problem = random_problem(seed)
+    tables, names = time_tables(*problem), [device.name for device in problem[1].devices]
+    for must, name in enumerate(names):
+        chain = dp.cheapest(tables, range(len(names)), must)
+        truth = brute(problem, "latency", any_order=False, must=name)
+        assert value(chain, problem, "latency") == pytest.approx(truth, rel=SAME)
+
+
+def test_out_of_time_proves_nothing(highs: milp.Solver) -> None:
+    problem = random_problem(1)
+    devices = range(len(problem[1].devices))
+    assert milp.best_chain(time_tables(*problem), devices, "latency", 1, highs, time_limit=0.0) == (
+        None,
+        False,
+    )
 
 
 @pytest.mark.slow

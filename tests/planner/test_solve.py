@@ -100,6 +100,37 @@ def test_many_streams_use_devices_that_one_stream_leaves_out() -> None:
 
 
 @pytest.mark.parametrize("method", ["milp", "dp"])
+def test_a_link_of_low_rate_paces_many_streams_and_one_of_high_latency_does_not(method: Any) -> None:
+    halves = cluster(device("a", 9_000_000), device("b", 9_000_000))
+    links = {**halves.links, ("a", "b"): Link(0.0, 1e5), ("b", "a"): Link(0.012, 1e9)}
+    uneven = Cluster(halves.devices, links, "head")
+    one = planned(MODEL, uneven, LOAD, "latency", method=method)
+    # 1000 bytes take 10 ms from a to b; 12 ms from b to a, but the link only 1 us of them.
+    assert [stage.device for stage in one.stages] == ["a", "b"]
+    many = planned(MODEL, uneven, LOAD, "throughput", method=method)
+    assert [stage.device for stage in many.stages] == ["b", "a"]
+    assert many.step_seconds == pytest.approx((0.012 + 0.002 + 0.010) / 4, rel=1e-3)
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_no_ring_of_quick_devices_computes_beside_the_chain(objective: Any) -> None:
+    """Two slow ones near the head, two quick ones near each other: layers must lie on the token's way."""
+    near = [device("a", 12_000_000, 2e7), device("b", 12_000_000, 2e7)]
+    quick = [device("c", 5_000_000, 1e10), device("d", 5_000_000, 1e10)]
+    links = {
+        (x, y): Link(10.0 if (x in "cd") != (y in "cd") else 0.0, 1e9)
+        for x, y in itertools.permutations(["head", "a", "b", "c", "d"], 2)
+    }
+    model = Model((EMBEDDING, *[LAYER] * 6, replace(HEAD, bytes=9_000_000)))  # too much for one device
+    tables = solve.time_tables(model, Cluster((*near, *quick), links, "head"), LOAD)
+    chain, proved = milp.best_chain(tables, range(4), objective, 4, milp.load_solver())
+    assert proved
+    assert chain is not None
+    assert sorted(j for j, _, _ in chain.stages) == [0, 1]
+    assert chain.total == pytest.approx(0.5, abs=1e-3)  # 10 MB at 20 MB/s
+
+
+@pytest.mark.parametrize("method", ["milp", "dp"])
 def test_missing_megabytes_are_counted(method: Any) -> None:
     answer = plan(MODEL, cluster(device("a", 6_500_000), device("b", 6_500_000)), LOAD, method=method)
     assert isinstance(answer, Infeasible)

@@ -3,14 +3,16 @@
 Plain rows only: nothing of the engine or the network is imported here, and no third-party package until a
 MILP is really solved, so that a phone can plan with the standard library alone.
 
+    check     single values
     rows      the questions: units, devices, links, workload; and the answers: plan, or infeasible
     cost      every formula, once
     tables    the formulas evaluated for one problem, and the searches' common step
     dp        exact for a fixed order of devices
     orders    exact over all orders of a few devices; a good order of many
     milp      exact over orders and layer counts with PuLP
-    solve     plan(): picks the method, fills the answer, says why
-    profile   measured rows as JSON
+    solve     plan(): picks the method and fills the answer; evaluate() does so for stages made by hand
+    explain   why each device is in or out, and what is missing, in words
+    profile   measured rows as JSON, and the devices and links made of them
     report    a plan as text and as JSON
 """
 

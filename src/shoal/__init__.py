@@ -30,16 +30,28 @@ if TYPE_CHECKING:
     from .engine.stage import Stage as Stage
     from .engine.stage import StageOptions as StageOptions
     from .engine.tokenizer import Tokenizer as Tokenizer
+    from .net.errors import AddressInUseError as AddressInUseError
+    from .net.errors import LocalProtocolError as LocalProtocolError
+    from .net.errors import MismatchError as MismatchError
+    from .net.errors import NetError as NetError
+    from .net.errors import NodeLostError as NodeLostError
+    from .net.errors import RemoteProtocolError as RemoteProtocolError
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "AddressInUseError": "net.errors",
     "ContextError": "engine.errors",
     "DownloadError": "engine.errors",
+    "LocalProtocolError": "net.errors",
+    "MismatchError": "net.errors",
     "MissingDependencyError": "engine.errors",
     "Model": "engine.shards",
     "ModelFileError": "engine.errors",
+    "NetError": "net.errors",
     "NoPlanError": "engine.errors",
+    "NodeLostError": "net.errors",
+    "RemoteProtocolError": "net.errors",
     "Result": "engine.batch",
     "Run": "engine.batch",
     "Sampling": "engine.batch",

@@ -1,0 +1,275 @@
+"""What the head decides about its nodes: (state, event, now) -> (state, commands), with no I/O and no clock.
+
+    gathering ──all joined──> measuring ──> planning ──> loading ──all loaded──> serving
+                                               ↑                       │            │
+                                               └───── a node is lost ──┴────────────┘
+    failed: from anywhere, once; nothing is decided after it
+
+Every plan that is carried out gets an epoch of its own. A node that is lost while it holds a stage ends the
+epoch; with survivors the next plan is made at once. Before the first epoch has been served any loss is a
+failure, since then somebody is there to mend it. `now` is in seconds of any clock that never goes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ..engine.errors import ShoalError
+from .errors import LocalProtocolError, MismatchError, NodeLostError
+from .events import (
+    DEFAULT_TIMING,
+    Command,
+    Event,
+    Fail,
+    HangUp,
+    Heard,
+    Joined,
+    Left,
+    LinksMeasured,
+    MakePlan,
+    MeasureLinks,
+    Pause,
+    Planned,
+    SendAssign,
+    SendPing,
+    SendRelease,
+    Serve,
+    StageBroken,
+    StageLoaded,
+    Tick,
+    Timing,
+)
+from .messages import Assign, Epoch, Hello, Peer
+from .placement import HEAD, Placement
+
+NO_PLACEMENT = Placement(())
+Phase = Literal["gathering", "measuring", "planning", "loading", "serving", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A node as the head knows it; members are named by their place in the list of addresses."""
+
+    host: str
+    port: int
+    hello: Hello | None = None
+    label: str = ""
+    """The node's name, or name@host:port where two have the same."""
+    lost: bool = False
+    heard: float = 0.0
+    pinged: float = 0.0
+
+    @property
+    def alive(self) -> bool:
+        """Joined and not lost."""
+        return self.hello is not None and not self.lost
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """The head's view. `epoch` is that of the newest assignment; `placement` belongs to it."""
+
+    members: tuple[Member, ...]
+    units: int
+    epoch: Epoch
+    timing: Timing = DEFAULT_TIMING
+    approximate: bool = False
+    """Nodes whose results are not exact may mix with others."""
+    recover: bool = True
+    phase: Phase = "gathering"
+    plans: int = 0
+    """Plans asked for: an answer to an older question is ignored."""
+    placement: Placement = NO_PLACEMENT
+    loaded: frozenset[int] = frozenset()
+    served: bool = False
+    """Some epoch has been served."""
+
+    def index(self, label: str) -> int:
+        """The living member of that label. KeyError: none."""
+        for i, member in enumerate(self.members):
+            if member.label == label and member.alive:
+                return i
+        raise KeyError(label)
+
+    def alive(self) -> tuple[int, ...]:
+        """Members that have joined and are not lost."""
+        return tuple(i for i, member in enumerate(self.members) if member.alive)
+
+    def holders(self) -> tuple[int, ...]:
+        """Members of the placement, in the chain's order, lost ones too."""
+        labels = [member.label for member in self.members]
+        return tuple(labels.index(stage.node) for stage in self.placement.stages)
+
+
+Outcome = tuple[Cluster, tuple[Command, ...]]
+
+
+def step(state: Cluster, event: Event, now: float) -> Outcome:
+    """The state after an event, and what is to be done about it."""
+    if state.phase == "failed":
+        return state, ()
+    match event:
+        case Joined():
+            return _joined(state, event, now)
+        case Heard(member):
+            return _with_member(state, member, heard=now), ()
+        case Left(member, error):
+            return _left(state, member, error)
+        case LinksMeasured():
+            return _plan(state) if state.phase == "measuring" else (state, ())
+        case Planned(number, answer):
+            current = state.phase == "planning" and number == state.plans
+            return _planned(state, answer) if current else (state, ())
+        case StageLoaded(member, epoch):
+            return _loaded(state, member, epoch)
+        case StageBroken():
+            return _broken(state, event)
+        case Tick():
+            return _tick(state, now)
+
+
+def check_placement(state: Cluster, placement: Placement) -> None:
+    """LocalProtocolError: a plan that does not cover the units in order, or names a node that is not there,
+    or names one twice. Plans come from our own code."""
+    edges = [0, *(stage.last for stage in placement.stages)]
+    if (
+        [stage.first for stage in placement.stages] != edges[:-1]
+        or sorted(set(edges)) != edges
+        or edges[-1] != state.units
+    ):
+        raise LocalProtocolError(f"the plan's stages {edges} do not cover units 0 to {state.units} in order")
+    names = [stage.node for stage in placement.stages]
+    there = {state.members[i].label for i in state.alive()}
+    if len(set(names)) < len(names) or not set(names) <= there:
+        raise LocalProtocolError(f"the plan names {names}; each must be one of {sorted(there)}, once")
+    if placement.chunk_rows < 1:
+        raise LocalProtocolError(f"the plan has chunks of {placement.chunk_rows} rows")
+
+
+def _with_member(state: Cluster, member: int, **changes: object) -> Cluster:
+    changed = replace(state.members[member], **changes)  # type: ignore[arg-type]
+    return replace(state, members=(*state.members[:member], changed, *state.members[member + 1 :]))
+
+
+def _fail(state: Cluster, error: ShoalError) -> Outcome:
+    return replace(state, phase="failed"), (Fail(error),)
+
+
+def _joined(state: Cluster, event: Joined, now: float) -> Outcome:
+    state = _with_member(state, event.member, hello=event.hello, heard=now, pinged=now)
+    if state.phase != "gathering" or any(member.hello is None for member in state.members):
+        return state, ()
+    state = replace(state, members=_labelled(state.members))
+    exact = {hello.device.exact: member for member, hello in _devices(state) if hello.device}
+    if len(exact) == 2 and not state.approximate:
+        first, second = exact[True], exact[False]
+        return _fail(
+            state,
+            MismatchError(
+                f"{first.label} computes exactly and {second.label} approximately (its backend is not "
+                "native): answers would depend on the cut; start all nodes with the same kind of backend"
+            ),
+        )
+    return replace(state, phase="measuring"), (MeasureLinks(state.alive()),)
+
+
+def _devices(state: Cluster) -> list[tuple[Member, Hello]]:
+    return [(member, member.hello) for member in state.members if member.hello is not None]
+
+
+def _labelled(members: Sequence[Member]) -> tuple[Member, ...]:
+    names = [HEAD, *(member.hello.name if member.hello else "" for member in members)]
+    return tuple(
+        replace(member, label=name if names.count(name) == 1 else f"{name}@{member.host}:{member.port}")
+        for member, name in zip(members, names[1:], strict=True)
+    )
+
+
+def _plan(state: Cluster) -> Outcome:
+    state = replace(state, phase="planning", plans=state.plans + 1, loaded=frozenset())
+    return state, (MakePlan(state.plans, state.alive()),)
+
+
+def _planned(state: Cluster, answer: Placement | ShoalError) -> Outcome:
+    if isinstance(answer, ShoalError):
+        gone = ", ".join(member.label for member in state.members if member.lost)
+        return _fail(state, NodeLostError(f"{gone} lost, and without: {answer}") if gone else answer)
+    try:
+        check_placement(state, answer)
+    except LocalProtocolError as error:
+        return _fail(state, error)
+    epoch = replace(state.epoch, counter=state.epoch.counter + 1)
+    state = replace(state, phase="loading", placement=answer, epoch=epoch, loaded=frozenset())
+    holders = state.holders()
+    peers = [peer_of(state.members[i]) for i in holders[1:]]
+    assigns = tuple(
+        SendAssign(i, Assign(epoch, stage.first, stage.last, after, answer.chunk_rows))
+        for i, stage, after in zip(holders, answer.stages, (*peers, None), strict=True)
+    )
+    idle = tuple(SendRelease(i, epoch) for i in state.alive() if i not in holders)
+    return state, (*idle, *assigns)
+
+
+def peer_of(member: Member) -> Peer:
+    """A member as another node finds it."""
+    assert member.hello is not None
+    return Peer(member.hello.name, member.host, member.port, member.hello.incarnation)
+
+
+def _loaded(state: Cluster, member: int, epoch: Epoch) -> Outcome:
+    if state.phase != "loading" or epoch != state.epoch or member not in state.holders():
+        return state, ()
+    state = replace(state, loaded=state.loaded | {member})
+    if state.loaded != frozenset(state.holders()):
+        return state, ()
+    return replace(state, phase="serving", served=True), (Serve(epoch),)
+
+
+def _broken(state: Cluster, event: StageBroken) -> Outcome:
+    """A stage that cannot be loaded, or a next node that cannot be reached: whoever is to blame is out."""
+    if event.epoch != state.epoch or state.phase not in ("loading", "serving"):
+        return state, ()
+    blamed = event.member
+    for i in state.alive():
+        hello = state.members[i].hello
+        if hello is not None and hello.incarnation == event.peer:
+            blamed = i
+    return _left(state, blamed, event.error)
+
+
+def _left(state: Cluster, member: int, error: ShoalError) -> Outcome:
+    if state.members[member].lost:
+        return state, ()
+    held = state.phase in ("loading", "serving") and member in state.holders()
+    state = _with_member(state, member, lost=True)
+    if not state.served or not state.alive() or (held and not state.recover):
+        return _fail(state, error)
+    if held:
+        again, commands = _plan(state)
+        return again, (HangUp(member), Pause(state.epoch), *commands)
+    if state.phase == "planning":
+        again, commands = _plan(state)
+        return again, (HangUp(member), *commands)
+    return state, (HangUp(member),)
+
+
+def _tick(state: Cluster, now: float) -> Outcome:
+    commands: list[Command] = []
+    for i in state.alive():
+        member = state.members[i]
+        silence = now - member.heard
+        if silence >= state.timing.overdue:
+            error = NodeLostError(
+                f"{member.label or 'the node'} ({member.host}:{member.port}) has said nothing for "
+                f"{silence:.0f} s: is it asleep, or off the network?"
+            )
+            state, more = _left(state, i, error)
+            commands += more
+            if state.phase == "failed":
+                break
+        elif now - member.pinged >= state.timing.heartbeat:
+            state = _with_member(state, i, pinged=now)
+            commands.append(SendPing(i))
+    return state, tuple(commands)

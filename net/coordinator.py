@@ -1,0 +1,396 @@
+"""The head: brings nodes together into a chain and lets sessions run through it.
+
+Decisions are made in net/cluster.py; here a task per node turns what it says into events, one task takes the
+events in turn, and what the decision commands is done at once or given to a task of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count, permutations
+
+import trio
+
+from ..engine.batch import Sampling
+from ..engine.errors import ShoalError
+from . import events
+from .cluster import Cluster, Member, peer_of, step
+from .errors import NodeLostError, RemoteProtocolError, from_wire
+from .events import DEFAULT_TIMING, Command, Event, Timing
+from .generation import Flow, Generation
+from .identity import Identity, ModelShape
+from .link import Hop, Kind, Link, OpenStream, dial, in_thread, open_tasks, open_tcp
+from .messages import (
+    Broken,
+    Epoch,
+    Failed,
+    GetStats,
+    LinkMeasure,
+    Loaded,
+    Measure,
+    Measured,
+    Message,
+    Ping,
+    Pong,
+    Release,
+    Result,
+    Stats,
+)
+from .placement import HEAD, NodeInfo, Placement, Plan, StageReport, fit_chunk
+from .probe import measure_peer
+from .session import Chain, Session
+
+
+@dataclass(frozen=True, slots=True)
+class HeadOptions:
+    """How a head behaves. `recover`: after the loss of a node go on with the others; `approximate`: nodes
+    whose results are not exact may mix with others. Tests replace `hop` and `open_stream`."""
+
+    timing: Timing = DEFAULT_TIMING
+    measure_links: bool = True
+    recover: bool = True
+    approximate: bool = False
+    max_sessions: int = 32
+    hop: Hop = in_thread
+    open_stream: OpenStream = open_tcp
+
+
+DEFAULT_OPTIONS = HeadOptions()
+
+
+@dataclass(slots=True)
+class _Peer:
+    """A node's connection, as far as it goes."""
+
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    link: Link | None = None
+    loaded: Loaded | None = None
+    asking: trio.Lock = field(default_factory=trio.Lock)
+    answers: trio.MemorySendChannel[Message] | None = None
+
+
+class Head:
+    """A chain of nodes that answers prompts.
+
+        async with Head.open(addresses, identity, shape, plan) as head:
+            async with head.generate(prompt, sampling, max_tokens=64, end=eos) as tokens:
+                async for token in tokens:
+                    ...
+            for stage in await head.stats():
+                ...
+
+    `open` returns when the chain is loaded. Any number of sessions may run at once, in tasks of their own;
+    `max_sessions` of them are served, the others wait. When a node is lost the head plans again with the
+    others and the answers go on; when that cannot be, the block is left with the error, which names the node:
+    NodeLostError, MismatchError, NoPlanError, or what a node's engine raised.
+
+    `links` is what was measured between the nodes, by their labels.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[tuple[str, int]],
+        identity: Identity,
+        shape: ModelShape,
+        plan: Plan,
+        options: HeadOptions = DEFAULT_OPTIONS,
+    ) -> None:
+        if not addresses or len(set(addresses)) < len(addresses):
+            raise ValueError("a head needs at least one address, and each once")
+        self.identity, self.shape, self.options = identity, shape, options
+        self.links: dict[tuple[str, str], LinkMeasure] = {}
+        self._plan = plan
+        self._state = Cluster(
+            members=tuple(Member(host, port) for host, port in addresses),
+            units=shape.units,
+            epoch=Epoch(identity.incarnation, 0),
+            timing=options.timing,
+            approximate=options.approximate,
+            recover=options.recover,
+        )
+        self._peers = [_Peer() for _ in addresses]
+        self._events, self._inbound = trio.open_memory_channel[Event](64)
+        self._chain: Chain | None = None
+        self._changed = trio.Event()
+        self._places = trio.CapacityLimiter(options.max_sessions)
+        self._numbers = count()
+        self._tasks: trio.Nursery
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls,
+        addresses: Sequence[tuple[str, int]],
+        identity: Identity,
+        shape: ModelShape,
+        plan: Plan,
+        options: HeadOptions = DEFAULT_OPTIONS,
+    ) -> AsyncIterator[Head]:
+        """Connects to the nodes, plans, assigns, and waits until the chain serves."""
+        head = cls(addresses, identity, shape, plan, options)
+        async with open_tasks() as tasks:
+            head._tasks = tasks
+            tasks.start_soon(head._decide)
+            tasks.start_soon(head._tick)
+            for member in range(len(addresses)):
+                tasks.start_soon(head._converse, member)
+            await head.chain()
+            yield head
+            tasks.cancel_scope.cancel()
+
+    @property
+    def nodes(self) -> tuple[NodeInfo, ...]:
+        """The nodes that are there, in the order of their addresses."""
+        return tuple(self._info(i) for i in self._state.alive())
+
+    @property
+    def placement(self) -> Placement:
+        """Who holds what."""
+        return self._state.placement
+
+    @property
+    def recoveries(self) -> int:
+        """How often a lost node made a new chain necessary."""
+        return self._state.epoch.counter - 1
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling | None = None,
+        *,
+        max_tokens: int,
+        end: Collection[int] = (),
+        context: int | None = None,
+    ) -> Session:
+        """The answer to a prompt of token ids, as engine.generate gives it: at most `max_tokens`, to the
+        context's end, or before a token of `end`.
+
+        ContextError: the prompt does not fit. ValueError: a token id that the vocabulary does not have."""
+        generation = Generation(
+            session=next(self._numbers),
+            prompt=prompt,
+            sampling=Sampling() if sampling is None else sampling,
+            max_tokens=max_tokens,
+            end=end,
+            context=self.shape.context if context is None else min(context, self.shape.context),
+            vocab=self.shape.vocab,
+        )
+        return Session(self, generation, self._places)
+
+    async def stats(self) -> tuple[StageReport, ...]:
+        """What each stage of the chain has done under this epoch. NodeLostError: a node was lost over it."""
+        reports = []
+        for member, stage in zip(self._state.holders(), self._state.placement.stages, strict=True):
+            answer = await self._ask(member, GetStats(), Stats)
+            loaded = self._peers[member].loaded
+            assert loaded is not None, "its stage serves"
+            reports.append(
+                StageReport(stage.node, stage.first, stage.last, loaded.seconds, loaded.ram_bytes, answer)
+            )
+        return tuple(reports)
+
+    async def chain(self) -> Chain:
+        """The chain that serves now; waits for one (for sessions)."""
+        while self._chain is None:
+            await self._changed.wait()
+        return self._chain
+
+    # --- what happens
+
+    async def _tick(self) -> None:
+        while True:
+            await trio.sleep(self.options.timing.heartbeat)
+            await self._events.send(events.Tick())
+            if self._chain is not None:
+                self._chain.flush()
+
+    async def _converse(self, member: int) -> None:
+        """One node's connection: greets it and hears it out. Its end is an event, whatever the reason."""
+        peer, where = self._peers[member], self._state.members[member]
+        options = self.options
+        with peer.scope:
+            try:
+                async with dial(
+                    options.open_stream, where.host, where.port, self.identity, "control",
+                    seconds=options.timing.handshake,
+                ) as (link, hello):  # fmt: skip
+                    if hello.device is None:
+                        raise RemoteProtocolError(f"{link.peer} is no node: it offers no device")
+                    peer.link = link
+                    await self._events.send(events.Joined(member, hello))
+                    while True:
+                        await self._hear(member, await link.receive())
+            except ShoalError as error:
+                await self._events.send(events.Left(member, error))
+            finally:
+                if peer.answers is not None:
+                    peer.answers.close()
+
+    async def _hear(self, member: int, message: Message) -> None:
+        match message:
+            case Result() | Failed():
+                self._deliver(member, message)
+                return
+            case Pong():
+                pass
+            case Loaded(epoch):
+                self._peers[member].loaded = message
+                await self._events.send(events.StageLoaded(member, epoch))
+            case Broken(epoch, code, text, blamed):
+                error = from_wire(code, text, self._state.members[member].label)
+                await self._events.send(events.StageBroken(member, epoch, error, blamed))
+            case Measured() | Stats():
+                self._answer(member, message)
+            case _:
+                raise AssertionError(f"the wire lets no {type(message).__name__} through")
+        await self._events.send(events.Heard(member))
+
+    def _deliver(self, member: int, message: Result | Failed) -> None:
+        """An answer to a session; those of old epochs, and to sessions that have ended, are dropped."""
+        chain = self._chain
+        answers = None if chain is None else chain.sessions.get(message.session)
+        if chain is None or answers is None or message.epoch != chain.flow.epoch:
+            return
+        who = self._state.members[member].label
+        if isinstance(message, Result) and member != self._state.holders()[-1]:
+            raise RemoteProtocolError(f"{who} sent a Result, and is not the chain's last node")
+        try:
+            answers.send_nowait(message)
+        except trio.WouldBlock:
+            raise RemoteProtocolError(f"{who} sent more answers than were asked for") from None
+        except trio.BrokenResourceError:
+            return  # the session has just been left
+
+    # --- what is done about it
+
+    async def _decide(self) -> None:
+        async for event in self._inbound:
+            self._state, commands = step(self._state, event, trio.current_time())
+            for command in commands:
+                self._carry_out(command)
+
+    def _carry_out(self, command: Command) -> None:
+        match command:
+            case events.SendPing(member):
+                self._post(member, Ping(0))
+            case events.SendAssign(member, assign):
+                self._post(member, assign)
+            case events.SendRelease(member, epoch):
+                self._post(member, Release(epoch))
+            case events.HangUp(member):
+                self._peers[member].scope.cancel()
+            case events.MeasureLinks(members):
+                self._tasks.start_soon(self._measure_links, members)
+            case events.MakePlan(number, members):
+                self._tasks.start_soon(self._make_plan, number, members)
+            case events.Serve(epoch):
+                self._tasks.start_soon(self._serve, epoch)
+            case events.Pause():
+                self._end_chain()
+            case events.Fail(error):
+                raise error
+
+    def _post(self, member: int, message: Message) -> None:
+        """Sends without waiting. A line that is gone, or that takes nothing, shows in `_converse`, or as
+        silence."""
+        link = self._peers[member].link
+        if link is not None:
+            try:
+                link.post(message)
+            except NodeLostError:
+                return
+
+    async def _ask(self, member: int, message: Message, kind: type[Kind]) -> Kind:
+        """Sends a question and waits for the answer. NodeLostError: the node is gone."""
+        peer = self._peers[member]
+        async with peer.asking:
+            peer.answers, inbound = trio.open_memory_channel[Message](1)
+            if peer.link is not None:
+                await peer.link.send(message)
+                async for answer in inbound:
+                    if isinstance(answer, kind):
+                        return answer
+            raise NodeLostError(f"{self._state.members[member].label} is lost")
+
+    def _answer(self, member: int, message: Message) -> None:
+        """Hands an answer to whoever asked; if it has left, a second answer would be one too many."""
+        answers = self._peers[member].answers
+        try:
+            if answers is not None:
+                answers.send_nowait(message)
+        except (trio.WouldBlock, trio.BrokenResourceError):
+            return
+
+    async def _measure_links(self, members: Sequence[int]) -> None:
+        """From the head to each node, and from node to node; one at a time, so that they don't disturb each
+        other. The way back to the head is taken to be like the way there."""
+        if self.options.measure_links:
+            for member in members:
+                await self._measure_own(member)
+            for source, target in permutations(members, 2):
+                await self._measure_between(source, target)
+        await self._events.send(events.LinksMeasured())
+
+    async def _measure_own(self, member: int) -> None:
+        peer, label = peer_of(self._state.members[member]), self._state.members[member].label
+        options = self.options
+        try:
+            found = await measure_peer(options.open_stream, self.identity, peer, options.timing.handshake)
+        except ShoalError as error:
+            await self._events.send(events.Left(member, error))
+        else:
+            self.links[HEAD, label] = self.links[label, HEAD] = found
+
+    async def _measure_between(self, source: int, target: int) -> None:
+        members = self._state.members
+        peer = peer_of(members[target])
+        try:
+            answer = await self._ask(source, Measure(peer), Measured)
+        except NodeLostError:
+            return  # an event of its own says so
+        if answer.link is not None and answer.peer == peer.incarnation:
+            self.links[members[source].label, members[target].label] = answer.link
+
+    async def _make_plan(self, number: int, members: Sequence[int]) -> None:
+        nodes = [self._info(i) for i in members]
+        answer: Placement | ShoalError
+        try:
+            placement: Placement = await self.options.hop(partial(self._plan, nodes, self.links))
+            answer = fit_chunk(placement, nodes, self.shape.cut_cols)
+        except ShoalError as error:
+            answer = error
+        await self._events.send(events.Planned(number, answer))
+
+    async def _serve(self, epoch: Epoch) -> None:
+        """Opens the way into the chain and lets sessions run, until the epoch or that connection ends."""
+        member, options = self._state.holders()[0], self.options
+        where, placement = self._state.members[member], self._state.placement
+        try:
+            async with dial(
+                options.open_stream, where.host, where.port, self.identity, "step",
+                seconds=options.timing.handshake, peer=peer_of(where),
+            ) as (link, _):  # fmt: skip
+                if self._state.epoch != epoch or self._state.phase != "serving":
+                    return
+                # One Step for each stage, and one on each way between the head and the ends.
+                flow = Flow(epoch, placement.chunk_rows, len(placement.stages) + 2)
+                self._chain = chain = Chain(flow, link)
+                self._changed.set()
+                self._changed = trio.Event()
+                with chain.scope:  # until the epoch ends; nothing comes on this connection but its end
+                    await link.receive()
+        except ShoalError as error:
+            await self._events.send(events.Left(member, error))
+
+    def _end_chain(self) -> None:
+        chain, self._chain = self._chain, None
+        if chain is not None:
+            chain.end()
+
+    def _info(self, member: int) -> NodeInfo:
+        where = self._state.members[member]
+        assert where.hello is not None and where.hello.device is not None
+        return NodeInfo(where.label, where.host, where.port, where.hello.device)

@@ -1,0 +1,113 @@
+"""The exceptions of the network, each with the exit code the command line gives it.
+
+    ShoalError                     see engine/errors.py
+    └── NetError                13   base; also: a node that serves another head
+        ├── MismatchError        7   protocol, numerics or model differ between two processes
+        ├── AddressInUseError    8   the port to listen on is taken
+        ├── RemoteProtocolError  9   the peer broke the protocol: garbage, half a frame, a lying size
+        ├── NodeLostError       10   a node cannot be reached, closed the connection, or fell silent
+        └── LocalProtocolError  14   we broke the protocol: a bug here
+
+A message names the peer at fault. An error crosses the wire as its exit code and its text (`to_wire`,
+`from_wire`): the code tells the class, on every version that knows it.
+"""
+
+from __future__ import annotations
+
+from ..engine.errors import (
+    ContextError,
+    DownloadError,
+    MissingDependencyError,
+    ModelFileError,
+    NoPlanError,
+    ShoalError,
+    UnsupportedModelError,
+)
+
+TEXT_LIMIT = 1000
+"""Characters of an error's text on the wire."""
+
+
+class NetError(ShoalError):
+    """Something between processes went wrong."""
+
+    exit_code = 13
+
+
+class MismatchError(NetError):
+    """Two processes differ in protocol, numerics or model; the message names both values."""
+
+    exit_code = 7
+
+
+class AddressInUseError(NetError):
+    """The address to listen on is taken."""
+
+    exit_code = 8
+
+
+class RemoteProtocolError(NetError):
+    """The peer broke the protocol."""
+
+    exit_code = 9
+
+
+class NodeLostError(NetError):
+    """A peer cannot be reached, closed the connection, or fell silent."""
+
+    exit_code = 10
+
+
+class LocalProtocolError(NetError):
+    """We broke the protocol: a bug of ours, not the peer's fault."""
+
+    exit_code = 14
+
+
+_BY_CODE: dict[int, type[ShoalError]] = {
+    kind.exit_code: kind
+    for kind in (
+        ShoalError, ModelFileError, UnsupportedModelError, ContextError, NoPlanError, DownloadError,
+        MissingDependencyError, NetError, MismatchError, AddressInUseError, RemoteProtocolError,
+        NodeLostError, LocalProtocolError,
+    )
+}  # fmt: skip
+
+
+def to_wire(error: Exception) -> tuple[int, str]:
+    """The code and the printable text that say an error to a peer."""
+    code = error.exit_code if isinstance(error, ShoalError) else NetError.exit_code
+    return code, printable(str(error) or type(error).__name__, TEXT_LIMIT)
+
+
+def from_wire(code: int, text: str, peer: str) -> ShoalError:
+    """The error that a peer said, with the peer named."""
+    return _BY_CODE.get(code, NetError)(f"{peer}: {text}")
+
+
+def printable(text: str, limit: int) -> str:
+    """The text on one line, at most `limit` characters, nothing in it that would move a terminal's cursor."""
+    clean = "".join(c if c.isprintable() else " " for c in text)
+    return clean if len(clean) <= limit else clean[: limit - 1] + "…"
+
+
+def leading(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """What to raise for a group of tasks that failed: the one error there is, without its group.
+
+    Of several errors meant for the user the first, with the others as notes; anything else stays a group.
+    """
+    leaves = list(_leaves(group))
+    if len(leaves) == 1:
+        return leaves[0]
+    if not all(isinstance(leaf, ShoalError) for leaf in leaves):
+        return group
+    first = leaves[0]
+    for other in dict.fromkeys(str(leaf) for leaf in leaves[1:]):
+        first.add_note(f"also: {other}")
+    return first
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for inner in error.exceptions for leaf in _leaves(inner)]
+    return [error]

@@ -1,0 +1,334 @@
+"""The node: offers this device, holds the stage that a head assigns, and passes activations on.
+
+Whoever connects says for what (net/messages.py). One head at a time; its connection carries orders down and
+tokens up, and when it ends the stage is dropped and the node waits for the next head. A peer that breaks the
+protocol is told so, loses its connection, and disturbs nobody else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from functools import partial
+
+import trio
+
+from ..engine.errors import ShoalError
+from .errors import MismatchError, NetError, NodeLostError, RemoteProtocolError, to_wire
+from .events import DEFAULT_TIMING, Timing
+from .identity import Identity
+from .inbox import Inbox
+from .link import (
+    Hop,
+    Link,
+    OpenStream,
+    dial,
+    greet,
+    in_thread,
+    is_peers_fault,
+    open_link,
+    open_tasks,
+    open_tcp,
+)
+from .messages import (
+    Assign,
+    Broken,
+    Close,
+    Data,
+    Device,
+    Failed,
+    GetStats,
+    Hello,
+    Loaded,
+    Measure,
+    Measured,
+    Message,
+    Open,
+    Peer,
+    Ping,
+    Pong,
+    Release,
+    Result,
+    Stats,
+    Step,
+    Work,
+)
+from .probe import measure_peer
+from .work import StageLike, StageWork
+
+MAX_CONNECTIONS = 64
+_NO_WORK = Work(0, 0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeParts:
+    """What a node is made of. `open_stage(first, last)` blocks while it loads; `resident()` is the bytes the
+    process holds; `log` takes a line for the person at the terminal; `slow`: a step that took t ends after
+    slow * t. Tests replace `hop` (runs a blocking call) and `open_stream`."""
+
+    identity: Identity
+    device: Device
+    units: int
+    open_stage: Callable[[int, int], StageLike]
+    resident: Callable[[], int]
+    log: Callable[[str], None]
+    slow: float = 1.0
+    timing: Timing = DEFAULT_TIMING
+    hop: Hop = in_thread
+    open_stream: OpenStream = open_tcp
+
+
+class Node:
+    """Serves connections until it is cancelled."""
+
+    def __init__(self, parts: NodeParts) -> None:
+        self._parts = parts
+        self._head: Link | None = None
+        self._assignment: _Assignment | None = None
+        self._connections = trio.CapacityLimiter(MAX_CONNECTIONS)
+
+    async def serve(
+        self,
+        listeners: list[trio.SocketListener],
+        *,
+        task_status: trio.TaskStatus[list[trio.SocketListener]] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Accepts connections on the listeners, which it closes in the end."""
+        await trio.serve_listeners(self.connected, listeners, task_status=task_status)
+
+    async def connected(self, stream: trio.abc.Stream) -> None:
+        """Serves one connection to its end. What a peer does wrong ends here, with a line in the log."""
+        try:
+            async with self._connections, open_link(stream, _address(stream), dialled=False) as link:
+                try:
+                    await self._serve(link)
+                except ShoalError as error:
+                    if is_peers_fault(error):
+                        await link.refuse(error)
+                    raise
+                finally:
+                    if self._head is link:
+                        self._head = None
+        except ShoalError as error:
+            self._parts.log(str(error))
+
+    async def _serve(self, link: Link) -> None:
+        parts = self._parts
+        hello = await greet(
+            link,
+            parts.identity,
+            parts.device,
+            seconds=parts.timing.handshake,
+            admit=partial(self._admit, link),
+        )
+        if hello.purpose == "control":
+            await self._serve_head(link)
+            return
+        try:
+            await (self._serve_steps(link) if hello.purpose == "step" else self._serve_probe(link))
+        except NodeLostError:
+            return  # the usual end of these; if it matters, the head knows by its own connections
+
+    def _admit(self, link: Link, hello: Hello) -> None:
+        if hello.purpose == "control":
+            if self._head is not None:
+                raise NetError(f"{self._parts.identity.name} is busy: it serves {self._head.peer}")
+            self._head = link
+
+    async def _serve_head(self, link: Link) -> None:
+        """Follows a head's orders until it is gone; then nothing of its work is left."""
+        self._parts.log(f"{link.peer} is the head now")
+        try:
+            async with open_tasks() as tasks:
+                while True:
+                    self._follow(link, await _heard(link, self._parts.timing.overdue), tasks)
+        finally:
+            self._assignment = None
+
+    def _follow(self, link: Link, message: Message, tasks: trio.Nursery) -> None:
+        match message:
+            case Ping(nonce):
+                _post(link, Pong(nonce))
+            case Assign() | Release():
+                before, self._assignment = self._assignment, None
+                if before is not None:
+                    before.stop()
+                if isinstance(message, Assign):
+                    _check_assign(message, self._parts.units)
+                    self._assignment = _Assignment(self._parts, link, message)
+                    tasks.start_soon(self._assignment.run, before)
+            case Measure(peer):
+                tasks.start_soon(self._measure, link, peer)
+            case GetStats():
+                assignment = self._assignment
+                _post(link, Stats(None, _NO_WORK, _NO_WORK) if assignment is None else assignment.stats())
+            case _:
+                raise AssertionError(f"the wire lets no {type(message).__name__} through")
+
+    async def _serve_steps(self, link: Link) -> None:
+        """Puts what a previous stage sends into the inbox of its epoch; what has no inbox is dropped."""
+        while True:
+            message = await link.receive()
+            assert isinstance(message, Open | Close | Step)
+            if self._assignment is not None:
+                await self._assignment.put(message)
+
+    async def _serve_probe(self, link: Link) -> None:
+        while True:
+            match await _heard(link, self._parts.timing.overdue):
+                case Ping(nonce):
+                    await link.send(Pong(nonce))
+                case message:
+                    assert isinstance(message, Data)
+
+    async def _measure(self, head: Link, peer: Peer) -> None:
+        parts = self._parts
+        try:
+            found = await measure_peer(parts.open_stream, parts.identity, peer, parts.timing.handshake)
+            answer = Measured(peer.incarnation, found, "")
+        except (NodeLostError, MismatchError, RemoteProtocolError) as error:
+            answer = Measured(peer.incarnation, None, to_wire(error)[1])
+        await head.send(answer)
+
+
+class _Assignment:
+    """One stage at work under one epoch."""
+
+    def __init__(self, parts: NodeParts, head: Link, assign: Assign) -> None:
+        self._parts, self._head, self._assign = parts, head, assign
+        self._inbox = Inbox(assign.epoch, parts.device.max_rows, assign.chunk_rows)
+        self._arrived, self._taken = trio.Event(), trio.Event()
+        self._scope, self._ended = trio.CancelScope(), trio.Event()
+        self._work: StageWork | None = None
+
+    def stop(self) -> None:
+        """Ends it; `run` returns once the stage is closed."""
+        self._scope.cancel()
+
+    def stats(self) -> Stats:
+        """The work done so far."""
+        return Stats(self._assign.epoch, _NO_WORK, _NO_WORK) if self._work is None else self._work.stats()
+
+    async def put(self, item: Open | Close | Step) -> None:
+        """Queues an item, waiting while too many wait."""
+        while self._inbox.full and not self._ended.is_set():
+            await self._taken.wait()
+        self._inbox.put(item)
+        self._arrived.set()
+
+    async def run(self, before: _Assignment | None) -> None:
+        """Loads the stage once the assignment before has let go of its own, and serves until stopped."""
+        try:
+            if before is not None:
+                await before._ended.wait()
+            with self._scope:
+                await self._serve()
+        finally:
+            self._ended.set()
+            self._taken.set()
+
+    async def _serve(self) -> None:
+        assign, start = self._assign, trio.current_time()
+        try:
+            stage = await self._parts.hop(lambda: self._parts.open_stage(assign.first, assign.last))
+        except ShoalError as error:
+            await self._head.send(Broken(assign.epoch, *to_wire(error), None))
+            return
+        try:
+            async with AsyncExitStack() as stack:
+                onward = None if assign.next is None else await self._reach(stack, assign.next)
+                self._work = StageWork(stage, assign.epoch, last=onward is None)
+                seconds = trio.current_time() - start
+                await self._head.send(Loaded(assign.epoch, seconds, self._parts.resident()))
+                await self._steps(self._work, onward or self._head)
+        except _NextLost as lost:
+            assert assign.next is not None
+            await self._head.send(Broken(assign.epoch, *to_wire(lost.error), assign.next.incarnation))
+        finally:
+            stage.close()
+
+    async def _reach(self, stack: AsyncExitStack, peer: Peer) -> Link:
+        """Connects to the next node and watches that connection, on which nothing comes but its end."""
+        parts = self._parts
+        try:
+            link, _ = await stack.enter_async_context(
+                dial(
+                    parts.open_stream, peer.host, peer.port, parts.identity, "step",
+                    seconds=parts.timing.handshake, peer=peer,
+                )
+            )  # fmt: skip
+        except (NodeLostError, MismatchError, RemoteProtocolError) as error:
+            raise _NextLost(error) from error
+        tasks = await stack.enter_async_context(open_tasks())
+        stack.callback(tasks.cancel_scope.cancel)
+        tasks.start_soon(_watch, link)
+        return link
+
+    async def _steps(self, work: StageWork, onward: Link) -> None:
+        """The loop of a stage: take what waits as one batch, one hop into a thread, pass it on."""
+        while True:
+            await self._arrived.wait()
+            batch = self._inbox.take()
+            if not self._inbox:
+                self._arrived = trio.Event()
+            self._taken.set()
+            self._taken = trio.Event()
+            start = trio.current_time()
+            answers = await self._parts.hop(partial(work.do, batch))
+            if batch.steps and self._parts.slow > 1:
+                await trio.sleep((self._parts.slow - 1) * (trio.current_time() - start))
+            work.count(batch, trio.current_time() - start)
+            for answer in answers:
+                link = self._head if isinstance(answer, Failed | Result) else onward
+                try:
+                    await link.send(answer)
+                except NodeLostError:  # whoever reads that connection reports its end, and cancels this
+                    await trio.sleep_forever()
+
+
+class _NextLost(Exception):
+    """The next node of the chain cannot be reached or is gone, for this reason."""
+
+    def __init__(self, error: ShoalError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+async def _watch(link: Link) -> None:
+    """Waits for the end of the connection to the next node."""
+    try:
+        await link.receive()
+    except ShoalError as error:
+        raise _NextLost(error) from error
+
+
+async def _heard(link: Link, seconds: float) -> Message:
+    """The next message; NodeLostError after a silence of that long."""
+    with trio.move_on_after(seconds):
+        return await link.receive()
+    raise NodeLostError(f"{link.peer} is lost: it has said nothing for {seconds:g} s")
+
+
+def _post(link: Link, message: Message) -> None:
+    if not link.post(message):
+        raise NodeLostError(f"{link.peer} is lost: it does not read what is sent to it")
+
+
+def _check_assign(assign: Assign, units: int) -> None:
+    if not 0 <= assign.first < assign.last <= units or (assign.next is None) != (assign.last == units):
+        raise RemoteProtocolError(
+            f"the head assigned units [{assign.first}, {assign.last}) of {units}, and "
+            f"{'no' if assign.next is None else 'a'} next node"
+        )
+
+
+def _address(stream: trio.abc.Stream) -> str:
+    """Where a connection comes from, for messages."""
+    if not isinstance(stream, trio.SocketStream):
+        return "a peer"
+    try:
+        host, port = stream.socket.getpeername()[:2]
+    except OSError:  # it has gone already
+        return "a peer"
+    return f"{host}:{port}"

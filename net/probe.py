@@ -1,0 +1,56 @@
+"""Measures a link: the latency of the quickest of some pings, and the rate of a growing pile of bytes.
+
+The way there and back is taken as symmetric in latency; the rate is that of the direction from here.
+"""
+
+from __future__ import annotations
+
+import trio
+
+from .errors import NodeLostError
+from .identity import Identity
+from .link import Link, OpenStream, dial
+from .messages import BULK_LIMIT, Data, LinkMeasure, Peer, Ping, Pong
+
+PINGS = 8
+ENOUGH_SECONDS = 0.05
+MOST_BYTES = 4 * 1024 * 1024
+
+
+async def measure_peer(open_stream: OpenStream, me: Identity, peer: Peer, seconds: float) -> LinkMeasure:
+    """The link from here to a node, over a connection of its own, made and measured within `seconds` each.
+
+    Errors as for `dial`."""
+    async with dial(open_stream, peer.host, peer.port, me, "probe", seconds=seconds, peer=peer) as (link, _):
+        with trio.move_on_after(seconds):
+            return await measure(link)
+    raise NodeLostError(
+        f"the link to {peer.name} ({peer.host}:{peer.port}) was not measured in {seconds:g} s"
+    )
+
+
+async def measure(link: Link) -> LinkMeasure:
+    """The link from here to the peer, which answers pings (a connection for `probe`).
+
+    Takes some round trips, and about 0.1 s of the line's time, or one frame's on a line slower than that.
+    """
+    trips = [await _round_trip(link, nonce, 0) for nonce in range(PINGS)]
+    trip, size = min(trips), BULK_LIMIT
+    while True:
+        seconds = await _round_trip(link, PINGS + size, size)
+        if seconds - trip >= ENOUGH_SECONDS or size >= MOST_BYTES:
+            rate = size / max(seconds - trip, 1e-6)
+            return LinkMeasure(latency_s=trip / 2, bytes_per_s=rate)
+        size *= 2
+
+
+async def _round_trip(link: Link, nonce: int, size: int) -> float:
+    """Seconds until the answer to a ping behind `size` bytes is there."""
+    start = trio.current_time()
+    for at in range(0, size, BULK_LIMIT):
+        await link.send(Data(min(BULK_LIMIT, size - at)))
+    await link.send(Ping(nonce))
+    pong = await link.expect(Pong)
+    while pong.nonce != nonce:
+        pong = await link.expect(Pong)
+    return trio.current_time() - start

@@ -1,0 +1,125 @@
+"""What a stage does with a batch, and what comes of it: blocking, without a network, run in a worker thread.
+
+In go the batches of the inbox; out come the messages to pass on: sessions and hidden rows for the next node,
+tokens and failures for the head. A failure of one session never touches the others of its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..engine.batch import Result as StageResult
+from ..engine.batch import Run, Sampling
+from ..engine.errors import ContextError, ShoalError
+from .errors import to_wire
+from .inbox import Batch
+from .messages import Close, Epoch, Failed, Open, Result, Stats, Step, Work
+
+MAX_SESSIONS = 256
+STAGE_ERRORS = (ShoalError, ValueError, FloatingPointError)
+"""What a stage raises for rows that are wrong, or that it has no room for."""
+
+Answer = Open | Close | Step | Result | Failed
+
+
+class StageLike(Protocol):
+    """What is needed of engine.stage.Stage."""
+
+    def open(self, sequence: int, sampling: Sampling, context: int) -> None:
+        """Begins a sequence."""
+
+    def run(self, batch: Sequence[Run]) -> list[StageResult]:
+        """Runs rows of distinct sequences."""
+
+    def close_sequence(self, sequence: int) -> None:
+        """Ends a sequence; harmless when it is not open."""
+
+    def close(self) -> None:
+        """Ends the stage."""
+
+
+@dataclass(slots=True)
+class _Tally:
+    steps: int = 0
+    rows: int = 0
+    seconds: float = 0.0
+
+    def work(self) -> Work:
+        return Work(self.steps, self.rows, self.seconds)
+
+
+class StageWork:
+    """A stage under one epoch, its open sessions, and the time it took. Not thread-safe: one call at a
+    time."""
+
+    def __init__(self, stage: StageLike, epoch: Epoch, *, last: bool) -> None:
+        self._stage, self._epoch, self._last = stage, epoch, last
+        self._sessions: set[int] = set()
+        self._decode, self._prefill = _Tally(), _Tally()
+
+    def do(self, batch: Batch) -> list[Answer]:
+        """Carries out a batch; the answers stand in the order in which they must leave."""
+        answers: list[Answer] = []
+        for notice in batch.notices:
+            answers += self._open(notice) if isinstance(notice, Open) else self._close(notice)
+        # Rows of a session that is not open here: it has failed, and its Close is on the way.
+        steps = [step for step in batch.steps if step.session in self._sessions]
+        return answers + (self._run(steps) if steps else [])
+
+    def count(self, batch: Batch, seconds: float) -> None:
+        """Adds a batch that took that long to the statistics."""
+        rows = [len(step.tokens) for step in batch.steps]
+        if rows:
+            tally = self._decode if max(rows) == 1 else self._prefill
+            tally.steps, tally.rows = tally.steps + 1, tally.rows + sum(rows)
+            tally.seconds += seconds
+
+    def stats(self) -> Stats:
+        """The work so far."""
+        return Stats(self._epoch, self._decode.work(), self._prefill.work())
+
+    def close(self) -> None:
+        """Ends the stage."""
+        self._stage.close()
+
+    def _open(self, notice: Open) -> list[Answer]:
+        try:
+            if notice.session in self._sessions:
+                raise ValueError(f"session {notice.session} is open already")
+            if len(self._sessions) >= MAX_SESSIONS:
+                raise ContextError(f"{MAX_SESSIONS} sessions are open, the most a node serves: end one")
+            self._stage.open(notice.session, notice.sampling, notice.context)
+        except STAGE_ERRORS as error:
+            return [self._failed(notice.session, error)]
+        self._sessions.add(notice.session)
+        return [] if self._last else [notice]
+
+    def _close(self, notice: Close) -> list[Answer]:
+        self._forget(notice.session)
+        return [] if self._last else [notice]
+
+    def _run(self, steps: Sequence[Step]) -> list[Answer]:
+        runs = [Run(step.session, step.first, step.tokens, step.want, step.hidden) for step in steps]
+        try:
+            results = self._stage.run(runs)
+        except STAGE_ERRORS as error:
+            if len(steps) > 1:  # one of them is to blame; alone it shows which
+                return [answer for step in steps for answer in self._run([step])]
+            self._forget(steps[0].session)
+            return [self._failed(steps[0].session, error)]
+        return [self._passed_on(step, result) for step, result in zip(steps, results, strict=True)]
+
+    def _passed_on(self, step: Step, result: StageResult) -> Answer:
+        if self._last:
+            return Result(step.session, step.epoch, step.first, len(step.tokens), result.token)
+        assert result.hidden is not None, "every stage but the last returns hidden rows"
+        return Step(step.session, step.epoch, step.first, step.tokens, step.want, result.hidden)
+
+    def _forget(self, session: int) -> None:
+        self._sessions.discard(session)
+        self._stage.close_sequence(session)
+
+    def _failed(self, session: int, error: Exception) -> Failed:
+        return Failed(session, self._epoch, *to_wire(error))

@@ -1,0 +1,170 @@
+"""`shoal node`: offers this device to heads that connect, until Ctrl-C or SIGTERM."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import ipaddress
+import os
+import platform
+import secrets
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import trio
+
+from .. import __version__
+from ..engine.costs import constant_bytes, tied_bytes, unit_cost
+from ..engine.errors import NoPlanError, ShoalError
+from ..engine.measure import measure, ram
+from ..engine.shards import Model
+from ..engine.stage import Stage, StageOptions
+from ..net.errors import AddressInUseError, NetError
+from ..net.identity import identity_of
+from ..net.messages import Device
+from ..net.node import Node, NodeParts
+from ..planner.profile import FREE_SHARE
+from ..planning import MB, workspace_bytes
+from ..store import resolve
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serves until it is told to stop; 0 then. AddressInUseError, and whatever a model that cannot be opened
+    raises."""
+    host, port = args.listen
+    if args.slow < 1:
+        raise ShoalError(f"--slow {args.slow:g} would be faster than this device: give 1 or more")
+    if not args.insecure and not _is_loopback(host):
+        raise NetError(
+            f"{host} can be reached by others, and connections are not encrypted yet: listen on 127.0.0.1, "
+            "or say --insecure if you trust everybody on that network"
+        )
+    model = Model.open(resolve(args.model))
+    base = resident_bytes()
+    trio.run(_main, args, host, port, model, base)
+    return 0
+
+
+async def _main(args: argparse.Namespace, host: str, port: int, model: Model, base: int) -> None:
+    listeners = await _listen(host, port)
+    address = _shown(listeners[0])
+    try:
+        options = StageOptions(backend=args.backend, isa=args.isa, threads=args.threads or 1)
+        device = await trio.to_thread.run_sync(_offer, args, model, options, base)
+        parts = NodeParts(
+            identity=identity_of(model, args.name or platform.node(), secrets.randbits(64), __version__),
+            device=device,
+            units=model.n_units,
+            open_stage=_Opener(model, options, device),
+            resident=resident_bytes,
+            log=_log,
+            slow=args.slow,
+        )
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(Node(parts).serve, listeners)
+                if args.port_file is not None:
+                    _write(args.port_file, address)
+                plural = "s" if device.threads > 1 else ""
+                print(
+                    f"listening on {address} as {parts.identity.name}: {device.backend}, {device.threads} "
+                    f"thread{plural}, {device.ram_bytes / MB:.0f} MB",
+                    flush=True,
+                )
+                async for _ in signals:
+                    nursery.cancel_scope.cancel()
+                    break
+    finally:
+        for listener in listeners:
+            await trio.aclose_forcefully(listener)
+
+
+async def _listen(host: str, port: int) -> list[trio.SocketListener]:
+    """Listening before anything slow is done, so that a port in use is said at once."""
+    try:
+        return (await trio.open_tcp_listeners(port, host=host))[:1]
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise AddressInUseError(
+                f"port {port} of {host} is in use: stop what listens there, or choose another port "
+                "(port 0 takes a free one)"
+            ) from error
+        raise NetError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+
+
+def _offer(args: argparse.Namespace, model: Model, options: StageOptions, base: int) -> Device:
+    """What this device does for a model, measured, and divided by the factor by which it plays a slower
+    one."""
+    measured = measure(model, options)
+    return Device(
+        ram_bytes=args.ram * MB if args.ram is not None else int(ram()[1] * FREE_SHARE) + base,
+        base_bytes=base,
+        max_rows=options.max_rows,
+        threads=measured.threads,
+        backend=measured.backend,
+        exact=measured.exact,
+        read_bytes_per_s=measured.read_bytes_per_s / args.slow,
+        macs_per_s=measured.macs_per_s / args.slow,
+        step_overhead_s=measured.step_overhead_s * args.slow,
+    )
+
+
+class _Opener:
+    """Opens stages within the RAM that was promised: what weights and workspace leave is for keys and
+    values."""
+
+    def __init__(self, model: Model, options: StageOptions, device: Device) -> None:
+        self._model, self._options, self._device = model, options, device
+
+    def __call__(self, first: int, last: int) -> Stage:
+        """The stage of units [first, last). NoPlanError: it does not fit."""
+        model, device = self._model, self._device
+        held = sum(unit_cost(model, u).bytes for u in range(first, last))
+        if (first, last) == (0, model.n_units):
+            held -= tied_bytes(model)
+        held += constant_bytes(model.program) + workspace_bytes(model, self._options)
+        left = device.ram_bytes - device.base_bytes - held
+        if left <= 0:
+            raise NoPlanError(
+                f"units [{first}, {last}) take {held / MB:.0f} MB and the process itself "
+                f"{device.base_bytes / MB:.0f} MB, of {device.ram_bytes / MB:.0f} MB promised: "
+                f"{-left / MB + 1:.0f} MB are missing"
+            )
+        return Stage(model, first, last, replace(self._options, kv_bytes=left))
+
+
+def resident_bytes() -> int:
+    """Bytes of RAM that this process holds; 0 where the system does not say."""
+    try:
+        fields = Path("/proc/self/statm").read_text(encoding="ascii").split()
+    except OSError:  # no procfs: not Linux
+        return 0
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _shown(listener: trio.SocketListener) -> str:
+    host, port = listener.socket.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all: somebody waits for this file."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_text(f"{text}\n", encoding="ascii")
+        part.replace(path)
+    except OSError as error:
+        raise ShoalError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _log(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,136 @@
+/* AVX-512 with VNNI: 16 lanes are one register, and a line of weights is one register of 16 outputs. */
+#include "common.h"
+
+#if defined(__x86_64__)
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")
+#endif
+#include <immintrin.h>
+
+typedef __m512 v16;
+
+SHOAL_INLINE __mmask16 first_lanes(int32_t n) { return (__mmask16)((1u << SHOAL_MIN(n, 16)) - 1); }
+
+SHOAL_INLINE v16 v_set1(float x) { return _mm512_set1_ps(x); }
+SHOAL_INLINE v16 v_load(const float *p) { return _mm512_loadu_ps(p); }
+SHOAL_INLINE v16 v_load_n(const float *p, int32_t n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+SHOAL_INLINE void v_store(float *p, v16 a) { _mm512_storeu_ps(p, a); }
+SHOAL_INLINE void v_store_n(float *p, v16 a, int32_t n) { _mm512_mask_storeu_ps(p, first_lanes(n), a); }
+SHOAL_INLINE v16 v_add(v16 a, v16 b) { return _mm512_add_ps(a, b); }
+SHOAL_INLINE v16 v_sub(v16 a, v16 b) { return _mm512_sub_ps(a, b); }
+SHOAL_INLINE v16 v_mul(v16 a, v16 b) { return _mm512_mul_ps(a, b); }
+SHOAL_INLINE v16 v_div(v16 a, v16 b) { return _mm512_div_ps(a, b); }
+SHOAL_INLINE v16 v_fma(v16 a, v16 b, v16 c) { return _mm512_fmadd_ps(a, b, c); }
+SHOAL_INLINE v16 v_abs(v16 a) { return _mm512_abs_ps(a); }
+SHOAL_INLINE v16 v_max(v16 a, v16 b) { return _mm512_max_ps(a, b); } /* a > b ? a : b */
+SHOAL_INLINE v16 v_min(v16 a, v16 b) { return _mm512_min_ps(a, b); }
+
+SHOAL_INLINE v16 v_neg(v16 a) {
+  return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(a), _mm512_set1_epi32(INT32_MIN)));
+}
+
+SHOAL_INLINE v16 v_greater(v16 a, v16 b, v16 yes, v16 no) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), no, yes);
+}
+
+SHOAL_INLINE v16 v_first(v16 a, v16 b, int32_t n) { return _mm512_mask_blend_ps(first_lanes(n), b, a); }
+
+SHOAL_INLINE v16 v_power(v16 n) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+}
+
+SHOAL_INLINE v16 v_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+
+SHOAL_INLINE void v_store_f16(uint16_t *p, v16 a) {
+  _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+SHOAL_INLINE void v_store_i8(int8_t *p, v16 a) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a))); }
+
+/* The upper half of a on its lower half. */
+SHOAL_INLINE __m256 upper(v16 a) { return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1)); }
+
+SHOAL_INLINE float v_sum(v16 a) {
+  const __m256 b = _mm256_add_ps(_mm512_castps512_ps256(a), upper(a));
+  __m128 c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+  c = _mm_add_ps(c, _mm_movehl_ps(c, c));
+  return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
+}
+
+SHOAL_INLINE float v_largest(v16 a) {
+  const __m256 b = _mm256_max_ps(_mm512_castps512_ps256(a), upper(a));
+  __m128 c = _mm_max_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+  c = _mm_max_ps(c, _mm_movehl_ps(c, c));
+  return _mm_cvtss_f32(_mm_max_ss(c, _mm_movehdup_ps(c)));
+}
+
+#define Q8_BIAS 1
+#define Q8_ROWS 8
+#define Q8_TILE 6
+#define Q8_PANELS 2
+#define ATTEND_QUERIES 8
+#define ATTEND_WIDTH 4
+#define ATTEND_CHAINS 16
+#define F32_TILE 4
+#define UNROLL SHOAL_UNROLL
+
+enum { LINE = 64, AHEAD = 4096 };
+
+/* One instruction: around the intrinsic, gcc 12 spills the accumulators. x is broadcast from memory. */
+SHOAL_INLINE __m512i dot(__m512i sum, __m512i w, const int8_t *x) {
+  __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*(const int32_t(*)[1])(const void *)x));
+  return sum;
+}
+
+/* The unsigned operand is w + 128; the bias, -128 times the sum of x, takes that out again. */
+SHOAL_INLINE void q8_dots(const int8_t *w, const uint16_t *scales, const shoal_q8_row *x, const int32_t rows, const int32_t panels, v16 *sums) {
+  const int32_t groups = x[0].groups;
+  const __m512i flip = _mm512_set1_epi8((char)0x80);
+  const int32_t chains = rows * panels < 4 ? 2 : 1;
+  const size_t next_panel = (size_t)groups * SHOAL_GROUP * SHOAL_PANEL;
+  size_t scale_at = (size_t)groups * SHOAL_GROUP;
+  const size_t bias_from_scale = (size_t)groups * sizeof(float);
+  v16 sum[Q8_ROWS * Q8_PANELS];
+  UNROLL(16) for (int32_t i = 0; i < rows * panels; i++) sum[i] = _mm512_setzero_ps();
+  for (int32_t g = 0; g < groups; g++, scale_at += sizeof(float)) {
+    __m512i even[Q8_ROWS * Q8_PANELS], odd[Q8_ROWS * Q8_PANELS];
+    UNROLL(16) for (int32_t i = 0; i < rows * panels; i++) {
+      even[i] = _mm512_set1_epi32(*(const int32_t *)(const void *)(x[i / panels].q + scale_at + bias_from_scale));
+      odd[i] = _mm512_setzero_si512();
+    }
+    UNROLL(8) for (int32_t k = 0; k < SHOAL_GROUP; k += SHOAL_QUAD) {
+      UNROLL(2) for (int32_t p = 0; p < panels; p++) {
+        const int8_t *line = w + p * next_panel + (size_t)k / SHOAL_QUAD * LINE;
+        if (panels == 1) _mm_prefetch((const char *)line + AHEAD, _MM_HINT_T0);
+        const __m512i flipped = _mm512_xor_si512(_mm512_loadu_si512(line), flip);
+        UNROLL(8) for (int32_t r = 0; r < rows; r++) {
+          const int32_t i = r * panels + p;
+          if (chains == 2 && k / SHOAL_QUAD % 2) odd[i] = dot(odd[i], flipped, x[r].q + g * SHOAL_GROUP + k);
+          else even[i] = dot(even[i], flipped, x[r].q + g * SHOAL_GROUP + k);
+        }
+      }
+    }
+    UNROLL(2) for (int32_t p = 0; p < panels; p++) {
+      const v16 scale = v_load_f16(scales + ((size_t)p * groups + g) * SHOAL_PANEL);
+      UNROLL(8) for (int32_t r = 0; r < rows; r++) {
+        const int32_t i = r * panels + p;
+        if (chains == 2) even[i] = _mm512_add_epi32(even[i], odd[i]);
+        const v16 both = _mm512_mul_ps(scale, _mm512_set1_ps(*(const float *)(const void *)(x[r].q + scale_at)));
+        sum[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(even[i]), both, sum[i]);
+      }
+    }
+    w += SHOAL_GROUP * SHOAL_PANEL;
+  }
+  UNROLL(16) for (int32_t i = 0; i < rows * panels; i++) sums[i] = sum[i];
+}
+
+#define SHOAL_SET shoal_kernels_avx512
+#include "ops.inc"
+
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,164 @@
+/* What the C files share: kernels.h behind a guard, the table of functions that every kernel set fills, the pool's
+ * verbs, and a few scalar helpers. */
+#ifndef SHOAL_COMMON_H
+#define SHOAL_COMMON_H
+
+#include <float.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#pragma GCC visibility push(default)
+#include "kernels.h"
+#pragma GCC visibility pop
+
+#ifdef __clang__
+#pragma STDC FP_CONTRACT OFF
+#endif
+_Static_assert(FLT_EVAL_METHOD == 0, "floats must be rounded at every step: docs/numerics.md");
+_Static_assert(sizeof(void *) == 8, "a 64-bit machine is needed");
+
+#define SHOAL_INLINE static inline __attribute__((always_inline, unused))
+/* Before a loop whose turns each have registers of their own. */
+#define SHOAL_UNROLL(n) SHOAL_PRAGMA(GCC unroll n)
+#define SHOAL_PRAGMA(text) _Pragma(#text)
+#define SHOAL_MIN(a, b) ((a) < (b) ? (a) : (b))
+#define SHOAL_MAX(a, b) ((a) > (b) ? (a) : (b))
+#define SHOAL_UP(n, m) (((n) + (m)-1) / (m) * (m))
+
+/* A q8 row: int8 [padded cols], then one f32 scale a group, then, a group, int32 -128 times the sum of its int8. */
+typedef struct {
+  int8_t *q;
+  float *scale;
+  int32_t *bias;
+  int32_t groups;
+} shoal_q8_row;
+
+SHOAL_INLINE int32_t shoal_groups(int32_t cols) { return (cols + SHOAL_GROUP - 1) / SHOAL_GROUP; }
+
+SHOAL_INLINE shoal_q8_row shoal_q8(char *row, int32_t cols) {
+  const int32_t groups = shoal_groups(cols);
+  float *scale = (float *)(row + (size_t)groups * SHOAL_GROUP);
+  return (shoal_q8_row){(int8_t *)row, scale, (int32_t *)(scale + groups), groups};
+}
+
+/* Rows [row0, row1) of in and out times panels [panel0, panel1) of w; out is at w's first column. */
+typedef struct {
+  const char *in;
+  char *out;
+  size_t in_stride, out_stride; /* bytes between rows */
+  const shoal_weight *w;
+  int32_t row0, row1, panel0, panel1;
+  int32_t add; /* 1: added to what out holds */
+} shoal_matmul;
+
+/* Rows [0, rows) of one sequence, from position first on, for the query heads of one kv head. */
+typedef struct {
+  const char *in; /* at the column of the kv head's first query head; for STORE at the kv head's keys */
+  char *out;      /* for STORE unused */
+  const char *values; /* STORE: at the kv head's values */
+  size_t in_stride, out_stride;
+  void *const *pages;
+  const shoal_state *state;
+  int32_t kv_head, group; /* query heads a kv head */
+  int32_t first, rows;
+  float scale;
+} shoal_attention;
+
+/* One instruction set. Every entry gives the same bits as scalar.c's; semantics stand in ops.inc and docs/numerics.md. */
+typedef struct {
+  void (*embed)(const shoal_weight *table, int32_t token, float *out);
+  void (*norm)(const float *x, const float *w, int32_t cols, float epsilon, float *out);
+  void (*norm_q8)(const float *x, const float *w, int32_t cols, float epsilon, char *out);
+  void (*quantise)(const float *x, int32_t cols, char *out);
+  void (*gate)(const float *x, int32_t cols, int32_t activation, float *out);
+  void (*gate_q8)(const float *x, int32_t cols, int32_t activation, char *out);
+  void (*rope)(float *x, const float *angles, int32_t heads, int32_t head_dim, int32_t half);
+  void (*store)(const shoal_attention *task);
+  void (*attend)(const shoal_attention *task);
+  void (*matmul_q8)(const shoal_matmul *task);
+  void (*matmul_f32)(const shoal_matmul *task);
+  int32_t (*finite)(const float *x, int64_t n);
+  float (*largest)(const float *x, int32_t n);                                         /* n >= 1 */
+  void (*exponentials)(const float *x, int32_t n, float largest, float divisor, float *out); /* exp((x - largest) / divisor) */
+} shoal_kernels;
+
+extern const shoal_kernels shoal_kernels_scalar, shoal_kernels_avx2, shoal_kernels_avx512, shoal_kernels_neon;
+
+/* dispatch.c: NULL when this build or CPU has not the set. */
+const shoal_kernels *shoal_kernels_of(int32_t isa);
+
+/* angles.c */
+void shoal_angles(int32_t position, const double *inv_freq, int32_t half, float *out);
+
+/* sample.c: draws the token at position history[0 .. position) from logits; scratch is shoal_sample_scratch(vocab) bytes.
+ * -1: a logit is not finite. */
+size_t shoal_sample_scratch(int32_t vocab);
+int32_t shoal_sample(const shoal_kernels *kernels, const float *logits, int32_t vocab, const shoal_sampling *sampling,
+                     const int32_t *history, int32_t position, void *scratch);
+
+/* check.c and batch.c: SHOAL_OK, or a status whose reason stands in error. */
+int32_t shoal_check_program(const shoal_program *program, char *error, int32_t error_bytes);
+int32_t shoal_check_batch(const shoal_program *program, const shoal_batch *batch, char *error, int32_t error_bytes);
+
+/* plan.c: places every buffer for the ops between its writing and its last reading; at[i] are byte offsets of op i's
+ * out, in and angles, input_at and output_at those of the program's inputs and outputs. Gives the bytes of the whole. */
+typedef struct {
+  uint64_t out, in, angles;
+} shoal_places;
+size_t shoal_row_bytes(const shoal_buffer *buffer);
+int32_t shoal_plan(const shoal_program *program, shoal_places *at, uint64_t *input_at, uint64_t *output_at, uint64_t *bytes);
+
+/* message.c: writes a message with %d (int32), %u (uint64), %s and %%; gives status back. */
+int32_t shoal_fail(char *error, int32_t error_bytes, int32_t status, const char *format, ...);
+
+/* pool.c */
+int32_t shoal_pool_threads(const shoal_pool *pool);
+int32_t shoal_pool_take(shoal_pool *pool); /* 0: another run has it */
+void shoal_pool_give(shoal_pool *pool);
+void shoal_pool_run(shoal_pool *pool, void (*body)(void *argument, int32_t thread), void *argument);
+int32_t shoal_pool_meet(shoal_pool *pool); /* 1: all have come, the caller is the last and must call shoal_pool_part; 0: parted */
+void shoal_pool_part(shoal_pool *pool);
+
+/* fenv.c: round to nearest, no flush to zero; gives what was set before. */
+uint64_t shoal_fenv_set(void);
+void shoal_fenv_restore(uint64_t before);
+
+SHOAL_INLINE uint32_t shoal_bits(float x) {
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  return u;
+}
+
+SHOAL_INLINE float shoal_float(uint32_t u) {
+  float x;
+  memcpy(&x, &u, 4);
+  return x;
+}
+
+SHOAL_INLINE int32_t shoal_is_finite(float x) { return (shoal_bits(x) & 0x7f800000u) != 0x7f800000u; }
+
+SHOAL_INLINE float shoal_f16_to_f32(uint16_t h) {
+  const uint32_t sign = (uint32_t)(h & 0x8000u) << 16, magnitude = h & 0x7fffu;
+  if (magnitude >= 0x7c00u) /* infinity, NaN made quiet */
+    return shoal_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13 | (magnitude > 0x7c00u ? 0x400000u : 0));
+  if (magnitude >= 0x400u) return shoal_float(sign | ((magnitude << 13) + 0x38000000u));
+  const float x = (float)magnitude * 0x1p-24f; /* subnormal in f16, exact in f32 */
+  return shoal_float(sign | shoal_bits(x));
+}
+
+/* To nearest, ties to even. */
+SHOAL_INLINE uint16_t shoal_f32_to_f16(float x) {
+  const uint32_t u = shoal_bits(x), sign = u >> 16 & 0x8000u, magnitude = u & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return (uint16_t)(sign | 0x7e00u | (magnitude >> 13 & 0x3ffu));
+  if (magnitude >= 0x477ff000u) return (uint16_t)(sign | 0x7c00u); /* 65520 and above */
+  if (magnitude >= 0x38800000u) {
+    const uint32_t odd = magnitude >> 13 & 1;
+    return (uint16_t)(sign | (magnitude - 0x38000000u + 0xfffu + odd) >> 13);
+  }
+  /* Below 2^-14 the unit is 2^-24: adding 0.5, whose last bit is 2^-24, rounds there. */
+  const float rounded = shoal_float(magnitude) + 0.5f;
+  return (uint16_t)(sign | (shoal_bits(rounded) - 0x3f000000u));
+}
+
+#endif

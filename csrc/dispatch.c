@@ -1,0 +1,84 @@
+/* The one file that asks the CPU what it can do. */
+#define _GNU_SOURCE
+#include "common.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
+typedef struct {
+  const char *name;
+  const shoal_kernels *kernels; /* NULL: not in this build */
+  int32_t (*here)(void);
+} isa_row;
+
+static int32_t always(void) { return 1; }
+
+#if defined(__x86_64__)
+enum { LEAF1_FMA = 1 << 12, LEAF1_OSXSAVE = 1 << 27, LEAF1_F16C = 1 << 29, LEAF7_AVX2 = 1 << 5 };
+enum { XCR0_YMM = 0x6, XCR0_ZMM = 0xe6 };
+
+/* Whether leaf 7 has all of ebx and ecx, and the system saves the registers of `saved`. */
+static int32_t has(uint32_t ebx, uint32_t ecx, uint32_t saved) {
+  uint32_t a, b, c, d, low, high;
+  const uint32_t leaf1 = LEAF1_FMA | LEAF1_OSXSAVE | LEAF1_F16C;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || (c & leaf1) != leaf1) return 0;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  if ((low & saved) != saved) return 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & ebx) == ebx && (c & ecx) == ecx;
+}
+
+static int32_t has_avx2(void) { return has(LEAF7_AVX2, 0, XCR0_YMM); }
+
+static int32_t has_avx512(void) {
+  const uint32_t f = 1u << 16, bw = 1u << 30, vl = 1u << 31, vnni = 1u << 11;
+  return has(LEAF7_AVX2 | f | bw | vl, vnni, XCR0_ZMM);
+}
+#define SET_X86(kernels) &(kernels)
+#else
+#define has_avx2 always
+#define has_avx512 always
+#define SET_X86(kernels) NULL
+#endif
+
+#if defined(__aarch64__)
+#define SET_ARM(kernels) &(kernels)
+#else
+#define SET_ARM(kernels) NULL
+#endif
+
+/* By enum shoal_isa; among those that a CPU has, a later one is the quicker. */
+static const isa_row SETS[] = {
+    [SHOAL_ISA_AUTO] = {"auto", NULL, always},
+    [SHOAL_ISA_SCALAR] = {"scalar", &shoal_kernels_scalar, always},
+    [SHOAL_ISA_AVX2] = {"avx2", SET_X86(shoal_kernels_avx2), has_avx2},
+    [SHOAL_ISA_AVXVNNI] = {"avxvnni", NULL, always},
+    [SHOAL_ISA_AVX512] = {"avx512", SET_X86(shoal_kernels_avx512), has_avx512},
+    [SHOAL_ISA_NEON] = {"neon", SET_ARM(shoal_kernels_neon), always},
+    [SHOAL_ISA_NEON_DOT] = {"neon_dot", NULL, always},
+    [SHOAL_ISA_NEON_I8MM] = {"neon_i8mm", NULL, always},
+};
+enum { N_SETS = sizeof SETS / sizeof *SETS };
+
+const shoal_kernels *shoal_kernels_of(int32_t isa) {
+  if (isa == SHOAL_ISA_AUTO) isa = shoal_isa_best();
+  return isa > 0 && isa < N_SETS && SETS[isa].kernels && SETS[isa].here() ? SETS[isa].kernels : NULL;
+}
+
+int32_t shoal_isa_best(void) {
+  for (int32_t isa = N_SETS - 1; isa > SHOAL_ISA_SCALAR; isa--)
+    if (shoal_kernels_of(isa)) return isa;
+  return SHOAL_ISA_SCALAR;
+}
+
+int32_t shoal_isa_available(int32_t isa) { return shoal_kernels_of(isa) != NULL; }
+
+const char *shoal_isa_name(int32_t isa) { return isa >= 0 && isa < N_SETS ? SETS[isa].name : "unknown"; }
+
+#ifndef SHOAL_SOURCE_HASH
+#define SHOAL_SOURCE_HASH "unknown"
+#endif
+
+const char *shoal_source_hash(void) { return SHOAL_SOURCE_HASH; }

@@ -1,0 +1,236 @@
+/* Works through a program: every thread goes through the same list of ops, claims a part of each from one counter, and
+ * meets the others before the next. Which thread does which part changes no bit of the result. */
+#define _GNU_SOURCE
+#include "executor.h"
+
+#include <time.h>
+
+enum {
+  SMALL_WORK = 16384, /* multiply-adds, or elements touched, below which a hand-over to another thread costs more */
+  ROW_BLOCK = 96,     /* rows of a product that one claim takes */
+  FEW_ROWS = 8,       /* up to these, a product's time is that of reading its weights */
+  CLAIM_BYTES = 65536 /* weights that one claim of a product with few rows reads */
+};
+
+typedef shoal_run_state run;
+
+int64_t shoal_now_ns(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+static int32_t rows_of(const run *r, int32_t buffer) {
+  return r->e->program.buffers[buffer].domain == SHOAL_ALL_ROWS ? r->rows : r->wanted;
+}
+
+/* How an op's work is cut: `units` of them, `claim` at a time. */
+typedef struct {
+  int64_t units, claim;
+} cut;
+
+static int32_t panels_of(const shoal_weight *w) { return (w->rows + SHOAL_PANEL - 1) / SHOAL_PANEL; }
+
+static cut cut_matmul(const run *r, const shoal_op *op) {
+  const shoal_program *p = &r->e->program;
+  const int32_t rows = rows_of(r, op->out), blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
+  const int64_t threads = shoal_pool_threads(r->e->pool);
+  const int64_t input_bytes = p->buffers[op->in].type == SHOAL_Q8 ? SHOAL_PANEL : SHOAL_PANEL * sizeof(float);
+  int64_t panels = 0;
+  for (int32_t i = 0; i < op->n_weights; i++) panels += panels_of(&p->weights[op->weights[i]]);
+  if (rows > FEW_ROWS) return (cut){panels * blocks, 2};
+  if (threads == 1) return (cut){panels * blocks, SHOAL_MAX(panels, 1)};
+  const int64_t fair = panels / (4 * threads); /* claims small enough for a slow thread to take fewer */
+  const int64_t claim = SHOAL_MIN(fair, CLAIM_BYTES / (p->buffers[op->in].cols * input_bytes));
+  return (cut){panels * blocks, SHOAL_MAX(claim, 1)};
+}
+
+static cut cut_op(const run *r, const shoal_op *op) {
+  const shoal_program *p = &r->e->program;
+  switch (op->kind) {
+    case SHOAL_OP_MATMUL: return cut_matmul(r, op);
+    case SHOAL_OP_ATTEND: {
+      const shoal_state *s = &p->states[op->state];
+      const int64_t units = (int64_t)r->n_spans * s->kv_heads;
+      return (cut){units, r->seen * op->i[1] * s->head_dim < SMALL_WORK ? units : 1};
+    }
+    case SHOAL_OP_STORE: {
+      const shoal_state *s = &p->states[op->state];
+      return (cut){r->n_spans, SHOAL_MAX(SMALL_WORK / (2 * SPAN_ROWS * s->kv_heads * s->head_dim), 1)};
+    }
+    case SHOAL_OP_SAMPLE: return (cut){r->batch->n_sequences, 1};
+    default: {
+      const int64_t cols = p->buffers[op->out].cols;
+      return (cut){rows_of(r, op->out), SHOAL_MAX(SMALL_WORK / cols, 1)};
+    }
+  }
+}
+
+static int32_t position_of(const run *r, int32_t row) {
+  for (const shoal_sequence *s = r->batch->sequences;; s++) {
+    if (row < s->rows) return s->first + row;
+    row -= s->rows;
+  }
+}
+
+static void run_matmul(const run *r, const shoal_op *op, const shoal_places *at, int64_t unit, int64_t end) {
+  const shoal_program *p = &r->e->program;
+  const int32_t rows = rows_of(r, op->out);
+  int64_t panels = 0;
+  for (int32_t i = 0; i < op->n_weights; i++) panels += panels_of(&p->weights[op->weights[i]]);
+  while (unit < end) { /* panels of one block of rows and of one weight at a time */
+    const int32_t block = (int32_t)(unit / panels);
+    int32_t panel = (int32_t)(unit % panels), part = 0, column = 0;
+    for (; panel >= panels_of(&p->weights[op->weights[part]]); part++) {
+      panel -= panels_of(&p->weights[op->weights[part]]);
+      column += p->weights[op->weights[part]].rows;
+    }
+    const shoal_weight *w = &p->weights[op->weights[part]];
+    const int32_t n = (int32_t)SHOAL_MIN(end - unit, panels_of(w) - panel);
+    const shoal_matmul task = {
+        .in = shoal_row(r->e, at->in, op->in, 0),
+        .out = shoal_row(r->e, at->out, op->out, 0) + column * sizeof(float),
+        .in_stride = shoal_row_bytes(&p->buffers[op->in]),
+        .out_stride = shoal_row_bytes(&p->buffers[op->out]),
+        .w = w,
+        .row0 = block * ROW_BLOCK,
+        .row1 = SHOAL_MIN(rows, (block + 1) * ROW_BLOCK),
+        .panel0 = panel,
+        .panel1 = panel + n,
+        .add = op->i[0],
+    };
+    if (w->type == SHOAL_Q8) r->e->kernels->matmul_q8(&task);
+    else r->e->kernels->matmul_f32(&task);
+    unit += n;
+  }
+}
+
+static void run_attention(const run *r, const shoal_op *op, const shoal_places *at, int64_t unit, int64_t end) {
+  const shoal_program *p = &r->e->program;
+  const shoal_state *state = &p->states[op->state];
+  const int32_t heads = op->kind == SHOAL_OP_ATTEND ? state->kv_heads : 1;
+  for (; unit < end; unit++) {
+    const shoal_span *s = &r->e->spans[r->n_spans - 1 - unit / heads]; /* the longest first: they end together */
+    const shoal_sequence *sequence = &r->batch->sequences[s->sequence];
+    const int32_t head = (int32_t)(unit % heads), row = s->base + s->row;
+    shoal_attention task = {
+        .in_stride = shoal_row_bytes(&p->buffers[op->in]),
+        .pages = sequence->pages + op->state * sequence->pages_stride,
+        .state = state,
+        .first = sequence->first + s->row,
+        .rows = s->rows,
+    };
+    const float *in = (const float *)shoal_row(r->e, at->in, op->in, row);
+    if (op->kind == SHOAL_OP_STORE) {
+      task.in = (const char *)(in + op->i[0]);
+      task.values = (const char *)(in + op->i[1]);
+      r->e->kernels->store(&task);
+      continue;
+    }
+    task.group = op->i[1] / heads;
+    const size_t column = (size_t)head * task.group * state->head_dim;
+    task.kv_head = head;
+    task.in = (const char *)(in + op->i[0] + column);
+    task.out = (char *)((float *)shoal_row(r->e, at->out, op->out, row) + column);
+    task.out_stride = shoal_row_bytes(&p->buffers[op->out]);
+    task.scale = op->f[0];
+    r->e->kernels->attend(&task);
+  }
+}
+
+static void run_sample(run *r, const shoal_op *op, const shoal_places *at, int64_t unit, int64_t end, int32_t thread) {
+  int32_t row = -1;
+  for (int64_t i = 0; i < end; i++) {
+    const shoal_sequence *s = &r->batch->sequences[i];
+    row += s->wanted;
+    if (i < unit || !s->sample) continue;
+    const float *logits = (const float *)shoal_row(r->e, at->in, op->in, row);
+    const int32_t token = shoal_sample(r->e->kernels, logits, r->e->program.buffers[op->in].cols, &s->sampling, s->history,
+                                       s->first + s->rows, r->e->scratch + (size_t)thread * r->e->scratch_bytes);
+    r->batch->drawn[i] = token;
+    if (token >= 0) continue;
+    r->where = (int32_t)i;
+    r->status = SHOAL_E_NONFINITE;
+  }
+}
+
+static void run_row(const run *r, const shoal_op *op, const shoal_places *at, int32_t row) {
+  const shoal_program *p = &r->e->program;
+  const shoal_kernels *k = r->e->kernels;
+  const shoal_weight *w = &p->weights[op->weights[0]];
+  const shoal_buffer *to = &p->buffers[op->out];
+  char *out = shoal_row(r->e, at->out, op->out, row);
+  int32_t from = row;
+  if (op->kind == SHOAL_OP_NORM && p->buffers[op->in].domain != to->domain) from = r->e->wanted[row];
+  const float *in = op->in >= 0 && op->kind > SHOAL_OP_ANGLES && op->kind != SHOAL_OP_ROPE ? (const float *)shoal_row(r->e, at->in, op->in, from) : NULL;
+  switch (op->kind) {
+    case SHOAL_OP_EMBED: k->embed(w, r->batch->tokens[row], (float *)out); break;
+    case SHOAL_OP_ANGLES: shoal_angles(position_of(r, row), w->data, w->cols, (float *)out); break;
+    case SHOAL_OP_NORM:
+      if (to->type == SHOAL_Q8) k->norm_q8(in, w->data, to->cols, op->f[0], out);
+      else k->norm(in, w->data, to->cols, op->f[0], (float *)out);
+      break;
+    case SHOAL_OP_QUANTISE: k->quantise(in, to->cols, out); break;
+    case SHOAL_OP_ROPE:
+      k->rope((float *)out, (const float *)shoal_row(r->e, at->angles, op->angles, row), op->i[0], op->i[1], p->buffers[op->angles].cols / 2);
+      break;
+    default:
+      if (to->type == SHOAL_Q8) k->gate_q8(in, to->cols, op->i[0], out);
+      else k->gate(in, to->cols, op->i[0], (float *)out);
+  }
+}
+
+static void run_units(run *r, int32_t index, int64_t unit, int64_t end, int32_t thread) {
+  const shoal_op *op = &r->e->program.ops[index];
+  const shoal_places *at = &r->e->at[index];
+  switch (op->kind) {
+    case SHOAL_OP_MATMUL: run_matmul(r, op, at, unit, end); break;
+    case SHOAL_OP_STORE:
+    case SHOAL_OP_ATTEND: run_attention(r, op, at, unit, end); break;
+    case SHOAL_OP_SAMPLE: run_sample(r, op, at, unit, end, thread); break;
+    default:
+      for (; unit < end; unit++) run_row(r, op, at, (int32_t)unit);
+  }
+}
+
+static void op_ended(run *r, int32_t index) {
+  if (r->batch->op_ns) {
+    const int64_t now = shoal_now_ns();
+    r->batch->op_ns[index] = (uint64_t)(now - r->mark);
+    r->mark = now;
+  }
+  if (r->batch->cancel && *r->batch->cancel && r->status == SHOAL_OK) r->status = SHOAL_E_CANCELLED;
+}
+
+/* Ops that one claim covers follow each other on one thread, without a meeting between them. Gives the op after them. */
+static int32_t run_small(run *r, int32_t op, int32_t thread) {
+  const int32_t mine = atomic_fetch_add(&r->claimed, 1) == 0;
+  for (; op < r->e->program.n_ops; op++) {
+    const cut c = cut_op(r, &r->e->program.ops[op]);
+    if (c.units > c.claim) break;
+    if (!mine || r->status != SHOAL_OK) continue;
+    run_units(r, op, 0, c.units, thread);
+    op_ended(r, op);
+  }
+  return op;
+}
+
+void shoal_execute(void *run_state, int32_t thread) {
+  run *r = run_state;
+  for (int32_t op = 0, next; op < r->e->program.n_ops && !r->stop; op = next) {
+    const cut c = cut_op(r, &r->e->program.ops[op]);
+    const int32_t small = c.units <= c.claim;
+    if (small) {
+      next = run_small(r, op, thread);
+    } else {
+      next = op + 1;
+      for (int64_t unit; (unit = atomic_fetch_add(&r->claimed, c.claim)) < c.units;)
+        run_units(r, op, unit, SHOAL_MIN(unit + c.claim, c.units), thread);
+    }
+    if (!shoal_pool_meet(r->e->pool)) continue;
+    if (!small) op_ended(r, op);
+    r->claimed = 0;
+    r->stop = r->status != SHOAL_OK;
+    shoal_pool_part(r->e->pool);
+  }
+}

@@ -1,0 +1,54 @@
+/* An opened program and one run of it: what program.c sets up and execute.c works through. */
+#ifndef SHOAL_EXECUTOR_H
+#define SHOAL_EXECUTOR_H
+
+#include "common.h"
+
+#include <stdatomic.h>
+
+enum { SPAN_ROWS = 16 };
+
+/* Up to SPAN_ROWS rows of one sequence, which ATTEND and STORE take at a time. */
+typedef struct {
+  int32_t sequence;
+  int32_t base; /* row of the batch that is the sequence's first */
+  int32_t row, rows; /* within the sequence */
+} shoal_span;
+
+struct shoal_executor {
+  shoal_program program; /* its tables are copies */
+  const shoal_kernels *kernels;
+  shoal_pool *pool;
+  shoal_places *at; /* by op */
+  uint64_t *input_at, *output_at;
+  char *workspace; /* aligned within workspace_memory */
+  void *workspace_memory;
+  uint64_t workspace_bytes;
+  char *scratch; /* the sampler's, per thread */
+  size_t scratch_bytes;
+  shoal_span *spans;
+  int32_t *wanted; /* by wanted row: its row in the batch */
+};
+
+typedef struct {
+  shoal_executor *e;
+  const shoal_batch *batch;
+  int32_t rows, wanted, n_spans;
+  int64_t seen; /* sum over rows of the positions that each sees */
+  _Atomic int64_t claimed; /* units of the op at hand */
+  _Atomic int32_t status;
+  _Atomic int32_t where; /* the sequence that the status is about */
+  int32_t stop;          /* written while all threads meet */
+  int64_t mark;          /* nanoseconds when the last op ended */
+} shoal_run_state;
+
+int64_t shoal_now_ns(void);
+
+/* What every thread of the pool does for one run. */
+void shoal_execute(void *run_state, int32_t thread);
+
+SHOAL_INLINE char *shoal_row(const shoal_executor *e, uint64_t at, int32_t buffer, int32_t row) {
+  return e->workspace + at + (size_t)row * shoal_row_bytes(&e->program.buffers[buffer]);
+}
+
+#endif

@@ -1,0 +1,321 @@
+"""Small programs for the C library, written in Python and run on any instruction set and number of threads.
+
+Standalone on purpose: it packs weights and pages itself, from csrc/kernels.h's words, so that a mistake in the engine's own
+packing cannot hide one in the kernels.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shoal.engine.backends._abi import ffi
+from shoal.engine.source_hash import source_hash
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+FLAGS = ("-std=c11", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
+ENUM = {
+    name.removeprefix("SHOAL_"): value
+    for enum in ("isa", "type", "domain", "activation", "op_kind", "status", "layout")
+    for name, value in ffi.typeof(f"enum shoal_{enum}").relements.items()
+}
+STATUS = {value: name[6:] for name, value in ffi.typeof("enum shoal_status").relements.items()}
+PAGE, LANES, GROUP, PANEL, QUAD = (ENUM[name] for name in ("PAGE", "LANES", "GROUP", "PANEL", "QUAD"))
+
+
+class Refused(Exception):
+    """The library gave a status other than OK."""
+
+    def __init__(self, status: str, message: str) -> None:
+        super().__init__(f"{status}: {message}")
+        self.status = status
+
+
+@cache
+def library() -> Any:
+    """The library that `make lib` built if it is of these sources, else one compiled here and now."""
+    built = ROOT / "src" / "shoal" / "libshoal.so"
+    if built.exists():
+        lib = ffi.dlopen(str(built))
+        if ffi.string(lib.shoal_source_hash()).decode() == source_hash():
+            return lib
+    folder = Path(tempfile.mkdtemp(prefix="shoal-kernels-"))
+    try:
+        return ffi.dlopen(str(compile_library(folder / "libshoal.so")))
+    finally:
+        shutil.rmtree(folder)  # what is mapped stays mapped
+
+
+def compile_library(output: Path, *flags: str) -> Path:
+    """csrc/ as a shared library; any warning is an error."""
+    sources = sorted(str(path) for path in CSRC.glob("*.c"))
+    define = f'-DSHOAL_SOURCE_HASH="{source_hash()}"'
+    subprocess.run(["cc", *FLAGS, *flags, "-fPIC", "-shared", define, "-o", str(output), *sources, "-lpthread", "-lm"], check=True)
+    return output
+
+
+@cache
+def isas() -> tuple[str, ...]:
+    """Instruction sets that can run here, scalar first."""
+    names = [name.removeprefix("ISA_").lower() for name in ENUM if name.startswith("ISA_") and name != "ISA_AUTO"]
+    return tuple(name for name in names if library().shoal_isa_available(ENUM[f"ISA_{name.upper()}"]))
+
+
+def vector_isas() -> tuple[str, ...]:
+    """All of `isas()` but the definition."""
+    return isas()[1:]
+
+
+@cache
+def pool(threads: int) -> Any:
+    """A pool that all tests share: threads that wait are asleep."""
+    return library().shoal_pool_open(threads)
+
+
+@dataclass
+class Weight:
+    """A weight in memory, and the float64 matrix that it stands for."""
+
+    data: Any
+    scales: Any
+    kind: str
+    rows: int
+    cols: int
+    dense: Any
+
+    def row(self, **changes: Any) -> dict[str, Any]:
+        """The shoal_weight; `changes` make it lie."""
+        scales = self.scales is not None
+        return {
+            "data": ffi.from_buffer(self.data),
+            "scales": ffi.from_buffer("uint16_t[]", self.scales) if scales else ffi.NULL,
+            "data_bytes": self.data.nbytes,
+            "scales_bytes": self.scales.nbytes if scales else 0,
+            "type": ENUM[self.kind],
+            "rows": self.rows,
+            "cols": self.cols,
+            **changes,
+        }
+
+
+def f32(matrix: Any) -> Weight:
+    """A weight of floats, `[rows, cols]` or `[cols]`."""
+    data = np.atleast_2d(np.ascontiguousarray(matrix, np.float32))
+    return Weight(data, None, "F32", *data.shape, data.astype(np.float64))
+
+
+def f64(vector: Any) -> Weight:
+    """Inverse frequencies."""
+    data = np.atleast_2d(np.ascontiguousarray(vector, np.float64))
+    return Weight(data, None, "F64", *data.shape, data)
+
+
+def q8(q: Any, scales: Any) -> Weight:
+    """int8 `[rows, cols]` with fp16 scales `[rows, groups]`, packed into panels."""
+    rows, cols = q.shape
+    panels, groups = -(-rows // PANEL), -(-cols // GROUP)
+    full = np.zeros((panels * PANEL, groups * GROUP), np.int8)
+    full[:rows, :cols] = q
+    full_scales = np.zeros((panels * PANEL, groups), np.float16)
+    full_scales[:rows] = scales
+    data = full.reshape(panels, PANEL, groups * GROUP // QUAD, QUAD).transpose(0, 2, 1, 3).copy()
+    packed = full_scales.reshape(panels, PANEL, groups).transpose(0, 2, 1).copy()
+    dense = full.astype(np.float64) * np.repeat(full_scales.astype(np.float64), GROUP, axis=1)
+    return Weight(data, packed.view(np.uint16), "Q8", rows, cols, dense[:rows, :cols])
+
+
+def random_q8(rng: np.random.Generator, rows: int, cols: int) -> Weight:
+    """Any int8 and scales near 0.01; now and then a scale that is zero or subnormal in fp16."""
+    scales = rng.uniform(0.002, 0.02, (rows, -(-cols // GROUP))).astype(np.float16)
+    scales[rng.random(scales.shape) < 0.02] = 0
+    scales[rng.random(scales.shape) < 0.02] = 3e-7
+    return q8(rng.integers(-127, 128, (rows, cols), dtype=np.int8), scales)
+
+
+@dataclass
+class State:
+    """Keys and values of one layer."""
+
+    kv_heads: int
+    head_dim: int
+    kind: str = "F16"
+
+    @property
+    def dtype(self) -> Any:
+        return np.float16 if self.kind == "F16" else np.float32
+
+
+@dataclass
+class Sequence_:
+    """A run of rows of one sequence; pages `[states][n]` are made when the first run needs them."""
+
+    rows: int
+    first: int = 0
+    wanted: int = 0
+    sample: int = 0
+    pages: list[list[Any]] = field(default_factory=list)
+    history: Any = None
+    sampling: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Program:
+    """Tables under construction. Buffers, weights and states are named by their index."""
+
+    max_rows: int = 64
+    max_wanted: int | None = None
+    ops: list[dict[str, Any]] = field(default_factory=list)
+    buffers: list[tuple[int, int, int]] = field(default_factory=list)
+    weights: list[Weight] = field(default_factory=list)
+    states: list[State] = field(default_factory=list)
+    inputs: list[int] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)
+
+    def buffer(self, cols: int, kind: str = "F32", domain: str = "ALL_ROWS") -> int:
+        self.buffers.append((ENUM[kind], cols, ENUM[domain]))
+        return len(self.buffers) - 1
+
+    def input(self, cols: int) -> int:
+        self.inputs.append(self.buffer(cols))
+        return self.inputs[-1]
+
+    def output(self, buffer: int) -> int:
+        self.outputs.append(buffer)
+        return buffer
+
+    def weight(self, weight: Weight) -> int:
+        self.weights.append(weight)
+        return len(self.weights) - 1
+
+    def state(self, *args: Any) -> int:
+        self.states.append(State(*args))
+        return len(self.states) - 1
+
+    def op(self, kind: str, out: int = -1, x: int = -1, *weights: int, **fields: Any) -> int:
+        """Adds an op and gives its `out`."""
+        row = {"kind": ENUM[f"OP_{kind}"], "out": out, "in": x, "angles": -1, "state": -1, "i": [0, 0], "f": [0.0]}
+        self.ops.append({**row, "weights": list(weights), "n_weights": len(weights), **fields})
+        return out
+
+    def table(self, keep: list[Any]) -> Any:
+        """The shoal_program; keep holds what it points at."""
+        p = ffi.new("shoal_program *")
+        tables = {
+            "ops": ffi.new("shoal_op[]", self.ops),
+            "buffers": ffi.new("shoal_buffer[]", self.buffers),
+            "weights": ffi.new("shoal_weight[]", [w.row() for w in self.weights]),
+            "states": ffi.new("shoal_state[]", [(ENUM[s.kind], s.kv_heads, s.head_dim) for s in self.states]),
+            "inputs": ffi.new("int32_t[]", self.inputs),
+            "outputs": ffi.new("int32_t[]", self.outputs),
+        }
+        for name, rows in tables.items():
+            setattr(p, name, rows)
+            setattr(p, f"n_{name}", len(rows))
+        p.max_rows = self.max_rows
+        p.max_wanted = self.max_rows if self.max_wanted is None else self.max_wanted
+        keep += [p, *tables.values(), *self.weights]
+        return p
+
+    def open(self, isa: str = "scalar", threads: int = 1) -> Executor:
+        return Executor(self, isa, threads)
+
+
+class Executor:
+    """An opened program."""
+
+    def __init__(self, program: Program, isa: str, threads: int) -> None:
+        self.program, self._keep = program, []
+        handle, error = ffi.new("shoal_executor **"), ffi.new("char[]", 256)
+        status = library().shoal_open(program.table(self._keep), pool(threads), ENUM[f"ISA_{isa.upper()}"], handle, error, 256)
+        check(status, error)
+        self._handle = ffi.gc(handle[0], library().shoal_close)
+
+    def workspace_bytes(self) -> int:
+        return int(library().shoal_workspace_bytes(self._handle))
+
+    def run(self, sequences: Sequence[Sequence_], inputs: Sequence[Any] = (), tokens: Any = None, want: bool = True) -> Outcome:
+        """One batch; inputs `[rows, cols]` each. want = False: no outputs are asked for."""
+        p, keep = self.program, []
+        rows, wanted = sum(s.rows for s in sequences), sum(s.wanted for s in sequences)
+        batch = ffi.new("shoal_batch *")
+        batch.sequences, batch.n_sequences = describe(p, sequences, keep), len(sequences)
+        if tokens is not None:
+            batch.tokens = pointer(keep, "int32_t[]", np.asarray(tokens, np.int32))
+        arrays = [np.ascontiguousarray(x, np.float32) for x in inputs]
+        assert [a.shape for a in arrays] == [(rows, p.buffers[b][1]) for b in p.inputs]
+        batch.inputs = pointers(keep, arrays)
+        domains = [p.buffers[b][2] for b in p.outputs]
+        outputs = [
+            np.full((rows if d == ENUM["ALL_ROWS"] else wanted, p.buffers[b][1]), np.nan, np.float32)
+            for b, d in zip(p.outputs, domains, strict=True)
+        ]
+        batch.outputs = pointers(keep, outputs) if want else ffi.new("float *[]", len(outputs) or 1)
+        keep.append(batch.outputs)
+        drawn = np.full(len(sequences), -7, np.int32)
+        batch.drawn = pointer(keep, "int32_t[]", drawn)
+        self.run_raw(batch)
+        return Outcome(outputs, drawn)
+
+    def run_raw(self, batch: Any) -> None:
+        """One batch as it stands. Refused: the library said no."""
+        error = ffi.new("char[]", 256)
+        check(library().shoal_run(self._handle, batch, error, 256), error)
+
+
+@dataclass
+class Outcome:
+    outputs: list[Any]
+    drawn: Any
+
+
+def check(status: int, error: Any) -> None:
+    if STATUS[status] != "OK":
+        raise Refused(STATUS[status], ffi.string(error).decode())
+
+
+def pointer(keep: list[Any], ctype: str, array: Any) -> Any:
+    keep.append(ffi.from_buffer(ctype, array))
+    return keep[-1]
+
+
+def pointers(keep: list[Any], arrays: Sequence[Any]) -> Any:
+    keep.append(ffi.new("float *[]", [pointer(keep, "float[]", a) for a in arrays] or 1))
+    return keep[-1]
+
+
+def describe(p: Program, sequences: Sequence[Sequence_], keep: list[Any]) -> Any:
+    """The shoal_sequence rows; pages are made here, full of NaN, so that a kernel that reads too far is found out."""
+    rows = ffi.new("shoal_sequence[]", len(sequences))
+    keep.append(rows)
+    for row, s in zip(rows, sequences, strict=True):
+        while len(s.pages) < len(p.states):
+            s.pages.append([])
+        for pages, state in zip(s.pages, p.states, strict=True):
+            while len(pages) * PAGE < s.first + s.rows:
+                pages.append(np.full(2 * PAGE * state.kv_heads * state.head_dim, np.nan, state.dtype))
+        stride = max((len(pages) for pages in s.pages), default=1)
+        table = ffi.new("void *[]", len(s.pages) * stride + 1)
+        for i, pages in enumerate(s.pages):
+            for j, page in enumerate(pages):
+                table[i * stride + j] = pointer(keep, "char[]", page)
+        keep.append(table)
+        row.rows, row.first, row.wanted, row.sample = s.rows, s.first, s.wanted, s.sample
+        row.pages, row.pages_stride = table, stride
+        if s.history is not None:
+            row.history = pointer(keep, "int32_t[]", s.history)
+        row.sampling = {"top_p": 1.0, "repetition_penalty": 1.0, **s.sampling}
+    return rows
+
+
+def same(a: Any, b: Any) -> None:
+    """The same bits, signs of zeros and all."""
+    np.testing.assert_array_equal(np.ascontiguousarray(a).view(np.uint32), np.ascontiguousarray(b).view(np.uint32))

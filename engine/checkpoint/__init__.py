@@ -1,0 +1,64 @@
+"""Other people's weight files: one interface over Hugging Face directories and GGUF files.
+
+Tensors come one at a time, as float32, under Hugging Face's names, so that converting holds a few of them and
+never a model."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ModelFileError
+
+F32 = NDArray[np.float32]
+
+
+class Checkpoint(Protocol):
+    """A model as its makers published it."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def config(self) -> dict[str, Any]:
+        """`config.json` in Hugging Face's spelling."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """Names of all tensors, in Hugging Face's spelling."""
+
+    @property
+    def license(self) -> str | None: ...
+    @property
+    def chat_template(self) -> str | None: ...
+
+    def tensor(self, name: str) -> F32:
+        """A tensor as float32. ModelFileError: no such tensor, or its file is damaged."""
+
+    def tokenizer_json(self) -> bytes | None:
+        """A `tokenizer.json` for the `tokenizers` package; None when the checkpoint has no tokenizer."""
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Opens a directory with config.json and safetensors, or a .gguf file (or a directory with one of
+    those). ModelFileError: neither, or damaged; UnsupportedModelError: of a kind that is not here."""
+    if path.is_dir():
+        if (path / "config.json").exists():
+            from .hugging_face import HuggingFaceCheckpoint
+
+            return HuggingFaceCheckpoint(path)
+        found = sorted(path.glob("*.gguf"))
+        if len(found) != 1:
+            raise ModelFileError(
+                f"{path} has no config.json and {len(found)} .gguf files: name a directory with config.json "
+                "and *.safetensors, or one .gguf file"
+            )
+        path = found[0]
+    if not path.exists():
+        raise ModelFileError(f"{path} is missing")
+    from .gguf_checkpoint import GgufCheckpoint
+
+    return GgufCheckpoint(path)

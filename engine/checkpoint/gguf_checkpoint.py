@@ -1,0 +1,145 @@
+"""A GGUF file as a checkpoint: its metadata become config.json, its tensors get Hugging Face's names."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import ModelFileError, UnsupportedModelError
+from . import F32
+from .gguf_file import GgufFile
+from .gguf_names import END_OF_TURN, PAIRED_ROPE, hugging_face_name
+from .gguf_tokenizer import CONTROL, tokenizer_json
+
+_FREQUENCY_FACTORS = "rope_freqs.weight"
+
+
+class GgufCheckpoint:
+    """See Checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = GgufFile(path)
+        self._gguf_names = {hugging_face_name(name): name for name in self._file.tensors}
+        self._factors = self._gguf_names.pop(_FREQUENCY_FACTORS, None)
+        arch = self._file.values.get("general.architecture")
+        if not isinstance(arch, str):
+            raise ModelFileError(f"{path}: general.architecture is missing; fetch the file again")
+        self._arch = arch
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self._gguf_names)
+
+    @property
+    def license(self) -> str | None:
+        value = self._file.values.get("general.license")
+        return value if isinstance(value, str) else None
+
+    @property
+    def chat_template(self) -> str | None:
+        value = self._file.values.get("tokenizer.chat_template")
+        return value if isinstance(value, str) else None
+
+    def tokenizer_json(self) -> bytes | None:
+        return tokenizer_json(self._file.values, str(self.path))
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        hidden, heads = self._number("embedding_length"), self._number("attention.head_count")
+        head_dim = self._value("attention.key_length") or hidden // max(1, heads)
+        rotated = self._value("rope.dimension_count") or head_dim
+        if rotated != head_dim:
+            raise UnsupportedModelError(
+                f"{self.path} rotates {rotated} of {head_dim} columns of a head; all must be rotated"
+            )
+        return {
+            "model_type": self._arch,
+            "hidden_size": hidden,
+            "intermediate_size": self._number("feed_forward_length"),
+            "num_hidden_layers": self._number("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self._value("attention.head_count_kv") or heads,
+            "head_dim": head_dim,
+            "vocab_size": self._vocab(),
+            "max_position_embeddings": self._number("context_length"),
+            "rms_norm_eps": self._value("attention.layer_norm_rms_epsilon"),
+            "rope_theta": self._value("rope.freq_base") or 10000.0,
+            "rope_scaling": self._scaling(head_dim),
+            "tie_word_embeddings": "lm_head.weight" not in self.names,
+            "hidden_act": "silu",
+            "bos_token_id": self._file.values.get("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": self._end_tokens(),
+        }
+
+    def tensor(self, name: str) -> F32:
+        if name not in self._gguf_names:
+            raise ModelFileError(f"{self.path}: the tensor {name!r} is missing; fetch the file again")
+        w = self._file.tensor(self._gguf_names[name])
+        if self._arch in PAIRED_ROPE and name.endswith((".q_proj.weight", ".k_proj.weight")):
+            key = "num_attention_heads" if ".q_proj." in name else "num_key_value_heads"
+            heads = self.config[key]
+            if w.ndim != 2 or w.shape[0] % (2 * heads):
+                raise ModelFileError(f"{self.path}: {name!r} has the shape {w.shape}, no {heads} heads")
+            w = w.reshape(heads, -1, 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
+        return w
+
+    def _value(self, key: str) -> Any:
+        return self._file.values.get(f"{self._arch}.{key}")
+
+    def _number(self, key: str) -> int:
+        value = self._value(key)
+        if type(value) is not int or not 0 < value < 1 << 32:
+            raise ModelFileError(f"{self.path}: {self._arch}.{key} must be a count, not {value!r}")
+        return value
+
+    def _vocab(self) -> int:
+        """Rows of the embedding, which is what the program needs; the metadata may omit it."""
+        table = self._file.tensors.get(self._gguf_names.get("model.embed_tokens.weight", ""))
+        if table is None:
+            raise ModelFileError(f"{self.path}: the token embedding is missing; fetch the file again")
+        return table.shape[0]
+
+    def _end_tokens(self) -> list[int]:
+        values = self._file.values
+        ids = [values.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
+        tokens, types = values.get("tokenizer.ggml.tokens"), values.get("tokenizer.ggml.token_type")
+        if isinstance(tokens, list) and isinstance(types, list):
+            pairs = enumerate(zip(tokens, types, strict=False))
+            ids += [i for i, (text, kind) in pairs if kind == CONTROL and text in END_OF_TURN]
+        return sorted({i for i in ids if type(i) is int})
+
+    def _scaling(self, head_dim: int) -> dict[str, Any] | None:
+        """rope_scaling of config.json. UnsupportedModelError: a kind that is not here."""
+        kind, factor = self._value("rope.scaling.type"), self._value("rope.scaling.factor")
+        if self._factors is not None:
+            return self._stretched(self._file.tensor(self._factors), head_dim)
+        if kind in (None, "none") or (kind == "linear" and factor in (None, 0.0, 1.0)):
+            return None
+        if kind == "linear":
+            return {"rope_type": "linear", "factor": factor}
+        raise UnsupportedModelError(f"{self.path}: rope scaling {kind!r} is not supported; linear is")
+
+    def _stretched(self, factors: F32, head_dim: int) -> dict[str, Any]:
+        """The rule "llama3", of which GGUF keeps only the factors: the usual constants are tried."""
+        low, high, context = 1.0, 4.0, 8192
+        factor = float(factors.max())
+        theta = self._value("rope.freq_base") or 10000.0
+        expected = np.empty(head_dim // 2)
+        for j in range(head_dim // 2):
+            wavelength = 2 * math.pi * theta ** (2 * j / head_dim)
+            blend = min(1.0, max(0.0, (context / wavelength - low) / (high - low)))
+            expected[j] = 1 / ((1 - blend) / factor + blend)
+        if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
+            raise UnsupportedModelError(f"{self.path}: its rope_freqs follow no rule that is known here")
+        return {
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": low,
+            "high_freq_factor": high,
+            "original_max_position_embeddings": context,
+        }

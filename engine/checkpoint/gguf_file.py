@@ -1,0 +1,204 @@
+"""The header of a GGUF file, read by ourselves so that a lying one is refused before anything is allocated.
+
+Every count is compared with the bytes that are left before it is believed. The `gguf` package is used for
+dequantising only. Format: ggml-org/ggml, docs/gguf.md."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from ..errors import MissingDependencyError, ModelFileError, UnsupportedModelError
+from . import F32
+
+_VERSIONS = (2, 3)
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_MIN_ENTRY, _MIN_TENSOR = 13, 24  # bytes that the shortest key-value pair and tensor description take
+_MAX_DIMS = 4
+_MAX_ELEMENTS = 1 << 48
+_CHUNK = 1 << 22  # elements dequantised at once: the package makes several copies of what it is given
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """What the header says of a tensor. `shape` is row-major (the file lists it reversed)."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: int
+    begin: int
+    nbytes: int
+
+
+class GgufFile:
+    """A mapped GGUF file whose header has been checked in full."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._memory = _map(path)
+        self.values, self.tensors = _Header(self._memory, str(path)).read()
+
+    def tensor(self, name: str) -> F32:
+        """A tensor, dequantised. UnsupportedModelError: of a type that the gguf package cannot read."""
+        info = self.tensors[name]
+        gguf = import_gguf()
+        kind = gguf.GGMLQuantizationType(info.type)
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        data = np.frombuffer(self._memory, np.uint8, info.nbytes, info.begin)
+        flat = np.empty(math.prod(info.shape), np.float32)
+        step = _CHUNK // block
+        blocks = data.reshape(-1, block_bytes)
+        with np.errstate(all="ignore"):  # what is not finite is refused by whoever converts it
+            for first in range(0, len(blocks), step):
+                part = np.ascontiguousarray(blocks[first : first + step])
+                try:
+                    values = gguf.quants.dequantize(part, kind)
+                except NotImplementedError as e:
+                    raise UnsupportedModelError(
+                        f"{self.path}: tensor {name!r} is {kind.name}, which cannot be dequantised"
+                    ) from e
+                flat[first * block : first * block + values.size] = values.reshape(-1)
+        return flat.reshape(info.shape)
+
+
+def import_gguf() -> ModuleType:
+    """The gguf package. MissingDependencyError: not installed."""
+    try:
+        import gguf
+        import gguf.quants
+    except ImportError as e:
+        raise MissingDependencyError(f"GGUF files need the gguf package ({e}): pip install gguf") from e
+    module: ModuleType = gguf
+    return module
+
+
+def _map(path: Path) -> mmap.mmap:
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size < 24:
+                raise ModelFileError(f"{path} is no GGUF file: it is too short")
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as e:
+        raise ModelFileError(f"{path} cannot be read: {e.strerror}") from e
+
+
+class _Header:
+    """A cursor over the header; every read is checked against the bytes that are there."""
+
+    def __init__(self, memory: mmap.mmap, where: str) -> None:
+        self.memory, self.where, self.at = memory, where, 0
+
+    def refuse(self, what: str) -> ModelFileError:
+        return ModelFileError(f"{self.where} {what}: the file is damaged, fetch it again")
+
+    def read(self) -> tuple[Mapping[str, Any], Mapping[str, GgufTensor]]:
+        if self.take(4) != b"GGUF":
+            raise ModelFileError(f"{self.where} is no GGUF file")
+        version = self.scalar("I")
+        if version not in _VERSIONS:
+            raise UnsupportedModelError(f"{self.where} is GGUF version {version}; {_VERSIONS} can be read")
+        tensors = self.count(_MIN_TENSOR, "tensors")
+        entries = self.count(_MIN_ENTRY, "key-value pairs")
+        values: dict[str, Any] = {}
+        for _ in range(entries):
+            key = self.string()
+            if key in values:
+                raise self.refuse(f"has the key {key!r} twice")
+            values[key] = self.value(self.scalar("I"), key)
+        return values, self.tensor_table(tensors, values.get("general.alignment", 32))
+
+    def take(self, n: int) -> bytes:
+        if n > len(self.memory) - self.at:
+            raise self.refuse(f"is truncated, or lies: its header needs {n} bytes at {self.at}")
+        data = self.memory[self.at : self.at + n]
+        self.at += n
+        return data
+
+    def scalar(self, code: str) -> Any:
+        (value,) = struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))
+        return value
+
+    def count(self, least: int, what: str) -> int:
+        n: int = self.scalar("Q")
+        if n * least > len(self.memory) - self.at:
+            raise self.refuse(f"is truncated, or lies: it claims {n} {what} and has no room for them")
+        return n
+
+    def string(self) -> str:
+        data = self.take(self.scalar("Q"))
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError as e:
+            raise self.refuse(f"has a string that is not UTF-8 at {self.at - len(data)}") from e
+
+    def value(self, kind: int, key: str) -> Any:
+        if kind in _SCALARS:
+            return self.scalar(_SCALARS[kind])
+        if kind == _STRING:
+            return self.string()
+        if kind != _ARRAY:
+            raise self.refuse(f"gives {key!r} the unknown type {kind}")
+        kind = self.scalar("I")
+        if kind == _STRING:
+            return [self.string() for _ in range(self.count(8, f"strings in {key!r}"))]
+        if kind not in _SCALARS:
+            raise self.refuse(f"gives {key!r} an array of the unknown type {kind}")
+        code = "<" + _SCALARS[kind]
+        size = struct.calcsize(code)
+        n = self.count(size, f"values in {key!r}")
+        return [value for (value,) in struct.iter_unpack(code, self.take(n * size))]
+
+    def tensor_table(self, n: int, alignment: object) -> dict[str, GgufTensor]:
+        if type(alignment) is not int or not 1 <= alignment <= 1 << 20 or alignment & (alignment - 1):
+            raise self.refuse(f"has the impossible alignment {alignment!r}")
+        described = [self.description() for _ in range(n)]
+        start = -(-self.at // alignment) * alignment
+        tensors: dict[str, GgufTensor] = {}
+        end = start
+        for name, shape, kind, offset in sorted(described, key=lambda d: d[3]):
+            info = GgufTensor(name, shape, kind, start + offset, self.nbytes(name, shape, kind))
+            if name in tensors:
+                raise self.refuse(f"has the tensor {name!r} twice")
+            if offset % alignment or info.begin < end:
+                raise self.refuse(f"puts the tensor {name!r} at {offset}, inside another or out of line")
+            end = info.begin + info.nbytes
+            if end > len(self.memory):
+                raise self.refuse(
+                    f"is truncated, or lies: the tensor {name!r} ends at {end} of {len(self.memory)}"
+                )
+            tensors[name] = info
+        return tensors
+
+    def description(self) -> tuple[str, tuple[int, ...], int, int]:
+        name = self.string()
+        dims = self.scalar("I")
+        if not 1 <= dims <= _MAX_DIMS:
+            raise self.refuse(f"gives the tensor {name!r} {dims} dimensions")
+        shape = tuple(self.scalar("Q") for _ in range(dims))[::-1]
+        if not all(0 < d <= _MAX_ELEMENTS for d in shape) or math.prod(shape) > _MAX_ELEMENTS:
+            raise self.refuse(f"gives the tensor {name!r} the impossible shape {shape}")
+        return name, shape, self.scalar("I"), self.scalar("Q")
+
+    def nbytes(self, name: str, shape: tuple[int, ...], kind: int) -> int:
+        gguf = import_gguf()
+        sizes = {int(t): size for t, size in gguf.GGML_QUANT_SIZES.items()}
+        if kind not in sizes:
+            raise UnsupportedModelError(
+                f"{self.where}: tensor {name!r} has type {kind}, which the gguf package does not know: "
+                "pip install --upgrade gguf"
+            )
+        block, block_bytes = sizes[kind]
+        if shape[-1] % block:
+            raise self.refuse(f"gives the tensor {name!r} rows of {shape[-1]}, no multiple of {block}")
+        total: int = math.prod(shape) // block * block_bytes
+        return total

@@ -1,0 +1,209 @@
+"""The tokenizer in a GGUF's metadata, as a `tokenizer.json` for the `tokenizers` package.
+
+Equal, text for text, to what Hugging Face transformers builds from the same file (`make oracle` compares)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import ModelFileError, UnsupportedModelError
+from .gguf_names import BYTE_LEVEL, PRE_TOKENIZERS, SENTENCEPIECE
+
+CONTROL, USER_DEFINED = 3, 4
+"""Values of tokenizer.ggml.token_type: never made by merging, always matched whole."""
+
+_SPACE = "\u2581"
+
+
+def tokenizer_json(values: Mapping[str, Any], where: str) -> bytes | None:
+    """tokenizer.json of the metadata of the file `where`; None when they hold no tokenizer.
+
+    UnsupportedModelError: a kind of tokenizer that is not here. ModelFileError: contradictory metadata."""
+    kind = values.get("tokenizer.ggml.model")
+    if kind is None or kind == "none":
+        return None
+    metadata = _Metadata(values, where)
+    if kind == BYTE_LEVEL:
+        parts = _byte_level(metadata)
+    elif kind == SENTENCEPIECE:
+        parts = _sentencepiece(metadata)
+    else:
+        raise UnsupportedModelError(
+            f"{where}: its tokenizer is {kind!r}; {BYTE_LEVEL!r} and {SENTENCEPIECE!r} are supported"
+        )
+    document = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": metadata.added_tokens(),
+        "normalizer": None,
+        "post_processor": metadata.post_processor(default_bos=kind == SENTENCEPIECE),
+        **parts,
+    }
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+class _Metadata:
+    """The tokenizer's keys, checked."""
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self.values, self.where = values, where
+        self.tokens: list[str] = self._list("tokens", str) or []
+        if not self.tokens:
+            raise ModelFileError(f"{where}: tokenizer.ggml.tokens is missing; fetch the file again")
+        self.types: list[int] = self._list("token_type", int) or [1] * len(self.tokens)
+        self.scores: list[float] | None = self._list("scores", float)
+        for name, listed in (("token_type", self.types), ("scores", self.scores)):
+            if listed is not None and len(listed) != len(self.tokens):
+                raise ModelFileError(
+                    f"{where}: tokenizer.ggml.{name} has {len(listed)} values for {len(self.tokens)} tokens"
+                )
+
+    def _list(self, key: str, kind: type) -> Any:
+        value = self.values.get(f"tokenizer.ggml.{key}")
+        if value is not None and not (isinstance(value, list) and all(type(v) is kind for v in value)):
+            raise ModelFileError(f"{self.where}: tokenizer.ggml.{key} must be a list of {kind.__name__}")
+        return value
+
+    def vocabulary(self) -> dict[str, int]:
+        vocabulary = {token: i for i, token in enumerate(self.tokens)}
+        if len(vocabulary) != len(self.tokens):
+            raise ModelFileError(f"{self.where}: a token stands twice in tokenizer.ggml.tokens")
+        return vocabulary
+
+    def merges(self) -> list[list[str]]:
+        """Pairs to merge, best first: those of the file, or those that scores imply."""
+        listed = self._list("merges", str)
+        if listed is None:
+            if self.scores is None:
+                raise ModelFileError(f"{self.where}: tokenizer.ggml has neither merges nor scores")
+            return _merges_of_scores(self.vocabulary(), self.scores)
+        pairs = [merge.split(" ") for merge in listed]
+        vocabulary = self.vocabulary()
+        for pair in pairs:
+            if len(pair) != 2 or not {pair[0], pair[1], "".join(pair)} <= vocabulary.keys():
+                raise ModelFileError(
+                    f"{self.where}: tokenizer.ggml.merges has {' '.join(pair)!r}, which joins no tokens"
+                )
+        return pairs
+
+    def added_tokens(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "id": i,
+                "content": token,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": kind == CONTROL,
+            }
+            for i, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True))
+            if kind in (CONTROL, USER_DEFINED)
+        ]
+
+    def token_id(self, key: str) -> int | None:
+        value = self.values.get(f"tokenizer.ggml.{key}_token_id")
+        if value is None:
+            return None
+        if type(value) is not int or not 0 <= value < len(self.tokens):
+            raise ModelFileError(f"{self.where}: tokenizer.ggml.{key}_token_id is {value!r}, no token")
+        return value
+
+    def post_processor(self, *, default_bos: bool) -> dict[str, Any]:
+        """Begin and end tokens around a text, where the file asks for them."""
+        special: dict[str, Any] = {}
+
+        def around(key: str, default: bool) -> list[dict[str, Any]]:
+            token = self.token_id(key)
+            if token is None or not self.values.get(f"tokenizer.ggml.add_{key}_token", default):
+                return []
+            text = self.tokens[token]
+            special[text] = {"id": text, "ids": [token], "tokens": [text]}
+            return [{"SpecialToken": {"id": text, "type_id": 0}}]
+
+        text = {"Sequence": {"id": "A", "type_id": 0}}
+        single = [*around("bos", default_bos), text, *around("eos", False)]
+        return {
+            "type": "TemplateProcessing",
+            "single": single,
+            "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": special,
+        }
+
+
+def _byte_level(metadata: _Metadata) -> dict[str, Any]:
+    """BPE over bytes that are spelled as printable characters."""
+    pre = metadata.values.get("tokenizer.ggml.pre", "default")
+    if pre not in PRE_TOKENIZERS:
+        raise UnsupportedModelError(
+            f"{metadata.where}: its pre-tokenizer is {pre!r}; there are: {', '.join(sorted(PRE_TOKENIZERS))}"
+        )
+    pattern = PRE_TOKENIZERS[pre]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    pre_tokenizer: dict[str, Any] = byte_level
+    if pattern is not None:
+        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        bytes_only = {**byte_level, "use_regex": False}
+        pre_tokenizer = {"type": "Sequence", "pretokenizers": [split, bytes_only]}
+    return {
+        "pre_tokenizer": pre_tokenizer,
+        "decoder": {**byte_level, "add_prefix_space": True},
+        "model": _bpe(metadata, unknown=None, byte_fallback=False),
+    }
+
+
+def _sentencepiece(metadata: _Metadata) -> dict[str, Any]:
+    """BPE over characters, spaces spelled as U+2581; what is not in the vocabulary becomes bytes."""
+    prefix = bool(metadata.values.get("tokenizer.ggml.add_space_prefix", True))
+    unknown = metadata.token_id("unknown")
+    decoders: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if prefix:
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {
+        "pre_tokenizer": {
+            "type": "Metaspace",
+            "replacement": _SPACE,
+            "prepend_scheme": "first" if prefix else "never",
+            "split": False,
+        },
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": _bpe(
+            metadata, unknown=None if unknown is None else metadata.tokens[unknown], byte_fallback=True
+        ),
+    }
+
+
+def _bpe(metadata: _Metadata, *, unknown: str | None, byte_fallback: bool) -> dict[str, Any]:
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": unknown,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": byte_fallback,
+        "byte_fallback": byte_fallback,
+        "ignore_merges": False,
+        "vocab": metadata.vocabulary(),
+        "merges": metadata.merges(),
+    }
+
+
+def _merges_of_scores(vocabulary: Mapping[str, int], scores: list[float]) -> list[list[str]]:
+    """sentencepiece merges the pair whose whole has the best score: every split of every token is a merge."""
+    merges: list[tuple[float, int, int, int, int, str, str]] = []
+    for token, i in vocabulary.items():
+        for at in range(1, len(token)):
+            left, right = token[:at], token[at:]
+            if left in vocabulary and right in vocabulary:
+                # Best score first; then as transformers orders ties: longer parts, then order of appearance.
+                rank = (-scores[i], -len(left), -len(right), i, vocabulary[left])
+                merges.append((*rank, left, right))
+    merges.sort(key=lambda merge: merge[:5])
+    return [[left, right] for *_, left, right in merges]

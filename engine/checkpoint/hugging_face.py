@@ -1,0 +1,118 @@
+"""A Hugging Face model directory: config.json, safetensors (one file, or an index of several), tokenizer."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import ModelFileError, UnsupportedModelError
+from ..safetensors_file import SafetensorsFile, open_file
+from . import F32
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+
+class HuggingFaceCheckpoint:
+    """See Checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = _json_object(path / "config.json")
+        # The tokens that end an answer often stand in generation_config.json only, or there as a longer list.
+        generation = path / "generation_config.json"
+        if generation.exists():
+            eos = _json_object(generation).get("eos_token_id")
+            self.config["eos_token_id"] = _joined(self.config.get("eos_token_id"), eos)
+        self._file_of = _weight_map(path)
+        self._open: dict[str, SafetensorsFile] = {}
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        return frozenset(self._file_of)
+
+    @property
+    def license(self) -> str | None:
+        """As the front matter of README.md says."""
+        try:
+            head = (self.path / "README.md").read_text(encoding="utf-8", errors="replace")[:4096]
+        except OSError:
+            return None
+        match = re.match(r"---\n(?:.*\n)*?license: *(\S+)\n", head)
+        return match.group(1) if match else None
+
+    @property
+    def chat_template(self) -> str | None:
+        file = self.path / "chat_template.jinja"
+        if file.exists():
+            return file.read_text(encoding="utf-8")
+        settings = self.path / "tokenizer_config.json"
+        template = _json_object(settings).get("chat_template") if settings.exists() else None
+        if isinstance(template, list):  # several, by name
+            named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+            template = named.get("default")
+        return template if isinstance(template, str) else None
+
+    def tensor(self, name: str) -> F32:
+        file = self._file(name)
+        info, values = file.tensors.get(name), file.tensor(name)
+        if info is None or info.dtype not in ("F32", "F16", "BF16"):
+            raise UnsupportedModelError(
+                f"{file.path}: tensor {name!r} is {info.dtype if info else 'unknown'}; F32, F16 and BF16 can "
+                "be converted"
+            )
+        if info.dtype == "BF16":  # the upper half of an f32
+            return (values.astype(np.uint32) << 16).view(np.float32)
+        return values.astype(np.float32, copy=False)
+
+    def tokenizer_json(self) -> bytes | None:
+        file = self.path / "tokenizer.json"
+        return file.read_bytes() if file.exists() else None
+
+    def _file(self, name: str) -> SafetensorsFile:
+        file = self._file_of.get(name)
+        if file is None:
+            raise ModelFileError(
+                f"{self.path}: no file holds the tensor {name!r}; fetch the checkpoint again"
+            )
+        if file not in self._open:
+            self._open[file] = open_file(self.path / file)
+        return self._open[file]
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """File of each tensor."""
+    if (path / _SINGLE).exists():
+        return dict.fromkeys(open_file(path / _SINGLE).tensors, _SINGLE)
+    if not (path / _INDEX).exists():
+        raise ModelFileError(f"{path} has neither {_SINGLE} nor {_INDEX}: fetch the checkpoint again")
+    weights = _json_object(path / _INDEX).get("weight_map")
+    if not isinstance(weights, dict) or not weights:
+        raise ModelFileError(f"{path / _INDEX} has no weight_map")
+    for name, file in weights.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ModelFileError(f"{path / _INDEX} puts {name!r} in {file!r}, which is no file name")
+    return weights
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise ModelFileError(f"{path} cannot be read as JSON: {e}") from e
+    if not isinstance(value, dict):
+        raise ModelFileError(f"{path} must hold a JSON object")
+    return value
+
+
+def _joined(*values: object) -> list[object]:
+    """Token ids out of ids and lists of ids, each once."""
+    ids: list[object] = []
+    for value in values:
+        ids += [i for i in (value if isinstance(value, list) else [value]) if i is not None and i not in ids]
+    return ids

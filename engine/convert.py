@@ -1,0 +1,159 @@
+"""Turns a checkpoint into a model directory: one file per unit, packed as the kernels read it, and an index.
+
+One unit's tensors are in memory at a time. The directory appears under its name only when it is whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import families
+from .checkpoint import F32, Checkpoint, open_checkpoint
+from .config import parse_config
+from .equalise import equalise as equalise_unit
+from .errors import ModelFileError, ShoalError, UnsupportedModelError
+from .index import CHAT_TEMPLATE, COMMON, CONFIG, INDEX, KV_DTYPES, TOKENIZER, FileEntry, Index
+from .program import Program, Unit, Weight
+from .quant import pack_q8
+from .safetensors_file import TensorInfo, write
+from .shards import tensors_of, unit_file, units_of
+from .stamps import Stamps, file_sha256
+
+Progress = Callable[[int, int], None]
+"""Called with units done and units in all."""
+
+
+def convert(
+    source: Path,
+    target: Path,
+    *,
+    dtype: str = "int8",
+    equalise: bool = True,
+    origin: str | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Writes the model directory `target` from the checkpoint at `source`.
+
+    `origin` is what the index says of the source (default: its name); equal origins, checkpoints and options
+    give equal model hashes. ShoalError: target exists. ModelFileError: the checkpoint is damaged.
+    UnsupportedModelError: it is of a kind that is not here."""
+    if dtype not in KV_DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(KV_DTYPES)}, not {dtype!r}")
+    if target.exists():
+        raise ShoalError(f"{target} exists already: remove it, or choose another name")
+    checkpoint = open_checkpoint(source)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+    try:
+        _write_directory(checkpoint, part, dtype, equalise, origin or source.name, progress)
+        part.chmod(0o755)
+        part.rename(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _write_directory(
+    checkpoint: Checkpoint, part: Path, dtype: str, equalise: bool, origin: str, progress: Progress | None
+) -> None:
+    config = parse_config(checkpoint.config, str(checkpoint.path))
+    program = families.build(config, quantised=dtype == "int8")
+    _check_names(checkpoint, program)
+    files: dict[str, FileEntry] = {}
+
+    def put(name: str, data: bytes | None) -> None:
+        if data is not None:
+            (part / name).write_bytes(data)
+            files[name] = FileEntry(len(data), file_sha256(part / name))
+
+    put(CONFIG, (json.dumps(checkpoint.config, indent=1, sort_keys=True) + "\n").encode())
+    put(TOKENIZER, checkpoint.tokenizer_json())
+    template = checkpoint.chat_template
+    put(CHAT_TEMPLATE, None if template is None else template.encode())
+    constants = {name: np.array(values, np.float64) for name, values in program.constants}
+    infos = [TensorInfo(name, "F64", values.shape) for name, values in constants.items()]
+    files[COMMON] = FileEntry(*write(part / COMMON, infos, constants.values()))
+    for u, unit in enumerate(program.units):
+        name = unit_file(u)
+        files[name] = FileEntry(*_write_unit(checkpoint, unit, part / name, dtype, equalise))
+        if progress is not None:
+            progress(u + 1, len(program.units))
+    index = Index(
+        dtype=dtype,
+        family=config.family,
+        source=origin,
+        license=checkpoint.license,
+        files=files,
+        common=(COMMON,),
+        units=units_of(program),
+        kv_dtype=KV_DTYPES[dtype],
+    )
+    (part / INDEX).write_bytes(index.to_json())
+    Stamps(part).trust(files)
+
+
+def _write_unit(
+    checkpoint: Checkpoint, unit: Unit, path: Path, dtype: str, equalise: bool
+) -> tuple[int, str]:
+    """Size and SHA-256 of the written file of a unit."""
+    own = [weight for weight in unit.weights if weight.name not in unit.tied]
+    infos = [info for weight in own for info in tensors_of(weight, dtype)]
+    weights = {weight.name: _load(checkpoint, weight) for weight in own}
+    if equalise and dtype == "int8":
+        equalise_unit(unit, weights)
+    return write(path, infos, _arrays(checkpoint, own, weights, dtype))
+
+
+def _load(checkpoint: Checkpoint, weight: Weight) -> F32:
+    """A weight, checked: shape as in the program, every value finite."""
+    values = checkpoint.tensor(weight.source)
+    expected = (weight.cols,) if weight.vector else (weight.rows, weight.cols)
+    if values.shape != expected:
+        raise ModelFileError(
+            f"{checkpoint.path}: tensor {weight.source!r} has the shape {values.shape} and its configuration "
+            f"says {expected}: fetch the checkpoint again"
+        )
+    if not np.isfinite(values).all():
+        raise ModelFileError(
+            f"{checkpoint.path}: tensor {weight.source!r} holds NaN or infinity: fetch the checkpoint again"
+        )
+    return values
+
+
+def _arrays(
+    checkpoint: Checkpoint, own: list[Weight], weights: dict[str, F32], dtype: str
+) -> Iterator[NDArray[Any]]:
+    """The tensors of a unit file in order; each weight is dropped once it is packed."""
+    for weight in own:
+        values = weights.pop(weight.name)
+        if weight.vector or dtype == "f32":
+            yield values
+            continue
+        try:
+            yield from pack_q8(values)
+        except ValueError as e:
+            raise UnsupportedModelError(f"{checkpoint.path}: tensor {weight.source!r} {e}") from e
+
+
+def _check_names(checkpoint: Checkpoint, program: Program) -> None:
+    """Every tensor of the checkpoint must have a place in the program, or the answers would be wrong."""
+    used = {weight.source for unit in program.units for weight in unit.weights}
+    missing = sorted(used - set(checkpoint.names))
+    if missing:
+        raise ModelFileError(
+            f"{checkpoint.path}: the tensor {missing[0]!r} is missing ({len(missing)} in all): "
+            "fetch the checkpoint again"
+        )
+    tied = any(unit.tied for unit in program.units)
+    for name in sorted(set(checkpoint.names) - used):
+        # Old checkpoints store what is computed (inverse frequencies), and some store a tied table twice.
+        if not name.endswith("rotary_emb.inv_freq") and not (tied and name == "lm_head.weight"):
+            raise UnsupportedModelError(
+                f"{checkpoint.path}: the tensor {name!r} has no place in this family's program"
+            )

@@ -1,0 +1,195 @@
+"""`index.json` of a model directory: what the model is, which files hold it, and their hashes.
+
+Parsed strictly: what is not known here is refused, so that an old reader never misreads a new directory. The
+SHA-256 of the file's bytes is the model hash that nodes compare."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import ModelFileError, UnsupportedModelError
+from .layout import GROUP, LAYOUT_VERSION, NUMERICS_VERSION
+
+FORMAT = "shoal-model"
+FORMAT_VERSION = 1
+INDEX = "index.json"
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+COMMON = "common.safetensors"
+KV_DTYPES = {"int8": "f16", "f32": "f32"}
+"""Type of keys and values, by type of weights."""
+
+_MAX_INDEX = 16 << 20
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """A file of the directory: bytes, and SHA-256 in hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class UnitEntry:
+    """A unit: its own file first; a head tied to the embedding names that file too."""
+
+    name: str
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """The whole of index.json."""
+
+    dtype: str
+    family: str
+    source: str
+    license: str | None
+    files: dict[str, FileEntry]
+    common: tuple[str, ...]
+    units: tuple[UnitEntry, ...]
+    cut_dtype: str = "f32"
+    kv_dtype: str = "f16"
+    group_size: int = GROUP
+    has_min: bool = False
+    format: str = FORMAT
+    format_version: int = FORMAT_VERSION
+    layout_version: int = LAYOUT_VERSION
+    numerics_version: int = NUMERICS_VERSION
+
+    def to_json(self) -> bytes:
+        """The file's bytes; equal directories give equal bytes, so hashes compare."""
+        return (json.dumps(asdict(self), indent=1, sort_keys=True) + "\n").encode()
+
+
+def read_index(path: Path) -> tuple[Index, bytes]:
+    """The index at `path` and its bytes. ModelFileError: unreadable or wrong; UnsupportedModelError:
+    another version."""
+    try:
+        if path.stat().st_size > _MAX_INDEX:
+            raise ModelFileError(f"{path} is too large to be an index")
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise ModelFileError(
+            f"{path} is missing: {path.parent} is not a model directory; `shoal convert` makes one"
+        ) from None
+    except OSError as e:
+        raise ModelFileError(f"{path} cannot be read: {e.strerror}") from e
+    return parse_index(data, str(path)), data
+
+
+def parse_index(data: bytes, where: str) -> Index:
+    """An Index from the bytes of index.json; `where` names them in errors."""
+    refuse = _Refuse(where)
+    try:
+        values = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as e:
+        raise refuse(f"is not the JSON object it must be: {e}") from e
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise refuse("does not describe a shoal model")
+    _check_versions(values, where)
+    fields = Index.__dataclass_fields__
+    for key in sorted(fields.keys() ^ values.keys()):
+        raise refuse(f"{'lacks' if key in fields else 'has the unknown key'} {key!r}")
+    if values["dtype"] not in KV_DTYPES or values["kv_dtype"] not in ("f16", "f32"):
+        raise refuse(f"has the unknown types {values['dtype']!r}, {values['kv_dtype']!r}")
+    if values["cut_dtype"] != "f32" or values["group_size"] != GROUP or values["has_min"] is not False:
+        raise refuse("describes weights that this version cannot read")
+    for key in ("family", "source"):
+        if not isinstance(values[key], str):
+            raise refuse(f"needs a string as {key!r}")
+    if not isinstance(values["license"], str | None):
+        raise refuse("needs a string or null as 'license'")
+    files = _files(values["files"], refuse)
+    index = Index(
+        **{
+            **values,
+            "files": files,
+            "common": _names(values["common"], files, refuse),
+            "units": _units(values["units"], files, refuse),
+        }
+    )
+    for name in (CONFIG, *index.common):
+        if name not in files:
+            raise refuse(f"names no file {name}")
+    return index
+
+
+class _Refuse:
+    """Makes the errors that name the index and say what to do."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def __call__(self, what: str) -> ModelFileError:
+        return ModelFileError(f"{self.where} {what}: pull or convert the model again")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key stands twice")
+    return result
+
+
+def _check_versions(values: dict[str, Any], where: str) -> None:
+    known = {
+        "format_version": FORMAT_VERSION,
+        "layout_version": LAYOUT_VERSION,
+        "numerics_version": NUMERICS_VERSION,
+    }
+    for key, version in known.items():
+        if type(values.get(key)) is not int or values[key] != version:
+            raise UnsupportedModelError(
+                f"{where}: {key} is {values.get(key)!r} and this shoal reads {version}: "
+                "convert the model again with this version"
+            )
+
+
+def _files(value: object, refuse: _Refuse) -> dict[str, FileEntry]:
+    if not isinstance(value, dict):
+        raise refuse("needs an object as 'files'")
+    files = {}
+    for name, entry in value.items():
+        if not _NAME.fullmatch(name) or name == INDEX:
+            raise refuse(f"names the file {name!r}, which is no plain name")
+        if not isinstance(entry, dict) or set(entry) != {"size", "sha256"}:
+            raise refuse(f"must give exactly size and sha256 of {name}")
+        size, digest = entry["size"], entry["sha256"]
+        if type(size) is not int or not 0 <= size < 1 << 62:
+            raise refuse(f"gives {name} the size {size!r}")
+        if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+            raise refuse(f"gives {name} a sha256 that is none")
+        files[name] = FileEntry(size, digest)
+    return files
+
+
+def _names(value: object, files: dict[str, FileEntry], refuse: _Refuse) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value or not all(isinstance(name, str) for name in value):
+        raise refuse("needs a list of file names for each unit and for 'common'")
+    for name in value:
+        if name not in files:
+            raise refuse(f"names {name!r}, which stands not among its files")
+    return tuple(value)
+
+
+def _units(value: object, files: dict[str, FileEntry], refuse: _Refuse) -> tuple[UnitEntry, ...]:
+    if not isinstance(value, list):
+        raise refuse("needs a list as 'units'")
+    units = []
+    for entry in value:
+        if (
+            not isinstance(entry, dict)
+            or set(entry) != {"name", "files"}
+            or not isinstance(entry["name"], str)
+        ):
+            raise refuse("must give exactly name and files of each unit")
+        units.append(UnitEntry(entry["name"], _names(entry["files"], files, refuse)))
+    return tuple(units)

@@ -1,0 +1,227 @@
+"""safetensors files: a reader that believes nothing it has not checked, and a writer that aligns tensors.
+
+The format: a u64 header length, a JSON header, then the data; no holes, no overlap. The writer pads the
+header with spaces so that data starts at a multiple of 16384 (a page of any machine) and fills the gaps before
+tensors with U8 tensors named `__pad_N`, so that each starts at a multiple of 64 (a line of weights) and every
+other reader still opens the file. Source: huggingface/safetensors, `safetensors/src/tensor.rs`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import ModelFileError
+
+DATA_ALIGNMENT = 16384
+TENSOR_ALIGNMENT = 64
+PAD = "__pad_"
+_MAX_HEADER = 100_000_000
+_MAX_DIMS = 64
+_MAX_BYTES = 1 << 62
+
+# BF16 and the 8-bit floats have no NumPy type: they come as the unsigned integers that hold their bits.
+DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
+    {
+        name: np.dtype(kind).newbyteorder("<")
+        for name, kind in {
+            "BOOL": "u1",
+            "U8": "u1",
+            "I8": "i1",
+            "F8_E4M3": "u1",
+            "F8_E5M2": "u1",
+            "U16": "u2",
+            "I16": "i2",
+            "F16": "f2",
+            "BF16": "u2",
+            "U32": "u4",
+            "I32": "i4",
+            "F32": "f4",
+            "U64": "u8",
+            "I64": "i8",
+            "F64": "f8",
+        }.items()
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a header says of one tensor; `begin` and `end` are offsets in the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int = 0
+    end: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+class SafetensorsFile:
+    """An open file. Its arrays are read-only views of a memory map, which lives as long as any of them."""
+
+    def __init__(self, path: Path, tensors: dict[str, TensorInfo], memory: mmap.mmap) -> None:
+        self.path = path
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
+        self._memory = memory
+
+    def tensor(self, name: str) -> NDArray[Any]:
+        """A view of a tensor in its own type (see DTYPES). ModelFileError: no such tensor."""
+        info = self.tensors.get(name)
+        if info is None:
+            raise ModelFileError(f"{self.path}: tensor {name!r} is missing")
+        dtype = DTYPES[info.dtype]
+        flat = np.frombuffer(self._memory, dtype, math.prod(info.shape), info.begin)
+        return flat.reshape(info.shape)
+
+
+def open_file(path: Path) -> SafetensorsFile:
+    """Maps a file and checks all of its header. ModelFileError: missing, truncated or lying."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < 8:
+                raise ModelFileError(f"{path} is truncated: {size} bytes hold no safetensors header")
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError:
+        raise ModelFileError(f"{path} is missing") from None
+    except OSError as e:
+        raise ModelFileError(f"{path} cannot be read: {e.strerror}") from e
+    length = int.from_bytes(memory[:8], "little")
+    if length > _MAX_HEADER:
+        raise ModelFileError(f"{path}: the header claims {length} bytes; no safetensors header is so long")
+    if 8 + length > size:
+        raise ModelFileError(f"{path} is truncated: the header claims {length} bytes, the file has {size}")
+    return SafetensorsFile(path, parse_header(memory[8 : 8 + length], size, str(path)), memory)
+
+
+def parse_header(header: bytes, size: int, where: str) -> dict[str, TensorInfo]:
+    """The tensors of a file of `size` bytes, checked in full; `where` names it in errors. In file order."""
+    entries = _decode(header, where)
+    start = 8 + len(header)
+    tensors = [_tensor(name, entry, start, where) for name, entry in entries.items()]
+    tensors.sort(key=lambda info: (info.begin, info.end))
+    at = start
+    for info in tensors:
+        if info.begin != at:
+            what = "overlaps the tensor before it" if info.begin < at else "leaves a hole before it"
+            raise ModelFileError(f"{where}: tensor {info.name!r} {what}; the file is damaged")
+        at = info.end
+    if at != size:
+        what = "is truncated" if at > size else "has bytes that belong to no tensor"
+        raise ModelFileError(f"{where} {what}: the header describes {at} bytes, the file has {size}")
+    return {info.name: info for info in tensors}
+
+
+def _decode(header: bytes, where: str) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise ValueError("a key stands twice")
+        return result
+
+    try:
+        # Spaces may follow the object (padding), but nothing may come before it.
+        if header[:1] != b"{":
+            raise ValueError("it does not begin with {")
+        entries = json.loads(header.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as e:
+        raise ModelFileError(f"{where}: the header is not the JSON object it must be: {e}") from e
+    assert isinstance(entries, dict)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ModelFileError(f"{where}: __metadata__ must map strings to strings")
+    return entries
+
+
+def _tensor(name: str, entry: object, start: int, where: str) -> TensorInfo:
+    def refuse(what: str) -> ModelFileError:
+        return ModelFileError(f"{where}: tensor {name!r} {what}")
+
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise refuse("must have exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise refuse(f"has the unknown type {dtype!r}")
+    if not _counts(shape) or len(shape) > _MAX_DIMS:
+        raise refuse("has a shape that is not a list of counts")
+    if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise refuse("has data_offsets that are not two ascending counts")
+    needed = DTYPES[dtype].itemsize
+    for n in shape:
+        needed *= n
+        if needed > _MAX_BYTES:
+            raise refuse(f"has the impossible shape {shape}")
+    if needed != offsets[1] - offsets[0]:
+        raise refuse(f"needs {needed} bytes for {dtype} {shape} and has {offsets[1] - offsets[0]}")
+    return TensorInfo(name, dtype, tuple(shape), start + offsets[0], start + offsets[1])
+
+
+def _counts(value: object) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n <= _MAX_BYTES for n in value)
+
+
+def write(path: Path, tensors: Sequence[TensorInfo], arrays: Iterable[NDArray[Any]]) -> tuple[int, str]:
+    """Writes `arrays`, which belong to `tensors` in order, one at a time; returns size and SHA-256.
+
+    The file appears under its name only when it is whole and on the disk."""
+    placed, header = _lay_out(tensors)
+    digest = hashlib.sha256()
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        for chunk in _chunks(placed, header, iter(arrays)):
+            digest.update(chunk)
+            file.write(chunk)
+        size = file.tell()
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+    return size, digest.hexdigest()
+
+
+def _lay_out(tensors: Sequence[TensorInfo]) -> tuple[list[TensorInfo], bytes]:
+    """Tensors and pads at offsets of the data, and the header that describes them."""
+    placed: list[TensorInfo] = []
+    at = 0
+    for tensor in tensors:
+        gap = -at % TENSOR_ALIGNMENT
+        if gap:
+            placed.append(TensorInfo(f"{PAD}{len(placed)}", "U8", (gap,), at, at + gap))
+        at += gap
+        placed.append(TensorInfo(tensor.name, tensor.dtype, tensor.shape, at, at + tensor.nbytes))
+        at += tensor.nbytes
+    entries = {t.name: {"dtype": t.dtype, "shape": t.shape, "data_offsets": (t.begin, t.end)} for t in placed}
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    return placed, header + b" " * (-(8 + len(header)) % DATA_ALIGNMENT)
+
+
+def _chunks(
+    placed: Sequence[TensorInfo], header: bytes, arrays: Iterator[NDArray[Any]]
+) -> Iterator[bytes | memoryview]:
+    yield len(header).to_bytes(8, "little") + header
+    for tensor in placed:
+        if tensor.name.startswith(PAD):
+            yield bytes(tensor.nbytes)
+            continue
+        array = np.ascontiguousarray(next(arrays))
+        if array.shape != tensor.shape or array.dtype != DTYPES[tensor.dtype]:
+            raise ValueError(
+                f"{tensor.name}: {array.dtype} {array.shape} is not {tensor.dtype} {tensor.shape}"
+            )
+        if array.size:
+            yield array.reshape(-1).view(np.uint8).data
+    if next(arrays, None) is not None:
+        raise ValueError("there are more arrays than tensors")

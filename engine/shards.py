@@ -1,0 +1,179 @@
+"""A model directory: opens the files of the units that are asked for, and only those.
+
+A device holds the files of its own layers and no others. Loading maps them (no copy, no repacking) and checks
+each against the index (size, hash) and against the program (names, shapes, types). A hash is computed once
+per file: `stamps.json` remembers size, modification time and inode of files whose hash was right."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import families
+from .config import Config, read_config
+from .errors import ModelFileError
+from .index import COMMON, CONFIG, INDEX, Index, UnitEntry, read_index
+from .program import Program, Unit, Weight
+from .quant import packed_shapes
+from .safetensors_file import PAD, SafetensorsFile, TensorInfo, open_file
+from .stamps import Stamps
+
+SCALE = ".scale"
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A weight, mapped: f32 `[rows, cols]`, or q8 with its scales (layout: quant). Read-only."""
+
+    data: NDArray[Any]
+    scales: NDArray[np.float16] | None
+    rows: int
+    cols: int
+    type: Literal["f32", "q8"]
+
+
+class Model:
+    """A model directory whose index and configuration have been read and agree. Opens weights when asked."""
+
+    def __init__(self, path: Path, index: Index, config: Config, digest: str, stamps: Stamps) -> None:
+        self.path = path
+        self.index = index
+        self.config = config
+        self.hash = digest
+        """SHA-256 of index.json: nodes with equal hashes hold the same model."""
+        self.program: Program = families.build(config, quantised=index.dtype == "int8")
+        self._stamps = stamps
+        self._check_units()
+
+    @classmethod
+    def open(cls, path: Path | str) -> Model:
+        """Opens the directory at `path`; reads no weights. ModelFileError: not a model, or damaged;
+        UnsupportedModelError: of a family or version that is not here."""
+        path = Path(path)
+        index, data = read_index(path / INDEX)
+        stamps = Stamps(path)
+        stamps.check(path / CONFIG, index.files[CONFIG])
+        return cls(path, index, read_config(path / CONFIG), hashlib.sha256(data).hexdigest(), stamps)
+
+    @property
+    def dtype(self) -> str:
+        """Type of the matrices: int8 or f32."""
+        return self.index.dtype
+
+    @property
+    def kv_dtype(self) -> str:
+        """Type of keys and values: f16 or f32."""
+        return self.index.kv_dtype
+
+    @property
+    def n_units(self) -> int:
+        """Embedding, layers, head."""
+        return len(self.program.units)
+
+    def files_of(self, first: int, last: int) -> tuple[str, ...]:
+        """Names of the files that a stage of units [first, last) needs beside index.json."""
+        units = self.index.units[first:last]
+        names = (CONFIG, *self.index.common, *(name for unit in units for name in unit.files))
+        return tuple(dict.fromkeys(names))
+
+    def unit_bytes(self, u: int) -> int:
+        """Bytes of the files of unit u, those shared with unit 0 included."""
+        return sum(self.index.files[name].size for name in self.index.units[u].files)
+
+    def unit_weights(self, u: int) -> dict[str, Tensor]:
+        """The weights of unit u by name, mapped. ModelFileError: a file is missing, truncated, altered, or
+        does not hold what the program needs."""
+        unit, entry = self.program.units[u], self.index.units[u]
+        files = [self._open(name) for name in entry.files]
+        own = [weight for weight in unit.weights if weight.name not in unit.tied]
+        self._check_names(files[0], {info.name for w in own for info in tensors_of(w, self.dtype)})
+        return {w.name: self._weight(files[w.name in unit.tied], w) for w in unit.weights}
+
+    def constants(self) -> dict[str, NDArray[np.float64]]:
+        """The f64 vectors that every stage holds. ModelFileError: as for unit_weights."""
+        file = self._open(COMMON)
+        wanted = {name: len(values) for name, values in self.program.constants}
+        self._check_names(file, set(wanted))
+        for name, size in wanted.items():
+            self._check(file, TensorInfo(name, "F64", (size,)))
+        return {name: file.tensor(name) for name in wanted}
+
+    def verify(self) -> Iterator[tuple[str, int]]:
+        """Hashes every file that the index names anew; yields each name and size when it was right.
+        ModelFileError: the first that is not."""
+        for name, entry in self.index.files.items():
+            self._stamps.check(self.path / name, entry, trust=False)
+            yield name, entry.size
+
+    def _open(self, name: str) -> SafetensorsFile:
+        path = self.path / name
+        self._stamps.check(path, self.index.files[name])
+        return open_file(path)
+
+    def _weight(self, file: SafetensorsFile, weight: Weight) -> Tensor:
+        infos = tensors_of(weight, self.dtype)
+        for info in infos:
+            self._check(file, info)
+        data = file.tensor(weight.name)
+        if len(infos) == 1:
+            return Tensor(data.reshape(weight.rows, weight.cols), None, weight.rows, weight.cols, "f32")
+        return Tensor(data, file.tensor(weight.name + SCALE), weight.rows, weight.cols, "q8")
+
+    def _check(self, file: SafetensorsFile, wanted: TensorInfo) -> None:
+        info = file.tensors.get(wanted.name)
+        if info is None:
+            raise ModelFileError(f"{file.path}: tensor {wanted.name!r} is missing: convert the model again")
+        if (info.dtype, info.shape) != (wanted.dtype, wanted.shape):
+            raise ModelFileError(
+                f"{file.path}: tensor {wanted.name!r} is {info.dtype} {list(info.shape)} and the model "
+                f"needs {wanted.dtype} {list(wanted.shape)}: convert the model again"
+            )
+
+    def _check_names(self, file: SafetensorsFile, wanted: set[str]) -> None:
+        for name in file.tensors:
+            if name not in wanted and not name.startswith(PAD):
+                raise ModelFileError(f"{file.path}: tensor {name!r} does not belong there: convert again")
+
+    def _check_units(self) -> None:
+        """The index and the program must speak of the same units."""
+        expected = units_of(self.program)
+        if self.index.units != expected or self.index.common != (COMMON,):
+            raise ModelFileError(
+                f"{self.path / INDEX} does not list the {len(expected)} units that its config.json "
+                f"describes: pull or convert the model again"
+            )
+        if self.index.family != self.config.family:
+            raise ModelFileError(
+                f"{self.path / INDEX} says {self.index.family!r} and config.json {self.config.family!r}: "
+                "pull or convert the model again"
+            )
+
+
+def unit_file(u: int) -> str:
+    """Name of the file of unit u."""
+    return f"unit-{u:03d}.safetensors"
+
+
+def units_of(program: Program) -> tuple[UnitEntry, ...]:
+    """The units of a program with the files that hold them."""
+
+    def files(u: int, unit: Unit) -> tuple[str, ...]:
+        return (unit_file(u), unit_file(0)) if unit.tied else (unit_file(u),)
+
+    return tuple(UnitEntry(unit.name, files(u, unit)) for u, unit in enumerate(program.units))
+
+
+def tensors_of(weight: Weight, dtype: str) -> tuple[TensorInfo, ...]:
+    """The tensors of a unit file that hold a weight: one, or packed numbers and scales."""
+    if weight.vector:
+        return (TensorInfo(weight.name, "F32", (weight.cols,)),)
+    if dtype == "f32":
+        return (TensorInfo(weight.name, "F32", (weight.rows, weight.cols)),)
+    numbers, scales = packed_shapes(weight.rows, weight.cols)
+    return (TensorInfo(weight.name, "I8", numbers), TensorInfo(weight.name + SCALE, "F16", scales))

@@ -1,0 +1,94 @@
+"""Which files of a model directory are known to have the hash that the index gives them.
+
+A stamp is (size, modification time, inode). While it stands, a load does not read the file to hash it; when
+it changes, the file is hashed again, and refused if the hash is another. A directory that cannot be written
+keeps no stamps: its files are hashed once a process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from .errors import ModelFileError
+from .index import FileEntry
+
+STAMPS = "stamps.json"
+
+
+class Stamps:
+    """The stamps of one directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / STAMPS
+        self._known: dict[str, list[object]] | None = None
+
+    def check(self, path: Path, entry: FileEntry, *, trust: bool = True) -> None:
+        """Compares a file with the index; hashes it unless it is known and `trust`. ModelFileError: missing,
+        truncated or altered."""
+        try:
+            stat = path.stat()
+        except OSError as e:
+            raise ModelFileError(
+                f"{path} is missing ({e.strerror}): pull or convert the model again"
+            ) from None
+        if stat.st_size != entry.size:
+            how = "is truncated" if stat.st_size < entry.size else "has grown"
+            raise ModelFileError(
+                f"{path} {how}: it has {stat.st_size} bytes and the index says {entry.size}: "
+                "pull or convert the model again"
+            )
+        stamp = _stamp(stat, entry)
+        if trust and self._load().get(path.name) == stamp:
+            return
+        if file_sha256(path) != entry.sha256:
+            raise ModelFileError(
+                f"{path} was altered: its SHA-256 is not that of the index: pull or convert the model again"
+            )
+        self._remember({path.name: stamp})
+
+    def trust(self, files: Mapping[str, FileEntry]) -> None:
+        """Stamps files whose hash was computed while they were written."""
+        self._remember({name: _stamp((self._path.parent / name).stat(), e) for name, e in files.items()})
+
+    def _load(self) -> dict[str, list[object]]:
+        if self._known is None:
+            self._known = _read(self._path)
+        return self._known
+
+    def _remember(self, stamps: Mapping[str, list[object]]) -> None:
+        # Another process may have added its own since: read again, so that little is lost.
+        self._known = {**self._load(), **_read(self._path), **stamps}
+        part = self._path.with_name(f"{STAMPS}.{os.getpid()}.part")
+        try:
+            part.write_text(json.dumps(self._known), encoding="utf-8")
+            part.replace(self._path)
+        except OSError:
+            # A read-only or full disk: stamps only save time, and this process keeps its own.
+            with suppress(OSError):
+                part.unlink()
+
+
+def _stamp(stat: os.stat_result, entry: FileEntry) -> list[object]:
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ino, entry.sha256]
+
+
+def _read(path: Path) -> dict[str, list[object]]:
+    """The stamps on disk; none when they cannot be read, since then every file is simply hashed again."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal. ModelFileError: unreadable."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as e:
+        raise ModelFileError(f"{path} cannot be read: {e.strerror}") from e

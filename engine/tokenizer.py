@@ -1,0 +1,155 @@
+"""Text to token ids and back; ids to text one at a time, never splitting a character.
+
+The work is done by Hugging Face's `tokenizers`, imported on first use: a node without a head needs none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import MissingDependencyError, ModelFileError
+from .index import TOKENIZER, read_index
+from .stamps import Stamps
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_REPLACEMENT = "\ufffd"
+
+
+class Tokenizer:
+    """The tokenizer of a model directory."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        self._backend = backend
+
+    @classmethod
+    def open(cls, directory: Path | str) -> Tokenizer:
+        """The tokenizer of the model directory. MissingDependencyError: no `tokenizers`; ModelFileError: the
+        model has no tokenizer, or a damaged one."""
+        directory = Path(directory)
+        index, _ = read_index(directory / "index.json")
+        path = directory / TOKENIZER
+        if TOKENIZER not in index.files:
+            raise ModelFileError(
+                f"{directory} has no tokenizer.json: its checkpoint had none, so it takes token ids only"
+            )
+        Stamps(directory).check(path, index.files[TOKENIZER])
+        return cls.parse(path.read_bytes(), str(path))
+
+    @classmethod
+    def parse(cls, data: bytes, where: str) -> Tokenizer:
+        """A tokenizer from the bytes of tokenizer.json; `where` names them in errors."""
+        library = _import_tokenizers()
+        try:
+            return cls(library.Tokenizer.from_str(data.decode("utf-8")))
+        except Exception as e:  # the library raises plain Exception
+            raise ModelFileError(f"{where} is not a tokenizer that `tokenizers` reads: {e}") from e
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Ids of a text. `special`: with the begin and end tokens the model asks for (a rendered chat
+        template has its own). Special tokens that stand in the text are recognised either way."""
+        return list(self._backend.encode(text, add_special_tokens=special).ids)
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """Text of ids. Bytes that are no UTF-8 come out as U+FFFD."""
+        text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special)
+        return text
+
+    def token(self, i: int) -> str | None:
+        """Spelling of a token in the vocabulary; None: no such token."""
+        return self._backend.id_to_token(i)
+
+    def token_id(self, token: str) -> int | None:
+        """Id of a token spelled as in the vocabulary; None: no such token."""
+        return self._backend.token_to_id(token)
+
+    def is_special(self, i: int) -> bool:
+        """Whether the token stands for something other than text (a turn's end, say)."""
+        added = self._backend.get_added_tokens_decoder().get(i)
+        return added is not None and added.special
+
+
+class Detokenizer:
+    """Ids in, text out: joined, the pieces are the decoding of all ids together.
+
+    Decoding depends on what came before (a first space is stripped, bytes join into characters), so a window
+    of recent ids is decoded with and without the new one, and the text between is what is new. It is held
+    back while it ends within a character."""
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special
+        self._ids: list[int] = []
+        self._given = 0
+        """Ids up to here are given out; those before that stay as the context that decoding needs."""
+
+    def push(self, token: int) -> str:
+        """Text that is certain after one more token; may be empty."""
+        self._ids.append(token)
+        return self._take(hold=True)
+
+    def flush(self) -> str:
+        """What was held back, when no more will come."""
+        return self._take(hold=False)
+
+    def _take(self, *, hold: bool) -> str:
+        before = self._decode(self._ids[: self._given])
+        text = self._decode(self._ids)
+        if hold and (text.endswith(_REPLACEMENT) or len(text) <= len(before)):
+            return ""
+        self._ids = self._ids[self._given :]
+        self._given = len(self._ids)
+        return text[len(before) :]
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special=self._skip)
+
+
+class StopBuffer:
+    """Holds back text that may be the beginning of a stop string."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""
+        self.stopped = False
+        """A stop string was met; the text up to it has been given out."""
+
+    def push(self, text: str) -> str:
+        """Text that is certain to stand before any stop string; may be empty."""
+        if self.stopped:
+            return ""
+        self._held += text
+        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            return self._give(min(found))
+        return self._give(len(self._held) - self._pending())
+
+    def flush(self) -> str:
+        """What was held back, when no more will come."""
+        return "" if self.stopped else self._give(len(self._held))
+
+    def _pending(self) -> int:
+        """Length of the longest end of the held text that begins a stop string."""
+        longest = max(map(len, self._stops), default=1) - 1
+        for n in range(min(longest, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-n:]) for stop in self._stops):
+                return n
+        return 0
+
+    def _give(self, n: int) -> str:
+        text, self._held = self._held[:n], self._held[n:]
+        return text
+
+
+def _import_tokenizers() -> Any:
+    try:
+        import tokenizers
+    except ImportError as e:
+        raise MissingDependencyError(
+            f"text needs the tokenizers package ({e}): pip install tokenizers "
+            "(Termux: pkg install tur-repo && pkg install python-tokenizers)"
+        ) from e
+    return tokenizers

@@ -53,7 +53,7 @@ class Stage:
             raise ValueError(f"units [{first}, {last}) are not a range of this model's {len(units)} units")
         self.model, self.first, self.last, self.options = model, first, last, options
         self._sequences: dict[int, _Sequence] = {}
-        self._linked = _link(model, first, last, options)
+        self._linked = link(model, first, last, options)
         self._executor = make_executor(self._linked, options.backend, options.isa, options.threads)
         self._pool = PagePool(
             np.dtype(np.float16 if model.kv_dtype == "f16" else np.float32), options.kv_bytes
@@ -178,7 +178,7 @@ def _joined(parts: Sequence[F32 | None]) -> F32:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
-def _link(model: Model, first: int, last: int, options: StageOptions) -> Linked:
+def link(model: Model, first: int, last: int, options: StageOptions) -> Linked:
     """The ops, weights and states of units [first, last), resolved."""
     program = model.program
     ops = tuple(program.ops(first, last))

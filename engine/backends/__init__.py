@@ -1,11 +1,17 @@
-"""The three backends of one program: `native` (C), `numba`, `numpy`; and the choice among them."""
+"""The three backends of one program: `native` (C), `numba`, `numpy`; and the choice among them.
+
+Importing this package imports none of them: `layout` reads its constants from `_abi`, which stands here.
+"""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from ..errors import UnsupportedModelError
-from .base import Executor, Linked
+
+if TYPE_CHECKING:
+    from .base import Executor, Linked
 
 NAMES = ("native", "numba", "numpy")
 

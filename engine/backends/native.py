@@ -69,7 +69,8 @@ def available() -> str | None:
 def isa_names() -> list[str]:
     """Instruction sets that this build and CPU have, in the order of the enum."""
     lib = library()
-    return [name for name, value in _ISA.items() if value != _ISA["auto"] and lib.shoal_isa_available(value)]
+    ordered = sorted(_ISA.items(), key=lambda item: item[1])
+    return [name for name, value in ordered if value != _ISA["auto"] and lib.shoal_isa_available(value)]
 
 
 class NativeExecutor:

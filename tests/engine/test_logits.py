@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from shoal.engine.backends.native import isa_names
+from shoal.engine.backends.numba_backend import NumbaExecutor
+from shoal.engine.backends.numpy_backend import NumpyExecutor, quantised
 from shoal.engine.batch import F32, Run, Sampling, Want
 from shoal.engine.shards import Model
-from shoal.engine.stage import Stage, StageOptions
+from shoal.engine.stage import Stage, StageOptions, link
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
@@ -62,8 +64,24 @@ def test_int8_backends_agree(tiny_int8: Model, oracle: dict[str, np.ndarray], ba
     tokens = oracle["tokens"].tolist()[:64]
     numpy = chain(tiny_int8, [], tokens, [64], options("numpy"))
     other = chain(tiny_int8, [], tokens, [64], options(backend))
-    # A value on the edge of two int8 steps may fall to either side, so rare single differences are larger.
-    assert np.abs(other - numpy).mean() <= 2e-3 * np.abs(numpy).mean()
+    # Sums differ in their last bits, so a value on the edge between two int8 or f16 steps may fall to either
+    # side. All that together must stay well below what rounding to int8 costs.
+    cost = np.abs(numpy - oracle["logits"][:64]).mean()
+    assert 0 < np.abs(other - numpy).mean() <= 0.25 * cost
+
+
+@pytest.mark.parametrize("name", ["q.weight", "down.weight"])
+def test_numba_matmul_equals_numpys(tiny_int8: Model, name: str) -> None:
+    linked = link(tiny_int8, 0, len(tiny_int8.program.units), StageOptions())
+    weight = linked.weights[2, name]
+    x = quantised(np.random.default_rng(0).standard_normal((5, weight.cols)).astype(np.float32))
+    numpy, numba = NumpyExecutor(linked), NumbaExecutor(linked)
+    expected = numpy.product(x, numpy.weights[2, name])
+    np.testing.assert_allclose(numba.product(x, numba.weights[2, name]), expected, atol=1e-5)
+    ids = np.array([0, 15, 16, 30], np.int32)
+    np.testing.assert_array_equal(
+        numba.rows(numba.weights[2, name], ids), numpy.rows(numpy.weights[2, name], ids)
+    )
 
 
 def test_native_bits_do_not_depend_on_cut_chunks_threads_or_isa(

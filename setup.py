@@ -41,6 +41,7 @@ def extensions() -> list[Extension]:
             # Compilers contract a*b+c differently per target, and all kernel sets must give the same bits.
             extra_compile_args=[
                 "-O3",
+                "-g0",  # Python's own flags ask for debug information, ten times the code
                 "-ffp-contract=off",
                 "-fvisibility=hidden",
                 "-std=c11",

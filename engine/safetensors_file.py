@@ -1,9 +1,9 @@
 """safetensors files: a reader that believes nothing it has not checked, and a writer that aligns tensors.
 
 The format: a u64 header length, a JSON header, then the data; no holes, no overlap. The writer pads the
-header with spaces so that data starts at a multiple of 16384 (a page of any machine) and fills the gaps before
-tensors with U8 tensors named `__pad_N`, so that each starts at a multiple of 64 (a line of weights) and every
-other reader still opens the file. Source: huggingface/safetensors, `safetensors/src/tensor.rs`."""
+header with spaces so that data starts at a multiple of 16384 (a page of any machine) and fills the gaps
+before tensors with U8 tensors named `__pad_N`, so that each starts at a multiple of 64 (a line of weights) and
+every other reader still opens the file. Source: huggingface/safetensors, `safetensors/src/tensor.rs`."""
 
 from __future__ import annotations
 

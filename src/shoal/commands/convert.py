@@ -1,0 +1,16 @@
+"""`shoal convert`: a checkpoint into a model directory at a place of one's choice."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..engine.convert import convert
+from ..progress import Progress
+
+
+def run(args: argparse.Namespace) -> int:
+    """Converts, with progress on standard error; prints the directory."""
+    with Progress(f"converting {args.source.name}", unit="units") as bar:
+        convert(args.source, args.destination, dtype=args.dtype, equalise=args.equalise, progress=bar.update)
+    print(args.destination)
+    return 0

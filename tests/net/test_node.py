@@ -1,0 +1,328 @@
+"""A node and peers that misbehave: it says why it hangs up, frees what they held, and serves the others."""
+
+import random
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import trio
+import trio.testing
+
+from shoal.engine.batch import Sampling, Want
+from shoal.net.errors import MismatchError, NetError, NodeLostError, RemoteProtocolError
+from shoal.net.link import Link, dial
+from shoal.net.messages import (
+    Assign,
+    Broken,
+    Close,
+    Epoch,
+    Failed,
+    GetStats,
+    Hello,
+    Loaded,
+    Open,
+    Peer,
+    Ping,
+    Pong,
+    Release,
+    Result,
+    Stats,
+    Step,
+)
+from shoal.net.placement import plan_at
+from shoal.net.wire import Connection
+
+HEADER = struct.Struct("<4sHHI")
+EPOCH = Epoch(5, 1)
+
+
+def greeting(lab: ModuleType, purpose: str) -> bytes:
+    return b"".join(Connection(True).send(lab.identity("stranger", 66).hello(purpose)))
+
+
+def hostile(lab: ModuleType) -> dict[str, tuple[bytes, bytes | None, type[NetError], str]]:
+    """What a stranger sends first, what it sends when greeted (None: nothing), and what it is told."""
+    hello, step = greeting(lab, "control"), HEADER.pack(b"SHOL", 1, 32, 0xFFFFFFFF)
+    small, remote = HEADER.pack(b"SHOL", 1, 32, 40), RemoteProtocolError
+    body = b'{"epoch":{"head":1,"counter":1},"first":0,"last":99,"next":null,"chunk_rows":9}'
+    return {
+        "garbage": (b"GET / HTTP/1.1\r\n\r\n", None, remote, "does not speak this protocol"),
+        "random": (random.Random(1).randbytes(5000), None, remote, "does not speak this protocol"),
+        "a ping for a greeting": (HEADER.pack(b"SHOL", 1, 3, 2) + b"{}", None, remote, "Ping out of turn"),
+        "version 7": (HEADER.pack(b"SHOL", 7, 1, 2), None, MismatchError, "version 7 and this process 1"),
+        "another model": (
+            b"".join(Connection(True).send(lab.identity("stranger", 6, "cc" * 32).hello("step"))),
+            None, MismatchError, "has the model cccccccccccccccc, a has aaaaaaaaaaaaaaaa",
+        ),
+        "4 GB for a greeting": (HEADER.pack(b"SHOL", 1, 1, 0xFFFFFFFF), None, remote, "the limit is 65536"),
+        "4 GB of rows": (greeting(lab, "step"), step, remote, "announced a Step of 4294967295 bytes"),
+        "rows on control": (hello, small, remote, "sent Step on a control connection"),
+        "garbage once greeted": (hello, b"\x00" * 100_000, remote, "does not speak this protocol"),
+        "a false assignment": (
+            hello,
+            HEADER.pack(b"SHOL", 1, 5, len(body)) + body,
+            remote, "assigned units [0, 99) of 6",
+        ),
+    }  # fmt: skip
+
+
+CASES = (
+    "garbage", "random", "a ping for a greeting", "version 7", "another model", "4 GB for a greeting",
+    "4 GB of rows", "rows on control", "garbage once greeted", "a false assignment",
+)  # fmt: skip
+
+
+async def told(stream: trio.abc.Stream, connection: Connection) -> Any:
+    """The next message, or what next_message says at the end."""
+    while True:
+        message = connection.next_message()
+        if isinstance(message, Hello):
+            return message
+        if message.__class__.__name__ != "Signal":
+            return message
+        data = await stream.receive_some(65536)
+        connection.receive_data(data)
+        if not data:
+            return connection.next_message()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_stranger_is_told_why_and_the_node_goes_on(lab: ModuleType, case: str) -> None:
+    first, second, kind, words = hostile(lab)[case]
+
+    async def main() -> None:
+        async with lab.network() as net:
+            net.add("a")
+            net.add("b")
+
+            async def intrude() -> None:
+                stream = await net.open_stream("host", 7001)
+                connection = Connection(True)
+                connection.send(
+                    lab.identity("stranger", 66).hello("step" if b'"step"' in first else "control")
+                )
+                await stream.send_all(first)
+                answer = await told(stream, connection)
+                if second is not None:
+                    assert isinstance(answer, Hello)
+                    await stream.send_all(second)
+                    answer = await told(stream, connection)
+                assert (answer.code, words in answer.text) == (kind.exit_code, True), answer
+                await stream.aclose()
+                await trio.testing.wait_all_tasks_blocked()
+                assert any(words in line for line in net.nodes[7001].log)
+
+            if case in ("rows on control", "garbage once greeted", "a false assignment"):
+                await intrude()
+            async with net.head(plan=plan_at((0, 3, 6))) as head:
+                async with head.generate([1, 2], max_tokens=10) as tokens:
+                    got = [await anext(tokens)]
+                    if b'"control"' not in first:
+                        await intrude()
+                    got += [token async for token in tokens]
+                assert got == lab.oracle([1, 2], 10)
+                assert head.recoveries == 0
+
+    lab.run(main)
+
+
+def test_the_cases_are_all_there(lab: ModuleType) -> None:
+    assert set(hostile(lab)) == set(CASES)
+
+
+@pytest.mark.parametrize("cut", [1, 11, 12, 40])
+def test_a_stranger_that_stops_in_the_middle_is_named_in_the_log(lab: ModuleType, cut: int) -> None:
+    async def main() -> None:
+        async with lab.network() as net:
+            net.add("a")
+            stream = await net.open_stream("host", 7001)
+            await stream.send_all(greeting(lab, "control")[:cut])
+            await stream.aclose()
+            await trio.testing.wait_all_tasks_blocked()
+            assert f"a peer: the connection ended after {cut} bytes" in net.nodes[7001].log[-1]
+
+    lab.run(main)
+
+
+def test_a_stranger_that_says_nothing_is_dropped_in_time(lab: ModuleType) -> None:
+    async def main() -> None:
+        async with lab.network() as net:
+            net.add("a")
+            stream = await net.open_stream("host", 7001)
+            assert await stream.receive_some(100) == b""
+            assert trio.current_time() == 10
+            await trio.testing.wait_all_tasks_blocked()
+            assert "did not greet within 10 s" in net.nodes[7001].log[-1]
+
+    lab.run(main)
+
+
+@asynccontextmanager
+async def connected(lab: ModuleType, net: Any, port: int, purpose: str) -> AsyncIterator[Link]:
+    me = lab.identity("laptop", 99)
+    async with dial(net.open_stream, "host", port, me, purpose, seconds=5) as (link, _):  # type: ignore[arg-type]
+        yield link
+
+
+def alone(lab: ModuleType, test: Callable[[Any, Link, Link], Awaitable[None]], **changes: Any) -> None:
+    """A node with the whole model under EPOCH, and a head's two connections to it."""
+
+    async def main() -> None:
+        async with lab.network() as net:
+            net.add("a", **changes)
+            async with (
+                connected(lab, net, 7001, "control") as control,
+                connected(lab, net, 7001, "step") as steps,
+            ):
+                await control.send(Assign(EPOCH, 0, 6, None, 4))
+                assert (await control.expect(Loaded)).epoch == EPOCH
+                await test(net, control, steps)
+
+    lab.run(main)
+
+
+def opened(session: int, epoch: Epoch = EPOCH) -> Open:
+    return Open(session, epoch, Sampling(), 30)
+
+
+def rows(session: int, first: int, *tokens: int, epoch: Epoch = EPOCH) -> Step:
+    return Step(session, epoch, first, tokens, Want.TOKEN)
+
+
+def test_rows_of_another_epoch_are_dropped(lab: ModuleType) -> None:
+    async def test(net: Any, control: Link, steps: Link) -> None:
+        old = Epoch(4, 9)
+        for message in (opened(1, old), opened(1), rows(1, 0, 3, epoch=old), rows(1, 0, 5), Close(1, old)):
+            await steps.send(message)
+        assert await control.receive() == Result(1, EPOCH, 0, 1, lab.oracle([5], 1)[0])
+        await trio.testing.wait_all_tasks_blocked()
+        assert list(net.nodes[7001].stages[0].sequences) == [1]
+
+    alone(lab, test)
+
+
+def test_a_new_assignment_drops_the_old_one_and_its_sessions(lab: ModuleType) -> None:
+    async def test(net: Any, control: Link, steps: Link) -> None:
+        await steps.send(opened(1))
+        newer = Epoch(5, 2)
+        await control.send(Assign(newer, 0, 6, None, 4))
+        assert (await control.expect(Loaded)).epoch == newer
+        await steps.send(rows(1, 0, 5))
+        await steps.send(opened(1, newer))
+        await steps.send(rows(1, 0, 7, epoch=newer))
+        assert await control.receive() == Result(1, newer, 0, 1, lab.oracle([7], 1)[0])
+        assert [stage.closed for stage in net.nodes[7001].stages] == [True, False]
+        await control.send(Release(Epoch(5, 3)))
+        await control.send(GetStats())
+        assert (await control.expect(Stats)).epoch is None
+        await trio.testing.wait_all_tasks_blocked()
+        assert net.nodes[7001].stages[1].closed
+
+    alone(lab, test)
+
+
+def test_assignments_in_a_hurry_end_with_the_last_one(lab: ModuleType) -> None:
+    async def test(net: Any, control: Link, steps: Link) -> None:
+        for counter in range(2, 6):
+            await control.send(Assign(Epoch(5, counter), 0, 6, None, 4))
+        last = await control.expect(Loaded)
+        while last.epoch.counter < 5:
+            last = await control.expect(Loaded)
+        stages = net.nodes[7001].stages
+        assert [stage.closed for stage in stages] == [True] * (len(stages) - 1) + [False]
+
+    alone(lab, test, hop=lab.slow_hop(0.5))
+
+
+def test_pings_are_answered_while_a_stage_loads_and_computes(lab: ModuleType) -> None:
+    async def test(net: Any, control: Link, steps: Link) -> None:
+        await control.send(Assign(Epoch(5, 2), 0, 6, None, 4))
+        start = trio.current_time()
+        await control.send(Ping(7))
+        assert await control.expect(Pong) == Pong(7)
+        assert trio.current_time() == start
+        await control.expect(Loaded)
+        assert trio.current_time() == start + 8
+
+    alone(lab, test, hop=lab.slow_hop(8.0))
+
+
+def test_wrong_rows_end_their_session_only(lab: ModuleType) -> None:
+    async def test(net: Any, control: Link, steps: Link) -> None:
+        for message in (opened(1), opened(2), rows(1, 4, 5), rows(2, 0, 5)):
+            await steps.send(message)
+        answers = [await control.receive(), await control.receive()]
+        assert Result(2, EPOCH, 0, 1, lab.oracle([5], 1)[0]) in answers
+        (failed,) = [answer for answer in answers if isinstance(answer, Failed)]
+        assert (failed.session, failed.text) == (1, "rows from 4: the sequence holds 0 positions")
+
+    alone(lab, test)
+
+
+def test_a_long_queue_holds_back_its_connection_and_loses_nothing(lab: ModuleType) -> None:
+    async def test(net: Any, control: Link, steps: Link) -> None:
+        history = [5]
+        await steps.send(opened(1))
+        async with trio.open_nursery() as tasks:
+
+            async def feed() -> None:
+                for _ in range(1000):
+                    await steps.send(rows(1, 0, 5))
+
+            tasks.start_soon(feed)
+            for _ in range(1000):
+                assert await control.receive() == Result(1, EPOCH, 0, 1, lab.oracle(history, 1)[0])
+
+    alone(lab, test)
+
+
+def test_a_next_node_that_is_another_process_is_not_used(lab: ModuleType) -> None:
+    async def main() -> None:
+        async with lab.network() as net:
+            net.add("a")
+            net.add("b")
+            async with connected(lab, net, 7001, "control") as control:
+                await control.send(Assign(EPOCH, 0, 3, Peer("b", "host", 7002, 1234), 4))
+                broken = await control.expect(Broken)
+                assert (broken.code, broken.peer) == (NodeLostError.exit_code, 1234)
+                assert "answers b (0000000000001b5a), not b (00000000000004d2)" in broken.text
+                assert net.nodes[7001].stages[0].closed
+
+    lab.run(main)
+
+
+def test_hidden_rows_of_the_wrong_width_end_their_session(lab: ModuleType) -> None:
+    async def main() -> None:
+        async with lab.network() as net:
+            net.add("a")
+            async with (
+                connected(lab, net, 7001, "control") as control,
+                connected(lab, net, 7001, "step") as steps,
+            ):
+                await control.send(Assign(EPOCH, 3, 6, None, 4))
+                await control.expect(Loaded)
+                await steps.send(opened(1))
+                wide = np.zeros((1, lab.COLS + 1), np.float32)
+                await steps.send(Step(1, EPOCH, 0, (5,), Want.TOKEN, wide))
+                assert isinstance(await control.receive(), Failed)
+
+    lab.run(main)
+
+
+def test_a_head_that_goes_away_while_the_stage_loads_leaves_nothing(lab: ModuleType) -> None:
+    async def main() -> None:
+        async with lab.network() as net:
+            net.add("a", hop=lab.slow_hop(5.0))
+            async with connected(lab, net, 7001, "control") as control:
+                await control.send(Assign(EPOCH, 0, 6, None, 4))
+                await trio.sleep(1)
+            await trio.sleep(10)
+            assert all(stage.closed for stage in net.nodes[7001].stages)
+            async with connected(lab, net, 7001, "control"):
+                pass
+
+    lab.run(main)

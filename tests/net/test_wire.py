@@ -1,0 +1,383 @@
+"""The wire without I/O: every message there and back in pieces of any size, and what hostile bytes do."""
+
+import json
+import random
+import struct
+
+import numpy as np
+import pytest
+
+from shoal.engine.batch import Sampling, Want
+from shoal.net.errors import LocalProtocolError, MismatchError, NetError, RemoteProtocolError
+from shoal.net.messages import (
+    BY_KIND,
+    MESSAGES,
+    PROTOCOL,
+    Assign,
+    Broken,
+    Close,
+    Data,
+    Device,
+    Epoch,
+    Error,
+    Failed,
+    GetStats,
+    Hello,
+    LinkMeasure,
+    Loaded,
+    Measure,
+    Measured,
+    Message,
+    Open,
+    Peer,
+    Ping,
+    Pong,
+    Release,
+    Result,
+    Stats,
+    Step,
+    Work,
+)
+from shoal.net.wire import CLOSED, NEED_DATA, Connection, max_step_rows
+
+TOP = (1 << 64) - 1
+EPOCH = Epoch(TOP, (1 << 32) - 1)
+DEVICE = Device(10**9, 10**7, 256, 4, "native (avx2)", True, 1.5e10, 2e11, 1e-4)
+PEER = Peer("Jürgens Pi", "fe80::1", 7001, 12)
+HIDDEN = np.arange(6, dtype=np.float32).reshape(3, 2) - 2.5
+
+EXAMPLES: list[Message] = [
+    Hello("control", "büro", TOP, "0.1.0", 1, "ab" * 32, DEVICE),
+    Error(9, "it sent garbage"),
+    Ping(TOP),
+    Pong(0),
+    Assign(EPOCH, 0, 12, PEER, 128),
+    Assign(EPOCH, 12, 32, None, 1),
+    Release(EPOCH),
+    Loaded(EPOCH, 0.25, 10**9),
+    Broken(EPOCH, 10, "gone", TOP),
+    Broken(EPOCH, 3, "a shard is missing", None),
+    Measure(PEER),
+    Measured(12, LinkMeasure(1e-4, 1e9), ""),
+    Measured(12, None, "refused"),
+    GetStats(),
+    Stats(EPOCH, Work(3, 3, 0.5), Work(1, 200, 0.25)),
+    Stats(None, Work(0, 0, 0.0), Work(0, 0, 0.0)),
+    Open(TOP, EPOCH, Sampling(0.8, 40, 0.9, 0.05, 1.1, TOP), 2048),
+    Close(TOP, EPOCH),
+    Failed(1, EPOCH, 5, "no room"),
+    Step(TOP, EPOCH, 0, (1, 2, 3), Want.NOTHING),
+    Step(7, EPOCH, (1 << 31) - 3, (0, (1 << 31) - 1, 5), Want.TOKEN, HIDDEN),
+    Result(TOP, EPOCH, 9, 3, None),
+    Result(1, EPOCH, 9, 1, (1 << 31) - 1),
+    Data(64 * 1024),
+    Data(0),
+]
+
+
+def hello(purpose: str, device: Device | None = None) -> Hello:
+    return Hello(purpose, "laptop", 1, "0.1.0", 1, "ab" * 32, device)  # type: ignore[arg-type]
+
+
+def greeted(message_kind: type, from_dialler: bool | None = None) -> tuple[Connection, Connection]:
+    """(sender, receiver) that have greeted each other on a connection where the message may be sent."""
+    entry = BY_KIND[message_kind]
+    if from_dialler is None:
+        from_dialler = bool(entry.down)
+    purpose = sorted(entry.down if from_dialler else entry.up)[0]
+    dialler, other = Connection(True), Connection(False)
+    other.receive_data(b"".join(dialler.send(hello(purpose))))
+    assert isinstance(other.next_message(), Hello)
+    dialler.receive_data(b"".join(other.send(hello(purpose, DEVICE))))
+    assert isinstance(dialler.next_message(), Hello)
+    return (dialler, other) if from_dialler else (other, dialler)
+
+
+def same(a: Message, b: object) -> bool:
+    if isinstance(a, Step) and isinstance(b, Step) and a.hidden is not None:
+        return a == b and b.hidden is not None and np.array_equal(a.hidden, b.hidden)
+    return a == b
+
+
+def frame(message: Message) -> bytes:
+    if isinstance(message, Hello):
+        return b"".join(Connection(True).send(message))
+    return b"".join(greeted(type(message))[0].send(message))
+
+
+def receiver(message: Message) -> Connection:
+    return Connection(False) if isinstance(message, Hello) else greeted(type(message))[1]
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: type(m).__name__)
+def test_every_message_arrives_whole_in_bytes_and_with_more_behind_it(message: Message) -> None:
+    data = frame(message)
+
+    whole = receiver(message)
+    whole.receive_data(data)
+    assert same(message, whole.next_message())
+    assert whole.next_message() is NEED_DATA
+
+    bytewise, pieces = receiver(message), data if len(data) < 1000 else data[:200]
+    for i in range(len(pieces)):
+        assert bytewise.next_message() is NEED_DATA
+        bytewise.receive_data(pieces[i : i + 1])
+    bytewise.receive_data(data[len(pieces) :] or b"S")  # the start of another frame
+    assert same(message, bytewise.next_message())
+
+    trailed = receiver(message)
+    follow = frame(Error(1, "end"))
+    trailed.receive_data(data + follow)
+    assert same(message, trailed.next_message())
+    assert trailed.next_message() == Error(1, "end")
+    trailed.receive_data(b"")
+    assert trailed.next_message() is CLOSED
+
+
+def test_the_examples_are_every_message_and_codes_are_unique() -> None:
+    assert {type(message) for message in EXAMPLES} == {entry.kind for entry in MESSAGES}
+    assert len({entry.code for entry in MESSAGES}) == len(MESSAGES)
+
+
+def test_hidden_rows_arrive_aligned_and_writable() -> None:
+    sender, other = greeted(Step)
+    other.receive_data(b"".join(sender.send(Step(1, EPOCH, 0, (1, 2, 3), Want.TOKEN, HIDDEN[::-1]))))
+    step = other.next_message()
+    assert isinstance(step, Step) and step.hidden is not None
+    assert step.hidden.flags.writeable and step.hidden.flags.aligned and step.hidden.flags.c_contiguous
+    assert np.array_equal(step.hidden, HIDDEN[::-1])
+
+
+def header(code: int, size: int, version: int = PROTOCOL, magic: bytes = b"SHOL") -> bytes:
+    return struct.pack("<4sHHI", magic, version, code, size)
+
+
+def control(code: int, body: object) -> bytes:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return header(code, len(data)) + data
+
+
+def step_body(
+    rows: int = 1, tokens: tuple[int, ...] = (5,), want: int = 1, cols: int = 0, first: int = 0, more: int = 0
+) -> bytes:
+    head = struct.pack("<QQIIIB3xI", 1, 2, 3, first, rows, want, cols)
+    return head + struct.pack(f"<{len(tokens)}i", *tokens) + bytes(more)
+
+
+PING, ASSIGN, LOADED, OPEN, STEP, RESULT, DATA = 3, 5, 7, 13, 32, 33, 34
+GOOD_OPEN = {
+    "session": 1,
+    "epoch": {"head": 1, "counter": 1},
+    "sampling": {
+        "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 0,
+    },
+    "context": 10,
+}  # fmt: skip
+
+
+def opening(**changes: object) -> dict[str, object]:
+    return {**GOOD_OPEN, **changes}
+
+
+HOSTILE: dict[str, tuple[bytes, type, str]] = {
+    "another protocol": (b"GET / HTTP/1.1\r\n", Ping, "does not speak this protocol"),
+    "almost the magic": (b"SHO\x00", Ping, "does not speak this protocol"),
+    "one wrong byte": (b"\x00", Ping, "does not speak this protocol"),
+    "unknown type": (header(99, 0), Ping, "unknown type 99"),
+    "4 GB of rows": (header(STEP, 0xFFFFFFFF), Step, "announced a Step of 4294967295 bytes"),
+    "4 GB of JSON": (header(PING, 0xFFFFFFFF), Ping, "the limit is 65536"),
+    "a step just too large": (header(STEP, 4 * 2**20 + 1), Step, "the limit is 4194304"),
+    "bulk just too large": (header(DATA, 2**16 + 1), Data, "the limit is 65536"),
+    "a message of another connection": (control(OPEN, GOOD_OPEN), Ping, "sent Open on a control connection"),
+    "a message of the other side": (control(LOADED, {}), Ping, "sent Loaded on a control connection"),
+    "a second Hello": (control(1, {}), Ping, "Hello out of turn"),
+    "no JSON": (control(PING, b"{"), Ping, "Expecting property name"),
+    "nothing": (control(PING, b""), Ping, "Expecting value"),
+    "not UTF-8": (control(PING, b'{"nonce":"\xff"}'), Ping, "decode"),
+    "UTF-16": (control(PING, '{"nonce":1}'.encode("utf-16")), Ping, "decode"),
+    "not an object": (control(PING, [1]), Ping, "Ping is not an object"),
+    "trailing text": (control(PING, b'{"nonce":1} x'), Ping, "Extra data"),
+    "a missing key": (control(PING, {}), Ping, "lacks the keys ['nonce']"),
+    "an unknown key": (control(PING, {"nonce": 1, "x": 2}), Ping, "unknown keys ['x']"),
+    "a key twice": (control(PING, b'{"nonce":1,"nonce":2}'), Ping, "twice"),
+    "a float for an integer": (control(PING, {"nonce": 1.0}), Ping, "not of type int"),
+    "a boolean for an integer": (control(PING, {"nonce": True}), Ping, "not of type int"),
+    "text for an integer": (control(PING, {"nonce": "1"}), Ping, "not of type int"),
+    "null for an integer": (control(PING, {"nonce": None}), Ping, "not of type int"),
+    "a negative number": (control(PING, {"nonce": -1}), Ping, "not between"),
+    "a number of 65 bits": (control(PING, {"nonce": 1 << 64}), Ping, "not between"),
+    "a number of 5000 digits": (control(PING, b'{"nonce":' + b"9" * 5000 + b"}"), Ping, "4300"),
+    "NaN": (control(OPEN, b'{"session":NaN}'), Open, "NaN is not a number"),
+    "infinity": (control(OPEN, b'{"session":-Infinity}'), Open, "-Infinity is not a number"),
+    "deep lists": (control(PING, b"[" * 30000 + b"]" * 30000), Ping, "nested too deeply"),
+    "deep objects": (control(PING, b'{"a":' * 10000 + b"1" + b"}" * 10000), Ping, "nested too deeply"),
+    "sampling: 1e999": (
+        control(OPEN, json.dumps(GOOD_OPEN).replace('"top_p": 1.0', '"top_p": 1e999').encode()),
+        Open,
+        "Open.sampling.top_p is not finite",
+    ),
+    "sampling: out of range": (
+        control(OPEN, opening(sampling={**GOOD_OPEN["sampling"], "top_p": 1.5})),  # type: ignore[dict-item]
+        Open,
+        "top_p = 1.5",
+    ),
+    "sampling: a huge integer": (
+        control(OPEN, opening(sampling={**GOOD_OPEN["sampling"], "top_p": 10**400})),  # type: ignore[dict-item]
+        Open,
+        "top_p is not finite",
+    ),
+    "context 0": (control(OPEN, opening(context=0)), Open, "Open.context = 0"),
+    "an epoch that is no epoch": (control(OPEN, opening(epoch=[1, 2])), Open, "Open.epoch is not an object"),
+    "text that moves the cursor": (control(2, {"code": 9, "text": "\x1b[2J"}), Ping, "cannot be printed"),
+    "a lone surrogate": (control(2, b'{"code":9,"text":"\\ud800"}'), Ping, "cannot be printed"),
+    "endless text": (control(2, {"code": 9, "text": "a" * 1001}), Ping, "1001 characters"),
+    "a step shorter than its header": (header(STEP, 3) + bytes(3), Step, "shorter than its own header"),
+    "no rows": (control(STEP, step_body(0, ())), Step, "0 rows"),
+    "too many rows": (control(STEP, step_body(4097, (1,) * 4097)), Step, "4097 rows"),
+    "rows that are not there": (control(STEP, step_body(2)), Step, "2 rows and 0 columns has 40 bytes"),
+    "bytes too many": (control(STEP, step_body(more=4)), Step, "has 44 bytes, not 40"),
+    "columns that are not there": (control(STEP, step_body(cols=9)), Step, "not 76"),
+    "sizes that overflow": (control(STEP, step_body(4096, (1,), cols=0xFFFFFFFF)), Step, "columns are more"),
+    "logits": (control(STEP, step_body(want=2)), Step, "want = 2"),
+    "an unknown want": (control(STEP, step_body(want=255)), Step, "want = 255"),
+    "a negative token": (control(STEP, step_body(tokens=(-1,))), Step, "token id -1"),
+    "a position out of range": (control(STEP, step_body(first=1 << 31)), Step, "position"),
+    "a result of the wrong size": (header(RESULT, 4) + bytes(4), Result, "has 4 bytes"),
+    "a result with token -2": (
+        control(RESULT, struct.pack("<QQIIIi", 1, 2, 3, 4, 1, -2)), Result, "token id -2",
+    ),
+    "a result without rows": (control(RESULT, struct.pack("<QQIIIi", 1, 2, 3, 4, 0, 1)), Result, "0 rows"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_frames_are_the_peers_fault_and_say_what_is_wrong(name: str) -> None:
+    data, kind, words = HOSTILE[name]
+    other = greeted(kind)[1]
+    other.receive_data(data)
+    with pytest.raises(RemoteProtocolError) as caught:
+        other.next_message()
+    assert words in str(caught.value)
+    assert len(str(caught.value)) < 300
+    with pytest.raises(RemoteProtocolError):  # it stays so, whatever comes
+        other.next_message()
+
+
+def test_an_announced_size_is_refused_before_a_byte_of_it_has_come() -> None:
+    other = greeted(Step)[1]
+    other.receive_data(header(STEP, 0xFFFFFFFF)[:11])
+    assert other.next_message() is NEED_DATA
+    other.receive_data(header(STEP, 0xFFFFFFFF)[11:])
+    with pytest.raises(RemoteProtocolError):
+        other.next_message()
+
+
+def test_another_protocol_version_names_both() -> None:
+    other = Connection(False)
+    other.receive_data(header(1, 10, version=PROTOCOL + 6))
+    with pytest.raises(MismatchError, match=f"version {PROTOCOL + 6} and this process {PROTOCOL}"):
+        other.next_message()
+
+
+@pytest.mark.parametrize("cut", [1, 11, 12, 13, 39])
+def test_an_end_in_the_middle_of_a_frame_is_the_peers_fault(cut: int) -> None:
+    sender, other = greeted(Step)
+    data = b"".join(sender.send(Step(1, EPOCH, 0, (1,), Want.TOKEN)))
+    other.receive_data(data[:cut])
+    assert other.next_message() is NEED_DATA
+    other.receive_data(b"")
+    with pytest.raises(RemoteProtocolError, match=f"ended after {cut} bytes"):
+        other.next_message()
+
+
+def test_the_first_message_is_hello() -> None:
+    other = Connection(False)
+    other.receive_data(control(PING, {"nonce": 1}))
+    with pytest.raises(RemoteProtocolError, match="Ping out of turn"):
+        other.next_message()
+    with pytest.raises(LocalProtocolError, match="Ping out of turn"):
+        Connection(True).send(Ping(1))
+
+
+def test_an_answer_for_another_purpose_is_refused() -> None:
+    dialler = Connection(True)
+    dialler.send(hello("control"))
+    dialler.receive_data(b"".join(Connection(True).send(hello("step"))))
+    with pytest.raises(RemoteProtocolError, match="Hello for step answers one for control"):
+        dialler.next_message()
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        (Result(1, EPOCH, 0, 1, 3), "not for a step connection"),
+        (Step(1, EPOCH, 0, (), Want.TOKEN), "0 rows"),
+        (Step(1, EPOCH, 0, (1, 2), Want.TOKEN, HIDDEN), "2 tokens come with hidden rows"),
+        (Step(1, EPOCH, 0, (1,), Want.LOGITS), "want = 2"),
+        (Step(1, EPOCH, 0, (1 << 31,), Want.TOKEN), "Step"),
+        (Step(1 << 64, EPOCH, 0, (1,), Want.TOKEN), "Step"),
+        (Step(1, EPOCH, 0, (1,) * 4096, Want.TOKEN, np.zeros((4096, 257), np.float32)), "over the limit"),
+        (Close(-1, EPOCH), "Close.session = -1"),
+        (Open(1, EPOCH, Sampling(), 0), "Open.context = 0"),
+        (Error(0, ""), "Error.code = 0"),
+    ],
+)
+def test_our_own_mistakes_are_ours(message: Message, words: str) -> None:
+    sender, _ = greeted(Step)
+    with pytest.raises(LocalProtocolError) as caught:
+        sender.send(message)
+    assert words in str(caught.value)
+
+
+def test_data_after_the_end_is_our_mistake() -> None:
+    connection = Connection(False)
+    connection.receive_data(b"")
+    with pytest.raises(LocalProtocolError):
+        connection.receive_data(b"x")
+
+
+@pytest.mark.parametrize("cols", [1, 2, 576, 2048, 8192, 65536])
+def test_the_largest_step_fits_and_one_row_more_does_not(cols: int) -> None:
+    rows = max_step_rows(cols)
+    sender, _ = greeted(Step)
+    tokens = (1,) * rows
+    sender.send(Step(1, EPOCH, 0, tokens, Want.TOKEN, np.zeros((rows, cols), np.float32)))
+    more = np.zeros((rows + 1, cols), np.float32)
+    with pytest.raises(LocalProtocolError):
+        sender.send(Step(1, EPOCH, 0, (*tokens, 1), Want.TOKEN, more))
+
+
+def test_fuzz_a_mutated_stream_gives_messages_or_one_of_our_errors() -> None:
+    rng = random.Random(1)
+    streams = [(type(m), frame(m)) for m in EXAMPLES if not isinstance(m, Hello | Data)]
+    outcomes = set()
+    for _ in range(800):
+        kind, data = rng.choice(streams)
+        mutated = bytearray(data * rng.randint(1, 2))
+        for _ in range(rng.randint(1, 4)):
+            at = rng.randrange(len(mutated))
+            match rng.randrange(4):
+                case 0:
+                    mutated[at] = rng.randrange(256)
+                case 1:
+                    del mutated[at : at + rng.randint(1, 8)]
+                case 2:
+                    mutated[at:at] = rng.randbytes(rng.randint(1, 8))
+                case _:
+                    mutated[at] ^= 1 << rng.randrange(8)
+            if not mutated:
+                mutated = bytearray(b"S")
+        other = greeted(kind)[1]
+        at = 0
+        try:
+            while at < len(mutated):
+                piece = mutated[at : at + rng.randint(1, 64)]
+                other.receive_data(piece)
+                at += len(piece)
+                while other.next_message() is not NEED_DATA:
+                    pass
+            other.receive_data(b"")
+            outcomes.add(other.next_message())
+        except NetError as error:
+            outcomes.add(type(error))
+    assert outcomes == {CLOSED, RemoteProtocolError, MismatchError}

@@ -98,13 +98,14 @@ def parse_index(data: bytes, where: str) -> Index:
     fields = Index.__dataclass_fields__
     for key in sorted(fields.keys() ^ values.keys()):
         raise refuse(f"{'lacks' if key in fields else 'has the unknown key'} {key!r}")
-    if values["dtype"] not in KV_DTYPES or values["kv_dtype"] not in ("f16", "f32"):
-        raise refuse(f"has the unknown types {values['dtype']!r}, {values['kv_dtype']!r}")
-    if values["cut_dtype"] != "f32" or values["group_size"] != GROUP or values["has_min"] is not False:
-        raise refuse("describes weights that this version cannot read")
-    for key in ("family", "source"):
+    for key in ("dtype", "kv_dtype", "cut_dtype", "family", "source"):
         if not isinstance(values[key], str):
             raise refuse(f"needs a string as {key!r}")
+    if values["dtype"] not in KV_DTYPES or values["kv_dtype"] not in ("f16", "f32"):
+        raise refuse(f"has the unknown types {values['dtype']!r}, {values['kv_dtype']!r}")
+    group = type(values["group_size"]) is int and values["group_size"] == GROUP
+    if values["cut_dtype"] != "f32" or not group or values["has_min"] is not False:
+        raise refuse("describes weights that this version cannot read")
     if not isinstance(values["license"], str | None):
         raise refuse("needs a string or null as 'license'")
     files = _files(values["files"], refuse)

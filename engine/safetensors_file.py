@@ -2,8 +2,8 @@
 
 The format: a u64 header length, a JSON header, then the data; no holes, no overlap. The writer pads the
 header with spaces so that data starts at a multiple of 16384 (a page of any machine) and fills the gaps
-before tensors with U8 tensors named `__pad_N`, so that each starts at a multiple of 64 (a line of weights) and
-every other reader still opens the file. Source: huggingface/safetensors, `safetensors/src/tensor.rs`."""
+before tensors with U8 tensors named `__pad_N`, so that each starts at a multiple of 64 (a line of weights)
+and every other reader still opens the file. Source: huggingface/safetensors, `safetensors/src/tensor.rs`."""
 
 from __future__ import annotations
 
@@ -181,14 +181,17 @@ def write(path: Path, tensors: Sequence[TensorInfo], arrays: Iterable[NDArray[An
     placed, header = _lay_out(tensors)
     digest = hashlib.sha256()
     part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        for chunk in _chunks(placed, header, iter(arrays)):
-            digest.update(chunk)
-            file.write(chunk)
-        size = file.tell()
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        with part.open("wb") as file:
+            for chunk in _chunks(placed, header, iter(arrays)):
+                digest.update(chunk)
+                file.write(chunk)
+            size = file.tell()
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
     return size, digest.hexdigest()
 
 
@@ -216,12 +219,10 @@ def _chunks(
         if tensor.name.startswith(PAD):
             yield bytes(tensor.nbytes)
             continue
-        array = np.ascontiguousarray(next(arrays))
+        array = next(arrays)
         if array.shape != tensor.shape or array.dtype != DTYPES[tensor.dtype]:
-            raise ValueError(
-                f"{tensor.name}: {array.dtype} {array.shape} is not {tensor.dtype} {tensor.shape}"
-            )
+            raise ValueError(f"{tensor.name} is {array.dtype} {array.shape}, not as announced: {tensor}")
         if array.size:
-            yield array.reshape(-1).view(np.uint8).data
+            yield np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
     if next(arrays, None) is not None:
         raise ValueError("there are more arrays than tensors")

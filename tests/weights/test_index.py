@@ -1,0 +1,115 @@
+"""index.json: what is written is read back, and everything else is refused by name."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.engine.errors import ModelFileError, ShoalError, UnsupportedModelError
+from shoal.engine.index import FileEntry, Index, UnitEntry, parse_index
+
+FILES = {
+    name: FileEntry(10, 64 * "a")
+    for name in ("config.json", "common.safetensors", "unit-000.safetensors", "unit-001.safetensors")
+}
+INDEX = Index(
+    dtype="int8",
+    family="some",
+    source="hf:a/b@main",
+    license=None,
+    files=FILES,
+    common=("common.safetensors",),
+    units=(
+        UnitEntry("embed", ("unit-000.safetensors",)),
+        UnitEntry("head", ("unit-001.safetensors", "unit-000.safetensors")),
+    ),
+)
+
+
+def changed(**changes: Any) -> bytes:
+    values = json.loads(INDEX.to_json())
+    values.update(changes)
+    return json.dumps(values).encode()
+
+
+def test_what_is_written_is_read_back() -> None:
+    assert parse_index(INDEX.to_json(), "index.json") == INDEX
+
+
+GOOD_FILE = {"size": 1, "sha256": 64 * "0"}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "is not the JSON object"),
+        (b"\xff", "is not the JSON object"),
+        (b"[" * 100_000, "is not the JSON object"),
+        (b'{"format": "shoal-model", "format": "shoal-model"}', "a key stands twice"),
+        (b"[]", "does not describe a shoal model"),
+        (changed(format="other"), "does not describe a shoal model"),
+        (changed(surprise=1), "has the unknown key 'surprise'"),
+        (
+            json.dumps({k: v for k, v in json.loads(INDEX.to_json()).items() if k != "units"}).encode(),
+            "lacks 'units'",
+        ),
+        (changed(dtype="int3"), "unknown types 'int3'"),
+        (changed(dtype=["int8"]), "needs a string as 'dtype'"),
+        (changed(kv_dtype="f8"), "unknown types"),
+        (changed(group_size=64), "weights that this version cannot read"),
+        (changed(has_min=0), "weights that this version cannot read"),
+        (changed(cut_dtype="f16"), "weights that this version cannot read"),
+        (changed(family=1), "needs a string as 'family'"),
+        (changed(license=1), "needs a string or null"),
+        (changed(files=[]), "needs an object as 'files'"),
+        (changed(files={"../x": GOOD_FILE}), "'../x', which is no plain name"),
+        (changed(files={"/etc/passwd": GOOD_FILE}), "no plain name"),
+        (changed(files={"a\\b": GOOD_FILE}), "no plain name"),
+        (changed(files={"..": GOOD_FILE}), "no plain name"),
+        (changed(files={"": GOOD_FILE}), "no plain name"),
+        (changed(files={"a\n": GOOD_FILE}), "no plain name"),
+        (changed(files={"index.json": GOOD_FILE}), "no plain name"),
+        (changed(files={"a": {"size": 1}}), "exactly size and sha256 of a"),
+        (changed(files={"a": {**GOOD_FILE, "size": -1}}), "the size -1"),
+        (changed(files={"a": {**GOOD_FILE, "size": True}}), "the size True"),
+        (changed(files={"a": {**GOOD_FILE, "sha256": 64 * "A"}}), "a sha256 that is none"),
+        (changed(common=["nothing"]), "'nothing', which stands not among its files"),
+        (changed(common=[]), "needs a list of file names"),
+        (changed(units={}), "needs a list as 'units'"),
+        (changed(units=[{"name": "embed"}]), "exactly name and files"),
+        (changed(units=[{"name": 1, "files": ["config.json"]}]), "exactly name and files"),
+        (changed(units=[{"name": "embed", "files": "config.json"}]), "needs a list of file names"),
+        (changed(units=[{"name": "embed", "files": [["config.json"]]}]), "needs a list of file names"),
+    ],
+)
+def test_a_bad_index_is_refused_and_the_remedy_named(data: bytes, message: str) -> None:
+    with pytest.raises(ModelFileError, match=message) as error:
+        parse_index(data, "m/index.json")
+    assert str(error.value).startswith("m/index.json")
+    assert "pull or convert the model again" in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["format_version", "layout_version", "numerics_version"])
+@pytest.mark.parametrize("version", [2, "1", True, None])
+def test_another_version_is_no_damage(key: str, version: object) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"{key} is {version!r} and this shoal reads 1"):
+        parse_index(changed(**{key: version}), "index.json")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+)
+
+
+@given(st.sampled_from(sorted(Index.__dataclass_fields__)), JSON)
+def test_any_value_anywhere_is_read_or_refused(key: str, value: Any) -> None:
+    try:
+        index = parse_index(changed(**{key: value}), "index.json")
+    except ShoalError:
+        return
+    assert json.loads(index.to_json())[key] == value

@@ -8,52 +8,55 @@ typedef struct {
   float lane[16];
 } v16;
 
+/* Calls, not inlined: the compiler would unroll every loop over lanes at every use, for ten times the code and no gain. */
+#define LANES static __attribute__((noinline, unused))
+
 #define EACH(expression)                                         \
   v16 r;                                                         \
   for (int32_t i = 0; i < 16; i++) r.lane[i] = (expression); \
   return r
 
-SHOAL_INLINE v16 v_set1(float x) { EACH(x); }
-SHOAL_INLINE v16 v_load(const float *p) { EACH(p[i]); }
-SHOAL_INLINE v16 v_load_n(const float *p, int32_t n) { EACH(i < n ? p[i] : 0.0f); }
-SHOAL_INLINE v16 v_add(v16 a, v16 b) { EACH(a.lane[i] + b.lane[i]); }
-SHOAL_INLINE v16 v_sub(v16 a, v16 b) { EACH(a.lane[i] - b.lane[i]); }
-SHOAL_INLINE v16 v_mul(v16 a, v16 b) { EACH(a.lane[i] * b.lane[i]); }
-SHOAL_INLINE v16 v_div(v16 a, v16 b) { EACH(a.lane[i] / b.lane[i]); }
-SHOAL_INLINE v16 v_fma(v16 a, v16 b, v16 c) { EACH(fmaf(a.lane[i], b.lane[i], c.lane[i])); }
-SHOAL_INLINE v16 v_neg(v16 a) { EACH(-a.lane[i]); }
-SHOAL_INLINE v16 v_abs(v16 a) { EACH(shoal_float(shoal_bits(a.lane[i]) & 0x7fffffffu)); }
-SHOAL_INLINE v16 v_max(v16 a, v16 b) { EACH(a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]); }
-SHOAL_INLINE v16 v_min(v16 a, v16 b) { EACH(a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]); }
+LANES v16 v_set1(float x) { EACH(x); }
+LANES v16 v_load(const float *p) { EACH(p[i]); }
+LANES v16 v_load_n(const float *p, int32_t n) { EACH(i < n ? p[i] : 0.0f); }
+LANES v16 v_add(v16 a, v16 b) { EACH(a.lane[i] + b.lane[i]); }
+LANES v16 v_sub(v16 a, v16 b) { EACH(a.lane[i] - b.lane[i]); }
+LANES v16 v_mul(v16 a, v16 b) { EACH(a.lane[i] * b.lane[i]); }
+LANES v16 v_div(v16 a, v16 b) { EACH(a.lane[i] / b.lane[i]); }
+LANES v16 v_fma(v16 a, v16 b, v16 c) { EACH(fmaf(a.lane[i], b.lane[i], c.lane[i])); }
+LANES v16 v_neg(v16 a) { EACH(-a.lane[i]); }
+LANES v16 v_abs(v16 a) { EACH(shoal_float(shoal_bits(a.lane[i]) & 0x7fffffffu)); }
+LANES v16 v_max(v16 a, v16 b) { EACH(a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]); }
+LANES v16 v_min(v16 a, v16 b) { EACH(a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]); }
 /* a > b ? yes : no */
-SHOAL_INLINE v16 v_greater(v16 a, v16 b, v16 yes, v16 no) { EACH(a.lane[i] > b.lane[i] ? yes.lane[i] : no.lane[i]); }
+LANES v16 v_greater(v16 a, v16 b, v16 yes, v16 no) { EACH(a.lane[i] > b.lane[i] ? yes.lane[i] : no.lane[i]); }
 /* The first n lanes of a, the others of b. */
-SHOAL_INLINE v16 v_first(v16 a, v16 b, int32_t n) { EACH(i < n ? a.lane[i] : b.lane[i]); }
+LANES v16 v_first(v16 a, v16 b, int32_t n) { EACH(i < n ? a.lane[i] : b.lane[i]); }
 /* 2^n for whole n in [-126, 127] */
-SHOAL_INLINE v16 v_power(v16 n) { EACH(shoal_float((uint32_t)((int32_t)n.lane[i] + 127) << 23)); }
-SHOAL_INLINE v16 v_load_f16(const uint16_t *p) { EACH(shoal_f16_to_f32(p[i])); }
+LANES v16 v_power(v16 n) { EACH(shoal_float((uint32_t)((int32_t)n.lane[i] + 127) << 23)); }
+LANES v16 v_load_f16(const uint16_t *p) { EACH(shoal_f16_to_f32(p[i])); }
 
-SHOAL_INLINE void v_store(float *p, v16 a) { memcpy(p, a.lane, sizeof a.lane); }
+LANES void v_store(float *p, v16 a) { memcpy(p, a.lane, sizeof a.lane); }
 
-SHOAL_INLINE void v_store_n(float *p, v16 a, int32_t n) { memcpy(p, a.lane, (size_t)n * sizeof(float)); }
+LANES void v_store_n(float *p, v16 a, int32_t n) { memcpy(p, a.lane, (size_t)n * sizeof(float)); }
 
-SHOAL_INLINE void v_store_f16(uint16_t *p, v16 a) {
+LANES void v_store_f16(uint16_t *p, v16 a) {
   for (int32_t i = 0; i < 16; i++) p[i] = shoal_f32_to_f16(a.lane[i]);
 }
 
 /* Lanes are whole numbers in [-127, 127]. */
-SHOAL_INLINE void v_store_i8(int8_t *p, v16 a) {
+LANES void v_store_i8(int8_t *p, v16 a) {
   for (int32_t i = 0; i < 16; i++) p[i] = (int8_t)a.lane[i];
 }
 
 /* The tree of every sum: lane i joins lane i + 8, then i + 4, i + 2, i + 1. */
-SHOAL_INLINE float v_sum(v16 a) {
+LANES float v_sum(v16 a) {
   for (int32_t step = 8; step; step /= 2)
     for (int32_t i = 0; i < step; i++) a.lane[i] += a.lane[i + step];
   return a.lane[0];
 }
 
-SHOAL_INLINE float v_largest(v16 a) {
+LANES float v_largest(v16 a) {
   for (int32_t step = 8; step; step /= 2)
     for (int32_t i = 0; i < step; i++) a.lane[i] = a.lane[i] > a.lane[i + step] ? a.lane[i] : a.lane[i + step];
   return a.lane[0];

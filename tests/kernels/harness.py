@@ -6,10 +6,11 @@ packing cannot hide one in the kernels.
 
 from __future__ import annotations
 
+import atexit
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -41,18 +42,21 @@ class Refused(Exception):
 
 
 @cache
-def library() -> Any:
+def library_path() -> Path:
     """The library that `make lib` built if it is of these sources, else one compiled here and now."""
     built = ROOT / "src" / "shoal" / "libshoal.so"
     if built.exists():
         lib = ffi.dlopen(str(built))
         if ffi.string(lib.shoal_source_hash()).decode() == source_hash():
-            return lib
-    folder = Path(tempfile.mkdtemp(prefix="shoal-kernels-"))
-    try:
-        return ffi.dlopen(str(compile_library(folder / "libshoal.so")))
-    finally:
-        shutil.rmtree(folder)  # what is mapped stays mapped
+            return built
+    folder = tempfile.mkdtemp(prefix="shoal-kernels-")
+    atexit.register(shutil.rmtree, folder)
+    return compile_library(Path(folder) / "libshoal.so")
+
+
+@cache
+def library() -> Any:
+    return ffi.dlopen(str(library_path()))
 
 
 def compile_library(output: Path, *flags: str) -> Path:
@@ -66,13 +70,8 @@ def compile_library(output: Path, *flags: str) -> Path:
 @cache
 def isas() -> tuple[str, ...]:
     """Instruction sets that can run here, scalar first."""
-    names = [name.removeprefix("ISA_").lower() for name in ENUM if name.startswith("ISA_") and name != "ISA_AUTO"]
-    return tuple(name for name in names if library().shoal_isa_available(ENUM[f"ISA_{name.upper()}"]))
-
-
-def vector_isas() -> tuple[str, ...]:
-    """All of `isas()` but the definition."""
-    return isas()[1:]
+    rows = sorted((value, name) for name, value in ENUM.items() if name.startswith("ISA_") and value != ENUM["ISA_AUTO"])
+    return tuple(name[4:].lower() for value, name in rows if library().shoal_isa_available(value))
 
 
 @cache
@@ -155,7 +154,7 @@ class State:
 
 
 @dataclass
-class Sequence_:
+class Rows:
     """A run of rows of one sequence; pages `[states][n]` are made when the first run needs them."""
 
     rows: int
@@ -242,7 +241,7 @@ class Executor:
     def workspace_bytes(self) -> int:
         return int(library().shoal_workspace_bytes(self._handle))
 
-    def run(self, sequences: Sequence[Sequence_], inputs: Sequence[Any] = (), tokens: Any = None, want: bool = True) -> Outcome:
+    def run(self, sequences: Sequence[Rows], inputs: Sequence[Any] = (), tokens: Any = None, want: bool = True) -> Outcome:
         """One batch; inputs `[rows, cols]` each. want = False: no outputs are asked for."""
         p, keep = self.program, []
         rows, wanted = sum(s.rows for s in sequences), sum(s.wanted for s in sequences)
@@ -292,7 +291,7 @@ def pointers(keep: list[Any], arrays: Sequence[Any]) -> Any:
     return keep[-1]
 
 
-def describe(p: Program, sequences: Sequence[Sequence_], keep: list[Any]) -> Any:
+def describe(p: Program, sequences: Sequence[Rows], keep: list[Any]) -> Any:
     """The shoal_sequence rows; pages are made here, full of NaN, so that a kernel that reads too far is found out."""
     rows = ffi.new("shoal_sequence[]", len(sequences))
     keep.append(rows)
@@ -316,6 +315,21 @@ def describe(p: Program, sequences: Sequence[Sequence_], keep: list[Any]) -> Any
     return rows
 
 
+def everywhere(program: Program, work: Callable[[Executor], Sequence[Any]], threads: Sequence[int] = (1, 2, 3)) -> Sequence[Any]:
+    """What `work` gives on the definition, after making sure that every set and number of threads gives the same bits."""
+    expected = work(program.open("scalar", 1))
+    for isa in isas():
+        for n in threads:
+            for a, b in zip(work(program.open(isa, n)), expected, strict=True):
+                same(a, b)
+    return expected
+
+
+def floats(rng: np.random.Generator, *shape: int) -> Any:
+    """Normal floats f32."""
+    return rng.standard_normal(shape).astype(np.float32)
+
+
 def same(a: Any, b: Any) -> None:
     """The same bits, signs of zeros and all."""
-    np.testing.assert_array_equal(np.ascontiguousarray(a).view(np.uint32), np.ascontiguousarray(b).view(np.uint32))
+    np.testing.assert_array_equal(np.ascontiguousarray(a).view(np.int32), np.ascontiguousarray(b).view(np.int32))

@@ -1,0 +1,99 @@
+"""Matrix products: tiles, tails and parts on every set, against float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from .harness import GROUP, Program, Rows, everywhere, f32, floats, random_q8, same
+from .test_ops import dequantised
+
+ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 17, 64, 97)
+
+
+def program(kind, parts, cols, rng, accumulate=False):
+    p = Program(max_rows=200)
+    x = p.input(cols)
+    weights = [random_q8(rng, n, cols) if kind == "Q8" else f32(floats(rng, n, cols)) for n in parts]
+    inputs = p.op("QUANTISE", p.buffer(cols, "Q8"), x) if kind == "Q8" else x
+    out = p.input(sum(parts)) if accumulate else p.buffer(sum(parts))
+    p.op("MATMUL", out, inputs, *map(p.weight, weights), i=[int(accumulate), 0])
+    p.output(out)
+    return p, np.concatenate([w.dense for w in weights])
+
+
+@pytest.mark.parametrize("kind", ["Q8", "F32"])
+@pytest.mark.parametrize(
+    ("parts", "cols"),
+    [((16,), 32), ((1,), 1), ((33,), 33), ((48, 16, 16), 100), ((5, 7, 31, 2), 64), ((100,), 576), ((17, 50), 16), ((64,), 48)],
+)
+def test_every_tile_and_tail(kind, parts, cols):
+    rng = np.random.default_rng(cols)
+    p, dense = program(kind, parts, cols, rng)
+    x = floats(rng, max(ROWS), cols)
+    seen = dequantised(x).astype(np.float64) if kind == "Q8" else x.astype(np.float64)
+    expected = seen @ dense.T
+    size = np.abs(seen) @ np.abs(dense).T
+    for rows in ROWS:
+        got = everywhere(p, lambda e, rows=rows: e.run([Rows(rows)], [x[:rows]]).outputs)[0]
+        assert np.all(np.abs(got - expected[:rows]) <= 1e-6 * size[:rows] + 1e-30)
+
+
+@pytest.mark.parametrize("kind", ["Q8", "F32"])
+@pytest.mark.parametrize("rows", [1, 5, 17])
+def test_added_to_what_is_there(kind, rows):
+    rng = np.random.default_rng(rows)
+    before, x = floats(rng, rows, 39), floats(rng, rows, 96)
+    plain, _ = program(kind, (20, 19), 96, np.random.default_rng(5))
+    added, _ = program(kind, (20, 19), 96, np.random.default_rng(5), accumulate=True)
+    product = everywhere(plain, lambda e: e.run([Rows(rows)], [x]).outputs)[0]
+    same(everywhere(added, lambda e: e.run([Rows(rows)], [x, before]).outputs)[0], before + product)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 12])
+def test_extreme_int8(rows):
+    """All products at their largest: no set may saturate or overflow on the way."""
+    cols = 4 * GROUP
+    p = Program(max_rows=16)
+    x = p.input(cols)
+    weight = random_q8(np.random.default_rng(0), 32, cols)
+    signs = np.where(np.arange(32) % 2, 127, -127).astype(np.int8)
+    weight.data[:] = np.tile(np.repeat(signs[:16], 4), weight.data.size // 64).reshape(weight.data.shape)
+    weight.scales[:] = np.float16(1).view(np.uint16)
+    p.output(p.op("MATMUL", p.buffer(32), p.op("QUANTISE", p.buffer(cols, "Q8"), x), p.weight(weight)))
+    data = np.full((rows, cols), 127, np.float32)
+    data[::2] = -127
+    got = everywhere(p, lambda e: e.run([Rows(rows)], [data]).outputs)[0]
+    same(got, np.float32(127 * 127 * cols) * np.sign(data[:, :1]) * np.sign(np.tile(signs[:16], 2)).astype(np.float32))
+
+
+def test_definition_of_one_output():
+    """Groups ascending, one fma each, from exact dots: recomputed with exact rationals."""
+    from fractions import Fraction
+
+    rng = np.random.default_rng(3)
+    p, _ = program("Q8", (16,), 5 * GROUP, rng)
+    weight = p.weights[0]
+    x = floats(rng, 1, 5 * GROUP)
+    got = p.open().run([Rows(1)], [x]).outputs[0][0]
+    groups = x.reshape(5, GROUP)
+    amax = np.abs(groups).max(axis=1)
+    q = np.rint(np.clip(groups * (np.float32(127) / amax)[:, None], -127, 127)).astype(int)
+    scales = weight.scales.view(np.float16).reshape(5, 16).astype(np.float32)
+    lines = weight.data.reshape(5, 8, 16, 4).transpose(2, 0, 1, 3).reshape(16, 5, GROUP).astype(int)
+    for output in range(16):
+        acc = np.float32(0)
+        for g in range(5):
+            scale = scales[g, output] * (amax[g] / np.float32(127))
+            exact = Fraction(int(lines[output, g] @ q[g])) * Fraction(float(scale)) + Fraction(float(acc))
+            acc = rounded(exact)
+        same(np.array([acc]), got[output : output + 1])
+
+
+def rounded(exact):
+    """The f32 nearest to a rational, ties to even: f64 is the first guess, its neighbours the rest."""
+    guess = np.float32(float(exact))
+    near = [np.nextafter(guess, np.float32(-np.inf)), guess, np.nextafter(guess, np.float32(np.inf))]
+    from fractions import Fraction
+
+    return min(near, key=lambda v: (abs(Fraction(float(v)) - exact), int(np.array(v).view(np.int32)) & 1))

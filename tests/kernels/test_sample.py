@@ -1,0 +1,176 @@
+"""The sampler against an oracle written from docs/numerics.md, in float64 and with a plain sort."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from .harness import Program, Refused, Rows, floats, isas
+
+MASK = (1 << 64) - 1
+
+
+def mix(z):
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & MASK
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & MASK
+    return z ^ z >> 31
+
+
+def uniform(seed, position):
+    golden = 0x9E3779B97F4A7C15
+    return (mix((mix(seed + golden & MASK) ^ position) + golden & MASK) >> 11) * 2.0**-53
+
+
+def candidates(logits, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, history=(), **_):
+    """Ids in the order of the definition, and their weights."""
+    logits = logits.astype(np.float64)
+    penalty = float(np.float32(repetition_penalty))
+    for token in set(history):
+        logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+    by_value = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
+    if temperature == 0:
+        return by_value[:1], np.ones(1)
+    truncated = top_k > 0 or top_p < 1 or min_p > 0
+    ids = (by_value if truncated else list(range(len(logits))))[: top_k or None]
+    p = np.exp((logits[ids] - logits.max()) / float(np.float32(temperature)))
+    p[p < 1.7e-38] = 0  # exp is 0 below -87
+    if top_p < 1:
+        keep = int(np.argmax(np.cumsum(p) >= float(np.float32(top_p)) * p.sum() * (1 - 1e-9))) + 1
+        ids, p = ids[:keep], p[:keep]
+    if min_p > 0:
+        keep = int(np.count_nonzero(p >= float(np.float32(min_p)) * p[0]))
+        ids, p = ids[:keep], p[:keep]
+    return ids, p
+
+
+def sampler(vocab, max_rows=64):
+    """Logits come in as an input; a norm by wanted rows would change them, so rows are chosen by a product with one."""
+    p = Program(max_rows=max_rows)
+    x = p.buffer(vocab, "F32", "WANTED_ROWS")
+    # The only ops that gather are norms: with epsilon 1 and rows of mean square 3, 1 / sqrt(3 + 1) is exactly 0.5.
+    source = p.input(vocab)
+    from .harness import f32
+
+    p.op("NORM", x, source, p.weight(f32(np.full(vocab, 2.0))), f=[1.0])
+    p.output(x)
+    p.op("SAMPLE", -1, x)
+    return p
+
+
+def draw_all(vocab, logits, seeds, isa="scalar", threads=1, history=None, **sampling):
+    """One token per seed, and the logits as the sampler saw them."""
+    p = sampler(vocab)
+    executor = p.open(isa, threads)
+    drawn = []
+    for at in range(0, len(seeds), 64):
+        chosen = seeds[at : at + 64]
+        batch = [Rows(1, 0 if history is None else len(history) - 1, 1, 1, history=history, sampling={**sampling, "seed": s}) for s in chosen]
+        outcome = executor.run(batch, [np.tile(logits, (len(chosen), 1))])
+        drawn += outcome.drawn.tolist()
+    return drawn, outcome.outputs[0][0]
+
+
+PARAMETERS = [
+    {},
+    {"temperature": 1.0},
+    {"temperature": 0.3},
+    {"temperature": 5.0},
+    {"temperature": 1.0, "top_k": 1},
+    {"temperature": 1.0, "top_k": 5},
+    {"temperature": 2.0, "top_k": 10**6},
+    {"temperature": 1.0, "top_p": 0.9},
+    {"temperature": 1.0, "top_p": 0.001},
+    {"temperature": 4.0, "top_p": 0.9999},
+    {"temperature": 1.0, "min_p": 0.1},
+    {"temperature": 3.0, "min_p": 0.001},
+    {"temperature": 1.0, "min_p": 1.0},
+    {"temperature": 1.5, "top_k": 20, "top_p": 0.8},
+    {"temperature": 1.5, "top_k": 20, "top_p": 0.95, "min_p": 0.05},
+    {"temperature": 0.8, "repetition_penalty": 1.3},
+    {"temperature": 0.8, "repetition_penalty": 0.5, "top_k": 7},
+    {"repetition_penalty": 2.0},
+]
+
+
+@pytest.mark.parametrize("parameters", PARAMETERS, ids=str)
+@pytest.mark.parametrize("vocab", [7, 300, 1000])
+def test_draws_as_the_oracle_does(vocab, parameters):
+    rng = np.random.default_rng(vocab)
+    logits = floats(rng, vocab) * 6
+    history = rng.integers(0, vocab, 40).astype(np.int32)
+    history[:5] = np.argmax(logits)
+    seeds = [int(s) for s in rng.integers(0, 2**63, 128)]
+    drawn, seen = draw_all(vocab, logits, seeds, history=history, **parameters)
+    ids, p = candidates(seen, history=history.tolist(), **parameters)
+    edges = np.concatenate([[0], np.cumsum(p) / p.sum()])
+    for seed, token in zip(seeds, drawn, strict=True):
+        u = uniform(seed, len(history))
+        at = ids.index(token)
+        assert edges[at] - 1e-5 <= u <= edges[at + 1] + 1e-5
+    exact = [ids[min(int(np.searchsorted(edges[1:], uniform(s, len(history)), side="right")), len(ids) - 1)] for s in seeds]
+    assert np.count_nonzero(np.array(exact) != drawn) <= 1  # a draw next to an edge may fall to the other side
+    for isa in isas():
+        for threads in (1, 3):
+            assert draw_all(vocab, logits, seeds, isa, threads, history=history, **parameters)[0] == drawn
+
+
+def test_ties_go_to_the_lowest_id():
+    logits = np.ones(100, np.float32)
+    for isa in isas():
+        assert draw_all(100, logits, [1], isa)[0] == [0]
+        drawn, _ = draw_all(100, logits, list(range(200)), isa, temperature=1.0, top_k=3)
+        assert set(drawn) == {0, 1, 2}
+        drawn, _ = draw_all(100, logits, list(range(64)), isa, temperature=1.0, top_p=0.049999)
+        assert set(drawn) == {0, 1, 2, 3, 4}
+
+
+def test_the_position_is_that_of_the_token_to_come():
+    """The same seed draws otherwise at another position, and the same again at the same one."""
+    p = sampler(50)
+    executor = p.open()
+    logits = np.ones((1, 50), np.float32)
+
+    def draw(first):
+        return int(executor.run([Rows(1, first, 1, 1, sampling={"temperature": 1.0, "seed": 9})], [logits]).drawn[0])
+
+    tokens = [draw(first) for first in range(40)]
+    assert tokens == [draw(first) for first in range(40)]
+    assert tokens == [int(uniform(9, first + 1) * 50) for first in range(40)]
+
+
+def test_frequencies_follow_the_distribution():
+    logits = np.log(np.array([1, 2, 3, 4], np.float32))
+    drawn, seen = draw_all(4, logits, list(range(6400)), temperature=1.0)
+    p = np.exp(seen.astype(np.float64))
+    np.testing.assert_allclose(np.bincount(drawn, minlength=4) / 6400, p / p.sum(), atol=0.02)
+
+
+def test_only_sequences_that_ask_get_a_token():
+    executor = sampler(20).open()
+    batch = [Rows(1, 0, 1, 0), Rows(2, 0, 2, 1), Rows(1, 0, 0, 0), Rows(3, 0, 1, 1)]
+    logits = np.zeros((7, 20), np.float32)
+    logits[np.arange(7), np.arange(7)] = 5
+    assert executor.run(batch, [logits]).drawn.tolist() == [-1, 2, -1, 6]
+
+
+@pytest.mark.parametrize("temperature", [1e-38, 1e-45, 3e38])
+def test_extreme_temperatures(temperature):
+    logits = floats(np.random.default_rng(0), 64) * 10
+    drawn, seen = draw_all(64, logits, list(range(64)), temperature=temperature)
+    if temperature < 1:
+        assert set(drawn) == {int(np.argmax(seen))}
+    else:
+        assert len(set(drawn)) > 20
+
+
+def test_logits_that_are_not_finite_draw_nothing():
+    p = Program(max_rows=4)
+    x = p.input(32)
+    from .harness import f32
+
+    normed = p.op("NORM", p.buffer(32, "F32", "WANTED_ROWS"), x, p.weight(f32(np.full(32, 3e38))), f=[0.0])
+    p.op("SAMPLE", -1, normed)
+    for isa in isas():
+        executor = p.open(isa, 2)
+        with pytest.raises(Refused, match="logits of sequence 1"):
+            executor.run([Rows(1, 0, 1, 0), Rows(2, 0, 1, 1)], [floats(np.random.default_rng(0), 3, 32)])

@@ -114,8 +114,9 @@ def _run(commands: "Commands") -> None:
         "-n",
         "--max-tokens",
         type=_positive,
+        default=512,
         metavar="N",
-        help="stop after N tokens (default: when the context is full)",
+        help="stop after N tokens (default 512)",
     )
     text.add_argument("--system", metavar="TEXT", help="the system message (default: the model's own)")
     text.add_argument(

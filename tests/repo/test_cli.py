@@ -60,7 +60,7 @@ def test_run_arguments() -> None:
     assert args.nodes == (("10.0.0.2", 7000), ("::1", 7001))
     assert (args.max_tokens, args.stop, args.top_p, args.seed) == (5, ["a", "b"], 0.9, 7)
     quiet = parse("run m")
-    assert (quiet.prompt, quiet.nodes, quiet.temperature, quiet.max_tokens) == (None, (), 0.0, None)
+    assert (quiet.prompt, quiet.nodes, quiet.temperature, quiet.max_tokens) == (None, (), 0.0, 512)
     assert (quiet.threads, quiet.backend, quiet.isa, quiet.stop) == (None, "auto", "auto", [])
 
 

@@ -9,7 +9,7 @@ command raises ShoalError for anything the user can mend; the command line print
     convert   source: Path, destination: Path, dtype: "int8"|"f32", equalise: bool
     verify    model: str
     inspect   model: str, json: bool
-    run       model: str, prompt: str|None, nodes: tuple[tuple[str, int], ...], max_tokens: int|None,
+    run       model: str, prompt: str|None, nodes: tuple[tuple[str, int], ...], max_tokens: int,
               temperature: float, top_k: int, top_p: float, min_p: float, repeat_penalty: float,
               seed: int|None, stop: list[str], system: str|None, raw: bool, context: int|None, stats: bool,
               threads, backend, isa

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 
 from .batch import Run, Sampling, Want
 from .errors import ContextError
@@ -38,7 +38,7 @@ def generate(
     end: Collection[int] = (),
     context: int | None = None,
     sequence: int = 0,
-) -> Iterator[int]:
+) -> Generator[int, None, None]:
     """Token ids that follow `prompt`, one at a time; `stage` must hold all units of the model.
 
     Stops after `max_tokens`, at the context's end, or before a token of `end`. ContextError: the prompt does

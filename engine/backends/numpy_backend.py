@@ -28,7 +28,8 @@ def quantised(x: F32) -> F32:
     amax = np.abs(groups).max(axis=2, keepdims=True)
     inverse = np.where(amax < 1e-30, np.float32(0), np.float32(127) / np.maximum(amax, np.float32(1e-30)))
     q = np.rint(np.clip(groups * inverse, -127, 127))
-    return (q * (amax / np.float32(127))).reshape(rows, -1)[:, :cols].astype(np.float32)
+    values: F32 = (q * (amax / np.float32(127))).reshape(rows, -1)[:, :cols].astype(np.float32)
+    return values
 
 
 class NumpyExecutor:

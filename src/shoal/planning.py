@@ -150,4 +150,3 @@ def plan_or_error(
     if isinstance(answer, planner.Infeasible):
         raise NoPlanError(planner.render_infeasible(answer).strip())
     return answer
-

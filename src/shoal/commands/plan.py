@@ -15,9 +15,9 @@ def run(args: argparse.Namespace) -> int:
     """Prints the plan as a table or JSON. NoPlanError: the devices cannot hold the model."""
     model = Model.open(resolve(args.model))
     if args.nodes:
-        from ..distributed import cluster_of_nodes
+        from ..distributed import survey_cluster
 
-        cluster = cluster_of_nodes(model, args.nodes)
+        cluster = survey_cluster(model, args.nodes)
     else:
         cluster = read_devices(args.devices)
     context = min(args.context, model.config.context)

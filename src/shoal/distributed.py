@@ -1,0 +1,122 @@
+"""Joins the network with the planner: plans for the nodes that a head has found, reports in the plan's
+terms."""
+
+from __future__ import annotations
+
+import platform
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+
+import trio
+
+from . import __version__, planner
+from .answering import Settings
+from .engine.shards import Model
+from .engine.stage import StageOptions
+from .net.coordinator import Head
+from .net.identity import Identity, identity_of, shape_of
+from .net.placement import HEAD, Links, NodeInfo, Placement, StageRange, StageReport
+from .net.survey import survey
+from .planner.rows import Objective
+from .planning import plan_or_error, planner_model
+
+CALL_SECONDS = 0.1
+"""How long one call with rows of a prompt should last at most: others, and a cancel, wait that long."""
+_CHUNKS = (8, 256)
+
+
+def head_identity(model: Model) -> Identity:
+    """Who this process is as a head; a new incarnation each time, so that nodes never mix up two heads."""
+    return identity_of(model, f"head on {platform.node()}", secrets.randbits(64), __version__)
+
+
+def cluster_of(nodes: Sequence[NodeInfo], links: Links) -> planner.Cluster:
+    """The planner's view of the nodes that answered and of the links between them."""
+    devices = tuple(
+        planner.Device(
+            name=node.label,
+            ram_bytes=node.device.ram_bytes,
+            read_bytes_per_s=node.device.read_bytes_per_s,
+            macs_per_s=node.device.macs_per_s,
+            base_bytes=node.device.base_bytes,
+            step_overhead_s=node.device.step_overhead_s,
+        )
+        for node in nodes
+    )
+    there = {HEAD, *(node.label for node in nodes)}
+    rows = {
+        ends: planner.Link(link.latency_s, link.bytes_per_s)
+        for ends, link in links.items()
+        if there.issuperset(ends)
+    }
+    return planner.Cluster(devices, rows, HEAD)
+
+
+def survey_cluster(model: Model, addresses: Sequence[tuple[str, int]]) -> planner.Cluster:
+    """Asks running nodes what they offer and measures their links. NetError: a node cannot be reached."""
+    found = trio.run(partial(survey, addresses, head_identity(model), shape_of(model)))
+    return cluster_of(found.nodes, found.links)
+
+
+class NetworkPlanner:
+    """Plans for whatever nodes are there, each time the head asks; remembers the last plan for the report.
+
+    NoPlanError: the nodes cannot hold the model.
+    """
+
+    def __init__(self, model: Model, workload: planner.Workload, objective: Objective = "latency") -> None:
+        self._rows = planner_model(model, StageOptions())
+        self._workload, self._objective = workload, objective
+        self.plan: planner.Plan | None = None
+
+    def __call__(self, nodes: Sequence[NodeInfo], links: Links) -> Placement:
+        """The Plan that a Head is given (net/placement.py)."""
+        cluster = cluster_of(nodes, links)
+        plan = plan_or_error(self._rows, cluster, self._workload, self._objective)
+        self.plan = plan
+        stages = tuple(StageRange(stage.device, stage.first, stage.last) for stage in plan.stages)
+        return Placement(stages, self._chunk_rows(plan, cluster))
+
+    def _chunk_rows(self, plan: planner.Plan, cluster: planner.Cluster) -> int:
+        """The most rows that every stage computes within CALL_SECONDS."""
+        rows = []
+        for stage in plan.stages:
+            macs = sum(unit.macs for unit in self._rows.units[stage.first : stage.last])
+            rows.append(CALL_SECONDS * cluster.device(stage.device).macs_per_s / max(macs, 1))
+        least, most = _CHUNKS
+        return min(most, max(least, int(min(rows)) // 8 * 8))
+
+
+def measured_of(
+    reports: Sequence[StageReport],
+    tokens_per_s: float | None,
+    alone: dict[str, float] | None = None,
+) -> planner.Measured:
+    """What the stages did, for the report beside the prediction."""
+    return planner.Measured(
+        tokens_per_s=tokens_per_s,
+        stage_seconds={
+            r.node: r.stats.decode.seconds / r.stats.decode.steps for r in reports if r.stats.decode.steps
+        },
+        alone_tokens_per_s=alone or {},
+    )
+
+
+class NetworkEngine:
+    """Nodes in a chain, as answering.Engine."""
+
+    def __init__(self, head: Head) -> None:
+        self._head = head
+
+    @asynccontextmanager
+    async def answer(
+        self, prompt: Sequence[int], settings: Settings, max_tokens: int
+    ) -> AsyncIterator[AsyncIterator[int]]:
+        """See answering.Engine."""
+        session = self._head.generate(
+            prompt, settings.sampling, max_tokens=max_tokens, end=settings.end, context=settings.context
+        )
+        async with session as tokens:
+            yield tokens

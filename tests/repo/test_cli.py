@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from shoal import __version__
-from shoal.arguments import build_parser
+from shoal.arguments import ISAS, build_parser
 from shoal.cli import main
+from shoal.engine.backends._abi import ffi
 from shoal.engine.errors import ContextError, ModelFileError, ShoalError
 
 COMMANDS = ["pull", "ls", "convert", "verify", "inspect", "run", "plan", "profile", "node", "demo"]
@@ -71,6 +72,11 @@ def test_other_arguments() -> None:
     assert parse("plan m --devices d.toml").devices == Path("d.toml")
     assert parse("node m --listen 0.0.0.0:0").listen == ("0.0.0.0", 0)
     assert parse("node m").listen == ("127.0.0.1", 0)
+
+
+def test_the_instruction_sets_offered_are_those_of_the_library() -> None:
+    names = {name.removeprefix("SHOAL_ISA_").lower() for name in ffi.typeof("enum shoal_isa").relements}
+    assert set(ISAS) <= names
 
 
 @pytest.mark.parametrize(
@@ -143,6 +149,7 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     code = """
 import sys, types
 from shoal.cli import main
+from shoal.engine.backends._abi import ffi
 sys.modules["shoal.commands.ls"] = types.SimpleNamespace(run=lambda args: print("a line", input()))
 sys.exit(main(["ls"]))
 """

@@ -7,6 +7,7 @@ that sees trio's and the system's exceptions of streams; it names the peer in ea
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Protocol, TypeVar
@@ -141,6 +142,7 @@ class Link:
                 await self._stream.send_all(b"".join(buffers))
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             self._loss(f"the connection broke ({_cause(error)})")
+            self._queue.close()  # first: from here on no message may seem to be sent
             await trio.aclose_forcefully(self._stream)
         finally:
             self._queue.close()
@@ -260,4 +262,6 @@ def _reason(error: OSError) -> str:
     while isinstance(cause, ExceptionGroup):
         cause = cause.exceptions[0]
     inner = cause if isinstance(cause, OSError) else error
+    if inner.errno is not None and inner.errno > 0:
+        return os.strerror(inner.errno)  # trio puts the address before it, and we do so, too
     return inner.strerror or str(inner) or type(inner).__name__

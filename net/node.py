@@ -122,13 +122,17 @@ class Node:
             seconds=parts.timing.handshake,
             admit=partial(self._admit, link),
         )
-        if hello.purpose == "control":
-            await self._serve_head(link)
-            return
         try:
-            await (self._serve_steps(link) if hello.purpose == "step" else self._serve_probe(link))
-        except NodeLostError:
-            return  # the usual end of these; if it matters, the head knows by its own connections
+            match hello.purpose:
+                case "control":
+                    await self._serve_head(link)
+                case "step":
+                    await self._serve_steps(link)
+                case "probe":
+                    await self._serve_probe(link)
+        except NodeLostError as error:  # the usual end; a head knows by its own connections if it matters
+            if hello.purpose == "control":
+                parts.log(f"{error}; waiting for the next head")
 
     def _admit(self, link: Link, hello: Hello) -> None:
         if hello.purpose == "control":
@@ -211,11 +215,12 @@ class _Assignment:
         return Stats(self._assign.epoch, _NO_WORK, _NO_WORK) if self._work is None else self._work.stats()
 
     async def put(self, item: Open | Close | Step) -> None:
-        """Queues an item, waiting while too many wait."""
+        """Queues an item, waiting while too many wait; drops it once the assignment has ended."""
         while self._inbox.full and not self._ended.is_set():
             await self._taken.wait()
-        self._inbox.put(item)
-        self._arrived.set()
+        if not self._ended.is_set():
+            self._inbox.put(item)
+            self._arrived.set()
 
     async def run(self, before: _Assignment | None) -> None:
         """Loads the stage once the assignment before has let go of its own, and serves until stopped."""

@@ -63,6 +63,7 @@ def test_a_prompt_on_its_way_survives(lab: ModuleType) -> None:
     lab.run(main)
 
 
+@pytest.mark.slow
 def test_deaths_at_random_times_never_change_an_answer(lab: ModuleType) -> None:
     rng = random.Random(5)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import trio
 
 from .. import __version__
+from ..engine.backends import choose
 from ..engine.costs import constant_bytes, tied_bytes, unit_cost
 from ..engine.errors import NoPlanError, ShoalError
 from ..engine.measure import measure, ram
@@ -41,6 +42,9 @@ def run(args: argparse.Namespace) -> int:
             f"{host} can be reached by others, and connections are not encrypted yet: listen on 127.0.0.1, "
             "or say --insecure if you trust everybody on that network"
         )
+    _, reason = choose(args.backend)
+    if reason is not None:
+        _log(f"shoal: {reason}")
     model = Model.open(resolve(args.model))
     base = resident_bytes()
     trio.run(_main, args, host, port, model, base)
@@ -57,7 +61,7 @@ async def _main(args: argparse.Namespace, host: str, port: int, model: Model, ba
             identity=identity_of(model, args.name or platform.node(), secrets.randbits(64), __version__),
             device=device,
             units=model.n_units,
-            open_stage=_Opener(model, options, device),
+            open_stage=StageOpener(model, options, device),
             resident=resident_bytes,
             log=_log,
             slow=args.slow,
@@ -111,7 +115,7 @@ def _offer(args: argparse.Namespace, model: Model, options: StageOptions, base: 
     )
 
 
-class _Opener:
+class StageOpener:
     """Opens stages within the RAM that was promised: what weights and workspace leave is for keys and
     values."""
 

@@ -1,0 +1,203 @@
+"""One connection over memory streams: what every kind of end becomes, and that nothing waits for ever."""
+
+from types import ModuleType
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from shoal.net.errors import LocalProtocolError, NodeLostError, RemoteProtocolError
+from shoal.net.link import Link, dial, greet, open_link
+from shoal.net.messages import Data, Hello, Open, Ping, Pong
+from shoal.net.probe import measure
+
+
+async def pair(lab: ModuleType, test: Any, purpose: str = "control", queue: int = 64) -> None:
+    """Two links that have greeted each other."""
+    here, there = trio.testing.memory_stream_pair()
+    async with (
+        open_link(here, "pi", dialled=True, queue=queue) as a,
+        open_link(there, "laptop", dialled=False) as b,
+    ):
+        await a.send(lab.identity("laptop", 1).hello(purpose))
+        await greet(b, lab.identity("pi", 2), lab.DEVICE, seconds=1, admit=lambda hello: None)
+        await a.expect(Hello)
+        await test(a, b, here, there)
+
+
+def test_an_end_between_frames_loses_the_peer(lab: ModuleType) -> None:
+    async def test(a: Link, b: Link, here: Any, there: Any) -> None:
+        await there.aclose()
+        with pytest.raises(NodeLostError, match="pi is lost: it closed the connection"):
+            await a.receive()
+        with pytest.raises(NodeLostError, match="it closed the connection"):
+            await a.receive()
+
+    lab.run(lambda: pair(lab, test))
+
+
+def test_a_write_that_fails_wakes_the_reader_and_ends_sending(lab: ModuleType) -> None:
+    async def test(a: Link, b: Link, here: Any, there: Any) -> None:
+        async def broken(data: object) -> None:
+            raise trio.BrokenResourceError from OSError(32, "Broken pipe")
+
+        here.send_stream.send_all = broken
+        await a.send(Ping(1))
+        with pytest.raises(NodeLostError, match=r"pi is lost: the connection broke \(.*Broken pipe\)"):
+            await a.receive()
+        for _ in range(2):
+            with pytest.raises(NodeLostError, match="Broken pipe"):
+                await a.send(Ping(2))
+            with pytest.raises(NodeLostError, match="Broken pipe"):
+                a.post(Ping(2))
+
+    lab.run(lambda: pair(lab, test))
+
+
+def test_a_read_that_fails_names_the_cause(lab: ModuleType) -> None:
+    async def test(a: Link, b: Link, here: Any, there: Any) -> None:
+        async def broken(most: object = None) -> bytes:
+            raise trio.BrokenResourceError from OSError(104, "Connection reset by peer")
+
+        here.receive_stream.receive_some = broken
+        with pytest.raises(NodeLostError, match="Connection reset by peer"):
+            await a.receive()
+
+    lab.run(lambda: pair(lab, test))
+
+
+def test_the_wrong_message_is_the_peers_fault(lab: ModuleType) -> None:
+    async def test(a: Link, b: Link, here: Any, there: Any) -> None:
+        await a.send(Ping(1))
+        with pytest.raises(RemoteProtocolError, match="Ping came, Open was due"):
+            await b.expect(Open)
+        with pytest.raises(LocalProtocolError):
+            await b.send(Ping(1))
+
+    lab.run(lambda: pair(lab, test))
+
+
+def test_a_full_queue_is_said_and_drains(lab: ModuleType) -> None:
+    async def main() -> None:
+        here, there = trio.testing.lockstep_stream_pair()
+        async with open_link(here, "pi", dialled=True, queue=2) as a:
+            await a.send(lab.identity("laptop", 1).hello("control"))
+            await trio.testing.wait_all_tasks_blocked()
+            assert [a.post(Ping(i)) for i in range(4)] == [True, True, False, False]
+            with trio.move_on_after(1) as scope:
+                await a.send(Ping(9))
+            assert scope.cancelled_caught
+            async with open_link(there, "laptop", dialled=False) as b:
+                await b.expect(Hello)
+                assert [(await b.expect(Ping)).nonce for _ in range(2)] == [0, 1]
+                await trio.testing.wait_all_tasks_blocked()
+                assert a.post(Ping(2))
+
+    lab.run(main)
+
+
+def test_what_was_queued_is_written_before_the_end(lab: ModuleType) -> None:
+    async def main() -> None:
+        here, there = trio.testing.memory_stream_pair()
+        async with open_link(there, "laptop", dialled=False) as b:
+            async with open_link(here, "pi", dialled=True) as a:
+                await a.send(lab.identity("laptop", 1).hello("control"))
+                for i in range(50):
+                    await a.send(Ping(i))
+            await b.expect(Hello)
+            assert [(await b.expect(Ping)).nonce for _ in range(50)] == list(range(50))
+            with pytest.raises(NodeLostError):
+                await b.receive()
+
+    lab.run(main)
+
+
+def test_an_end_waits_a_second_for_a_peer_that_does_not_read(lab: ModuleType) -> None:
+    async def main() -> None:
+        here, there = trio.testing.lockstep_stream_pair()
+        async with open_link(here, "pi", dialled=True) as a:
+            await a.send(lab.identity("laptop", 1).hello("control"))
+        assert trio.current_time() == 1
+        await there.aclose()
+
+    lab.run(main)
+
+
+def test_a_refusal_ends_within_two_seconds_whatever_the_peer_does(lab: ModuleType) -> None:
+    async def main() -> None:
+        for do in ("nothing", "flood", "leave"):
+            here, there = trio.testing.memory_stream_pair()
+            start = trio.current_time()
+            async with trio.open_nursery() as tasks:
+                if do == "flood":
+
+                    async def flood(stream: Any = there) -> None:
+                        while True:
+                            await stream.send_all(bytes(1000))
+                            await trio.sleep(0.01)
+
+                    tasks.start_soon(flood)
+                elif do == "leave":
+                    await there.aclose()
+                async with open_link(here, "pi", dialled=False) as a:
+                    await a.refuse(RemoteProtocolError("garbage"))
+                assert trio.current_time() - start <= 2
+                tasks.cancel_scope.cancel()
+            await there.aclose()
+
+    lab.run(main)
+
+
+def test_dialling_has_one_deadline_for_all_of_it(lab: ModuleType) -> None:
+    async def slow(host: str, port: int) -> trio.abc.Stream:
+        await trio.sleep(seconds)
+        return trio.testing.memory_stream_pair()[0]
+
+    async def main() -> None:
+        with pytest.raises(NodeLostError, match=words):
+            async with dial(slow, "pi", 7, lab.identity("laptop", 1), "control", seconds=5):
+                pass
+        assert trio.current_time() == 5
+
+    seconds, words = 4.0, "pi:7 did not greet within 5 s: is it a shoal node"
+    lab.run(main)
+    seconds, words = 60.0, "pi:7 did not answer within 5 s: is `shoal node` running there"
+    lab.run(main)
+
+
+def test_a_link_is_measured_as_it_is(lab: ModuleType) -> None:
+    async def test(a: Link, b: Link, here: Any, there: Any) -> None:
+        latency, rate, filled = 0.03, 1e6, 0.0
+
+        async def line(data: bytes) -> None:
+            nonlocal filled
+            await trio.sleep(len(data) / rate)
+            filled += len(data)
+
+        send = here.send_stream.send_all
+
+        async def slow(data: bytes) -> None:
+            await line(data)
+            await send(data)
+
+        here.send_stream.send_all = slow
+
+        async def answer() -> None:
+            while True:
+                message = await b.receive()
+                if isinstance(message, Ping):
+                    await trio.sleep(2 * latency)
+                    await b.send(Pong(message.nonce))
+                else:
+                    assert isinstance(message, Data)
+
+        async with trio.open_nursery() as tasks:
+            tasks.start_soon(answer)
+            found = await measure(a)
+            tasks.cancel_scope.cancel()
+        assert found.latency_s == pytest.approx(latency, rel=1e-2)
+        assert found.bytes_per_s == pytest.approx(rate, rel=1e-2)
+        assert filled < 200_000  # a slow line is not kept busy for long
+
+    lab.run(lambda: pair(lab, test, purpose="probe"))

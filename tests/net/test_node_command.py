@@ -1,0 +1,137 @@
+"""`shoal node` as a process: what it prints, what it refuses, and how it ends."""
+
+import argparse
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shoal.arguments import build_parser
+from shoal.cli import main
+from shoal.commands import node
+from shoal.engine.errors import ShoalError
+from shoal.net.errors import NetError
+
+TINY = Path(__file__).resolve().parents[1] / "fixtures" / "tiny-llama"
+
+
+def parse(line: str) -> argparse.Namespace:
+    return build_parser().parse_args(["node", *line.split()])
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.20", "[::]", "example.org"])
+def test_an_address_that_others_reach_needs_a_word_of_consent(host: str) -> None:
+    with pytest.raises(NetError, match="--insecure"):
+        node.run(parse(f"nowhere --listen {host}:0"))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "localhost", "[::1]"])
+def test_loopback_needs_none(host: str, tmp_path: Path) -> None:
+    with pytest.raises(ShoalError) as caught:
+        node.run(parse(f"{tmp_path}/nowhere --listen {host}:0"))
+    assert "nowhere" in str(caught.value)
+
+
+def test_a_factor_below_one_is_refused() -> None:
+    with pytest.raises(ShoalError, match=r"--slow 0\.5 would be faster"):
+        node.run(parse("nowhere --slow 0.5"))
+
+
+def test_resident_bytes_are_those_of_a_python_process() -> None:
+    assert 5e6 < node.resident_bytes() < 5e9
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("node") / "tiny"
+    assert main(["convert", str(TINY), str(path), "--dtype", "f32"]) == 0
+    return path
+
+
+@pytest.fixture
+def started(model: Path, tmp_path: Path) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+    """A node that listens, and its address."""
+    port_file = tmp_path / "port"
+    process = start(model, "--port-file", str(port_file), "--name", "tiny", "--ram", "300")
+    try:
+        until = time.monotonic() + 60
+        while not port_file.exists():
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        yield process, port_file.read_text(encoding="ascii").strip()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def start(model: Path, *options: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "shoal", "node", str(model), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_node_says_where_it_listens_and_ends_cleanly(
+    started: tuple["subprocess.Popen[str]", str], number: signal.Signals
+) -> None:
+    process, address = started
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (0, "")
+    assert out.startswith(f"listening on {address} as tiny: ")
+    assert out.endswith(", 300 MB\n") and out.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_port_in_use_has_an_exit_code_of_its_own(
+    started: tuple["subprocess.Popen[str]", str], model: Path
+) -> None:
+    process, address = started
+    second = start(model, "--listen", address)
+    out, err = second.communicate(timeout=30)
+    assert (second.returncode, out) == (8, "")
+    assert f"port {address.rpartition(':')[2]} of 127.0.0.1 is in use" in err and err.count("\n") == 1
+    assert process.poll() is None
+
+
+@pytest.mark.slow
+def test_garbage_is_answered_logged_and_survived(started: tuple["subprocess.Popen[str]", str]) -> None:
+    process, address = started
+    host, _, port = address.partition(":")
+    for _ in range(2):
+        with socket.create_connection((host, int(port)), timeout=30) as stranger:
+            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            assert b"does not speak this protocol" in stranger.recv(4096)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert err.count("it does not speak this protocol\n") == 2
+
+
+@pytest.mark.slow
+def test_stages_stay_within_the_promised_ram(model: Path) -> None:
+    from shoal.engine.errors import NoPlanError
+    from shoal.engine.shards import Model
+    from shoal.engine.stage import StageOptions
+    from shoal.net.messages import Device
+
+    opened = Model.open(model)
+
+    def device(ram: int) -> Device:
+        return Device(ram, 10**6, 256, 1, "any", True, 1e9, 1e9, 0.0)
+
+    with pytest.raises(NoPlanError, match=r"of 1 MB promised: \d+ MB are missing"):
+        node.StageOpener(opened, StageOptions(), device(10**6))(0, 2)
+    with node.StageOpener(opened, StageOptions(), device(10**8))(0, 2) as stage:
+        left = stage.options.kv_bytes
+    assert left is not None and 0 < left < 10**8 - 10**6

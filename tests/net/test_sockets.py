@@ -1,0 +1,91 @@
+"""Real sockets and worker threads on loopback, the fake model: what memory streams cannot show."""
+
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import pytest
+import trio
+
+from shoal.net.coordinator import Head
+from shoal.net.errors import NodeLostError
+from shoal.net.link import in_thread, open_tcp
+from shoal.net.node import Node
+from shoal.net.placement import plan_at
+
+
+@asynccontextmanager
+async def nodes(lab: ModuleType, count: int) -> AsyncIterator[tuple[list[tuple[str, int]], Any]]:
+    """Nodes that listen on ports of their own; their addresses, and the fake network that made them."""
+    async with trio.open_nursery() as tasks:
+        net, addresses = lab.FakeNetwork(tasks), []
+        for i in range(count):
+            net.add(f"n{i}")
+            parts = replace(net.nodes[7001 + i].parts, hop=in_thread, open_stream=open_tcp)
+            listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+            await tasks.start(Node(parts).serve, listeners)
+            addresses.append(listeners[0].socket.getsockname()[:2])
+        yield addresses, net
+        tasks.cancel_scope.cancel()
+
+
+def limited(main: Any) -> None:
+    async def run() -> None:
+        with trio.fail_after(30):
+            await main()
+
+    trio.run(run)
+
+
+def test_a_chain_over_sockets_and_threads_gives_the_same_tokens(lab: ModuleType) -> None:
+    async def main() -> None:
+        async with nodes(lab, 3) as (addresses, _):
+            plan = plan_at((0, 2, 4, 6), 4)
+            async with Head.open(addresses, lab.identity("laptop", 9), lab.SHAPE, plan) as head:
+
+                async def one(seed: int) -> None:
+                    prompt = [seed] * (5 * seed + 1)
+                    assert await lab.collect(head, prompt, 10) == lab.oracle(prompt, 10)
+
+                async with trio.open_nursery() as tasks:
+                    for seed in range(4):
+                        tasks.start_soon(one, seed)
+                assert all(link.latency_s < 1 and link.bytes_per_s > 1e5 for link in head.links.values())
+
+    limited(main)
+
+
+@pytest.mark.parametrize("flood", [b"GET / HTTP/1.1\r\n\r\n", b"\x00" * 3_000_000], ids=["short", "3 MB"])
+def test_a_stranger_hears_why_before_the_socket_closes(lab: ModuleType, flood: bytes) -> None:
+    """Bytes that nobody has read would make the system take the answer back, with a reset."""
+
+    async def main() -> None:
+        async with nodes(lab, 1) as (addresses, _):
+            stream = await trio.open_tcp_stream(*addresses[0])
+            answer = b""
+            async with trio.open_nursery() as tasks:
+                tasks.start_soon(stream.send_all, flood)
+                while data := await stream.receive_some(4096):
+                    answer += data
+            assert b"does not speak this protocol" in answer
+            await stream.aclose()
+            async with Head.open(addresses, lab.identity("laptop", 9), lab.SHAPE, plan_at((0, 6))) as head:
+                assert await lab.collect(head, [1], 3) == lab.oracle([1], 3)
+
+    limited(main)
+
+
+def test_a_port_where_nobody_listens_is_said_in_the_systems_words(lab: ModuleType) -> None:
+    async def main() -> None:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            address = taken.getsockname()
+            words = f"127.0.0.1:{address[1]} cannot be reached: Connection refused: is `shoal node` running"
+            with pytest.raises(NodeLostError, match=words):
+                async with Head.open([address], lab.identity("laptop", 9), lab.SHAPE, plan_at((0, 6))):
+                    pass
+
+    limited(main)

@@ -117,10 +117,11 @@ void shoal_pool_give(shoal_pool *pool) { atomic_flag_clear(&pool->taken); }
 /* Ends threads 1 to started: all of them, or fewer when no more could be had, in which case those must have come to the
  * meeting before it is made smaller. */
 static void end(shoal_pool *pool, int32_t started) {
-  if (started + 1 < pool->threads)
+  if (started + 1 < pool->threads) {
     while (atomic_load(&pool->come) < started) pause_spin();
+    pool->threads = started + 1;
+  }
   pool->body = NULL;
-  pool->threads = started + 1;
   meet_and_part(pool);
   for (int32_t t = 0; t < started; t++) pthread_join(pool->handles[t], NULL);
   free(pool);

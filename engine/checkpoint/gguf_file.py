@@ -26,7 +26,7 @@ _STRING, _ARRAY = 8, 9
 _MIN_ENTRY, _MIN_TENSOR = 13, 24  # bytes that the shortest key-value pair and tensor description take
 _MAX_DIMS = 4
 _MAX_ELEMENTS = 1 << 48
-_CHUNK = 1 << 22  # elements dequantised at once: the package makes several copies of what it is given
+_CHUNK = 1 << 20  # elements dequantised at once: the package makes several copies of what it is given
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class GgufFile:
         blocks = data.reshape(-1, block_bytes)
         with np.errstate(all="ignore"):  # what is not finite is refused by whoever converts it
             for first in range(0, len(blocks), step):
-                part = np.ascontiguousarray(blocks[first : first + step])
+                part = blocks[first : first + step].reshape(1, -1)  # one row: the package loops over rows
                 try:
                     values = gguf.quants.dequantize(part, kind)
                 except NotImplementedError as e:

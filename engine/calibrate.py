@@ -1,0 +1,144 @@
+"""How large each channel of each matmul's input is, measured while a model is converted.
+
+The float program runs over a short text, one unit at a time, by the `numpy` backend in float64: machines
+differ in the order of their sums, and what is computed here must, once rounded, be the same on all of them,
+or equal checkpoints would give unequal model hashes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .backends.base import Linked, SequenceRows, WeightData
+from .backends.numpy_backend import NumpyExecutor
+from .batch import F32, Sampling
+from .kv import PagePool, SequenceKv
+from .program import Attend, Matmul, Program, Store
+
+F64 = NDArray[np.float64]
+_MAX_ROWS = 256
+_CHUNK = 1 << 21  # elements of a weight that are widened to f64 at once
+
+# Prose, dialogue, numbers, code, lists and other scripts: what the text is about does not matter, that it is
+# varied does.
+TEXT = """The ferry was late, so the passengers talked. An old engineer explained how the bridge had been
+built in 1932: two towers, 141 metres apart. "And before that?" asked the girl.
+
+def mean(values):
+    total = 0.0
+    for i, value in enumerate(values):
+        total += value  # not weighted
+    return total / max(len(values), 1)
+
+Question: Why does ice float on water?
+Answer: Water expands when it freezes, so a litre of ice weighs less than a litre of water.
+
+1. Peel the onions, and cut them into thin rings.
+2. Heat 30 g of butter; fry them slowly.
+
+Le vent se lève. Der Zug fährt um 14:35 Uhr ab. Сегодня хорошая погода. 今日は雨。 See https://example.org/a?b=c.
+{"name": "heron", "weight_kg": 1.7, "tags": ["bird", "wader"]}"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Float:
+    """A weight in memory, as backends take them."""
+
+    data: F32
+    rows: int
+    cols: int
+    scales: None = None
+
+
+class Calibration:
+    """The run of one text through a model; holds the activations between two units."""
+
+    def __init__(self, program: Program, tokens: list[int]) -> None:
+        """`program` must be a float one (`quantised=False`)."""
+        self.program = program
+        self._tokens = np.array(tokens[:_MAX_ROWS], np.int32)
+        self.hidden: Any = None
+        """Activations between the last unit that ran and the next: f64 `[tokens, cut]`."""
+        self._constants = {name: np.array(values) for name, values in program.constants}
+
+    def run(self, u: int, weights: Mapping[str, F32]) -> dict[tuple[str, ...], F64]:
+        """Runs unit u, which must follow the unit of the last call; for each matmul, by its weights' names,
+        the root mean square of every column of its input."""
+        unit = self.program.units[u]
+        linked_weights: dict[tuple[int, str], WeightData] = {
+            (u, w.name): _Float(weights[w.name], w.rows, w.cols) for w in unit.weights
+        }
+        for name, values in self._constants.items():
+            linked_weights[-1, name] = _Float(values, 1, values.size)
+        ops = tuple(self.program.ops(u, u + 1))
+        linked = Linked(
+            program=self.program,
+            ops=ops,
+            weights=linked_weights,
+            states=tuple((u, state) for state in unit.states),
+            kv_type="f32",
+            reads_tokens=u == 0,
+            last=False,
+            max_rows=len(self._tokens),
+            max_wanted=0,
+        )
+        executor = _Recorder(linked)
+        nothing = SequenceKv(PagePool(np.dtype(np.float32)), (), 0)
+        rows = SequenceRows(nothing, self._tokens, Sampling(), len(self._tokens), 0, 0, False)
+        self.hidden = executor.run([rows], self.hidden, False).hidden
+        return executor.sizes
+
+
+class _Recorder(NumpyExecutor):
+    """The numpy backend in float64, with keys and values kept as they are computed."""
+
+    def __init__(self, linked: Linked) -> None:
+        super().__init__(linked)
+        self.sizes: dict[tuple[str, ...], F64] = {}
+        self._kept: dict[str, tuple[Any, ...]] = {}
+
+    def _write(self, name: str, value: Any) -> None:
+        self.buffers[name] = value.astype(np.float64)
+
+    def matmul(self, unit: int, op: Matmul) -> None:
+        x = self.buffers[op.x].astype(np.float64)
+        self.sizes[op.weights] = np.sqrt(np.mean(x * x, axis=0))
+        super().matmul(unit, op)
+
+    def product(self, x: Any, weight: Any) -> Any:
+        out = np.empty((len(x), len(weight)))
+        step = max(1, _CHUNK // weight.shape[1])
+        for first in range(0, len(weight), step):
+            out[:, first : first + step] = x @ weight[first : first + step].astype(np.float64).T
+        return out
+
+    def store(self, unit: int, op: Store) -> None:
+        state = self.linked.states[self.state_rows[unit, op.state]][1]
+        shape, width = (-1, state.kv_heads, state.head_dim), state.kv_heads * state.head_dim
+        x = self.buffers[op.x]
+        keys, values = (x[:, at : at + width].reshape(shape) for at in (op.key, op.value))
+        # Contiguous, because NumPy multiplies stacks of anything else without BLAS.
+        self._kept[op.state] = tuple(np.ascontiguousarray(a.transpose(1, 0, 2)) for a in (keys, values))
+
+    def attend(self, unit: int, op: Attend) -> None:
+        state = self.linked.states[self.state_rows[unit, op.state]][1]
+        x, group = self.buffers[op.x], op.heads // state.kv_heads
+        queries = x[:, : op.heads * state.head_dim].reshape(-1, state.kv_heads, group, state.head_dim)
+        queries = np.ascontiguousarray(queries.transpose(1, 2, 0, 3))
+        self._write(op.out, self.attention(queries, *self._kept[op.state], op.scale))
+
+    ops: ClassVar[dict[type[Any], Callable[[Any, int, Any], None]]] = {
+        **NumpyExecutor.ops,
+        Matmul: matmul,
+        Store: store,
+        Attend: attend,
+    }
+
+
+def pseudo_tokens(vocab: int) -> list[int]:
+    """Token ids for a checkpoint without a tokenizer: spread over the vocabulary, always the same."""
+    return [i * 2654435761 % vocab for i in range(1, _MAX_ROWS + 1)]

@@ -1,0 +1,120 @@
+"""GGUF files for tests: whole ones by the gguf package's writer, and hostile ones byte by byte."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from tests.weights.conftest import TINY
+
+from shoal.engine.checkpoint import open_checkpoint
+
+NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def gguf_name(name: str) -> str:
+    """As convert_hf_to_gguf.py names it."""
+    top = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    if not name.startswith("model.layers."):
+        return top.get(name, "output.weight")
+    _, _, layer, *rest, end = name.split(".")
+    return f"blk.{layer}.{NAMES['.'.join(rest)]}.{end}"
+
+
+def paired(w: np.ndarray, heads: int) -> np.ndarray:
+    """`LlamaModel.permute` of convert_hf_to_gguf.py."""
+    return w.reshape(heads, 2, w.shape[0] // heads // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
+
+
+def write_tiny(path: Path, *, tied: bool = False, drop: Sequence[str] = (), **metadata: Any) -> Path:
+    """The tiny checkpoint as a GGUF in f32. `metadata` overrides keys (dots as __); None removes one."""
+    config = json.loads((TINY / "config.json").read_text())
+    values = {
+        "block_count": config["num_hidden_layers"],
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "feed_forward_length": config["intermediate_size"],
+        "attention__head_count": config["num_attention_heads"],
+        "attention__head_count_kv": config["num_key_value_heads"],
+        "attention__key_length": config["head_dim"],
+        "rope__dimension_count": config["head_dim"],
+        "rope__freq_base": 10000.0,
+        "attention__layer_norm_rms_epsilon": config["rms_norm_eps"],
+        **metadata,
+    }
+    arch = values.pop("architecture", "llama")
+    writer = gguf.GGUFWriter(path, arch)
+    for key, value in values.items():
+        full = f"{arch}.{key.replace('__', '.')}"
+        if isinstance(value, str):
+            writer.add_string(full, value)
+        elif isinstance(value, float):
+            writer.add_float32(full, value)
+        elif value is not None:
+            writer.add_uint32(full, value)
+    writer.add_uint32("tokenizer.ggml.bos_token_id", 1)
+    writer.add_uint32("tokenizer.ggml.eos_token_id", 2)
+    writer.add_string("general.license", "mit")
+    source = open_checkpoint(TINY)
+    for name in source.names:
+        if (tied and name == "lm_head.weight") or name in drop:
+            continue
+        w = source.tensor(name)
+        if ".q_proj." in name or ".k_proj." in name:
+            w = paired(w, config["num_attention_heads" if ".q_proj." in name else "num_key_value_heads"])
+        writer.add_tensor(gguf_name(name), w)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def text(value: str) -> bytes:
+    """A GGUF string."""
+    return struct.pack("<Q", len(value.encode())) + value.encode()
+
+
+def pair(key: str, kind: int, value: bytes) -> bytes:
+    """A key-value pair of type `kind`."""
+    return text(key) + struct.pack("<I", kind) + value
+
+
+def tensor(name: str, dims: Sequence[int], kind: int, offset: int) -> bytes:
+    """A tensor description; dims innermost first."""
+    return text(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)
+
+
+def header(
+    pairs: Sequence[bytes] = (),
+    tensors: Sequence[bytes] = (),
+    *,
+    data: bytes = b"",
+    magic: bytes = b"GGUF",
+    version: int = 3,
+    pair_count: int | None = None,
+    tensor_count: int | None = None,
+    alignment: int = 32,
+) -> bytes:
+    """A file with exactly these bytes in it."""
+    counts = (
+        len(tensors) if tensor_count is None else tensor_count,
+        len(pairs) if pair_count is None else pair_count,
+    )
+    head = magic + struct.pack("<IQQ", version, *counts) + b"".join(pairs) + b"".join(tensors)
+    return head + bytes(-len(head) % alignment) + data

@@ -1,0 +1,208 @@
+"""Checkpoints in: types, files, families, names, damage; and what equalisation may change."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from tests.weights.conftest import TINY
+
+from shoal.cli import main
+from shoal.engine import families
+from shoal.engine.calibrate import Calibration, pseudo_tokens
+from shoal.engine.checkpoint import open_checkpoint
+from shoal.engine.config import parse_config
+from shoal.engine.convert import convert
+from shoal.engine.equalise import equalise
+from shoal.engine.errors import ModelFileError, ShoalError, UnsupportedModelError
+from shoal.engine.shards import Model
+
+HEAD = "lm_head.weight"
+
+
+def tensors(directory: Path) -> dict[str, np.ndarray]:
+    """The checkpoint's tensors as f32."""
+    checkpoint = open_checkpoint(directory)
+    return {name: checkpoint.tensor(name) for name in checkpoint.names}
+
+
+def rewrite(directory: Path, values: dict[str, np.ndarray]) -> None:
+    safetensors.numpy.save_file(values, directory / "model.safetensors")
+
+
+def change_config(directory: Path, **changes: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def weights(model: Path) -> dict[tuple[int, str], np.ndarray]:
+    opened = Model.open(model)
+    return {(u, n): t.data for u in range(opened.n_units) for n, t in opened.unit_weights(u).items()}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_every_float_type_of_a_checkpoint_is_read(checkpoint_dir: Path, dtype: type) -> None:
+    values = {name: w.astype(dtype) for name, w in tensors(TINY).items()}
+    rewrite(checkpoint_dir, values)
+    convert(checkpoint_dir, checkpoint_dir / "out", dtype="f32")
+    model = Model.open(checkpoint_dir / "out")
+    for u, unit in enumerate(model.program.units):
+        for weight in unit.weights:
+            read = model.unit_weights(u)[weight.name].data
+            np.testing.assert_array_equal(read.ravel(), values[weight.source].astype(np.float32).ravel())
+
+
+def test_a_checkpoint_in_several_files_is_the_same(checkpoint_dir: Path) -> None:
+    values = tensors(TINY)
+    convert(TINY, checkpoint_dir / "one")
+    (checkpoint_dir / "model.safetensors").unlink()
+    parts: dict[str, dict[str, np.ndarray]] = {"a.safetensors": {}, "b.safetensors": {}}
+    for i, name in enumerate(sorted(values)):
+        parts[("a.safetensors", "b.safetensors")[i % 2]][name] = values[name]
+    for file, part in parts.items():
+        safetensors.numpy.save_file(part, checkpoint_dir / file)
+    weight_map = {name: file for file, part in parts.items() for name in part}
+    (checkpoint_dir / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    convert(checkpoint_dir, checkpoint_dir / "several", origin="tiny-llama")
+    assert Model.open(checkpoint_dir / "several").hash == Model.open(checkpoint_dir / "one").hash
+    for bad in ("../a.safetensors", "a/b.safetensors", "a.bin", 5):
+        weight_map[HEAD] = bad  # type: ignore[assignment]
+        (checkpoint_dir / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(ModelFileError, match=r"'lm_head\.weight' in .*, which is no file name"):
+            open_checkpoint(checkpoint_dir)
+
+
+def test_what_ends_an_answer_may_stand_in_the_generation_config(checkpoint_dir: Path) -> None:
+    (checkpoint_dir / "generation_config.json").write_text('{"eos_token_id": [3, 7]}')
+    convert(checkpoint_dir, checkpoint_dir / "out")
+    assert Model.open(checkpoint_dir / "out").config.eos == (2, 3, 7)
+
+
+def test_licence_and_template_are_taken_along(checkpoint_dir: Path) -> None:
+    (checkpoint_dir / "README.md").write_text("---\nlanguage: en\nlicense: mit\n---\n# Tiny\n")
+    (checkpoint_dir / "tokenizer_config.json").write_text('{"chat_template": "{{ messages[0].content }}"}')
+    convert(checkpoint_dir, checkpoint_dir / "out", origin="hf:a/b@c")
+    index = Model.open(checkpoint_dir / "out").index
+    assert (index.license, index.source) == ("mit", "hf:a/b@c")
+    assert (checkpoint_dir / "out" / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
+    (checkpoint_dir / "chat_template.jinja").write_text("newer")
+    assert open_checkpoint(checkpoint_dir).chat_template == "newer"
+
+
+def test_bad_checkpoints_are_refused_named_and_leave_nothing(
+    checkpoint_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, out = tensors(TINY), checkpoint_dir / "out"
+    nan = good[HEAD].copy()
+    nan[3, 4] = np.nan
+    extra = "model.layers.0.self_attn.q_proj.bias"
+    cases: list[tuple[dict[str, np.ndarray], dict[str, object], type[ShoalError], str]] = [
+        (
+            {k: v for k, v in good.items() if k != HEAD},
+            {},
+            ModelFileError,
+            r"'lm_head\.weight' is missing \(1 in",
+        ),
+        (
+            {**good, extra: good[HEAD][0]},
+            {},
+            UnsupportedModelError,
+            r"q_proj\.bias' has no place in this family",
+        ),
+        ({**good, HEAD: good[HEAD].T.copy()}, {}, ModelFileError, r"has the shape \(72, 267\)"),
+        ({**good, HEAD: nan}, {}, ModelFileError, r"'lm_head\.weight' holds NaN or infinity"),
+        ({**good, HEAD: good[HEAD] * np.float32(1e8)}, {}, UnsupportedModelError, "too large for int8"),
+        ({**good, HEAD: good[HEAD].astype(np.int32)}, {}, UnsupportedModelError, "is I32; F32, F16 and BF16"),
+        (
+            good,
+            {"model_type": "mystery"},
+            UnsupportedModelError,
+            "'mystery', which shoal does not have; it has: ",
+        ),
+        (good, {"model_type": None}, ModelFileError, "model_type must name the family"),
+        (good, {"num_hidden_layers": 1 << 60}, ModelFileError, "num_hidden_layers must be a count"),
+        (good, {"attention_bias": True}, UnsupportedModelError, "biases are not supported"),
+    ]
+    for values, changes, kind, message in cases:
+        rewrite(checkpoint_dir, values)
+        (checkpoint_dir / "config.json").write_bytes((TINY / "config.json").read_bytes())
+        change_config(checkpoint_dir, **changes)
+        with pytest.raises(kind, match=message) as error:
+            convert(checkpoint_dir, out)
+        assert str(checkpoint_dir) in str(error.value)
+        assert main(["convert", str(checkpoint_dir), str(out)]) == kind.exit_code
+        assert str(error.value) in capsys.readouterr().err
+        assert not out.exists() and not list(checkpoint_dir.glob(".out*"))
+
+
+def test_damaged_files_of_a_checkpoint_are_named(checkpoint_dir: Path) -> None:
+    weights = checkpoint_dir / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-5])
+    with pytest.raises(ModelFileError, match=r"model\.safetensors is truncated"):
+        convert(checkpoint_dir, checkpoint_dir / "out")
+    weights.unlink()
+    with pytest.raises(
+        ModelFileError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"
+    ):
+        convert(checkpoint_dir, checkpoint_dir / "out")
+    (checkpoint_dir / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ModelFileError, match=r"config\.json cannot be read as JSON"):
+        convert(checkpoint_dir, checkpoint_dir / "out")
+
+
+def test_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match=r"has no config\.json and 0 \.gguf files"):
+        convert(tmp_path, tmp_path / "out")
+    with pytest.raises(ModelFileError, match="nowhere is missing"):
+        convert(tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ShoalError, match="out exists already"):
+        convert(TINY, tmp_path / "out")
+
+
+def test_converting_twice_gives_the_same_model(tmp_path: Path) -> None:
+    hashes = []
+    for i in range(2):
+        convert(TINY, tmp_path / str(i), origin="x")
+        hashes.append(Model.open(tmp_path / str(i)).hash)
+    assert hashes[0] == hashes[1]
+
+
+def test_progress_ends_with_the_last_unit(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    convert(TINY, tmp_path / "out", progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(u, 5) for u in range(1, 6)]
+
+
+def test_equalised_weights_compute_the_same_in_floats() -> None:
+    """The same activations leave every layer, although every matrix has changed."""
+    checkpoint = open_checkpoint(TINY)
+    program = families.build(parse_config(checkpoint.config, "x"), quantised=False)
+    before, after = Calibration(program, pseudo_tokens(267)), Calibration(program, pseudo_tokens(267))
+    for u, unit in enumerate(program.units[:-1]):
+        plain = {w.name: checkpoint.tensor(w.source) for w in unit.weights}
+        changed = dict(plain)
+        equalise(unit, changed, before.run(u, plain))
+        sizes = after.run(u, changed)
+        moved = {name for name in plain if not np.array_equal(plain[name], changed[name])}
+        assert moved == (set() if u == 0 else set(plain))
+        a, b = before.hidden, after.hidden
+        assert np.abs(a - b).max() <= 1e-5 * np.abs(a).max()
+        for name, size in sizes.items():
+            assert np.isfinite(size).all(), name
+
+
+def test_equalisation_is_an_option(tmp_path: Path) -> None:
+    assert main(["convert", str(TINY), str(tmp_path / "with")]) == 0
+    assert main(["convert", str(TINY), str(tmp_path / "without"), "--no-equalise"]) == 0
+    equalised, plain = weights(tmp_path / "with"), weights(tmp_path / "without")
+    norm = open_checkpoint(TINY).tensor("model.layers.0.input_layernorm.weight")
+    np.testing.assert_array_equal(plain[1, "attn_norm.weight"].ravel(), norm)
+    assert not np.array_equal(equalised[1, "attn_norm.weight"].ravel(), norm)

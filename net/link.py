@@ -236,7 +236,7 @@ async def dial(
 
 
 async def greet(
-    link: Link, me: Identity, device: Device, *, seconds: float, admit: Callable[[Hello], None]
+    link: Link, me: Identity, device: Device, *, seconds: float, admit: Callable[[Hello], Awaitable[None]]
 ) -> Hello:
     """The side that was dialled: hears who is there, checks, and answers, if `admit` does not object.
 
@@ -245,7 +245,7 @@ async def greet(
         hello = await link.expect(Hello)
         link.peer = f"{hello.name} ({link.peer})"
         check_hello(me, hello, link.peer)
-        admit(hello)
+        await admit(hello)
         await link.send(me.hello(hello.purpose, device))
         return hello
     raise NodeLostError(f"{link.peer} connected and did not greet within {seconds:g} s")

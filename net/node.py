@@ -58,6 +58,7 @@ from .probe import measure_peer
 from .work import StageLike, StageWork
 
 MAX_CONNECTIONS = 64
+PATIENCE_SECONDS = 2.0
 _NO_WORK = Work(0, 0, 0.0)
 
 
@@ -85,6 +86,7 @@ class Node:
     def __init__(self, parts: NodeParts) -> None:
         self._parts = parts
         self._head: Link | None = None
+        self._place = trio.Semaphore(1)
         self._assignment: _Assignment | None = None
         self._connections = trio.CapacityLimiter(MAX_CONNECTIONS)
 
@@ -99,19 +101,17 @@ class Node:
 
     async def connected(self, stream: trio.abc.Stream) -> None:
         """Serves one connection to its end. What a peer does wrong ends here, with a line in the log."""
-        try:
-            async with self._connections, open_link(stream, _address(stream), dialled=False) as link:
-                try:
-                    await self._serve(link)
-                except ShoalError as error:
-                    if is_peers_fault(error):
-                        await link.refuse(error)
-                    raise
-                finally:
-                    if self._head is link:
-                        self._head = None
-        except ShoalError as error:
-            self._parts.log(str(error))
+        async with self._connections, open_link(stream, _address(stream), dialled=False) as link:
+            try:
+                await self._serve(link)
+            except ShoalError as error:
+                self._parts.log(str(error))
+                if is_peers_fault(error):
+                    await link.refuse(error)
+            finally:
+                if self._head is link:
+                    self._head = None
+                    self._place.release()
 
     async def _serve(self, link: Link) -> None:
         parts = self._parts
@@ -134,11 +134,16 @@ class Node:
             if hello.purpose == "control":
                 parts.log(f"{error}; waiting for the next head")
 
-    def _admit(self, link: Link, hello: Hello) -> None:
-        if hello.purpose == "control":
-            if self._head is not None:
-                raise NetError(f"{self._parts.identity.name} is busy: it serves {self._head.peer}")
+    async def _admit(self, link: Link, hello: Hello) -> None:
+        """One head at a time; the next one waits a little, since the last may be about to leave."""
+        if hello.purpose != "control":
+            return
+        with trio.move_on_after(PATIENCE_SECONDS):
+            await self._place.acquire()
             self._head = link
+            return
+        assert self._head is not None
+        raise NetError(f"{self._parts.identity.name} is busy: it serves {self._head.peer}")
 
     async def _serve_head(self, link: Link) -> None:
         """Follows a head's orders until it is gone; then nothing of its work is left."""

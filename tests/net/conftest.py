@@ -129,10 +129,11 @@ class FakeNode:
 
 
 def slow_hop(seconds: float) -> Callable[[Callable[[], Any]], Awaitable[Any]]:
-    """A hop that takes that long."""
+    """A hop that takes that long, and like one into a thread cannot be cut short."""
 
     async def hop(call: Callable[[], Any], /) -> Any:
-        await trio.sleep(seconds)
+        with trio.CancelScope(shield=True):
+            await trio.sleep(seconds)
         return call()
 
     return hop

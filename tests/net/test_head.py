@@ -322,6 +322,22 @@ def test_a_second_head_is_refused_while_a_node_is_busy_and_served_after(lab: Mod
     lab.run(main)
 
 
+def test_a_head_that_follows_another_at_once_is_served(lab: ModuleType) -> None:
+    async def main() -> None:
+        async with lab.network() as net:
+            net.add("a", hop=lab.slow_hop(1.0))
+            for seed in range(3):
+                async with (
+                    net.head(plan=plan_at((0, 6))) as head,
+                    head.generate([seed], max_tokens=9) as tokens,
+                ):
+                    await anext(tokens)
+                    await trio.sleep(0.5)  # the node computes the next one when the head leaves
+            assert [stage.closed for stage in net.nodes[7001].stages] == [True, True, False]
+
+    lab.run(main)
+
+
 def test_a_head_that_hangs_is_lost_to_its_nodes(lab: ModuleType) -> None:
     async def main() -> None:
         async with lab.network() as net:

@@ -13,6 +13,10 @@ from shoal.net.messages import Data, Hello, Open, Ping, Pong
 from shoal.net.probe import measure
 
 
+async def anyone(hello: Hello) -> None:
+    """Admits whoever greets."""
+
+
 async def pair(lab: ModuleType, test: Any, purpose: str = "control", queue: int = 64) -> None:
     """Two links that have greeted each other."""
     here, there = trio.testing.memory_stream_pair()
@@ -21,7 +25,7 @@ async def pair(lab: ModuleType, test: Any, purpose: str = "control", queue: int 
         open_link(there, "laptop", dialled=False) as b,
     ):
         await a.send(lab.identity("laptop", 1).hello(purpose))
-        await greet(b, lab.identity("pi", 2), lab.DEVICE, seconds=1, admit=lambda hello: None)
+        await greet(b, lab.identity("pi", 2), lab.DEVICE, seconds=1, admit=anyone)
         await a.expect(Hello)
         await test(a, b, here, there)
 

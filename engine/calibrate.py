@@ -99,7 +99,7 @@ class _Recorder(NumpyExecutor):
     def __init__(self, linked: Linked) -> None:
         super().__init__(linked)
         self.sizes: dict[tuple[str, ...], F64] = {}
-        self._kept: dict[str, tuple[Any, ...]] = {}
+        self._kept: dict[str, tuple[F64, F64]] = {}
 
     def _write(self, name: str, value: Any) -> None:
         self.buffers[name] = value.astype(np.float64)
@@ -118,18 +118,23 @@ class _Recorder(NumpyExecutor):
 
     def store(self, unit: int, op: Store) -> None:
         state = self.linked.states[self.state_rows[unit, op.state]][1]
-        shape, width = (-1, state.kv_heads, state.head_dim), state.kv_heads * state.head_dim
-        x = self.buffers[op.x]
-        keys, values = (x[:, at : at + width].reshape(shape) for at in (op.key, op.value))
-        # Contiguous, because NumPy multiplies stacks of anything else without BLAS.
-        self._kept[op.state] = tuple(np.ascontiguousarray(a.transpose(1, 0, 2)) for a in (keys, values))
+        x, width = self.buffers[op.x], state.kv_heads * state.head_dim
+
+        def heads(at: int) -> F64:
+            columns: Any = x[:, at : at + width].reshape(-1, state.kv_heads, state.head_dim)
+            # Contiguous, because NumPy multiplies stacks of anything else without BLAS.
+            return np.ascontiguousarray(columns.transpose(1, 0, 2))
+
+        self._kept[op.state] = heads(op.key), heads(op.value)
 
     def attend(self, unit: int, op: Attend) -> None:
         state = self.linked.states[self.state_rows[unit, op.state]][1]
         x, group = self.buffers[op.x], op.heads // state.kv_heads
         queries = x[:, : op.heads * state.head_dim].reshape(-1, state.kv_heads, group, state.head_dim)
         queries = np.ascontiguousarray(queries.transpose(1, 2, 0, 3))
-        self._write(op.out, self.attention(queries, *self._kept[op.state], op.scale))
+        keys, values = self._kept[op.state]
+        out: Any = self.attention(queries, keys, values, op.scale)  # type: ignore[arg-type]
+        self._write(op.out, out)
 
     ops: ClassVar[dict[type[Any], Callable[[Any, int, Any], None]]] = {
         **NumpyExecutor.ops,

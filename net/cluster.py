@@ -57,7 +57,8 @@ class Member:
     hello: Hello | None = None
     label: str = ""
     """The node's name, or name@host:port where two have the same."""
-    lost: bool = False
+    lost: str = ""
+    """Why it is lost, if it is."""
     heard: float = 0.0
     pinged: float = 0.0
 
@@ -194,8 +195,8 @@ def _plan(state: Cluster) -> Outcome:
 
 def _planned(state: Cluster, answer: Placement | ShoalError) -> Outcome:
     if isinstance(answer, ShoalError):
-        gone = ", ".join(member.label for member in state.members if member.lost)
-        return _fail(state, NodeLostError(f"{gone} lost, and without: {answer}") if gone else answer)
+        gone = "; ".join(member.lost for member in state.members if member.lost)
+        return _fail(state, NodeLostError(f"{gone}; and without it: {answer}") if gone else answer)
     try:
         check_placement(state, answer)
     except LocalProtocolError as error:
@@ -243,7 +244,7 @@ def _left(state: Cluster, member: int, error: ShoalError) -> Outcome:
     if state.members[member].lost:
         return state, ()
     held = state.phase in ("loading", "serving") and member in state.holders()
-    state = _with_member(state, member, lost=True)
+    state = _with_member(state, member, lost=str(error) or "it is lost")
     if not state.served or not state.alive() or (held and not state.recover):
         return _fail(state, error)
     if held:

@@ -217,7 +217,7 @@ async def dial(
     try:
         with trio.move_on_at(deadline):
             stream = await open_stream(host, port)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: a host that no name server could be asked for
         raise NodeLostError(f"{who} cannot be reached: {_reason(error)}: {hint}") from error
     if stream is None:
         raise NodeLostError(f"{who} did not answer within {seconds:g} s: {hint}")
@@ -256,12 +256,14 @@ def is_peers_fault(error: ShoalError) -> bool:
     return not isinstance(error, NodeLostError | LocalProtocolError) and isinstance(error, NetError)
 
 
-def _reason(error: OSError) -> str:
+def _reason(error: OSError | UnicodeError) -> str:
     """The system's words; trio puts one error per address tried into the cause."""
     cause = error.__cause__
     while isinstance(cause, ExceptionGroup):
         cause = cause.exceptions[0]
     inner = cause if isinstance(cause, OSError) else error
+    if isinstance(inner, UnicodeError):
+        return "the host's name is not one"
     if inner.errno is not None and inner.errno > 0:
         return os.strerror(inner.errno)  # trio puts the address before it, and we do so, too
     return inner.strerror or str(inner) or type(inner).__name__

@@ -58,6 +58,7 @@ from .probe import measure_peer
 from .work import StageLike, StageWork
 
 MAX_CONNECTIONS = 64
+MAX_TASKS = 16
 PATIENCE_SECONDS = 2.0
 _NO_WORK = Work(0, 0, 0.0)
 
@@ -168,6 +169,8 @@ class Node:
                     self._assignment = _Assignment(self._parts, link, message)
                     tasks.start_soon(self._assignment.run, before)
             case Measure(peer):
+                if len(tasks.child_tasks) >= MAX_TASKS:
+                    raise RemoteProtocolError(f"{link.peer} wants too many things at once")
                 tasks.start_soon(self._measure, link, peer)
             case GetStats():
                 assignment = self._assignment

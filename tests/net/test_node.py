@@ -19,11 +19,14 @@ from shoal.net.messages import (
     Assign,
     Broken,
     Close,
+    Data,
     Epoch,
     Failed,
     GetStats,
     Hello,
     Loaded,
+    Measure,
+    Measured,
     Open,
     Peer,
     Ping,
@@ -324,5 +327,61 @@ def test_a_head_that_goes_away_while_the_stage_loads_leaves_nothing(lab: ModuleT
             assert all(stage.closed for stage in net.nodes[7001].stages)
             async with connected(lab, net, 7001, "control"):
                 pass
+
+    lab.run(main)
+
+
+def test_a_head_that_asks_for_too_much_at_once_is_refused(lab: ModuleType) -> None:
+    async def nowhere(host: str, port: int) -> trio.abc.Stream:
+        await trio.sleep_forever()
+        raise AssertionError
+
+    async def main() -> None:
+        async with lab.network() as net:
+            net.add("a", open_stream=nowhere)
+            async with connected(lab, net, 7001, "control") as control:
+                for port in range(8000, 8100):
+                    await control.send(Measure(Peer("x", "host", port, 1)))
+
+                async def told() -> None:
+                    while True:
+                        await control.expect(Measured)
+
+                with pytest.raises(RemoteProtocolError, match="too many things at once"):
+                    await told()
+
+    lab.run(main)
+
+
+@pytest.mark.parametrize("purpose", ["control", "step", "probe"])
+def test_fuzz_whatever_comes_after_a_greeting_the_node_lives(lab: ModuleType, purpose: str) -> None:
+    rng = random.Random(purpose)
+    down = {
+        "control": [
+            Ping(1), Assign(EPOCH, 0, 6, None, 4), Assign(EPOCH, 1, 3, Peer("b", "host", 7002, 2), 4),
+            Release(EPOCH), GetStats(), Measure(Peer("b", "host", 7002, 7002)),
+        ],
+        "step": [opened(1), opened(2), rows(1, 0, 5), rows(1, 1, 6, 7), rows(2, 3, 1), Close(1, EPOCH)],
+        "probe": [Ping(3), Data(100)],
+    }[purpose]  # fmt: skip
+
+    async def main() -> None:
+        async with lab.network() as net:
+            net.add("a")
+            for _ in range(60):
+                stream = await net.open_stream("host", 7001)
+                sender = Connection(True)
+                await stream.send_all(b"".join(sender.send(lab.identity("stranger", 66).hello(purpose))))
+                data = bytearray(b"".join(b"".join(sender.send(rng.choice(down))) for _ in range(8)))
+                for _ in range(rng.randint(0, 3)):
+                    at = rng.randrange(len(data))
+                    data[at : at + rng.randint(0, 2)] = rng.randbytes(rng.randint(0, 2))
+                await stream.send_all(data)
+                await trio.testing.wait_all_tasks_blocked()
+                await stream.aclose()
+                await trio.testing.wait_all_tasks_blocked()
+            assert any("it sent" in line or "is not" in line for line in net.nodes[7001].log)
+            async with net.head(plan=plan_at((0, 6))) as head:
+                assert await lab.collect(head, [1], 3) == lab.oracle([1], 3)
 
     lab.run(main)

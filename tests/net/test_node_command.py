@@ -79,6 +79,11 @@ def start(model: Path, *options: str) -> "subprocess.Popen[str]":
     )
 
 
+def said(err: str) -> list[str]:
+    """The lines of a node, without the engine's word on a library that wants compiling again."""
+    return [line for line in err.splitlines() if "C library" not in line]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_node_says_where_it_listens_and_ends_cleanly(
@@ -87,7 +92,7 @@ def test_a_node_says_where_it_listens_and_ends_cleanly(
     process, address = started
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
-    assert (process.returncode, err) == (0, "")
+    assert (process.returncode, said(err)) == (0, [])
     assert out.startswith(f"listening on {address} as tiny: ")
     assert out.endswith(", 300 MB\n") and out.count("\n") == 1
 
@@ -100,7 +105,8 @@ def test_a_port_in_use_has_an_exit_code_of_its_own(
     second = start(model, "--listen", address)
     out, err = second.communicate(timeout=30)
     assert (second.returncode, out) == (8, "")
-    assert f"port {address.rpartition(':')[2]} of 127.0.0.1 is in use" in err and err.count("\n") == 1
+    (line,) = said(err)
+    assert f"port {address.rpartition(':')[2]} of 127.0.0.1 is in use" in line
     assert process.poll() is None
 
 

@@ -167,7 +167,8 @@ def test_when_the_others_cannot_hold_the_model_the_error_says_both(lab: ModuleTy
                     async for _ in tokens:
                         pass
 
-            with pytest.raises(NodeLostError, match="c lost, and without: 50 MB are missing"):
+            words = r"c \(host:7003\) is lost: .*; and without it: 50 MB are missing"
+            with pytest.raises(NodeLostError, match=words):
                 await lose()
 
     lab.run(main)

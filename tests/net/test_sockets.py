@@ -89,3 +89,13 @@ def test_a_port_where_nobody_listens_is_said_in_the_systems_words(lab: ModuleTyp
                     pass
 
     limited(main)
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 70])
+def test_a_host_that_is_no_name_is_a_node_that_cannot_be_reached(lab: ModuleType, host: str) -> None:
+    async def main() -> None:
+        with pytest.raises(NodeLostError, match="cannot be reached: the host's name is not one"):
+            async with Head.open([(host, 1)], lab.identity("laptop", 9), lab.SHAPE, plan_at((0, 6))):
+                pass
+
+    limited(main)

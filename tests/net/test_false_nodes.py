@@ -1,0 +1,174 @@
+"""Nodes that lie to a head: what they do ends their answer or their connection, never the head's sense."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from shoal.net.errors import MismatchError, NodeLostError, RemoteProtocolError, to_wire
+from shoal.net.link import Link, greet, open_link, open_tasks
+from shoal.net.messages import (
+    Assign,
+    Epoch,
+    Error,
+    GetStats,
+    Hello,
+    Loaded,
+    Open,
+    Ping,
+    Pong,
+    Result,
+    Stats,
+    Step,
+    Work,
+)
+from shoal.net.placement import plan_at
+
+Answer = Callable[[Link, Step], Awaitable[None]]
+
+
+class FalseNode:
+    """Greets and loads like a node, and answers each Step as it is told to."""
+
+    def __init__(self, lab: ModuleType, answer: Answer, number: int) -> None:
+        self._lab, self._answer, self._number = lab, answer, number
+        self._control: Link | None = None
+
+    async def connected(self, stream: trio.abc.Stream) -> None:
+        async def anyone(hello: Hello) -> None:
+            pass
+
+        try:
+            async with open_link(stream, "head", dialled=False) as link:
+                me = self._lab.identity(f"liar{self._number}", self._number)
+                hello = await greet(link, me, self._lab.DEVICE, seconds=5, admit=anyone)
+                if hello.purpose == "control":
+                    self._control = link
+                while True:
+                    await self._hear(link, await link.receive())
+        except NodeLostError:
+            pass
+
+    async def _hear(self, link: Link, message: Any) -> None:
+        match message:
+            case Ping(nonce):
+                await link.send(Pong(nonce))
+            case Assign(epoch):
+                await link.send(Loaded(epoch, 0.0, 1))
+            case GetStats():
+                await link.send(Stats(None, Work(0, 0, 0.0), Work(0, 0, 0.0)))
+            case Step():
+                assert self._control is not None
+                await self._answer(self._control, message)
+            case Open():
+                pass
+
+
+def ask(lab: ModuleType, answer: Answer, edges: tuple[int, ...] = (0, 6)) -> list[int]:
+    """What a head gets from a chain of false nodes."""
+
+    async def main() -> list[int]:
+        async with open_tasks() as nursery:
+            falses = {7000 + i: FalseNode(lab, answer, i) for i in range(1, len(edges))}
+
+            async def open_stream(host: str, port: int) -> trio.abc.Stream:
+                here, there = trio.testing.memory_stream_pair()
+                nursery.start_soon(falses[port].connected, there)
+                return here
+
+            net = lab.FakeNetwork(nursery)
+            net.open_stream = open_stream
+            try:
+                async with net.head(*falses, plan=plan_at(edges)) as head:
+                    tokens: list[int] = await lab.collect(head, [1, 2], 3)
+            finally:
+                nursery.cancel_scope.cancel()
+        return tokens
+
+    result: list[int] = lab.run(main)
+    return result
+
+
+def result(step: Step, **changes: Any) -> Result:
+    return replace(Result(step.session, step.epoch, step.first, len(step.tokens), 5), **changes)
+
+
+def test_a_false_node_that_behaves_is_believed(lab: ModuleType) -> None:
+    async def answer(control: Link, step: Step) -> None:
+        await control.send(result(step))
+
+    assert ask(lab, answer) == [5, 5, 5]
+
+
+@pytest.mark.parametrize("changes", [{"first": 9}, {"rows": 7}, {"token": None}, {"token": 97}], ids=str)
+def test_a_result_that_was_not_due_ends_the_answer(lab: ModuleType, changes: dict[str, Any]) -> None:
+    async def answer(control: Link, step: Step) -> None:
+        await control.send(result(step, **changes))
+
+    with pytest.raises(RemoteProtocolError, match="the last node"):
+        ask(lab, answer)
+
+
+def test_results_of_other_sessions_and_epochs_are_dropped(lab: ModuleType) -> None:
+    async def answer(control: Link, step: Step) -> None:
+        await control.send(result(step, session=77, token=1))
+        await control.send(result(step, epoch=Epoch(99, 0), token=2))
+        await control.send(result(step, epoch=Epoch(98, 1), token=3))
+        await control.send(result(step, token=4))
+
+    assert ask(lab, answer) == [4, 4, 4]
+
+
+def test_a_flood_of_results_loses_the_node(lab: ModuleType) -> None:
+    async def answer(control: Link, step: Step) -> None:
+        frames = [frame for _ in range(50) for frame in control._wire.send(result(step))]
+        await control._stream.send_all(b"".join(frames))  # all at once, before the session can look
+
+    with pytest.raises(RemoteProtocolError, match=r"sent more answers than were asked for|were not due"):
+        ask(lab, answer)
+
+
+def test_a_result_from_the_middle_of_the_chain_loses_the_node(lab: ModuleType) -> None:
+    async def answer(control: Link, step: Step) -> None:
+        await control.send(result(step))
+
+    words = "liar1 sent a Result, and is not the chain's last node; and without it: .* need 2 nodes"
+    with pytest.raises(NodeLostError, match=words):
+        ask(lab, answer, (0, 3, 6))
+
+
+def test_a_peer_that_offers_no_device_is_no_node(lab: ModuleType) -> None:
+    async def main() -> None:
+        async with open_tasks() as tasks:
+            net = lab.FakeNetwork(tasks)
+
+            async def another_head(stream: trio.abc.Stream) -> None:
+                async with open_link(stream, "head", dialled=False) as link:
+                    hello = await link.expect(Hello)
+                    await link.send(lab.identity("laptop2", 8).hello(hello.purpose))
+                    with pytest.raises(NodeLostError):
+                        await link.receive()
+
+            async def open_stream(host: str, port: int) -> trio.abc.Stream:
+                here, there = trio.testing.memory_stream_pair()
+                tasks.start_soon(another_head, there)
+                return here
+
+            net.open_stream = open_stream
+            with pytest.raises(RemoteProtocolError, match=r"laptop2 .* is no node: it offers no device"):
+                async with net.head(7001, plan=plan_at((0, 6))):
+                    pass
+
+    lab.run(main)
+
+
+def test_an_error_from_a_node_is_raised_as_what_it_says(lab: ModuleType) -> None:
+    async def answer(control: Link, step: Step) -> None:
+        await control.send(Error(*to_wire(MismatchError("something changed"))))
+
+    with pytest.raises(MismatchError, match="something changed"):
+        ask(lab, answer)

@@ -77,7 +77,9 @@ SHOAL_INLINE float v_largest(v16 a) {
 #define F32_TILE 4
 #define UNROLL SHOAL_UNROLL
 
-enum { LINE = 64, AHEAD = 4096 };
+/* Prefetching: one or two rows go as fast as memory, lines come straight to L1; more rows need their inputs in L1, and weights
+ * that came there so early would push them out. */
+enum { LINE = 64, L1_AHEAD = 4096, L2_AHEAD = 16384 };
 
 /* One instruction: around the intrinsic, gcc 12 spills the accumulators. x is broadcast from memory. */
 SHOAL_INLINE __m512i dot(__m512i sum, __m512i w, const int8_t *x) {
@@ -104,7 +106,8 @@ SHOAL_INLINE void q8_dots(const int8_t *w, const uint16_t *scales, const shoal_q
     UNROLL(8) for (int32_t k = 0; k < SHOAL_GROUP; k += SHOAL_QUAD) {
       UNROLL(2) for (int32_t p = 0; p < panels; p++) {
         const int8_t *line = w + p * next_panel + (size_t)k / SHOAL_QUAD * LINE;
-        if (panels == 1) _mm_prefetch((const char *)line + AHEAD, _MM_HINT_T0);
+        if (panels == 1 && rows <= 2) _mm_prefetch((const char *)line + L1_AHEAD, _MM_HINT_T0);
+        if (panels == 1 && rows > 2) _mm_prefetch((const char *)line + L2_AHEAD, _MM_HINT_T1);
         const __m512i flipped = _mm512_xor_si512(_mm512_loadu_si512(line), flip);
         UNROLL(8) for (int32_t r = 0; r < rows; r++) {
           const int32_t i = r * panels + p;

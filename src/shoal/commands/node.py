@@ -17,6 +17,7 @@ import trio
 
 from .. import __version__
 from ..engine.backends import choose
+from ..engine.backends.base import cpu_threads
 from ..engine.costs import constant_bytes, tied_bytes, unit_cost
 from ..engine.errors import NoPlanError, ShoalError
 from ..engine.measure import measure, ram
@@ -55,7 +56,8 @@ async def _main(args: argparse.Namespace, host: str, port: int, model: Model, ba
     listeners = await _listen(host, port)
     address = _shown(listeners[0])
     try:
-        options = StageOptions(backend=args.backend, isa=args.isa, threads=args.threads or 1)
+        threads = args.threads or min(4, cpu_threads())  # as `shoal run` takes
+        options = StageOptions(backend=args.backend, isa=args.isa, threads=threads)
         device = await trio.to_thread.run_sync(_offer, args, model, options, base)
         parts = NodeParts(
             identity=identity_of(model, args.name or platform.node(), secrets.randbits(64), __version__),

@@ -4,6 +4,7 @@ The work is done by Hugging Face's `tokenizers`, imported on first use: a node w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 _REPLACEMENT = "\ufffd"
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 class Tokenizer:
@@ -23,6 +25,8 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
+        added = backend.get_added_tokens_decoder()
+        self._special = frozenset(i for i, token in added.items() if token.special)
 
     @classmethod
     def open(cls, directory: Path | str) -> Tokenizer:
@@ -67,8 +71,7 @@ class Tokenizer:
 
     def is_special(self, i: int) -> bool:
         """Whether the token stands for something other than text (a turn's end, say)."""
-        added = self._backend.get_added_tokens_decoder().get(i)
-        return added is not None and added.special
+        return i in self._special
 
 
 class Detokenizer:
@@ -76,7 +79,8 @@ class Detokenizer:
 
     Decoding depends on what came before (a first space is stripped, bytes join into characters), so a window
     of recent ids is decoded with and without the new one, and the text between is what is new. It is held
-    back while it ends within a character."""
+    back while it ends within a character, and within a run of byte tokens: those of sentencepiece become
+    characters together, or, if one of them fits nowhere, none of them does."""
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
         self._tokenizer = tokenizer
@@ -87,8 +91,10 @@ class Detokenizer:
 
     def push(self, token: int) -> str:
         """Text that is certain after one more token; may be empty."""
+        if self._skip and self._tokenizer.is_special(token):
+            return ""
         self._ids.append(token)
-        return self._take(hold=True)
+        return "" if _BYTE.fullmatch(self._tokenizer.token(token) or "") else self._take(hold=True)
 
     def flush(self) -> str:
         """What was held back, when no more will come."""

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import ModelFileError, UnsupportedModelError
 from .gguf_names import BYTE_LEVEL, PRE_TOKENIZERS, SENTENCEPIECE
 
-CONTROL, USER_DEFINED = 3, 4
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 """Values of tokenizer.ggml.token_type: never made by merging, always matched whole."""
 
 _SPACE = "\u2581"
@@ -98,10 +98,10 @@ class _Metadata:
                 "lstrip": False,
                 "rstrip": False,
                 "normalized": False,
-                "special": kind == CONTROL,
+                "special": kind != USER_DEFINED,
             }
             for i, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True))
-            if kind in (CONTROL, USER_DEFINED)
+            if kind in (UNKNOWN, CONTROL, USER_DEFINED)
         ]
 
     def token_id(self, key: str) -> int | None:

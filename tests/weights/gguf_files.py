@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gguf
@@ -41,8 +42,16 @@ def paired(w: np.ndarray, heads: int) -> np.ndarray:
     return w.reshape(heads, 2, w.shape[0] // heads // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
 
 
-def write_tiny(path: Path, *, tied: bool = False, drop: Sequence[str] = (), **metadata: Any) -> Path:
-    """The tiny checkpoint as a GGUF in f32. `metadata` overrides keys (dots as __); None removes one."""
+def write_tiny(
+    path: Path,
+    *,
+    tied: bool = False,
+    drop: Sequence[str] = (),
+    tokenizer: Mapping[str, Any] = MappingProxyType({}),
+    **metadata: Any,
+) -> Path:
+    """The tiny checkpoint as a GGUF in f32. `metadata` overrides keys (dots as __); None removes one.
+    `tokenizer` holds what stands under tokenizer.ggml."""
     config = json.loads((TINY / "config.json").read_text())
     values = {
         "block_count": config["num_hidden_layers"],
@@ -70,6 +79,8 @@ def write_tiny(path: Path, *, tied: bool = False, drop: Sequence[str] = (), **me
     writer.add_uint32("tokenizer.ggml.bos_token_id", 1)
     writer.add_uint32("tokenizer.ggml.eos_token_id", 2)
     writer.add_string("general.license", "mit")
+    for key, value in tokenizer.items():
+        writer.add_key_value(f"tokenizer.ggml.{key}", value, *_gguf_type(value))
     source = open_checkpoint(TINY)
     for name in source.names:
         if (tied and name == "lm_head.weight") or name in drop:
@@ -83,6 +94,50 @@ def write_tiny(path: Path, *, tied: bool = False, drop: Sequence[str] = (), **me
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _gguf_type(value: object) -> tuple[gguf.GGUFValueType, ...]:
+    first = value[0] if isinstance(value, list) else value
+    kinds = {bool: "BOOL", int: "INT32", float: "FLOAT32", str: "STRING"}
+    kind = gguf.GGUFValueType[kinds[type(first)]]
+    return (gguf.GGUFValueType.ARRAY, kind) if isinstance(value, list) else (kind,)
+
+
+def sentencepiece_vocabulary(*, merges: bool) -> dict[str, Any]:
+    """A small BPE vocabulary over characters, with bytes as a last resort, as sentencepiece makes them."""
+    prose = "the and ing ion er in on at en re th he an ent tion of to is it s t a e i o n r h l d"
+    found = set("abcdefghijklmnopqrstuvwxyz\u2581.,é今日'")
+    for word in ["", *prose.split()]:
+        for spelled in (word, "\u2581" + word):
+            found |= {spelled[:n] for n in range(1, len(spelled) + 1)} | {
+                spelled[n:] for n in range(len(spelled))
+            }
+    pieces = sorted(found, key=lambda piece: (-len(piece), piece))
+    tokens = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *pieces,
+        "<|turn|>",
+        "<tool>",
+    ]
+    scores = [0.0] * 259 + [-float(i) for i in range(len(pieces))] + [0.0, 0.0]
+    types = [2, 3, 3] + [6] * 256 + [1] * len(pieces) + [3, 4]
+    made = {
+        "model": "llama",
+        "tokens": tokens,
+        "scores": scores,
+        "token_type": types,
+        "unknown_token_id": 0,
+    }
+    if merges:
+        known = set(pieces)
+        pairs = [
+            (p[:n], p[n:]) for p in pieces for n in range(1, len(p)) if p[:n] in known and p[n:] in known
+        ]
+        made["merges"] = [" ".join(pair) for pair in pairs]
+    return made
 
 
 def text(value: str) -> bytes:

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.arm, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ("-std=c11", "-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror")
 SEEDS = 5
-# cortex-a53 has no dot product, cortex-a76 has; `max` has all that qemu knows, with pointer authentication made cheap.
+# cortex-a53 has no dot product, cortex-a76 has; `max` has all that qemu knows, pointer authentication cheap.
 CPUS = ("cortex-a53", "cortex-a76", "max,pauth-impdef=on")
 
 
@@ -55,7 +55,11 @@ def available(command, isa):
 
 def test_every_native_set(drivers, expected):
     command = (str(drivers[0]),)
-    sets = [isa for isa in ("avx2", "avxvnni", "avx512", "neon", "neon_dot", "neon_i8mm") if available(command, isa)]
+    sets = [
+        isa
+        for isa in ("avx2", "avxvnni", "avx512", "neon", "neon_dot", "neon_i8mm")
+        if available(command, isa)
+    ]
     assert sets or platform.machine() not in ("x86_64", "aarch64")
     for isa in sets:
         assert lines(command, isa, 1, 0) == expected, isa

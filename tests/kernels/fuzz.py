@@ -1,8 +1,9 @@
 """Opens and runs programs with fields changed at random: python -m tests.kernels.fuzz SEED COUNT [LIBRARY].
 
-Run in a process of its own, so that a crash is a failed test. What the C side cannot see (the sizes behind pages, inputs and
-outputs) is made to fit the changed tables; everything else is as wrong as the dice say. LIBRARY may be one built with
--fsanitize=address,undefined, with libasan preloaded: then any access beyond an allocation ends the process.
+Run in a process of its own, so that a crash is a failed test. What the C side cannot see (the sizes behind
+pages, inputs and outputs) is made to fit the changed tables; everything else is as wrong as the dice say.
+LIBRARY may be one built with -fsanitize=address,undefined, with libasan preloaded: then any access beyond an
+allocation ends the process.
 """
 
 from __future__ import annotations
@@ -19,7 +20,33 @@ from .harness import ENUM, PAGE, STATUS, Rows, describe, ffi, library, pool
 from .test_programs import llama
 
 TABLES = ("ops", "buffers", "weights", "states", "inputs", "outputs")
-VALUES = (0, 1, -1, 2, 3, 4, 7, 15, 16, 17, 32, 33, 48, 64, 97, 133, 255, 256, 512, 1 << 16, 1 << 24, (1 << 24) + 1, 1 << 28, 2**31 - 1, -(2**31))
+VALUES = (
+    0,
+    1,
+    -1,
+    2,
+    3,
+    4,
+    7,
+    15,
+    16,
+    17,
+    32,
+    33,
+    48,
+    64,
+    97,
+    133,
+    255,
+    256,
+    512,
+    1 << 16,
+    1 << 24,
+    (1 << 24) + 1,
+    1 << 28,
+    2**31 - 1,
+    -(2**31),
+)
 FLOATS = (0.0, -1.0, 1.0, 1e30, -1e30, float("nan"), float("inf"), 1e-45)
 MOST_BYTES = 1 << 26
 
@@ -76,10 +103,16 @@ def change_program(rng: np.random.Generator, p: Any) -> None:
 
 def run(rng: np.random.Generator, executor: Any, p: Any, program: harness.Program, keep: list[Any]) -> int:
     """Runs one batch, changed or not, on memory that fits the tables; gives the status."""
-    sequences = [Rows(int(n), int(f), int(n), 1, history=rng.integers(0, 133, 600).astype(np.int32)) for n, f in ((3, 0), (1, 200), (20, 60))]
+    sequences = [
+        Rows(int(n), int(f), int(n), 1, history=rng.integers(0, 133, 600).astype(np.int32))
+        for n, f in ((3, 0), (1, 200), (20, 60))
+    ]
     for s in sequences:
         s.sampling = {"temperature": 1.0, "repetition_penalty": 1.5, "top_k": 3}
-    program.states = [harness.State(s.kv_heads, s.head_dim, "F16" if s.type == ENUM["F16"] else "F32") for s in p.states[0 : p.n_states]]
+    program.states = [
+        harness.State(s.kv_heads, s.head_dim, "F16" if s.type == ENUM["F16"] else "F32")
+        for s in p.states[0 : p.n_states]
+    ]
     page = sum(2 * PAGE * s.kv_heads * s.head_dim * 4 for s in program.states)
     cols = [p.buffers[b].cols for b in (*p.inputs[0 : p.n_inputs], *p.outputs[0 : p.n_outputs])]
     if page * 16 > MOST_BYTES or sum(cols) * 24 * 4 > MOST_BYTES:

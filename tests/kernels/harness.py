@@ -1,7 +1,7 @@
 """Small programs for the C library, written in Python and run on any instruction set and number of threads.
 
-Standalone on purpose: it packs weights and pages itself, from csrc/kernels.h's words, so that a mistake in the engine's own
-packing cannot hide one in the kernels.
+Standalone on purpose: it packs weights and pages itself, from the words of csrc/kernels.h: a mistake in the
+engine's own packing cannot hide one in the kernels.
 """
 
 from __future__ import annotations
@@ -63,14 +63,19 @@ def compile_library(output: Path, *flags: str) -> Path:
     """csrc/ as a shared library; any warning is an error."""
     sources = sorted(str(path) for path in CSRC.glob("*.c"))
     define = f'-DSHOAL_SOURCE_HASH="{source_hash()}"'
-    subprocess.run(["cc", *FLAGS, *flags, "-fPIC", "-shared", define, "-o", str(output), *sources, "-lpthread", "-lm"], check=True)
+    subprocess.run(
+        ["cc", *FLAGS, *flags, "-fPIC", "-shared", define, "-o", str(output), *sources, "-lpthread", "-lm"],
+        check=True,
+    )
     return output
 
 
 @cache
 def isas() -> tuple[str, ...]:
     """Instruction sets that can run here, scalar first."""
-    rows = sorted((value, name) for name, value in ENUM.items() if name.startswith("ISA_") and value != ENUM["ISA_AUTO"])
+    rows = sorted(
+        (value, name) for name, value in ENUM.items() if name.startswith("ISA_") and value != ENUM["ISA_AUTO"]
+    )
     return tuple(name[4:].lower() for value, name in rows if library().shoal_isa_available(value))
 
 
@@ -201,7 +206,15 @@ class Program:
 
     def op(self, kind: str, out: int = -1, x: int = -1, *weights: int, **fields: Any) -> int:
         """Adds an op and gives its `out`."""
-        row = {"kind": ENUM[f"OP_{kind}"], "out": out, "in": x, "angles": -1, "state": -1, "i": [0, 0], "f": [0.0]}
+        row = {
+            "kind": ENUM[f"OP_{kind}"],
+            "out": out,
+            "in": x,
+            "angles": -1,
+            "state": -1,
+            "i": [0, 0],
+            "f": [0.0],
+        }
         self.ops.append({**row, "weights": list(weights), "n_weights": len(weights), **fields})
         return out
 
@@ -234,14 +247,18 @@ class Executor:
     def __init__(self, program: Program, isa: str, threads: int) -> None:
         self.program, self._keep = program, []
         handle, error = ffi.new("shoal_executor **"), ffi.new("char[]", 256)
-        status = library().shoal_open(program.table(self._keep), pool(threads), ENUM[f"ISA_{isa.upper()}"], handle, error, 256)
+        status = library().shoal_open(
+            program.table(self._keep), pool(threads), ENUM[f"ISA_{isa.upper()}"], handle, error, 256
+        )
         check(status, error)
         self._handle = ffi.gc(handle[0], library().shoal_close)
 
     def workspace_bytes(self) -> int:
         return int(library().shoal_workspace_bytes(self._handle))
 
-    def run(self, sequences: Sequence[Rows], inputs: Sequence[Any] = (), tokens: Any = None, want: bool = True) -> Outcome:
+    def run(
+        self, sequences: Sequence[Rows], inputs: Sequence[Any] = (), tokens: Any = None, want: bool = True
+    ) -> Outcome:
         """One batch; inputs `[rows, cols]` each. want = False: no outputs are asked for."""
         p, keep = self.program, []
         rows, wanted = sum(s.rows for s in sequences), sum(s.wanted for s in sequences)
@@ -292,7 +309,7 @@ def pointers(keep: list[Any], arrays: Sequence[Any]) -> Any:
 
 
 def describe(p: Program, sequences: Sequence[Rows], keep: list[Any]) -> Any:
-    """The shoal_sequence rows; pages are made here, full of NaN, so that a kernel that reads too far is found out."""
+    """The shoal_sequence rows. Pages made here are full of NaN: a kernel that reads too far is found out."""
     rows = ffi.new("shoal_sequence[]", len(sequences))
     keep.append(rows)
     for row, s in zip(rows, sequences, strict=True):
@@ -315,8 +332,10 @@ def describe(p: Program, sequences: Sequence[Rows], keep: list[Any]) -> Any:
     return rows
 
 
-def everywhere(program: Program, work: Callable[[Executor], Sequence[Any]], threads: Sequence[int] = (1, 2, 3)) -> Sequence[Any]:
-    """What `work` gives on the definition, after making sure that every set and number of threads gives the same bits."""
+def everywhere(
+    program: Program, work: Callable[[Executor], Sequence[Any]], threads: Sequence[int] = (1, 2, 3)
+) -> Sequence[Any]:
+    """What `work` gives on the definition, if every set and number of threads gives the same bits."""
     expected = work(program.open("scalar", 1))
     for isa in isas():
         for n in threads:
@@ -332,4 +351,6 @@ def floats(rng: np.random.Generator, *shape: int) -> Any:
 
 def same(a: Any, b: Any) -> None:
     """The same bits, signs of zeros and all."""
-    np.testing.assert_array_equal(np.ascontiguousarray(a).view(np.int32), np.ascontiguousarray(b).view(np.int32))
+    np.testing.assert_array_equal(
+        np.ascontiguousarray(a).view(np.int32), np.ascontiguousarray(b).view(np.int32)
+    )

@@ -1,4 +1,4 @@
-"""Storing keys and values, and attention over them: pages, blocks of 256 and masks, against a float64 softmax."""
+"""Storing keys and values, and attention over them: pages, blocks and masks, against a float64 softmax."""
 
 from __future__ import annotations
 
@@ -22,7 +22,13 @@ def oracle(x, heads, kv_heads, dim, kind, extra=0):
     rows = len(x)
     q = x[:, extra : extra + heads * dim].reshape(rows, heads, dim).astype(np.float64)
     stored = np.float16 if kind == "F16" else np.float32
-    k, v = x[:, extra + heads * dim :].reshape(rows, 2, kv_heads, dim).astype(stored).astype(np.float64).transpose(1, 0, 2, 3)
+    k, v = (
+        x[:, extra + heads * dim :]
+        .reshape(rows, 2, kv_heads, dim)
+        .astype(stored)
+        .astype(np.float64)
+        .transpose(1, 0, 2, 3)
+    )
     out = np.empty((rows, heads, dim))
     for h in range(heads):
         scores = q[:, h] @ k[:, h // (heads // kv_heads)].T * dim**-0.5
@@ -33,7 +39,9 @@ def oracle(x, heads, kv_heads, dim, kind, extra=0):
 
 
 @pytest.mark.parametrize("kind", ["F16", "F32"])
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(1, 1, 16), (3, 1, 64), (9, 3, 64), (8, 1, 32), (4, 4, 48), (10, 2, 80)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"), [(1, 1, 16), (3, 1, 64), (9, 3, 64), (8, 1, 32), (4, 4, 48), (10, 2, 80)]
+)
 def test_one_run_of_rows(heads, kv_heads, dim, kind):
     rng = np.random.default_rng(heads)
     p = program(heads, kv_heads, dim, kind)
@@ -82,8 +90,18 @@ def test_pages_hold_what_the_header_says():
             return [np.stack(sequence.pages[0]).astype(np.float32)]
 
         got = everywhere(p, pages)[0].reshape(2, kv_heads, 2, PAGE * dim)
-        keys = got[:, :, 0].reshape(2, kv_heads, PAGE // LANES, dim, LANES).transpose(0, 2, 4, 1, 3).reshape(2 * PAGE, kv_heads, dim)
-        values = got[:, :, 1].reshape(2, kv_heads, PAGE, dim).transpose(0, 2, 1, 3).reshape(2 * PAGE, kv_heads, dim)
+        keys = (
+            got[:, :, 0]
+            .reshape(2, kv_heads, PAGE // LANES, dim, LANES)
+            .transpose(0, 2, 4, 1, 3)
+            .reshape(2 * PAGE, kv_heads, dim)
+        )
+        values = (
+            got[:, :, 1]
+            .reshape(2, kv_heads, PAGE, dim)
+            .transpose(0, 2, 1, 3)
+            .reshape(2 * PAGE, kv_heads, dim)
+        )
         stored = x[:, heads * dim :].astype(np.float16 if kind == "F16" else np.float32).astype(np.float32)
         np.testing.assert_array_equal(keys[62:67].reshape(5, -1), stored[:, : kv_heads * dim])
         np.testing.assert_array_equal(values[62:67].reshape(5, -1), stored[:, kv_heads * dim :])
@@ -96,8 +114,22 @@ def test_f16_rounds_to_nearest_even_on_every_set():
     """All exponents, ties, subnormals and the edge of infinity, through a page."""
     p = program(1, 1, 16, "F16")
     rng = np.random.default_rng(4)
-    edges = [0.0, 2.0**-24, 2.0**-25, 1.5 * 2.0**-25, 2.0**-14, 65504.0, 65519.9, 1 + 2.0**-11, 1 + 3 * 2.0**-11, 2.0**-14 - 2.0**-25, 6e-8]
-    values = np.concatenate([edges, np.negative(edges), rng.uniform(1, 2, 362) * 2.0 ** rng.integers(-27, 15, 362)]).astype(np.float32)
+    edges = [
+        0.0,
+        2.0**-24,
+        2.0**-25,
+        1.5 * 2.0**-25,
+        2.0**-14,
+        65504.0,
+        65519.9,
+        1 + 2.0**-11,
+        1 + 3 * 2.0**-11,
+        2.0**-14 - 2.0**-25,
+        6e-8,
+    ]
+    values = np.concatenate(
+        [edges, np.negative(edges), rng.uniform(1, 2, 362) * 2.0 ** rng.integers(-27, 15, 362)]
+    ).astype(np.float32)
     x = np.zeros((24, 48), np.float32)
     x[:, 16:32] = values[:384].reshape(24, 16)
     x[:, 32:] = x[:, 16:32]

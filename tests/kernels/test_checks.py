@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from .harness import ENUM, ROOT, Program, Refused, Rows, ffi, library, library_path, pool
+from .harness import (
+    ENUM,
+    ROOT,
+    Program,
+    Refused,
+    Rows,
+    describe,
+    f64,
+    ffi,
+    library,
+    library_path,
+    pointer,
+    pointers,
+    pool,
+)
 from .test_programs import VOCAB, llama
 
 BIG = 2**31 - 1
@@ -29,7 +44,9 @@ def op(name, **fields):
         row = first(p, name)
         for field, value in fields.items():
             if field in ("w", "i0", "i1", "f"):
-                array, at = {"w": (row.weights, 0), "i0": (row.i, 0), "i1": (row.i, 1), "f": (row.f, 0)}[field]
+                array, at = {"w": (row.weights, 0), "i0": (row.i, 0), "i1": (row.i, 1), "f": (row.f, 0)}[
+                    field
+                ]
                 array[at] = value
             else:
                 setattr(row, {"x": "in"}.get(field, field), value)
@@ -64,8 +81,8 @@ def listed(table, *values):
 
 
 KEEP: list[object] = []
-# In llama(): buffers 0 x, 1 angles, 2 normed q8, 3 gated q8, 4 qkv, 5 gate|up, 6 attended, 7 attended q8, 8 final q8
-# (wanted rows), 9 logits (wanted rows); weights 0 the table q8, 1 the frequencies f64, 2 a norm, 3 q.
+# In llama(): buffers 0 x, 1 angles, 2 normed q8, 3 gated q8, 4 qkv, 5 gate|up, 6 attended, 7 attended q8,
+# 8 final q8, 9 logits (both wanted rows); weights 0 the table q8, 1 the frequencies f64, 2 a norm, 3 q.
 PROGRAMS = {
     "negative count": (top(n_ops=-1), "ops"),
     "too many ops": (top(n_ops=1 << 15), "ops"),
@@ -159,8 +176,6 @@ def refusal(p):
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_hostile_program_is_refused(name):
-    import re
-
     change, words = PROGRAMS[name]
     keep: list[object] = []
     p = llama("F16", max_rows=64).table(keep)
@@ -169,8 +184,6 @@ def test_a_hostile_program_is_refused(name):
 
 
 def test_frequencies_must_be_ones_that_angles_are_exact_for():
-    from .harness import f64
-
     for bad in (float("nan"), 1.5, float("inf")):
         p = Program()
         p.output(p.op("ANGLES", p.buffer(4), -1, p.weight(f64([1.0, bad]))))
@@ -191,7 +204,9 @@ def test_a_set_that_is_not_here():
             continue
         handle, error = ffi.new("shoal_executor **"), ffi.new("char[]", 256)
         keep: list[object] = []
-        assert library().shoal_open(llama("F16").table(keep), pool(1), isa, handle, error, 256) == ENUM["E_ISA"]
+        assert (
+            library().shoal_open(llama("F16").table(keep), pool(1), isa, handle, error, 256) == ENUM["E_ISA"]
+        )
         assert b"no kernels" in ffi.string(error)
 
 
@@ -231,8 +246,6 @@ SAMPLING = {
 
 def batch_of(p, n=1, tokens=(1, 2, 3)):
     """n sequences of three rows, as C sees them, and what must stay alive."""
-    from .harness import describe, pointer, pointers
-
     keep: list[object] = []
     batch = ffi.new("shoal_batch *")
     sampling = {"temperature": 1.0, "repetition_penalty": 1.2}

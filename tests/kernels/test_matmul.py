@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 
@@ -25,7 +27,16 @@ def program(kind, parts, cols, rng, accumulate=False):
 @pytest.mark.parametrize("kind", ["Q8", "F32"])
 @pytest.mark.parametrize(
     ("parts", "cols"),
-    [((16,), 32), ((1,), 1), ((33,), 33), ((48, 16, 16), 100), ((5, 7, 31, 2), 64), ((100,), 576), ((17, 50), 16), ((64,), 48)],
+    [
+        ((16,), 32),
+        ((1,), 1),
+        ((33,), 33),
+        ((48, 16, 16), 100),
+        ((5, 7, 31, 2), 64),
+        ((100,), 576),
+        ((17, 50), 16),
+        ((64,), 48),
+    ],
 )
 def test_every_tile_and_tail(kind, parts, cols):
     rng = np.random.default_rng(cols)
@@ -64,13 +75,16 @@ def test_extreme_int8(rows):
     data = np.full((rows, cols), 127, np.float32)
     data[::2] = -127
     got = everywhere(p, lambda e: e.run([Rows(rows)], [data]).outputs)[0]
-    same(got, np.float32(127 * 127 * cols) * np.sign(data[:, :1]) * np.sign(np.tile(signs[:16], 2)).astype(np.float32))
+    same(
+        got,
+        np.float32(127 * 127 * cols)
+        * np.sign(data[:, :1])
+        * np.sign(np.tile(signs[:16], 2)).astype(np.float32),
+    )
 
 
 def test_definition_of_one_output():
     """Groups ascending, one fma each, from exact dots: recomputed with exact rationals."""
-    from fractions import Fraction
-
     rng = np.random.default_rng(3)
     p, _ = program("Q8", (16,), 5 * GROUP, rng)
     weight = p.weights[0]
@@ -94,6 +108,4 @@ def rounded(exact):
     """The f32 nearest to a rational, ties to even: f64 is the first guess, its neighbours the rest."""
     guess = np.float32(float(exact))
     near = [np.nextafter(guess, np.float32(-np.inf)), guess, np.nextafter(guess, np.float32(np.inf))]
-    from fractions import Fraction
-
     return min(near, key=lambda v: (abs(Fraction(float(v)) - exact), int(np.array(v).view(np.int32)) & 1))

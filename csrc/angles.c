@@ -12,13 +12,15 @@ static double polynomial(const double *c, int32_t n, double z) {
 
 /* Taylor series: on [-pi / 4, pi / 4] the first term left out is below 2^-57. */
 static double sine(double r) {
-  static const double C[] = {-1.0 / 6, 1.0 / 120, -1.0 / 5040, 1.0 / 362880, -1.0 / 39916800, 1.0 / 6227020800, -1.0 / 1307674368000};
+  static const double C[] = {-1.0 / 6,        1.0 / 120,        -1.0 / 5040,         1.0 / 362880,
+                             -1.0 / 39916800, 1.0 / 6227020800, -1.0 / 1307674368000};
   const double z = r * r;
   return r + r * (z * polynomial(C, 7, z));
 }
 
 static double cosine(double r) {
-  static const double C[] = {1.0 / 24, -1.0 / 720, 1.0 / 40320, -1.0 / 3628800, 1.0 / 479001600, -1.0 / 87178291200, 1.0 / 20922789888000};
+  static const double C[] = {1.0 / 24,        -1.0 / 720,         1.0 / 40320,         -1.0 / 3628800,
+                             1.0 / 479001600, -1.0 / 87178291200, 1.0 / 20922789888000};
   const double z = r * r;
   return 1.0 - 0.5 * z + z * z * polynomial(C, 7, z);
 }

@@ -22,31 +22,40 @@
 
 enum { LINE = 64, AHEAD = 4096 };
 
-/* `halves` of a panel's 16 outputs, from its first or second 8 on, for up to 4 rows. abs(x) is the unsigned operand of maddubs
- * and w takes x's sign: with both in [-127, 127] a pair sums to at most 32258, which 16 bits hold. */
-SHOAL_INLINE void half_dots(const int8_t *w, const uint16_t *scales, const shoal_q8_row *x, const int32_t rows, const int32_t halves, __m256 *sum) {
+/* `halves` of a panel's 16 outputs, from its first or second 8 on, for up to 4 rows. abs(x) is the unsigned operand of
+ * maddubs and w takes x's sign: with both in [-127, 127] a pair sums to at most 32258, which 16 bits hold. */
+SHOAL_INLINE void half_dots(const int8_t *w, const uint16_t *scales, const shoal_q8_row *x, const int32_t rows,
+                            const int32_t halves, __m256 *sum) {
   const int32_t groups = x[0].groups;
   const __m256i ones = _mm256_set1_epi16(1);
-  UNROLL(4) for (int32_t i = 0; i < rows * halves; i++) sum[i] = _mm256_setzero_ps();
+  UNROLL(4)
+  for (int32_t i = 0; i < rows * halves; i++) sum[i] = _mm256_setzero_ps();
   for (int32_t g = 0; g < groups; g++) {
     __m256i dots[4];
-    UNROLL(4) for (int32_t i = 0; i < rows * halves; i++) dots[i] = _mm256_setzero_si256();
-    UNROLL(8) for (int32_t k = 0; k < SHOAL_GROUP; k += SHOAL_QUAD, w += LINE) {
+    UNROLL(4)
+    for (int32_t i = 0; i < rows * halves; i++) dots[i] = _mm256_setzero_si256();
+    UNROLL(8)
+    for (int32_t k = 0; k < SHOAL_GROUP; k += SHOAL_QUAD, w += LINE) {
       if (halves == 2) _mm_prefetch((const char *)w + AHEAD, _MM_HINT_T0);
-      UNROLL(4) for (int32_t r = 0; r < rows; r++) {
+      UNROLL(4)
+      for (int32_t r = 0; r < rows; r++) {
         int32_t quad;
         memcpy(&quad, x[r].q + g * SHOAL_GROUP + k, sizeof quad);
         const __m256i four = _mm256_set1_epi32(quad), magnitude = _mm256_abs_epi8(four);
-        UNROLL(2) for (int32_t h = 0; h < halves; h++) {
+        UNROLL(2)
+        for (int32_t h = 0; h < halves; h++) {
           const __m256i line = _mm256_loadu_si256((const __m256i *)(w + h * LINE / 2));
           const __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(line, four));
           dots[r * halves + h] = _mm256_add_epi32(dots[r * halves + h], _mm256_madd_epi16(pairs, ones));
         }
       }
     }
-    UNROLL(2) for (int32_t h = 0; h < halves; h++) {
-      const __m256 scale = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(scales + (size_t)g * SHOAL_PANEL + 8 * h)));
-      UNROLL(4) for (int32_t r = 0; r < rows; r++) {
+    UNROLL(2)
+    for (int32_t h = 0; h < halves; h++) {
+      const __m256 scale =
+          _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(scales + (size_t)g * SHOAL_PANEL + 8 * h)));
+      UNROLL(4)
+      for (int32_t r = 0; r < rows; r++) {
         const __m256 both = _mm256_mul_ps(scale, _mm256_set1_ps(x[r].scale[g]));
         sum[r * halves + h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[r * halves + h]), both, sum[r * halves + h]);
       }
@@ -54,20 +63,24 @@ SHOAL_INLINE void half_dots(const int8_t *w, const uint16_t *scales, const shoal
   }
 }
 
-SHOAL_INLINE void q8_dots(const int8_t *w, const uint16_t *scales, const shoal_q8_row *x, const int32_t rows, const int32_t panels, v16 *sums) {
+SHOAL_INLINE void q8_dots(const int8_t *w, const uint16_t *scales, const shoal_q8_row *x, const int32_t rows,
+                          const int32_t panels, v16 *sums) {
   (void)panels;
   if (rows <= 2) { /* whole lines, as they come from memory */
     __m256 sum[4];
     half_dots(w, scales, x, rows, 2, sum);
-    UNROLL(2) for (int32_t r = 0; r < rows; r++) sums[r] = (v16){sum[2 * r], sum[2 * r + 1]};
+    UNROLL(2)
+    for (int32_t r = 0; r < rows; r++) sums[r] = (v16){sum[2 * r], sum[2 * r + 1]};
     return;
   }
-  UNROLL(2) for (int32_t r = 0; r < rows; r += 4) { /* 16 registers hold 4 rows of 8 outputs; lines come twice, then from L1 */
+  UNROLL(2)
+  for (int32_t r = 0; r < rows; r += 4) { /* 16 registers hold 4 rows of 8 outputs; lines come twice, then from L1 */
     const int32_t n = rows - r < 4 ? rows - r : 4;
     __m256 low[4], high[4];
     half_dots(w, scales, x + r, n, 1, low);
     half_dots(w + LINE / 2, scales + SHOAL_PANEL / 2, x + r, n, 1, high);
-    UNROLL(4) for (int32_t i = 0; i < n; i++) sums[r + i] = (v16){low[i], high[i]};
+    UNROLL(4)
+    for (int32_t i = 0; i < n; i++) sums[r + i] = (v16){low[i], high[i]};
   }
 }
 

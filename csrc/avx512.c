@@ -4,7 +4,8 @@
 #if defined(__x86_64__)
 
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c"))), \
+                             apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")
 #endif
@@ -48,7 +49,9 @@ SHOAL_INLINE void v_store_f16(uint16_t *p, v16 a) {
   _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-SHOAL_INLINE void v_store_i8(int8_t *p, v16 a) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a))); }
+SHOAL_INLINE void v_store_i8(int8_t *p, v16 a) {
+  _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a)));
+}
 
 /* The upper half of a on its lower half. */
 SHOAL_INLINE __m256 upper(v16 a) { return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1)); }
@@ -77,8 +80,8 @@ SHOAL_INLINE float v_largest(v16 a) {
 #define F32_TILE 4
 #define UNROLL SHOAL_UNROLL
 
-/* Prefetching: one or two rows go as fast as memory, lines come straight to L1; more rows need their inputs in L1, and weights
- * that came there so early would push them out. */
+/* Prefetching: one or two rows go as fast as memory, lines come straight to L1; more rows need their inputs in L1, and
+ * weights that came there so early would push them out. */
 enum { LINE = 64, L1_AHEAD = 4096, L2_AHEAD = 16384 };
 
 /* One instruction: around the intrinsic, gcc 12 spills the accumulators. x is broadcast from memory. */
@@ -88,7 +91,8 @@ SHOAL_INLINE __m512i dot(__m512i sum, __m512i w, const int8_t *x) {
 }
 
 /* The unsigned operand is w + 128; the bias, -128 times the sum of x, takes that out again. */
-SHOAL_INLINE void q8_dots(const int8_t *w, const uint16_t *scales, const shoal_q8_row *x, const int32_t rows, const int32_t panels, v16 *sums) {
+SHOAL_INLINE void q8_dots(const int8_t *w, const uint16_t *scales, const shoal_q8_row *x, const int32_t rows,
+                          const int32_t panels, v16 *sums) {
   const int32_t groups = x[0].groups;
   const __m512i flip = _mm512_set1_epi8((char)0x80);
   const int32_t chains = rows * panels < 4 ? 2 : 1;
@@ -96,29 +100,38 @@ SHOAL_INLINE void q8_dots(const int8_t *w, const uint16_t *scales, const shoal_q
   size_t scale_at = (size_t)groups * SHOAL_GROUP;
   const size_t bias_from_scale = (size_t)groups * sizeof(float);
   v16 sum[Q8_ROWS * Q8_PANELS];
-  UNROLL(16) for (int32_t i = 0; i < rows * panels; i++) sum[i] = _mm512_setzero_ps();
+  UNROLL(16)
+  for (int32_t i = 0; i < rows * panels; i++) sum[i] = _mm512_setzero_ps();
   for (int32_t g = 0; g < groups; g++, scale_at += sizeof(float)) {
     __m512i even[Q8_ROWS * Q8_PANELS], odd[Q8_ROWS * Q8_PANELS];
-    UNROLL(16) for (int32_t i = 0; i < rows * panels; i++) {
+    UNROLL(16)
+    for (int32_t i = 0; i < rows * panels; i++) {
       even[i] = _mm512_set1_epi32(*(const int32_t *)(const void *)(x[i / panels].q + scale_at + bias_from_scale));
       odd[i] = _mm512_setzero_si512();
     }
-    UNROLL(8) for (int32_t k = 0; k < SHOAL_GROUP; k += SHOAL_QUAD) {
-      UNROLL(2) for (int32_t p = 0; p < panels; p++) {
+    UNROLL(8)
+    for (int32_t k = 0; k < SHOAL_GROUP; k += SHOAL_QUAD) {
+      UNROLL(2)
+      for (int32_t p = 0; p < panels; p++) {
         const int8_t *line = w + p * next_panel + (size_t)k / SHOAL_QUAD * LINE;
         if (panels == 1 && rows <= 2) _mm_prefetch((const char *)line + L1_AHEAD, _MM_HINT_T0);
         if (panels == 1 && rows > 2) _mm_prefetch((const char *)line + L2_AHEAD, _MM_HINT_T1);
         const __m512i flipped = _mm512_xor_si512(_mm512_loadu_si512(line), flip);
-        UNROLL(8) for (int32_t r = 0; r < rows; r++) {
+        UNROLL(8)
+        for (int32_t r = 0; r < rows; r++) {
           const int32_t i = r * panels + p;
-          if (chains == 2 && k / SHOAL_QUAD % 2) odd[i] = dot(odd[i], flipped, x[r].q + g * SHOAL_GROUP + k);
-          else even[i] = dot(even[i], flipped, x[r].q + g * SHOAL_GROUP + k);
+          if (chains == 2 && k / SHOAL_QUAD % 2)
+            odd[i] = dot(odd[i], flipped, x[r].q + g * SHOAL_GROUP + k);
+          else
+            even[i] = dot(even[i], flipped, x[r].q + g * SHOAL_GROUP + k);
         }
       }
     }
-    UNROLL(2) for (int32_t p = 0; p < panels; p++) {
+    UNROLL(2)
+    for (int32_t p = 0; p < panels; p++) {
       const v16 scale = v_load_f16(scales + ((size_t)p * groups + g) * SHOAL_PANEL);
-      UNROLL(8) for (int32_t r = 0; r < rows; r++) {
+      UNROLL(8)
+      for (int32_t r = 0; r < rows; r++) {
         const int32_t i = r * panels + p;
         if (chains == 2) even[i] = _mm512_add_epi32(even[i], odd[i]);
         const v16 both = _mm512_mul_ps(scale, _mm512_set1_ps(*(const float *)(const void *)(x[r].q + scale_at)));
@@ -127,7 +140,8 @@ SHOAL_INLINE void q8_dots(const int8_t *w, const uint16_t *scales, const shoal_q
     }
     w += SHOAL_GROUP * SHOAL_PANEL;
   }
-  UNROLL(16) for (int32_t i = 0; i < rows * panels; i++) sums[i] = sum[i];
+  UNROLL(16)
+  for (int32_t i = 0; i < rows * panels; i++) sums[i] = sum[i];
 }
 
 #define SHOAL_SET shoal_kernels_avx512

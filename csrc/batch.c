@@ -21,21 +21,25 @@ static int32_t table_rows(const shoal_program *p) {
   return rows;
 }
 
-static int32_t check_pages(const shoal_program *p, const shoal_sequence *s, int32_t index, char *error, int32_t error_bytes) {
+static int32_t check_pages(const shoal_program *p, const shoal_sequence *s, int32_t index, char *error,
+                           int32_t error_bytes) {
   const int64_t pages = ((int64_t)s->first + s->rows + SHOAL_PAGE - 1) / SHOAL_PAGE;
   if (p->n_states == 0) return SHOAL_OK;
-  if (!s->pages || s->pages_stride < pages) REFUSE("sequence %d: its table of pages does not reach position %d", index, s->first + s->rows - 1);
+  if (!s->pages || s->pages_stride < pages)
+    REFUSE("sequence %d: its table of pages does not reach position %d", index, s->first + s->rows - 1);
   if (s->pages_stride > INT64_MAX / 8 / p->n_states) REFUSE("sequence %d: pages_stride is too large", index);
   for (int32_t state = 0; state < p->n_states; state++) {
     for (int64_t i = 0; i < pages; i++) {
       const uintptr_t page = (uintptr_t)s->pages[state * s->pages_stride + i];
-      if (!page || page % 4) REFUSE("sequence %d: page %d of state %d is NULL or not aligned", index, (int32_t)i, state);
+      if (!page || page % 4)
+        REFUSE("sequence %d: page %d of state %d is NULL or not aligned", index, (int32_t)i, state);
     }
   }
   return SHOAL_OK;
 }
 
-static int32_t check_sampling(const shoal_program *p, const shoal_sequence *s, int32_t index, char *error, int32_t error_bytes) {
+static int32_t check_sampling(const shoal_program *p, const shoal_sequence *s, int32_t index, char *error,
+                              int32_t error_bytes) {
   const shoal_sampling *a = &s->sampling;
   const shoal_buffer *logits = sampled(p);
   if (!s->sample || !logits) return SHOAL_OK;
@@ -50,7 +54,8 @@ static int32_t check_sampling(const shoal_program *p, const shoal_sequence *s, i
   if (a->repetition_penalty == 1) return SHOAL_OK;
   if (!s->history) REFUSE("sequence %d: a repetition penalty, but no history", index);
   for (int32_t i = 0; i < s->first + s->rows; i++)
-    if (s->history[i] < 0 || s->history[i] >= logits->cols) REFUSE("sequence %d: token %d at position %d is not in the vocabulary", index, s->history[i], i);
+    if (s->history[i] < 0 || s->history[i] >= logits->cols)
+      REFUSE("sequence %d: token %d at position %d is not in the vocabulary", index, s->history[i], i);
   return SHOAL_OK;
 }
 
@@ -76,20 +81,25 @@ int32_t shoal_check_batch(const shoal_program *p, const shoal_batch *b, char *er
     REFUSE("a batch has between 1 and max_rows (%d) sequences", p->max_rows);
   for (int32_t i = 0; i < b->n_sequences; i++) {
     const shoal_sequence *s = &b->sequences[i];
-    if (s->rows < 1 || s->first < 0 || s->first > INT32_MAX - SHOAL_BLOCK - s->rows) REFUSE("sequence %d: %d rows from position %d", i, s->rows, s->first);
-    if (s->wanted != 0 && s->wanted != 1 && s->wanted != s->rows) REFUSE("sequence %d: wanted %d is not 0, 1 or %d", i, s->wanted, s->rows);
-    if (s->sample != 0 && (s->sample != 1 || s->wanted == 0)) REFUSE("sequence %d: draws a token but wants no logits", i);
+    if (s->rows < 1 || s->first < 0 || s->first > INT32_MAX - SHOAL_BLOCK - s->rows)
+      REFUSE("sequence %d: %d rows from position %d", i, s->rows, s->first);
+    if (s->wanted != 0 && s->wanted != 1 && s->wanted != s->rows)
+      REFUSE("sequence %d: wanted %d is not 0, 1 or %d", i, s->wanted, s->rows);
+    if (s->sample != 0 && (s->sample != 1 || s->wanted == 0))
+      REFUSE("sequence %d: draws a token but wants no logits", i);
     rows += s->rows;
     wanted += s->wanted;
     if (rows > p->max_rows || wanted > p->max_wanted)
       REFUSE("the batch has more than %d rows or wants more than %d", p->max_rows, p->max_wanted);
-    if ((status = check_pages(p, s, i, error, error_bytes)) || (status = check_sampling(p, s, i, error, error_bytes))) return status;
+    if ((status = check_pages(p, s, i, error, error_bytes)) || (status = check_sampling(p, s, i, error, error_bytes)))
+      return status;
   }
   if ((status = check_distinct(p, b, error, error_bytes))) return status;
   const int32_t table = table_rows(p);
   if (table && !b->tokens) REFUSE("the program reads tokens, the batch has none");
   for (int64_t i = 0; table && i < rows; i++)
-    if (b->tokens[i] < 0 || b->tokens[i] >= table) REFUSE("token %d of row %d is not in [0, %d)", b->tokens[i], (int32_t)i, table);
+    if (b->tokens[i] < 0 || b->tokens[i] >= table)
+      REFUSE("token %d of row %d is not in [0, %d)", b->tokens[i], (int32_t)i, table);
   for (int32_t i = 0; i < p->n_inputs; i++)
     if (!b->inputs || !b->inputs[i]) REFUSE("input %d is NULL", i);
   if (p->n_outputs && !b->outputs) REFUSE("the table of outputs is NULL");

@@ -4,7 +4,14 @@
 
 #include <stdlib.h>
 
-enum { MAX_OPS = 1 << 14, MAX_TABLE = 1 << 16, MAX_ROWS = 1 << 16, MAX_COLS = 1 << 24, MAX_MATRIX_ROWS = 1 << 28, MAX_HEAD_DIM = 512 };
+enum {
+  MAX_OPS = 1 << 14,
+  MAX_TABLE = 1 << 16,
+  MAX_ROWS = 1 << 16,
+  MAX_COLS = 1 << 24,
+  MAX_MATRIX_ROWS = 1 << 28,
+  MAX_HEAD_DIM = 512
+};
 
 /* Where a check writes and what it is about. */
 typedef struct {
@@ -16,13 +23,13 @@ typedef struct {
 
 #define REFUSE(c, ...) return shoal_fail((c)->error, (c)->error_bytes, SHOAL_E_PROGRAM, __VA_ARGS__)
 /* Reports op and reason unless `holds`. */
-#define NEED(c, holds, reason) \
-  do {                         \
+#define NEED(c, holds, reason)                                                                  \
+  do {                                                                                          \
     if (!(holds)) REFUSE(c, "op %d (kind %d): %s", (c)->op, (c)->p->ops[(c)->op].kind, reason); \
   } while (0)
-#define TRY(call)                           \
-  do {                                      \
-    const int32_t status = (call);          \
+#define TRY(call)                          \
+  do {                                     \
+    const int32_t status = (call);         \
     if (status != SHOAL_OK) return status; \
   } while (0)
 
@@ -36,11 +43,15 @@ static int32_t check_tables(const checker *c) {
     const void *rows;
     int32_t n, most;
     const char *name;
-  } tables[] = {{p->ops, p->n_ops, MAX_OPS, "ops"},          {p->buffers, p->n_buffers, MAX_TABLE, "buffers"},
-                {p->weights, p->n_weights, MAX_TABLE, "weights"}, {p->states, p->n_states, MAX_TABLE, "states"},
-                {p->inputs, p->n_inputs, MAX_TABLE, "inputs"},  {p->outputs, p->n_outputs, MAX_TABLE, "outputs"}};
+  } tables[] = {{p->ops, p->n_ops, MAX_OPS, "ops"},
+                {p->buffers, p->n_buffers, MAX_TABLE, "buffers"},
+                {p->weights, p->n_weights, MAX_TABLE, "weights"},
+                {p->states, p->n_states, MAX_TABLE, "states"},
+                {p->inputs, p->n_inputs, MAX_TABLE, "inputs"},
+                {p->outputs, p->n_outputs, MAX_TABLE, "outputs"}};
   for (size_t i = 0; i < sizeof tables / sizeof *tables; i++) {
-    if (tables[i].n < 0 || tables[i].n > tables[i].most) REFUSE(c, "%d %s: not in [0, %d]", tables[i].n, tables[i].name, tables[i].most);
+    if (tables[i].n < 0 || tables[i].n > tables[i].most)
+      REFUSE(c, "%d %s: not in [0, %d]", tables[i].n, tables[i].name, tables[i].most);
     if (tables[i].n && !tables[i].rows) REFUSE(c, "the table of %s is NULL", tables[i].name);
   }
   if (p->max_rows < 1 || p->max_rows > MAX_ROWS) REFUSE(c, "max_rows %d: not in [1, %d]", p->max_rows, MAX_ROWS);
@@ -53,7 +64,8 @@ static int32_t check_buffers(const checker *c) {
     const shoal_buffer *b = &c->p->buffers[i];
     if (b->type != SHOAL_F32 && b->type != SHOAL_Q8) REFUSE(c, "buffer %d: type %d is neither f32 nor q8", i, b->type);
     if (b->cols < 1 || b->cols > MAX_COLS) REFUSE(c, "buffer %d: %d columns, not in [1, %d]", i, b->cols, MAX_COLS);
-    if (b->domain != SHOAL_ALL_ROWS && b->domain != SHOAL_WANTED_ROWS) REFUSE(c, "buffer %d: no domain %d", i, b->domain);
+    if (b->domain != SHOAL_ALL_ROWS && b->domain != SHOAL_WANTED_ROWS)
+      REFUSE(c, "buffer %d: no domain %d", i, b->domain);
   }
   return SHOAL_OK;
 }
@@ -74,8 +86,10 @@ static int32_t check_weight(const checker *c, int32_t i) {
       break;
     default: REFUSE(c, "weight %d: no type %d", i, w->type);
   }
-  if (!w->data || w->data_bytes != bytes) REFUSE(c, "weight %d: %u bytes of data, its shape needs %u", i, w->data ? w->data_bytes : 0, bytes);
-  if (w->scales_bytes != scales || !w->scales != !scales) REFUSE(c, "weight %d: %u bytes of scales, its shape needs %u", i, w->scales_bytes, scales);
+  if (!w->data || w->data_bytes != bytes)
+    REFUSE(c, "weight %d: %u bytes of data, its shape needs %u", i, w->data ? w->data_bytes : 0, bytes);
+  if (w->scales_bytes != scales || !w->scales != !scales)
+    REFUSE(c, "weight %d: %u bytes of scales, its shape needs %u", i, w->scales_bytes, scales);
   if ((uintptr_t)w->data % align || (uintptr_t)w->scales % 2) REFUSE(c, "weight %d is not aligned", i);
   if (w->type == SHOAL_F64)
     for (uint64_t k = 0; k < rows * cols; k++) {
@@ -122,20 +136,24 @@ static int32_t check_matmul(const checker *c, const shoal_op *op, const shoal_bu
 static int32_t check_rope(const checker *c, const shoal_op *op, const shoal_buffer *out) {
   const shoal_buffer *angles = buffer(c, op->angles);
   NEED(c, angles && c->written[op->angles] && op->angles != op->out, "no angles, or not written");
-  NEED(c, angles->type == SHOAL_F32 && angles->cols % 2 == 0 && angles->domain == out->domain, "the angles' type, columns or rows");
+  NEED(c, angles->type == SHOAL_F32 && angles->cols % 2 == 0 && angles->domain == out->domain,
+       "the angles' type, columns or rows");
   NEED(c, out->type == SHOAL_F32 && c->written[op->out], "rotates a buffer that is not f32 or was not written");
-  NEED(c, op->i[0] >= 1 && op->i[1] >= angles->cols && (int64_t)op->i[0] * op->i[1] <= out->cols, "heads do not fit the columns");
+  NEED(c, op->i[0] >= 1 && op->i[1] >= angles->cols && (int64_t)op->i[0] * op->i[1] <= out->cols,
+       "heads do not fit the columns");
   return SHOAL_OK;
 }
 
 static int32_t check_store(const checker *c, const shoal_op *op, const shoal_buffer *in, const shoal_state *s) {
   const int32_t width = s->kv_heads * s->head_dim;
   NEED(c, in->type == SHOAL_F32 && in->domain == SHOAL_ALL_ROWS, "reads a buffer that is not f32 of all rows");
-  for (int32_t k = 0; k < 2; k++) NEED(c, op->i[k] >= 0 && (int64_t)op->i[k] + width <= in->cols, "keys or values beyond the columns");
+  for (int32_t k = 0; k < 2; k++)
+    NEED(c, op->i[k] >= 0 && (int64_t)op->i[k] + width <= in->cols, "keys or values beyond the columns");
   return SHOAL_OK;
 }
 
-static int32_t check_attend(const checker *c, const shoal_op *op, const shoal_buffer *in, const shoal_buffer *out, const shoal_state *s) {
+static int32_t check_attend(const checker *c, const shoal_op *op, const shoal_buffer *in, const shoal_buffer *out,
+                            const shoal_state *s) {
   const int64_t width = (int64_t)op->i[1] * s->head_dim;
   NEED(c, in->type == SHOAL_F32 && in->domain == SHOAL_ALL_ROWS, "reads a buffer that is not f32 of all rows");
   NEED(c, out->type == SHOAL_F32 && out->domain == SHOAL_ALL_ROWS, "writes a buffer that is not f32 of all rows");
@@ -169,8 +187,10 @@ static int32_t check_op(const checker *c) {
   NEED(c, !(has & HAS_OUT) || out, "writes no buffer");
   NEED(c, (has & (HAS_IN | HAS_OUT)) != (HAS_IN | HAS_OUT) || op->in != op->out, "reads what it writes");
   NEED(c, !(has & HAS_STATE) || (op->state >= 0 && op->state < c->p->n_states), "no such state");
-  NEED(c, (has & (HAS_IN | HAS_OUT)) != (HAS_IN | HAS_OUT) || in->domain == out->domain ||
-              (op->kind == SHOAL_OP_NORM && out->domain == SHOAL_WANTED_ROWS), "rows of input and output differ");
+  NEED(c,
+       (has & (HAS_IN | HAS_OUT)) != (HAS_IN | HAS_OUT) || in->domain == out->domain ||
+           (op->kind == SHOAL_OP_NORM && out->domain == SHOAL_WANTED_ROWS),
+       "rows of input and output differ");
   switch (op->kind) {
     case SHOAL_OP_EMBED: {
       TRY(check_op_weights(c, 1, 1, -1, out->cols));
@@ -181,11 +201,13 @@ static int32_t check_op(const checker *c) {
     case SHOAL_OP_ANGLES:
       TRY(check_op_weights(c, 1, 1, SHOAL_F64, -1));
       NEED(c, out->type == SHOAL_F32 && out->domain == SHOAL_ALL_ROWS, "writes a buffer that is not f32 of all rows");
-      NEED(c, c->p->weights[op->weights[0]].rows == 1 && c->p->weights[op->weights[0]].cols * 2 == out->cols, "twice the frequencies are not the columns");
+      NEED(c, c->p->weights[op->weights[0]].rows == 1 && c->p->weights[op->weights[0]].cols * 2 == out->cols,
+           "twice the frequencies are not the columns");
       break;
     case SHOAL_OP_NORM:
       TRY(check_op_weights(c, 1, 1, SHOAL_F32, in->cols));
-      NEED(c, c->p->weights[op->weights[0]].rows == 1 && in->type == SHOAL_F32 && in->cols == out->cols, "types or columns do not fit");
+      NEED(c, c->p->weights[op->weights[0]].rows == 1 && in->type == SHOAL_F32 && in->cols == out->cols,
+           "types or columns do not fit");
       NEED(c, shoal_is_finite(op->f[0]) && op->f[0] >= 0, "epsilon is negative or not finite");
       break;
     case SHOAL_OP_QUANTISE:
@@ -199,7 +221,9 @@ static int32_t check_op(const checker *c) {
       NEED(c, in->type == SHOAL_F32 && in->cols == 2 * out->cols, "the input has not twice the output's columns");
       NEED(c, op->i[0] == SHOAL_SILU || op->i[0] == SHOAL_GELU_TANH, "no such activation");
       break;
-    default: NEED(c, in->type == SHOAL_F32 && in->domain == SHOAL_WANTED_ROWS, "draws from a buffer that is not f32 of wanted rows");
+    default:
+      NEED(c, in->type == SHOAL_F32 && in->domain == SHOAL_WANTED_ROWS,
+           "draws from a buffer that is not f32 of wanted rows");
   }
   if (has & HAS_OUT) c->written[op->out] = 1;
   return SHOAL_OK;
@@ -223,7 +247,8 @@ static int32_t check_all(checker *c) {
   TRY(check_ends(c, p->inputs, p->n_inputs, "input"));
   TRY(check_ends(c, p->outputs, p->n_outputs, "output"));
   for (int32_t i = 0; i < p->n_inputs; i++) {
-    if (p->buffers[p->inputs[i]].domain != SHOAL_ALL_ROWS) REFUSE(c, "input %d: buffer %d does not hold all rows", i, p->inputs[i]);
+    if (p->buffers[p->inputs[i]].domain != SHOAL_ALL_ROWS)
+      REFUSE(c, "input %d: buffer %d does not hold all rows", i, p->inputs[i]);
     c->written[p->inputs[i]] = 1;
   }
   for (c->op = 0; c->op < p->n_ops; c->op++) TRY(check_op(c));

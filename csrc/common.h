@@ -54,8 +54,8 @@ typedef struct {
 
 /* Rows [0, rows) of one sequence, from position first on, for the query heads of one kv head. */
 typedef struct {
-  const char *in; /* at the column of the kv head's first query head; for STORE at the kv head's keys */
-  char *out;      /* for STORE unused */
+  const char *in;     /* at the column of the kv head's first query head; for STORE at the kv head's keys */
+  char *out;          /* for STORE unused */
   const char *values; /* STORE: at the kv head's values */
   size_t in_stride, out_stride;
   void *const *pages;
@@ -65,7 +65,7 @@ typedef struct {
   float scale;
 } shoal_attention;
 
-/* One instruction set. Every entry gives the same bits as scalar.c's; semantics stand in ops.inc and docs/numerics.md. */
+/* One instruction set. Every entry gives the same bits as scalar.c's; what they mean stands in ops.inc. */
 typedef struct {
   void (*embed)(const shoal_weight *table, int32_t token, float *out);
   void (*norm)(const float *x, const float *w, int32_t cols, float epsilon, float *out);
@@ -79,8 +79,9 @@ typedef struct {
   void (*matmul_q8)(const shoal_matmul *task);
   void (*matmul_f32)(const shoal_matmul *task);
   int32_t (*finite)(const float *x, int64_t n);
-  float (*largest)(const float *x, int32_t n);                                         /* n >= 1 */
-  void (*exponentials)(const float *x, int32_t n, float largest, float divisor, float *out); /* exp((x - largest) / divisor) */
+  float (*largest)(const float *x, int32_t n); /* n >= 1 */
+  void (*exponentials)(const float *x, int32_t n, float largest, float divisor,
+                       float *out); /* exp((x - largest) / divisor) */
 } shoal_kernels;
 
 extern const shoal_kernels shoal_kernels_scalar, shoal_kernels_avx2, shoal_kernels_avx512, shoal_kernels_neon;
@@ -91,7 +92,7 @@ const shoal_kernels *shoal_kernels_of(int32_t isa);
 /* angles.c */
 void shoal_angles(int32_t position, const double *inv_freq, int32_t half, float *out);
 
-/* sample.c: draws the token at position history[0 .. position) from logits; scratch is shoal_sample_scratch(vocab) bytes.
+/* sample.c: draws the token at `position`, after history[0 .. position); scratch is shoal_sample_scratch(vocab) bytes.
  * -1: a logit is not finite. */
 size_t shoal_sample_scratch(int32_t vocab);
 int32_t shoal_sample(const shoal_kernels *kernels, const float *logits, int32_t vocab, const shoal_sampling *sampling,
@@ -102,12 +103,13 @@ int32_t shoal_check_program(const shoal_program *program, char *error, int32_t e
 int32_t shoal_check_batch(const shoal_program *program, const shoal_batch *batch, char *error, int32_t error_bytes);
 
 /* plan.c: places every buffer for the ops between its writing and its last reading; at[i] are byte offsets of op i's
- * out, in and angles, input_at and output_at those of the program's inputs and outputs. Gives the bytes of the whole. */
+ * out, in and angles, input_at and output_at those of the program's inputs and outputs; bytes is the whole. */
 typedef struct {
   uint64_t out, in, angles;
 } shoal_places;
 size_t shoal_row_bytes(const shoal_buffer *buffer);
-int32_t shoal_plan(const shoal_program *program, shoal_places *at, uint64_t *input_at, uint64_t *output_at, uint64_t *bytes);
+int32_t shoal_plan(const shoal_program *program, shoal_places *at, uint64_t *input_at, uint64_t *output_at,
+                   uint64_t *bytes);
 
 /* message.c: writes a message with %d (int32), %u (uint64), %s and %%; gives status back. */
 int32_t shoal_fail(char *error, int32_t error_bytes, int32_t status, const char *format, ...);
@@ -117,7 +119,8 @@ int32_t shoal_pool_threads(const shoal_pool *pool);
 int32_t shoal_pool_take(shoal_pool *pool); /* 0: another run has it */
 void shoal_pool_give(shoal_pool *pool);
 void shoal_pool_run(shoal_pool *pool, void (*body)(void *argument, int32_t thread), void *argument);
-int32_t shoal_pool_meet(shoal_pool *pool); /* 1: all have come, the caller is the last and must call shoal_pool_part; 0: parted */
+int32_t shoal_pool_meet(
+    shoal_pool *pool); /* 1: all have come, the caller is the last and must call shoal_pool_part; 0: parted */
 void shoal_pool_part(shoal_pool *pool);
 
 /* fenv.c: round to nearest, no flush to zero; gives what was set before. */

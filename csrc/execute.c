@@ -99,8 +99,10 @@ static void run_matmul(const run *r, const shoal_op *op, const shoal_places *at,
         .panel1 = panel + n,
         .add = op->i[0],
     };
-    if (w->type == SHOAL_Q8) r->e->kernels->matmul_q8(&task);
-    else r->e->kernels->matmul_f32(&task);
+    if (w->type == SHOAL_Q8)
+      r->e->kernels->matmul_q8(&task);
+    else
+      r->e->kernels->matmul_f32(&task);
     unit += n;
   }
 }
@@ -145,8 +147,9 @@ static void run_sample(run *r, const shoal_op *op, const shoal_places *at, int64
     row += s->wanted;
     if (i < unit || !s->sample) continue;
     const float *logits = (const float *)shoal_row(r->e, at->in, op->in, row);
-    const int32_t token = shoal_sample(r->e->kernels, logits, r->e->program.buffers[op->in].cols, &s->sampling, s->history,
-                                       s->first + s->rows, r->e->scratch + (size_t)thread * r->e->scratch_bytes);
+    const int32_t token =
+        shoal_sample(r->e->kernels, logits, r->e->program.buffers[op->in].cols, &s->sampling, s->history,
+                     s->first + s->rows, r->e->scratch + (size_t)thread * r->e->scratch_bytes);
     r->batch->drawn[i] = token;
     if (token >= 0) continue;
     r->where = (int32_t)i;
@@ -162,21 +165,28 @@ static void run_row(const run *r, const shoal_op *op, const shoal_places *at, in
   char *out = shoal_row(r->e, at->out, op->out, row);
   int32_t from = row;
   if (op->kind == SHOAL_OP_NORM && p->buffers[op->in].domain != to->domain) from = r->e->wanted[row];
-  const float *in = op->in >= 0 && op->kind > SHOAL_OP_ANGLES && op->kind != SHOAL_OP_ROPE ? (const float *)shoal_row(r->e, at->in, op->in, from) : NULL;
+  const float *in = op->in >= 0 && op->kind > SHOAL_OP_ANGLES && op->kind != SHOAL_OP_ROPE
+                        ? (const float *)shoal_row(r->e, at->in, op->in, from)
+                        : NULL;
   switch (op->kind) {
     case SHOAL_OP_EMBED: k->embed(w, r->batch->tokens[row], (float *)out); break;
     case SHOAL_OP_ANGLES: shoal_angles(position_of(r, row), w->data, w->cols, (float *)out); break;
     case SHOAL_OP_NORM:
-      if (to->type == SHOAL_Q8) k->norm_q8(in, w->data, to->cols, op->f[0], out);
-      else k->norm(in, w->data, to->cols, op->f[0], (float *)out);
+      if (to->type == SHOAL_Q8)
+        k->norm_q8(in, w->data, to->cols, op->f[0], out);
+      else
+        k->norm(in, w->data, to->cols, op->f[0], (float *)out);
       break;
     case SHOAL_OP_QUANTISE: k->quantise(in, to->cols, out); break;
     case SHOAL_OP_ROPE:
-      k->rope((float *)out, (const float *)shoal_row(r->e, at->angles, op->angles, row), op->i[0], op->i[1], p->buffers[op->angles].cols / 2);
+      k->rope((float *)out, (const float *)shoal_row(r->e, at->angles, op->angles, row), op->i[0], op->i[1],
+              p->buffers[op->angles].cols / 2);
       break;
     default:
-      if (to->type == SHOAL_Q8) k->gate_q8(in, to->cols, op->i[0], out);
-      else k->gate(in, to->cols, op->i[0], (float *)out);
+      if (to->type == SHOAL_Q8)
+        k->gate_q8(in, to->cols, op->i[0], out);
+      else
+        k->gate(in, to->cols, op->i[0], (float *)out);
   }
 }
 
@@ -202,7 +212,7 @@ static void op_ended(run *r, int32_t index) {
   if (r->batch->cancel && *r->batch->cancel && r->status == SHOAL_OK) r->status = SHOAL_E_CANCELLED;
 }
 
-/* Ops that one claim covers follow each other on one thread, without a meeting between them. Gives the op after them. */
+/* Ops that one claim covers follow each other on one thread, with no meeting between them. Gives the op after them. */
 static int32_t run_small(run *r, int32_t op, int32_t thread) {
   const int32_t mine = atomic_fetch_add(&r->claimed, 1) == 0;
   for (; op < r->e->program.n_ops; op++) {

@@ -11,7 +11,7 @@ enum { SPAN_ROWS = 16 };
 /* Up to SPAN_ROWS rows of one sequence, which ATTEND and STORE take at a time. */
 typedef struct {
   int32_t sequence;
-  int32_t base; /* row of the batch that is the sequence's first */
+  int32_t base;      /* row of the batch that is the sequence's first */
   int32_t row, rows; /* within the sequence */
 } shoal_span;
 
@@ -34,7 +34,7 @@ typedef struct {
   shoal_executor *e;
   const shoal_batch *batch;
   int32_t rows, wanted, n_spans;
-  int64_t seen; /* sum over rows of the positions that each sees */
+  int64_t seen;            /* sum over rows of the positions that each sees */
   _Atomic int64_t claimed; /* units of the op at hand */
   _Atomic int32_t status;
   _Atomic int32_t where; /* the sequence that the status is about */

@@ -5,7 +5,8 @@ typedef struct {
   __m256 a, b; /* lanes 0-7 and 8-15 */
 } v16;
 
-#define BOTH(first, second) return (v16){(first), (second)}
+#define BOTH(first, second) \
+  return (v16) { (first), (second) }
 
 /* All bits of the first n of eight lanes, n of any size. */
 SHOAL_INLINE __m256i first_lanes(int32_t n) {
@@ -14,7 +15,9 @@ SHOAL_INLINE __m256i first_lanes(int32_t n) {
 
 SHOAL_INLINE v16 v_set1(float x) { BOTH(_mm256_set1_ps(x), _mm256_set1_ps(x)); }
 SHOAL_INLINE v16 v_load(const float *p) { BOTH(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)); }
-SHOAL_INLINE v16 v_load_n(const float *p, int32_t n) { BOTH(_mm256_maskload_ps(p, first_lanes(n)), _mm256_maskload_ps(p + 8, first_lanes(n - 8))); }
+SHOAL_INLINE v16 v_load_n(const float *p, int32_t n) {
+  BOTH(_mm256_maskload_ps(p, first_lanes(n)), _mm256_maskload_ps(p + 8, first_lanes(n - 8)));
+}
 SHOAL_INLINE v16 v_add(v16 x, v16 y) { BOTH(_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)); }
 SHOAL_INLINE v16 v_sub(v16 x, v16 y) { BOTH(_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)); }
 SHOAL_INLINE v16 v_mul(v16 x, v16 y) { BOTH(_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)); }
@@ -34,11 +37,13 @@ SHOAL_INLINE v16 v_abs(v16 x) {
 }
 
 SHOAL_INLINE v16 v_greater(v16 x, v16 y, v16 yes, v16 no) {
-  BOTH(_mm256_blendv_ps(no.a, yes.a, _mm256_cmp_ps(x.a, y.a, _CMP_GT_OQ)), _mm256_blendv_ps(no.b, yes.b, _mm256_cmp_ps(x.b, y.b, _CMP_GT_OQ)));
+  BOTH(_mm256_blendv_ps(no.a, yes.a, _mm256_cmp_ps(x.a, y.a, _CMP_GT_OQ)),
+       _mm256_blendv_ps(no.b, yes.b, _mm256_cmp_ps(x.b, y.b, _CMP_GT_OQ)));
 }
 
 SHOAL_INLINE v16 v_first(v16 x, v16 y, int32_t n) {
-  BOTH(_mm256_blendv_ps(y.a, x.a, _mm256_castsi256_ps(first_lanes(n))), _mm256_blendv_ps(y.b, x.b, _mm256_castsi256_ps(first_lanes(n - 8))));
+  BOTH(_mm256_blendv_ps(y.a, x.a, _mm256_castsi256_ps(first_lanes(n))),
+       _mm256_blendv_ps(y.b, x.b, _mm256_castsi256_ps(first_lanes(n - 8))));
 }
 
 SHOAL_INLINE __m256 power8(__m256 n) {
@@ -48,7 +53,8 @@ SHOAL_INLINE __m256 power8(__m256 n) {
 SHOAL_INLINE v16 v_power(v16 n) { BOTH(power8(n.a), power8(n.b)); }
 
 SHOAL_INLINE v16 v_load_f16(const uint16_t *p) {
-  BOTH(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 8))));
+  BOTH(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)),
+       _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 8))));
 }
 
 SHOAL_INLINE void v_store(float *p, v16 x) {
@@ -67,7 +73,8 @@ SHOAL_INLINE void v_store_f16(uint16_t *p, v16 x) {
 }
 
 SHOAL_INLINE void v_store_i8(int8_t *p, v16 x) {
-  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)), 0xd8);
+  const __m256i words =
+      _mm256_permute4x64_epi64(_mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)), 0xd8);
   _mm_storeu_si128((__m128i *)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
 }
 

@@ -3,10 +3,10 @@
 
 typedef float32x4x4_t v16;
 
-#define FOUR(i, expression)                             \
-  v16 result;                                             \
-  SHOAL_UNROLL(4) for (int32_t i = 0; i < 4; i++) \
-      result.val[i] = (expression);                       \
+#define FOUR(i, expression)                                     \
+  v16 result;                                                   \
+  SHOAL_UNROLL(4)                                               \
+  for (int32_t i = 0; i < 4; i++) result.val[i] = (expression); \
   return result
 
 SHOAL_INLINE v16 v_set1(float x) { FOUR(i, vdupq_n_f32(x)); }
@@ -18,7 +18,9 @@ SHOAL_INLINE v16 v_div(v16 a, v16 b) { FOUR(i, vdivq_f32(a.val[i], b.val[i])); }
 SHOAL_INLINE v16 v_fma(v16 a, v16 b, v16 c) { FOUR(i, vfmaq_f32(c.val[i], a.val[i], b.val[i])); }
 SHOAL_INLINE v16 v_neg(v16 a) { FOUR(i, vnegq_f32(a.val[i])); }
 SHOAL_INLINE v16 v_abs(v16 a) { FOUR(i, vabsq_f32(a.val[i])); }
-SHOAL_INLINE v16 v_greater(v16 a, v16 b, v16 yes, v16 no) { FOUR(i, vbslq_f32(vcgtq_f32(a.val[i], b.val[i]), yes.val[i], no.val[i])); }
+SHOAL_INLINE v16 v_greater(v16 a, v16 b, v16 yes, v16 no) {
+  FOUR(i, vbslq_f32(vcgtq_f32(a.val[i], b.val[i]), yes.val[i], no.val[i]));
+}
 /* Not fmax and fmin: those treat NaN and the two zeros their own way. */
 SHOAL_INLINE v16 v_max(v16 a, v16 b) { return v_greater(a, b, a, b); }
 SHOAL_INLINE v16 v_min(v16 a, v16 b) { return v_greater(b, a, a, b); }
@@ -29,7 +31,9 @@ SHOAL_INLINE uint32x4_t first_lanes(int32_t n) {
 }
 
 SHOAL_INLINE v16 v_first(v16 a, v16 b, int32_t n) { FOUR(i, vbslq_f32(first_lanes(n - 4 * i), a.val[i], b.val[i])); }
-SHOAL_INLINE v16 v_power(v16 n) { FOUR(i, vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n.val[i]), vdupq_n_s32(127)), 23))); }
+SHOAL_INLINE v16 v_power(v16 n) {
+  FOUR(i, vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n.val[i]), vdupq_n_s32(127)), 23)));
+}
 SHOAL_INLINE v16 v_load_f16(const uint16_t *p) { FOUR(i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i)))); }
 
 SHOAL_INLINE v16 v_load_n(const float *p, int32_t n) {
@@ -39,7 +43,8 @@ SHOAL_INLINE v16 v_load_n(const float *p, int32_t n) {
 }
 
 SHOAL_INLINE void v_store(float *p, v16 a) {
-  SHOAL_UNROLL(4) for (int32_t i = 0; i < 4; i++) vst1q_f32(p + 4 * i, a.val[i]);
+  SHOAL_UNROLL(4)
+  for (int32_t i = 0; i < 4; i++) vst1q_f32(p + 4 * i, a.val[i]);
 }
 
 SHOAL_INLINE void v_store_n(float *p, v16 a, int32_t n) {
@@ -49,7 +54,8 @@ SHOAL_INLINE void v_store_n(float *p, v16 a, int32_t n) {
 }
 
 SHOAL_INLINE void v_store_f16(uint16_t *p, v16 a) {
-  SHOAL_UNROLL(4) for (int32_t i = 0; i < 4; i++) vst1_u16(p + 4 * i, vreinterpret_u16_f16(vcvt_f16_f32(a.val[i])));
+  SHOAL_UNROLL(4)
+  for (int32_t i = 0; i < 4; i++) vst1_u16(p + 4 * i, vreinterpret_u16_f16(vcvt_f16_f32(a.val[i])));
 }
 
 SHOAL_INLINE void v_store_i8(int8_t *p, v16 a) {

@@ -35,25 +35,33 @@ SHOAL_INLINE pairs add_lines(pairs sum, int8x16_t w0, int8x16_t w1, int8x16_t x0
 }
 
 /* 8 outputs, from the first column of `w` on. */
-SHOAL_INLINE void half_dots(const int8_t *w, const uint16_t *scales, const shoal_q8_row *x, const int32_t rows, float32x4_t sum[4][2]) {
+SHOAL_INLINE void half_dots(const int8_t *w, const uint16_t *scales, const shoal_q8_row *x, const int32_t rows,
+                            float32x4_t sum[4][2]) {
   const int32_t groups = x[0].groups;
-  UNROLL(4) for (int32_t r = 0; r < rows; r++) sum[r][0] = sum[r][1] = vdupq_n_f32(0.0f);
+  UNROLL(4)
+  for (int32_t r = 0; r < rows; r++) sum[r][0] = sum[r][1] = vdupq_n_f32(0.0f);
   for (int32_t g = 0; g < groups; g++) {
     pairs dots[4][2];
-    UNROLL(4) for (int32_t r = 0; r < rows; r++) dots[r][0] = dots[r][1] = (pairs){vdupq_n_s32(0), vdupq_n_s32(0)};
-    UNROLL(4) for (int32_t k = 0; k < SHOAL_GROUP; k += 2 * SHOAL_QUAD, w += 2 * LINE) {
-      UNROLL(2) for (int32_t half = 0; half < 2; half++) {
+    UNROLL(4)
+    for (int32_t r = 0; r < rows; r++) dots[r][0] = dots[r][1] = (pairs){vdupq_n_s32(0), vdupq_n_s32(0)};
+    UNROLL(4)
+    for (int32_t k = 0; k < SHOAL_GROUP; k += 2 * SHOAL_QUAD, w += 2 * LINE) {
+      UNROLL(2)
+      for (int32_t half = 0; half < 2; half++) {
         const int8x16_t w0 = vld1q_s8(w + 16 * half), w1 = vld1q_s8(w + LINE + 16 * half);
-        UNROLL(4) for (int32_t r = 0; r < rows; r++) {
+        UNROLL(4)
+        for (int32_t r = 0; r < rows; r++) {
           const int8_t *at = x[r].q + g * SHOAL_GROUP + k;
           dots[r][half] = add_lines(dots[r][half], w0, w1, quad(at), quad(at + SHOAL_QUAD));
         }
       }
     }
     const uint16_t *scale = scales + (size_t)g * SHOAL_PANEL;
-    UNROLL(2) for (int32_t half = 0; half < 2; half++) {
+    UNROLL(2)
+    for (int32_t half = 0; half < 2; half++) {
       const float32x4_t of_weights = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(scale + 4 * half)));
-      UNROLL(4) for (int32_t r = 0; r < rows; r++) {
+      UNROLL(4)
+      for (int32_t r = 0; r < rows; r++) {
         const float32x4_t dot = vcvtq_f32_s32(vpaddq_s32(dots[r][half].low, dots[r][half].high));
         sum[r][half] = vfmaq_f32(sum[r][half], dot, vmulq_n_f32(of_weights, x[r].scale[g]));
       }
@@ -61,12 +69,14 @@ SHOAL_INLINE void half_dots(const int8_t *w, const uint16_t *scales, const shoal
   }
 }
 
-SHOAL_INLINE void q8_dots(const int8_t *w, const uint16_t *scales, const shoal_q8_row *x, const int32_t rows, const int32_t panels, v16 *sums) {
+SHOAL_INLINE void q8_dots(const int8_t *w, const uint16_t *scales, const shoal_q8_row *x, const int32_t rows,
+                          const int32_t panels, v16 *sums) {
   float32x4_t low[4][2], high[4][2];
   (void)panels;
   half_dots(w, scales, x, rows, low);
   half_dots(w + LINE / 2, scales + SHOAL_PANEL / 2, x, rows, high);
-  UNROLL(4) for (int32_t r = 0; r < rows; r++) sums[r] = (v16){{low[r][0], low[r][1], high[r][0], high[r][1]}};
+  UNROLL(4)
+  for (int32_t r = 0; r < rows; r++) sums[r] = (v16){{low[r][0], low[r][1], high[r][0], high[r][1]}};
 }
 
 #define SHOAL_SET shoal_kernels_neon

@@ -1,4 +1,4 @@
-/* The workspace: a buffer takes room only from an op that writes it anew to the last op that reads that, so buffers that
+/* The workspace: a buffer takes room only from an op that writes it anew to the last that reads it, so buffers that
  * never live together share memory. Planned once, when a program is opened. */
 #include "common.h"
 
@@ -26,11 +26,15 @@ static int32_t begin_version(const shoal_program *p, version *versions, int32_t 
 }
 
 /* In place, or added to: what the buffer held goes on. */
-static int32_t keeps(const shoal_op *op) { return op->kind == SHOAL_OP_ROPE || (op->kind == SHOAL_OP_MATMUL && op->i[0]); }
+static int32_t keeps(const shoal_op *op) {
+  return op->kind == SHOAL_OP_ROPE || (op->kind == SHOAL_OP_MATMUL && op->i[0]);
+}
 
 static int32_t writes(const shoal_op *op) { return op->kind != SHOAL_OP_STORE && op->kind != SHOAL_OP_SAMPLE; }
 
-static int32_t reads(const shoal_op *op) { return op->kind != SHOAL_OP_EMBED && op->kind != SHOAL_OP_ANGLES && op->kind != SHOAL_OP_ROPE; }
+static int32_t reads(const shoal_op *op) {
+  return op->kind != SHOAL_OP_EMBED && op->kind != SHOAL_OP_ANGLES && op->kind != SHOAL_OP_ROPE;
+}
 
 /* Versions are in the order of their beginning: each goes to the lowest place that those still alive leave free. */
 static uint64_t place(version *versions, int32_t n, int32_t *alive) {
@@ -59,8 +63,10 @@ typedef struct {
   int32_t out, in, angles;
 } op_versions;
 
-static void follow(const shoal_program *p, version *versions, int32_t *n, int32_t *now, op_versions *used, int32_t *entering) {
-  for (int32_t i = 0; i < p->n_inputs; i++) entering[i] = now[p->inputs[i]] = begin_version(p, versions, n, p->inputs[i], -1);
+static void follow(const shoal_program *p, version *versions, int32_t *n, int32_t *now, op_versions *used,
+                   int32_t *entering) {
+  for (int32_t i = 0; i < p->n_inputs; i++)
+    entering[i] = now[p->inputs[i]] = begin_version(p, versions, n, p->inputs[i], -1);
   for (int32_t i = 0; i < p->n_ops; i++) {
     const shoal_op *op = &p->ops[i];
     if (reads(op)) versions[used[i].in = now[op->in]].end = i;

@@ -1,5 +1,5 @@
 /* Threads that run one body together and meet between its parts. The caller of a run is thread 0. Who waits spins for
- * about 50 us and then sleeps in the kernel: no mutex and no condition variable, whose sizes differ between C libraries. */
+ * about 50 us and then sleeps in the kernel. No mutex, no condition variable: their sizes differ between C libraries. */
 #define _GNU_SOURCE
 #include "common.h"
 

@@ -26,7 +26,8 @@ static int32_t copy_tables(shoal_executor *e, const shoal_program *p) {
   e->program.inputs = copy(p->inputs, p->n_inputs, sizeof *p->inputs);
   e->program.outputs = copy(p->outputs, p->n_outputs, sizeof *p->outputs);
   for (int32_t i = 0; ops && i < p->n_ops; i++) clear_unused(&ops[i]);
-  return ops && e->program.buffers && e->program.weights && e->program.states && e->program.inputs && e->program.outputs;
+  return ops && e->program.buffers && e->program.weights && e->program.states && e->program.inputs &&
+         e->program.outputs;
 }
 
 /* The tables are the executor's own copies: const only to those who read them. */
@@ -61,7 +62,8 @@ static int32_t make_room(shoal_executor *e) {
   if (shoal_plan(p, e->at, e->input_at, e->output_at, &e->workspace_bytes)) return SHOAL_E_MEMORY;
   for (int32_t i = 0; i < p->n_ops; i++)
     if (p->ops[i].kind == SHOAL_OP_SAMPLE)
-      e->scratch_bytes = SHOAL_MAX(e->scratch_bytes, SHOAL_UP(shoal_sample_scratch(p->buffers[p->ops[i].in].cols), (size_t)ALIGN));
+      e->scratch_bytes =
+          SHOAL_MAX(e->scratch_bytes, SHOAL_UP(shoal_sample_scratch(p->buffers[p->ops[i].in].cols), (size_t)ALIGN));
   /* Not cleared: the pages of a large workspace are not even touched before rows need them. */
   e->workspace_memory = malloc(e->workspace_bytes + ALIGN);
   e->scratch = malloc(e->scratch_bytes * (size_t)shoal_pool_threads(e->pool) + 1);
@@ -78,7 +80,8 @@ int32_t shoal_open(const shoal_program *program, shoal_pool *pool, int32_t isa, 
   if (status) return status;
   if (!pool) return shoal_fail(error, error_bytes, SHOAL_E_PROGRAM, "the pool is NULL");
   const shoal_kernels *kernels = shoal_kernels_of(isa);
-  if (!kernels) return shoal_fail(error, error_bytes, SHOAL_E_ISA, "this CPU or build has no kernels for %s", shoal_isa_name(isa));
+  if (!kernels)
+    return shoal_fail(error, error_bytes, SHOAL_E_ISA, "this CPU or build has no kernels for %s", shoal_isa_name(isa));
   shoal_executor *e = calloc(1, sizeof *e);
   if (e) {
     e->kernels = kernels;
@@ -116,7 +119,8 @@ static int32_t take_inputs(const shoal_run_state *r) {
     const int32_t cols = p->buffers[p->inputs[i]].cols;
     if (!r->e->kernels->finite(r->batch->inputs[i], (int64_t)r->rows * cols)) return i;
     for (int32_t row = 0; row < r->rows; row++)
-      memcpy(shoal_row(r->e, r->e->input_at[i], p->inputs[i], row), r->batch->inputs[i] + (size_t)row * cols, (size_t)cols * sizeof(float));
+      memcpy(shoal_row(r->e, r->e->input_at[i], p->inputs[i], row), r->batch->inputs[i] + (size_t)row * cols,
+             (size_t)cols * sizeof(float));
   }
   return -1;
 }
@@ -145,7 +149,8 @@ static int32_t run_batch(shoal_executor *e, const shoal_batch *batch, char *erro
   shoal_pool_run(e->pool, shoal_execute, &r);
   if (r.status == SHOAL_E_CANCELLED) return shoal_fail(error, error_bytes, SHOAL_E_CANCELLED, "cancelled");
   if (r.status == SHOAL_E_NONFINITE)
-    return shoal_fail(error, error_bytes, SHOAL_E_NONFINITE, "the logits of sequence %d hold NaN or infinity", (int32_t)r.where);
+    return shoal_fail(error, error_bytes, SHOAL_E_NONFINITE, "the logits of sequence %d hold NaN or infinity",
+                      (int32_t)r.where);
   index = give_outputs(&r);
   if (index >= 0) return shoal_fail(error, error_bytes, SHOAL_E_NONFINITE, "output %d holds NaN or infinity", index);
   return SHOAL_OK;

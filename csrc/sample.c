@@ -1,4 +1,4 @@
-/* Drawing one token: a pure function of the logits, the parameters, the tokens before it and (seed, position), so that a
+/* Drawing one token: a pure function of logits, parameters, the tokens before it and (seed, position), so that a
  * replay, or another device, draws the same one. docs/numerics.md says it in words; engine/sampler.py is its oracle. */
 #include "common.h"
 
@@ -45,7 +45,7 @@ static void sift(const candidates *c, int32_t at, int32_t n) {
   c->ids[at] = id;
 }
 
-/* Puts the first of the n candidates, in order, at the front of ids, until there are `most` or their p sum up to `mass`;
+/* Puts the first of the n candidates, in order, at the front of ids, until they are `most` or their p sum up to `mass`;
  * gives how many. */
 static int32_t order(const candidates *c, int32_t n, int32_t most, double mass) {
   int32_t taken = 0;
@@ -67,8 +67,8 @@ static int32_t order(const candidates *c, int32_t n, int32_t most, double mass) 
   return taken;
 }
 
-/* order() over all tokens with p >= floor. Few of them matter, so only p >= cut is looked at, and the cut falls until that
- * was enough: the outcome does not depend on it. */
+/* order() over all tokens with p >= floor. Few of them matter, so only p >= cut is looked at, and the cut falls
+ * until that was enough: the outcome does not depend on it. */
 static int32_t select_first(const candidates *c, int32_t most, double mass, float floor) {
   for (float cut = 0x1p-5f;; cut *= 0x1p-5f) {
     if (cut < floor || cut < 0x1p-80f) cut = floor;
@@ -144,6 +144,7 @@ int32_t shoal_sample(const shoal_kernels *kernels, const float *logits, int32_t 
   kernels->exponentials(c.logits, vocab, largest, s->temperature, p);
   const double u = uniform(s->seed, position);
   if (s->top_k <= 0 && s->top_p >= 1 && s->min_p <= 0) return draw(&c, NULL, vocab, u);
-  for (int32_t run = 0; run < vocab; run += RUN) run_largest[run / RUN] = kernels->largest(p + run, SHOAL_MIN(RUN, vocab - run));
+  for (int32_t run = 0; run < vocab; run += RUN)
+    run_largest[run / RUN] = kernels->largest(p + run, SHOAL_MIN(RUN, vocab - run));
   return draw(&c, c.ids, truncate(&c, s), u);
 }

@@ -8,11 +8,11 @@ typedef struct {
   float lane[16];
 } v16;
 
-/* Calls, not inlined: the compiler would unroll every loop over lanes at every use, for ten times the code and no gain. */
+/* Calls, not inlined: the compiler would unroll every loop over lanes at every use, for ten times the code. */
 #define LANES static __attribute__((noinline, unused))
 
-#define EACH(expression)                                         \
-  v16 r;                                                         \
+#define EACH(expression)                                     \
+  v16 r;                                                     \
   for (int32_t i = 0; i < 16; i++) r.lane[i] = (expression); \
   return r
 
@@ -74,7 +74,8 @@ LANES float v_largest(v16 a) {
 #define UNROLL(n)        /* how a loop of n turns over registers is unrolled */
 
 /* sums[r * panels + p] = the panel's 16 outputs for row r, over all groups in ascending order. */
-SHOAL_INLINE void q8_dots(const int8_t *w, const uint16_t *scales, const shoal_q8_row *x, int32_t rows, int32_t panels, v16 *sums) {
+SHOAL_INLINE void q8_dots(const int8_t *w, const uint16_t *scales, const shoal_q8_row *x, int32_t rows, int32_t panels,
+                          v16 *sums) {
   const int32_t groups = x[0].groups;
   for (int32_t r = 0; r < rows; r++) {
     for (int32_t p = 0; p < panels; p++) {

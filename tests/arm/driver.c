@@ -1,5 +1,5 @@
-/* Runs programs of many shapes on data made from a seed and prints a hash of every buffer of every run: machines that give
- * the same lines compute the same bits. Knows nothing of the library but kernels.h.
+/* Runs programs of many shapes on data made from a seed and prints a hash of every buffer of every run: machines that
+ * give the same lines compute the same bits. Knows nothing of the library but kernels.h.
  *
  *     driver ISA THREADS FLUSH FIRST_SEED LAST_SEED     (FLUSH = 1: with flush-to-zero set by the caller)
  *     driver ISA                                        exit code 0 if this CPU has the set */
@@ -61,7 +61,10 @@ static int32_t buffer(int32_t type, int32_t cols, int32_t domain) {
 static int32_t weight(int32_t type, int32_t rows, int32_t cols, float scale) {
   shoal_weight *w = &weights[program.n_weights];
   const size_t padded = (size_t)(rows + 15) / 16 * 16 * ((cols + 31) / 32 * 32), n = (size_t)rows * cols;
-  *w = (shoal_weight){.type = type, .rows = rows, .cols = cols, .data_bytes = type == SHOAL_Q8 ? padded : n * (type == SHOAL_F64 ? 8 : 4)};
+  *w = (shoal_weight){.type = type,
+                      .rows = rows,
+                      .cols = cols,
+                      .data_bytes = type == SHOAL_Q8 ? padded : n * (type == SHOAL_F64 ? 8 : 4)};
   void *data = room(w->data_bytes);
   w->data = data;
   if (type == SHOAL_F32)
@@ -77,7 +80,8 @@ static int32_t weight(int32_t type, int32_t rows, int32_t cols, float scale) {
         for (int32_t i = 0; i < 16 && p * 16 + i < rows; i++) {
           const size_t groups = (size_t)(cols + 31) / 32;
           ((int8_t *)data)[p * groups * 512 + k / 4 * 64 + i * 4 + k % 4] = (int8_t)(below(255) - 127);
-          if (k % 32 == 0) scales[(p * groups + k / 32) * 16 + i] = (uint16_t)(below(20) ? 0x1800 + below(0x800) : below(0x400));
+          if (k % 32 == 0)
+            scales[(p * groups + k / 32) * 16 + i] = (uint16_t)(below(20) ? 0x1800 + below(0x800) : below(0x400));
         }
   }
   return program.n_weights++;
@@ -96,7 +100,7 @@ static int32_t step(int32_t kind, int32_t out, int32_t in, int32_t w, float f) {
   return out;
 }
 
-/* Two layers and a head of a shape that the seed chooses; every op writes a buffer of its own, and all f32 ones are outputs. */
+/* Two layers and a head of a shape that the seed chooses; all f32 buffers are outputs. */
 static int32_t make_program(void) {
   static const int32_t GROUPS[] = {1, 2, 3, 4, 8, 9}, DIMS[] = {16, 32, 48, 64, 80};
   const int32_t group = GROUPS[below(6)], kv_heads = 1 + below(3), dim = DIMS[below(5)], heads = group * kv_heads;
@@ -136,10 +140,12 @@ static int32_t make_program(void) {
     step(SHOAL_OP_MATMUL, x, b, weight(matrix, hidden, inner, 0.1f), 0);
     ops[program.n_ops - 1].i[0] = 1;
   }
-  const int32_t last = step(SHOAL_OP_NORM, buffer(act, hidden, SHOAL_WANTED_ROWS), x, weight(SHOAL_F32, 1, hidden, 1), 1e-5f);
+  const int32_t last =
+      step(SHOAL_OP_NORM, buffer(act, hidden, SHOAL_WANTED_ROWS), x, weight(SHOAL_F32, 1, hidden, 1), 1e-5f);
   const int32_t logits = step(SHOAL_OP_MATMUL, buffer(SHOAL_F32, vocab, SHOAL_WANTED_ROWS), last, table, 0);
   step(SHOAL_OP_SAMPLE, -1, logits, -1, 0);
-  program.ops = ops, program.buffers = buffers, program.weights = weights, program.states = states, program.outputs = outputs;
+  program.ops = ops, program.buffers = buffers, program.weights = weights, program.states = states,
+  program.outputs = outputs;
   program.max_rows = program.max_wanted = MAX_ROWS * MAX_SEQUENCES;
   return vocab;
 }
@@ -159,7 +165,8 @@ static void run_program(uint64_t seed, shoal_executor *executor, int32_t vocab) 
       }
     for (int32_t t = 0; t < POSITIONS; t++) history[i][t] = below(vocab);
     s[i] = (shoal_sequence){.pages = &pages[i][0][0], .pages_stride = MAX_PAGES, .history = history[i]};
-    s[i].sampling = (shoal_sampling){(float)below(3) * 0.5f, below(2) * 20, below(2) ? 1 : 0.9f, below(2) ? 0 : 0.05f, below(2) ? 1 : 1.3f, next()};
+    s[i].sampling = (shoal_sampling){(float)below(3) * 0.5f, below(2) * 20,       below(2) ? 1 : 0.9f,
+                                     below(2) ? 0 : 0.05f,   below(2) ? 1 : 1.3f, next()};
   }
   for (int32_t turn = 0;; turn++) {
     int32_t tokens[MAX_ROWS * MAX_SEQUENCES], drawn[MAX_SEQUENCES], rows = 0, wanted = 0;
@@ -174,14 +181,16 @@ static void run_program(uint64_t seed, shoal_executor *executor, int32_t vocab) 
       wanted += s[i].wanted;
     }
     for (int32_t o = 0; o < program.n_outputs; o++) out[o] = room((size_t)rows * buffers[outputs[o]].cols * 4);
-    const shoal_batch batch = {.sequences = s, .n_sequences = MAX_SEQUENCES, .tokens = tokens, .outputs = out, .drawn = drawn};
+    const shoal_batch batch = {
+        .sequences = s, .n_sequences = MAX_SEQUENCES, .tokens = tokens, .outputs = out, .drawn = drawn};
     must(shoal_run(executor, &batch, error, sizeof error), error);
     uint64_t h = hash(0xcbf29ce484222325u, drawn, sizeof drawn);
     printf("%d %d drawn %016llx\n", (int)seed, turn, (unsigned long long)h);
     for (int32_t o = 0; o < program.n_outputs; o++) {
       const shoal_buffer *b = &buffers[outputs[o]];
       h = hash(0xcbf29ce484222325u, out[o], (size_t)(b->domain == SHOAL_ALL_ROWS ? rows : wanted) * b->cols * 4);
-      if (turn == 0 || o == program.n_outputs - 1) printf("%d %d buffer %d %016llx\n", (int)seed, turn, outputs[o], (unsigned long long)h);
+      if (turn == 0 || o == program.n_outputs - 1)
+        printf("%d %d buffer %d %016llx\n", (int)seed, turn, outputs[o], (unsigned long long)h);
       free(out[o]);
     }
   }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import html
+import io
 import json
 import os
 import re
@@ -188,14 +189,18 @@ def fetch_hugging_face(repository: str) -> tuple[Path, str]:
 
 
 def _lines(tqdm: Any) -> Any:
-    """A tqdm that prints a line per 10 % instead of a bar."""
+    """A tqdm that prints a line per 10 % of the bytes instead of a bar."""
 
     class Lines(tqdm):  # type: ignore[misc]
         tenth = -1
 
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "file": io.StringIO()})
+
         def display(self, *args: Any, **kwargs: Any) -> None:
-            if self.total and 10 * self.n // self.total > self.tenth:
+            if self.unit == "B" and self.total and 10 * self.n // self.total > self.tenth:
                 self.tenth = 10 * self.n // self.total
-                print(f"{self.desc or 'fetching'}: {100 * self.n // self.total} %", file=sys.stderr)
+                amount = f"{self.n / 1e6:.1f}/{self.total / 1e6:.1f} MB"
+                print(f"{self.desc}: {100 * self.n // self.total:3d} %  {amount}", file=sys.stderr)
 
     return Lines

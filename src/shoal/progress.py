@@ -11,6 +11,7 @@ from typing import Self, TextIO
 
 _INTERVAL = 0.1  # seconds between two drawings of a bar
 _MEMORY = 3.0  # seconds over which the speed is averaged
+_TEXT = 48  # columns kept for the numbers
 
 
 class Progress:
@@ -65,7 +66,7 @@ class Progress:
     def _draw(self, done: int) -> None:
         text = self._text(done)
         columns = shutil.get_terminal_size().columns
-        room = min(30, columns - len(self.label) - len(text) - 6)
+        room = min(30, columns - len(self.label) - _TEXT)  # fixed, so that the bar does not jump
         filled = room * done // self.total
         bar = f" [{'#' * filled}{' ' * (room - filled)}]" if room >= 5 else ""
         line = f"{self.label}{bar} {text}"[: columns - 1]

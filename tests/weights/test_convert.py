@@ -92,6 +92,7 @@ def test_licence_and_template_are_taken_along(checkpoint_dir: Path) -> None:
     assert open_checkpoint(checkpoint_dir).chat_template == "newer"
 
 
+@pytest.mark.slow
 def test_bad_checkpoints_are_refused_named_and_leave_nothing(
     checkpoint_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -180,6 +180,7 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return write_tiny(tmp_path_factory.mktemp("gguf") / "tiny.gguf").read_bytes()
 
 
+@pytest.mark.slow
 @given(st.integers(0, 3000), st.sampled_from([b"\xff", b"\x00", b"\x7f" * 8, b"\xff" * 8]))
 def test_any_damage_to_the_header_is_harmless_or_refused(
     tmp_path_factory: pytest.TempPathFactory, tiny_gguf: bytes, at: int, junk: bytes

@@ -106,6 +106,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(st.sampled_from(sorted(Index.__dataclass_fields__)), JSON)
 def test_any_value_anywhere_is_read_or_refused(key: str, value: Any) -> None:
     try:

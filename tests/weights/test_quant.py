@@ -17,6 +17,7 @@ def by_hand(w: np.ndarray, r: int, c: int) -> tuple[int, float]:
     return int(np.clip(np.rint(w[r, c] / scale), -127, 127)), scale
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "cols"), [(1, 1), (16, 32), (17, 33), (5, 72), (40, 100), (267, 104)])
 def test_every_element_stands_where_the_kernels_look(rows: int, cols: int) -> None:
     w = np.random.default_rng(rows).normal(size=(rows, cols)).astype(np.float32)

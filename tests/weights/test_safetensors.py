@@ -113,6 +113,7 @@ SHAPES = st.lists(st.integers(0, 7), max_size=3).map(tuple)
 KINDS = st.sampled_from(sorted(set(DTYPES) - {"BF16", "F8_E4M3", "F8_E5M2", "BOOL"}))
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(KINDS, SHAPES), max_size=6), st.integers(0, 1 << 30))
 def test_the_upstream_library_reads_what_we_write(
     tmp_path_factory: pytest.TempPathFactory, kinds: list[tuple[str, tuple[int, ...]]], seed: int

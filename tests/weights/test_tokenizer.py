@@ -110,6 +110,7 @@ def test_pieces_join_to_the_whole(kind: str, skip_special: bool) -> None:
         check_incremental(tokenizer, ids, skip_special=skip_special)
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(0, 260), max_size=30))
 def test_any_bytes_join_to_the_whole(ids: list[int]) -> None:
     check_incremental(BYTES, ids, skip_special=False)
@@ -258,6 +259,7 @@ def test_without_a_template_messages_are_plain_text() -> None:
     assert chat.encode([Message("user", " the")]) == [258]
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.text(alphabet="abc", min_size=1, max_size=4), max_size=3),
     st.lists(st.text(alphabet="abc", max_size=5), max_size=8),

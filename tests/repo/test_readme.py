@@ -10,8 +10,10 @@ import pytest
 from tests.models import smollm2_dir
 
 from shoal.arguments import build_parser
+from shoal.planning import read_devices
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
@@ -24,6 +26,19 @@ def test_the_program_for_embedding_runs() -> None:
     assert len(result.stdout.split()) > 10
 
 
+def test_the_devices_can_be_read(tmp_path: Path) -> None:
+    (devices,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    path = tmp_path / "devices.toml"
+    path.write_text(devices)
+    assert [device.name for device in read_devices(path).devices] == ["laptop", "phone"]
+
+
+def test_every_link_leads_somewhere() -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert len(links) >= 5
+    assert [link for link in links if not (ROOT / link).is_file()] == []
+
+
 def test_every_command_line_parses() -> None:
     lines = [line.strip() for line in README.splitlines() if line.startswith("    shoal ")]
     assert len(lines) >= 5
@@ -33,6 +48,6 @@ def test_every_command_line_parses() -> None:
 
 
 def test_every_make_target_is_there() -> None:
-    makefile = (Path(__file__).resolve().parents[2] / "Makefile").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in set(re.findall(r"(?:`|    )make ([a-z-]+)", README)):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

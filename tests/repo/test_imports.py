@@ -53,6 +53,11 @@ def test_import_shoal_loads_nothing_heavy() -> None:
     assert modules & HEAVY == set()
 
 
+def test_a_node_needs_the_core_dependencies_only() -> None:
+    modules = loaded("import shoal.commands.node, shoal.engine.backends.native")
+    assert modules & HEAVY == {"numpy", "trio"}
+
+
 def test_help_loads_nothing_heavy() -> None:
     code = """
 from shoal.cli import main

@@ -2,7 +2,7 @@
 runs.
 
 A one-row batch gives bytes/s (decode reads every weight once), a batch of many rows gives MAC/s (prefill),
-and the difference between one layer and several gives what a step costs before any layer."""
+and a stage that only looks up an embedding gives what a step costs before any layer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .costs import unit_cost
 from .shards import Model
 from .stage import Stage, StageOptions
 
-_LAYERS = 8  # enough that weights do not stay in a phone's caches between steps
+_BYTES = 64_000_000  # of layers, so that weights do not stay in a cache between steps
 _PREFILL_ROWS = 64
 
 
@@ -45,23 +45,24 @@ def measure(model: Model, options: StageOptions = StageOptions(), *, seconds: fl
     layers = [u for u in range(len(model.program.units)) if model.program.units[u].states]
     if not layers:
         raise ValueError("the model has no layers to measure with")
-    first, count = layers[0], min(_LAYERS, len(layers))
-    with Stage(model, first, first + 1, options) as one, Stage(model, first, first + count, options) as many:
-        one_s = _step_seconds(one, 1, seconds / 4)
+    first = layers[0]
+    count = min(len(layers), 1 + _BYTES // unit_cost(model, first).bytes)
+    rows = min(_PREFILL_ROWS, options.max_rows)
+    with Stage(model, 0, 1, options) as none, Stage(model, first, first + count, options) as many:
+        overhead = _step_seconds(none, 1, seconds / 4)
         many_s = _step_seconds(many, 1, seconds / 2)
-        prefill_s = _step_seconds(many, min(_PREFILL_ROWS, options.max_rows), seconds / 4)
+        prefill_s = _step_seconds(many, rows, seconds / 4)
         backend, exact = many.backend, many.exact
     costs = [unit_cost(model, u) for u in range(first, first + count)]
     read, macs = sum(c.read_bytes for c in costs), sum(c.macs for c in costs)
-    per_layer = (many_s - one_s) / (count - 1) if count > 1 else many_s
-    overhead = max(0.0, many_s - count * per_layer) if 0 < per_layer < many_s else 0.0
+    overhead = min(overhead, many_s / 2)  # of a model so small that the layers cost nothing beside it
     total, free = ram()
     return Measured(
         backend=backend,
         exact=exact,
         threads=options.threads,
         read_bytes_per_s=read / (many_s - overhead),
-        macs_per_s=macs * min(_PREFILL_ROWS, options.max_rows) / max(prefill_s - overhead, 1e-9),
+        macs_per_s=macs * rows / max(prefill_s - overhead, prefill_s / 2),
         step_overhead_s=overhead,
         ram_total=total,
         ram_free=free,
@@ -73,7 +74,7 @@ def _step_seconds(stage: Stage, rows: int, seconds: float) -> float:
     up."""
     width = stage.model.program.buffer(stage.model.program.cut[0]).cols
     hidden = np.random.default_rng(0).standard_normal((rows, width)).astype(np.float32)
-    run = Run(0, 0, [0] * rows, Want.NOTHING, hidden)
+    run = Run(0, 0, [0] * rows, Want.NOTHING, None if stage.first == 0 else hidden)
     stage.open(0, Sampling(), max(rows, 1))
     times: list[float] = []
     stage.run([run])

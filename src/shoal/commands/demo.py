@@ -13,7 +13,7 @@ from pathlib import Path
 import trio
 
 from .. import planner
-from ..answering import Answer, LocalEngine, Settings, answer
+from ..answering import LocalEngine, Settings, answer
 from ..distributed import NetworkEngine, NetworkPlanner, head_identity, measured_of
 from ..engine.batch import Sampling
 from ..engine.chat import Chat, Message
@@ -30,7 +30,7 @@ from .run import show
 
 MODEL = "smollm2-135m"
 CONTEXT = 512
-MAX_TOKENS = 128
+MAX_TOKENS, MEASURED_TOKENS = 128, 96
 DEVICES = (("laptop", 1.0, 0.5), ("phone", 2.0, 0.38), ("old-phone", 4.0, 0.28))
 """Name, factor by which it is slower, and the share of the layers that its RAM cap has room for, the table at
 one end of the model included: none holds the model alone, no two do, and three do with something to spare."""
@@ -69,8 +69,12 @@ async def _demo(args: argparse.Namespace, model: Model, running: list[RunningNod
     tokenizer = Tokenizer.open(model.path)
     prompt = Chat.open(model.path, tokenizer).encode([Message("user", args.prompt)])
     settings = Settings(CONTEXT, Sampling(), MAX_TOKENS, model.config.eos)
+    endless = Settings(CONTEXT, Sampling(), MEASURED_TOKENS)
     plans = NetworkPlanner(
-        model, planner.Workload(context=CONTEXT, prompt_tokens=len(prompt), depth=len(prompt))
+        model,
+        planner.Workload(
+            context=CONTEXT, prompt_tokens=len(prompt), depth=len(prompt) + MEASURED_TOKENS // 2
+        ),
     )
     addresses = [node.address for node in running]
     async with Head.open(addresses, head_identity(model), shape_of(model), plans) as head:
@@ -78,24 +82,23 @@ async def _demo(args: argparse.Namespace, model: Model, running: list[RunningNod
         print(f"\n3. The plan, from what the nodes measured:\n\n{planner.render(plans.plan)}")
         print(f"4. {args.prompt}\n\n   ", end="", flush=True)
         made = await answer(NetworkEngine(head), tokenizer, prompt, settings, show)
-        reports = await head.stats()
         print(f"\n\n   {made.summary()}\n")
-    alone = await _alone(model, tokenizer, prompt, settings)
-    speeds = {"laptop": alone.tokens_per_s} if alone.tokens_per_s else {}
-    print("5. Predicted beside measured; alone is the laptop as one process without a RAM cap:\n")
-    print(planner.render(plans.plan, measured_of(reports, made.tokens_per_s, speeds)))
+        longer = await answer(NetworkEngine(head), tokenizer, prompt, endless)
+        reports = await head.stats()
+    with Stage(model, 0, model.n_units, StageOptions(threads=1)) as stage:
+        engine = LocalEngine(stage)
+        alone = await answer(engine, tokenizer, prompt, settings)
+        longer_alone = await answer(engine, tokenizer, prompt, endless)
+    speeds = {DEVICES[0][0]: longer_alone.tokens_per_s} if longer_alone.tokens_per_s else {}
+    print(f"5. Predicted beside measured, over {len(longer.tokens)} tokens; measured alone is one process on")
+    print(f"   the {DEVICES[0][0]}, with one thread, as the nodes have, and without a RAM cap:\n")
+    print(planner.render(plans.plan, measured_of(reports, longer.tokens_per_s, speeds)))
     if not made.text.strip():
         raise ShoalError("the nodes gave no answer")
-    if made.tokens != alone.tokens:
+    if (made.tokens, longer.tokens) != (alone.tokens, longer_alone.tokens):
         raise ShoalError(f"the nodes said {made.text!r}, one process alone {alone.text!r}: this is a bug")
-    print(f"The nodes gave, token for token, the answer of one process ({len(made.tokens)} tokens).")
+    print(f"The nodes gave, token for token, what one process gives ({len(longer.tokens)} tokens compared).")
     return 0
-
-
-async def _alone(model: Model, tokenizer: Tokenizer, prompt: list[int], settings: Settings) -> Answer:
-    """The same answer by one process with one thread, as the nodes have."""
-    with Stage(model, 0, model.n_units, StageOptions(threads=1)) as stage:
-        return await answer(LocalEngine(stage), tokenizer, prompt, settings)
 
 
 def _specs(model: Model) -> list[NodeSpec]:

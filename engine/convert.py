@@ -51,14 +51,17 @@ def convert(
     if target.exists():
         raise ShoalError(f"{target} exists already: remove it, or choose another name")
     checkpoint = open_checkpoint(source)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
     try:
-        _write_directory(checkpoint, part, dtype, equalise, origin or source.name, progress)
-        part.chmod(0o755)
-        part.rename(target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+        try:
+            _write_directory(checkpoint, part, dtype, equalise, origin or source.name, progress)
+            part.chmod(0o755)
+            part.rename(target)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    except OSError as e:
+        raise ShoalError(f"{target} could not be written: {e.strerror or e}") from e
 
 
 def _write_directory(
@@ -78,13 +81,14 @@ def _write_directory(
             files[name] = FileEntry(len(data), file_sha256(part / name))
 
     put(CONFIG, (json.dumps(checkpoint.config, indent=1, sort_keys=True) + "\n").encode())
-    put(TOKENIZER, checkpoint.tokenizer_json())
+    tokenizer = checkpoint.tokenizer_json()
+    put(TOKENIZER, tokenizer)
     template = checkpoint.chat_template
     put(CHAT_TEMPLATE, None if template is None else template.encode())
     constants = {name: np.array(values, np.float64) for name, values in program.constants}
     infos = [TensorInfo(name, "F64", values.shape) for name, values in constants.items()]
     files[COMMON] = FileEntry(*write(part / COMMON, infos, constants.values()))
-    calibration = _calibration(checkpoint, config) if equalise and dtype == "int8" else None
+    calibration = _calibration(checkpoint, config, tokenizer) if equalise and dtype == "int8" else None
     for u, unit in enumerate(program.units):
         name = unit_file(u)
         files[name] = FileEntry(*_write_unit(checkpoint, u, unit, part / name, dtype, calibration))
@@ -117,9 +121,8 @@ def _write_unit(
     return write(path, infos, _arrays(checkpoint, own, weights, dtype))
 
 
-def _calibration(checkpoint: Checkpoint, config: Config) -> Calibration:
+def _calibration(checkpoint: Checkpoint, config: Config, tokenizer: bytes | None) -> Calibration:
     """A text in this model's tokens, ready to run through it."""
-    tokenizer = checkpoint.tokenizer_json()
     if tokenizer is None:
         tokens = pseudo_tokens(config.vocab)
     else:

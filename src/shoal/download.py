@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import http.client
 import time
@@ -15,6 +16,7 @@ from .engine.errors import DownloadError
 _CHUNK = 1 << 16
 _TIMEOUT = 30  # seconds without a byte
 _TRIES = 5  # in a row without progress
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 _PAUSE = 1.0  # seconds before the second try; doubles with each
 
 
@@ -79,8 +81,10 @@ def _starts_at(content_range: str | None, have: int) -> bool:
 
 
 def _final(error: Exception) -> bool:
-    """A server that says no will say so again."""
-    return isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500 and error.code != 429
+    """A server that says no will say so again, and so will a disk."""
+    if isinstance(error, urllib.error.HTTPError):
+        return 400 <= error.code < 500 and error.code != 429
+    return isinstance(error, OSError) and error.errno in _DISK
 
 
 def _reason(error: Exception) -> str:

@@ -168,6 +168,18 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
         convert(TINY, tmp_path / "out")
 
 
+def test_a_disk_that_is_full_is_said_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    assert main(["convert", str(TINY), str(tmp_path / "out")]) == 1
+    assert f"{tmp_path / 'out'} could not be written: No space left on device" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_converting_twice_gives_the_same_model(tmp_path: Path) -> None:
     hashes = []
     for i in range(2):

@@ -279,7 +279,10 @@ def test_an_interrupted_conversion_leaves_nothing(cache: Path, monkeypatch: pyte
         assert main(["pull", str(TINY)]) == 130
     assert store.names() == []
     assert [path.name for path in (cache / "models").iterdir()] == [".tiny-llama.lock"]
+    (cache / "models" / ".tiny-llama.killed.part").mkdir()  # what a kill leaves
+    (cache / "models" / ".tiny-llama.killed.part" / "unit-000.safetensors").touch()
     assert main(["pull", str(TINY)]) == 0
+    assert sorted(path.name for path in (cache / "models").iterdir()) == [".tiny-llama.lock", "tiny-llama"]
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 from pathlib import Path
 
 from ..engine.convert import convert
@@ -31,6 +32,8 @@ def pull(source: str, dtype: str = "int8", name: str | None = None) -> Path:
         return target
     with locked(target.name):
         if not (target / INDEX).is_file():
+            for left in target.parent.glob(f".{target.name}.*.part"):  # by a conversion that was killed
+                shutil.rmtree(left)
             checkpoint, origin = _checkpoint(source)
             with Progress(f"converting {target.name}", unit="units") as bar:
                 convert(checkpoint, target, dtype=dtype, origin=origin, progress=bar.update)

@@ -1,4 +1,4 @@
-"""Real nodes, real sockets, real weights: the distributed answer is the one-process answer, token for token."""
+"""Real nodes, real sockets, real weights: the nodes say what one process says, token by token."""
 
 from __future__ import annotations
 

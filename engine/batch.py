@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,15 +81,3 @@ class Result:
     hidden: F32 | None = None
     token: int | None = None
     logits: F32 | None = None
-
-
-def from_json(values: dict[str, Any]) -> Sampling:
-    """A Sampling from decoded JSON. ValueError: unknown keys, wrong types, out of range."""
-    floats = {"temperature", "top_p", "min_p", "repetition_penalty"}
-    for key, value in values.items():
-        if key not in Sampling.__dataclass_fields__:
-            raise ValueError(f"sampling: unknown key {key!r}")
-        if type(value) is not int and not (key in floats and type(value) is float):
-            raise ValueError(f"sampling: {key} = {value!r} has the wrong type")
-    typed: dict[str, Any] = {k: float(v) if k in floats else v for k, v in values.items()}
-    return Sampling(**typed)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from .kv import page_elements
 from .layout import GROUP, PAGE, PANEL, round_up
-from .program import Attend, Embed, Matmul, Op, Program, Unit, Weight
+from .program import Embed, Matmul, Op, Program, Unit, Weight
 from .shards import Model
 
 _F16, _F32, _F64 = 2, 4, 8
@@ -83,16 +83,8 @@ def op_read_bytes(op: Op, unit: Unit, dtype: str) -> int:
 
 
 def op_macs(op: Op, unit: Unit) -> int:
-    """Multiply-accumulates of a matmul per row; 0 for other ops (attention grows with the context: see
-    attention_macs)."""
+    """Multiply-accumulates of a matmul per row; 0 for other ops."""
     return sum(w.rows * w.cols for w in op_weights(op, unit)) if isinstance(op, Matmul) else 0
-
-
-def attention_macs(program: Program, u: int) -> int:
-    """Multiply-accumulates of unit u's attention per row and per position attended to."""
-    states = {s.name: s for s in program.units[u].states}
-    attends = [op for op in program.units[u].ops if isinstance(op, Attend)]
-    return sum(2 * op.heads * states[op.state].head_dim for op in attends)
 
 
 def constant_bytes(program: Program) -> int:

@@ -1,0 +1,221 @@
+"""`shoal bench`: which steps are timed, what is counted as read and computed, and what is printed.
+
+The counts are compared with sums over the published configuration, written out here."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shoal.arguments import build_parser
+from shoal.bandwidth import Reader, ReadLoop, decoded_files
+from shoal.benchmark import Case, peak_rss, plan, time_case, work
+from shoal.cli import main
+from shoal.commands.bench import cells
+from shoal.engine.batch import Result, Run, Want
+from shoal.engine.convert import convert
+from shoal.engine.errors import ContextError, ModelFileError, ShoalError
+from shoal.engine.shards import Model
+from shoal.engine.stage import Stage, StageOptions
+
+CHECKPOINT = Path(__file__).resolve().parents[1] / "fixtures/tiny-llama"
+CONFIG = json.loads((CHECKPOINT / "config.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    target = tmp_path_factory.mktemp("models") / "tiny"
+    convert(CHECKPOINT, target, dtype="f32")
+    return Model.open(target)
+
+
+class RecordingStage(Stage):
+    """A stage that remembers which positions each batch had, and what was wanted."""
+
+    def run(self, batch: Sequence[Run]) -> list[Result]:
+        if not hasattr(self, "seen"):
+            self.seen: list[list[tuple[int, int, int, Want]]] = []
+        self.seen.append([(run.sequence, run.first, len(run.tokens), run.want) for run in batch])
+        return super().run(batch)
+
+
+class Speed:
+    """A read loop of a known speed, which counts how often it was asked."""
+
+    asked = 0
+
+    def bytes_per_s(self) -> float:
+        self.asked += 1
+        return 1e9 * self.asked
+
+
+def recorded(model: Model, case: Case, repetitions: int) -> tuple[RecordingStage, Speed, list[int]]:
+    speed = Speed()
+    with RecordingStage(model, 0, model.n_units, StageOptions(backend="numpy", max_rows=8)) as stage:
+        samples, loops = time_case(stage, case, repetitions, speed)
+    assert loops == [1e9 * (i + 1) for i in range(speed.asked)]
+    assert stage.kv_bytes == 0
+    return stage, speed, samples
+
+
+def matrices() -> tuple[int, int, int]:
+    """(weights of one layer's matrices, of the head, keys and values of a position and layer)."""
+    hidden, inner = CONFIG["hidden_size"], CONFIG["intermediate_size"]
+    head_dim = CONFIG.get("head_dim") or hidden // CONFIG["num_attention_heads"]
+    queries, keys = CONFIG["num_attention_heads"] * head_dim, CONFIG["num_key_value_heads"] * head_dim
+    layer = hidden * (2 * queries + 2 * keys) + 3 * hidden * inner
+    return layer, CONFIG["vocab_size"] * hidden, 2 * keys
+
+
+def test_the_flags_are_those_of_llama_bench() -> None:
+    args = build_parser().parse_args(
+        "bench m -p 512,64 -n 128 -d 0,2048 -t 1,2 -r 3 --batch 1,4,8 -o csv --isa avx2".split()
+    )
+    assert (args.n_prompt, args.n_gen, args.n_depth) == ((512, 64), (128,), (0, 2048))
+    assert (args.threads, args.batch, args.repetitions) == ((1, 2), (1, 4, 8), 3)
+    assert (args.output, args.backend, args.isa) == ("csv", "auto", "avx2")
+    bare = build_parser().parse_args(["bench", "m"])
+    assert (bare.n_prompt, bare.n_gen, bare.n_depth, bare.threads) == ((512,), (128,), (0,), None)
+    assert (bare.batch, bare.repetitions, bare.output) == ((1,), 5, "md")
+
+
+@pytest.mark.parametrize("flags", ["-t 0", "-t 1,", "-d x", "-p -1", "--batch 0", "-r 0", "-o sql"])
+def test_wrong_flags_are_refused(flags: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        build_parser().parse_args(["bench", "m", *flags.split()])
+    assert end.value.code == 2
+
+
+def test_rows_come_by_threads_then_depth_prompts_first() -> None:
+    cases = plan((1, 2), (0, 2048), (512,), (128,), (1, 4))
+    assert [(c.threads, c.name, c.sequences) for c in cases[:6]] == [
+        (1, "pp512", 1),
+        (1, "tg128", 1),
+        (1, "tg128", 4),
+        (1, "pp512 @ d2048", 1),
+        (1, "tg128 @ d2048", 1),
+        (1, "tg128 @ d2048", 4),
+    ]
+    assert [(c.threads, c.tokens, c.context) for c in cases[-2:]] == [(2, 128, 2176), (2, 512, 2176)]
+    assert [c.name for c in plan((1,), (0,), (0,), (16,), (1,))] == ["tg16"]
+
+
+def test_a_prompt_starts_from_its_depth_each_time(tiny: Model) -> None:
+    stage, speed, samples = recorded(tiny, Case(1, 10, 11, 0, 1), repetitions=2)
+    depth = [[(0, 0, 8, Want.NOTHING)], [(0, 8, 2, Want.TOKEN)]]
+    prompt = [[(0, 10, 8, Want.NOTHING)], [(0, 18, 3, Want.TOKEN)]]
+    assert stage.seen == depth + 3 * prompt  # one of the three warms up
+    assert (len(samples), speed.asked) == (2, 0)
+    assert min(samples) > 0
+
+
+def test_sequences_generate_side_by_side(tiny: Model) -> None:
+    stage, speed, samples = recorded(tiny, Case(1, 3, 0, 6, 2), repetitions=2)
+    depth = [[(s, 0, 3, Want.TOKEN)] for s in range(2)]
+    steps = [[(s, 3 + i, 1, Want.TOKEN) for s in range(2)] for i in range(6)]
+    assert stage.seen == depth + steps[:4] + steps + steps
+    assert (len(samples), speed.asked) == (2, 2)
+
+
+def test_what_a_repetition_computes_and_reads(tiny: Model) -> None:
+    layer, head, state = matrices()
+    layers, hidden = CONFIG["num_hidden_layers"], CONFIG["hidden_size"]
+    assert work(tiny, Case(1, 5, 12, 0, 1)) == (12 * layers * layer + head, 0)
+    macs, read = work(tiny, Case(1, 5, 0, 3, 2))
+    assert macs == 3 * 2 * (layers * layer + head)
+    # f32: matrices, two norms a layer and the last one; of the embedding a row.
+    step = 4 * (layers * (layer + 2 * hidden) + head + hidden + hidden)
+    element = {"f16": 2, "f32": 4}[tiny.kv_dtype]
+    assert read == 3 * step + 2 * (6 + 7 + 8) * layers * state * element
+
+
+def test_json_says_what_was_measured(tiny: Model, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["bench", str(tiny.path), *"-p 5 -n 3 -d 0,2 -t 1 -r 3 --batch 1,2 -o json".split()]
+    assert main([*command, "--backend", "numpy"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["test"], row["n_sequences"]) for row in rows] == [
+        ("pp5", 1), ("tg3", 1), ("tg3", 2), ("pp5 @ d2", 1), ("tg3 @ d2", 1), ("tg3 @ d2", 2)
+    ]  # fmt: skip
+    for row in rows:
+        tokens = (row["n_prompt"] or row["n_gen"]) * row["n_sequences"]
+        assert row["samples_ts"] == pytest.approx([tokens * 1e9 / ns for ns in row["samples_ns"]])
+        assert row["avg_ts"] == pytest.approx(statistics.mean(row["samples_ts"]))
+        assert row["stddev_ts"] == pytest.approx(statistics.stdev(row["samples_ts"]))
+        assert len(row["samples_ns"]) == 3
+        assert (row["backends"], row["isa"], row["n_threads"]) == ("numpy", "numpy", 1)
+        assert (row["loop_bytes_per_s"] is None) == (row["n_gen"] == 0)
+        assert row["model_hash"] == tiny.hash
+        assert row["load_ns"] > 0
+        assert 1e7 < row["peak_rss"] <= peak_rss()
+    layer, head, _ = matrices()
+    norms = (2 * CONFIG["num_hidden_layers"] + 1) * CONFIG["hidden_size"]
+    shared = 1 if CONFIG["tie_word_embeddings"] else 2
+    assert rows[0]["model_n_params"] == CONFIG["num_hidden_layers"] * layer + shared * head + norms
+
+
+def test_csv_and_table_have_a_line_a_row(tiny: Model, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["bench", str(tiny.path), *"-p 4 -n 2 -r 1 -t 1 --backend numpy".split()]
+    assert main([*command, "-o", "csv"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [(row["test"], row["stddev_ts"], row["n_gen"]) for row in rows] == [
+        ("pp4", "0.0", "0"),
+        ("tg2", "0.0", "2"),
+    ]
+    assert main(command) == 0
+    header, rule, *lines = capsys.readouterr().out.splitlines()
+    assert [header.split("|")[i].strip() for i in (1, 8, 9)] == ["model", "test", "t/s"]
+    assert set(rule) == set("|-:")
+    assert [line.split("|")[8].strip() for line in lines] == ["pp4", "tg2"]
+    assert {len(text.split("|")) for text in (header, rule, *lines)} == {17}
+
+
+def test_too_long_and_nothing_are_errors_before_any_work(tiny: Model) -> None:
+    command = ["--traceback", "bench", str(tiny.path)]
+    with pytest.raises(ContextError, match=r"tg8 @ d100000 needs a context of 100008 tokens"):
+        main([*command, "-p", "0", "-n", "8", "-d", "100000"])
+    with pytest.raises(ShoalError, match="nothing to measure"):
+        main([*command, "-p", "0", "-n", "0"])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_read_loop_reads_each_word_once(
+    threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [tmp_path / name for name in ("a", "b")]
+    random = np.random.default_rng(0)
+    arrays = [random.integers(0, 1 << 63, size, dtype=np.uint64) for size in (1000, 7)]
+    for path, array in zip(files, arrays, strict=True):
+        path.write_bytes(array.tobytes() + b"end")
+    monkeypatch.setattr("shoal.bandwidth._SECONDS", 0.0)  # one pass a measurement
+    loop = ReadLoop(files, threads)
+    assert loop.bytes == 8 * 1007
+    seen = [np.concatenate([share[f] for share in loop._shares]) for f in range(2)]
+    assert all((a == b).all() for a, b in zip(seen, arrays, strict=True))
+    assert loop.seconds() > 0
+
+
+def test_the_read_loop_in_a_process_of_its_own(tiny: Model) -> None:
+    with Reader(tiny.path, 2) as reader:
+        assert min(reader.bytes_per_s() for _ in range(2)) > 0
+
+
+def test_a_read_loop_that_ends_is_an_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ShoalError, match="the read loop ended"), Reader(tmp_path / "nothing", 1) as reader:
+        reader.bytes_per_s()
+    assert "nothing" in capfd.readouterr().err
+    with pytest.raises(ModelFileError, match="cannot be read"):
+        ReadLoop([tmp_path / "nothing"], 1)
+
+
+def test_decoding_reads_no_embedding_of_its_own(tiny: Model) -> None:
+    names = {path.name for path in decoded_files(tiny)}
+    tied = CONFIG["tie_word_embeddings"]
+    assert ("unit-000.safetensors" in names) == tied
+    assert len(names) == tiny.n_units - (not tied)

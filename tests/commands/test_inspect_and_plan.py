@@ -1,0 +1,91 @@
+"""`shoal inspect` and `shoal plan` as a person sees them, on a small real model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from shoal.cli import main
+from shoal.engine.convert import convert
+
+TINY = Path(__file__).parent.parent / "fixtures" / "tiny-llama"
+LAYER_MACS = 72 * (96 + 32 + 32) + 96 * 72 + 3 * 72 * 104  # q, k, v; o; gate, up, down
+
+DEVICES = """
+default_link = { latency_ms = 1, mbit_per_s = 100 }
+[[device]]
+name = "laptop"
+read_gb_per_s = 20
+gmac_per_s = 200
+ram_mb = RAM
+base_mb = 1
+[[device]]
+name = "phone"
+read_gb_per_s = 5
+gmac_per_s = 20
+ram_mb = RAM
+base_mb = 1
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("model") / "tiny"
+    convert(TINY, target, dtype="int8")
+    return target
+
+
+def test_the_table_shows_every_op_once_for_layers_that_are_alike(
+    tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(tiny)]) == 0
+    out = capsys.readouterr().out
+    assert "units 1 to 3: layer 0 to layer 2, each" in out
+    assert "q.weight [96, 72], k.weight [32, 72], v.weight [32, 72]" in out
+    assert f"{LAYER_MACS:,}" in out
+    assert out.count("attend ") == 1
+
+
+def test_json_holds_the_costs_of_every_unit(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tiny), "--json"]) == 0
+    body = json.loads(capsys.readouterr().out)
+    assert [unit["name"] for unit in body["units"]] == ["embed", "layer 0", "layer 1", "layer 2", "head"]
+    layer = body["units"][1]
+    assert layer["macs"] == LAYER_MACS
+    assert layer["kv_bytes_per_token"] == 2 * 2 * 16 * 2  # keys and values, heads, head_dim, bytes of f16
+    assert layer["cut_bytes"] == 72 * 4
+    for u, unit in enumerate(body["units"]):
+        # The file's data, less the header and the padding between tensors.
+        held = (tiny / f"unit-00{u}.safetensors").stat().st_size - 16384
+        assert held - 64 * 20 <= unit["bytes"] <= held
+
+
+def test_a_plan_says_who_holds_what_and_that_one_device_is_faster(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    devices = tmp_path / "devices.toml"
+    devices.write_text(DEVICES.replace("RAM", "100"))
+    assert main(["plan", str(tiny), "--devices", str(devices), "--context", "128"]) == 0
+    out = capsys.readouterr().out
+    assert "this plan is that, laptop by itself" in out
+    assert "out  phone" in out
+
+
+def test_caps_that_are_too_small_have_their_own_exit_code(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    devices = tmp_path / "devices.toml"
+    devices.write_text(DEVICES.replace("RAM", "1"))
+    assert main(["plan", str(tiny), "--devices", str(devices), "--context", "128"]) == 6
+    assert "MB short in total" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_is_named_with_the_way_to_get_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["inspect", "no-such-model"]) == 3
+    err = capsys.readouterr().err
+    assert "no-such-model" in err
+    assert "shoal pull" in err

@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--traceback", action="store_true", help="on an error show where in the code it arose"
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    for add in (_pull, _ls, _convert, _verify, _inspect, _run, _plan, _profile, _node, _demo):
+    for add in (_pull, _ls, _convert, _verify, _inspect, _run, _plan, _profile, _bench, _node, _demo):
         add(commands)
     return parser
 
@@ -210,6 +210,37 @@ def _profile(commands: "Commands") -> None:
     _add_json(parser)
 
 
+def _bench(commands: "Commands") -> None:
+    parser = _command(
+        commands,
+        "bench",
+        "measure tokens/s of a model on this device alone: prompts (pp) and generated tokens (tg)",
+        "Numbers may be lists: `-t 1,2` measures with one thread, and then with two.",
+    )
+    _add_model(parser)
+    lists: tuple[tuple[tuple[str, ...], str, tuple[int, ...] | None, str], ...] = (
+        (("-p", "--n-prompt"), "N", (512,), "tokens of a prompt, run in one go; 0: none (default 512)"),
+        (("-n", "--n-gen"), "N", (128,), "tokens generated one by one; 0: none (default 128)"),
+        (("-d", "--n-depth"), "N", (0,), "tokens that the context holds before (default 0)"),
+        (("-t", "--threads"), "N", None, "threads (default: chosen for this device)"),
+        (("--batch",), "N", (1,), "sequences that generate side by side (default 1)"),
+    )
+    for flags, metavar, default, text in lists:
+        kind = _counts if flags[0] in {"-t", "--batch"} else _wholes
+        parser.add_argument(*flags, type=kind, metavar=metavar, default=default, help=text)
+    parser.add_argument(
+        "-r", "--repetitions", type=_positive, default=5, metavar="N", help="times each is run (default 5)"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        choices=("md", "json", "csv"),
+        default="md",
+        help="md: a table; json and csv: all figures (default md)",
+    )
+    _add_kernels(parser.add_argument_group("engine"))
+
+
 def _node(commands: "Commands") -> None:
     parser = _command(
         commands,
@@ -289,6 +320,10 @@ def _add_nodes(parser: argparse._ActionsContainer, text: str) -> None:
 def _add_engine(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument("--threads", type=_positive, metavar="N", help="(default: chosen for this device)")
+    _add_kernels(group)
+
+
+def _add_kernels(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--backend",
         choices=BACKENDS,
@@ -324,6 +359,14 @@ def _whole(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(text)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(_positive(part.strip()) for part in text.split(","))
+
+
+def _wholes(text: str) -> tuple[int, ...]:
+    return tuple(_whole(part.strip()) for part in text.split(","))
 
 
 def _number(text: str, low: float, high: float, what: str) -> float:

@@ -1,0 +1,287 @@
+"""Tokens/s of a whole model on this device: the cases, the clock around `Stage.run`, and what
+was read and computed.
+
+`shoal bench` prints it. What each figure means: docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from .bandwidth import Reader
+from .engine.batch import Run, Sampling, Want
+from .engine.costs import constant_bytes, tied_bytes, unit_cost
+from .engine.errors import ContextError, ShoalError
+from .engine.generate import prompt_runs
+from .engine.shards import Model
+from .engine.stage import Stage, StageOptions
+
+_SECOND = 1_000_000_000  # nanoseconds: times are counted in them, as llama-bench does
+_WARM_TOKENS = 4
+
+
+class ReadSpeed(Protocol):
+    """What `Reader` is to the measurement."""
+
+    def bytes_per_s(self) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One row to measure: a prompt of `prompt` tokens, or `generated` tokens of each of `sequences`."""
+
+    threads: int
+    depth: int
+    prompt: int
+    generated: int
+    sequences: int
+
+    @property
+    def name(self) -> str:
+        test = f"pp{self.prompt}" if self.prompt else f"tg{self.generated}"
+        return f"{test} @ d{self.depth}" if self.depth else test
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one repetition, all sequences together."""
+        return self.prompt or self.generated * self.sequences
+
+    @property
+    def context(self) -> int:
+        """Positions that a sequence comes to hold."""
+        return self.depth + (self.prompt or self.generated)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row as measured: llama-bench's names where it has the figure, then ours."""
+
+    model_filename: str
+    model_type: str
+    model_size: int
+    model_n_params: int
+    backends: str
+    n_ubatch: int
+    n_threads: int
+    n_prompt: int
+    n_gen: int
+    n_depth: int
+    test_time: str
+    avg_ns: int
+    stddev_ns: int
+    avg_ts: float
+    stddev_ts: float
+    samples_ns: tuple[int, ...]
+    samples_ts: tuple[float, ...]
+    test: str
+    isa: str
+    n_sequences: int
+    read_bytes_per_s: float | None
+    """Weights, keys and values read by decoding; None for a prompt, which computes and hardly reads."""
+    loop_bytes_per_s: float | None
+    """The same device's read loop, median of one measurement before each repetition."""
+    macs_per_s: float
+    """Multiply-accumulates of the matmuls; attention is not counted."""
+    load_ns: int
+    """From the path to the first token of the stage that this row ran on."""
+    peak_rss: int
+    """Bytes, the highest of the process until the row's end."""
+    model_hash: str
+
+
+def plan(
+    threads: Sequence[int],
+    depths: Sequence[int],
+    prompts: Sequence[int],
+    generated: Sequence[int],
+    sequences: Sequence[int],
+) -> list[Case]:
+    """All combinations, ordered by threads, then depth, prompts first. ShoalError: there are none."""
+    cases = []
+    for t in threads:
+        for d in depths:
+            cases += [Case(t, d, p, 0, 1) for p in prompts if p]
+            cases += [Case(t, d, 0, n, s) for n in generated if n for s in sequences]
+    if not cases:
+        raise ShoalError("nothing to measure: give -p or -n a number above 0")
+    return cases
+
+
+def check(cases: Sequence[Case], model: Model) -> None:
+    """ContextError: a case that the model's context does not hold; better now than an hour later."""
+    for case in cases:
+        if case.context > model.config.context:
+            raise ContextError(
+                f"{case.name} needs a context of {case.context} tokens and the model's is "
+                f"{model.config.context}: lower -p, -n or -d"
+            )
+
+
+def measure(path: Path, cases: Sequence[Case], repetitions: int, backend: str, isa: str) -> Iterator[Row]:
+    """Rows of the cases, in order; one stage, freshly opened, for each number of threads."""
+    most = max(case.sequences for case in cases)
+    for threads in dict.fromkeys(case.threads for case in cases):
+        options = StageOptions(
+            backend,
+            isa,
+            threads,
+            max_rows=max(StageOptions().max_rows, most),
+            max_wanted=max(StageOptions().max_wanted, most),
+        )
+        start = time.perf_counter_ns()
+        model = Model.open(path)
+        with Stage(model, 0, model.n_units, options) as stage, Reader(path, threads) as reader:
+            stage.open(0, Sampling(), 1)
+            stage.run([Run(0, 0, [0], Want.TOKEN)])
+            load = time.perf_counter_ns() - start
+            stage.close_sequence(0)
+            for case in cases:
+                if case.threads == threads:
+                    yield _row(stage, case, repetitions, reader, load)
+
+
+def _row(stage: Stage, case: Case, repetitions: int, reader: ReadSpeed, load: int) -> Row:
+    model, now = stage.model, datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    samples, loops = time_case(stage, case, repetitions, reader)
+    speeds = [case.tokens * _SECOND / sample for sample in samples]
+    seconds = statistics.fmean(samples) / _SECOND
+    macs, read = work(model, case)
+    backend, _, isa = stage.backend.partition(" ")
+    return Row(
+        model_filename=str(model.path),
+        model_type=f"{model.path.resolve().name} {model.dtype}",
+        model_size=sum(unit_cost(model, u).bytes for u in range(model.n_units))
+        - tied_bytes(model)
+        + constant_bytes(model.program),
+        model_n_params=parameters(model),
+        backends=backend,
+        n_ubatch=stage.options.max_rows,
+        n_threads=case.threads,
+        n_prompt=case.prompt,
+        n_gen=case.generated,
+        n_depth=case.depth,
+        test_time=now,
+        avg_ns=round(statistics.fmean(samples)),
+        stddev_ns=round(_deviation(samples)),
+        avg_ts=statistics.fmean(speeds),
+        stddev_ts=_deviation(speeds),
+        samples_ns=tuple(samples),
+        samples_ts=tuple(speeds),
+        test=case.name,
+        isa=isa.strip("()") or backend,
+        n_sequences=case.sequences,
+        read_bytes_per_s=read / seconds if case.generated else None,
+        loop_bytes_per_s=statistics.median(loops) if loops else None,
+        macs_per_s=macs / seconds,
+        load_ns=load,
+        peak_rss=peak_rss(),
+        model_hash=model.hash,
+    )
+
+
+def time_case(stage: Stage, case: Case, repetitions: int, reader: ReadSpeed) -> tuple[list[int], list[float]]:
+    """Nanoseconds of each repetition, and bytes/s of the read loop before each when the case decodes.
+
+    The context is filled to its depth once, untimed, and the case warmed up; each repetition then starts
+    from that depth."""
+    random = np.random.default_rng(0)
+    samples: list[int] = []
+    loops: list[float] = []
+    step = _prompt if case.prompt else _generate
+    for sequence in range(case.sequences):
+        stage.open(sequence, Sampling(), case.context)
+    try:
+        for sequence in range(case.sequences):
+            _fill(stage, sequence, 0, _tokens(stage, case.depth, random))
+        step(stage, warm_up(case), random)
+        for _ in range(repetitions):
+            if case.generated:
+                loops.append(reader.bytes_per_s())
+            start = time.perf_counter_ns()
+            step(stage, case, random)
+            samples.append(time.perf_counter_ns() - start)
+    finally:
+        for sequence in range(case.sequences):
+            stage.close_sequence(sequence)
+    return samples, loops
+
+
+def warm_up(case: Case) -> Case:
+    """What is run once before the clock: the whole prompt, or a few tokens."""
+    return replace(case, generated=min(_WARM_TOKENS, case.generated))
+
+
+def _prompt(stage: Stage, case: Case, random: np.random.Generator) -> None:
+    _fill(stage, 0, case.depth, _tokens(stage, case.prompt, random))
+
+
+def _fill(stage: Stage, sequence: int, first: int, tokens: list[int]) -> None:
+    for run in prompt_runs(sequence, first, tokens, stage.options.max_rows):
+        stage.run([run])
+
+
+def _generate(stage: Stage, case: Case, random: np.random.Generator) -> None:
+    """Tokens one by one, greedily; every sequence starts with a token drawn at random."""
+    tokens = _tokens(stage, case.sequences, random)
+    for position in range(case.depth, case.depth + case.generated):
+        results = stage.run([Run(s, position, [token], Want.TOKEN) for s, token in enumerate(tokens)])
+        tokens = [result.token for result in results if result.token is not None]
+
+
+def _tokens(stage: Stage, count: int, random: np.random.Generator) -> list[int]:
+    return [int(token) for token in random.integers(0, stage.model.program.vocab, count)]
+
+
+def work(model: Model, case: Case) -> tuple[int, int]:
+    """(multiply-accumulates of the matmuls, bytes of weights, keys and values read) of one repetition.
+
+    The head is computed for rows that draw a token: the last of a prompt, every generated one. Bytes are
+    those of decoding, where a step reads every weight once for all sequences; of a prompt they are 0."""
+    *body, head = [unit_cost(model, u) for u in range(model.n_units)]
+    drawn = case.generated * case.sequences or 1
+    macs = case.tokens * sum(cost.macs for cost in body) + drawn * head.macs
+    if case.prompt:
+        return macs, 0
+    weights = case.generated * sum(cost.read_bytes for cost in (*body, head))
+    positions = sum(range(case.depth + 1, case.context + 1))
+    state = positions * sum(cost.kv_bytes_per_token for cost in body)
+    return macs, weights + case.sequences * state
+
+
+def parameters(model: Model) -> int:
+    """Weights of the model, those shared between units once."""
+    return sum(
+        weight.rows * weight.cols
+        for unit in model.program.units
+        for weight in unit.weights
+        if weight.name not in unit.tied
+    )
+
+
+def peak_rss() -> int:
+    """Bytes of RAM that this process has held at most. Pages of mapped files count."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    except FileNotFoundError:  # not Linux
+        pass
+    # Where both are there, Linux would make a process inherit this one from its parent.
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def _deviation(values: Sequence[float]) -> float:
+    """Standard deviation of a sample; 0 for a single value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0

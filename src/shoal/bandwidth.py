@@ -86,14 +86,26 @@ class Reader:
 
     def __init__(self, model: Path, threads: int) -> None:
         command = [sys.executable, "-m", f"{__package__}.bandwidth", str(model), str(threads)]
-        self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        # A session of its own: Ctrl-C is for us, and the child ends when its input does.
+        self._child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
 
     def __enter__(self) -> Self:
+        """Returns when the child is warm, and idle."""
+        try:
+            self.bytes_per_s()
+        except BaseException:
+            self._end()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None:
+        self._end()
+
+    def _end(self) -> None:
         self._child.terminate()
         self._child.communicate()
 

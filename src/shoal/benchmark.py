@@ -140,14 +140,15 @@ def measure(path: Path, cases: Sequence[Case], repetitions: int, backend: str, i
         )
         start = time.perf_counter_ns()
         model = Model.open(path)
-        with Stage(model, 0, model.n_units, options) as stage, Reader(path, threads) as reader:
+        with Stage(model, 0, model.n_units, options) as stage:
             stage.open(0, Sampling(), 1)
             stage.run([Run(0, 0, [0], Want.TOKEN)])
             load = time.perf_counter_ns() - start
             stage.close_sequence(0)
-            for case in cases:
-                if case.threads == threads:
-                    yield _row(stage, case, repetitions, reader, load)
+            with Reader(path, threads) as reader:
+                for case in cases:
+                    if case.threads == threads:
+                        yield _row(stage, case, repetitions, reader, load)
 
 
 def _row(stage: Stage, case: Case, repetitions: int, reader: ReadSpeed, load: int) -> Row:

@@ -1,5 +1,5 @@
-/* Works through a program: every thread goes through the same list of ops, claims a part of each from one counter, and
- * meets the others before the next. Which thread does which part changes no bit of the result. */
+/* Works through a program, op by op: what is small the caller does alone, the rest is shared out over the pool's threads.
+ * Which thread does which part changes no bit of the result. */
 #define _GNU_SOURCE
 #include "executor.h"
 
@@ -212,35 +212,18 @@ static void op_ended(run *r, int32_t index) {
   if (r->batch->cancel && *r->batch->cancel && r->status == SHOAL_OK) r->status = SHOAL_E_CANCELLED;
 }
 
-/* Ops that one claim covers follow each other on one thread, with no meeting between them. Gives the op after them. */
-static int32_t run_small(run *r, int32_t op, int32_t thread) {
-  const int32_t mine = atomic_fetch_add(&r->claimed, 1) == 0;
-  for (; op < r->e->program.n_ops; op++) {
-    const cut c = cut_op(r, &r->e->program.ops[op]);
-    if (c.units > c.claim) break;
-    if (!mine || r->status != SHOAL_OK) continue;
-    run_units(r, op, 0, c.units, thread);
-    op_ended(r, op);
-  }
-  return op;
+static void run_part(void *run_state, int64_t first, int64_t last, int32_t thread) {
+  run *r = run_state;
+  run_units(r, r->op, first, last, thread);
 }
 
-void shoal_execute(void *run_state, int32_t thread) {
-  run *r = run_state;
-  for (int32_t op = 0, next; op < r->e->program.n_ops && !r->stop; op = next) {
-    const cut c = cut_op(r, &r->e->program.ops[op]);
-    const int32_t small = c.units <= c.claim;
-    if (small) {
-      next = run_small(r, op, thread);
-    } else {
-      next = op + 1;
-      for (int64_t unit; (unit = atomic_fetch_add(&r->claimed, c.claim)) < c.units;)
-        run_units(r, op, unit, SHOAL_MIN(unit + c.claim, c.units), thread);
-    }
-    if (!shoal_pool_meet(r->e->pool)) continue;
-    if (!small) op_ended(r, op);
-    r->claimed = 0;
-    r->stop = r->status != SHOAL_OK;
-    shoal_pool_part(r->e->pool);
+void shoal_execute(run *r) {
+  for (r->op = 0; r->op < r->e->program.n_ops && r->status == SHOAL_OK; r->op++) {
+    const cut c = cut_op(r, &r->e->program.ops[r->op]);
+    if (c.units <= c.claim)
+      run_units(r, r->op, 0, c.units, 0);
+    else
+      shoal_pool_run(r->e->pool, run_part, r, c.units, c.claim);
+    op_ended(r, r->op);
   }
 }

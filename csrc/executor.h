@@ -34,18 +34,17 @@ typedef struct {
   shoal_executor *e;
   const shoal_batch *batch;
   int32_t rows, wanted, n_spans;
-  int64_t seen;            /* sum over rows of the positions that each sees */
-  _Atomic int64_t claimed; /* units of the op at hand */
+  int64_t seen; /* sum over rows of the positions that each sees */
   _Atomic int32_t status;
   _Atomic int32_t where; /* the sequence that the status is about */
-  int32_t stop;          /* written while all threads meet */
+  int32_t op;            /* at hand */
   int64_t mark;          /* nanoseconds when the last op ended */
 } shoal_run_state;
 
 int64_t shoal_now_ns(void);
 
-/* What every thread of the pool does for one run. */
-void shoal_execute(void *run_state, int32_t thread);
+/* Runs all ops of the program once. */
+void shoal_execute(shoal_run_state *run);
 
 SHOAL_INLINE char *shoal_row(const shoal_executor *e, uint64_t at, int32_t buffer, int32_t row) {
   return e->workspace + at + (size_t)row * shoal_row_bytes(&e->program.buffers[buffer]);

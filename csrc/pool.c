@@ -1,9 +1,11 @@
-/* Threads that run one body together and meet between its parts. The caller of a run is thread 0. Who waits spins for
+/* Threads that share loops. Whoever is there takes the next part of a loop; the caller goes on when all parts are done,
+ * and waits for no thread that has none: one that has lost its core to another program delays nobody. Who waits spins for
  * about 50 us and then sleeps in the kernel. No mutex, no condition variable: their sizes differ between C libraries. */
 #define _GNU_SOURCE
 #include "common.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <time.h>
@@ -17,15 +19,20 @@
 enum { SPIN_NS = 50000, SPINS_A_LOOK = 64, MAX_THREADS = 256 };
 
 struct shoal_pool {
-  _Atomic uint32_t parted; /* meetings that are over: what waiters watch */
-  char apart0[60];
-  _Atomic int32_t come; /* threads at the meeting now */
+  _Atomic uint64_t left; /* loop's number << 32 | units that nobody has taken: what waiters watch */
+  char apart0[56];
+  _Atomic uint32_t done; /* units of the loop that are done */
+  char apart1[60];
+  _Atomic uint32_t bell; /* rung for those asleep */
   _Atomic int32_t asleep;
-  char apart1[56];
+  _Atomic int32_t ended;
+  /* The loop. Written only when no unit of the one before is left or under way, so that a thread that has taken a part of
+   * a loop has read that loop's. */
+  _Atomic uint32_t units, claim;
+  void (*_Atomic body)(void *argument, int64_t first, int64_t last, int32_t thread);
+  void *_Atomic argument;
   atomic_flag taken;
   int32_t threads;
-  void (*body)(void *argument, int32_t thread); /* NULL: the threads end */
-  void *argument;
   pthread_t handles[];
 };
 
@@ -48,64 +55,84 @@ static int64_t now_ns(void) {
   return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
-static void sleep_until_parted(shoal_pool *pool, uint32_t seen) {
+/* Takes parts of the loop at hand until none is left. */
+static void work(shoal_pool *pool, int32_t thread) {
+  uint64_t left = atomic_load(&pool->left);
+  while ((uint32_t)left) {
+    const uint32_t units = atomic_load_explicit(&pool->units, memory_order_relaxed);
+    const uint32_t n = SHOAL_MIN(atomic_load_explicit(&pool->claim, memory_order_relaxed), (uint32_t)left);
+    void (*const body)(void *, int64_t, int64_t, int32_t) = atomic_load_explicit(&pool->body, memory_order_relaxed);
+    void *const argument = atomic_load_explicit(&pool->argument, memory_order_relaxed);
+    if (!atomic_compare_exchange_weak(&pool->left, &left, left - n)) continue;
+    const int64_t first = (int64_t)units - (uint32_t)left;
+    body(argument, first, first + n, thread);
+    atomic_fetch_add(&pool->done, n);
+    left = atomic_load(&pool->left);
+  }
+}
+
+/* Sleeps until the bell has been rung since it was read. */
+static void sleep_until_rung(shoal_pool *pool, uint32_t heard) {
 #ifdef __linux__
-  atomic_fetch_add(&pool->asleep, 1);
-  while (atomic_load(&pool->parted) == seen) syscall(SYS_futex, &pool->parted, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
-  atomic_fetch_sub(&pool->asleep, 1);
+  syscall(SYS_futex, &pool->bell, FUTEX_WAIT_PRIVATE, heard, NULL, NULL, 0);
 #else
   const struct timespec moment = {0, 100000};
-  while (atomic_load(&pool->parted) == seen) nanosleep(&moment, NULL);
+  if (atomic_load(&pool->bell) == heard) nanosleep(&moment, NULL);
 #endif
 }
 
-int32_t shoal_pool_meet(shoal_pool *pool) {
-  const int32_t others = pool->threads - 1; /* read before coming: end() counts on it */
-  if (!others) return 1;
-  const uint32_t seen = atomic_load_explicit(&pool->parted, memory_order_relaxed); /* changes only when all have come */
-  if (atomic_fetch_add(&pool->come, 1) == others) return 1;
+static void ring(shoal_pool *pool) {
+  atomic_fetch_add(&pool->bell, 1);
+#ifdef __linux__
+  syscall(SYS_futex, &pool->bell, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
+#endif
+}
+
+static int32_t nothing_to_do(shoal_pool *pool) {
+  return !(uint32_t)atomic_load(&pool->left) && !atomic_load_explicit(&pool->ended, memory_order_relaxed);
+}
+
+static void wait_for_work(shoal_pool *pool) {
   const int64_t begin = now_ns();
   do {
     for (int32_t i = 0; i < SPINS_A_LOOK; i++) {
-      if (atomic_load_explicit(&pool->parted, memory_order_acquire) != seen) return 0;
+      if (!nothing_to_do(pool)) return;
       pause_spin();
     }
   } while (now_ns() - begin < SPIN_NS);
-  sleep_until_parted(pool, seen);
-  return 0;
-}
-
-void shoal_pool_part(shoal_pool *pool) {
-  if (pool->threads == 1) return;
-  atomic_store(&pool->come, 0);
-  atomic_fetch_add(&pool->parted, 1);
-#ifdef __linux__
-  if (atomic_load(&pool->asleep)) syscall(SYS_futex, &pool->parted, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
-#endif
-}
-
-static void meet_and_part(shoal_pool *pool) {
-  if (shoal_pool_meet(pool)) shoal_pool_part(pool);
+  atomic_fetch_add(&pool->asleep, 1); /* before the last look: a loop that begins after it rings */
+  const uint32_t heard = atomic_load(&pool->bell);
+  if (nothing_to_do(pool)) sleep_until_rung(pool, heard);
+  atomic_fetch_sub(&pool->asleep, 1);
 }
 
 static void *serve(void *argument) {
   const member m = *(member *)argument;
   free(argument);
   shoal_fenv_set();
-  for (;;) {
-    meet_and_part(m.pool); /* a run begins */
-    if (!m.pool->body) return NULL;
-    m.pool->body(m.pool->argument, m.thread);
-    meet_and_part(m.pool); /* all have finished it */
+  while (!atomic_load(&m.pool->ended)) {
+    work(m.pool, m.thread);
+    wait_for_work(m.pool);
   }
+  return NULL;
 }
 
-void shoal_pool_run(shoal_pool *pool, void (*body)(void *argument, int32_t thread), void *argument) {
-  pool->body = body;
-  pool->argument = argument;
-  meet_and_part(pool);
-  body(argument, 0);
-  meet_and_part(pool);
+void shoal_pool_run(shoal_pool *pool, void (*body)(void *argument, int64_t first, int64_t last, int32_t thread),
+                    void *argument, int64_t units, int64_t claim) {
+  const uint64_t number = (atomic_load(&pool->left) >> 32) + 1;
+  atomic_store_explicit(&pool->body, body, memory_order_relaxed);
+  atomic_store_explicit(&pool->argument, argument, memory_order_relaxed);
+  atomic_store_explicit(&pool->units, (uint32_t)units, memory_order_relaxed);
+  atomic_store_explicit(&pool->claim, (uint32_t)claim, memory_order_relaxed);
+  atomic_store(&pool->done, 0);
+  atomic_store(&pool->left, number << 32 | (uint32_t)units);
+  if (atomic_load(&pool->asleep)) ring(pool);
+  work(pool, 0);
+  const int64_t begin = now_ns();
+  for (int32_t i = 1; atomic_load(&pool->done) != (uint32_t)units; i++) { /* the last parts are under way */
+    pause_spin();
+    if (i % SPINS_A_LOOK == 0 && now_ns() - begin > SPIN_NS) sched_yield(); /* perhaps for want of this core */
+  }
 }
 
 int32_t shoal_pool_threads(const shoal_pool *pool) { return pool->threads; }
@@ -114,15 +141,10 @@ int32_t shoal_pool_take(shoal_pool *pool) { return !atomic_flag_test_and_set(&po
 
 void shoal_pool_give(shoal_pool *pool) { atomic_flag_clear(&pool->taken); }
 
-/* Ends threads 1 to started: all of them, or fewer when no more could be had, in which case those must have come to the
- * meeting before it is made smaller. */
+/* Ends threads 1 to started. */
 static void end(shoal_pool *pool, int32_t started) {
-  if (started + 1 < pool->threads) {
-    while (atomic_load(&pool->come) < started) pause_spin();
-    pool->threads = started + 1;
-  }
-  pool->body = NULL;
-  meet_and_part(pool);
+  atomic_store(&pool->ended, 1);
+  ring(pool);
   for (int32_t t = 0; t < started; t++) pthread_join(pool->handles[t], NULL);
   free(pool);
 }

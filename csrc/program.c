@@ -146,7 +146,7 @@ static int32_t run_batch(shoal_executor *e, const shoal_batch *batch, char *erro
   int32_t index = take_inputs(&r);
   if (index >= 0) return shoal_fail(error, error_bytes, SHOAL_E_NONFINITE, "input %d holds NaN or infinity", index);
   r.mark = batch->op_ns ? shoal_now_ns() : 0;
-  shoal_pool_run(e->pool, shoal_execute, &r);
+  shoal_execute(&r);
   if (r.status == SHOAL_E_CANCELLED) return shoal_fail(error, error_bytes, SHOAL_E_CANCELLED, "cancelled");
   if (r.status == SHOAL_E_NONFINITE)
     return shoal_fail(error, error_bytes, SHOAL_E_NONFINITE, "the logits of sequence %d hold NaN or infinity",

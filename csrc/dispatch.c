@@ -43,10 +43,29 @@ static int32_t has_avx512(void) {
 #define SET_X86(kernels) NULL
 #endif
 
+#if defined(__aarch64__) && defined(__linux__)
+enum { HWCAP_SDOT = 1 << 20, HWCAP2_SMMLA = 1 << 13 };
+static int32_t has_neon_dot(void) { return (getauxval(AT_HWCAP) & HWCAP_SDOT) != 0; }
+static int32_t has_neon_i8mm(void) { return has_neon_dot() && (getauxval(AT_HWCAP2) & HWCAP2_SMMLA) != 0; }
+#elif defined(__aarch64__)
+static int32_t never(void) { return 0; }
+#define has_neon_dot never /* only Linux is asked */
+#define has_neon_i8mm never
+#else
+#define has_neon_dot always
+#define has_neon_i8mm always
+#endif
+
 #if defined(__aarch64__)
 #define SET_ARM(kernels) &(kernels)
 #else
 #define SET_ARM(kernels) NULL
+#endif
+
+#if defined(SHOAL_ARM_EXTENSIONS)
+#define SET_ARM_EXTENSION(kernels) &(kernels)
+#else
+#define SET_ARM_EXTENSION(kernels) NULL
 #endif
 
 /* By enum shoal_isa; among those that a CPU has, a later one is the quicker. */
@@ -57,8 +76,8 @@ static const isa_row SETS[] = {
     [SHOAL_ISA_AVXVNNI] = {"avxvnni", NULL, always},
     [SHOAL_ISA_AVX512] = {"avx512", SET_X86(shoal_kernels_avx512), has_avx512},
     [SHOAL_ISA_NEON] = {"neon", SET_ARM(shoal_kernels_neon), always},
-    [SHOAL_ISA_NEON_DOT] = {"neon_dot", NULL, always},
-    [SHOAL_ISA_NEON_I8MM] = {"neon_i8mm", NULL, always},
+    [SHOAL_ISA_NEON_DOT] = {"neon_dot", SET_ARM_EXTENSION(shoal_kernels_neon_dot), has_neon_dot},
+    [SHOAL_ISA_NEON_I8MM] = {"neon_i8mm", SET_ARM_EXTENSION(shoal_kernels_neon_i8mm), has_neon_i8mm},
 };
 enum { N_SETS = sizeof SETS / sizeof *SETS };
 

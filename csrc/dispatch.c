@@ -32,6 +32,13 @@ static int32_t has(uint32_t ebx, uint32_t ecx, uint32_t saved) {
 
 static int32_t has_avx2(void) { return has(LEAF7_AVX2, 0, XCR0_YMM); }
 
+static int32_t has_avxvnni(void) {
+  const uint32_t leaf71_vnni = 1u << 4;
+  uint32_t a, b, c, d;
+  if (!has_avx2() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || a < 1) return 0; /* a is the last subleaf */
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & leaf71_vnni) != 0;
+}
+
 static int32_t has_avx512(void) {
   const uint32_t f = 1u << 16, bw = 1u << 30, vl = 1u << 31, vnni = 1u << 11;
   return has(LEAF7_AVX2 | f | bw | vl, vnni, XCR0_ZMM);
@@ -39,6 +46,7 @@ static int32_t has_avx512(void) {
 #define SET_X86(kernels) &(kernels)
 #else
 #define has_avx2 always
+#define has_avxvnni always
 #define has_avx512 always
 #define SET_X86(kernels) NULL
 #endif
@@ -73,7 +81,7 @@ static const isa_row SETS[] = {
     [SHOAL_ISA_AUTO] = {"auto", NULL, always},
     [SHOAL_ISA_SCALAR] = {"scalar", &shoal_kernels_scalar, always},
     [SHOAL_ISA_AVX2] = {"avx2", SET_X86(shoal_kernels_avx2), has_avx2},
-    [SHOAL_ISA_AVXVNNI] = {"avxvnni", NULL, always},
+    [SHOAL_ISA_AVXVNNI] = {"avxvnni", SET_X86(shoal_kernels_avxvnni), has_avxvnni},
     [SHOAL_ISA_AVX512] = {"avx512", SET_X86(shoal_kernels_avx512), has_avx512},
     [SHOAL_ISA_NEON] = {"neon", SET_ARM(shoal_kernels_neon), always},
     [SHOAL_ISA_NEON_DOT] = {"neon_dot", SET_ARM_EXTENSION(shoal_kernels_neon_dot), has_neon_dot},

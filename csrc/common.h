@@ -84,7 +84,14 @@ typedef struct {
                        float *out); /* exp((x - largest) / divisor) */
 } shoal_kernels;
 
-extern const shoal_kernels shoal_kernels_scalar, shoal_kernels_avx2, shoal_kernels_avx512, shoal_kernels_neon;
+extern const shoal_kernels shoal_kernels_scalar, shoal_kernels_avx2, shoal_kernels_avxvnni, shoal_kernels_avx512;
+extern const shoal_kernels shoal_kernels_neon, shoal_kernels_neon_dot, shoal_kernels_neon_i8mm;
+
+/* The compiler makes code for extensions of NEON in functions that ask for them. (clang before 16 hides the intrinsics
+ * unless the whole build may use them.) */
+#if defined(__aarch64__) && (!defined(__clang__) || __clang_major__ >= 16)
+#define SHOAL_ARM_EXTENSIONS 1
+#endif
 
 /* dispatch.c: NULL when this build or CPU has not the set. */
 const shoal_kernels *shoal_kernels_of(int32_t isa);

@@ -32,6 +32,13 @@ static int32_t has(uint32_t ebx, uint32_t ecx, uint32_t saved) {
 
 static int32_t has_avx2(void) { return has(LEAF7_AVX2, 0, XCR0_YMM); }
 
+static int32_t has_avxvnni(void) {
+  const uint32_t leaf71_vnni = 1u << 4;
+  uint32_t a, b, c, d;
+  if (!has_avx2() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || a < 1) return 0; /* a is the last subleaf */
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & leaf71_vnni) != 0;
+}
+
 static int32_t has_avx512(void) {
   const uint32_t f = 1u << 16, bw = 1u << 30, vl = 1u << 31, vnni = 1u << 11;
   return has(LEAF7_AVX2 | f | bw | vl, vnni, XCR0_ZMM);
@@ -39,8 +46,22 @@ static int32_t has_avx512(void) {
 #define SET_X86(kernels) &(kernels)
 #else
 #define has_avx2 always
+#define has_avxvnni always
 #define has_avx512 always
 #define SET_X86(kernels) NULL
+#endif
+
+#if defined(__aarch64__) && defined(__linux__)
+enum { HWCAP_SDOT = 1 << 20, HWCAP2_SMMLA = 1 << 13 };
+static int32_t has_neon_dot(void) { return (getauxval(AT_HWCAP) & HWCAP_SDOT) != 0; }
+static int32_t has_neon_i8mm(void) { return has_neon_dot() && (getauxval(AT_HWCAP2) & HWCAP2_SMMLA) != 0; }
+#elif defined(__aarch64__)
+static int32_t never(void) { return 0; }
+#define has_neon_dot never /* only Linux is asked */
+#define has_neon_i8mm never
+#else
+#define has_neon_dot always
+#define has_neon_i8mm always
 #endif
 
 #if defined(__aarch64__)
@@ -49,16 +70,22 @@ static int32_t has_avx512(void) {
 #define SET_ARM(kernels) NULL
 #endif
 
+#if defined(SHOAL_ARM_EXTENSIONS)
+#define SET_ARM_EXTENSION(kernels) &(kernels)
+#else
+#define SET_ARM_EXTENSION(kernels) NULL
+#endif
+
 /* By enum shoal_isa; among those that a CPU has, a later one is the quicker. */
 static const isa_row SETS[] = {
     [SHOAL_ISA_AUTO] = {"auto", NULL, always},
     [SHOAL_ISA_SCALAR] = {"scalar", &shoal_kernels_scalar, always},
     [SHOAL_ISA_AVX2] = {"avx2", SET_X86(shoal_kernels_avx2), has_avx2},
-    [SHOAL_ISA_AVXVNNI] = {"avxvnni", NULL, always},
+    [SHOAL_ISA_AVXVNNI] = {"avxvnni", SET_X86(shoal_kernels_avxvnni), has_avxvnni},
     [SHOAL_ISA_AVX512] = {"avx512", SET_X86(shoal_kernels_avx512), has_avx512},
     [SHOAL_ISA_NEON] = {"neon", SET_ARM(shoal_kernels_neon), always},
-    [SHOAL_ISA_NEON_DOT] = {"neon_dot", NULL, always},
-    [SHOAL_ISA_NEON_I8MM] = {"neon_i8mm", NULL, always},
+    [SHOAL_ISA_NEON_DOT] = {"neon_dot", SET_ARM_EXTENSION(shoal_kernels_neon_dot), has_neon_dot},
+    [SHOAL_ISA_NEON_I8MM] = {"neon_i8mm", SET_ARM_EXTENSION(shoal_kernels_neon_i8mm), has_neon_i8mm},
 };
 enum { N_SETS = sizeof SETS / sizeof *SETS };
 

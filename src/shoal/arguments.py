@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("int8", "f32")
 BACKENDS = ("auto", "native", "numba", "numpy")
-ISAS = ("auto", "scalar", "avx2", "avx512", "neon")
+ISAS = ("auto", "scalar", "avx2", "avxvnni", "avx512", "neon", "neon_dot", "neon_i8mm")
 
 
 def build_parser() -> argparse.ArgumentParser:

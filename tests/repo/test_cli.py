@@ -15,7 +15,7 @@ from shoal.cli import main
 from shoal.engine.backends._abi import ffi
 from shoal.engine.errors import ContextError, ModelFileError, ShoalError
 
-COMMANDS = ["pull", "ls", "convert", "verify", "inspect", "run", "plan", "profile", "node", "demo"]
+COMMANDS = ["pull", "ls", "convert", "verify", "inspect", "run", "plan", "profile", "bench", "node", "demo"]
 
 
 def parse(line: str) -> argparse.Namespace:

@@ -16,6 +16,8 @@ command raises ShoalError for anything the user can mend; the command line print
     plan      model: str, devices: Path|None, nodes: as for run (one of the two is given), context: int,
               streams: int, objective: "latency"|"throughput", json: bool
     profile   model: str, json: bool, threads, backend, isa
+    bench     model: str, n_prompt, n_gen, n_depth, batch: tuple[int, ...], threads: tuple[int, ...]|None,
+              repetitions: int, output: "md"|"json"|"csv", backend, isa
     node      model: str, listen: tuple[str, int], name: str|None, ram: int|None (MB), slow: float,
               insecure: bool, port_file: Path|None, threads, backend, isa
     demo      timeout: int (seconds), prompt: str

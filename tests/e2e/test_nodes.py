@@ -198,6 +198,21 @@ def test_shoal_run_on_nodes_prints_the_answer_of_one_process(model: Model, four:
     assert len(alone.stdout) > 20
 
 
+def test_a_prompt_longer_than_the_context_is_refused_and_the_nodes_go_on(
+    model: Model,
+    four: list[RunningNode],
+    prompts: list[list[int]],
+    expected: Callable[[Sampling], list[list[int]]],
+) -> None:
+    addresses = ",".join(f"{host}:{port}" for host, port in (node.address for node in four[:2]))
+    for more in ((), ("--nodes", addresses)):
+        done = shoal("run", str(model.path), "long " * 100, "--context", "64", *more)
+        assert done.returncode == 5, done.stderr
+        assert "the context holds 64" in done.stderr
+    answers, _ = trio.run(ask, model, four[:2], (0, 16, 32), prompts[:1], GREEDY)
+    assert answers == expected(GREEDY)[:1]
+
+
 def test_ctrl_c_ends_a_node_cleanly(model: Model, tmp_path: Path) -> None:
     with nodes(model.path, [NodeSpec("ended", ram_mb=800)], tmp_path) as running:
         process = running[0].process

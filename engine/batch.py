@@ -3,7 +3,6 @@ network."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -30,11 +29,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         limits: tuple[tuple[str, float, bool], ...] = (
-            ("temperature", self.temperature, 0 <= self.temperature < math.inf),
+            ("temperature", self.temperature, self.temperature == 0 or 1e-6 <= self.temperature <= 1e6),
             ("top_k", self.top_k, 0 <= self.top_k < 1 << 31),
-            ("top_p", self.top_p, 0 < self.top_p <= 1),
+            ("top_p", self.top_p, 1e-6 <= self.top_p <= 1),
             ("min_p", self.min_p, 0 <= self.min_p <= 1),
-            ("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < math.inf),
+            ("repetition_penalty", self.repetition_penalty, 1e-6 <= self.repetition_penalty <= 1e6),
             ("seed", self.seed, 0 <= self.seed < 1 << 64),
         )
         for name, value, good in limits:

@@ -44,7 +44,14 @@ class PagePool:
             )
         self.used += size
         free = self._free.get(elements)
-        return free.pop() if free else np.zeros(elements, self.dtype)
+        try:
+            page = free.pop() if free else np.zeros(elements, self.dtype)
+        except MemoryError:
+            self.used -= size
+            raise ContextError(
+                "out of memory for keys and values: end another request, or promise less"
+            ) from None
+        return page
 
     def give(self, page: Page) -> None:
         """Takes a page back."""

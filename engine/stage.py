@@ -53,6 +53,7 @@ class Stage:
             raise ValueError(f"units [{first}, {last}) are not a range of this model's {len(units)} units")
         self.model, self.first, self.last, self.options = model, first, last, options
         self._sequences: dict[int, _Sequence] = {}
+        self._closed = False
         self._linked = link(model, first, last, options)
         self._executor = make_executor(self._linked, options.backend, options.isa, options.threads)
         self._pool = PagePool(
@@ -85,6 +86,8 @@ class Stage:
     def open(self, sequence: int, sampling: Sampling = Sampling(), context: int | None = None) -> None:
         """Starts a sequence of at most `context` positions. ValueError: the number is taken, or context is
         too long."""
+        if self._closed:
+            raise ValueError("the stage has been closed")
         if sequence in self._sequences:
             raise ValueError(f"sequence {sequence} is open already")
         context = self.model.config.context if context is None else context
@@ -109,9 +112,11 @@ class Stage:
 
     def close(self) -> None:
         """Ends all sequences and gives up threads and memory."""
-        for sequence in list(self._sequences):
-            self.close_sequence(sequence)
-        self._executor.close()
+        if not self._closed:
+            self._closed = True
+            for sequence in list(self._sequences):
+                self.close_sequence(sequence)
+            self._executor.close()
 
     def run(self, batch: Sequence[Run]) -> list[Result]:
         """Runs a batch of rows of distinct sequences; the results stand in the batch's order.

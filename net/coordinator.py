@@ -186,7 +186,8 @@ class Head:
         for member, stage in zip(self._state.holders(), self._state.placement.stages, strict=True):
             answer = await self._ask(member, GetStats(), Stats)
             loaded = self._peers[member].loaded
-            assert loaded is not None, "its stage serves"
+            if loaded is None:
+                raise NodeLostError(f"{stage.node} is loading layers that a lost node held: ask again")
             reports.append(
                 StageReport(stage.node, stage.first, stage.last, loaded.seconds, loaded.ram_bytes, answer)
             )

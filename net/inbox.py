@@ -26,7 +26,7 @@ class Batch:
 
 @dataclass(slots=True)
 class Inbox:
-    """Items of one epoch. `max_rows`: rows of a call; `chunk_rows`: prompt rows of a call; `limit`: Steps
+    """Items of one epoch. `max_rows`: rows of a call; `chunk_rows`: prompt rows of a call; `limit`: items
     that may wait."""
 
     epoch: Epoch
@@ -34,12 +34,12 @@ class Inbox:
     chunk_rows: int
     limit: int = 256
     _lines: dict[int, deque[Item]] = field(default_factory=dict)
-    _steps: int = 0
+    _items: int = 0
 
     @property
     def full(self) -> bool:
-        """Take a batch before another Step is put."""
-        return self._steps >= self.limit or len(self._lines) >= self.limit
+        """Take a batch before another item is put."""
+        return self._items >= self.limit
 
     def __bool__(self) -> bool:
         return bool(self._lines)
@@ -52,12 +52,12 @@ class Inbox:
         line = self._lines.setdefault(item.session, deque())
         if isinstance(item, Close):
             unheard = any(isinstance(waiting, Open) for waiting in line)
-            self._steps -= sum(isinstance(waiting, Step) for waiting in line)
+            self._items -= len(line)
             line.clear()
             if unheard:
                 del self._lines[item.session]
                 return
-        self._steps += isinstance(item, Step)
+        self._items += 1
         line.append(item)
 
     def take(self) -> Batch:
@@ -82,7 +82,7 @@ class Inbox:
         for session in served:  # to the end: their turn comes after the others'
             if session in self._lines:
                 self._lines[session] = self._lines.pop(session)
-        self._steps -= len(steps)
+        self._items -= len(steps) + len(notices)
         return Batch(tuple(notices), tuple(steps))
 
     def _fits(self, item: Item, steps: int, rows: int, prompt_rows: int) -> bool:

@@ -120,6 +120,8 @@ class Link:
                     pass
         except (NodeLostError, trio.BrokenResourceError, trio.ClosedResourceError):
             return  # it has gone already: nobody is left to be told
+        except trio.BusyResourceError:
+            return  # it reads nothing, so what waits to be written is stuck, and this would be too
 
     async def _read(self) -> bytes | bytearray:
         try:

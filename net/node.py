@@ -143,8 +143,8 @@ class Node:
             await self._place.acquire()
             self._head = link
             return
-        assert self._head is not None
-        raise NetError(f"{self._parts.identity.name} is busy: it serves {self._head.peer}")
+        served = "another head" if self._head is None else self._head.peer
+        raise NetError(f"{self._parts.identity.name} is busy: it serves {served}")
 
     async def _serve_head(self, link: Link) -> None:
         """Follows a head's orders until it is gone; then nothing of its work is left."""

@@ -17,7 +17,7 @@ import trio
 from .errors import NodeLostError, from_wire
 from .generation import Flow, Generation
 from .link import Link
-from .messages import Close, Failed, Result, Step
+from .messages import Close, Failed, Open, Result, Step
 
 Answers = trio.MemorySendChannel[Result | Failed]
 
@@ -79,7 +79,7 @@ class Session:
         self._chains, self._generation, self._places = chains, generation, places
         self._chain: Chain | None = None
         self._answers: trio.MemoryReceiveChannel[Result | Failed] | None = None
-        self._unsent: deque[Step] = deque()
+        self._unsent: deque[Open | Step] = deque()
 
     async def __aenter__(self) -> Self:
         await self._places.acquire_on_behalf_of(self)
@@ -131,8 +131,10 @@ class Session:
         self._unsent.clear()
         self._chain = await self._chains.chain()
         opening = self._generation.start(self._chain.flow)
+        self._unsent.append(
+            opening
+        )  # not sent here: a caller that is cancelled in the middle must not lose it
         self._answers = self._chain.join(opening.session)
-        await self._chain.link.send(opening)
 
     def _post_due(self) -> None:
         assert self._chain is not None

@@ -145,7 +145,7 @@ class NativeExecutor:
         if status == _ENUMS["SHOAL_E_NONFINITE"]:
             raise FloatingPointError(message)
         if status == _ENUMS["SHOAL_E_MEMORY"]:
-            raise MemoryError(message)
+            raise ShoalError(f"out of memory: {message}; free some, or hold fewer layers here")
         raise ShoalError(f"the C library refused the work: {message}")
 
     def _program(self) -> Any:

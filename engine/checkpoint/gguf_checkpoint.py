@@ -129,6 +129,10 @@ class GgufCheckpoint:
         low, high, context = 1.0, 4.0, 8192
         factor = float(factors.max())
         theta = self._value("rope.freq_base") or 10000.0
+        if type(theta) not in (int, float) or not 0 < theta < math.inf or type(head_dim) is not int:
+            raise ModelFileError(
+                f"{self.path}: rope.freq_base {theta!r} or the head size {head_dim!r} is no number"
+            )
         expected = np.empty(head_dim // 2)
         for j in range(head_dim // 2):
             wavelength = 2 * math.pi * theta ** (2 * j / head_dim)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -219,3 +220,26 @@ def test_ctrl_c_ends_a_node_cleanly(model: Model, tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 0
     assert "Traceback" not in (tmp_path / "ended.log").read_text()
+
+
+def test_the_demo_answers_paris_leaves_no_process_and_needs_no_network(model: Model) -> None:
+    """Without proxies or indexes that lead anywhere, since the model is here."""
+    offline = {**os.environ, "PIP_INDEX_URL": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
+    done = subprocess.run(
+        [sys.executable, "-m", "shoal", "demo"], capture_output=True, text=True, timeout=120, env=offline
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout
+    for device in ("laptop", "phone", "old-phone"):
+        assert "needed: without it the model does not fit" in done.stdout
+        assert device in done.stdout
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert "--name old-phone" not in listed
+
+
+def test_a_demo_that_takes_too_long_says_so_and_ends_its_nodes(model: Model) -> None:
+    done = shoal("demo", "--timeout", "2")
+    assert done.returncode == 1
+    assert "--timeout" in done.stderr
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert "--name laptop" not in listed

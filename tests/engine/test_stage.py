@@ -89,3 +89,20 @@ def test_unknown_kernels_are_named(tiny_int8: Model) -> None:
         Stage(tiny_int8, 0, 5, StageOptions(isa="mmx"))
     with pytest.raises(ShoalError, match="there is no backend"):
         Stage(tiny_int8, 0, 5, StageOptions(backend="cuda"))
+
+
+def test_a_closed_stage_refuses_work(tiny_int8: Model) -> None:
+    with Stage(tiny_int8, 0, 5) as stage:
+        pass
+    stage.close()
+    with pytest.raises(ValueError, match="has been closed"):
+        list(generate(stage, [1, 2, 3], max_tokens=2))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"top_p": 1e-50}, {"temperature": 1e300}, {"temperature": float("nan")}, {"repetition_penalty": 1e39}],
+)
+def test_sampling_that_floats_cannot_hold_is_refused(values: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="out of range"):
+        Sampling(**values)

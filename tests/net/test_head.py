@@ -116,6 +116,20 @@ def test_a_cancelled_reader_loses_no_token(lab: ModuleType) -> None:
     lab.run(main)
 
 
+def test_a_reader_that_is_cancelled_at_once_may_go_on(lab: ModuleType) -> None:
+    async def main() -> None:
+        async with lab.network() as net:
+            net.add("a")
+            async with net.head(plan=plan_at((0, 6))) as head, head.generate([4], max_tokens=6) as tokens:
+                with trio.move_on_after(0) as scope:
+                    await anext(tokens)
+                assert scope.cancelled_caught
+                with trio.fail_after(5):
+                    assert [token async for token in tokens] == lab.oracle([4], 6)
+
+    lab.run(main)
+
+
 def test_a_session_without_room_fails_alone(lab: ModuleType) -> None:
     async def main() -> None:
         async with lab.network() as net:

@@ -88,3 +88,10 @@ def test_full_counts_what_waits() -> None:
     box.put(Close(1, NOW))
     assert not box.full
     assert inbox(opened(1), opened(2), opened(3), limit=3).full
+
+
+def test_a_flood_of_one_sessions_opens_fills_it_too() -> None:
+    box = inbox(*(opened(1) for _ in range(3)), limit=3)
+    assert box.full
+    box.take()
+    assert not box.full

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -334,3 +335,14 @@ def test_errors_of_a_pull_have_their_exit_codes(cache: Path, tmp_path: Path) -> 
     (tmp_path / "bad.gguf").write_bytes(b"nothing at all, and more of it")
     assert main(["pull", str(tmp_path / "bad.gguf")]) == 3
     assert store.names() == []
+
+
+def test_a_name_that_another_source_has_is_not_given_its_model(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("first", "second"):
+        shutil.copytree(TINY, tmp_path / folder)
+    assert main(["pull", str(tmp_path / "first"), "--name", "mine"]) == 0
+    assert main(["pull", str(tmp_path / "first"), "--name", "mine"]) == 0
+    assert main(["pull", str(tmp_path / "second"), "--name", "mine"]) == 1
+    assert "came from first" in capsys.readouterr().err

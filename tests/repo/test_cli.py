@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from shoal import __version__
-from shoal.arguments import ISAS, build_parser
+from shoal.arguments import build_parser
+from shoal.arguments.shared import ISAS
 from shoal.cli import main
 from shoal.engine.backends._abi import ffi
 from shoal.engine.errors import ContextError, ModelFileError, ShoalError

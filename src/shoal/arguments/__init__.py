@@ -1,0 +1,30 @@
+"""The grammar of the command line: every subcommand, its options, and the words a first-time user reads.
+
+What each command finds in its `args` is listed in commands/__init__.py.
+"""
+
+import argparse
+
+from .. import __version__
+from .bench import bench
+from .models import convert, inspect, ls, pull, verify
+from .node import demo, node
+from .plan import plan, profile
+from .run import run
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="shoal",
+        description="Run one language model across the devices you own: each holds some of its layers.",
+        epilog='New here? `shoal pull smollm2-135m`, then `shoal run smollm2-135m "Hello"`. '
+        "`shoal COMMAND --help` explains each command.",
+    )
+    parser.add_argument("--version", action="version", version=f"shoal {__version__}")
+    parser.add_argument(
+        "--traceback", action="store_true", help="on an error show where in the code it arose"
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for add in (pull, ls, convert, verify, inspect, run, plan, profile, bench, node, demo):
+        add(commands)
+    return parser

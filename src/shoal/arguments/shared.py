@@ -1,0 +1,62 @@
+"""Arguments that several commands have."""
+
+import argparse
+from typing import TypeAlias
+
+from .kinds import addresses, positive
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+DTYPES = ("int8", "f32")
+BACKENDS = ("auto", "native", "numba", "numpy")
+ISAS = ("auto", "scalar", "avx2", "avxvnni", "avx512", "neon", "neon_dot", "neon_i8mm")
+
+
+def command(commands: Commands, name: str, summary: str, more: str = "") -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.{' ' if more else ''}{more}"
+    )
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", help="a name from `shoal ls`, or a path to a model directory"
+    )
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="int8",
+        help="int8: small and fast; f32: exact and four times as large (default int8)",
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def add_nodes(parser: argparse._ActionsContainer, text: str) -> None:
+    parser.add_argument("--nodes", type=addresses, default=(), metavar="HOST:PORT,...", help=text)
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("engine")
+    group.add_argument("--threads", type=positive, metavar="N", help="(default: chosen for this device)")
+    add_kernels(group)
+
+
+def add_kernels(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default="auto",
+        help="native is the C library (default auto: the best there is)",
+    )
+    group.add_argument(
+        "--isa",
+        choices=ISAS,
+        default="auto",
+        help="instruction set of the native backend (default auto: the best there is)",
+    )

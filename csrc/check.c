@@ -72,7 +72,7 @@ static int32_t check_buffers(const checker *c) {
 
 static int32_t check_weight(const checker *c, int32_t i) {
   const shoal_weight *w = &c->p->weights[i];
-  uint64_t bytes, scales = 0, align = 1;
+  uint64_t bytes, scales = 0, mins = 0, align = 1;
   if (w->rows < 1 || w->rows > MAX_MATRIX_ROWS || w->cols < 1 || w->cols > MAX_COLS)
     REFUSE(c, "weight %d: shape [%d, %d] is out of range", i, w->rows, w->cols);
   const uint64_t rows = (uint64_t)w->rows, cols = (uint64_t)w->cols; /* below 2^28 and 2^24: products fit */
@@ -84,13 +84,20 @@ static int32_t check_weight(const checker *c, int32_t i) {
       scales = bytes / SHOAL_GROUP * 2;
       align = 4;
       break;
+    case SHOAL_Q4:
+      bytes = SHOAL_UP(rows, SHOAL_PANEL) * SHOAL_UP(cols, SHOAL_GROUP) / 2;
+      scales = bytes / SHOAL_GROUP * 4;
+      mins = w->mins ? scales : 0;
+      break;
     default: REFUSE(c, "weight %d: no type %d", i, w->type);
   }
   if (!w->data || w->data_bytes != bytes)
     REFUSE(c, "weight %d: %u bytes of data, its shape needs %u", i, w->data ? w->data_bytes : 0, bytes);
   if (w->scales_bytes != scales || !w->scales != !scales)
     REFUSE(c, "weight %d: %u bytes of scales, its shape needs %u", i, w->scales_bytes, scales);
-  if ((uintptr_t)w->data % align || (uintptr_t)w->scales % 2) REFUSE(c, "weight %d is not aligned", i);
+  if (w->mins_bytes != mins || (w->mins && !mins))
+    REFUSE(c, "weight %d: %u bytes of mins, its shape and type need %u", i, w->mins_bytes, mins);
+  if ((uintptr_t)w->data % align || (uintptr_t)w->scales % 2 || (uintptr_t)w->mins % 2) REFUSE(c, "weight %d is not aligned", i);
   if (w->type == SHOAL_F64)
     for (uint64_t k = 0; k < rows * cols; k++) {
       const double f = ((const double *)w->data)[k];
@@ -117,7 +124,8 @@ static int32_t check_op_weights(const checker *c, int32_t least, int32_t most, i
   for (int32_t i = 0; i < op->n_weights; i++) {
     NEED(c, op->weights[i] >= 0 && op->weights[i] < c->p->n_weights, "no such weight");
     const shoal_weight *w = &c->p->weights[op->weights[i]];
-    NEED(c, type < 0 || w->type == type, "the weight's type does not fit the input's");
+    NEED(c, type < 0 || w->type == type || (type == SHOAL_Q8 && w->type == SHOAL_Q4),
+         "the weight's type does not fit the input's");
     NEED(c, cols < 0 || w->cols == cols, "the weight's columns do not fit");
   }
   return SHOAL_OK;

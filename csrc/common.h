@@ -42,6 +42,19 @@ SHOAL_INLINE shoal_q8_row shoal_q8(char *row, int32_t cols) {
   return (shoal_q8_row){(int8_t *)row, scale, (int32_t *)(scale + groups), groups};
 }
 
+/* Number k of a group of packed weights, of the output in `lane`; groups are counted over all panels before. */
+SHOAL_INLINE int32_t shoal_q8_at(const void *data, size_t group, size_t lane, int32_t k) {
+  const int8_t *q = (const int8_t *)data + group * SHOAL_GROUP * SHOAL_PANEL;
+  return q[((size_t)(k / SHOAL_QUAD) * SHOAL_PANEL + lane) * SHOAL_QUAD + k % SHOAL_QUAD];
+}
+
+SHOAL_INLINE int32_t shoal_q4_at(const void *data, size_t group, size_t lane, int32_t k) {
+  const int32_t half = SHOAL_GROUP / 2;
+  const uint8_t *q = (const uint8_t *)data + group * half * SHOAL_PANEL;
+  const uint8_t both = q[((size_t)(k % half / SHOAL_QUAD) * SHOAL_PANEL + lane) * SHOAL_QUAD + k % SHOAL_QUAD];
+  return k < half ? both & 15 : both >> 4;
+}
+
 /* Rows [row0, row1) of in and out times panels [panel0, panel1) of w; out is at w's first column. */
 typedef struct {
   const char *in;
@@ -77,6 +90,7 @@ typedef struct {
   void (*store)(const shoal_attention *task);
   void (*attend)(const shoal_attention *task);
   void (*matmul_q8)(const shoal_matmul *task);
+  void (*matmul_q4)(const shoal_matmul *task);
   void (*matmul_f32)(const shoal_matmul *task);
   int32_t (*finite)(const float *x, int64_t n);
   float (*largest)(const float *x, int32_t n); /* n >= 1 */

@@ -101,6 +101,8 @@ static void run_matmul(const run *r, const shoal_op *op, const shoal_places *at,
     };
     if (w->type == SHOAL_Q8)
       r->e->kernels->matmul_q8(&task);
+    else if (w->type == SHOAL_Q4)
+      r->e->kernels->matmul_q4(&task);
     else
       r->e->kernels->matmul_f32(&task);
     unit += n;

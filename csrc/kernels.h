@@ -34,7 +34,7 @@ enum shoal_isa {
   SHOAL_ISA_NEON_I8MM = 7
 };
 
-enum shoal_type { SHOAL_F32 = 0, SHOAL_Q8 = 1, SHOAL_F16 = 2, SHOAL_F64 = 3 };
+enum shoal_type { SHOAL_F32 = 0, SHOAL_Q8 = 1, SHOAL_F16 = 2, SHOAL_F64 = 3, SHOAL_Q4 = 4 };
 
 /* Rows of a buffer: every row of the batch, or only the rows whose logits are wanted. */
 enum shoal_domain { SHOAL_ALL_ROWS = 0, SHOAL_WANTED_ROWS = 1 };
@@ -63,12 +63,17 @@ typedef struct {
 
 /* A matrix [rows][cols] or a vector (rows = 1).
  * SHOAL_F32, SHOAL_F64: row-major. SHOAL_Q8: data is int8 [panels][cols padded to a group / 4][16][4], scales is
- * fp16 [panels][groups][16]; rows and columns beyond the matrix hold zeros. */
+ * fp16 [panels][groups][16]; rows and columns beyond the matrix hold zeros.
+ * SHOAL_Q4: data is [panels][groups][4][16][4] bytes: byte [p][g][j][o][i] holds, of output 16 p + o, input
+ * 32 g + 4 j + i in its low four bits and input 32 g + 16 + 4 j + i in its high ones, both unsigned; scales as above.
+ * A weight is (q - 8) * scale; with mins, fp16 as scales, it is q * scale + min. */
 typedef struct {
   const void *data;
   const uint16_t *scales;
+  const uint16_t *mins; /* SHOAL_Q4, or NULL */
   uint64_t data_bytes;
   uint64_t scales_bytes;
+  uint64_t mins_bytes;
   int32_t type;
   int32_t rows;
   int32_t cols;

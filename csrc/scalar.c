@@ -81,12 +81,12 @@ SHOAL_INLINE void q8_dots(const int8_t *w, const uint16_t *scales, const shoal_q
     for (int32_t p = 0; p < panels; p++) {
       v16 sum = v_set1(0.0f);
       for (int32_t g = 0; g < groups; g++) {
-        const int8_t *line = w + ((size_t)p * groups + g) * SHOAL_GROUP * SHOAL_PANEL;
-        const uint16_t *scale = scales + ((size_t)p * groups + g) * SHOAL_PANEL;
+        const size_t group = (size_t)p * groups + g;
+        const uint16_t *scale = scales + group * SHOAL_PANEL;
         for (int32_t i = 0; i < SHOAL_PANEL; i++) {
           int32_t dot = 0;
           for (int32_t k = 0; k < SHOAL_GROUP; k++)
-            dot += line[(k / SHOAL_QUAD * SHOAL_PANEL + i) * SHOAL_QUAD + k % SHOAL_QUAD] * x[r].q[g * SHOAL_GROUP + k];
+            dot += shoal_q8_at(w, group, i, k) * x[r].q[g * SHOAL_GROUP + k];
           sum.lane[i] = fmaf((float)dot, shoal_f16_to_f32(scale[i]) * x[r].scale[g], sum.lane[i]);
         }
       }

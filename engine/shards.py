@@ -36,6 +36,7 @@ class Tensor:
     rows: int
     cols: int
     type: Literal["f32", "q8"]
+    mins: NDArray[np.float16] | None = None
 
 
 class Model:

@@ -214,6 +214,7 @@ class _Constant:
     data: NDArray[np.float64]
 
     scales: None = None
+    mins: None = None
 
     @property
     def rows(self) -> int:

@@ -16,12 +16,15 @@ from ..program import KvState, Op, Program
 
 
 class WeightData(Protocol):
-    """A weight in memory, as `shards` opens it: f32 (or f64) row-major, or packed int8 with f16 scales."""
+    """A weight in memory, as `shards` opens it: f32 (or f64) row-major, or packed int8 or int4
+    (uint8) with f16 scales and, int4 only, mins that may be None."""
 
     @property
     def data(self) -> NDArray[Any]: ...
     @property
     def scales(self) -> NDArray[np.float16] | None: ...
+    @property
+    def mins(self) -> NDArray[np.float16] | None: ...
     @property
     def rows(self) -> int: ...
     @property

@@ -191,16 +191,17 @@ def keep_buffer(keep: list[Any], ctype: str, array: NDArray[Any]) -> Any:
     return pointer
 
 
-def _weight(weight: WeightData, keep: list[Any]) -> tuple[Any, ...]:
-    data = keep_buffer(keep, "char[]", weight.data)
-    scales, scales_bytes, kind = ffi.NULL, 0, "F64" if weight.data.dtype == np.float64 else "F32"
-    if weight.scales is not None:
-        scales, scales_bytes, kind = (
-            keep_buffer(keep, "uint16_t[]", weight.scales),
-            weight.scales.nbytes,
-            "Q8",
-        )
-    return (data, scales, weight.data.nbytes, scales_bytes, _ENUMS[f"SHOAL_{kind}"], weight.rows, weight.cols)
+def _weight(weight: WeightData, keep: list[Any]) -> dict[str, Any]:
+    """One row of the table of weights: field names as in kernels.h."""
+    row = {"rows": weight.rows, "cols": weight.cols, "data_bytes": weight.data.nbytes}
+    row["data"] = keep_buffer(keep, "char[]", weight.data)
+    kinds = {np.float32: "F32", np.float64: "F64", np.int8: "Q8", np.uint8: "Q4"}
+    row["type"] = _ENUMS[f"SHOAL_{kinds[weight.data.dtype.type]}"]
+    for name in ("scales", "mins"):
+        array = getattr(weight, name)
+        if array is not None:
+            row[name], row[f"{name}_bytes"] = keep_buffer(keep, "uint16_t[]", array), array.nbytes
+    return row
 
 
 def _op(

@@ -64,7 +64,12 @@ def change(rng: np.random.Generator, row: Any, name: str) -> None:
     if isinstance(old, float):
         setattr(row, name, FLOATS[rng.integers(len(FLOATS))])
     elif isinstance(old, int):
-        unsigned = ffi.typeof(row).item.kind == "struct" and name in ("data_bytes", "scales_bytes", "seed")
+        unsigned = ffi.typeof(row).item.kind == "struct" and name in (
+            "data_bytes",
+            "scales_bytes",
+            "mins_bytes",
+            "seed",
+        )
         setattr(row, name, abs(value(rng, min(old, 2**31 - 1))) if unsigned else value(rng, old))
     elif name in ("weights", "i"):
         old[rng.integers(len(old))] = value(rng, old[0])

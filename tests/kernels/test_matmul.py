@@ -7,24 +7,25 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from .harness import GROUP, Program, Rows, everywhere, f32, floats, random_q8, same
+from .harness import GROUP, Program, Rows, everywhere, floats, q4, random_q8, random_weight, same
 from .test_ops import dequantised
 
+KINDS = ("Q8", "Q4", "Q4M", "F32")
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 17, 64, 97)
 
 
 def program(kind, parts, cols, rng, accumulate=False):
     p = Program(max_rows=200)
     x = p.input(cols)
-    weights = [random_q8(rng, n, cols) if kind == "Q8" else f32(floats(rng, n, cols)) for n in parts]
-    inputs = p.op("QUANTISE", p.buffer(cols, "Q8"), x) if kind == "Q8" else x
+    weights = [random_weight(kind, rng, n, cols) for n in parts]
+    inputs = x if kind == "F32" else p.op("QUANTISE", p.buffer(cols, "Q8"), x)
     out = p.input(sum(parts)) if accumulate else p.buffer(sum(parts))
     p.op("MATMUL", out, inputs, *map(p.weight, weights), i=[int(accumulate), 0])
     p.output(out)
     return p, np.concatenate([w.dense for w in weights])
 
 
-@pytest.mark.parametrize("kind", ["Q8", "F32"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("parts", "cols"),
     [
@@ -42,15 +43,17 @@ def test_every_tile_and_tail(kind, parts, cols):
     rng = np.random.default_rng(cols)
     p, dense = program(kind, parts, cols, rng)
     x = floats(rng, max(ROWS), cols)
-    seen = dequantised(x).astype(np.float64) if kind == "Q8" else x.astype(np.float64)
+    seen = (x if kind == "F32" else dequantised(x)).astype(np.float64)
     expected = seen @ dense.T
     size = np.abs(seen) @ np.abs(dense).T
+    if kind == "Q4M":  # the parts with the scale and with the min may cancel
+        size = size * 20 + np.abs(seen).sum(axis=1, keepdims=True) * 0.3
     for rows in ROWS:
         got = everywhere(p, lambda e, rows=rows: e.run([Rows(rows)], [x[:rows]]).outputs)[0]
         assert np.all(np.abs(got - expected[:rows]) <= 1e-6 * size[:rows] + 1e-30)
 
 
-@pytest.mark.parametrize("kind", ["Q8", "F32"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [1, 5, 17])
 def test_added_to_what_is_there(kind, rows):
     rng = np.random.default_rng(rows)
@@ -83,6 +86,57 @@ def test_extreme_int8(rows):
     )
 
 
+@pytest.mark.parametrize("mins", [False, True])
+@pytest.mark.parametrize("nibble", [0, 15])
+@pytest.mark.parametrize("rows", [1, 4, 12])
+def test_extreme_int4(rows, nibble, mins):
+    cols = 4 * GROUP
+    p = Program(max_rows=16)
+    x = p.input(cols)
+    ones = np.ones((32, 4), np.float16)
+    weight = q4(np.full((32, cols), nibble, np.uint8), ones, -ones if mins else None)
+    p.output(p.op("MATMUL", p.buffer(32), p.op("QUANTISE", p.buffer(cols, "Q8"), x), p.weight(weight)))
+    data = np.full((rows, cols), 127, np.float32)
+    data[::2] = -127
+    got = everywhere(p, lambda e: e.run([Rows(rows)], [data]).outputs)[0]
+    value = nibble - (1 if mins else 8)
+    same(got, np.broadcast_to(np.float32(value * cols) * data[:, :1], got.shape).copy())
+
+
+@pytest.mark.parametrize("kind", ["Q4", "Q4M"])
+def test_definition_of_one_int4_output(kind):
+    rng = np.random.default_rng(4)
+    p, _ = program(kind, (16,), 3 * GROUP, rng)
+    weight = p.weights[0]
+    x = floats(rng, 1, 3 * GROUP)
+    got = p.open().run([Rows(1)], [x]).outputs[0][0]
+    q, of_inputs = quantised(x)
+    scales = weight.scales.view(np.float16).reshape(3, 16).astype(np.float32)
+    halves = weight.data.reshape(3, 4, 16, 4).transpose(2, 0, 1, 3).reshape(16, 3, 16).astype(int)
+    numbers = np.concatenate([halves & 15, halves >> 4], axis=2)
+    for output in range(16):
+        acc = np.float32(0)
+        for g in range(3):
+            exact = int((numbers[output, g] - (0 if kind == "Q4M" else 8)) @ q[g])
+            acc = fma(exact, scales[g, output] * of_inputs[g], acc)
+            if kind == "Q4M":
+                low = weight.mins.view(np.float16).reshape(3, 16).astype(np.float32)[g, output]
+                acc = fma(int(q[g].sum()), low * of_inputs[g], acc)
+        same(np.array([acc]), got[output : output + 1])
+
+
+def quantised(x):
+    """int `[groups, 32]` and the scale of each group, of one row."""
+    groups = x.reshape(-1, GROUP)
+    amax = np.abs(groups).max(axis=1)
+    q = np.rint(np.clip(groups * (np.float32(127) / amax)[:, None], -127, 127)).astype(int)
+    return q, amax / np.float32(127)
+
+
+def fma(a, b, c):
+    return rounded(Fraction(a) * Fraction(float(b)) + Fraction(float(c)))
+
+
 def test_definition_of_one_output():
     """Groups ascending, one fma each, from exact dots: recomputed with exact rationals."""
     rng = np.random.default_rng(3)
@@ -90,17 +144,13 @@ def test_definition_of_one_output():
     weight = p.weights[0]
     x = floats(rng, 1, 5 * GROUP)
     got = p.open().run([Rows(1)], [x]).outputs[0][0]
-    groups = x.reshape(5, GROUP)
-    amax = np.abs(groups).max(axis=1)
-    q = np.rint(np.clip(groups * (np.float32(127) / amax)[:, None], -127, 127)).astype(int)
+    q, of_inputs = quantised(x)
     scales = weight.scales.view(np.float16).reshape(5, 16).astype(np.float32)
     lines = weight.data.reshape(5, 8, 16, 4).transpose(2, 0, 1, 3).reshape(16, 5, GROUP).astype(int)
     for output in range(16):
         acc = np.float32(0)
         for g in range(5):
-            scale = scales[g, output] * (amax[g] / np.float32(127))
-            exact = Fraction(int(lines[output, g] @ q[g])) * Fraction(float(scale)) + Fraction(float(acc))
-            acc = rounded(exact)
+            acc = fma(int(lines[output, g] @ q[g]), scales[g, output] * of_inputs[g], acc)
         same(np.array([acc]), got[output : output + 1])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from itertools import cycle
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from .harness import (
     isas,
     library_path,
     pointer,
-    random_q8,
+    random_weight,
     same,
 )
 
@@ -30,10 +31,11 @@ VOCAB = 133
 
 
 def llama(kind, heads=6, kv_heads=2, dim=32, hidden=97, inner=160, max_rows=300):
-    """Two layers and a head, int8 throughout."""
+    """Two layers and a head; matrices take turns to be int8, int4 and int4 with mins."""
     rng = np.random.default_rng(1)
     p = Program(max_rows=max_rows)
-    weight = lambda rows, cols: p.weight(random_q8(rng, rows, cols))  # noqa: E731
+    kinds = cycle(("Q8", "Q4", "Q4M"))
+    weight = lambda rows, cols: p.weight(random_weight(next(kinds), rng, rows, cols))  # noqa: E731
     table, frequencies = weight(VOCAB, hidden), p.weight(f64(1e4 ** (-np.arange(dim // 2) / (dim // 2))))
     x = p.op("EMBED", p.buffer(hidden), -1, table)
     angles = p.op("ANGLES", p.buffer(dim), -1, frequencies)

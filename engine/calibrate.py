@@ -52,6 +52,7 @@ class _Float:
     rows: int
     cols: int
     scales: None = None
+    mins: None = None
 
 
 class Calibration:

@@ -8,6 +8,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import families
-from .calibrate import TEXT, Calibration, pseudo_tokens
+from .calibrate import F64, TEXT, Calibration, pseudo_tokens
 from .checkpoint import F32, Checkpoint, open_checkpoint
 from .config import Config, parse_config
 from .equalise import equalise as equalise_unit
 from .errors import ModelFileError, ShoalError, UnsupportedModelError
 from .index import CHAT_TEMPLATE, COMMON, CONFIG, INDEX, KV_DTYPES, TOKENIZER, FileEntry, Index
-from .program import Program, Unit, Weight
-from .quant import pack_q8
+from .layout import GROUP, round_up
+from .nibbles import quantise_q4
+from .program import Program, Unit, Weight, typed
+from .quant import pack_q4, pack_q8
 from .safetensors_file import TensorInfo, write
 from .shards import tensors_of, unit_file, units_of
 from .stamps import Stamps, file_sha256
@@ -32,22 +35,40 @@ Progress = Callable[[int, int], None]
 """Called with units done and units in all."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """How a checkpoint is converted."""
+
+    dtype: str
+    head_dtype: str | None
+    has_min: bool
+    equalise: bool
+    origin: str
+
+
 def convert(
     source: Path,
     target: Path,
     *,
     dtype: str = "int8",
+    head_dtype: str | None = None,
+    has_min: bool = False,
     equalise: bool = True,
     origin: str | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Writes the model directory `target` from the checkpoint at `source`.
+    """Writes the model directory `target` from the checkpoint at `source`. With dtype int4 the head may be
+    int8 (`head_dtype`), and groups may have minima.
 
     `origin` is what the index says of the source (default: its name); equal origins, checkpoints and options
     give equal model hashes. ShoalError: target exists. ModelFileError: the checkpoint is damaged.
     UnsupportedModelError: it is of a kind that is not here."""
     if dtype not in KV_DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(KV_DTYPES)}, not {dtype!r}")
+    head_dtype = None if head_dtype == dtype else head_dtype
+    if head_dtype not in (None, "int8") or ((head_dtype or has_min) and dtype != "int4"):
+        raise ShoalError("only with --dtype int4 can the head be int8 instead, or groups have a minimum")
+    options = _Options(dtype, head_dtype, has_min, equalise, origin or source.name)
     if target.exists():
         raise ShoalError(f"{target} exists already: remove it, or choose another name")
     checkpoint = open_checkpoint(source)
@@ -55,7 +76,7 @@ def convert(
         target.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
         try:
-            _write_directory(checkpoint, part, dtype, equalise, origin or source.name, progress)
+            _write_directory(checkpoint, part, options, progress)
             part.chmod(0o755)
             part.rename(target)
         finally:
@@ -65,15 +86,28 @@ def convert(
 
 
 def _write_directory(
-    checkpoint: Checkpoint, part: Path, dtype: str, equalise: bool, origin: str, progress: Progress | None
+    checkpoint: Checkpoint, part: Path, options: _Options, progress: Progress | None
 ) -> None:
     config = parse_config(checkpoint.config, str(checkpoint.path))
     try:
-        program = families.build(config, quantised=dtype == "int8")
+        program = families.build(config, quantised=options.dtype != "f32")
     except UnsupportedModelError as e:
         raise UnsupportedModelError(f"{checkpoint.path}: {e}") from e
+    index = Index(
+        dtype=options.dtype,
+        family=config.family,
+        source=options.origin,
+        license=checkpoint.license,
+        files={},
+        common=(COMMON,),
+        units=units_of(program),
+        kv_dtype=KV_DTYPES[options.dtype],
+        has_min=options.has_min,
+        head_dtype=options.head_dtype,
+    )
+    program = typed(program, *index.types)
     _check_names(checkpoint, program)
-    files: dict[str, FileEntry] = {}
+    files = index.files
 
     def put(name: str, data: bytes | None) -> None:
         if data is not None:
@@ -88,37 +122,32 @@ def _write_directory(
     constants = {name: np.array(values, np.float64) for name, values in program.constants}
     infos = [TensorInfo(name, "F64", values.shape) for name, values in constants.items()]
     files[COMMON] = FileEntry(*write(part / COMMON, infos, constants.values()))
-    calibration = _calibration(checkpoint, config, tokenizer) if equalise and dtype == "int8" else None
+    calibrated = options.dtype == "int4" or (options.dtype == "int8" and options.equalise)
+    calibration = _calibration(checkpoint, config, tokenizer) if calibrated else None
     for u, unit in enumerate(program.units):
         name = unit_file(u)
-        files[name] = FileEntry(*_write_unit(checkpoint, u, unit, part / name, dtype, calibration))
+        files[name] = FileEntry(*_write_unit(checkpoint, u, unit, part / name, options, calibration))
         if progress is not None:
             progress(u + 1, len(program.units))
-    index = Index(
-        dtype=dtype,
-        family=config.family,
-        source=origin,
-        license=checkpoint.license,
-        files=files,
-        common=(COMMON,),
-        units=units_of(program),
-        kv_dtype=KV_DTYPES[dtype],
-    )
     (part / INDEX).write_bytes(index.to_json())
     Stamps(part).trust(files)
 
 
 def _write_unit(
-    checkpoint: Checkpoint, u: int, unit: Unit, path: Path, dtype: str, calibration: Calibration | None
+    checkpoint: Checkpoint, u: int, unit: Unit, path: Path, options: _Options, calibration: Calibration | None
 ) -> tuple[int, str]:
     """Size and SHA-256 of the written file of a unit."""
     own = [weight for weight in unit.weights if weight.name not in unit.tied]
-    infos = [info for weight in own for info in tensors_of(weight, dtype)]
+    infos = [info for weight in own for info in tensors_of(weight)]
     weights = {weight.name: _load(checkpoint, weight) for weight in own}
     # The last unit feeds nothing, and what it reads is often shared with the first.
+    sizes: dict[str, F64] = {}
     if calibration is not None and u < len(calibration.program.units) - 1:
-        equalise_unit(calibration.program.units[u], weights, calibration.run(u, weights))
-    return write(path, infos, _arrays(checkpoint, own, weights, dtype))
+        measured = calibration.run(u, weights)
+        if options.equalise:
+            equalise_unit(calibration.program.units[u], weights, measured)
+        sizes = {name: size for names, size in measured.items() for name in names}
+    return write(path, infos, _arrays(checkpoint, own, weights, sizes))
 
 
 def _calibration(checkpoint: Checkpoint, config: Config, tokenizer: bytes | None) -> Calibration:
@@ -149,18 +178,31 @@ def _load(checkpoint: Checkpoint, weight: Weight) -> F32:
 
 
 def _arrays(
-    checkpoint: Checkpoint, own: list[Weight], weights: dict[str, F32], dtype: str
+    checkpoint: Checkpoint, own: list[Weight], weights: dict[str, F32], sizes: dict[str, F64]
 ) -> Iterator[NDArray[Any]]:
-    """The tensors of a unit file in order; each weight is dropped once it is packed."""
+    """The tensors of a unit file in order; each weight is dropped once it is packed. `sizes` are the root
+    mean squares of what the columns of a matrix multiply, as far as they are known."""
     for weight in own:
         values = weights.pop(weight.name)
-        if weight.vector or dtype == "f32":
+        if weight.type == "f32":
             yield values
             continue
         try:
-            yield from pack_q8(values)
+            if weight.type == "q8":
+                yield from pack_q8(values)
+            else:
+                yield from _packed_q4(values, sizes.get(weight.name), has_min=weight.type == "q4_min")
         except ValueError as e:
             raise UnsupportedModelError(f"{checkpoint.path}: tensor {weight.source!r} {e}") from e
+
+
+def _packed_q4(values: F32, size: F64 | None, *, has_min: bool) -> Iterator[NDArray[Any]]:
+    importance = np.zeros(round_up(values.shape[1], GROUP))
+    importance[: values.shape[1]] = 1 if size is None else size * size
+    packed, scales, mins = pack_q4(values, lambda rows: quantise_q4(rows, importance, has_min=has_min))
+    yield from (packed, scales)
+    if mins is not None:
+        yield mins
 
 
 def _check_names(checkpoint: Checkpoint, program: Program) -> None:

@@ -33,24 +33,25 @@ class UnitCost:
     """Bytes of one row that cross to the next unit; of the last unit, one token id."""
 
 
-def weight_bytes(weight: Weight, dtype: str) -> int:
+def weight_bytes(weight: Weight) -> int:
     """Bytes of a weight as our files hold it (padding of panels and groups included)."""
-    if weight.vector or dtype == "f32":
+    if weight.type == "f32":
         return weight.rows * weight.cols * _F32
     rows, cols = round_up(weight.rows, PANEL), round_up(weight.cols, GROUP)
-    return rows * cols + rows * (cols // GROUP) * _F16
+    per_group = {"q8": GROUP + _F16, "q4": GROUP // 2 + _F16, "q4_min": GROUP // 2 + 2 * _F16}
+    return rows * (cols // GROUP) * per_group[weight.type]
 
 
 def unit_cost(model: Model, u: int) -> UnitCost:
     """The costs of unit u of a model."""
-    program, dtype = model.program, model.dtype
+    program = model.program
     unit = program.units[u]
     element = _F16 if model.kv_dtype == "f16" else _F32
     last = u == len(program.units) - 1
     return UnitCost(
         name=unit.name,
-        bytes=sum(weight_bytes(w, dtype) for w in unit.weights),
-        read_bytes=sum(op_read_bytes(op, unit, dtype) for op in unit.ops),
+        bytes=sum(weight_bytes(w) for w in unit.weights),
+        read_bytes=sum(op_read_bytes(op, unit) for op in unit.ops),
         macs=sum(op_macs(op, unit) for op in unit.ops),
         kv_bytes_per_token=sum(page_elements(s) * element // PAGE for s in unit.states),
         fixed_state_bytes=0,
@@ -61,7 +62,7 @@ def unit_cost(model: Model, u: int) -> UnitCost:
 def tied_bytes(model: Model) -> int:
     """Bytes of the last unit that are unit 0's too: a device with both holds them once."""
     last = model.program.units[-1]
-    return sum(weight_bytes(last.weight(name), model.dtype) for name in last.tied)
+    return sum(weight_bytes(last.weight(name)) for name in last.tied)
 
 
 def op_weights(op: Op, unit: Unit) -> list[Weight]:
@@ -76,9 +77,9 @@ def op_weights(op: Op, unit: Unit) -> list[Weight]:
     return [unit.weight(name) for name in names]
 
 
-def op_read_bytes(op: Op, unit: Unit, dtype: str) -> int:
+def op_read_bytes(op: Op, unit: Unit) -> int:
     """Weight bytes that one row makes an op read: one table row for an embedding, everything else whole."""
-    total = sum(weight_bytes(w, dtype) for w in op_weights(op, unit))
+    total = sum(weight_bytes(w) for w in op_weights(op, unit))
     return total // unit.weight(op.table).rows if isinstance(op, Embed) else total
 
 

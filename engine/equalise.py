@@ -8,7 +8,7 @@ and not by names: a norm's weight; the ungated half of a Gate; the values of an 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +20,10 @@ F64 = NDArray[np.float64]
 _RANGE = 64.0  # no channel moves by more
 
 
-def equalise(unit: Unit, weights: dict[str, F32], sizes: Mapping[tuple[str, ...], F64]) -> None:
+def equalise(unit: Unit, weights: dict[str, F32], sizes: dict[tuple[str, ...], F64]) -> None:
     """Rescales the unit's weights in place; in exact arithmetic the unit computes the same.
 
-    `sizes` holds the size of every input column of each matmul, by its weights' names."""
+    `sizes` holds the size of every input column of each matmul, by its weights' names; it is rescaled too."""
     for i, op in enumerate(unit.ops):
         readers = list(_readers(unit.ops, i))
         if not readers or not all(isinstance(reader, Matmul) for reader in readers):
@@ -46,6 +46,9 @@ def equalise(unit: Unit, weights: dict[str, F32], sizes: Mapping[tuple[str, ...]
             continue
         for name in names:
             weights[name] = (weights[name] * s).astype(np.float32)
+        for reader in readers:
+            if isinstance(reader, Matmul):
+                sizes[reader.weights] = sizes[reader.weights] / s
 
 
 def _fold_values(unit: Unit, op: Attend, part: str, weights: dict[str, F32], size: F64, largest: F64) -> F64:

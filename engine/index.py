@@ -13,6 +13,7 @@ from typing import Any
 
 from .errors import ModelFileError, UnsupportedModelError
 from .layout import GROUP, LAYOUT_VERSION, NUMERICS_VERSION
+from .program import WeightType
 
 FORMAT = "shoal-model"
 FORMAT_VERSION = 1
@@ -21,7 +22,7 @@ CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 COMMON = "common.safetensors"
-KV_DTYPES = {"int8": "f16", "f32": "f32"}
+KV_DTYPES = {"int8": "f16", "int4": "f16", "f32": "f32"}
 """Type of keys and values, by type of weights."""
 
 _MAX_INDEX = 16 << 20
@@ -59,6 +60,10 @@ class Index:
     kv_dtype: str = "f16"
     group_size: int = GROUP
     has_min: bool = False
+    """Groups of int4 matrices have a minimum."""
+    head_dtype: str | None = None
+    """Type of the head's matrix, and of the embedding tied to it, where it is not `dtype`; left out of the
+    file where it is None."""
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
     layout_version: int = LAYOUT_VERSION
@@ -66,7 +71,27 @@ class Index:
 
     def to_json(self) -> bytes:
         """The file's bytes; equal directories give equal bytes, so hashes compare."""
-        return (json.dumps(asdict(self), indent=1, sort_keys=True) + "\n").encode()
+        values = asdict(self)
+        if self.head_dtype is None:
+            del values["head_dtype"]
+        return (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()
+
+    @property
+    def types(self) -> tuple[WeightType, WeightType]:
+        """Types of the matrices and of the head's."""
+        names: dict[str, WeightType] = {
+            "f32": "f32",
+            "int8": "q8",
+            "int4": "q4_min" if self.has_min else "q4",
+        }
+        return names[self.dtype], names[self.head_dtype or self.dtype]
+
+    @property
+    def weights(self) -> str:
+        """The types as a person would say them: "int4 with minima, head int8"."""
+        minima = " with minima" if self.has_min else ""
+        head = f", head {self.head_dtype}" if self.head_dtype else ""
+        return f"{self.dtype}{minima}{head}"
 
 
 def read_index(path: Path) -> tuple[Index, bytes]:
@@ -96,7 +121,7 @@ def parse_index(data: bytes, where: str) -> Index:
         raise refuse("does not describe a shoal model")
     _check_versions(values, where)
     fields = Index.__dataclass_fields__
-    for key in sorted(fields.keys() ^ values.keys()):
+    for key in sorted((fields.keys() ^ values.keys()) - {"head_dtype"}):
         raise refuse(f"{'lacks' if key in fields else 'has the unknown key'} {key!r}")
     for key in ("dtype", "kv_dtype", "cut_dtype", "family", "source"):
         if not isinstance(values[key], str):
@@ -104,7 +129,9 @@ def parse_index(data: bytes, where: str) -> Index:
     if values["dtype"] not in KV_DTYPES or values["kv_dtype"] not in ("f16", "f32"):
         raise refuse(f"has the unknown types {values['dtype']!r}, {values['kv_dtype']!r}")
     group = type(values["group_size"]) is int and values["group_size"] == GROUP
-    if values["cut_dtype"] != "f32" or not group or values["has_min"] is not False:
+    minima = values["has_min"] is False or (values["has_min"] is True and values["dtype"] == "int4")
+    head = "head_dtype" not in values or (values["dtype"] == "int4" and values["head_dtype"] == "int8")
+    if values["cut_dtype"] != "f32" or not group or not minima or not head:
         raise refuse("describes weights that this version cannot read")
     if not isinstance(values["license"], str | None):
         raise refuse("needs a string or null as 'license'")

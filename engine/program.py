@@ -7,10 +7,12 @@ bytes and MACs off it, and a cut between two units is the list of buffers in `Pr
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 BufferType = Literal["f32", "q8"]
+WeightType = Literal["f32", "q8", "q4", "q4_min"]
+"""Of matrices: floats, int8, int4, int4 with a minimum a group."""
 Domain = Literal["rows", "wanted"]
 
 
@@ -28,14 +30,16 @@ class Buffer:
 class Weight:
     """A tensor of one unit: a matrix `[rows, cols]`, or a vector `[cols]` with rows = 1.
 
-    `source` is its name in a Hugging Face checkpoint. Matrices take the model directory's dtype; vectors stay
-    f32 (f64 for inverse frequencies, which no checkpoint holds: their values are in `Program.constants`)."""
+    `source` is its name in a Hugging Face checkpoint. Families leave `type` alone: the model directory
+    decides it (`typed`). Vectors stay f32 (f64 for inverse frequencies, which no checkpoint holds: their
+    values are in `Program.constants`)."""
 
     name: str
     rows: int
     cols: int
     source: str = ""
     vector: bool = False
+    type: WeightType = "f32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +197,26 @@ class Program:
         read = {name for _, op in body for name in reads(op)}
         yield from ((-1, op) for op in self.prologue if written(op) in read)
         yield from body
+
+
+def typed(program: Program, matrices: WeightType, head: WeightType) -> Program:
+    """The program with the types of its matrices: `head` for the last unit's and the table that it shares
+    with unit 0, `matrices` for all others."""
+    last = len(program.units) - 1
+    shared = program.units[last].tied
+
+    def weight(u: int, w: Weight) -> Weight:
+        if w.vector:
+            return w
+        return replace(w, type=head if u == last or (u == 0 and w.name in shared) else matrices)
+
+    return replace(
+        program,
+        units=tuple(
+            replace(unit, weights=tuple(weight(u, w) for w in unit.weights))
+            for u, unit in enumerate(program.units)
+        ),
+    )
 
 
 def reads(op: Op) -> tuple[str, ...]:

@@ -1,10 +1,12 @@
-"""int8 weights: groups of 32 inputs share an fp16 scale; packed in the panels that the kernels read.
+"""int8 and int4 weights: groups of 32 inputs share an fp16 scale; packed in the panels that the kernels read.
 
-Layout (csrc/kernels.h): numbers int8 `[panels, padded cols / 4, 64]`, where 64 is 16 rows x 4 inputs, and
-scales fp16 `[panels, groups, 16]`. Rows and columns beyond the matrix hold zeros."""
+Layout (csrc/kernels.h): int8 numbers `[panels, padded cols / 4, 64]`, where 64 is 16 rows x 4 inputs; int4
+numbers, two a byte, `[panels, padded cols / 8, 64]`; scales, and minima where int4 has them, fp16
+`[panels, groups, 16]`. Rows and columns beyond the matrix hold zeros."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,12 @@ from numpy.typing import NDArray
 from .layout import GROUP, PANEL, QUAD, round_up
 
 F32 = NDArray[np.float32]
+F16 = NDArray[np.float16]
+Nibbles = tuple[NDArray[np.uint8], F16, F16 | None]
+"""Numbers 0 to 15 `[rows, cols]`, scales and minima (or None) `[rows, groups]`."""
 _LIMIT = 127  # -128 has no positive twin: the kernels multiply magnitudes
+_MIDDLE = 8  # the nibble that stands for zero where a group has no minimum
+_HALF = GROUP // 2  # the second half of a group stands in the high nibbles
 
 
 def packed_shapes(rows: int, cols: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
@@ -69,3 +76,76 @@ def unpack_q8(packed: NDArray[Any], scales: NDArray[Any], rows: int, cols: int) 
     groups = numbers.reshape(panels, PANEL, quads * QUAD // GROUP, GROUP)
     groups *= scales.transpose(0, 2, 1)[..., None].astype(np.float32)
     return np.ascontiguousarray(groups.reshape(panels * PANEL, quads * QUAD)[:rows, :cols])
+
+
+def packed_shapes_q4(rows: int, cols: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Shapes of the packed nibbles, and of their scales and minima."""
+    numbers, scales = packed_shapes(rows, cols)
+    return (numbers[0], numbers[1] // 2, numbers[2]), scales
+
+
+def pack_q4(w: F32, quantise: Callable[[F32], Nibbles]) -> Nibbles:
+    """A matrix f32 `[rows, cols]` as packed nibbles, scales and minima.
+
+    `quantise` chooses the numbers of some rows, padded to whole groups. ValueError: what it raises."""
+    rows, cols = w.shape
+    numbers, shape = packed_shapes_q4(rows, cols)
+    groups = shape[1]
+    packed = np.empty(numbers, np.uint8)
+    scales, mins = np.empty(shape, np.float16), np.empty(shape, np.float16)
+    has_min = False
+    step = max(1, (1 << 20) // (numbers[1] * numbers[2] * 2))
+    for first in range(0, numbers[0], step):
+        last = min(first + step, numbers[0])
+        source = w[first * PANEL : last * PANEL]
+        part = np.zeros((len(source), groups * GROUP), np.float32)
+        part[:, :cols] = source
+        q, scale, minimum = quantise(part)
+        has_min = minimum is not None
+        q[:, cols:] = 0 if has_min else _MIDDLE
+        packed[first:last] = _interleaved(_panels(q, last - first, 0 if has_min else _MIDDLE))
+        scales[first:last] = _panels(scale, last - first, 0).transpose(0, 2, 1)
+        if minimum is not None:
+            mins[first:last] = _panels(minimum, last - first, 0).transpose(0, 2, 1)
+    return packed, scales, mins if has_min else None
+
+
+def unpack_q4(
+    packed: NDArray[Any], scales: NDArray[Any], mins: NDArray[Any] | None, rows: int, cols: int
+) -> F32:
+    """The f32 `[rows, cols]` that packed nibbles, scales and minima stand for."""
+    panels, groups, _ = scales.shape
+    lines = packed.reshape(panels, groups, _HALF // QUAD, PANEL, QUAD).transpose(0, 3, 1, 2, 4)
+    halves = lines.reshape(panels, PANEL, groups, _HALF)
+    numbers = np.concatenate([halves & 15, halves >> 4], axis=3).astype(np.float32)
+    scale = scales.transpose(0, 2, 1)[..., None].astype(np.float32)
+    if mins is None:
+        numbers -= _MIDDLE
+        numbers *= scale
+    else:  # both products are exact, so that this rounds once, as fma does
+        numbers *= scale
+        numbers += mins.transpose(0, 2, 1)[..., None].astype(np.float32)
+    return np.ascontiguousarray(numbers.reshape(panels * PANEL, groups * GROUP)[:rows, :cols])
+
+
+def unpack(data: NDArray[Any], scales: NDArray[Any], mins: NDArray[Any] | None, rows: int, cols: int) -> F32:
+    """The f32 `[rows, cols]` of an int8 or (uint8) int4 matrix."""
+    if data.dtype == np.uint8:
+        return unpack_q4(data, scales, mins, rows, cols)
+    return unpack_q8(data, scales, rows, cols)
+
+
+def _panels(values: NDArray[Any], panels: int, padding: int) -> NDArray[Any]:
+    """`[rows, n]` as `[panels, 16, n]`, filled up with `padding`."""
+    missing = panels * PANEL - len(values)
+    if missing:
+        values = np.pad(values, ((0, missing), (0, 0)), constant_values=padding)
+    return values.reshape(panels, PANEL, -1)
+
+
+def _interleaved(q: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Nibbles `[panels, 16, cols]`, two a byte, in the order of the kernels."""
+    panels, _, cols = q.shape
+    halves = q.reshape(panels, PANEL, cols // GROUP, 2, _HALF // QUAD, QUAD)
+    pairs: NDArray[np.uint8] = halves[:, :, :, 0] | np.left_shift(halves[:, :, :, 1], 4)
+    return pairs.transpose(0, 2, 3, 1, 4).reshape(panels, cols // GROUP * (_HALF // QUAD), PANEL * QUAD)

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,24 +19,24 @@ from . import families
 from .config import Config, read_config
 from .errors import ModelFileError
 from .index import COMMON, CONFIG, INDEX, Index, UnitEntry, read_index
-from .program import Program, Unit, Weight
-from .quant import packed_shapes
+from .program import Program, Unit, Weight, WeightType, typed
+from .quant import packed_shapes, packed_shapes_q4
 from .safetensors_file import PAD, SafetensorsFile, TensorInfo, open_file
 from .stamps import Stamps
 
-SCALE = ".scale"
+SCALE, MIN = ".scale", ".min"
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A weight, mapped: f32 `[rows, cols]`, or q8 with its scales (layout: quant). Read-only."""
+    """A weight, mapped: f32 `[rows, cols]`, or packed with scales and minima (layout: quant). Read-only."""
 
     data: NDArray[Any]
     scales: NDArray[np.float16] | None
+    mins: NDArray[np.float16] | None
     rows: int
     cols: int
-    type: Literal["f32", "q8"]
-    mins: NDArray[np.float16] | None = None
+    type: WeightType
 
 
 class Model:
@@ -48,7 +48,8 @@ class Model:
         self.config = config
         self.hash = digest
         """SHA-256 of index.json: nodes with equal hashes hold the same model."""
-        self.program: Program = families.build(config, quantised=index.dtype == "int8")
+        program = families.build(config, quantised=index.dtype != "f32")
+        self.program: Program = typed(program, *index.types)
         self._stamps = stamps
         self._check_units()
 
@@ -64,7 +65,7 @@ class Model:
 
     @property
     def dtype(self) -> str:
-        """Type of the matrices: int8 or f32."""
+        """Type of the matrices: int8, int4 or f32."""
         return self.index.dtype
 
     @property
@@ -93,7 +94,7 @@ class Model:
         unit, entry = self.program.units[u], self.index.units[u]
         files = [self._open(name) for name in entry.files]
         own = [weight for weight in unit.weights if weight.name not in unit.tied]
-        self._check_names(files[0], {info.name for w in own for info in tensors_of(w, self.dtype)})
+        self._check_names(files[0], {info.name for w in own for info in tensors_of(w)})
         return {w.name: self._weight(files[w.name in unit.tied], w) for w in unit.weights}
 
     def constants(self) -> dict[str, NDArray[np.float64]]:
@@ -118,13 +119,14 @@ class Model:
         return open_file(path)
 
     def _weight(self, file: SafetensorsFile, weight: Weight) -> Tensor:
-        infos = tensors_of(weight, self.dtype)
+        infos = tensors_of(weight)
         for info in infos:
             self._check(file, info)
         data = file.tensor(weight.name)
         if len(infos) == 1:
-            return Tensor(data.reshape(weight.rows, weight.cols), None, weight.rows, weight.cols, "f32")
-        return Tensor(data, file.tensor(weight.name + SCALE), weight.rows, weight.cols, "q8")
+            return Tensor(data.reshape(weight.rows, weight.cols), None, None, weight.rows, weight.cols, "f32")
+        scales, *mins = (file.tensor(info.name) for info in infos[1:])
+        return Tensor(data, scales, mins[0] if mins else None, weight.rows, weight.cols, weight.type)
 
     def _check(self, file: SafetensorsFile, wanted: TensorInfo) -> None:
         info = file.tensors.get(wanted.name)
@@ -170,11 +172,16 @@ def units_of(program: Program) -> tuple[UnitEntry, ...]:
     return tuple(UnitEntry(unit.name, files(u, unit)) for u, unit in enumerate(program.units))
 
 
-def tensors_of(weight: Weight, dtype: str) -> tuple[TensorInfo, ...]:
-    """The tensors of a unit file that hold a weight: one, or packed numbers and scales."""
+def tensors_of(weight: Weight) -> tuple[TensorInfo, ...]:
+    """The tensors of a unit file that hold a weight: one, or packed numbers, scales and perhaps minima."""
     if weight.vector:
         return (TensorInfo(weight.name, "F32", (weight.cols,)),)
-    if dtype == "f32":
+    if weight.type == "f32":
         return (TensorInfo(weight.name, "F32", (weight.rows, weight.cols)),)
-    numbers, scales = packed_shapes(weight.rows, weight.cols)
-    return (TensorInfo(weight.name, "I8", numbers), TensorInfo(weight.name + SCALE, "F16", scales))
+    if weight.type == "q8":
+        numbers, scales = packed_shapes(weight.rows, weight.cols)
+        return (TensorInfo(weight.name, "I8", numbers), TensorInfo(weight.name + SCALE, "F16", scales))
+    numbers, scales = packed_shapes_q4(weight.rows, weight.cols)
+    suffixes = (SCALE, MIN) if weight.type == "q4_min" else (SCALE,)
+    groups = (TensorInfo(weight.name + suffix, "F16", scales) for suffix in suffixes)
+    return (TensorInfo(weight.name, "U8", numbers), *groups)

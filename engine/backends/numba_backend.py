@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ..batch import F32
 from ..errors import MissingDependencyError
 from ..layout import GROUP, PANEL, round_up
+from ..quant import unpack_q4
 from .base import Linked, WeightData, cpu_threads
 from .numpy_backend import NumpyExecutor
 
@@ -46,11 +47,17 @@ class NumbaExecutor(NumpyExecutor):
     def prepare(self, weight: WeightData) -> Any:
         """int8 matrices are repacked once, at load; tables that are only looked up are so too, and expanded
         on use."""
-        if weight.scales is None:
-            return weight.data
+        if weight.scales is None or weight.mins is not None:
+            return super().prepare(weight)
         panels = len(weight.data)
-        quads = weight.data.reshape(panels, -1, PANEL, weight.data.shape[-1] // PANEL)
-        data = np.ascontiguousarray(quads.transpose(0, 1, 3, 2)).reshape(panels, -1, PANEL)
+        if weight.data.dtype == np.uint8:
+            ones, rows = np.ones_like(weight.scales), panels * PANEL
+            numbers = unpack_q4(weight.data, ones, None, rows, weight.scales.shape[1] * GROUP)
+            data = numbers.astype(np.int8).reshape(panels, PANEL, -1).transpose(0, 2, 1)
+        else:
+            quads = weight.data.reshape(panels, -1, PANEL, weight.data.shape[-1] // PANEL)
+            data = quads.transpose(0, 1, 3, 2).reshape(panels, -1, PANEL)
+        data = np.ascontiguousarray(data)
         return _Panels(data, weight.scales.astype(np.float32), weight.rows, weight.cols)
 
     def rows(self, weight: Any, tokens: NDArray[np.int32]) -> F32:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..batch import F32
 from ..layout import GROUP, round_up
 from ..program import Angles, Attend, Embed, Gate, Matmul, Norm, Op, Quantise, Rope, Sample, Store
-from ..quant import unpack_q8
+from ..quant import unpack
 from ..sampler import draw
 from .base import Linked, Outcome, SequenceRows, WeightData
 
@@ -52,7 +52,7 @@ class NumpyExecutor:
         """A weight in the form that this backend's ops read: here f32 (or f64) `[rows, cols]`."""
         if weight.scales is None:
             return weight.data
-        return unpack_q8(weight.data, weight.scales, weight.rows, weight.cols)
+        return unpack(weight.data, weight.scales, weight.mins, weight.rows, weight.cols)
 
     def run(self, sequences: Sequence[SequenceRows], hidden: F32 | None, want_logits: bool) -> Outcome:
         """See base.Executor.run."""

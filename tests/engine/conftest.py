@@ -12,9 +12,9 @@ from shoal.engine.shards import Model
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
 
-@pytest.fixture(scope="session", params=["f32", "int8"])
+@pytest.fixture(scope="session", params=["f32", "int8", "int4", "int4-min"])
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
-    """The tiny Llama in both types."""
+    """The tiny Llama in all types."""
     return _tiny(request.param, tmp_path_factory)
 
 
@@ -28,7 +28,15 @@ def tiny_int8(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return _tiny("int8", tmp_path_factory)
 
 
-def _tiny(dtype: str, factory: pytest.TempPathFactory) -> Model:
-    target = factory.mktemp("models") / dtype
-    convert(FIXTURES / "tiny-llama", target, dtype=dtype)
+@pytest.fixture(scope="session", params=["int8", "int4", "int4-min"])
+def tiny_quantised(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return _tiny(request.param, tmp_path_factory)
+
+
+def _tiny(types: str, factory: pytest.TempPathFactory) -> Model:
+    """`types`: a type, with -min for minima and an int8 head."""
+    target = factory.mktemp("models") / types
+    dtype, _, minima = types.partition("-")
+    head = "int8" if minima else None
+    convert(FIXTURES / "tiny-llama", target, dtype=dtype, has_min=bool(minima), head_dtype=head)
     return Model.open(target)

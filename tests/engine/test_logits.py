@@ -60,21 +60,21 @@ def test_f32_equals_transformers(tiny_f32: Model, oracle: dict[str, np.ndarray],
 
 
 @pytest.mark.parametrize("backend", ["native", "numba"])
-def test_int8_backends_agree(tiny_int8: Model, oracle: dict[str, np.ndarray], backend: str) -> None:
+def test_quantised_backends_agree(tiny_quantised: Model, oracle: dict[str, np.ndarray], backend: str) -> None:
     """Sums differ in their last bits, so a value on the edge between two int8 steps may fall to either side,
-    and this random model amplifies every such fall. All of them together cost less than int8 itself does;
-    how near the ops are to each other one by one is tested in tests/kernels, and below."""
+    and this random model amplifies every such fall. All of them together cost less than rounding the weights
+    does; how near the ops are to each other one by one is tested in tests/kernels, and below."""
     tokens = oracle["tokens"].tolist()[:64]
-    numpy = chain(tiny_int8, [], tokens, [64], options("numpy"))
-    other = chain(tiny_int8, [], tokens, [64], options(backend))
+    numpy = chain(tiny_quantised, [], tokens, [64], options("numpy"))
+    other = chain(tiny_quantised, [], tokens, [64], options(backend))
     cost = np.abs(numpy - oracle["logits"][:64]).mean()
     assert 0 < np.abs(other - numpy).mean() <= 0.5 * cost
     np.testing.assert_allclose(other[0], numpy[0], atol=0.05 * cost)
 
 
 @pytest.mark.parametrize("name", ["q.weight", "down.weight"])
-def test_numba_matmul_equals_numpys(tiny_int8: Model, name: str) -> None:
-    linked = link(tiny_int8, 0, len(tiny_int8.program.units), StageOptions())
+def test_numba_matmul_equals_numpys(tiny_quantised: Model, name: str) -> None:
+    linked = link(tiny_quantised, 0, len(tiny_quantised.program.units), StageOptions())
     weight = linked.weights[2, name]
     x = quantised(np.random.default_rng(0).standard_normal((5, weight.cols)).astype(np.float32))
     numpy, numba = NumpyExecutor(linked), NumbaExecutor(linked)

@@ -13,7 +13,7 @@ from shoal.engine.convert import convert
 TINY = Path(__file__).parent.parent / "fixtures" / "tiny-llama"
 
 
-@pytest.fixture(scope="session", params=["int8", "f32"])
+@pytest.fixture(scope="session", params=["int8", "int4", "f32"])
 def tiny_dtype(request: pytest.FixtureRequest) -> str:
     dtype: str = request.param
     return dtype

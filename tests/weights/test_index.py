@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -37,7 +38,11 @@ def changed(**changes: Any) -> bytes:
 
 
 def test_what_is_written_is_read_back() -> None:
-    assert parse_index(INDEX.to_json(), "index.json") == INDEX
+    int4 = replace(INDEX, dtype="int4", head_dtype="int8", has_min=True)
+    for index in (INDEX, int4, replace(int4, head_dtype=None), replace(int4, has_min=False)):
+        assert parse_index(index.to_json(), "index.json") == index
+    assert (int4.types, int4.weights) == (("q4_min", "q8"), "int4 with minima, head int8")
+    assert (INDEX.types, INDEX.weights) == (("q8", "q8"), "int8")
 
 
 GOOD_FILE = {"size": 1, "sha256": 64 * "0"}
@@ -62,6 +67,11 @@ GOOD_FILE = {"size": 1, "sha256": 64 * "0"}
         (changed(kv_dtype="f8"), "unknown types"),
         (changed(group_size=64), "weights that this version cannot read"),
         (changed(has_min=0), "weights that this version cannot read"),
+        (changed(has_min=True), "weights that this version cannot read"),
+        (changed(head_dtype="int8"), "weights that this version cannot read"),
+        (changed(dtype="int4", head_dtype="int4"), "weights that this version cannot read"),
+        (changed(dtype="int4", head_dtype=None), "weights that this version cannot read"),
+        (changed(dtype="int4", has_min=1), "weights that this version cannot read"),
         (changed(cut_dtype="f16"), "weights that this version cannot read"),
         (changed(family=1), "needs a string as 'family'"),
         (changed(license=1), "needs a string or null"),

@@ -1,4 +1,4 @@
-"""int8 packing: the layout element by element, the error bound, and the edges of fp16 scales."""
+"""int8 and int4 packing: the layout element by element, the error bound, and the edges of fp16 scales."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.engine.quant import pack_q8, packed_shapes, quantise_q8, unpack_q8
+from shoal.engine.nibbles import quantise_q4
+from shoal.engine.quant import (
+    Nibbles,
+    pack_q4,
+    pack_q8,
+    packed_shapes,
+    packed_shapes_q4,
+    quantise_q8,
+    unpack_q4,
+    unpack_q8,
+)
 
 
 def by_hand(w: np.ndarray, r: int, c: int) -> tuple[int, float]:
@@ -68,3 +78,99 @@ def test_what_no_scale_can_hold_is_refused(value: float) -> None:
     w[3, 5] = value
     with pytest.raises(ValueError, match="NaN, infinity or values too large"):
         quantise_q8(w)
+
+
+@pytest.mark.parametrize("has_min", [False, True])
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (16, 32), (17, 33), (5, 72), (40, 100), (267, 104)])
+def test_every_nibble_stands_where_the_kernels_look(rows: int, cols: int, has_min: bool) -> None:
+    """Bytes, and what they stand for, read by the words of csrc/kernels.h."""
+    rng = np.random.default_rng(rows)
+    groups, panels = -(-cols // 32), -(-rows // 16)
+    q = rng.integers(0, 16, (rows, groups * 32), dtype=np.uint8)
+    scale, minimum = rng.normal(size=(2, rows, groups)).astype(np.float16)
+    at = 0
+
+    def given(part: np.ndarray) -> Nibbles:
+        nonlocal at
+        here, at = slice(at, at + len(part)), at + len(part)
+        return q[here].copy(), scale[here], minimum[here] if has_min else None
+
+    data, scales, mins = pack_q4(np.zeros((rows, cols), np.float32), given)
+    assert (data.shape, scales.shape) == packed_shapes_q4(rows, cols)
+    assert (mins is not None) == has_min
+    flat = data.reshape(-1)
+    seen = np.zeros((2, flat.size), bool)
+    for r in range(rows):
+        for c in range(cols):
+            (panel, lane), (group, k) = divmod(r, 16), divmod(c, 32)
+            half, byte = divmod(k, 16)
+            place = (panel * groups + group) * 256 + byte // 4 * 64 + lane * 4 + byte % 4
+            assert flat[place] >> 4 * half & 15 == q[r, c]
+            assert scales[panel, group, lane] == scale[r, group]
+            seen[half, place] = True
+    padding = np.stack([flat & 15, flat >> 4])[~seen]
+    assert (padding == (0 if has_min else 8)).all()
+    wide = np.repeat(scale, 32, axis=1).astype(np.float64)
+    expected = (q - 8.0) * wide
+    if mins is not None:
+        expected = (q * wide + np.repeat(minimum, 32, axis=1)).astype(np.float32)
+        assert not mins.transpose(0, 2, 1).reshape(panels * 16, -1)[rows:].any()
+    assert not scales.transpose(0, 2, 1).reshape(panels * 16, -1)[rows:].any()
+    np.testing.assert_array_equal(unpack_q4(data, scales, mins, rows, cols), expected[:, :cols])
+
+
+@given(st.integers(1, 40), st.integers(1, 3), st.integers(-3, 4), st.integers(0, 1 << 30), st.booleans())
+def test_int4_is_no_worse_than_rounding_to_the_largest(
+    rows: int, groups: int, exponent: int, seed: int, has_min: bool
+) -> None:
+    """Against the plain rules: 8 steps to the largest magnitude; 15 from the least to the largest."""
+    rng = np.random.default_rng(seed)
+    w = (rng.normal(size=(rows * groups, 32)) * 10.0**exponent).astype(np.float32)
+    importance = rng.random(groups * 32) + 0.01
+    h = np.tile(importance.reshape(groups, 32), (rows, 1))
+
+    def quantise(part: np.ndarray) -> Nibbles:
+        return quantise_q4(part, importance, has_min=has_min)
+
+    back = unpack_q4(*pack_q4(w.reshape(rows, -1), quantise), rows, groups * 32)
+    if has_min:
+        low, high = w.min(axis=1, keepdims=True), w.max(axis=1, keepdims=True)
+        plain = np.rint((w - low) / (high - low) * 15) / 15 * (high - low) + low
+    else:
+        largest = np.take_along_axis(w, np.abs(w).argmax(axis=1)[:, None], axis=1)
+        plain = np.clip(np.rint(w / largest * -8), -8, 7) * largest / -8
+    error = (h * (w - back.reshape(-1, 32)) ** 2).sum(axis=1)
+    bound = (h * (w - plain) ** 2).sum(axis=1)
+    assert (
+        error <= 1.01 * bound + 2.0**-20 * (h * w**2).sum(axis=1)
+    ).all()  # scales in fp16 are a little off
+
+
+def test_what_lies_on_even_steps_is_kept_exactly() -> None:
+    """The matrices of a Q4_1 file are: their own nibbles, scales and minima come back."""
+    rng = np.random.default_rng(1)
+    q = rng.integers(0, 16, (64, 96), dtype=np.uint8)
+    q[:, ::32], q[:, 1::32] = 0, 15
+    scale = np.abs(rng.normal(size=(64, 3))).astype(np.float16)
+    minimum = (rng.normal(size=(64, 3)) * 4).astype(np.float16)
+    w = (q * np.repeat(scale, 32, axis=1).astype(np.float32)) + np.repeat(minimum, 32, axis=1)
+    found = quantise_q4(w.astype(np.float32), has_min=True)
+    for a, b in zip(found, (q, scale, minimum), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("has_min", [False, True])
+def test_int4_at_the_edges_of_fp16(has_min: bool) -> None:
+    w = np.zeros((3, 64), np.float32)
+    w[0, 40] = 1e-9
+    w[1, 3] = 3e-6  # the scale is subnormal
+    w[2] = 60000
+    q, scale, minimum = quantise_q4(w, has_min=has_min)
+    value = (q.reshape(3, 2, 32) - (0.0 if has_min else 8.0)) * scale[..., None].astype(np.float64)
+    value += 0 if minimum is None else minimum[..., None]
+    assert np.abs(value.reshape(3, 64) - w)[:2].max() <= 16 * 2.0**-25
+    np.testing.assert_allclose(value.reshape(3, 64)[2], 60000, rtol=1e-3)
+    for bad in (np.nan, np.inf, 1e6):
+        w[1, 2] = bad
+        with pytest.raises(ValueError, match="too large for int4"):
+            quantise_q4(w, has_min=has_min)

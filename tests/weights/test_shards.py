@@ -14,7 +14,7 @@ from shoal.cli import main
 from shoal.engine import stamps
 from shoal.engine.errors import ModelFileError, UnsupportedModelError
 from shoal.engine.index import FileEntry, read_index
-from shoal.engine.quant import unpack_q8
+from shoal.engine.quant import unpack
 from shoal.engine.safetensors_file import TensorInfo, open_file, write
 from shoal.engine.shards import Model
 
@@ -41,8 +41,9 @@ def test_weights_are_those_of_the_checkpoint(converted: Path) -> None:
                 np.testing.assert_array_equal(tensor.data, expected.reshape(weight.rows, weight.cols))
             else:
                 assert tensor.scales is not None
-                back = unpack_q8(tensor.data, tensor.scales, tensor.rows, tensor.cols)
-                assert np.abs(back - expected).max() <= np.abs(expected).max() / 127
+                back = unpack(tensor.data, tensor.scales, tensor.mins, tensor.rows, tensor.cols)
+                steps = {"q8": 127, "q4": 8}[tensor.type]
+                assert np.abs(back - expected).max() <= np.abs(expected).max() / steps
             assert not tensor.data.flags.writeable
             assert tensor.data.ctypes.data % 64 == 0
     (frequencies,) = model.constants().values()

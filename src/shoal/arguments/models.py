@@ -46,7 +46,7 @@ def convert(commands: Commands) -> None:
         "--no-equalise",
         dest="equalise",
         action="store_false",
-        help="int8: do not balance the channels before rounding (a little less exact)",
+        help="int8, int4: do not balance the channels before rounding (a little less exact)",
     )
 
 

@@ -7,7 +7,7 @@ from .kinds import addresses, positive
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
-DTYPES = ("int8", "f32")
+DTYPES = ("int8", "int4", "f32")
 BACKENDS = ("auto", "native", "numba", "numpy")
 ISAS = ("auto", "scalar", "avx2", "avxvnni", "avx512", "neon", "neon_dot", "neon_i8mm")
 
@@ -29,7 +29,19 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=DTYPES,
         default="int8",
-        help="int8: small and fast; f32: exact and four times as large (default int8)",
+        help="int8: small and fast; int4: half of that, and less exact; f32: exact and four times as large "
+        "(default int8)",
+    )
+    parser.add_argument(
+        "--head-dtype",
+        choices=("int8", "int4"),
+        help="int4: the type of the head and of the embedding tied to it (default: as --dtype)",
+    )
+    parser.add_argument(
+        "--min",
+        dest="has_min",
+        action="store_true",
+        help="int4: groups have a minimum: an eighth larger, and more exact",
     )
 
 

@@ -4,9 +4,10 @@
 command raises ShoalError for anything the user can mend; the command line prints it and exits with its code.
 `args` (see `shoal.arguments`) holds:
 
-    pull      source: str, dtype: "int8"|"f32", name: str|None
+    pull      source: str, dtype: "int8"|"int4"|"f32", head_dtype: "int8"|"int4"|None, has_min: bool,
+              name: str|None
     ls        (nothing)
-    convert   source: Path, destination: Path, dtype: "int8"|"f32", equalise: bool
+    convert   source: Path, destination: Path, dtype, head_dtype, has_min: as for pull, equalise: bool
     verify    model: str
     inspect   model: str, json: bool
     run       model: str, prompt: str|None, nodes: tuple[tuple[str, int], ...], max_tokens: int,

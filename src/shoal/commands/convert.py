@@ -11,6 +11,14 @@ from ..progress import Progress
 def run(args: argparse.Namespace) -> int:
     """Converts, with progress on standard error; prints the directory."""
     with Progress(f"converting {args.source.name}", unit="units") as bar:
-        convert(args.source, args.destination, dtype=args.dtype, equalise=args.equalise, progress=bar.update)
+        convert(
+            args.source,
+            args.destination,
+            dtype=args.dtype,
+            head_dtype=args.head_dtype,
+            has_min=args.has_min,
+            equalise=args.equalise,
+            progress=bar.update,
+        )
     print(args.destination)
     return 0

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     )
     macs, kv_bytes = sum(c.macs for c in costs), sum(c.kv_bytes_per_token for c in costs)
     print(
-        f"{model.dtype} weights, {total / 1e6:.1f} MB; {macs / 1e6:.1f} M MACs a token; "
+        f"{model.index.weights} weights, {total / 1e6:.1f} MB; {macs / 1e6:.1f} M MACs a token; "
         f"keys and values {kv_bytes / 1e3:.1f} kB a token ({model.kv_dtype}); "
         f"{costs[0].cut_bytes / 1e3:.1f} kB a token cross a cut"
     )
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
             title = f"units {first} to {last - 1}: {units[first].name} to {units[last - 1].name}, each"
         cost = costs[first]
         lines = [_cells(_row(model, units[first], op)) for op in units[first].ops]
-        read = sum(op_read_bytes(op, units[first], model.dtype) for op in units[first].ops)
+        read = sum(op_read_bytes(op, units[first]) for op in units[first].ops)
         lines.append(("in all", "", f"{cost.bytes:,} bytes held", "", f"{read:,}", f"{cost.macs:,}"))
         print(f"{title}\n{table(header, lines)}\n")
     return 0
@@ -76,7 +76,7 @@ def _row(model: Model, unit: Unit, op: Op) -> _Row:
     inputs = [shape(name) for name in reads(op)] + [f"state {s}" for s in _state(op, "attend")]
     output = [shape(written(op))] if written(op) else [f"state {s}" for s in _state(op, "store")]
     macs = op_macs(op, unit) if weights else 0
-    size = op_read_bytes(op, unit, model.dtype) if weights else 0
+    size = op_read_bytes(op, unit) if weights else 0
     return _Row(
         type(op).__name__.lower(), ", ".join(inputs), ", ".join(shapes), ", ".join(output), size, macs
     )
@@ -119,6 +119,8 @@ def _json(model: Model) -> dict[str, Any]:
         "path": str(model.path),
         "hash": model.hash,
         "dtype": model.dtype,
+        "head_dtype": model.index.head_dtype or model.dtype,
+        "has_min": model.index.has_min,
         "config": asdict(model.config),
         "tied_bytes": tied_bytes(model),
         "units": units,

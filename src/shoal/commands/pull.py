@@ -19,15 +19,23 @@ _HUGGING_FACE = "hf:"
 
 def run(args: argparse.Namespace) -> int:
     """Prints where the model is. A second run does no work and needs no network."""
-    target = pull(args.source, args.dtype, args.name)
+    target = pull(args.source, args.dtype, args.name, head_dtype=args.head_dtype, has_min=args.has_min)
     print(f"{target.name} is in {target}")
     return 0
 
 
-def pull(source: str, dtype: str = "int8", name: str | None = None) -> Path:
+def pull(
+    source: str,
+    dtype: str = "int8",
+    name: str | None = None,
+    *,
+    head_dtype: str | None = None,
+    has_min: bool = False,
+) -> Path:
     """The model directory of a source in the cache, made if need be. DownloadError: an unknown source, or no
     network."""
-    target = model_path(name or default_name(source, dtype))
+    head_dtype = None if head_dtype == dtype else head_dtype
+    target = model_path(name or default_name(source, dtype, head_dtype, has_min))
     if (target / INDEX).is_file():
         _check_same(source, target)
         return target
@@ -37,7 +45,15 @@ def pull(source: str, dtype: str = "int8", name: str | None = None) -> Path:
                 shutil.rmtree(left)
             checkpoint, origin = _checkpoint(source)
             with Progress(f"converting {target.name}", unit="units") as bar:
-                convert(checkpoint, target, dtype=dtype, origin=origin, progress=bar.update)
+                convert(
+                    checkpoint,
+                    target,
+                    dtype=dtype,
+                    head_dtype=head_dtype,
+                    has_min=has_min,
+                    origin=origin,
+                    progress=bar.update,
+                )
     return target
 
 
@@ -57,11 +73,12 @@ def _check_same(source: str, target: Path) -> None:
         )
 
 
-def default_name(source: str, dtype: str) -> str:
-    """The name that a source gets: its last part, and the type when it is not the usual one."""
+def default_name(source: str, dtype: str, head_dtype: str | None = None, has_min: bool = False) -> str:
+    """The name that a source gets: its last part, and the types when they are not the usual ones."""
     stem = source.removeprefix(_HUGGING_FACE).rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip(".-_").lower() or "model"
-    return stem if dtype == "int8" else f"{stem}-{dtype}"
+    types = (dtype, "min" if has_min else None, f"head-{head_dtype}" if head_dtype else None)
+    return stem if dtype == "int8" else "-".join([stem, *filter(None, types)])
 
 
 def _checkpoint(source: str) -> tuple[Path, str]:

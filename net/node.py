@@ -66,8 +66,8 @@ _NO_WORK = Work(0, 0, 0.0)
 @dataclass(frozen=True, slots=True)
 class NodeParts:
     """What a node is made of. `open_stage(first, last)` blocks while it loads; `resident()` is the bytes the
-    process holds; `log` takes a line for the person at the terminal; `slow`: a step that took t ends after
-    slow * t. Tests replace `hop` (runs a blocking call) and `open_stream`."""
+    process holds; `log` takes a line for the person at the terminal. Tests replace `hop` (runs a blocking
+    call) and `open_stream`."""
 
     identity: Identity
     device: Device
@@ -75,7 +75,6 @@ class NodeParts:
     open_stage: Callable[[int, int], StageLike]
     resident: Callable[[], int]
     log: Callable[[str], None]
-    slow: float = 1.0
     timing: Timing = DEFAULT_TIMING
     hop: Hop = in_thread
     open_stream: OpenStream = open_tcp
@@ -289,8 +288,6 @@ class _Assignment:
             self._taken = trio.Event()
             start = trio.current_time()
             answers = await self._parts.hop(partial(work.do, batch))
-            if batch.steps and self._parts.slow > 1:
-                await trio.sleep((self._parts.slow - 1) * (trio.current_time() - start))
             work.count(batch, trio.current_time() - start)
             for answer in answers:
                 link = self._head if isinstance(answer, Failed | Result) else onward

@@ -105,7 +105,7 @@ def test_a_session_that_is_left_frees_its_state_on_all_nodes(lab: ModuleType) ->
 def test_a_cancelled_reader_loses_no_token(lab: ModuleType) -> None:
     async def main() -> None:
         async with lab.network() as net:
-            net.add("a", slow=3.0, hop=lab.slow_hop(1.0))
+            net.add("a", hop=lab.slow_hop(3.0))
             async with net.head(plan=plan_at((0, 6))) as head, head.generate([4], max_tokens=6) as tokens:
                 got: list[int] = []
                 while len(got) < 6:
@@ -180,7 +180,7 @@ def test_stats_count_the_work_of_each_stage_and_slow_stages_take_longer(lab: Mod
     async def main() -> None:
         async with lab.network() as net:
             net.add("a", hop=lab.slow_hop(0.5))
-            net.add("b", hop=lab.slow_hop(0.5), slow=4.0)
+            net.add("b", hop=lab.slow_hop(2.0))
             async with net.head(plan=plan_at((0, 2, 6), 4)) as head:
                 await lab.collect(head, [1] * 8, 5)
                 first, second = await head.stats()

@@ -36,6 +36,12 @@ def node(commands: Commands) -> None:
         help="take F times as long for each step, to play a slower device (default 1)",
     )
     parser.add_argument(
+        "--slow-file",
+        type=Path,
+        metavar="FILE",
+        help="take F from this file instead, again whenever it is replaced",
+    )
+    parser.add_argument(
         "--insecure",
         action="store_true",
         help="listen on an address that others can reach, without encryption",

@@ -29,6 +29,7 @@ from ..net.errors import AddressInUseError, NetError
 from ..net.identity import identity_of
 from ..net.messages import Device
 from ..net.node import Node, NodeParts
+from ..net.slow import Slowness, SlowStage
 from ..planner.profile import FREE_SHARE
 from ..planning import MB, workspace_bytes
 from ..store import resolve
@@ -38,8 +39,7 @@ def run(args: argparse.Namespace) -> int:
     """Serves until it is told to stop; 0 then. AddressInUseError, and whatever a model that cannot be opened
     raises."""
     host, port = args.listen
-    if args.slow < 1:
-        raise ShoalError(f"--slow {args.slow:g} would be faster than this device: give 1 or more")
+    slowness = Slowness(args.slow, args.slow_file)
     if not args.insecure and not _is_loopback(host):
         raise NetError(
             f"{host} can be reached by others, and connections are not encrypted yet: listen on 127.0.0.1, "
@@ -50,26 +50,28 @@ def run(args: argparse.Namespace) -> int:
         _log(f"shoal: {reason}")
     model = Model.open(resolve(args.model))
     base = resident_bytes()
-    trio.run(_main, args, host, port, model, base)
+    trio.run(_main, args, host, port, model, base, slowness)
     return 0
 
 
-async def _main(args: argparse.Namespace, host: str, port: int, model: Model, base: int) -> None:
+async def _main(
+    args: argparse.Namespace, host: str, port: int, model: Model, base: int, slowness: Slowness
+) -> None:
     listeners = await _listen(host, port)
     address = _shown(listeners[0])
     try:
         threads = args.threads or min(4, cpu_threads())  # as `shoal run` takes
         options = StageOptions(backend=args.backend, isa=args.isa, threads=threads)
         hop = await _hop_seconds()
-        device = await trio.to_thread.run_sync(_offer, args, model, options, base, hop)
+        device = await trio.to_thread.run_sync(_offer, args, model, options, base, hop, slowness)
+        opener = StageOpener(model, options, device)
         parts = NodeParts(
             identity=identity_of(model, args.name or platform.node(), secrets.randbits(64), __version__),
             device=device,
             units=model.n_units,
-            open_stage=StageOpener(model, options, device),
+            open_stage=lambda first, last: SlowStage(opener(first, last), slowness),
             resident=resident_bytes,
             log=_log,
-            slow=args.slow,
         )
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             async with trio.open_nursery() as nursery:
@@ -113,10 +115,12 @@ async def _hop_seconds() -> float:
     return statistics.median(times)
 
 
-def _offer(args: argparse.Namespace, model: Model, options: StageOptions, base: int, hop: float) -> Device:
+def _offer(
+    args: argparse.Namespace, model: Model, options: StageOptions, base: int, hop: float, slowness: Slowness
+) -> Device:
     """What this device does for a model, measured, and divided by the factor by which it plays a slower
-    one."""
-    measured = measure(model, options)
+    one (the way into the thread is not slowed)."""
+    measured, factor = measure(model, options), slowness.factor()
     return Device(
         ram_bytes=args.ram * MB if args.ram is not None else int(ram()[1] * FREE_SHARE) + base,
         base_bytes=base,
@@ -124,9 +128,9 @@ def _offer(args: argparse.Namespace, model: Model, options: StageOptions, base: 
         threads=measured.threads,
         backend=measured.backend,
         exact=measured.exact,
-        read_bytes_per_s=measured.read_bytes_per_s / args.slow,
-        macs_per_s=measured.macs_per_s / args.slow,
-        step_overhead_s=(measured.step_overhead_s + hop) * args.slow,
+        read_bytes_per_s=measured.read_bytes_per_s / factor,
+        macs_per_s=measured.macs_per_s / factor,
+        step_overhead_s=measured.step_overhead_s * factor + hop,
     )
 
 

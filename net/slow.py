@@ -1,0 +1,89 @@
+"""A device that plays a slower one: a step that took t ends after F * t.
+
+It sleeps in the thread that ran the step, so neither the event loop's clock (milliseconds) nor the way into
+the thread is stretched. t is what the thread computed, not what it waited for a core: on a machine that hosts
+several such devices one's waiting would else be multiplied as well.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..engine.batch import Result, Run, Sampling
+from ..engine.errors import ShoalError
+from .work import StageLike
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """Seconds that passed, seconds that this thread computed, and how to wait. Tests replace it."""
+
+    now: Callable[[], float] = time.perf_counter
+    computed: Callable[[], float] = time.thread_time
+    sleep: Callable[[float], None] = time.sleep
+
+
+class Slowness:
+    """The factor F, from 1 up. With a file F is what the file says, read again when it changes, so that
+    somebody outside can let a device get hot; the file is to be replaced whole (rename)."""
+
+    def __init__(self, factor: float = 1.0, path: Path | None = None) -> None:
+        """ShoalError: the file is missing or says no such number; here, or at any `factor`."""
+        self._factor, self._path, self._seen = _checked(str(factor), "--slow"), path, (0, 0)
+        self.factor()
+
+    def factor(self) -> float:
+        """F now."""
+        if self._path is not None:
+            try:
+                stat = self._path.stat()
+                seen = (stat.st_mtime_ns, stat.st_ino)
+                if seen != self._seen:
+                    self._factor = _checked(self._path.read_text("ascii", "replace").strip(), str(self._path))
+                    self._seen = seen
+            except OSError as error:
+                raise ShoalError(f"{self._path} cannot be read: {error.strerror or error}") from error
+        return self._factor
+
+
+def _checked(text: str, where: str) -> float:
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = 0.0
+    if not 1 <= factor <= 1e6:  # false for NaN
+        raise ShoalError(f"{where} {text} would be faster than this device, or is no factor: give 1 or more")
+    return factor
+
+
+class SlowStage:
+    """A stage whose runs take F times as long. See StageLike."""
+
+    def __init__(self, stage: StageLike, slowness: Slowness, clock: Clock = Clock()) -> None:
+        self._stage, self._slowness, self._clock = stage, slowness, clock
+        self._late = 0.0
+
+    def open(self, sequence: int, sampling: Sampling, context: int) -> None:
+        self._stage.open(sequence, sampling, context)
+
+    def run(self, batch: Sequence[Run]) -> list[Result]:
+        """Runs the batch and sleeps. A sleep that ended late is made up for by the next one."""
+        clock, factor = self._clock, self._slowness.factor()
+        start, computed = clock.now(), clock.computed()
+        results = self._stage.run(batch)
+        until = start + factor * (clock.computed() - computed) - self._late
+        left = until - clock.now()
+        self._late = 0.0
+        if factor > 1 and left > 0:
+            clock.sleep(left)
+            self._late = max(0.0, clock.now() - until)
+        return results
+
+    def close_sequence(self, sequence: int) -> None:
+        self._stage.close_sequence(sequence)
+
+    def close(self) -> None:
+        self._stage.close()

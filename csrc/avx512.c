@@ -84,64 +84,131 @@ SHOAL_INLINE float v_largest(v16 a) {
  * weights that came there so early would push them out. */
 enum { LINE = 64, L1_AHEAD = 4096, L2_AHEAD = 16384 };
 
-/* One instruction: around the intrinsic, gcc 12 spills the accumulators. x is broadcast from memory. */
-SHOAL_INLINE __m512i dot(__m512i sum, __m512i w, const int8_t *x) {
+/* One instruction: around the intrinsic, gcc 12 spills the accumulators. */
+SHOAL_INLINE __m512i dot(__m512i sum, __m512i w, __m512i x) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+  return sum;
+}
+
+/* The same with x broadcast from memory on the way: for a quad that one panel alone uses. */
+SHOAL_INLINE __m512i dot_quad(__m512i sum, __m512i w, const int8_t *x) {
   __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*(const int32_t(*)[1])(const void *)x));
   return sum;
 }
 
-/* The unsigned operand is w + 128; the bias, -128 times the sum of x, takes that out again. */
-SHOAL_INLINE void q8_dots(const int8_t *w, const uint16_t *scales, const shoal_q8_row *x, const int32_t rows,
-                          const int32_t panels, v16 *sums) {
-  const int32_t groups = x[0].groups;
-  const __m512i flip = _mm512_set1_epi8((char)0x80);
-  const int32_t chains = rows * panels < 4 ? 2 : 1;
-  const size_t next_panel = (size_t)groups * SHOAL_GROUP * SHOAL_PANEL;
+SHOAL_INLINE __m512i quad(const int8_t *x) {
+  int32_t four;
+  memcpy(&four, x, sizeof four);
+  return _mm512_set1_epi32(four);
+}
+
+/* Sums of all rows and panels, with two chains each where there are few. */
+typedef struct {
+  __m512i even[Q8_ROWS * Q8_PANELS], odd[Q8_ROWS * Q8_PANELS];
+} chains;
+
+/* Quad `k` of the group at x + at times line w[p] of each panel; the weights are unsigned by now. */
+SHOAL_INLINE void dot_lines(chains *c, const __m512i *w, const shoal_q8_row *x, size_t at, const int32_t k,
+                            const int32_t rows, const int32_t panels) {
+  UNROLL(8)
+  for (int32_t r = 0; r < rows; r++) {
+    const int8_t *four = x[r].q + at + k * SHOAL_QUAD;
+    if (panels == 1) {
+      if (rows < 4 && k % 2)
+        c->odd[r] = dot_quad(c->odd[r], w[0], four);
+      else
+        c->even[r] = dot_quad(c->even[r], w[0], four);
+      continue;
+    }
+    const __m512i broadcast = quad(four);
+    UNROLL(2)
+    for (int32_t p = 0; p < panels; p++) {
+      const int32_t i = r * panels + p;
+      if (rows == 1 && k % 2)
+        c->odd[i] = dot(c->odd[i], w[p], broadcast);
+      else
+        c->even[i] = dot(c->even[i], w[p], broadcast);
+    }
+  }
+}
+
+SHOAL_INLINE void prefetch(const uint8_t *line, const int32_t rows, const int32_t panels) {
+  if (panels == 1 && rows <= 2) _mm_prefetch((const char *)line + L1_AHEAD, _MM_HINT_T0);
+  if (panels == 1 && rows > 2) _mm_prefetch((const char *)line + L2_AHEAD, _MM_HINT_T1);
+}
+
+/* int8: the unsigned operand of the product is w + 128, which the bias, -128 times the sum of x, takes out again.
+ * int4: it is the nibble, and a sixteenth of the bias takes the 8 out, unless a min stands for it. */
+SHOAL_INLINE void panel_dots(const int32_t type, const uint8_t *w, const uint16_t *scales, const uint16_t *mins,
+                             const shoal_q8_row *x, const int32_t rows, const int32_t panels, v16 *sums) {
+  const int32_t groups = x[0].groups, lines = type == SHOAL_Q8 ? 8 : 4;
+  const int32_t two = rows * panels < 4;
+  const __m512i flip = _mm512_set1_epi8((char)0x80), low = _mm512_set1_epi8(15);
+  const size_t next_panel = (size_t)groups * lines * LINE;
   size_t scale_at = (size_t)groups * SHOAL_GROUP;
   const size_t bias_from_scale = (size_t)groups * sizeof(float);
   v16 sum[Q8_ROWS * Q8_PANELS];
   UNROLL(16)
   for (int32_t i = 0; i < rows * panels; i++) sum[i] = _mm512_setzero_ps();
-  for (int32_t g = 0; g < groups; g++, scale_at += sizeof(float)) {
-    __m512i even[Q8_ROWS * Q8_PANELS], odd[Q8_ROWS * Q8_PANELS];
+  for (int32_t g = 0; g < groups; g++, scale_at += sizeof(float), w += lines * LINE) {
+    chains c;
     UNROLL(16)
     for (int32_t i = 0; i < rows * panels; i++) {
-      even[i] = _mm512_set1_epi32(*(const int32_t *)(const void *)(x[i / panels].q + scale_at + bias_from_scale));
-      odd[i] = _mm512_setzero_si512();
+      const __m512i bias = quad(x[i / panels].q + scale_at + bias_from_scale);
+      c.even[i] = type == SHOAL_Q8 ? bias : mins ? _mm512_setzero_si512() : _mm512_srai_epi32(bias, 4);
+      c.odd[i] = _mm512_setzero_si512();
     }
     UNROLL(8)
-    for (int32_t k = 0; k < SHOAL_GROUP; k += SHOAL_QUAD) {
+    for (int32_t k = 0; k < lines; k++) {
+      __m512i line[Q8_PANELS], next[Q8_PANELS];
       UNROLL(2)
       for (int32_t p = 0; p < panels; p++) {
-        const int8_t *line = w + p * next_panel + (size_t)k / SHOAL_QUAD * LINE;
-        if (panels == 1 && rows <= 2) _mm_prefetch((const char *)line + L1_AHEAD, _MM_HINT_T0);
-        if (panels == 1 && rows > 2) _mm_prefetch((const char *)line + L2_AHEAD, _MM_HINT_T1);
-        const __m512i flipped = _mm512_xor_si512(_mm512_loadu_si512(line), flip);
-        UNROLL(8)
-        for (int32_t r = 0; r < rows; r++) {
-          const int32_t i = r * panels + p;
-          if (chains == 2 && k / SHOAL_QUAD % 2)
-            odd[i] = dot(odd[i], flipped, x[r].q + g * SHOAL_GROUP + k);
-          else
-            even[i] = dot(even[i], flipped, x[r].q + g * SHOAL_GROUP + k);
+        const uint8_t *from = w + p * next_panel + k * LINE;
+        prefetch(from, rows, panels);
+        line[p] = _mm512_loadu_si512(from);
+        if (type == SHOAL_Q8) {
+          line[p] = _mm512_xor_si512(line[p], flip);
+        } else {
+          next[p] = _mm512_and_si512(_mm512_srli_epi16(line[p], 4), low);
+          line[p] = _mm512_and_si512(line[p], low);
         }
       }
+      dot_lines(&c, line, x, (size_t)g * SHOAL_GROUP, k, rows, panels);
+      if (type != SHOAL_Q8) dot_lines(&c, next, x, (size_t)g * SHOAL_GROUP, k + lines, rows, panels);
     }
     UNROLL(2)
     for (int32_t p = 0; p < panels; p++) {
-      const v16 scale = v_load_f16(scales + ((size_t)p * groups + g) * SHOAL_PANEL);
+      const size_t at = ((size_t)p * groups + g) * SHOAL_PANEL;
+      const v16 scale = v_load_f16(scales + at);
       UNROLL(8)
       for (int32_t r = 0; r < rows; r++) {
         const int32_t i = r * panels + p;
-        if (chains == 2) even[i] = _mm512_add_epi32(even[i], odd[i]);
-        const v16 both = _mm512_mul_ps(scale, _mm512_set1_ps(*(const float *)(const void *)(x[r].q + scale_at)));
-        sum[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(even[i]), both, sum[i]);
+        const v16 of_inputs = _mm512_castsi512_ps(quad(x[r].q + scale_at));
+        if (two) c.even[i] = _mm512_add_epi32(c.even[i], c.odd[i]);
+        sum[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(c.even[i]), _mm512_mul_ps(scale, of_inputs), sum[i]);
+        if (type == SHOAL_Q8 || !mins) continue;
+        const v16 total = _mm512_mul_ps(_mm512_cvtepi32_ps(quad(x[r].q + scale_at + bias_from_scale)),
+                                        _mm512_set1_ps(-1.0f / 128)); /* exact */
+        sum[i] = _mm512_fmadd_ps(total, _mm512_mul_ps(v_load_f16(mins + at), of_inputs), sum[i]);
       }
     }
-    w += SHOAL_GROUP * SHOAL_PANEL;
   }
   UNROLL(16)
   for (int32_t i = 0; i < rows * panels; i++) sums[i] = sum[i];
+}
+
+SHOAL_INLINE void q8_dots(const int8_t *w, const uint16_t *scales, const shoal_q8_row *x, const int32_t rows,
+                          const int32_t panels, v16 *sums) {
+  panel_dots(SHOAL_Q8, (const uint8_t *)w, scales, NULL, x, rows, panels, sums);
+}
+
+#define Q4_DOTS
+SHOAL_INLINE void q4_dots(const uint8_t *w, const uint16_t *scales, const uint16_t *mins, const shoal_q8_row *x,
+                          const int32_t rows, const int32_t panels, v16 *sums) {
+  if (mins)
+    panel_dots(SHOAL_Q4, w, scales, mins, x, rows, panels, sums);
+  else
+    panel_dots(SHOAL_Q4, w, scales, NULL, x, rows, panels, sums);
 }
 
 #define SHOAL_SET shoal_kernels_avx512

@@ -7,7 +7,7 @@
 
 enum {
   SMALL_WORK = 16384, /* multiply-adds, or elements touched, below which a hand-over to another thread costs more */
-  ROW_BLOCK = 96,     /* rows of a product that one claim takes */
+  ROW_BLOCK = 256,   /* rows of a product that one claim takes: as many as a batch usually has */
   FEW_ROWS = 8,       /* up to these, a product's time is that of reading its weights */
   CLAIM_BYTES = 65536 /* weights that one claim of a product with few rows reads */
 };

@@ -6,7 +6,6 @@ and a stage that only looks up an embedding gives what a step costs before any l
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 
 from .batch import Run, Sampling, Want
 from .costs import unit_cost
+from .memory import ram
 from .shards import Model
 from .stage import Stage, StageOptions
 
@@ -85,18 +85,3 @@ def _step_seconds(stage: Stage, rows: int, seconds: float) -> float:
         times.append(time.perf_counter() - start)
     stage.close_sequence(0)
     return statistics.median(times)
-
-
-def ram() -> tuple[int, int]:
-    """(total, available) bytes of RAM; available is what the kernel would give without swapping, 0 where
-    unknown."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    total = page * os.sysconf("SC_PHYS_PAGES")
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return total, int(line.split()[1]) * 1024
-    except OSError:  # not every Android allows it
-        pass
-    return total, 0

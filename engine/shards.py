@@ -7,8 +7,8 @@ per file: `stamps.json` remembers size, modification time and inode of files who
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,16 @@ class Tensor:
     rows: int
     cols: int
     type: WeightType
+
+    @property
+    def arrays(self) -> tuple[NDArray[Any], ...]:
+        """The arrays that it has."""
+        return tuple(a for a in (self.data, self.scales, self.mins) if a is not None)
+
+    def map(self, f: Callable[[NDArray[Any]], NDArray[Any]]) -> Tensor:
+        """The same weight with `f` of each array that it has."""
+        scales, mins = (None if a is None else f(a) for a in (self.scales, self.mins))
+        return replace(self, data=f(self.data), scales=scales, mins=mins)
 
 
 class Model:

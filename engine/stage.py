@@ -19,7 +19,8 @@ from .backends.base import Linked, Outcome, SequenceRows, WeightData
 from .batch import F32, Result, Run, Sampling, Want
 from .errors import ContextError
 from .kv import PagePool, SequenceKv
-from .shards import Model
+from .memory import Arena, affordable
+from .shards import Model, Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,9 @@ class StageOptions:
     max_rows: int = 256
     max_wanted: int = 32
     kv_bytes: int | None = None
+    resident: bool | None = None
+    """Weights copied into memory (quicker), or read from the mapped files (can be dropped when memory runs
+    short). None: copied if that takes no more than half of the RAM that is available."""
 
 
 @dataclass(slots=True)
@@ -187,13 +191,17 @@ def link(model: Model, first: int, last: int, options: StageOptions) -> Linked:
     """The ops, weights and states of units [first, last), resolved."""
     program = model.program
     ops = tuple(program.ops(first, last))
-    weights: dict[tuple[int, str], WeightData] = {}
+    tensors: dict[tuple[int, str], Tensor] = {}
+    for unit in range(first, last):
+        for name, tensor in model.unit_weights(unit).items():
+            tied = first == 0 and name in program.units[unit].tied
+            tensors[unit, name] = tensors[0, name] if tied else tensor
+    if options.resident is not False:
+        _make_resident(tensors, always=options.resident is True)
+    weights: dict[tuple[int, str], WeightData] = {**tensors}
     for name, values in model.constants().items():
         if any(unit == -1 for unit, _ in ops):
             weights[-1, name] = _Constant(values)
-    for unit in range(first, last):
-        for name, tensor in model.unit_weights(unit).items():
-            weights[unit, name] = tensor
     return Linked(
         program=program,
         ops=ops,
@@ -205,6 +213,22 @@ def link(model: Model, first: int, last: int, options: StageOptions) -> Linked:
         max_rows=options.max_rows,
         max_wanted=min(options.max_rows, options.max_wanted),
     )
+
+
+def _make_resident(tensors: dict[tuple[int, str], Tensor], always: bool) -> None:
+    """Puts copies in the place of mapped tensors; a file is let go once its last tensor was copied."""
+    places: dict[int, list[tuple[int, str]]] = {}
+    for key, tensor in tensors.items():
+        places.setdefault(id(tensor), []).append(key)
+    arrays = [a for keys in places.values() for a in tensors[keys[0]].arrays]
+    if not always and not affordable(sum(a.nbytes for a in arrays)):
+        return
+    arena = Arena(arrays)
+    del arrays
+    for keys in places.values():
+        copied = tensors[keys[0]].map(arena.copy)
+        for key in keys:
+            tensors[key] = copied
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,8 @@ from ..engine.backends import choose
 from ..engine.backends.base import cpu_threads
 from ..engine.costs import constant_bytes, tied_bytes, unit_cost
 from ..engine.errors import NoPlanError, ShoalError
-from ..engine.measure import measure, ram
+from ..engine.measure import measure
+from ..engine.memory import ram
 from ..engine.shards import Model
 from ..engine.stage import Stage, StageOptions
 from ..net.errors import AddressInUseError, NetError

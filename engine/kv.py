@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 
 from .errors import ContextError
 from .layout import LANES, PAGE
+from .memory import Arena
 from .program import KvState
 
 Page = NDArray[Any]
+_SLAB = 32 << 20  # addresses, not memory: that comes page by page, as pages are written
 
 
 def page_elements(state: KvState) -> int:
@@ -33,6 +35,7 @@ class PagePool:
         self.limit = limit
         self.used = 0
         self._free: dict[int, list[Page]] = {}
+        self._slab: Arena | None = None
 
     def take(self, elements: int) -> Page:
         """A page of `elements` elements, contents undefined. ContextError: the limit is reached."""
@@ -45,13 +48,23 @@ class PagePool:
         self.used += size
         free = self._free.get(elements)
         try:
-            page = free.pop() if free else np.zeros(elements, self.dtype)
+            page = free.pop() if free else self._cut(size).view(self.dtype)
         except MemoryError:
             self.used -= size
             raise ContextError(
                 "out of memory for keys and values: end another request, or promise less"
             ) from None
         return page
+
+    def _cut(self, size: int) -> NDArray[np.uint8]:
+        """A new page of `size` bytes, cut from a slab of huge pages: attention walks over all of them."""
+        try:
+            if self._slab is not None:
+                return self._slab.take(size)
+        except MemoryError:  # used up
+            pass
+        self._slab = Arena(max(size, _SLAB))
+        return self._slab.take(size)
 
     def give(self, page: Page) -> None:
         """Takes a page back."""

@@ -40,25 +40,46 @@ def affordable(nbytes: int) -> bool:
     return nbytes <= ram()[1] // 2
 
 
-class Arena:
-    """Private memory for copies of arrays, in huge pages where the system has them."""
+def room(arrays: Iterable[NDArray[Any]]) -> int:
+    """Bytes that copies of `arrays` take in an arena."""
+    return sum(round_up(a.nbytes, _ALIGNMENT) for a in arrays)
 
-    def __init__(self, arrays: Iterable[NDArray[Any]]) -> None:
-        """Room for copies of `arrays`; takes no memory before they come."""
-        nbytes = sum(round_up(a.nbytes, _ALIGNMENT) for a in arrays)
-        memory = mmap.mmap(-1, nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            try:
-                memory.madvise(mmap.MADV_HUGEPAGE)
-            except OSError:  # a kernel built without them
-                pass
-        self._bytes: NDArray[np.uint8] = np.frombuffer(memory, np.uint8)
-        self._at = -self._bytes.ctypes.data % _HUGE_PAGE
+
+def _anonymous(nbytes: int) -> mmap.mmap:
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:  # a kernel built without them
+            pass
+    return memory
+
+
+class Arena:
+    """Private memory that is given out piece by piece, in huge pages where the system has them."""
+
+    def __init__(self, nbytes: int) -> None:
+        """Takes the addresses; memory comes as pieces are written. MemoryError: there is not so much."""
+        try:
+            memory = _anonymous(nbytes + _HUGE_PAGE)
+        except OSError as e:
+            raise MemoryError(f"no {nbytes / 1e6:.0f} MB of memory") from e
+        addresses: NDArray[np.uint8] = np.frombuffer(memory, np.uint8)
+        first = -addresses.ctypes.data % _HUGE_PAGE
+        self._bytes = addresses[first : first + nbytes]
+        self._at = 0
+
+    def take(self, nbytes: int) -> NDArray[np.uint8]:
+        """The next piece of that size, at a multiple of 64 bytes. MemoryError: the arena is used up."""
+        piece = self._bytes[self._at : self._at + nbytes]
+        if len(piece) < nbytes:
+            raise MemoryError(f"an arena of {len(self._bytes)} bytes has no {nbytes} left")
+        self._at += round_up(nbytes, _ALIGNMENT)
+        return piece
 
     def copy(self, array: NDArray[Any]) -> NDArray[Any]:
         """The array's copy in the arena, read-only."""
-        place = self._bytes[self._at : self._at + array.nbytes].view(array.dtype).reshape(array.shape)
-        self._at += round_up(array.nbytes, _ALIGNMENT)
+        place = self.take(array.nbytes).view(array.dtype).reshape(array.shape)
         place[...] = array
         place.flags.writeable = False
         return place

@@ -19,7 +19,7 @@ from .backends.base import Linked, Outcome, SequenceRows, WeightData
 from .batch import F32, Result, Run, Sampling, Want
 from .errors import ContextError
 from .kv import PagePool, SequenceKv
-from .memory import Arena, affordable
+from .memory import Arena, affordable, room
 from .shards import Model, Tensor
 
 
@@ -221,9 +221,10 @@ def _make_resident(tensors: dict[tuple[int, str], Tensor], always: bool) -> None
     for key, tensor in tensors.items():
         places.setdefault(id(tensor), []).append(key)
     arrays = [a for keys in places.values() for a in tensors[keys[0]].arrays]
-    if not always and not affordable(sum(a.nbytes for a in arrays)):
+    nbytes = room(arrays)
+    if not always and not affordable(nbytes):
         return
-    arena = Arena(arrays)
+    arena = Arena(nbytes)
     del arrays
     for keys in places.values():
         copied = tensors[keys[0]].map(arena.copy)

@@ -65,8 +65,10 @@ def test_a_tied_table_is_copied_once(tmp_path: Path) -> None:
 
 def test_copies_are_aligned_and_read_only() -> None:
     arrays = [np.arange(n, dtype=np.uint8) for n in (1, 63, 64, 65, 5000)]
-    arena = memory.Arena(arrays)
+    arena = memory.Arena(memory.room(arrays))
     for array in arrays:
         copy = arena.copy(array)
         assert copy.ctypes.data % 64 == 0 and not copy.flags.writeable
         np.testing.assert_array_equal(copy, array)
+    with pytest.raises(MemoryError):
+        arena.take(1 << 22)

@@ -1,19 +1,27 @@
-"""bench/peers.py: how pairs are made, what the ratios are, and which calls the peer's worker makes.
+"""bench/peers.py: how pairs are made, what the ratios are, and which calls the peers' workers make.
 
 llama.cpp itself takes many minutes to compile: a module with its names stands in for it."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
+import re
 import sys
 import types
 from pathlib import Path
 
 import pytest
-from bench import llama_cpp_worker, peers
-from bench.peers import Sample, Speeds
+from bench import engines, llama_cpp_worker, pairs, peers, torch_worker
+from bench.engines import Finished, Job
+from bench.pairs import Reached, Sample
+
+from shoal.engine.convert import convert
+from shoal.engine.shards import Model
+
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 
 # As `shoal bench smollm2-135m -t 1 -r 1 -o json` printed it, most fields left out.
 SHOAL = """[{"n_threads": 1, "n_prompt": 512, "n_gen": 0, "avg_ns": 750634243, "avg_ts": 682.0898523810084,
@@ -27,6 +35,7 @@ class FakeLibrary(types.ModuleType):
 
     llama_token = ctypes.c_int32
     LLAMA_FTYPE_MOSTLY_Q8_0 = 7
+    GGML_TYPE_Q8_0 = 8
 
     def __init__(self, refuses: bool = False) -> None:
         super().__init__("llama_cpp")
@@ -63,8 +72,7 @@ class FakeLibrary(types.ModuleType):
         self.calls.append(("clear", data))
 
     def llama_batch_get_one(self, tokens: ctypes.Array[ctypes.c_int32], rows: int) -> list[int]:
-        assert len(tokens) == rows
-        return list(tokens)
+        return list(tokens)[:rows]
 
     def llama_decode(self, context: str, batch: list[int]) -> int:
         assert all(0 <= token < 10 for token in batch)
@@ -73,6 +81,26 @@ class FakeLibrary(types.ModuleType):
 
     def llama_synchronize(self, context: str) -> None:
         self.calls.append(("synchronise", None))
+
+    def llama_tokenize(
+        self,
+        vocab: str,
+        text: bytes,
+        length: int,
+        tokens: ctypes.Array[ctypes.c_int32],
+        size: int,
+        *flags: bool,
+    ) -> int:
+        assert (length, size, flags) == (len(text), len(tokens), (True, False))
+        tokens[:length] = [byte % 10 for byte in text]
+        return length
+
+    def llama_sampler_init_greedy(self) -> str:
+        return "greedy"
+
+    def llama_sampler_sample(self, sampler: str, context: str, index: int) -> int:
+        assert (sampler, index) == ("greedy", -1)
+        return 7
 
     def llama_model_quantize(self, source: bytes, target: bytes, params: types.SimpleNamespace) -> int:
         self.calls.append(("quantise", (source, target, vars(params))))
@@ -92,7 +120,7 @@ def test_the_worker_times_what_llama_bench_times(
     assert llama_cpp_worker.main(["measure", "m.gguf", "2", "600", "6"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [(row["test"], row["n_threads"]) for row in rows] == [("pp600", 2), ("tg6", 2)]
-    assert peers.speeds(json.dumps(rows)).keys() == {"pp600", "tg6"}
+    assert engines.speeds(Finished(json.dumps(rows), 1, 1)).keys() == {"pp600", "tg6"}
     assert min(row["avg_ts"] for row in rows) > 0
     prompt: list[tuple[str, object]] = [("clear", True), ("decode", 600), ("synchronise", None)]
     tokens = [[("clear", True), *[("decode", 1)] * n, ("synchronise", None)] for n in (4, 6)]  # warm, timed
@@ -117,6 +145,7 @@ def test_the_worker_leaves_out_what_is_not_asked(
 def test_the_worker_requantises_everything_alike(library: FakeLibrary) -> None:
     assert llama_cpp_worker.main(["quantise", "a", "b", "Q8_0"]) == 0
     params = {"ftype": 7, "allow_requantize": True, "pure": True}
+    params |= {"output_tensor_type": 8, "token_embedding_type": 8}
     assert library.calls == [("quantise", (b"a", b"b", params))]
 
 
@@ -131,77 +160,201 @@ def test_the_worker_fails_aloud(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 
 def test_speeds_of_a_recorded_run() -> None:
-    assert peers.speeds(SHOAL) == {"pp512": 682.0898523810084, "tg128": 74.84543371271712}
+    assert engines.speeds(Finished(SHOAL, 1, 1)) == {"pp512": 682.0898523810084, "tg128": 74.84543371271712}
 
 
 @pytest.mark.parametrize("text", ["", "[]", '[{"test": "a", "avg_ts": 1}, {"test": "a", "avg_ts": 2}]'])
 def test_output_that_is_no_measurement_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"Expecting value|not one row a test"):
-        peers.speeds(text)
+        engines.speeds(Finished(text, 1, 1))
 
 
-def test_engines_run_in_pairs_and_take_turns(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_start_is_one_token_after_a_text_or_ids(
+    library: FakeLibrary, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert llama_cpp_worker.main(["start", "m.gguf", "a text", "2", "512"]) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert line["token"] == 7
+    assert line["import_s"] >= 0
+    assert library.calls == [("init", None), ("decode", 6)]
+    assert library.context is not None
+    assert (library.context.n_ctx, library.context.n_threads) == (512, 2)
+    assert llama_cpp_worker.main(["start", "m.gguf", "", "1", "512"]) == 0
+    assert library.calls[-1] == ("decode", 4)
+
+
+def test_a_start_is_timed_without_the_import_of_bindings() -> None:
+    text, ids = engines.llama_start_jobs(Path("python"), Path("m.gguf"), 2)
+    assert text.read(Finished('{"import_s": 0.5, "token": 3}\n', 0.75, 1)) == {"start": 4.0}
+    ours, ours_ids = engines.start_jobs(Path("m"), 2)
+    assert ours.read(Finished("said\n", 0.5, 1)) == {"start": 2.0}
+    assert ours_ids.read(Finished("17\n", 0.5, 1)) == ids.read(Finished("17\n", 0.5, 1)) == {"start ids": 2.0}
+
+
+@pytest.mark.slow
+def test_shoal_starts_and_its_memory_is_accounted_for(tmp_path: Path) -> None:
+    convert(FIXTURES / "tiny-llama", tmp_path / "tiny")
+    tiny = Model.open(tmp_path / "tiny")
+    _, ids = engines.start_jobs(tiny.path, 1)
+    found = engines.measure([ids], 1)
+    assert found.keys() == {"start ids"}
+    samples = [Sample(0, "shoal", 1, "start ids", 1.0, 100_000_000), Sample(0, "peer", 1, "start", 1.0, 9)]
+    assert re.fullmatch(
+        r"start ids, 1 threads: peak 100 MB = files 0 \+ .* 0 \+ 100", peers.memory(tiny, samples)
+    )
+
+
+def test_torch_reads_a_prompt_twice_and_keeps_one_row_of_logits(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls: list[object] = []
+
+    class Module:
+        config = types.SimpleNamespace(vocab_size=10)
+
+        def eval(self) -> Module:
+            return self
+
+        def __call__(self, tokens: tuple[int, tuple[int, int]], logits_to_keep: int) -> None:
+            calls.append((tokens, logits_to_keep))
+
+    def load(**where: object) -> Module:
+        calls.append(where)
+        return Module()
+
+    torch = types.SimpleNamespace(
+        bfloat16="bf16",
+        set_num_threads=lambda count: calls.append(count),
+        manual_seed=lambda seed: None,
+        randint=lambda most, shape: (most, shape),
+        inference_mode=contextlib.nullcontext,
+    )
+    loader = types.SimpleNamespace(from_pretrained=load)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setitem(sys.modules, "transformers", types.SimpleNamespace(AutoModelForCausalLM=loader))
+    file = tmp_path / "m.gguf"
+    file.touch()
+    (row,) = torch_worker.measure(file, 2, 64)
+    assert (row["test"], row["n_threads"]) == ("pp64", 2)
+    where = {"pretrained_model_name_or_path": str(tmp_path), "gguf_file": "m.gguf", "dtype": "bf16"}
+    assert calls == [2, where, *[((10, (1, 64)), 1)] * 2]
+    torch_worker.measure(tmp_path, 1, 8)
+    assert {"pretrained_model_name_or_path": str(tmp_path), "dtype": "bf16"} in calls
+
+
+def test_engines_run_in_pairs_and_take_turns() -> None:
     asked: list[tuple[str, int]] = []
 
-    def measure(engine: str, threads: int) -> Speeds:
+    def measure(engine: str, threads: int) -> dict[str, Reached]:
         asked.append((engine, threads))
-        return {"pp8": len(asked), "tg4": 100.0 * threads}
+        return {"pp8": Reached(len(asked), 5), "tg4": Reached(100.0 * threads, 6)}
 
-    samples = peers.sample(measure, (1, 2), 2)
+    samples = list(pairs.sample(measure, ("shoal", "peer"), (1, 2), range(2)))
     first = [("shoal", 1), ("peer", 1), ("shoal", 2), ("peer", 2)]
     second = [("peer", 1), ("shoal", 1), ("peer", 2), ("shoal", 2)]
     assert asked == first + second
     assert len(samples) == 16
-    assert samples[2] == Sample(0, "peer", 1, "pp8", 2)
-    assert samples[15] == Sample(1, "shoal", 2, "tg4", 200)
-    assert "round 2: shoal, 2 threads, tg4: 200.0 t/s" in capsys.readouterr().out
+    assert samples[2] == Sample(0, "peer", 1, "pp8", 2, 5)
+    assert samples[15] == Sample(1, "shoal", 2, "tg4", 200, 6)
 
 
-def test_ratios_are_of_pairs_and_the_peer_takes_its_better_threads() -> None:
-    # The peer decodes faster with one thread than with two; round 1 was slow for everybody.
-    speed = {("shoal", 1): 150.0, ("shoal", 2): 240.0, ("peer", 1): 100.0, ("peer", 2): 80.0}
+def _samples() -> list[Sample]:
+    """The peer decodes faster with one thread than with two; round 1 was slow for everybody. Another peer has
+    one thread only, and missed a round."""
+    speed = {
+        ("shoal", 1): 150.0,
+        ("shoal", 2): 240.0,
+        ("peer", 1): 100.0,
+        ("peer", 2): 80.0,
+        ("other", 1): 300.0,
+    }
     load = [1.0, 0.5, 1.0]
     luck = {("shoal", 2, 0): 1.1}
-    samples = [
+    return [
         Sample(
-            number, engine, threads, "tg128", value * load[number] * luck.get((engine, threads, number), 1)
+            number,
+            engine,
+            threads,
+            "tg128",
+            value * load[number] * luck.get((engine, threads, number), 1),
+            10**6 * (number + threads),
         )
         for number in range(3)
         for (engine, threads), value in speed.items()
+        if (engine, number) != ("other", 2)
     ]
-    one, two = peers.ratios(samples)
-    assert (one.test, one.threads, one.peer_threads, one.rounds) == ("tg128", 1, 1, 3)
+
+
+def test_ratios_are_of_pairs_and_the_peer_takes_its_better_threads() -> None:
+    other_one, one, other_two, two = pairs.ratios(_samples())
+    assert (one.test, one.threads, one.peer, one.peer_threads, one.rounds) == ("tg128", 1, "peer", 1, 3)
     assert (one.median, one.low, one.high) == (1.5, 1.5, 1.5)
+    assert (one.shoal_rss, one.peer_rss) == (2_000_000, 2_000_000)
     assert (two.threads, two.peer_threads) == (2, 1)
-    assert (two.shoal, two.peer, two.median) == (240.0, 100.0, 2.4)
+    assert (two.shoal_tokens_per_s, two.peer_tokens_per_s, two.median) == (240.0, 100.0, 2.4)
     assert (two.low, two.high) == pytest.approx((2.4, 2.64))
-    lines = peers.report([one, two]).splitlines()
-    assert lines[-1].split() == ["tg128", "2", "240.0", "100.0", "1", "2.40", "2.40", "2.64", "3"]
+    assert (other_one.peer, other_one.median, other_one.rounds) == ("other", 0.5, 2)
+    assert (other_two.median, other_two.rounds) == (pytest.approx(0.84), 2)
+    lines = pairs.report([one, two]).splitlines()
+    assert lines[-1].split() == [
+        "tg128",
+        "2",
+        "peer",
+        "240.0",
+        "100.0",
+        "1",
+        "2.40",
+        "2.40",
+        "2.64",
+        "3",
+        "3",
+        "2",
+    ]
+
+
+def test_rounds_can_be_added_to_those_of_the_same_run_only(tmp_path: Path) -> None:
+    path, what = tmp_path / "peers.json", {"model": "m", "dtype": "int8"}
+    assert pairs.load(path, what) == []
+    pairs.save(path, what, _samples())
+    assert pairs.load(path, what) == _samples()
+    assert [ratio["rounds"] for ratio in json.loads(path.read_text())["ratios"]] == [2, 3, 2, 3]
+    with pytest.raises(ValueError, match="is of another run: its dtype is 'int8', not 'int4'"):
+        pairs.load(path, {"dtype": "int4"})
 
 
 def test_a_child_is_pinned_in_a_session_of_its_own() -> None:
     code = "import os; print(sorted(os.sched_getaffinity(0)), os.getsid(0) == os.getpid())"
     last = sorted(os.sched_getaffinity(0))[-1:]
-    assert peers.run([sys.executable, "-c", code], 1) == f"{last} True\n"
+    said = []
+    job = Job([sys.executable, "-c", code], lambda done: {"it": len(said) if said.append(done) else 2.5})
+    assert engines.measure([job], 1)["it"].tokens_per_s == 2.5
+    (done,) = said
+    assert done.output == f"{last} True\n"
+    assert done.seconds > 0
     with pytest.raises(RuntimeError, match=r"(?s)failed:.*no luck"):
-        peers.run([sys.executable, "-c", "raise SystemExit('no luck')"], 1)
+        engines.run([sys.executable, "-c", "raise SystemExit('no luck')"], ())
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_child_is_its_own() -> None:
+    assert engines.run([sys.executable, "-c", "b'x' * 300_000_000"], ()).peak_rss > 300_000_000
 
 
 def test_nothing_is_built_when_it_is_there_or_must_not_be(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="without --skip-build"):
-        peers.environment(tmp_path, build=False)
+        engines.environment(tmp_path, build=False)
     (tmp_path / ".built").touch()
-    assert peers.environment(tmp_path, build=True) == tmp_path / "bin/python"
+    assert engines.environment(tmp_path, build=True) == tmp_path / "bin/python"
     assert [path.name for path in tmp_path.iterdir()] == [".built"]
 
 
 def test_a_type_is_made_once_and_the_source_itself_needs_nothing(tmp_path: Path) -> None:
     python = tmp_path / "environment/bin/python"
     source = Path("elsewhere/Tiny.F16.gguf")
-    assert peers.requantised(python, source, "as-it-is") == source
+    assert engines.requantised(python, source, "as-it-is") == source
     made = tmp_path / "Tiny.F16.Q8_0-pure.gguf"
     made.touch()
-    assert peers.requantised(python, source, "Q8_0") == made
+    assert engines.requantised(python, source, "Q8_0") == made
 
 
 @pytest.mark.parametrize("text", ["0", "1,9999"])

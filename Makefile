@@ -8,13 +8,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 LIB := src/shoal/libshoal.so
 RUN_STAMP := $(VENV)/.shoal-run
 DEV_STAMP := $(VENV)/.shoal-dev
+DIST_STAMP := $(VENV)/.shoal-dist
 ORACLE := .venv-oracle
 ORACLE_STAMP := $(ORACLE)/.shoal-oracle
 C_SOURCES := $(wildcard csrc/*.c csrc/*.h csrc/*.inc)
 # A phone's numpy comes from its package manager; pip could only compile it there.
 VENV_FLAGS := $(if $(findstring com.termux,$(PREFIX)),--system-site-packages)
 
-.PHONY: help demo test check format bench dist lib abi oracle check-arm clean
+.PHONY: help demo test check format bench dist lib abi oracle check-arm check-dist clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -24,11 +25,12 @@ help:
 	@echo "make check      ruff, mypy --strict, file sizes and import directions"
 	@echo "make format     let ruff format the code"
 	@echo "make bench      benchmarks of the kernels"
-	@echo "make dist       an sdist and a wheel, in dist/"
+	@echo "make dist       an sdist, and wheels for x86-64, arm64 and Android, in dist/"
 	@echo "make lib        compile csrc/ again if it changed"
 	@echo "make abi        write engine/backends/_abi.py again from csrc/kernels.h"
 	@echo "make oracle     compare with torch and transformers (a big download, in an environment of its own)"
 	@echo "make check-arm  run the Arm kernels under qemu (installs it and a cross compiler with apt)"
+	@echo "make check-dist try what make dist makes (installs clang-19, lld-19 and qemu with apt)"
 	@echo "make clean      remove what was built; .venv stays"
 
 demo: $(RUN_STAMP) lib
@@ -50,16 +52,15 @@ format: $(DEV_STAMP)
 bench: $(DEV_STAMP) lib
 	$(BIN)/python -m pytest -q bench
 
-dist: $(DEV_STAMP)
-	rm -rf build dist
-	$(BIN)/python -m build --no-isolation
+dist: $(DIST_STAMP)
+	$(BIN)/python packaging/make_dist.py
 
 # A make of its own, because the install before it may just have compiled the library.
 lib: $(RUN_STAMP)
 	@$(MAKE) --no-print-directory --quiet $(LIB)
 
 # An install survives a compiler that fails; this does not. The old library goes first, so that a failure leaves none.
-$(LIB): $(C_SOURCES) setup.py | $(VENV)/.shoal-venv
+$(LIB): $(C_SOURCES) setup.py pyproject.toml | $(VENV)/.shoal-venv
 	rm -f $@
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@test -f $@ || { echo "make: csrc/ did not compile; the compiler's words stand above" >&2; exit 1; }
@@ -73,6 +74,11 @@ oracle: $(ORACLE_STAMP) lib
 check-arm: $(DEV_STAMP) lib
 	scripts/apt-need qemu-user-static gcc-aarch64-linux-gnu libc6-dev-arm64-cross
 	$(BIN)/python -m pytest -q -m arm
+
+check-dist: $(DIST_STAMP)
+	scripts/apt-need clang-19 lld-19 qemu-user-static
+	@$(MAKE) --no-print-directory dist
+	$(BIN)/python -m pytest -q -m dist
 
 clean:
 	rm -rf build dist $(LIB) src/shoal.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
@@ -91,6 +97,10 @@ $(RUN_STAMP): pyproject.toml | $(VENV)/.shoal-venv
 $(DEV_STAMP): pyproject.toml | $(VENV)/.shoal-venv
 	$(PIP) --no-build-isolation --editable ".[all,dev]"
 	@touch $@ $(RUN_STAMP)
+
+$(DIST_STAMP): pyproject.toml | $(VENV)/.shoal-venv
+	$(PIP) --no-build-isolation --editable ".[all,dev,dist]"
+	@touch $@ $(DEV_STAMP) $(RUN_STAMP)
 
 $(ORACLE_STAMP): pyproject.toml
 	@sh scripts/preflight.sh $(PYTHON)

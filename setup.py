@@ -6,14 +6,20 @@ a working compiler the install still succeeds, as `py3-none-any`, and the engine
 """
 
 import importlib.util
+import shutil
 import sys
+import tomllib
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+FLAGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["shoal"]["library"]
+# Termux's Python calls its platform "linux" before 3.13. Android's C library has the threads in itself.
+LIBRARIES = {"linux": ["pthread", "m"], "android": ["m"]}
 
 
 def source_hash() -> str:
@@ -38,17 +44,9 @@ def extensions() -> list[Extension]:
             sources=sources,
             depends=sorted(path.relative_to(ROOT).as_posix() for path in headers),
             define_macros=[("SHOAL_SOURCE_HASH", f'"{source_hash()}"')],
-            # Compilers contract a*b+c differently per target, and all kernel sets must give the same bits.
-            extra_compile_args=[
-                "-O3",
-                "-g0",  # Python's own flags ask for debug information, ten times the code
-                "-ffp-contract=off",
-                "-fvisibility=hidden",
-                "-std=c11",
-                "-Wall",
-                "-Wextra",
-            ],
-            libraries=["pthread", "m"] if sys.platform == "linux" else [],
+            extra_compile_args=FLAGS["compile"],
+            extra_link_args=FLAGS["link"] if sys.platform in LIBRARIES else [],
+            libraries=LIBRARIES.get(sys.platform, []),
             optional=True,
         )
     ]
@@ -56,6 +54,15 @@ def extensions() -> list[Extension]:
 
 class BuildLibrary(build_ext):
     """A shared library under one name on every platform, with no trace of the Python that built it."""
+
+    user_options: ClassVar = [
+        *build_ext.user_options,
+        ("library=", None, "take this library, compiled for another machine, instead of compiling one"),
+    ]
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.library: str | None = None
 
     def get_ext_filename(self, fullname: str) -> str:
         return "/".join(fullname.split(".")) + ".so"
@@ -69,6 +76,11 @@ class BuildLibrary(build_ext):
         )  # the default adds libpython on Android, which breaks at each upgrade there
 
     def build_extension(self, ext: Extension) -> None:
+        if self.library is not None:
+            target = Path(self.get_ext_fullpath(ext.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(self.library, target)
+            return
         try:
             super().build_extension(ext)
         except Exception:

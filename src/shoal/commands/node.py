@@ -46,9 +46,9 @@ def run(args: argparse.Namespace) -> int:
             f"{host} can be reached by others, and connections are not encrypted yet: listen on 127.0.0.1, "
             "or say --insecure if you trust everybody on that network"
         )
-    _, reason = choose(args.backend)
+    backend, reason = choose(args.backend)
     if reason is not None:
-        _log(f"shoal: {reason}")
+        _log(f"shoal: running on {backend}: {reason}")
     model = Model.open(resolve(args.model))
     base = resident_bytes()
     trio.run(_main, args, host, port, model, base, slowness)

@@ -98,9 +98,9 @@ async def open_engine(args: argparse.Namespace, model: Model, context: int) -> A
                 print(planner.render(plans.plan), file=sys.stderr)
             yield NetworkEngine(head)
         return
-    _, reason = choose(args.backend)
+    backend, reason = choose(args.backend)
     if reason is not None:
-        print(f"shoal: {reason}", file=sys.stderr)
+        print(f"shoal: running on {backend}: {reason}", file=sys.stderr)
     threads = args.threads or min(4, cpu_threads())
     options = StageOptions(backend=args.backend, isa=args.isa, threads=threads)
     with Stage(model, 0, model.n_units, options) as stage:

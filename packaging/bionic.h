@@ -1,0 +1,35 @@
+/* What csrc/ takes from Android's C library (bionic, API 24, AArch64), so that no NDK is needed to compile it. android.py
+ * lets every system header that csrc/ includes mean this file, and links against the functions declared here. Only what
+ * has one binary form in all versions of bionic may be added: no mutex, no FILE, no errno. */
+#ifndef SHOAL_BIONIC_H
+#define SHOAL_BIONIC_H
+
+#include <stddef.h>
+
+void *calloc(size_t count, size_t size);
+void *malloc(size_t size);
+void free(void *memory);
+void *memcpy(void *to, const void *from, size_t size);
+void *memset(void *to, int byte, size_t size);
+unsigned long getauxval(unsigned long type);
+long syscall(long number, ...);
+int sched_yield(void);
+
+struct timespec {
+  long tv_sec, tv_nsec;
+};
+int clock_gettime(int clock, struct timespec *now);
+
+typedef long pthread_t;
+int pthread_create(pthread_t *thread, const void *attributes, void *(*body)(void *), void *argument);
+int pthread_join(pthread_t thread, void **result);
+
+/* Instructions, not calls. */
+#define fmaf __builtin_fmaf
+#define sqrtf __builtin_sqrtf
+
+/* The kernel's numbers on AArch64. */
+enum { CLOCK_MONOTONIC = 1, SYS_futex = 98, FUTEX_WAIT_PRIVATE = 128, FUTEX_WAKE_PRIVATE = 129 };
+enum { AT_HWCAP = 16, AT_HWCAP2 = 26 };
+
+#endif

@@ -10,7 +10,7 @@
 #endif
 #include "lanes_avx2.h"
 
-#define Q8_BIAS 0
+#define Q8_BIAS 1
 #define Q8_ROWS 8
 #define Q8_TILE 4
 #define Q8_PANELS 1
@@ -82,6 +82,95 @@ SHOAL_INLINE void q8_dots(const int8_t *w, const uint16_t *scales, const shoal_q
     UNROLL(4)
     for (int32_t i = 0; i < n; i++) sums[r + i] = (v16){low[i], high[i]};
   }
+}
+
+SHOAL_INLINE __m256i quad(const int8_t *x) {
+  int32_t four;
+  memcpy(&four, x, sizeof four);
+  return _mm256_set1_epi32(four);
+}
+
+/* The same of int4. Nibbles are unsigned: eight pairs sum to at most 30480, which 16 bits hold, so that 32-bit sums are
+ * made once a group. A sixteenth of the bias takes the 8 of each nibble out, unless a min stands for it. */
+SHOAL_INLINE void half_dots_q4(const uint8_t *w, const uint16_t *scales, const uint16_t *mins, const shoal_q8_row *x,
+                               const int32_t rows, const int32_t halves, __m256 *sum) {
+  const int32_t groups = x[0].groups, lines = SHOAL_GROUP / SHOAL_QUAD / 2;
+  const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15);
+  UNROLL(4)
+  for (int32_t i = 0; i < rows * halves; i++) sum[i] = _mm256_setzero_ps();
+  for (int32_t g = 0; g < groups; g++) {
+    __m256i pairs[4];
+    UNROLL(4)
+    for (int32_t i = 0; i < rows * halves; i++) pairs[i] = _mm256_setzero_si256();
+    UNROLL(4)
+    for (int32_t k = 0; k < lines; k++, w += LINE) {
+      if (halves == 2) _mm_prefetch((const char *)w + AHEAD, _MM_HINT_T0);
+      __m256i first[2], second[2];
+      UNROLL(2)
+      for (int32_t h = 0; h < halves; h++) {
+        const __m256i both = _mm256_loadu_si256((const __m256i *)(w + h * LINE / 2));
+        first[h] = _mm256_and_si256(both, low);
+        second[h] = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+      }
+      UNROLL(4)
+      for (int32_t r = 0; r < rows; r++) {
+        const int8_t *in = x[r].q + g * SHOAL_GROUP + k * SHOAL_QUAD;
+        const __m256i with_first = quad(in), with_second = quad(in + SHOAL_GROUP / 2);
+        UNROLL(2)
+        for (int32_t h = 0; h < halves; h++) {
+          const int32_t i = r * halves + h;
+          pairs[i] = _mm256_add_epi16(pairs[i], _mm256_maddubs_epi16(first[h], with_first));
+          pairs[i] = _mm256_add_epi16(pairs[i], _mm256_maddubs_epi16(second[h], with_second));
+        }
+      }
+    }
+    UNROLL(2)
+    for (int32_t h = 0; h < halves; h++) {
+      const size_t at = (size_t)g * SHOAL_PANEL + 8 * h;
+      const __m256 scale = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(scales + at)));
+      UNROLL(4)
+      for (int32_t r = 0; r < rows; r++) {
+        const int32_t i = r * halves + h, bias = x[r].bias[g];
+        const __m256 of_inputs = _mm256_set1_ps(x[r].scale[g]);
+        __m256i dot = _mm256_madd_epi16(pairs[i], ones);
+        if (!mins) dot = _mm256_add_epi32(dot, _mm256_set1_epi32(bias / 16));
+        sum[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_mul_ps(scale, of_inputs), sum[i]);
+        if (!mins) continue;
+        const __m256 min = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(mins + at)));
+        sum[i] = _mm256_fmadd_ps(_mm256_set1_ps((float)(bias / -128)), _mm256_mul_ps(min, of_inputs), sum[i]);
+      }
+    }
+  }
+}
+
+SHOAL_INLINE void rows_q4(const uint8_t *w, const uint16_t *scales, const uint16_t *mins, const shoal_q8_row *x,
+                          const int32_t rows, v16 *sums) {
+  if (rows <= 2) { /* whole lines, as they come from memory */
+    __m256 sum[4];
+    half_dots_q4(w, scales, mins, x, rows, 2, sum);
+    UNROLL(2)
+    for (int32_t r = 0; r < rows; r++) sums[r] = (v16){sum[2 * r], sum[2 * r + 1]};
+    return;
+  }
+  UNROLL(2)
+  for (int32_t r = 0; r < rows; r += 4) {
+    const int32_t n = rows - r < 4 ? rows - r : 4;
+    __m256 left[4], right[4];
+    half_dots_q4(w, scales, mins, x + r, n, 1, left);
+    half_dots_q4(w + LINE / 2, scales + SHOAL_PANEL / 2, mins ? mins + SHOAL_PANEL / 2 : NULL, x + r, n, 1, right);
+    UNROLL(4)
+    for (int32_t i = 0; i < n; i++) sums[r + i] = (v16){left[i], right[i]};
+  }
+}
+
+#define Q4_DOTS
+SHOAL_INLINE void q4_dots(const uint8_t *w, const uint16_t *scales, const uint16_t *mins, const shoal_q8_row *x,
+                          const int32_t rows, const int32_t panels, v16 *sums) {
+  (void)panels;
+  if (mins)
+    rows_q4(w, scales, mins, x, rows, sums);
+  else
+    rows_q4(w, scales, NULL, x, rows, sums);
 }
 
 #define SHOAL_SET shoal_kernels_avx2

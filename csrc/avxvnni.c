@@ -29,49 +29,86 @@ enum { LINE = 64, AHEAD = 4096 };
 #define DPBUSD(sum, w, x) __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(w), "x"(x))
 #endif
 
-/* The unsigned operand is w + 128; the bias, -128 times the sum of x, takes that out again. The lines of one row's
- * group go to two sums in turn, as one row has too few to keep two multipliers busy. */
-SHOAL_INLINE void q8_dots(const int8_t *w, const uint16_t *scales, const shoal_q8_row *x, const int32_t rows,
-                          const int32_t panels, v16 *sums) {
+SHOAL_INLINE __m256i quad(const int8_t *x) {
+  int32_t four;
+  memcpy(&four, x, sizeof four);
+  return _mm256_set1_epi32(four);
+}
+
+/* 32 bytes of a line as they are, or the numbers in their lower and in their upper halves. */
+SHOAL_INLINE void numbers(const int32_t type, const uint8_t *w, __m256i *first, __m256i *second) {
+  const __m256i both = _mm256_loadu_si256((const __m256i *)w), low = _mm256_set1_epi8(15);
+  *first = type == SHOAL_Q8 ? _mm256_xor_si256(both, _mm256_set1_epi8((char)0x80)) : _mm256_and_si256(both, low);
+  if (type != SHOAL_Q8) *second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+}
+
+/* int8: the unsigned operand is w + 128; the bias, -128 times the sum of x, takes that out again. int4: it is the
+ * nibble, and a sixteenth of the bias takes the 8 out, unless a min stands for it. The lines of one row's group go to
+ * two sums in turn, as one row has too few to keep two multipliers busy. */
+SHOAL_INLINE void panel_dots(const int32_t type, const uint8_t *w, const uint16_t *scales, const uint16_t *mins,
+                             const shoal_q8_row *x, const int32_t rows, v16 *sums) {
   const int32_t groups = x[0].groups, chains = rows == 1 ? 2 : 1;
-  const __m256i flip = _mm256_set1_epi8((char)0x80);
+  const int32_t halves = type == SHOAL_Q8 ? 1 : 2, lines = 8 / halves;
   v16 sum[4];
-  (void)panels;
   UNROLL(4)
   for (int32_t r = 0; r < rows; r++) sum[r] = v_set1(0.0f);
   for (int32_t g = 0; g < groups; g++) {
     __m256i low[4], high[4];
     UNROLL(4)
-    for (int32_t i = 0; i < rows * chains; i++)
-      low[i] = high[i] = i < rows ? _mm256_set1_epi32(x[i].bias[g]) : _mm256_setzero_si256();
+    for (int32_t i = 0; i < rows * chains; i++) {
+      const int32_t offset = i >= rows || mins ? 0 : type == SHOAL_Q8 ? x[i].bias[g] : x[i].bias[g] / 16;
+      low[i] = high[i] = _mm256_set1_epi32(offset);
+    }
     UNROLL(8)
-    for (int32_t k = 0; k < SHOAL_GROUP; k += SHOAL_QUAD, w += LINE) {
+    for (int32_t k = 0; k < lines; k++, w += LINE) {
+      __m256i left[2], right[2];
       if (rows <= 2) _mm_prefetch((const char *)w + AHEAD, _MM_HINT_T0);
-      const __m256i first = _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)w), flip);
-      const __m256i second = _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)(w + LINE / 2)), flip);
+      numbers(type, w, &left[0], &left[1]);
+      numbers(type, w + LINE / 2, &right[0], &right[1]);
       UNROLL(4)
       for (int32_t r = 0; r < rows; r++) {
-        const int32_t i = r + k / SHOAL_QUAD % chains;
-        int32_t quad;
-        memcpy(&quad, x[r].q + g * SHOAL_GROUP + k, sizeof quad);
-        const __m256i four = _mm256_set1_epi32(quad);
-        DPBUSD(low[i], first, four);
-        DPBUSD(high[i], second, four);
+        UNROLL(2)
+        for (int32_t half = 0; half < halves; half++) {
+          const int32_t i = r + (k + half) % chains;
+          const __m256i four = quad(x[r].q + g * SHOAL_GROUP + half * SHOAL_GROUP / 2 + k * SHOAL_QUAD);
+          DPBUSD(low[i], left[half], four);
+          DPBUSD(high[i], right[half], four);
+        }
       }
     }
     const v16 of_weights = v_load_f16(scales + (size_t)g * SHOAL_PANEL);
     UNROLL(4)
     for (int32_t r = 0; r < rows; r++) {
+      const v16 of_inputs = v_set1(x[r].scale[g]);
       if (chains == 2) {
         low[0] = _mm256_add_epi32(low[0], low[1]);
         high[0] = _mm256_add_epi32(high[0], high[1]);
       }
       const v16 dot = {_mm256_cvtepi32_ps(low[r]), _mm256_cvtepi32_ps(high[r])};
-      sum[r] = v_fma(dot, v_mul(of_weights, v_set1(x[r].scale[g])), sum[r]);
+      sum[r] = v_fma(dot, v_mul(of_weights, of_inputs), sum[r]);
+      if (!mins) continue;
+      const v16 total = v_set1((float)(x[r].bias[g] / -128));
+      sum[r] = v_fma(total, v_mul(v_load_f16(mins + (size_t)g * SHOAL_PANEL), of_inputs), sum[r]);
     }
   }
   UNROLL(4)
   for (int32_t r = 0; r < rows; r++) sums[r] = sum[r];
+}
+
+SHOAL_INLINE void q8_dots(const int8_t *w, const uint16_t *scales, const shoal_q8_row *x, const int32_t rows,
+                          const int32_t panels, v16 *sums) {
+  (void)panels;
+  panel_dots(SHOAL_Q8, (const uint8_t *)w, scales, NULL, x, rows, sums);
+}
+
+#define Q4_DOTS
+SHOAL_INLINE void q4_dots(const uint8_t *w, const uint16_t *scales, const uint16_t *mins, const shoal_q8_row *x,
+                          const int32_t rows, const int32_t panels, v16 *sums) {
+  (void)panels;
+  if (mins)
+    panel_dots(SHOAL_Q4, w, scales, mins, x, rows, sums);
+  else
+    panel_dots(SHOAL_Q4, w, scales, NULL, x, rows, sums);
 }
 
 #define SHOAL_SET shoal_kernels_avxvnni

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -37,8 +37,11 @@ class Measured:
     ram_free: int
 
 
-def measure(model: Model, options: StageOptions = StageOptions(), *, seconds: float = 0.5) -> Measured:
-    """Measures with the layers that are on this device; takes about `seconds` after loading them.
+def measure(
+    model: Model, options: StageOptions = StageOptions(), *, seconds: float = 0.5, room: int = _BYTES
+) -> Measured:
+    """Measures with the layers that are on this device; takes about `seconds` after loading them. Their
+    weights take at most `room` bytes, as far as one layer does.
 
     ValueError: the model has no layers.
     """
@@ -46,10 +49,11 @@ def measure(model: Model, options: StageOptions = StageOptions(), *, seconds: fl
     if not layers:
         raise ValueError("the model has no layers to measure with")
     first = layers[0]
-    count = min(len(layers), 1 + _BYTES // unit_cost(model, first).bytes)
+    count = max(1, min(len(layers), min(room, _BYTES) // unit_cost(model, first).bytes))
     rows = min(_PREFILL_ROWS, options.max_rows)
-    with Stage(model, 0, 1, options) as none, Stage(model, first, first + count, options) as many:
+    with Stage(model, 0, 1, replace(options, resident=False)) as none:  # one row of a table: never all of it
         overhead = _step_seconds(none, 1, seconds / 4)
+    with Stage(model, first, first + count, options) as many:
         many_s = _step_seconds(many, 1, seconds / 2)
         prefill_s = _step_seconds(many, rows, seconds / 4)
         backend, exact = many.backend, many.exact

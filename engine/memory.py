@@ -1,4 +1,4 @@
-"""RAM: how much there is, and weights copied into it.
+"""RAM: how much there is, and weights read into it.
 
 Decoding reads every weight once a token, and a mapping of 4 KiB pages is read 10-35 % slower than huge pages
 are. A mapping in its turn costs nothing to load and can be dropped when memory runs short: that is what a
@@ -6,10 +6,12 @@ device with little of it wants."""
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import mmap
 import os
 from collections.abc import Iterable
-from typing import Any
+from io import BufferedReader
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +20,7 @@ from .layout import round_up
 
 _HUGE_PAGE = 2 << 20
 _ALIGNMENT = 64
+_CHUNK = 4 << 20
 
 
 def ram() -> tuple[int, int]:
@@ -40,9 +43,9 @@ def affordable(nbytes: int) -> bool:
     return nbytes <= ram()[1] // 2
 
 
-def room(arrays: Iterable[NDArray[Any]]) -> int:
-    """Bytes that copies of `arrays` take in an arena."""
-    return sum(round_up(a.nbytes, _ALIGNMENT) for a in arrays)
+def room(sizes: Iterable[int]) -> int:
+    """Bytes that pieces of these sizes take in an arena."""
+    return sum(round_up(size, _ALIGNMENT) for size in sizes)
 
 
 def _anonymous(nbytes: int) -> mmap.mmap:
@@ -58,8 +61,12 @@ def _anonymous(nbytes: int) -> mmap.mmap:
 class Arena:
     """Private memory that is given out piece by piece, in huge pages where the system has them."""
 
-    def __init__(self, nbytes: int) -> None:
-        """Takes the addresses; memory comes as pieces are written. MemoryError: there is not so much."""
+    def __init__(self, nbytes: int, *, pinned: bool = False) -> None:
+        """Takes the addresses; memory comes as pieces are written. MemoryError: there is not so much.
+
+        `pinned` is for a device that keeps to a cap: files in it are not swapped, if the system lets us
+        (Linux: RLIMIT_MEMLOCK), and the page cache forgets what was read, which a cap would count as well."""
+        self._pinned = pinned
         try:
             memory = _anonymous(nbytes + _HUGE_PAGE)
         except OSError as e:
@@ -77,9 +84,16 @@ class Arena:
         self._at += round_up(nbytes, _ALIGNMENT)
         return piece
 
-    def copy(self, array: NDArray[Any]) -> NDArray[Any]:
-        """The array's copy in the arena, read-only."""
-        place = self.take(array.nbytes).view(array.dtype).reshape(array.shape)
-        place[...] = array
-        place.flags.writeable = False
-        return place
+    def read(self, file: BufferedReader, size: int) -> memoryview:
+        """A file that was just opened, as bytes that cannot be written to. OSError: it cannot be read, or has
+        become shorter. MemoryError: as for `take`."""
+        place = self.take(size)
+        for begin in range(0, size, _CHUNK):
+            part = place[begin : begin + _CHUNK]
+            if file.readinto(part.data) != len(part):
+                raise OSError(errno.EIO, "it became shorter while it was read")
+            if self._pinned and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), begin, len(part), os.POSIX_FADV_DONTNEED)
+        if self._pinned:
+            ctypes.CDLL(None).mlock(ctypes.c_void_p(place.ctypes.data), ctypes.c_size_t(size))
+        return place.data.toreadonly()

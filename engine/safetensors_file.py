@@ -14,6 +14,7 @@ import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ModelFileError
+from .memory import Arena
 
 DATA_ALIGNMENT = 16384
 TENSOR_ALIGNMENT = 64
@@ -71,9 +73,9 @@ class TensorInfo:
 
 
 class SafetensorsFile:
-    """An open file. Its arrays are read-only views of a memory map, which lives as long as any of them."""
+    """An open file. Its arrays are read-only views of its memory, which lives as long as any of them."""
 
-    def __init__(self, path: Path, tensors: dict[str, TensorInfo], memory: mmap.mmap) -> None:
+    def __init__(self, path: Path, tensors: dict[str, TensorInfo], memory: memoryview) -> None:
         self.path = path
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
         self._memory = memory
@@ -88,14 +90,15 @@ class SafetensorsFile:
         return flat.reshape(info.shape)
 
 
-def open_file(path: Path) -> SafetensorsFile:
-    """Maps a file and checks all of its header. ModelFileError: missing, truncated or lying."""
+def open_file(path: Path, arena: Arena | None = None) -> SafetensorsFile:
+    """Maps a file, or reads it into an arena, and checks all of its header. ModelFileError: missing,
+    truncated or lying."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size < 8:
                 raise ModelFileError(f"{path} is truncated: {size} bytes hold no safetensors header")
-            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            memory = arena.read(file, size) if arena is not None else _mapped(file)
     except FileNotFoundError:
         raise ModelFileError(f"{path} is missing") from None
     except OSError as e:
@@ -105,7 +108,11 @@ def open_file(path: Path) -> SafetensorsFile:
         raise ModelFileError(f"{path}: the header claims {length} bytes; no safetensors header is so long")
     if 8 + length > size:
         raise ModelFileError(f"{path} is truncated: the header claims {length} bytes, the file has {size}")
-    return SafetensorsFile(path, parse_header(memory[8 : 8 + length], size, str(path)), memory)
+    return SafetensorsFile(path, parse_header(bytes(memory[8 : 8 + length]), size, str(path)), memory)
+
+
+def _mapped(file: BufferedReader) -> memoryview:
+    return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def parse_header(header: bytes, size: int, where: str) -> dict[str, TensorInfo]:

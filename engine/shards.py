@@ -7,8 +7,8 @@ per file: `stamps.json` remembers size, modification time and inode of files who
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from . import families
 from .config import Config, read_config
 from .errors import ModelFileError
 from .index import COMMON, CONFIG, INDEX, Index, UnitEntry, read_index
+from .memory import Arena
 from .program import Program, Unit, Weight, WeightType, typed
 from .quant import packed_shapes, packed_shapes_q4
 from .safetensors_file import PAD, SafetensorsFile, TensorInfo, open_file
@@ -38,15 +39,13 @@ class Tensor:
     cols: int
     type: WeightType
 
-    @property
-    def arrays(self) -> tuple[NDArray[Any], ...]:
-        """The arrays that it has."""
-        return tuple(a for a in (self.data, self.scales, self.mins) if a is not None)
 
-    def map(self, f: Callable[[NDArray[Any]], NDArray[Any]]) -> Tensor:
-        """The same weight with `f` of each array that it has."""
-        scales, mins = (None if a is None else f(a) for a in (self.scales, self.mins))
-        return replace(self, data=f(self.data), scales=scales, mins=mins)
+@dataclass(slots=True)
+class Resident:
+    """Files that are read into an arena: each once, for all the units that share it."""
+
+    arena: Arena
+    files: dict[str, SafetensorsFile] = field(default_factory=dict)
 
 
 class Model:
@@ -98,11 +97,11 @@ class Model:
         """Bytes of the files of unit u, those shared with unit 0 included."""
         return sum(self.index.files[name].size for name in self.index.units[u].files)
 
-    def unit_weights(self, u: int) -> dict[str, Tensor]:
-        """The weights of unit u by name, mapped. ModelFileError: a file is missing, truncated, altered, or
-        does not hold what the program needs."""
+    def unit_weights(self, u: int, resident: Resident | None = None) -> dict[str, Tensor]:
+        """The weights of unit u by name: mapped, or read into memory. ModelFileError: a file is missing,
+        truncated, altered, or does not hold what the program needs."""
         unit, entry = self.program.units[u], self.index.units[u]
-        files = [self._open(name) for name in entry.files]
+        files = [self._open(name, resident) for name in entry.files]
         own = [weight for weight in unit.weights if weight.name not in unit.tied]
         self._check_names(files[0], {info.name for w in own for info in tensors_of(w)})
         return {w.name: self._weight(files[w.name in unit.tied], w) for w in unit.weights}
@@ -123,10 +122,14 @@ class Model:
             self._stamps.check(self.path / name, entry, trust=False)
             yield name, entry.size
 
-    def _open(self, name: str) -> SafetensorsFile:
+    def _open(self, name: str, resident: Resident | None = None) -> SafetensorsFile:
+        if resident is not None and name in resident.files:
+            return resident.files[name]
         path = self.path / name
         self._stamps.check(path, self.index.files[name])
-        return open_file(path)
+        if resident is None:
+            return open_file(path)
+        return resident.files.setdefault(name, open_file(path, resident.arena))
 
     def _weight(self, file: SafetensorsFile, weight: Weight) -> Tensor:
         infos = tensors_of(weight)

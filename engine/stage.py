@@ -20,7 +20,7 @@ from .batch import F32, Result, Run, Sampling, Want
 from .errors import ContextError
 from .kv import PagePool, SequenceKv
 from .memory import Arena, affordable, room
-from .shards import Model, Tensor
+from .shards import Model, Resident
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,9 @@ class StageOptions:
     max_wanted: int = 32
     kv_bytes: int | None = None
     resident: bool | None = None
-    """Weights copied into memory (quicker), or read from the mapped files (can be dropped when memory runs
-    short). None: copied if that takes no more than half of the RAM that is available."""
+    """Weights read into memory (quicker) and, if True, locked there as far as the system lets us; or in maps
+    of the files (can be dropped when memory runs short). None: read into memory if that takes no more than
+    half of the RAM that is available."""
 
 
 @dataclass(slots=True)
@@ -191,14 +192,11 @@ def link(model: Model, first: int, last: int, options: StageOptions) -> Linked:
     """The ops, weights and states of units [first, last), resolved."""
     program = model.program
     ops = tuple(program.ops(first, last))
-    tensors: dict[tuple[int, str], Tensor] = {}
+    resident = _resident(model, first, last, options.resident)
+    weights: dict[tuple[int, str], WeightData] = {}
     for unit in range(first, last):
-        for name, tensor in model.unit_weights(unit).items():
-            tied = first == 0 and name in program.units[unit].tied
-            tensors[unit, name] = tensors[0, name] if tied else tensor
-    if options.resident is not False:
-        _make_resident(tensors, always=options.resident is True)
-    weights: dict[tuple[int, str], WeightData] = {**tensors}
+        for name, tensor in model.unit_weights(unit, resident).items():
+            weights[unit, name] = tensor
     for name, values in model.constants().items():
         if any(unit == -1 for unit, _ in ops):
             weights[-1, name] = _Constant(values)
@@ -215,21 +213,13 @@ def link(model: Model, first: int, last: int, options: StageOptions) -> Linked:
     )
 
 
-def _make_resident(tensors: dict[tuple[int, str], Tensor], always: bool) -> None:
-    """Puts copies in the place of mapped tensors; a file is let go once its last tensor was copied."""
-    places: dict[int, list[tuple[int, str]]] = {}
-    for key, tensor in tensors.items():
-        places.setdefault(id(tensor), []).append(key)
-    arrays = [a for keys in places.values() for a in tensors[keys[0]].arrays]
-    nbytes = room(arrays)
-    if not always and not affordable(nbytes):
-        return
-    arena = Arena(nbytes)
-    del arrays
-    for keys in places.values():
-        copied = tensors[keys[0]].map(arena.copy)
-        for key in keys:
-            tensors[key] = copied
+def _resident(model: Model, first: int, last: int, wanted: bool | None) -> Resident | None:
+    """Room for the files of the units, if they are to be read into memory."""
+    names = {name for unit in model.index.units[first:last] for name in unit.files}
+    sizes = [model.index.files[name].size for name in names]
+    if wanted is False or (wanted is None and not affordable(room(sizes))):
+        return None
+    return Resident(Arena(room(sizes), pinned=wanted is True))
 
 
 @dataclass(frozen=True, slots=True)

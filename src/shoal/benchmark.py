@@ -127,7 +127,9 @@ def check(cases: Sequence[Case], model: Model) -> None:
             )
 
 
-def measure(path: Path, cases: Sequence[Case], repetitions: int, backend: str, isa: str) -> Iterator[Row]:
+def measure(
+    path: Path, cases: Sequence[Case], repetitions: int, backend: str, isa: str, resident: bool | None = None
+) -> Iterator[Row]:
     """Rows of the cases, in order; one stage, freshly opened, for each number of threads."""
     most = max(case.sequences for case in cases)
     for threads in dict.fromkeys(case.threads for case in cases):
@@ -137,6 +139,7 @@ def measure(path: Path, cases: Sequence[Case], repetitions: int, backend: str, i
             threads,
             max_rows=max(StageOptions().max_rows, most),
             max_wanted=max(StageOptions().max_wanted, most),
+            resident=resident,
         )
         start = time.perf_counter_ns()
         model = Model.open(path)

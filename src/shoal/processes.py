@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +20,16 @@ _POLL_S, _END_S = 0.02, 5.0
 
 @dataclass(frozen=True, slots=True)
 class NodeSpec:
-    """A node to start: its name, the RAM it promises, and the factor by which it plays a slower device."""
+    """A node to start: its name, the RAM it promises, the factor by which it plays a slower device, and where
+    it listens. `enter` runs in the child before it becomes a node."""
 
     name: str
     ram_mb: int
     slow: float = 1.0
     threads: int = 1
     options: tuple[str, ...] = ()
+    listen: str = "127.0.0.1:0"
+    enter: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,29 +56,36 @@ def nodes(
     ShoalError: a node ends, or says nothing for `seconds`; its last words are quoted.
     """
     started: list[RunningNode] = []
-    processes: list[subprocess.Popen[bytes]] = []
     try:
         for spec in specs:
-            processes.append(_start(model, spec, directory))
-            address = _wait(spec, processes[-1], directory, seconds)
-            started.append(RunningNode(spec, processes[-1], address))
+            started.append(start(model, spec, directory, seconds))  # noqa: PERF401  the last may fail
         yield started
     finally:
-        _end(processes)
+        end([node.process for node in started])
 
 
-def _start(model: Path, spec: NodeSpec, directory: Path) -> subprocess.Popen[bytes]:
+def start(model: Path, spec: NodeSpec, directory: Path, seconds: float = 60) -> RunningNode:
+    """A node that listens. Errors as for `nodes`; the process has ended then."""
+    process = _spawn(model, spec, directory)
+    try:
+        return RunningNode(spec, process, _wait(spec, process, directory, seconds))
+    except BaseException:
+        end([process])
+        raise
+
+
+def _spawn(model: Path, spec: NodeSpec, directory: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "shoal", "node", str(model), "--name", spec.name]
     command += ["--ram", str(spec.ram_mb)]
     command += ["--slow", str(spec.slow), "--threads", str(spec.threads), *spec.options]
-    command += ["--listen", "127.0.0.1:0", "--port-file", str(directory / f"{spec.name}.port")]
+    command += ["--listen", spec.listen, "--port-file", str(directory / f"{spec.name}.port")]
     with (directory / f"{spec.name}.log").open("wb") as log:
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            preexec_fn=spec.enter or (_end_with_parent if sys.platform == "linux" else None),
         )
 
 
@@ -91,14 +101,16 @@ def _wait(
     while not port_file.exists():
         if process.poll() is not None or time.monotonic() > until:
             log = (directory / f"{spec.name}.log").read_text(errors="replace").strip()
-            ended = "ended" if process.poll() is not None else f"did not listen within {seconds:.0f} s"
+            code = process.poll()
+            ended = f"did not listen within {seconds:.0f} s" if code is None else f"ended with code {code}"
             raise ShoalError(f"the node {spec.name} {ended}; its last words: {log[-500:] or 'none'}")
         time.sleep(_POLL_S)
     host, _, port = port_file.read_text(encoding="ascii").strip().rpartition(":")
     return host, int(port)
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Asks the processes to end, and kills those that do not."""
     for process in processes:
         process.terminate()
     for process in processes:

@@ -61,6 +61,12 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
 
 def add_kernels(group: argparse._ActionsContainer) -> None:
     group.add_argument(
+        "--resident",
+        action=argparse.BooleanOptionalAction,
+        help="read weights into memory and keep them there; no: map files, whose pages the system may drop "
+        "(default: read them if half of the free memory holds them)",
+    )
+    group.add_argument(
         "--backend",
         choices=BACKENDS,
         default="auto",

@@ -13,17 +13,17 @@ command raises ShoalError for anything the user can mend; the command line print
     run       model: str, prompt: str|None, nodes: tuple[tuple[str, int], ...], max_tokens: int,
               temperature: float, top_k: int, top_p: float, min_p: float, repeat_penalty: float,
               seed: int|None, stop: list[str], system: str|None, raw: bool, context: int|None, stats: bool,
-              threads, backend, isa
+              threads, backend, isa, resident
     plan      model: str, devices: Path|None, nodes: as for run (one of the two is given), context: int,
               streams: int, objective: "latency"|"throughput", json: bool
-    profile   model: str, json: bool, threads, backend, isa
+    profile   model: str, json: bool, threads, backend, isa, resident
     bench     model: str, n_prompt, n_gen, n_depth, batch: tuple[int, ...], threads: tuple[int, ...]|None,
-              repetitions: int, output: "md"|"json"|"csv", backend, isa
+              repetitions: int, output: "md"|"json"|"csv", backend, isa, resident
     node      model: str, listen: tuple[str, int], name: str|None, ram: int|None (MB), slow: float,
-              slow_file: Path|None, insecure: bool, port_file: Path|None, threads, backend, isa
+              slow_file: Path|None, insecure: bool, port_file: Path|None, threads, backend, isa, resident
     demo      timeout: int (seconds), prompt: str
 
 Where they occur, threads: int|None, backend: "auto"|"native"|"numba"|"numpy", and isa: str ("auto" or the
-name of a kernel set). `model` is a name that `shoal ls` shows, or a path to a model directory. `traceback:
-bool` is always there.
+name of a kernel set), resident: bool|None. `model` is a name that `shoal ls` shows, or a path to a model
+directory. `traceback: bool` is always there.
 """

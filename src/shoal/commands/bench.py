@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     threads = args.threads or (min(4, cpu_threads()),)  # as `shoal run` takes
     cases = plan(threads, args.n_depth, args.n_prompt, args.n_gen, args.batch)
     check(cases, Model.open(path))
-    rows = measure(path, cases, args.repetitions, args.backend, args.isa)
+    rows = measure(path, cases, args.repetitions, args.backend, args.isa, args.resident)
     if args.output == "json":
         print(json.dumps([asdict(row) for row in rows], indent=2))
     elif args.output == "csv":

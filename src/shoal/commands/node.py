@@ -62,7 +62,7 @@ async def _main(
     address = _shown(listeners[0])
     try:
         threads = args.threads or min(4, cpu_threads())  # as `shoal run` takes
-        options = StageOptions(backend=args.backend, isa=args.isa, threads=threads)
+        options = StageOptions(args.backend, args.isa, threads, resident=args.resident)
         hop = await _hop_seconds()
         device = await trio.to_thread.run_sync(_offer, args, model, options, base, hop, slowness)
         opener = StageOpener(model, options, device)
@@ -121,10 +121,12 @@ def _offer(
 ) -> Device:
     """What this device does for a model, measured, and divided by the factor by which it plays a slower
     one (the way into the thread is not slowed)."""
-    measured, factor = measure(model, options), slowness.factor()
+    promised = args.ram * MB if args.ram is not None else int(ram()[1] * FREE_SHARE) + base
+    room = promised - base - constant_bytes(model.program) - workspace_bytes(model, options)
+    measured, factor = measure(model, options, room=room), slowness.factor()
     return Device(
-        ram_bytes=args.ram * MB if args.ram is not None else int(ram()[1] * FREE_SHARE) + base,
-        base_bytes=base,
+        ram_bytes=promised,
+        base_bytes=max(base, resident_bytes()),  # what measuring left is part of it
         max_rows=options.max_rows,
         threads=measured.threads,
         backend=measured.backend,

@@ -16,7 +16,7 @@ from ..store import resolve
 def run(args: argparse.Namespace) -> int:
     """Measures and prints; `--json` prints what `shoal plan --devices FILE.json` reads."""
     model = Model.open(resolve(args.model))
-    options = StageOptions(backend=args.backend, isa=args.isa, threads=args.threads or 1)
+    options = StageOptions(args.backend, args.isa, args.threads or 1, resident=args.resident)
     row = device_profile(platform.node() or "this device", measure(model, options))
     if args.json:
         print(planner.dump_profile(planner.Profile((row,))), end="")

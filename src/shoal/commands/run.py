@@ -102,7 +102,7 @@ async def open_engine(args: argparse.Namespace, model: Model, context: int) -> A
     if reason is not None:
         print(f"shoal: running on {backend}: {reason}", file=sys.stderr)
     threads = args.threads or min(4, cpu_threads())
-    options = StageOptions(backend=args.backend, isa=args.isa, threads=threads)
+    options = StageOptions(args.backend, args.isa, threads, resident=args.resident)
     with Stage(model, 0, model.n_units, options) as stage:
         if args.stats:
             print(f"[{stage.backend}, {threads} thread{'s' if threads > 1 else ''}]", file=sys.stderr)

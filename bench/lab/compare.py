@@ -1,0 +1,162 @@
+"""Our plan and the equal split on the devices of a lab, predicted beside measured.
+
+Devices and links are measured once, as `shoal plan --nodes` does; both plans are predicted from the same
+measurement, and then run: `streams` answers at a time, several times, of which the table shows the median.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import trio
+
+from shoal import planner
+from shoal.distributed import head_identity, survey_cluster
+from shoal.engine.errors import NoPlanError
+from shoal.engine.shards import Model
+from shoal.engine.stage import StageOptions
+from shoal.net.coordinator import Head, HeadOptions
+from shoal.net.identity import shape_of
+from shoal.net.placement import Links, NodeInfo, Placement, StageRange
+from shoal.planner.cost import range_ram_bytes
+from shoal.planner.rows import Objective
+from shoal.planning import plan_or_error, planner_model
+
+from .lab import Lab
+
+PROMPT = 16
+CHUNK_ROWS = 16
+RUN_SECONDS = 6.0
+FEWEST_TOKENS, MOST_TOKENS = 12, 128
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One plan under one load. Tokens/s of all streams together; `runs` as measured, in their order."""
+
+    name: str
+    streams: int
+    plan: planner.Plan
+    runs: tuple[float, ...]
+
+    @property
+    def predicted(self) -> float:
+        return self.plan.tokens_per_s
+
+    @property
+    def measured(self) -> float:
+        return statistics.median(self.runs)
+
+    @property
+    def error(self) -> float:
+        """Of the prediction, relative to what was measured."""
+        return self.predicted / self.measured - 1
+
+    @property
+    def split(self) -> str:
+        """Units by device, in the chain's order."""
+        return ", ".join(f"{stage.device} {stage.last - stage.first}" for stage in self.plan.stages)
+
+
+def compare(lab: Lab, model: Model, streams: Sequence[int], repeats: int, context: int) -> Iterator[Row]:
+    """Rows for each number of streams: our plan, then the equal split. NoPlanError: the caps hold neither."""
+    rows = planner_model(model, StageOptions())
+    cluster = survey_cluster(model, lab.addresses)
+    for count in streams:
+        objective: Objective = "latency" if count == 1 else "throughput"
+        workload = planner.Workload(context, sequences=count, streams=count, prompt_tokens=PROMPT)
+        ours = plan_or_error(rows, cluster, workload, objective)
+        equal = planner.evaluate(rows, cluster, workload, equal_split(rows, cluster, workload), objective)
+        for name, plan in (("ours", ours), ("equal", equal)):
+            runs = trio.run(measure, lab.addresses, model, plan.stages, count, repeats, plan.tokens_per_s)
+            yield Row(name, count, plan, tuple(runs))
+
+
+def equal_split(
+    model: planner.Model, cluster: planner.Cluster, workload: planner.Workload
+) -> list[planner.Stage]:
+    """As many layers on each device, in their order, as the caps allow: the counts' least sum of squares.
+
+    The embedding is on the first device, the head on the last. NoPlanError: no such split fits."""
+    units, devices = len(model.units), cluster.devices
+    best: dict[int, tuple[int, list[planner.Stage]]] = {0: (0, [])}
+    for i, device in enumerate(devices):
+        longer: dict[int, tuple[int, list[planner.Stage]]] = {}
+        for first, (squares, stages) in best.items():
+            for last in [units] if i == len(devices) - 1 else range(first + 1, units):
+                if last <= first or range_ram_bytes(model, device, workload, first, last) > device.ram_bytes:
+                    continue
+                layers = min(last, units - 1) - max(first, 1)
+                value = squares + layers**2
+                if last not in longer or value < longer[last][0]:
+                    longer[last] = (value, [*stages, planner.Stage(device.name, first, last)])
+        best = longer
+    if units not in best:
+        raise NoPlanError(
+            "no split that gives every device a part fits the caps: raise some, or leave one out"
+        )
+    return best[units][1]
+
+
+async def measure(
+    addresses: Sequence[tuple[str, int]],
+    model: Model,
+    stages: Sequence[planner.Stage],
+    streams: int,
+    repeats: int,
+    predicted: float,
+) -> list[float]:
+    """Tokens/s of all streams together, of each run after one to warm up."""
+
+    def fixed(nodes: Sequence[NodeInfo], links: Links) -> Placement:
+        return Placement(tuple(StageRange(s.device, s.first, s.last) for s in stages), CHUNK_ROWS)
+
+    each = predicted / streams * RUN_SECONDS
+    tokens = max(FEWEST_TOKENS, min(MOST_TOKENS, int(each)))
+    options = HeadOptions(measure_links=False)
+    async with Head.open(addresses, head_identity(model), shape_of(model), fixed, options) as head:
+        await run(head, model, streams, FEWEST_TOKENS // 2)
+        return [await run(head, model, streams, tokens) for _ in range(repeats)]
+
+
+async def run(head: Head, model: Model, streams: int, tokens: int) -> float:
+    """Tokens/s while all streams decode: from the last one's first token to the first one's last."""
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(3, model.program.vocab, (streams, PROMPT))
+    times: list[list[float]] = [[] for _ in range(streams)]
+
+    async def answer(i: int) -> None:
+        prompt = [int(token) for token in prompts[i]]
+        async with head.generate(prompt, max_tokens=tokens, context=PROMPT + tokens) as answers:
+            async for _ in answers:
+                times[i].append(trio.current_time())
+
+    async with trio.open_nursery() as nursery:
+        for i in range(streams):
+            nursery.start_soon(answer, i)
+    start, end = max(t[0] for t in times), min(t[-1] for t in times)
+    return sum(sum(start < t <= end for t in own) for own in times) / (end - start)
+
+
+def render(rows: Sequence[Row]) -> str:
+    """The rows as a table, and what they say about ours against the equal split of one stream."""
+    lines = [
+        "| streams | plan | units | predicted t/s | measured t/s | of it predicted | runs |",
+        "|-:|-|-|-:|-:|-:|-|",
+    ]
+    for row in rows:
+        runs = f"{min(row.runs):.2f} to {max(row.runs):.2f}, {len(row.runs)}"
+        lines.append(
+            f"| {row.streams} | {row.name} | {row.split} | {row.predicted:.2f} | {row.measured:.2f} | "
+            f"{row.error:+.0%} | {runs} |"
+        )
+    found = {(row.name, row.streams): row.measured for row in rows}
+    base = found.get(("equal", 1))
+    for (name, streams), speed in found.items():
+        if name == "ours" and base:
+            many = f"{streams} stream{'s' * (streams > 1)}"
+            lines.append(f"ours, {many}: {speed / base:.2f}x of one stream on the equal split")
+    return "\n".join(lines) + "\n"

@@ -12,6 +12,7 @@ void free(void *memory);
 void *memcpy(void *to, const void *from, size_t size);
 void *memset(void *to, int byte, size_t size);
 unsigned long getauxval(unsigned long type);
+int madvise(void *memory, size_t size, int advice);
 long syscall(long number, ...);
 int sched_yield(void);
 

@@ -79,8 +79,11 @@ def main() -> None:
         digest = source_hash(tree)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             jobs = [pool.submit(c.build, tree / "csrc", digest, path) for c, path in libraries.items()]
-        for job in jobs:
-            job.result()
+        try:
+            for job in jobs:
+                job.result()
+        except subprocess.CalledProcessError:
+            sys.exit("make dist: csrc/ did not compile; the compiler's words stand above")
         for wheel in WHEELS:
             take = f"-C--global-option=build_ext --library={libraries[wheel.compiler]}"
             make_wheel(tree, out / wheel.folder, take, f"-C--build-option=--plat-name={wheel.platform}")

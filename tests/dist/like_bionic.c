@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/auxv.h>
+#include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -18,6 +19,7 @@ AS(void *, malloc, (size_t n), (n));
 AS(void *, memcpy, (void *to, const void *from, size_t n), (to, from, n));
 AS(void *, memset, (void *to, int byte, size_t n), (to, byte, n));
 AS(unsigned long, getauxval, (unsigned long type), (type));
+AS(int, madvise, (void *memory, size_t n, int advice), (memory, n, advice));
 AS(int, sched_yield, (void), ());
 AS(int, clock_gettime, (clockid_t clock, struct timespec *now), (clock, now));
 AS(int, pthread_create, (pthread_t * thread, const pthread_attr_t *with, void *(*body)(void *), void *argument),

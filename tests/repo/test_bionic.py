@@ -1,4 +1,4 @@
-"""What the library takes from the C library is declared for Android too: without that `make dist` cannot link."""
+"""What csrc/ takes from the C library is declared for Android too: without that `make dist` cannot link."""
 
 import re
 import subprocess

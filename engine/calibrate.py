@@ -17,7 +17,7 @@ from .backends.base import Linked, SequenceRows, WeightData
 from .backends.numpy_backend import NumpyExecutor
 from .batch import F32, Sampling
 from .kv import PagePool, SequenceKv
-from .program import Attend, Matmul, Program, Store
+from .program import Attend, Matmul, Program, Sample, Store
 
 F64 = NDArray[np.float64]
 _MAX_ROWS = 256
@@ -68,10 +68,10 @@ class Calibration:
 
     def run(self, u: int, weights: Mapping[str, F32]) -> dict[tuple[str, ...], F64]:
         """Runs unit u, which must follow the unit of the last call; for each matmul, by its weights' names,
-        the root mean square of every column of its input."""
-        unit = self.program.units[u]
+        the root mean square of every column of its input. The last unit's logits are not computed."""
+        unit, last = self.program.units[u], u == len(self.program.units) - 1
         linked_weights: dict[tuple[int, str], WeightData] = {
-            (u, w.name): _Float(weights[w.name], w.rows, w.cols) for w in unit.weights
+            (u, w.name): _Float(weights[w.name], w.rows, w.cols) for w in unit.weights if w.name in weights
         }
         for name, values in self._constants.items():
             linked_weights[-1, name] = _Float(values, 1, values.size)
@@ -83,14 +83,15 @@ class Calibration:
             states=tuple((u, state) for state in unit.states),
             kv_type="f32",
             reads_tokens=u == 0,
-            last=False,
+            last=last,
             max_rows=len(self._tokens),
-            max_wanted=0,
+            max_wanted=len(self._tokens),
         )
         executor = _Recorder(linked)
+        rows = len(self._tokens)
         nothing = SequenceKv(PagePool(np.dtype(np.float32)), (), 0)
-        rows = SequenceRows(nothing, self._tokens, Sampling(), len(self._tokens), 0, 0, False)
-        self.hidden = executor.run([rows], self.hidden, False).hidden
+        sequence = SequenceRows(nothing, self._tokens, Sampling(), rows, 0, rows if last else 0, False)
+        self.hidden = executor.run([sequence], self.hidden, False).hidden
         return executor.sizes
 
 
@@ -108,7 +109,11 @@ class _Recorder(NumpyExecutor):
     def matmul(self, unit: int, op: Matmul) -> None:
         x = self.buffers[op.x].astype(np.float64)
         self.sizes[op.weights] = np.sqrt(np.mean(x * x, axis=0))
-        super().matmul(unit, op)
+        if self.domains[op.out] != "wanted":
+            super().matmul(unit, op)
+
+    def sample(self, unit: int, op: Sample) -> None:
+        """Nothing: there are no logits."""
 
     def product(self, x: Any, weight: Any) -> Any:
         out = np.empty((len(x), len(weight)))
@@ -142,6 +147,7 @@ class _Recorder(NumpyExecutor):
         Matmul: matmul,
         Store: store,
         Attend: attend,
+        Sample: sample,
     }
 
 

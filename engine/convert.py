@@ -22,10 +22,10 @@ from .config import Config, parse_config
 from .equalise import equalise as equalise_unit
 from .errors import ModelFileError, ShoalError, UnsupportedModelError
 from .index import CHAT_TEMPLATE, COMMON, CONFIG, INDEX, KV_DTYPES, TOKENIZER, FileEntry, Index
-from .layout import GROUP, round_up
+from .layout import GROUP, PANEL, round_up
 from .nibbles import quantise_q4
 from .program import Program, Unit, Weight, typed
-from .quant import pack_q4, pack_q8
+from .quant import pack_q4, pack_q8, unpack_q4
 from .safetensors_file import TensorInfo, write
 from .shards import tensors_of, unit_file, units_of
 from .stamps import Stamps, file_sha256
@@ -124,30 +124,41 @@ def _write_directory(
     files[COMMON] = FileEntry(*write(part / COMMON, infos, constants.values()))
     calibrated = options.dtype == "int4" or (options.dtype == "int8" and options.equalise)
     calibration = _calibration(checkpoint, config, tokenizer) if calibrated else None
-    for u, unit in enumerate(program.units):
-        name = unit_file(u)
-        files[name] = FileEntry(*_write_unit(checkpoint, u, unit, part / name, options, calibration))
+    for done, (u, entry) in enumerate(_write_units(checkpoint, program, part, options, calibration), 1):
+        files[unit_file(u)] = entry
         if progress is not None:
-            progress(u + 1, len(program.units))
+            progress(done, len(program.units))
     (part / INDEX).write_bytes(index.to_json())
     Stamps(part).trust(files)
 
 
-def _write_unit(
-    checkpoint: Checkpoint, u: int, unit: Unit, path: Path, options: _Options, calibration: Calibration | None
-) -> tuple[int, str]:
-    """Size and SHA-256 of the written file of a unit."""
-    own = [weight for weight in unit.weights if weight.name not in unit.tied]
-    infos = [info for weight in own for info in tensors_of(weight)]
-    weights = {weight.name: _load(checkpoint, weight) for weight in own}
-    # The last unit feeds nothing, and what it reads is often shared with the first.
+def _write_units(
+    checkpoint: Checkpoint, program: Program, part: Path, options: _Options, calibration: Calibration | None
+) -> Iterator[tuple[int, FileEntry]]:
+    """Writes the units' files; a table that the last unit shares comes last, since only there it shows how
+    large is what its columns multiply."""
+    last = len(program.units) - 1
+    shared = bool(program.units[last].tied)
     sizes: dict[str, F64] = {}
-    if calibration is not None and u < len(calibration.program.units) - 1:
-        measured = calibration.run(u, weights)
-        if options.equalise:
-            equalise_unit(calibration.program.units[u], weights, measured)
-        sizes = {name: size for names, size in measured.items() for name in names}
-    return write(path, infos, _arrays(checkpoint, own, weights, sizes))
+
+    def write_unit(u: int, weights: dict[str, F32]) -> tuple[int, FileEntry]:
+        own = [weight for weight in program.units[u].weights if weight.name in weights]
+        infos = [info for weight in own for info in tensors_of(weight)]
+        arrays = _arrays(checkpoint, own, weights, sizes, program.units[last].tied)
+        return u, FileEntry(*write(part / unit_file(u), infos, arrays))
+
+    for u in range(last + 1):
+        weights = _load(checkpoint, program.units[u])
+        if calibration is not None:
+            measured = calibration.run(u, weights)
+            # The last unit feeds nothing, and what it reads is often shared with the first.
+            if options.equalise and u < last and not (options.has_min and _on_even_steps(weights)):
+                equalise_unit(calibration.program.units[u], weights, measured)
+            sizes.update((name, size) for names, size in measured.items() for name in names)
+        if u > 0 or not shared:
+            yield write_unit(u, weights)
+    if shared:
+        yield write_unit(0, _load(checkpoint, program.units[0]))
 
 
 def _calibration(checkpoint: Checkpoint, config: Config, tokenizer: bytes | None) -> Calibration:
@@ -161,27 +172,38 @@ def _calibration(checkpoint: Checkpoint, config: Config, tokenizer: bytes | None
     return Calibration(families.build(config, quantised=False), tokens[: config.context])
 
 
-def _load(checkpoint: Checkpoint, weight: Weight) -> F32:
-    """A weight, checked: shape as in the program, every value finite."""
-    values = checkpoint.tensor(weight.source)
-    expected = (weight.cols,) if weight.vector else (weight.rows, weight.cols)
-    if values.shape != expected:
-        raise ModelFileError(
-            f"{checkpoint.path}: tensor {weight.source!r} has the shape {values.shape} and its configuration "
-            f"says {expected}: fetch the checkpoint again"
-        )
-    if not np.isfinite(values).all():
-        raise ModelFileError(
-            f"{checkpoint.path}: tensor {weight.source!r} holds NaN or infinity: fetch the checkpoint again"
-        )
-    return values
+def _load(checkpoint: Checkpoint, unit: Unit) -> dict[str, F32]:
+    """The weights that a unit's own file holds, by name, checked: shapes as in the program, every value
+    finite."""
+    weights = {}
+    for weight in unit.weights:
+        if weight.name in unit.tied:
+            continue
+        values = weights[weight.name] = checkpoint.tensor(weight.source)
+        expected = (weight.cols,) if weight.vector else (weight.rows, weight.cols)
+        if values.shape != expected:
+            raise ModelFileError(
+                f"{checkpoint.path}: tensor {weight.source!r} has the shape {values.shape} and its "
+                f"configuration says {expected}: fetch the checkpoint again"
+            )
+        if not np.isfinite(values).all():
+            raise ModelFileError(
+                f"{checkpoint.path}: tensor {weight.source!r} holds NaN or infinity: "
+                "fetch the checkpoint again"
+            )
+    return weights
 
 
 def _arrays(
-    checkpoint: Checkpoint, own: list[Weight], weights: dict[str, F32], sizes: dict[str, F64]
+    checkpoint: Checkpoint,
+    own: list[Weight],
+    weights: dict[str, F32],
+    sizes: dict[str, F64],
+    tables: tuple[str, ...],
 ) -> Iterator[NDArray[Any]]:
     """The tensors of a unit file in order; each weight is dropped once it is packed. `sizes` are the root
-    mean squares of what the columns of a matrix multiply, as far as they are known."""
+    mean squares of what the columns of a matrix multiply, as far as they are known; `tables` are looked up
+    in too."""
     for weight in own:
         values = weights.pop(weight.name)
         if weight.type == "f32":
@@ -191,14 +213,28 @@ def _arrays(
             if weight.type == "q8":
                 yield from pack_q8(values)
             else:
-                yield from _packed_q4(values, sizes.get(weight.name), has_min=weight.type == "q4_min")
+                size, has_min = sizes.get(weight.name), weight.type == "q4_min"
+                yield from _packed_q4(values, size, table=weight.name in tables, has_min=has_min)
         except ValueError as e:
             raise UnsupportedModelError(f"{checkpoint.path}: tensor {weight.source!r} {e}") from e
 
 
-def _packed_q4(values: F32, size: F64 | None, *, has_min: bool) -> Iterator[NDArray[Any]]:
+def _on_even_steps(weights: dict[str, F32]) -> bool:
+    """Whether the matrices come from a format such as Q4_1, which int4 with minima holds exactly as they are,
+    unless equalisation changes them. One panel of each tells."""
+    for values in weights.values():
+        if values.ndim == 2:
+            rows = values[:PANEL]
+            packed = pack_q4(rows, lambda part: quantise_q4(part, has_min=True))
+            if np.abs(unpack_q4(*packed, *rows.shape) - rows).max() > 1e-5 * np.abs(rows).max():
+                return False
+    return True
+
+
+def _packed_q4(values: F32, size: F64 | None, *, table: bool, has_min: bool) -> Iterator[NDArray[Any]]:
+    """`table`: rows are looked up too, where each column is as important as any other."""
     importance = np.zeros(round_up(values.shape[1], GROUP))
-    importance[: values.shape[1]] = 1 if size is None else size * size
+    importance[: values.shape[1]] = 1 if size is None else size * size / np.mean(size * size) + table
     packed, scales, mins = pack_q4(values, lambda rows: quantise_q4(rows, importance, has_min=has_min))
     yield from (packed, scales)
     if mins is not None:

@@ -69,7 +69,14 @@ def like_bionic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("like_bionic")
     source, versions = (Path(__file__).with_name(f"like_bionic.{suffix}") for suffix in ("c", "map"))
     compiler = (sys.executable, "-m", "ziglang", "cc", "-target", "aarch64-linux-gnu.2.17")
-    flags = ("-O2", "-fPIC", "-shared", f"-Wl,--version-script={versions}", "-Wl,-soname,libc.so", "-lpthread")
+    flags = (
+        "-O2",
+        "-fPIC",
+        "-shared",
+        f"-Wl,--version-script={versions}",
+        "-Wl,-soname,libc.so",
+        "-lpthread",
+    )
     run(*compiler, *flags, source, "-o", folder / "libc.so")
     return folder
 
@@ -81,7 +88,8 @@ def test_the_bits_of_x86(arm64: Arm64, installed: Path, model: Path, expected: s
 
 @pytest.mark.parametrize("arm64", ["3.14"], indirect=True)
 @pytest.mark.parametrize("cpu", CPUS)
-def test_the_code_for_android(arm64: Arm64, model: Path, expected: str, cpu: str, like_bionic: Path, tmp_path: Path
+def test_the_code_for_android(
+    arm64: Arm64, model: Path, expected: str, cpu: str, like_bionic: Path, tmp_path: Path
 ) -> None:
     """There is no Android here. But its library runs on a C library that calls itself bionic, glibc beneath."""
     (wheel,) = (DIST / "termux-old").glob("*.whl")

@@ -20,7 +20,9 @@ def test_the_wheel_answers_in_a_clean_environment(clean: Path) -> None:
     assert answered.stderr.startswith("[native (")
 
 
-def test_every_instruction_set_of_the_wheel_gives_the_same_bits(clean: Path, model: Path, expected: str) -> None:
+def test_every_instruction_set_of_the_wheel_gives_the_same_bits(
+    clean: Path, model: Path, expected: str
+) -> None:
     code = "from shoal.engine.backends.native import isa_names; print(*isa_names())"
     sets = run(clean, "-c", code).stdout.split()
     assert sets[0] == "scalar"

@@ -5,7 +5,7 @@
 A row is one of int8, int4, int4-head-int8, int4-min, int4-min-head-int8 (`shoal pull --dtype`, with
 --head-dtype and --min), a type of llama.cpp (Q8_0, Q4_0), or a model directory; without rows all named ones
 are run. The reference is the f32 model, by the `numpy` backend: the definition in floats. llama.cpp
-requantises the same GGUF file (bench/peers.py); what its weights stand for is run by `numpy` in floats, so
+requantises the same GGUF file (bench/engines.py); what its weights stand for is run by `numpy` in floats, so
 that those rows show what its weights alone cost. Windows of the text are independent sequences, as is usual
 for perplexity."""
 
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from bench.peers import PEER, environment, gguf, requantised
+from bench.engines import LLAMA_CPP, environment, gguf, requantised
 from bench.texts import enwiki
 from numpy.typing import NDArray
 
@@ -147,7 +147,7 @@ def open_row(row: str, source: str, threads: int, directory: Path) -> Stage:
         dtype, head_dtype, has_min = OURS[row]
         path = pull(source, dtype, head_dtype=head_dtype, has_min=has_min)
     elif row in PEERS:
-        python = environment(cache_directory() / "peers" / PEER.replace("==", "-"), build=True)
+        python = environment(cache_directory() / "peers" / LLAMA_CPP.replace("==", "-"), build=True)
         path, backend = directory / row, "numpy"
         convert(requantised(python, gguf(source), row), path, dtype="f32")
     else:

@@ -167,3 +167,13 @@ uint64_t shoal_workspace_bytes(const shoal_executor *executor);
 /* Runs every op once for the batch. Sequences of one batch must be distinct. On failure error says why; the pages of the
  * batch's positions may have been written, nothing before them. */
 int32_t shoal_run(shoal_executor *executor, const shoal_batch *batch, char *error, int32_t error_bytes);
+
+/* Peaks, to hold an executor against; on all threads of the pool. Nanoseconds, or 0: the pool is busy, or the arguments
+ * make no sense.
+ * Reads the n pieces of memory `passes` times, by whole lines of 64 bytes, prefetching as a matmul of one row does; seen
+ * is the exclusive or of all words read. */
+uint64_t shoal_read_peak(shoal_pool *pool, const char *const *data, const uint64_t *bytes, int32_t n, int32_t passes,
+                         uint64_t *seen);
+/* The set's int8 dot products on registers, many `turns` of them; macs is how many multiply-accumulates those were. 0 too
+ * where the set has no such loop: scalar, or not on this CPU. */
+uint64_t shoal_dot_peak(shoal_pool *pool, int32_t isa, int64_t turns, uint64_t *macs);

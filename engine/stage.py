@@ -79,6 +79,11 @@ class Stage:
         return self._executor.name
 
     @property
+    def linked(self) -> Linked:
+        """The units' ops and the weights that they read, where they stand in memory."""
+        return self._linked
+
+    @property
     def exact(self) -> bool:
         """True when the results are the same bits on every device (docs/numerics.md)."""
         return self._executor.exact

@@ -18,22 +18,23 @@ from typing import Protocol
 
 import numpy as np
 
-from .bandwidth import Reader
 from .engine.batch import Run, Sampling, Want
 from .engine.costs import constant_bytes, tied_bytes, unit_cost
 from .engine.errors import ContextError, ShoalError
 from .engine.generate import prompt_runs
 from .engine.shards import Model
 from .engine.stage import Stage, StageOptions
+from .peaks import peaks_of
 
 _SECOND = 1_000_000_000  # nanoseconds: times are counted in them, as llama-bench does
 _WARM_TOKENS = 4
 
 
-class ReadSpeed(Protocol):
-    """What `Reader` is to the measurement."""
+class Ceilings(Protocol):
+    """What `Peaks` is to the measurement."""
 
-    def bytes_per_s(self) -> float: ...
+    def bytes_per_s(self) -> float | None: ...
+    def macs_per_s(self) -> float | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +90,13 @@ class Row:
     read_bytes_per_s: float | None
     """Weights, keys and values read by decoding; None for a prompt, which computes and hardly reads."""
     loop_bytes_per_s: float | None
-    """The same device's read loop, median of one measurement before each repetition."""
+    """Of a loop that only reads the same memory: the median of one measurement before each repetition. None
+    for a prompt, and without the C library."""
     macs_per_s: float
     """Multiply-accumulates of the matmuls; attention is not counted."""
+    peak_macs_per_s: float | None
+    """Of a loop of the instruction set's dot products on registers, likewise. None for decoding, and where
+    there is no such loop."""
     load_ns: int
     """From the path to the first token of the stage that this row ran on."""
     peak_rss: int
@@ -148,15 +153,16 @@ def measure(
             stage.run([Run(0, 0, [0], Want.TOKEN)])
             load = time.perf_counter_ns() - start
             stage.close_sequence(0)
-            with Reader(path, threads) as reader:
+            with peaks_of(stage) as peaks:
                 for case in cases:
                     if case.threads == threads:
-                        yield _row(stage, case, repetitions, reader, load)
+                        yield _row(stage, case, repetitions, peaks, load)
 
 
-def _row(stage: Stage, case: Case, repetitions: int, reader: ReadSpeed, load: int) -> Row:
+def _row(stage: Stage, case: Case, repetitions: int, ceilings: Ceilings, load: int) -> Row:
     model, now = stage.model, datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    samples, loops = time_case(stage, case, repetitions, reader)
+    samples, peaks = time_case(stage, case, repetitions, ceilings)
+    peak = statistics.median(peaks) if peaks else None
     speeds = [case.tokens * _SECOND / sample for sample in samples]
     seconds = statistics.fmean(samples) / _SECOND
     macs, read = work(model, case)
@@ -185,22 +191,26 @@ def _row(stage: Stage, case: Case, repetitions: int, reader: ReadSpeed, load: in
         isa=isa.strip("()") or backend,
         n_sequences=case.sequences,
         read_bytes_per_s=read / seconds if case.generated else None,
-        loop_bytes_per_s=statistics.median(loops) if loops else None,
+        loop_bytes_per_s=peak if case.generated else None,
         macs_per_s=macs / seconds,
+        peak_macs_per_s=peak if case.prompt else None,
         load_ns=load,
         peak_rss=peak_rss(),
         model_hash=model.hash,
     )
 
 
-def time_case(stage: Stage, case: Case, repetitions: int, reader: ReadSpeed) -> tuple[list[int], list[float]]:
-    """Nanoseconds of each repetition, and bytes/s of the read loop before each when the case decodes.
+def time_case(
+    stage: Stage, case: Case, repetitions: int, ceilings: Ceilings
+) -> tuple[list[int], list[float]]:
+    """Nanoseconds of each repetition, and what limits it as measured just before: bytes/s of the read loop
+    when the case decodes, multiply-accumulates/s for a prompt; empty where there are no such figures.
 
     The context is filled to its depth once, untimed, and the case warmed up; each repetition then starts
     from that depth."""
     random = np.random.default_rng(0)
     samples: list[int] = []
-    loops: list[float] = []
+    peaks: list[float] = []
     step = _prompt if case.prompt else _generate
     for sequence in range(case.sequences):
         stage.open(sequence, Sampling(), case.context)
@@ -209,15 +219,16 @@ def time_case(stage: Stage, case: Case, repetitions: int, reader: ReadSpeed) -> 
             _fill(stage, sequence, 0, _tokens(stage, case.depth, random))
         step(stage, warm_up(case), random)
         for _ in range(repetitions):
-            if case.generated:
-                loops.append(reader.bytes_per_s())
+            peak = ceilings.bytes_per_s() if case.generated else ceilings.macs_per_s()
+            if peak is not None:
+                peaks.append(peak)
             start = time.perf_counter_ns()
             step(stage, case, random)
             samples.append(time.perf_counter_ns() - start)
     finally:
         for sequence in range(case.sequences):
             stage.close_sequence(sequence)
-    return samples, loops
+    return samples, peaks
 
 
 def warm_up(case: Case) -> Case:

@@ -16,14 +16,15 @@ import numpy as np
 import pytest
 
 from shoal.arguments import build_parser
-from shoal.bandwidth import Reader, ReadLoop, decoded_files
 from shoal.benchmark import Case, peak_rss, plan, time_case, work
 from shoal.cli import main
+from shoal.engine.backends.native import isa_names
 from shoal.engine.batch import Result, Run, Want
 from shoal.engine.convert import convert
-from shoal.engine.errors import ContextError, ModelFileError, ShoalError
+from shoal.engine.errors import ContextError, ShoalError
 from shoal.engine.shards import Model
 from shoal.engine.stage import Stage, StageOptions
+from shoal.peaks import Peaks, peaks_of
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "fixtures/tiny-llama"
 CONFIG = json.loads((CHECKPOINT / "config.json").read_text())
@@ -55,13 +56,17 @@ class RecordingStage(Stage):
 
 
 class Speed:
-    """A read loop of a known speed, which counts how often it was asked."""
+    """Loops of known speeds, which count how often they were asked."""
 
-    asked = 0
+    def __init__(self, macs: float | None = None) -> None:
+        self.asked, self.macs = 0, macs
 
     def bytes_per_s(self) -> float:
         self.asked += 1
         return 1e9 * self.asked
+
+    def macs_per_s(self) -> float | None:
+        return self.macs
 
 
 def recorded(model: Model, case: Case, repetitions: int) -> tuple[RecordingStage, Speed, list[int]]:
@@ -157,6 +162,7 @@ def test_json_says_what_was_measured(tiny: Model, capsys: pytest.CaptureFixture[
         assert len(row["samples_ns"]) == 3
         assert (row["backends"], row["isa"], row["n_threads"]) == ("numpy", "numpy", 1)
         assert (row["loop_bytes_per_s"] is None) == (row["n_gen"] == 0)
+        assert row["peak_macs_per_s"] is None  # numpy has no dot products of its own
         assert row["model_hash"] == tiny.hash
         assert row["load_ns"] > 0
         assert row["peak_rss"] > 1e7
@@ -180,7 +186,7 @@ def test_csv_and_table_have_a_line_a_row(tiny: Model, capsys: pytest.CaptureFixt
     assert [header.split("|")[i].strip() for i in (1, 8, 9)] == ["model", "test", "t/s"]
     assert set(rule) == set("|-:")
     assert [line.split("|")[8].strip() for line in lines] == ["pp4", "tg2"]
-    assert {len(text.split("|")) for text in (header, rule, *lines)} == {17}
+    assert {len(text.split("|")) for text in (header, rule, *lines)} == {19}
 
 
 def test_too_long_and_nothing_are_errors_before_any_work(tiny: Model) -> None:
@@ -191,44 +197,51 @@ def test_too_long_and_nothing_are_errors_before_any_work(tiny: Model) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_the_read_loop_reads_each_word_once(
-    threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    files = [tmp_path / name for name in ("a", "b")]
+def test_the_read_loop_reads_each_line_once(threads: int) -> None:
     random = np.random.default_rng(0)
-    arrays = [random.integers(0, 1 << 63, size, dtype=np.uint64) for size in (1000, 7)]
-    for path, array in zip(files, arrays, strict=True):
-        path.write_bytes(array.tobytes() + b"end")
-    monkeypatch.setattr("shoal.bandwidth._SECONDS", 0.0)  # one pass a measurement
-    loop = ReadLoop(files, threads)
-    assert loop.bytes == 8 * 1007
-    seen = [np.concatenate([share[f] for share in loop._shares]) for f in range(2)]
-    assert all((a == b).all() for a, b in zip(seen, arrays, strict=True))
-    assert loop.seconds() > 0
+    arrays = [random.integers(0, 1 << 63, size, dtype=np.uint64) for size in (100_000, 7, 19, 8)]
+    whole = [array[: len(array) // 8 * 8] for array in arrays]  # lines of 64 bytes
+    with Peaks(arrays, threads, None) as peaks:
+        assert peaks.bytes == sum(array.nbytes for array in whole)
+        seconds, seen = peaks.read(1)
+        assert seconds > 0
+        assert seen == np.bitwise_xor.reduce(np.concatenate(whole))
+        assert [peaks.read(passes)[1] for passes in (2, 3)] == [0, seen]
+        assert (peaks.bytes_per_s() or 0) > 0
+        assert peaks.macs_per_s() is None
+
+
+@pytest.mark.parametrize("isa", [name for name in isa_names() if name != "scalar"])
+def test_every_instruction_set_has_a_loop_of_dot_products(isa: str) -> None:
+    speeds = []
+    for threads in (1, 2):
+        with Peaks([], threads, isa) as peaks:
+            speeds.append(peaks.macs_per_s() or 0)
+            assert peaks.bytes_per_s() is None
+    assert min(speeds) > 1e8
+    assert max(speeds) < 1e14  # no machine computes so fast: the loop was not optimised away
+
+
+def test_scalar_has_no_peak_and_no_library_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Peaks([np.zeros(64)], 1, "scalar") as peaks:
+        assert peaks.macs_per_s() is None
+    monkeypatch.setattr("shoal.peaks.available", lambda: "not built")
+    with Peaks([np.zeros(64)], 1, "avx2") as peaks:
+        assert (peaks.bytes_per_s(), peaks.macs_per_s()) == (None, None)
+
+
+def test_prompts_are_held_against_dot_products(tiny: Model) -> None:
+    with Stage(tiny, 0, tiny.n_units, StageOptions(backend="numpy")) as stage:
+        assert time_case(stage, Case(1, 0, 4, 0, 1), 2, Speed(5e9))[1] == [5e9, 5e9]
+
+
+def test_what_is_read_is_what_decoding_reads(tiny: Model) -> None:
+    """All but the norms, and the table, of which a token reads one row."""
+    layer, head, _ = matrices()
+    with Stage(tiny, 0, tiny.n_units, StageOptions(threads=1)) as stage, peaks_of(stage) as peaks:
+        assert peaks.bytes == pytest.approx(4 * (layer * CONFIG["num_hidden_layers"] + head), rel=0.01)
 
 
 def test_peak_memory_counts_what_was_touched() -> None:
     held = np.ones(12_500_000)
     assert held.nbytes < peak_rss() < 100 * held.nbytes
-
-
-@pytest.mark.slow
-def test_the_read_loop_in_a_process_of_its_own(tiny: Model) -> None:
-    with Reader(tiny.path, 2) as reader:
-        assert min(reader.bytes_per_s() for _ in range(2)) > 0
-
-
-@pytest.mark.slow
-def test_a_read_loop_that_ends_is_an_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ShoalError, match="the read loop ended"), Reader(tmp_path / "nothing", 1):
-        pass
-    assert "nothing" in capfd.readouterr().err
-    with pytest.raises(ModelFileError, match="cannot be read"):
-        ReadLoop([tmp_path / "nothing"], 1)
-
-
-def test_decoding_reads_no_embedding_of_its_own(tiny: Model) -> None:
-    names = {path.name for path in decoded_files(tiny)}
-    tied = CONFIG["tie_word_embeddings"]
-    assert ("unit-000.safetensors" in names) == tied
-    assert len(names) == tiny.n_units - (not tied)

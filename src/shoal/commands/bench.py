@@ -33,6 +33,8 @@ _COLUMNS = {
     "read loop": 9,
     "of it": 5,
     "GMAC/s": 6,
+    "dot loop": 8,
+    "of that": 7,
     "load s": 6,
     "peak MB": 7,
 }
@@ -60,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
 def cells(row: Row) -> tuple[str, ...]:
     """The row as the table shows it, in the order of its columns."""
-    read, loop = row.read_bytes_per_s, row.loop_bytes_per_s
+    read, loop, peak = row.read_bytes_per_s, row.loop_bytes_per_s, row.peak_macs_per_s
     return (
         row.model_type,
         f"{row.model_size / (1 << 20):.2f} MiB",
@@ -75,6 +77,8 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{loop / 1e9:.1f}" if loop else "",
         f"{read / loop:.0%}" if read and loop else "",
         f"{row.macs_per_s / 1e9:.1f}",
+        f"{peak / 1e9:.1f}" if peak else "",
+        f"{row.macs_per_s / peak:.0%}" if peak else "",
         f"{row.load_ns / 1e9:.2f}",
         f"{row.peak_rss / 1e6:.0f}",
     )

@@ -1,0 +1,97 @@
+"""What this device reaches at most, measured beside the engine: the ceilings of decoding and of prompts.
+
+A loop in C reads the very memory that a stage's weights stand in, with as many threads and the same prefetch;
+another computes the dot products of an instruction set on registers (csrc/peak.c)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .engine.backends._abi import ffi
+from .engine.backends.native import available, library
+from .engine.errors import ShoalError
+from .engine.program import Matmul
+from .engine.stage import Stage
+
+_SECONDS = 0.05
+_PIECE = 1 << 18  # bytes: threads take pieces as they come, so that a slow core does not pace the others
+_TURNS = 1 << 12
+
+
+class Peaks:
+    """The loops, on threads of their own that sleep in between. A context: its end ends the threads."""
+
+    def __init__(self, arrays: Sequence[NDArray[Any]], threads: int, isa: str | None) -> None:
+        """`arrays` is what is read; isa None: dot products have no peak. Without the C library there is no
+        figure at all."""
+        self._pool: Any = None
+        if available() is not None:
+            return
+        lib = library()
+        flat = [array.reshape(-1).view(np.uint8) for array in arrays]
+        pieces = [a[at : at + _PIECE] for a in flat for at in range(0, a.nbytes, _PIECE)]
+        self.bytes = sum(piece.nbytes // 64 * 64 for piece in pieces)
+        """Bytes of one pass; whole lines are read."""
+        self._keep = [ffi.from_buffer("char[]", piece) for piece in pieces]
+        self._data = ffi.new("const char *[]", self._keep)
+        self._sizes = ffi.new("uint64_t[]", [piece.nbytes for piece in pieces])
+        self._isa = None if isa is None else getattr(lib, f"SHOAL_ISA_{isa.upper()}")
+        self._result = ffi.new("uint64_t *")
+        self._pool = ffi.gc(lib.shoal_pool_open(threads), lib.shoal_pool_close)
+        if self._pool == ffi.NULL:
+            raise ShoalError(f"cannot start {threads} threads: ask for fewer with --threads")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            ffi.release(self._pool)
+            self._pool = None
+
+    def read(self, passes: int) -> tuple[float, int]:
+        """(seconds, the exclusive or of all 64-bit words) of reading everything `passes` times."""
+        nanoseconds = library().shoal_read_peak(
+            self._pool, self._data, self._sizes, len(self._sizes), passes, self._result
+        )
+        return nanoseconds / 1e9, int(self._result[0])
+
+    def bytes_per_s(self) -> float | None:
+        """Of reading, over about 50 ms. None: no figure."""
+        if self._pool is None or not self.bytes:
+            return None
+        first, _ = self.read(1)
+        passes = max(1, round(_SECONDS / max(first, 1e-6)))
+        return self.bytes * passes / self.read(passes)[0]
+
+    def macs_per_s(self) -> float | None:
+        """Multiply-accumulates of int8 in dot products, over about 50 ms. None: no such figure."""
+        if self._pool is None or self._isa is None:
+            return None
+        turns, took = _TURNS, 0
+        for _ in range(2):  # the first to see how many turns to take
+            took = int(library().shoal_dot_peak(self._pool, self._isa, turns, self._result))
+            if not took:
+                return None
+            turns = max(1, round(turns * _SECONDS * 1e9 / took))
+        return int(self._result[0]) / took * 1e9
+
+
+def peaks_of(stage: Stage) -> Peaks:
+    """The peaks to hold a stage against: of the memory that its matmuls read, on as many threads."""
+    weights = [
+        stage.linked.weights[unit, name]
+        for unit, op in stage.linked.ops
+        if isinstance(op, Matmul)
+        for name in op.weights
+    ]
+    arrays = [array for w in weights for array in (w.data, w.scales, w.mins) if array is not None]
+    backend, _, isa = stage.backend.partition(" ")
+    return Peaks(arrays, stage.options.threads, isa.strip("()") if backend == "native" else None)

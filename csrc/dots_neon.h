@@ -1,6 +1,36 @@
-/* int8 products of a panel by SDOT, for the sets that have it. Included below a target pragma and lanes_neon.h.
+/* Products of a panel by SDOT, for the sets that have it. Included below a target pragma and lanes_neon.h.
  *
- * A line of weights is four registers of 4 outputs; one lane of 16 inputs is the quad that a line is multiplied with. */
+ * A line of weights is four registers of 4 outputs; one lane of 16 inputs is the quad that a line is multiplied with.
+ * These loops wait for the vector units, so whatever else can do a thing does it:
+ * - Converting an integer costs two of their turns. Sums therefore start from the bits of 1.5 * 2^23: such a sum, read as
+ *   a float, is that number plus the dot product, exactly.
+ * - Starts are loaded anew for each group, where the compiler would rather copy a register.
+ * - int4 is multiplied as 0 to 15; the 8 that is too much comes off with the start. */
+
+#define START_BITS 0x4b400000
+#define FOUR_STARTS START_BITS, START_BITS, START_BITS, START_BITS
+static const int32_t START[32] = {FOUR_STARTS, FOUR_STARTS, FOUR_STARTS, FOUR_STARTS,
+                                  FOUR_STARTS, FOUR_STARTS, FOUR_STARTS, FOUR_STARTS};
+
+/* Where to load starts from, hidden from the compiler. */
+SHOAL_INLINE const int32_t *starts(void) {
+  const int32_t *at = START;
+  __asm__ volatile("" : "+r"(at));
+  return at;
+}
+
+/* What was summed since a start. */
+SHOAL_INLINE float32x4_t since(float32x4_t start, int32x4_t sum) {
+  return vsubq_f32(vreinterpretq_f32_s32(sum), start);
+}
+
+/* A float that will multiply a register; without the detour clang broadcasts it first. */
+SHOAL_INLINE float factor(float x) {
+  __asm__("" : "+w"(x));
+  return x;
+}
+
+SHOAL_INLINE float32x4_t four_f16(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 
 /* sum + the products of w's quads with quad `lane` of x. The lane is part of the instruction: a constant once the
  * caller's loop is unrolled. */
@@ -13,49 +43,118 @@ SHOAL_INLINE int32x4_t dot_lane(int32x4_t sum, int8x16_t w, int8x16_t x, const i
   }
 }
 
-/* The 16 outputs of a panel for up to 4 rows. One row has too few sums to keep two multipliers busy, so that the lines
- * of its group go to two sums in turn. */
-SHOAL_INLINE void sdot_dots(const int8_t *w, const uint16_t *scales, const shoal_q8_row *x, const int32_t rows,
-                            v16 *sums) {
-  const int32_t groups = x[0].groups, chains = rows == 1 ? 2 : 1;
-  v16 sum[4];
-  SHOAL_UNROLL(4)
-  for (int32_t r = 0; r < rows; r++) sum[r] = v_set1(0.0f);
-  for (int32_t g = 0; g < groups; g++, w += SHOAL_GROUP * SHOAL_PANEL, scales += SHOAL_PANEL) {
-    int32x4_t dots[4 * 2][4];
+enum { LINE = 64, HALF = 8, EXPANDED = -1 };
+
+/* A panel from some group on. EXPANDED, whatever the weight's own type: int8 lines with scales and mins in f32. */
+typedef struct {
+  const void *lines, *scales, *mins;
+} panel_at;
+
+/* `groups` groups further, and from output `first` on. */
+SHOAL_INLINE panel_at panel_from(panel_at w, const int32_t type, int32_t groups, int32_t first) {
+  const size_t line = type == SHOAL_Q4 ? SHOAL_GROUP / 2 : SHOAL_GROUP;
+  const size_t number = type == EXPANDED ? sizeof(float) : sizeof(uint16_t);
+  const size_t scale = ((size_t)groups * SHOAL_PANEL + first) * number;
+  return (panel_at){(const char *)w.lines + groups * line * SHOAL_PANEL + first * SHOAL_QUAD,
+                    (const char *)w.scales + scale, w.mins ? (const char *)w.mins + scale : NULL};
+}
+
+SHOAL_INLINE float32x4_t four_scales(const void *scales, const int32_t type, int32_t at) {
+  return type == EXPANDED ? vld1q_f32((const float *)scales + at) : four_f16((const uint16_t *)scales + at);
+}
+
+SHOAL_INLINE int8x16_t low_nibbles(uint8x16_t both) { return vreinterpretq_s8_u8(vandq_u8(both, vdupq_n_u8(15))); }
+SHOAL_INLINE int8x16_t high_nibbles(uint8x16_t both) { return vreinterpretq_s8_u8(vshrq_n_u8(both, 4)); }
+
+/* Adds groups [first, end) to the sums of `rows` rows with `quads` quads of outputs, sum[row * quads + quad]. `w` is at
+ * group `first`; `mins` says whether it has any. */
+SHOAL_INLINE void sdot_groups(panel_at w, const int32_t type, const int32_t mins, const shoal_q8_row *x, int32_t first,
+                              int32_t end, const int32_t rows, const int32_t quads, float32x4_t *sum) {
+  const int32_t lines = type == SHOAL_Q4 ? 4 : 8;
+  for (int32_t g = first; g < end; g++, w = panel_from(w, type, 1, 0)) {
+    const int32_t *start = starts();
+    int32x4_t dots[4 * 4];
+    SHOAL_UNROLL(16)
+    for (int32_t i = 0; i < rows * quads; i++) dots[i] = vld1q_s32(start + i % 8 * 4);
+    int8x16_t in[4][2];
     SHOAL_UNROLL(4)
-    for (int32_t i = 0; i < rows * chains; i++) {
-      SHOAL_UNROLL(4)
-      for (int32_t q = 0; q < 4; q++) dots[i][q] = vdupq_n_s32(0);
+    for (int32_t r = 0; r < rows; r++) {
+      in[r][0] = vld1q_s8(x[r].q + g * SHOAL_GROUP);
+      in[r][1] = vld1q_s8(x[r].q + g * SHOAL_GROUP + 16);
     }
-    SHOAL_UNROLL(2)
-    for (int32_t k = 0; k < SHOAL_GROUP; k += 16) {
-      int8x16_t in[4];
+    SHOAL_UNROLL(8)
+    for (int32_t line = 0; line < lines; line++) {
       SHOAL_UNROLL(4)
-      for (int32_t r = 0; r < rows; r++) in[r] = vld1q_s8(x[r].q + g * SHOAL_GROUP + k);
-      SHOAL_UNROLL(4)
-      for (int32_t lane = 0; lane < 4; lane++) {
+      for (int32_t q = 0; q < quads; q++) {
+        const uint8x16_t four = vld1q_u8((const uint8_t *)w.lines + line * LINE + 16 * q);
         SHOAL_UNROLL(4)
-        for (int32_t q = 0; q < 4; q++) {
-          const int8x16_t four = vld1q_s8(w + (k + SHOAL_QUAD * lane) * SHOAL_PANEL + 16 * q);
-          SHOAL_UNROLL(4)
-          for (int32_t r = 0; r < rows; r++) {
-            const int32_t i = r + lane % chains;
-            dots[i][q] = dot_lane(dots[i][q], four, in[r], lane);
+        for (int32_t r = 0; r < rows; r++) {
+          int32x4_t *dot = &dots[r * quads + q];
+          if (type != SHOAL_Q4) {
+            *dot = dot_lane(*dot, vreinterpretq_s8_u8(four), in[r][line / 4], line % 4);
+            continue;
           }
+          *dot = dot_lane(*dot, low_nibbles(four), in[r][0], line);
+          *dot = dot_lane(*dot, high_nibbles(four), in[r][1], line);
         }
       }
     }
-    const v16 of_weights = v_load_f16(scales);
     SHOAL_UNROLL(4)
     for (int32_t r = 0; r < rows; r++) {
+      float32x4_t start_was = vdupq_n_f32(0x1.8p23f); /* and with 8 times the inputs' sum, which is bias / -128 */
+      if (type == SHOAL_Q4 && !mins) start_was = vreinterpretq_f32_s32(vdupq_n_s32(START_BITS - (x[r].bias[g] >> 4)));
+      const float scale = factor(x[r].scale[g]);
       SHOAL_UNROLL(4)
-      for (int32_t q = 0; q < 4; q++) {
-        const int32x4_t dot = chains == 2 ? vaddq_s32(dots[0][q], dots[1][q]) : dots[r][q];
-        sum[r].val[q] = vfmaq_f32(sum[r].val[q], vcvtq_f32_s32(dot), vmulq_n_f32(of_weights.val[q], x[r].scale[g]));
+      for (int32_t q = 0; q < quads; q++) {
+        float32x4_t *to = &sum[r * quads + q];
+        *to = vfmaq_f32(*to, since(start_was, dots[r * quads + q]),
+                        vmulq_n_f32(four_scales(w.scales, type, 4 * q), scale));
+        if (!mins) continue;
+        *to =
+            vfmaq_n_f32(*to, vmulq_n_f32(four_scales(w.mins, type, 4 * q), scale), factor((float)-(x[r].bias[g] >> 7)));
       }
     }
   }
+}
+
+/* The 16 outputs of a panel for up to 4 rows. Registers hold the sums of 2 rows; of more, the halves of a panel take
+ * turns, so many groups at a time that the second half finds its lines in L1. */
+SHOAL_INLINE void sdot_rows(panel_at w, const int32_t type, const int32_t mins, const shoal_q8_row *x,
+                            const int32_t rows, v16 *sums) {
+  enum { TURN = 16 };
+  const int32_t groups = x[0].groups;
+  float32x4_t sum[2][8];
+  SHOAL_UNROLL(16)
+  for (int32_t i = 0; i < 16; i++) sum[i / 8][i % 8] = vdupq_n_f32(0.0f);
+  if (rows <= 2) {
+    sdot_groups(w, type, mins, x, 0, groups, rows, 4, sum[0]);
+    SHOAL_UNROLL(2)
+    for (int32_t r = 0; r < rows; r++)
+      sums[r] = (v16){{sum[0][4 * r], sum[0][4 * r + 1], sum[0][4 * r + 2], sum[0][4 * r + 3]}};
+    return;
+  }
+  for (int32_t g = 0; g < groups; g += TURN, w = panel_from(w, type, TURN, 0)) {
+    const int32_t end = SHOAL_MIN(g + TURN, groups);
+    sdot_groups(w, type, mins, x, g, end, rows, 2, sum[0]);
+    sdot_groups(panel_from(w, type, 0, HALF), type, mins, x, g, end, rows, 2, sum[1]);
+  }
   SHOAL_UNROLL(4)
-  for (int32_t r = 0; r < rows; r++) sums[r] = sum[r];
+  for (int32_t r = 0; r < rows; r++)
+    sums[r] = (v16){{sum[0][2 * r], sum[0][2 * r + 1], sum[1][2 * r], sum[1][2 * r + 1]}};
+}
+
+SHOAL_INLINE void q8_dots(const int8_t *w, const uint16_t *scales, const shoal_q8_row *x, const int32_t rows,
+                          const int32_t panels, v16 *sums) {
+  (void)panels;
+  sdot_rows((panel_at){w, scales, NULL}, SHOAL_Q8, 0, x, rows, sums);
+}
+
+#define Q4_DOTS
+SHOAL_INLINE void q4_dots(const uint8_t *w, const uint16_t *scales, const uint16_t *mins, const shoal_q8_row *x,
+                          const int32_t rows, const int32_t panels, v16 *sums) {
+  (void)panels;
+  if (mins)
+    sdot_rows((panel_at){w, scales, mins}, SHOAL_Q4, 1, x, rows, sums);
+  else
+    sdot_rows((panel_at){w, scales, NULL}, SHOAL_Q4, 0, x, rows, sums);
 }

@@ -1,4 +1,5 @@
-/* NEON with SMMLA, the product of two 2 x 8 matrices: phones and servers since about 2021. */
+/* NEON with SMMLA, the product of two 2 x 8 matrices: phones and servers since about 2021. Few rows have nobody to share
+ * the packing with, and use SDOT. */
 #include "common.h"
 
 #if defined(SHOAL_ARM_EXTENSIONS)
@@ -12,9 +13,9 @@
 
 #include "dots_neon.h"
 
-#define Q8_BIAS 0
-#define Q8_ROWS 8
-#define Q8_TILE 8
+#define Q8_BIAS 1
+#define Q8_ROWS 4
+#define Q8_TILE 4
 #define Q8_PANELS 1
 #define ATTEND_QUERIES 4
 #define ATTEND_WIDTH 1
@@ -22,78 +23,141 @@
 #define F32_TILE 1
 #define UNROLL SHOAL_UNROLL
 
-enum { LINE = 64, EIGHT = 8 };
+#define PACKED_ROWS 4
+enum { PACKED_GROUPS = 8, EIGHTS = SHOAL_GROUP / 8, ROW_PAIRS = PACKED_ROWS / 2, OUTPUT_PAIRS = HALF / 2 };
 
-/* 8 inputs of one row, then 8 of another. */
-SHOAL_INLINE int8x16_t two_rows(const int8_t *first, const int8_t *second) {
-  return vcombine_s8(vld1_s8(first), vld1_s8(second));
-}
+/* One SMMLA multiplies a pair of rows with a pair of outputs, 8 inputs of each: [row 0 output 0, row 0 output 1, row 1
+ * output 0, row 1 output 1]. Sums stay in this order to the end, so scales are packed to match it. */
+typedef struct {
+  int8_t q[EIGHTS][ROW_PAIRS][16];
+  float scale[ROW_PAIRS][4], sum[ROW_PAIRS][4];
+} input_group;
 
-/* 4 `quads` of outputs, from the first column of `w` on, in sum[row * 4 + quad], for 2 to 8 rows; of an odd number the
- * last stands for its missing neighbour too. Two lines zipped by quads are pairs of outputs with 8 inputs each. */
-SHOAL_INLINE void smmla_dots(const int8_t *w, const uint16_t *scales, const shoal_q8_row *x, const int32_t rows,
-                             const int32_t quads, float32x4_t *sum) {
-  const int32_t groups = x[0].groups, pairs = (rows + 1) / 2;
-  UNROLL(16)
-  for (int32_t i = 0; i < rows * quads; i++) sum[i] = vdupq_n_f32(0.0f);
-  for (int32_t g = 0; g < groups; g++, w += SHOAL_GROUP * SHOAL_PANEL, scales += SHOAL_PANEL) {
-    int32x4_t low[8], high[8]; /* outputs 0 and 1, 2 and 3 of a quad, for one row, then for the other */
-    UNROLL(8)
-    for (int32_t i = 0; i < pairs * quads; i++) low[i] = high[i] = vdupq_n_s32(0);
-    UNROLL(4)
-    for (int32_t k = 0; k < SHOAL_GROUP; k += EIGHT) {
-      int8x16_t in[4];
-      UNROLL(4)
-      for (int32_t p = 0; p < pairs; p++) {
-        const int32_t second = 2 * p + 1 < rows ? 2 * p + 1 : 2 * p;
-        in[p] = two_rows(x[2 * p].q + g * SHOAL_GROUP + k, x[second].q + g * SHOAL_GROUP + k);
-      }
-      UNROLL(4)
-      for (int32_t q = 0; q < quads; q++) {
-        const int8_t *line = w + k / SHOAL_QUAD * LINE + 16 * q;
-        const int32x4_t even = vreinterpretq_s32_s8(vld1q_s8(line)), odd = vreinterpretq_s32_s8(vld1q_s8(line + LINE));
-        const int8x16_t first = vreinterpretq_s8_s32(vzip1q_s32(even, odd));
-        const int8x16_t last = vreinterpretq_s8_s32(vzip2q_s32(even, odd));
-        UNROLL(4)
-        for (int32_t p = 0; p < pairs; p++) {
-          low[p * quads + q] = vmmlaq_s32(low[p * quads + q], in[p], first);
-          high[p * quads + q] = vmmlaq_s32(high[p * quads + q], in[p], last);
-        }
-      }
-    }
-    UNROLL(4)
-    for (int32_t q = 0; q < quads; q++) {
-      const float32x4_t of_weights = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(scales + 4 * q)));
-      UNROLL(8)
-      for (int32_t r = 0; r < rows; r++) {
-        const int64x2_t a = vreinterpretq_s64_s32(low[r / 2 * quads + q]);
-        const int64x2_t b = vreinterpretq_s64_s32(high[r / 2 * quads + q]);
-        const float32x4_t dot = vcvtq_f32_s32(vreinterpretq_s32_s64(r % 2 ? vzip2q_s64(a, b) : vzip1q_s64(a, b)));
-        sum[r * quads + q] = vfmaq_f32(sum[r * quads + q], dot, vmulq_n_f32(of_weights, x[r].scale[g]));
-      }
-    }
-  }
-}
+typedef struct {
+  int8_t q[EIGHTS][OUTPUT_PAIRS][16];
+  float scale[OUTPUT_PAIRS][4], min[OUTPUT_PAIRS][4];
+} output_group;
 
-SHOAL_INLINE void q8_dots(const int8_t *w, const uint16_t *scales, const shoal_q8_row *x, const int32_t rows,
-                          const int32_t panels, v16 *sums) {
-  (void)panels;
-  if (rows == 1) { /* nothing to pair a row with, and as fast as memory without */
-    sdot_dots(w, scales, x, 1, sums);
-    return;
-  }
-  if (rows == 2) { /* whole lines, as they come from memory */
-    float32x4_t sum[8];
-    smmla_dots(w, scales, x, 2, 4, sum);
+typedef struct {
+  input_group group[PACKED_GROUPS] __attribute__((aligned(64)));
+} packed_rows;
+
+typedef struct {
+  output_group group[2][PACKED_GROUPS] __attribute__((aligned(64))); /* by half of the panel */
+} packed_panel;
+
+SHOAL_INLINE float32x4_t twice(float a, float b) { return vcombine_f32(vdup_n_f32(a), vdup_n_f32(b)); }
+
+SHOAL_INLINE void pack_rows(packed_rows *to, const shoal_q8_row *x, int32_t first, int32_t groups) {
+  for (int32_t i = 0; i < groups; i++) {
+    const int32_t g = first + i;
+    input_group *out = &to->group[i];
     UNROLL(2)
-    for (int32_t r = 0; r < 2; r++) sums[r] = (v16){{sum[4 * r], sum[4 * r + 1], sum[4 * r + 2], sum[4 * r + 3]}};
-    return;
+    for (int32_t p = 0; p < ROW_PAIRS; p++, x += 2) {
+      UNROLL(2)
+      for (int32_t k = 0; k < EIGHTS; k += 2) {
+        const int64x2_t a = vreinterpretq_s64_s8(vld1q_s8(x[0].q + g * SHOAL_GROUP + 8 * k));
+        const int64x2_t b = vreinterpretq_s64_s8(vld1q_s8(x[1].q + g * SHOAL_GROUP + 8 * k));
+        vst1q_s8(out->q[k][p], vreinterpretq_s8_s64(vzip1q_s64(a, b)));
+        vst1q_s8(out->q[k + 1][p], vreinterpretq_s8_s64(vzip2q_s64(a, b)));
+      }
+      vst1q_f32(out->scale[p], twice(x[0].scale[g], x[1].scale[g]));
+      vst1q_f32(out->sum[p], twice((float)-(x[0].bias[g] >> 7), (float)-(x[1].bias[g] >> 7)));
+    }
+    x -= PACKED_ROWS;
   }
-  float32x4_t left[16], right[16]; /* 32 registers hold the products of 8 rows with 8 outputs */
-  smmla_dots(w, scales, x, rows, 2, left);
-  smmla_dots(w + LINE / 2, scales + SHOAL_PANEL / 2, x, rows, 2, right);
+}
+
+/* 8 inputs of 4 outputs from two lines. */
+SHOAL_INLINE void pack_lines(int8_t (*to)[16], int8x16_t even, int8x16_t odd) {
+  const int32x4_t a = vreinterpretq_s32_s8(even), b = vreinterpretq_s32_s8(odd);
+  vst1q_s8(to[0], vreinterpretq_s8_s32(vzip1q_s32(a, b)));
+  vst1q_s8(to[1], vreinterpretq_s8_s32(vzip2q_s32(a, b)));
+}
+
+SHOAL_INLINE void pack_numbers(float (*to)[4], const uint16_t *from) {
+  const float32x4_t four = four_f16(from);
+  vst1q_f32(to[0], vcombine_f32(vget_low_f32(four), vget_low_f32(four)));
+  vst1q_f32(to[1], vcombine_f32(vget_high_f32(four), vget_high_f32(four)));
+}
+
+SHOAL_INLINE void pack_panel(packed_panel *to, const int32_t type, const void *data, const uint16_t *scales,
+                             const uint16_t *mins, int32_t groups) {
+  const uint8x16_t *line = data; /* [line][4 outputs] */
+  const int8x16_t less = vdupq_n_s8(mins ? 0 : 8);
+  const int32_t pairs = type == SHOAL_Q8 ? EIGHTS : EIGHTS / 2; /* of lines */
+  for (int32_t g = 0; g < groups; g++, scales += SHOAL_PANEL) {
+    UNROLL(4)
+    for (int32_t quad = 0; quad < 4; quad++) {
+      output_group *out = &to->group[quad / 2][g];
+      const int32_t at = quad % 2 * 2;
+      UNROLL(4)
+      for (int32_t k = 0; k < pairs; k++) {
+        const uint8x16_t even = line[8 * k + quad], odd = line[8 * k + 4 + quad];
+        if (type == SHOAL_Q8) {
+          pack_lines(&out->q[k][at], vreinterpretq_s8_u8(even), vreinterpretq_s8_u8(odd));
+          continue;
+        }
+        pack_lines(&out->q[k][at], vsubq_s8(low_nibbles(even), less), vsubq_s8(low_nibbles(odd), less));
+        pack_lines(&out->q[EIGHTS / 2 + k][at], vsubq_s8(high_nibbles(even), less), vsubq_s8(high_nibbles(odd), less));
+      }
+      pack_numbers(&out->scale[at], scales + 4 * quad);
+      if (mins) pack_numbers(&out->min[at], mins + g * SHOAL_PANEL + 4 * quad);
+    }
+    line += type == SHOAL_Q8 ? SHOAL_GROUP : SHOAL_GROUP / 2;
+  }
+}
+
+/* 4 rows with 8 outputs. */
+SHOAL_INLINE void smmla_groups(const output_group *w, const input_group *x, int32_t groups, const int32_t mins,
+                               float *sums) {
+  enum { SUMS = ROW_PAIRS * OUTPUT_PAIRS };
+  float32x4_t sum[SUMS];
   UNROLL(8)
-  for (int32_t r = 0; r < rows; r++) sums[r] = (v16){{left[2 * r], left[2 * r + 1], right[2 * r], right[2 * r + 1]}};
+  for (int32_t i = 0; i < SUMS; i++) sum[i] = vld1q_f32(sums + 4 * i);
+  for (int32_t g = 0; g < groups; g++, w++, x++) {
+    const int32_t *start = starts();
+    int32x4_t dots[SUMS];
+    UNROLL(8)
+    for (int32_t i = 0; i < SUMS; i++) dots[i] = vld1q_s32(start + 4 * i);
+    UNROLL(4)
+    for (int32_t k = 0; k < EIGHTS; k++) {
+      UNROLL(8)
+      for (int32_t i = 0; i < SUMS; i++)
+        dots[i] = vmmlaq_s32(dots[i], vld1q_s8(x->q[k][i / OUTPUT_PAIRS]), vld1q_s8(w->q[k][i % OUTPUT_PAIRS]));
+    }
+    UNROLL(8)
+    for (int32_t i = 0; i < SUMS; i++) {
+      const int32_t p = i / OUTPUT_PAIRS, o = i % OUTPUT_PAIRS;
+      const float32x4_t scale = vld1q_f32(x->scale[p]);
+      sum[i] = vfmaq_f32(sum[i], since(vdupq_n_f32(0x1.8p23f), dots[i]), vmulq_f32(vld1q_f32(w->scale[o]), scale));
+      if (mins) sum[i] = vfmaq_f32(sum[i], vld1q_f32(x->sum[p]), vmulq_f32(vld1q_f32(w->min[o]), scale));
+    }
+  }
+  UNROLL(8)
+  for (int32_t i = 0; i < SUMS; i++) vst1q_f32(sums + 4 * i, sum[i]);
+}
+
+/* Sums are [half of the panel][pair of rows][pair of outputs][4]. */
+SHOAL_INLINE void packed_dots(const packed_panel *w, const packed_rows *x, int32_t groups, int32_t mins, v16 *sums) {
+  for (int32_t half = 0; half < 2; half++) {
+    float *at = (float *)(sums + 2 * half);
+    if (mins)
+      smmla_groups(w->group[half], x->group, groups, 1, at);
+    else
+      smmla_groups(w->group[half], x->group, groups, 0, at);
+  }
+}
+
+SHOAL_INLINE v16 packed_sum(const v16 *sums, int32_t row) {
+  v16 result;
+  UNROLL(4)
+  for (int32_t q = 0; q < 4; q++) {
+    const float32x4_t *two = &sums[2 * (q / 2) + row / 2].val[q % 2 * 2];
+    result.val[q] = row % 2 ? vcombine_f32(vget_high_f32(two[0]), vget_high_f32(two[1]))
+                            : vcombine_f32(vget_low_f32(two[0]), vget_low_f32(two[1]));
+  }
+  return result;
 }
 
 #define SHOAL_SET shoal_kernels_neon_i8mm

@@ -58,30 +58,41 @@ static int32_t buffer(int32_t type, int32_t cols, int32_t domain) {
   return program.n_buffers++;
 }
 
+static int32_t packed(int32_t type) { return type == SHOAL_Q8 || type == SHOAL_Q4; }
+
+/* Of the packed types, one or the other. */
 static int32_t weight(int32_t type, int32_t rows, int32_t cols, float scale) {
+  if (type == SHOAL_Q8 && below(2)) type = SHOAL_Q4;
   shoal_weight *w = &weights[program.n_weights];
   const size_t padded = (size_t)(rows + 15) / 16 * 16 * ((cols + 31) / 32 * 32), n = (size_t)rows * cols;
-  *w = (shoal_weight){.type = type,
-                      .rows = rows,
-                      .cols = cols,
-                      .data_bytes = type == SHOAL_Q8 ? padded : n * (type == SHOAL_F64 ? 8 : 4)};
+  *w = (shoal_weight){
+      .type = type,
+      .rows = rows,
+      .cols = cols,
+      .data_bytes = packed(type) ? padded / (type == SHOAL_Q4 ? 2 : 1) : n * (type == SHOAL_F64 ? 8 : 4)};
   void *data = room(w->data_bytes);
   w->data = data;
   if (type == SHOAL_F32)
     for (size_t i = 0; i < n; i++) ((float *)data)[i] = scale * number();
   if (type == SHOAL_F64) /* a geometric row, by multiplications that round the same everywhere */
     for (size_t i = 0; i < n; i++) ((double *)data)[i] = i ? ((double *)data)[i - 1] * 0.7 : 1.0;
-  if (type == SHOAL_Q8) {
+  if (packed(type)) {
+    const int32_t groups = (cols + 31) / 32;
     w->scales_bytes = padded / 32 * 2;
-    uint16_t *scales = room(w->scales_bytes);
+    uint16_t *scales = room(w->scales_bytes), *mins = room(w->scales_bytes);
     w->scales = scales;
+    if (type == SHOAL_Q4 && below(2)) w->mins = mins, w->mins_bytes = w->scales_bytes;
     for (int32_t p = 0; p < (rows + 15) / 16; p++)
       for (int32_t k = 0; k < cols; k++)
         for (int32_t i = 0; i < 16 && p * 16 + i < rows; i++) {
-          const size_t groups = (size_t)(cols + 31) / 32;
-          ((int8_t *)data)[p * groups * 512 + k / 4 * 64 + i * 4 + k % 4] = (int8_t)(below(255) - 127);
-          if (k % 32 == 0)
-            scales[(p * groups + k / 32) * 16 + i] = (uint16_t)(below(20) ? 0x1800 + below(0x800) : below(0x400));
+          const size_t group = (size_t)p * groups + k / 32;
+          if (type == SHOAL_Q8)
+            ((int8_t *)data)[group * 512 + k % 32 / 4 * 64 + i * 4 + k % 4] = (int8_t)(below(255) - 127);
+          else
+            ((uint8_t *)data)[group * 256 + k % 16 / 4 * 64 + i * 4 + k % 4] |= (uint8_t)(below(16) << k % 32 / 16 * 4);
+          if (k % 32) continue;
+          scales[group * 16 + i] = (uint16_t)(below(20) ? 0x1800 + below(0x800) : below(0x400));
+          if (w->mins) mins[group * 16 + i] = (uint16_t)(0x8000 + 0x1c00 + below(0x800));
         }
   }
   return program.n_weights++;

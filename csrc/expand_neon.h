@@ -1,0 +1,32 @@
+/* A few groups of a panel with nibbles made int8 and scales f32, for tiles of many rows: once for all of them. Included
+ * below lanes_neon.h. */
+
+enum { PACKED_GROUPS = 8 };
+
+typedef struct {
+  const int8_t *lines; /* of the weight itself if it is int8 */
+  int8_t room[PACKED_GROUPS * SHOAL_GROUP * SHOAL_PANEL] __attribute__((aligned(64)));
+  float scales[PACKED_GROUPS * SHOAL_PANEL], mins[PACKED_GROUPS * SHOAL_PANEL];
+} packed_panel;
+
+/* Both halves of a group's inputs, less 8 where the weight has no mins. */
+SHOAL_INLINE void expand_group(int8_t *to, const uint8_t *from, int8x16_t less) {
+  const int32_t half = SHOAL_GROUP / 2 * SHOAL_PANEL;
+  for (int32_t i = 0; i < half; i += 16) {
+    const uint8x16_t both = vld1q_u8(from + i);
+    vst1q_s8(to + i, vsubq_s8(vreinterpretq_s8_u8(vandq_u8(both, vdupq_n_u8(15))), less));
+    vst1q_s8(to + half + i, vsubq_s8(vreinterpretq_s8_u8(vshrq_n_u8(both, 4)), less));
+  }
+}
+
+SHOAL_INLINE void pack_panel(packed_panel *to, const int32_t type, const void *data, const uint16_t *scales,
+                             const uint16_t *mins, int32_t groups) {
+  to->lines = type == SHOAL_Q8 ? data : to->room;
+  for (int32_t g = 0; g < groups; g++) {
+    if (type == SHOAL_Q4)
+      expand_group(to->room + g * SHOAL_GROUP * SHOAL_PANEL, (const uint8_t *)data + g * SHOAL_GROUP / 2 * SHOAL_PANEL,
+                   vdupq_n_s8(mins ? 0 : 8));
+    v_store(to->scales + g * SHOAL_PANEL, v_load_f16(scales + g * SHOAL_PANEL));
+    if (mins) v_store(to->mins + g * SHOAL_PANEL, v_load_f16(mins + g * SHOAL_PANEL));
+  }
+}

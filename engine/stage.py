@@ -127,6 +127,8 @@ class Stage:
             for sequence in list(self._sequences):
                 self.close_sequence(sequence)
             self._executor.close()
+            # Weights and pages go now, not once nobody holds this object: the next stage needs the room.
+            del self._executor, self._linked, self._pool
 
     def run(self, batch: Sequence[Run]) -> list[Result]:
         """Runs a batch of rows of distinct sequences; the results stand in the batch's order.

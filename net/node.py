@@ -7,6 +7,7 @@ protocol is told so, loses its connection, and disturbs nobody else.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ from .probe import measure_peer
 from .work import StageLike, StageWork
 
 MAX_CONNECTIONS = 64
+MAX_STEP_CONNECTIONS = 16
 MAX_TASKS = 16
 PATIENCE_SECONDS = 2.0
 _NO_WORK = Work(0, 0, 0.0)
@@ -88,7 +90,11 @@ class Node:
         self._head: Link | None = None
         self._place = trio.Semaphore(1)
         self._assignment: _Assignment | None = None
+        self._last: _Assignment | None = None
+        """The assignment that was begun last; it may be ending."""
         self._connections = trio.CapacityLimiter(MAX_CONNECTIONS)
+        self._steps: set[trio.CancelScope] = set()
+        """Connections that bring rows: they end with the head for whom they came."""
 
     async def serve(
         self,
@@ -108,9 +114,14 @@ class Node:
                 self._parts.log(str(error))
                 if is_peers_fault(error):
                     await link.refuse(error)
+            except Exception as error:  # a mistake of ours: this connection's end, not the node's
+                self._parts.log("".join(traceback.format_exception(error)).rstrip())
+                await link.refuse(NetError(f"{self._parts.identity.name} failed: {error!r}"))
             finally:
                 if self._head is link:
                     self._head = None
+                    for scope in self._steps:
+                        scope.cancel()
                     self._place.release()
 
     async def _serve(self, link: Link) -> None:
@@ -153,20 +164,21 @@ class Node:
                 while True:
                     self._follow(link, await _heard(link, self._parts.timing.overdue), tasks)
         finally:
-            self._assignment = None
+            self._assignment = self._last = None
 
     def _follow(self, link: Link, message: Message, tasks: trio.Nursery) -> None:
         match message:
             case Ping(nonce):
                 _post(link, Pong(nonce))
             case Assign() | Release():
-                before, self._assignment = self._assignment, None
-                if before is not None:
-                    before.stop()
+                if self._assignment is not None:
+                    self._assignment.stop()
+                self._assignment = None
                 if isinstance(message, Assign):
                     _check_assign(message, self._parts.units)
                     self._assignment = _Assignment(self._parts, link, message)
-                    tasks.start_soon(self._assignment.run, before)
+                    tasks.start_soon(self._assignment.run, self._last)
+                    self._last = self._assignment
             case Measure(peer):
                 if len(tasks.child_tasks) >= MAX_TASKS:
                     raise RemoteProtocolError(f"{link.peer} wants too many things at once")
@@ -178,12 +190,24 @@ class Node:
                 raise AssertionError(f"the wire lets no {type(message).__name__} through")
 
     async def _serve_steps(self, link: Link) -> None:
-        """Puts what a previous stage sends into the inbox of its epoch; what has no inbox is dropped."""
-        while True:
-            message = await link.receive()
-            assert isinstance(message, Open | Close | Step)
-            if self._assignment is not None:
-                await self._assignment.put(message)
+        """Puts what a previous stage sends into the inbox of its epoch; what has no inbox is dropped.
+
+        Only while there is a head, and from few: those who are quiet must not take the places of others."""
+        name = self._parts.identity.name
+        if self._head is None:
+            raise NetError(f"{name} is not part of a chain: it has no head")
+        if len(self._steps) >= MAX_STEP_CONNECTIONS:
+            raise NetError(f"{name} has {MAX_STEP_CONNECTIONS} connections that bring rows: end some")
+        with trio.CancelScope() as scope:
+            self._steps.add(scope)
+            try:
+                while True:
+                    message = await link.receive()
+                    assert isinstance(message, Open | Close | Step)
+                    if self._assignment is not None:
+                        await self._assignment.put(message)
+            finally:
+                self._steps.discard(scope)
 
     async def _serve_probe(self, link: Link) -> None:
         while True:
@@ -244,7 +268,7 @@ class _Assignment:
         assign, start = self._assign, trio.current_time()
         try:
             stage = await self._parts.hop(lambda: self._parts.open_stage(assign.first, assign.last))
-        except ShoalError as error:
+        except (ShoalError, MemoryError) as error:
             await self._head.send(Broken(assign.epoch, *to_wire(error), None))
             return
         try:

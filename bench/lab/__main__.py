@@ -32,8 +32,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--context", type=int, default=CONTEXT, help=f"positions (default {CONTEXT})")
     args = parser.parse_args(arguments)
     path, rows = resolve(args.model), list[Row]()
-    with Lab.open(read_spec(args.lab), path, context=args.context) as lab:
-        streams = [int(count) for count in args.streams.split(",")]
+    streams = [int(count) for count in args.streams.split(",")]
+    with Lab.open(read_spec(args.lab), path, context=args.context * max(streams)) as lab:
         for row in compare(lab, Model.open(path), streams, args.repeats, args.context):
             rows.append(row)
             print(

@@ -22,7 +22,7 @@ from shoal.engine.errors import ShoalError
 from shoal.engine.shards import Model
 from shoal.engine.stage import StageOptions
 from shoal.planning import MB, planner_model
-from shoal.processes import NodeSpec, RunningNode, end, fresh_node_bytes, start
+from shoal.processes import NodeSpec, RunningNode, bare_node_bytes, end, start
 
 from . import ground
 from .air import Air, Place, change
@@ -203,13 +203,13 @@ class Lab:
 
 
 def caps_mb(spec: LabSpec, path: Path, context: int) -> list[int | None]:
-    """Each device's cap in MB: as given, or for so many layers with their state beside a bare node. An
-    embedding or a head takes the room of layers."""
+    """Each device's cap in MB: as given, or for so many layers with their state beside a bare node and the
+    model's largest table, so that any of them can be at either end."""
     model = Model.open(path)
     rows = planner_model(model, StageOptions())
     layer = rows.units[1]
     held = layer.bytes + layer.kv_bytes_per_token * -(-context // rows.kv_page_tokens) * rows.kv_page_tokens
-    bare = fresh_node_bytes() + layer.workspace_bytes
+    bare = bare_node_bytes(path) + layer.workspace_bytes + max(rows.units[0].bytes, rows.units[-1].bytes)
     return [
         d.cap_mb if d.cap_layers is None else -(-(bare + d.cap_layers * held) // MB) for d in spec.devices
     ]

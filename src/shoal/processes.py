@@ -41,10 +41,11 @@ class RunningNode:
     address: tuple[str, int]
 
 
-def fresh_node_bytes() -> int:
-    """Bytes of RAM that a node's process takes on this machine before it has opened a model."""
-    program = "from shoal.commands.node import resident_bytes; print(resident_bytes())"
-    return int(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True).stdout)
+def bare_node_bytes(model: Path) -> int:
+    """Bytes of RAM that a node's process takes on this machine while it holds no unit of the model."""
+    program = "import sys; from shoal.commands.node import bare_bytes; print(bare_bytes(sys.argv[1]))"
+    command = [sys.executable, "-c", program, str(model)]
+    return int(subprocess.run(command, check=True, capture_output=True).stdout)
 
 
 @contextmanager

@@ -1,9 +1,11 @@
 """A node and peers that misbehave: it says why it hangs up, frees what they held, and serves the others."""
 
 import random
+import re
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -36,6 +38,7 @@ from shoal.net.messages import (
     Stats,
     Step,
 )
+from shoal.net.node import MAX_STEP_CONNECTIONS
 from shoal.net.placement import plan_at
 from shoal.net.wire import Connection
 
@@ -381,6 +384,87 @@ def test_fuzz_whatever_comes_after_a_greeting_the_node_lives(lab: ModuleType, pu
                 await stream.aclose()
                 await trio.testing.wait_all_tasks_blocked()
             assert any("it sent" in line or "is not" in line for line in net.nodes[7001].log)
+            async with net.head(plan=plan_at((0, 6))) as head:
+                assert await lab.collect(head, [1], 3) == lab.oracle([1], 3)
+
+    lab.run(main)
+
+
+def test_the_stage_that_was_released_is_closed_when_the_next_one_opens(lab: ModuleType) -> None:
+    opened_with: list[int] = []
+
+    async def main() -> None:
+        async with lab.network() as net:
+            net.add("a", hop=lab.slow_hop(0.5))
+            node = net.nodes[7001]
+            parts = node.node._parts
+
+            def open_stage(first: int, last: int) -> Any:
+                opened_with.append(sum(not stage.closed for stage in node.stages))
+                return parts.open_stage(first, last)
+
+            node.node._parts = replace(parts, open_stage=open_stage)
+            async with (
+                connected(lab, net, 7001, "control") as control,
+                connected(lab, net, 7001, "step") as steps,
+            ):
+                await control.send(Assign(EPOCH, 0, 6, None, 4))
+                await control.expect(Loaded)
+                await steps.send(opened(1))
+                await steps.send(rows(1, 0, 5))
+                await trio.sleep(0.1)
+                await control.send(Release(Epoch(5, 2)))
+                await control.send(Assign(Epoch(5, 3), 0, 6, None, 4))
+                while (await control.expect(Loaded)).epoch != Epoch(5, 3):
+                    pass
+
+    lab.run(main)
+    assert opened_with == [0, 0]
+
+
+def test_rows_are_taken_only_while_there_is_a_head(lab: ModuleType) -> None:
+    async def main() -> None:
+        async with lab.network() as net:
+            net.add("a")
+            async with connected(lab, net, 7001, "step") as link:
+                with pytest.raises(NetError, match="a is not part of a chain"):
+                    await link.receive()
+            async with connected(lab, net, 7001, "control") as control, AsyncExitStack() as stack:
+                quiet = [
+                    await stack.enter_async_context(connected(lab, net, 7001, "step"))
+                    for _ in range(MAX_STEP_CONNECTIONS)
+                ]
+                async with connected(lab, net, 7001, "step") as one_more:
+                    with pytest.raises(NetError, match="connections that bring rows"):
+                        await one_more.receive()
+                await control.send(Ping(1))
+                assert await control.expect(Pong) == Pong(1)
+                await trio.aclose_forcefully(control._stream)
+                for link in quiet:
+                    with pytest.raises(NodeLostError, match="it closed the connection"):
+                        await link.receive()
+            async with net.head(plan=plan_at((0, 6))) as head:
+                assert await lab.collect(head, [1], 3) == lab.oracle([1], 3)
+
+    lab.run(main)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no such thing"), KeyError("x"), MemoryError("no 44 MB")])
+def test_a_mistake_of_ours_ends_one_connection_and_not_the_node(lab: ModuleType, error: Exception) -> None:
+    async def main() -> None:
+        async with lab.network() as net:
+            net.add("a")
+            node = net.nodes[7001].node
+            parts = node._parts
+
+            def broken(first: int, last: int) -> Any:
+                raise error
+
+            node._parts = replace(parts, open_stage=broken)
+            with pytest.raises(NetError, match=re.escape(str(error))):
+                async with net.head(plan=plan_at((0, 6))):
+                    pass
+            node._parts = parts
             async with net.head(plan=plan_at((0, 6))) as head:
                 assert await lab.collect(head, [1], 3) == lab.oracle([1], 3)
 

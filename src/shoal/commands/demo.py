@@ -24,7 +24,7 @@ from ..engine.tokenizer import Tokenizer
 from ..net.coordinator import Head
 from ..net.identity import shape_of
 from ..planning import MB, planner_model
-from ..processes import NodeSpec, RunningNode, fresh_node_bytes, nodes
+from ..processes import NodeSpec, RunningNode, bare_node_bytes, nodes
 from .pull import pull
 from .run import show
 
@@ -107,7 +107,7 @@ def _specs(model: Model) -> list[NodeSpec]:
     layer, table = rows.units[1], max(rows.units[0].bytes, rows.units[-1].bytes)
     layers = len(rows.units) - 2
     held = layer.bytes + layer.kv_bytes_per_token * CONTEXT
-    fixed = fresh_node_bytes() + layer.workspace_bytes + table
+    fixed = bare_node_bytes(model.path) + layer.workspace_bytes + table
     return [
         NodeSpec(name, ram_mb=-(-int(fixed + share * layers * held) // MB), slow=slow)
         for name, slow, share in DEVICES

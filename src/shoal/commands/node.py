@@ -161,6 +161,12 @@ class StageOpener:
         return Stage(model, first, last, replace(self._options, kv_bytes=left))
 
 
+def bare_bytes(path: str) -> int:
+    """Bytes of RAM that this process holds once it has measured itself with a model, as a node does."""
+    measure(Model.open(path), StageOptions(resident=True), seconds=0.1, room=0)
+    return resident_bytes()
+
+
 def resident_bytes() -> int:
     """Bytes of RAM that this process holds; 0 where the system does not say."""
     try:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from .kv import page_elements
 from .layout import GROUP, PAGE, PANEL, round_up
-from .program import Embed, Matmul, Op, Program, Unit, Weight
+from .program import Attend, Embed, Matmul, Op, Program, Unit, Weight
 from .shards import Model
 
 _F16, _F32, _F64 = 2, 4, 8
@@ -27,6 +27,8 @@ class UnitCost:
     """Weight bytes read to decode one row."""
     macs: int
     """Multiply-accumulates of the matmuls, per row."""
+    attend_macs: int
+    """Multiply-accumulates of attention, per row and position of the state it looks at."""
     kv_bytes_per_token: int
     fixed_state_bytes: int
     cut_bytes: int
@@ -53,6 +55,7 @@ def unit_cost(model: Model, u: int) -> UnitCost:
         bytes=sum(weight_bytes(w) for w in unit.weights),
         read_bytes=sum(op_read_bytes(op, unit) for op in unit.ops),
         macs=sum(op_macs(op, unit) for op in unit.ops),
+        attend_macs=sum(op_attend_macs(op, unit) for op in unit.ops),
         kv_bytes_per_token=sum(page_elements(s) * element // PAGE for s in unit.states),
         fixed_state_bytes=0,
         cut_bytes=4 if last else sum(program.buffer(name).cols * _F32 for name in program.cut),
@@ -86,6 +89,14 @@ def op_read_bytes(op: Op, unit: Unit) -> int:
 def op_macs(op: Op, unit: Unit) -> int:
     """Multiply-accumulates of a matmul per row; 0 for other ops."""
     return sum(w.rows * w.cols for w in op_weights(op, unit)) if isinstance(op, Matmul) else 0
+
+
+def op_attend_macs(op: Op, unit: Unit) -> int:
+    """Multiply-accumulates of attention per row and position: one with the key, one with the value, in every
+    query head. 0 for other ops."""
+    if not isinstance(op, Attend):
+        return 0
+    return 2 * op.heads * next(state.head_dim for state in unit.states if state.name == op.state)
 
 
 def constant_bytes(program: Program) -> int:

@@ -1,13 +1,15 @@
 """Measures this device with the real kernels on the model's own layers: what the planner is told is what
 runs.
 
-A one-row batch gives bytes/s (decode reads every weight once), a batch of many rows gives MAC/s (prefill),
-and a stage that only looks up an embedding gives what a step costs before any layer."""
+One row gives bytes/s (decode reads every weight once), several row counts give MAC/s, a filled state gives
+what attention adds, a stage that only looks up an embedding gives what a step costs before any layer, and a
+nap before each step what it costs after one: clocks fall, caches empty, threads sleep."""
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,20 +21,35 @@ from .shards import Model
 from .stage import Stage, StageOptions
 
 _BYTES = 64_000_000  # of layers, so that weights do not stay in a cache between steps
-_PREFILL_ROWS = 64
+_FEW = 2  # layers where computing counts, not reading
+READING_ROWS = (1, 2, 4, 8)
+COMPUTING_ROWS = (16, 64, 256)
+DEPTH = 512  # positions of state beside which attention is measured
+NAP_SECONDS = 0.004  # as long as a hop over Wi-Fi; from 1 ms to 16 ms on it costs about the same
+SAME = 1.03  # a thread more must gain this much
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A device as measured: bytes/s of weights at one row, MAC/s at many, seconds per step outside the
-    layers."""
+    """A device as measured. Rates are in bytes/s and MAC/s, times in seconds."""
 
     backend: str
     exact: bool
     threads: int
     read_bytes_per_s: float
+    """Weights of one row."""
     macs_per_s: float
+    """Matmuls of many rows."""
+    row_rates: tuple[tuple[int, float], ...]
+    """(rows of a call, MAC/s of its matmuls), ascending."""
+    attend_macs_per_s: float
+    """Attention of one row."""
+    prefill_attend_macs_per_s: float
+    """Attention of many rows."""
     step_overhead_s: float
+    """A step outside its layers."""
+    idle_overhead_s: float
+    """What a step takes more after a nap."""
     ram_total: int
     ram_free: int
 
@@ -40,52 +57,143 @@ class Measured:
 def measure(
     model: Model, options: StageOptions = StageOptions(), *, seconds: float = 0.5, room: int = _BYTES
 ) -> Measured:
-    """Measures with the layers that are on this device; takes about `seconds` after loading them. Their
-    weights take at most `room` bytes, as far as one layer does.
+    """Measures with the layers that are on this device; takes about `seconds` after loading them, more where
+    a few steps last longer. Their weights take at most `room` bytes, as far as one layer does.
 
     ValueError: the model has no layers.
     """
-    layers = [u for u in range(len(model.program.units)) if model.program.units[u].states]
-    if not layers:
-        raise ValueError("the model has no layers to measure with")
-    first = layers[0]
-    count = max(1, min(len(layers), min(room, _BYTES) // unit_cost(model, first).bytes))
-    rows = min(_PREFILL_ROWS, options.max_rows)
+    first, count = _layers(model, room)
+    few = min(_FEW, count)
+    share = seconds / (len(READING_ROWS) + len(COMPUTING_ROWS) + 8)
     with Stage(model, 0, 1, replace(options, resident=False)) as none:  # one row of a table: never all of it
-        overhead = _step_seconds(none, 1, seconds / 4)
+        overhead = _step_seconds(none, 1, 2 * share)
     with Stage(model, first, first + count, options) as many:
-        many_s = _step_seconds(many, 1, seconds / 2)
-        prefill_s = _step_seconds(many, rows, seconds / 4)
+        reading = {rows: _step_seconds(many, rows, share) for rows in READING_ROWS if _allowed(many, rows)}
+        idle = _nap_seconds(many, 4 * share)
         backend, exact = many.backend, many.exact
-    costs = [unit_cost(model, u) for u in range(first, first + count)]
-    read, macs = sum(c.read_bytes for c in costs), sum(c.macs for c in costs)
-    overhead = min(overhead, many_s / 2)  # of a model so small that the layers cost nothing beside it
+    with Stage(model, first, first + few, options) as small:
+        computing = {
+            rows: _step_seconds(small, rows, share) for rows in COMPUTING_ROWS if _allowed(small, rows)
+        }
+        decode, prefill = _attend_rates(small, 2 * share)
+    overhead = min(overhead, reading[1] / 2)  # of a model so small that the layers cost nothing beside it
+    rates = []
+    for times, layers in ((reading, count), (computing, few)):
+        macs = sum(unit_cost(model, u).macs for u in range(first, first + layers))
+        rates += [(rows, macs * rows / max(t - overhead, t / 2)) for rows, t in times.items()]
     total, free = ram()
     return Measured(
         backend=backend,
         exact=exact,
         threads=options.threads,
-        read_bytes_per_s=read / (many_s - overhead),
-        macs_per_s=macs * rows / max(prefill_s - overhead, prefill_s / 2),
+        read_bytes_per_s=_read_bytes(model, first, count) / (reading[1] - overhead),
+        macs_per_s=rates[-1][1],
+        row_rates=tuple(rates),
+        attend_macs_per_s=decode or rates[-1][1],
+        prefill_attend_macs_per_s=prefill or rates[-1][1],
         step_overhead_s=overhead,
+        idle_overhead_s=idle,
         ram_total=total,
         ram_free=free,
     )
 
 
-def _step_seconds(stage: Stage, rows: int, seconds: float) -> float:
+def best_threads(
+    model: Model, options: StageOptions, most: int, *, seconds: float = 0.2
+) -> tuple[int, dict[int, float]]:
+    """The thread count that decodes fastest among 1, 2, 4 … and `most` (the fewest of those that are as
+    fast), and the bytes/s of each tried. All cores are often slower than the big ones.
+
+    ValueError: the model has no layers.
+    """
+    first, count = _layers(model)
+    found: dict[int, float] = {}
+    best, threads = 1, 1
+    while threads <= most:
+        with Stage(model, first, first + count, replace(options, threads=threads)) as stage:
+            found[threads] = _read_bytes(model, first, count) / _step_seconds(stage, 1, seconds)
+        if found[threads] > found[best] * SAME:
+            best = threads
+        threads = most if threads < most < 2 * threads else 2 * threads
+    return best, found
+
+
+def _layers(model: Model, room: int = _BYTES) -> tuple[int, int]:
+    """The first layer, and how many from there on to measure with."""
+    layers = [u for u in range(len(model.program.units)) if model.program.units[u].states]
+    if not layers:
+        raise ValueError("the model has no layers to measure with")
+    return layers[0], max(1, min(len(layers), min(room, _BYTES) // unit_cost(model, layers[0]).bytes))
+
+
+def _read_bytes(model: Model, first: int, count: int) -> int:
+    return sum(unit_cost(model, u).read_bytes for u in range(first, first + count))
+
+
+def _allowed(stage: Stage, rows: int) -> bool:
+    return rows <= min(stage.options.max_rows, stage.model.config.context)
+
+
+class _Steps:
+    """Steps of `rows` rows of one sequence that holds `depth` positions before them."""
+
+    def __init__(self, stage: Stage, rows: int, depth: int = 0) -> None:
+        width = stage.model.program.buffer(stage.model.program.cut[0]).cols
+        random = np.random.default_rng(0)
+        self._stage = stage
+        stage.open(0, Sampling(), depth + rows)
+        at = 0
+        while at <= depth:  # the last one warms up
+            count = rows if at == depth else min(depth - at, stage.options.max_rows)
+            hidden = random.standard_normal((count, width)).astype(np.float32)
+            run = Run(0, at, [0] * count, Want.NOTHING, None if stage.first == 0 else hidden)
+            stage.run([run])
+            at += count
+        self._run = run
+
+    def __enter__(self) -> Callable[[], float]:
+        return self._seconds
+
+    def __exit__(self, *_: object) -> None:
+        self._stage.close_sequence(0)
+
+    def _seconds(self) -> float:
+        start = time.perf_counter()
+        self._stage.run([self._run])
+        return time.perf_counter() - start
+
+
+def _step_seconds(stage: Stage, rows: int, seconds: float, depth: int = 0) -> float:
     """Median time of a step of `rows` rows, over about `seconds` and at least 5 steps, after one to warm
     up."""
-    width = stage.model.program.buffer(stage.model.program.cut[0]).cols
-    hidden = np.random.default_rng(0).standard_normal((rows, width)).astype(np.float32)
-    run = Run(0, 0, [0] * rows, Want.NOTHING, None if stage.first == 0 else hidden)
-    stage.open(0, Sampling(), max(rows, 1))
     times: list[float] = []
-    stage.run([run])
-    until = time.perf_counter() + seconds
-    while len(times) < 5 or time.perf_counter() < until:
-        start = time.perf_counter()
-        stage.run([run])
-        times.append(time.perf_counter() - start)
-    stage.close_sequence(0)
+    with _Steps(stage, rows, depth) as step:
+        until = time.perf_counter() + seconds
+        while len(times) < 5 or time.perf_counter() < until:
+            times.append(step())
     return statistics.median(times)
+
+
+def _nap_seconds(stage: Stage, seconds: float) -> float:
+    """Median of what a one-row step takes more after a nap than right after another step. In pairs, so that
+    what changes slowly (heat, neighbours) is in both."""
+    more: list[float] = []
+    with _Steps(stage, 1) as step:
+        until = time.perf_counter() + seconds
+        while len(more) < 5 or time.perf_counter() < until:
+            time.sleep(NAP_SECONDS)
+            more.append(step() - step())
+    return max(0.0, statistics.median(more))
+
+
+def _attend_rates(stage: Stage, seconds: float) -> tuple[float, float]:
+    """MAC/s of attention over DEPTH positions (or what the context has), of one row and of many: from what
+    a step takes more with a filled state than with an empty one. 0 where that is lost in noise."""
+    rows = min(COMPUTING_ROWS[1], stage.options.max_rows, stage.model.config.context // 2)
+    depth = min(DEPTH, stage.model.config.context - rows)
+    macs = sum(unit_cost(stage.model, u).attend_macs for u in range(stage.first, stage.last))
+    found = []
+    for count in (1, rows):
+        more = _step_seconds(stage, count, seconds, depth) - _step_seconds(stage, count, seconds)
+        found.append(macs * count * depth / more if more > 0 else 0.0)
+    return found[0], found[1]

@@ -6,23 +6,30 @@ MILP is really solved, so that a phone can plan with the standard library alone.
     check     single values
     rows      the questions: units, devices, links, workload; and the answers: plan, or infeasible
     cost      every formula, once
-    tables    the formulas evaluated for one problem, and the searches' common step
+    constraints  what a plan must keep to beside caps; the assignment that runs
+    goal      what a plan makes least: one formula per objective
+    tables    one problem's times and room, and the searches' common step; tabulate fills them
     dp        exact for a fixed order of devices
     orders    exact over all orders of a few devices; a good order of many
     milp      exact over orders and layer counts with PuLP
-    solve     plan(): picks the method and fills the answer; evaluate() does so for stages made by hand
+    solve     plan(): picks the method
+    evaluate  the figures of given stages; copies says which layers spare RAM can hold twice
     explain   why each device is in or out, and what is missing, in words
     profile   measured rows as JSON, and the devices and links made of them
+    refresh   rows that follow what is measured while they run
     report    a plan as text and as JSON
 """
 
 if not __name__.startswith("shoal."):
     raise ImportError(f"import this package as shoal.planner, not as {__name__}")
 
+from .constraints import Constraints, Running
+from .evaluate import evaluate
 from .milp import SolverMissing
 from .profile import DeviceProfile, LinkProfile, Profile, cluster_from, device_row, link_row
 from .profile import dumps as dump_profile
 from .profile import loads as load_profile
+from .refresh import refreshed, refreshed_link
 from .report import Measured, render, render_infeasible, to_json
 from .rows import (
     Alone,
@@ -37,11 +44,12 @@ from .rows import (
     Unit,
     Workload,
 )
-from .solve import evaluate, plan
+from .solve import plan
 
 __all__ = [
     "Alone",
     "Cluster",
+    "Constraints",
     "Device",
     "DeviceProfile",
     "Infeasible",
@@ -52,6 +60,7 @@ __all__ = [
     "Plan",
     "Profile",
     "Reason",
+    "Running",
     "SolverMissing",
     "Stage",
     "Unit",
@@ -63,6 +72,8 @@ __all__ = [
     "link_row",
     "load_profile",
     "plan",
+    "refreshed",
+    "refreshed_link",
     "render",
     "render_infeasible",
     "to_json",

@@ -26,3 +26,14 @@ def check_name(what: str, value: object) -> None:
     """A string that is not empty."""
     if not isinstance(value, str) or not value:
         raise ValueError(f"{what} needs a name that is not empty, not {value!r}")
+
+
+def check_row_rates(owner: str, rates: object) -> None:
+    """A tuple of (rows of a call, MAC/s) pairs, rows ascending."""
+    if not isinstance(rates, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in rates):
+        raise ValueError(f"{owner}: row_rates must be a tuple of (rows, MAC/s) pairs, not {rates!r}")
+    before = 0
+    for rows, rate in rates:
+        check_whole(f"{owner}: rows of row_rates", rows, before + 1)
+        check_real(f"{owner}: MAC/s at {rows} rows", rate, above=0)
+        before = rows

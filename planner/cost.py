@@ -1,22 +1,63 @@
 """Every formula of the cost model, once: the searches, the reports and the answers all read these functions.
 
-A unit takes the longer of reading (its weights and its state) and computing; a stage is its units plus a
-fixed overhead a step; a hop is a latency plus bytes over a rate. RAM is weights, state, workspace and the
-process itself. Sums over units are plain, so a stage's decode time is additive in its units: the searches
-rely on that, and on a longer range never taking less RAM or time than a range inside it.
+A unit takes the longer of reading its weights and computing, and then attention takes the longer of reading
+the state and computing; a stage is its units plus a fixed overhead a step; a hop is a latency plus bytes over
+a rate. RAM is weights, state, workspace and the process itself. Sums over units are plain, so a stage's time
+is additive in its units: the searches rely on that, and on a longer range never taking less RAM or time than
+a range inside it. docs/planner.md has the formulas with their reasons.
 """
 
 import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+from .constraints import Running
 from .rows import TOKEN_BYTES, Cluster, Device, Link, Model, Objective, Stage, Unit, Workload
 
 
-def unit_decode_seconds(unit: Unit, device: Device, workload: Workload) -> float:
-    """One row of one sequence through one unit."""
-    read = unit.read_bytes + state_bytes_read(unit, workload.decode_depth)
-    return max(read / device.read_bytes_per_s, unit.macs / device.macs_per_s)
+def work_seconds(device: Device, rows: int, macs: int) -> float:
+    """The matmuls of a call of `rows` rows, `macs` a row: between measured row counts along a line, below the
+    least and beyond the largest at their rates."""
+    rates = device.row_rates
+    if not rates:
+        return rows * macs / device.macs_per_s
+    low, rate = rates[0]
+    if rows <= low:
+        return rows * macs / rate
+    for high, faster in rates[1:]:
+        if rows <= high:
+            at_low, at_high = low / rate, high / faster
+            return macs * (at_low + (at_high - at_low) * (rows - low) / (high - low))
+        low, rate = high, faster
+    return rows * macs / rate
+
+
+def unit_decode_seconds(unit: Unit, device: Device, workload: Workload, batch: int = 1) -> float:
+    """One row of each of `batch` sequences through one unit, in one call: weights are read once (of a table,
+    a row each), state once a sequence."""
+    read = min(unit.bytes, batch * unit.read_bytes)
+    matmuls = max(read / device.read_bytes_per_s, work_seconds(device, batch, unit.macs))
+    depth = workload.decode_depth
+    attention = max(
+        state_bytes_read(unit, depth) / device.read_bytes_per_s,
+        depth * unit.attend_macs / device.attend_macs_per_s,
+    )
+    return matmuls + batch * attention
+
+
+def unit_prefill_seconds(unit: Unit, device: Device, rows: int, position: int) -> float:
+    """One chunk of `rows` prompt rows from `position` on through one unit.
+
+    It reads each weight once (a table: one row a token) and the state up to its end; a row attends to what is
+    before it.
+    """
+    read = min(unit.bytes, rows * unit.read_bytes)
+    matmuls = max(read / device.read_bytes_per_s, work_seconds(device, rows, unit.macs))
+    attention = max(
+        state_bytes_read(unit, position + rows) / device.read_bytes_per_s,
+        rows * (position + (rows + 1) / 2) * unit.attend_macs / device.prefill_attend_macs_per_s,
+    )
+    return matmuls + attention
 
 
 def state_bytes_read(unit: Unit, depth: int) -> int:
@@ -24,30 +65,51 @@ def state_bytes_read(unit: Unit, depth: int) -> int:
     return unit.kv_bytes_per_token * depth + unit.fixed_state_bytes
 
 
-def stage_decode_seconds(model: Model, device: Device, workload: Workload, first: int, last: int) -> float:
-    """One decode step of one row through units [first, last)."""
-    return device.step_overhead_s + sum(
-        unit_decode_seconds(unit, device, workload) for unit in model.units[first:last]
+def stage_decode_seconds(
+    model: Model,
+    device: Device,
+    workload: Workload,
+    first: int,
+    last: int,
+    *,
+    batch: int = 1,
+    idle: bool = False,
+) -> float:
+    """One decode step of a row of each of `batch` sequences through units [first, last); `idle`: after a
+    pause."""
+    overhead = device.step_overhead_s + (device.idle_overhead_s if idle else 0.0)
+    return overhead + sum(
+        unit_decode_seconds(unit, device, workload, batch) for unit in model.units[first:last]
     )
+
+
+def stages_pause(objective: Objective, workload: Workload) -> bool:
+    """Whether stages wait between calls: with one stream each does while the others have their turn."""
+    return objective != "throughput" or workload.streams == 1
 
 
 def stage_prefill_seconds(
     model: Model, device: Device, first: int, last: int, rows: int, position: int, wanted: int
 ) -> float:
-    """One chunk of `rows` prompt rows from `position` on through units [first, last).
-
-    A chunk reads each weight once (a table: one row a token) and the state up to its end. The model's last
-    unit runs only on the `wanted` rows whose logits somebody wants.
-    """
+    """One chunk of `rows` prompt rows from `position` on through units [first, last). The model's last unit
+    runs only on the `wanted` rows whose logits somebody wants."""
     seconds = device.step_overhead_s
     for index in range(first, last):
-        unit = model.units[index]
         run = rows if index < len(model.units) - 1 else wanted
-        if run == 0:
-            continue
-        read = min(unit.bytes, run * unit.read_bytes) + state_bytes_read(unit, position + rows)
-        seconds += max(read / device.read_bytes_per_s, run * unit.macs / device.macs_per_s)
+        if run:
+            seconds += unit_prefill_seconds(model.units[index], device, run, position)
     return seconds
+
+
+def stage_joules(model: Model, device: Device, workload: Workload, first: int, last: int) -> float:
+    """Energy of one decode step of one row through units [first, last), as far as the device reports it."""
+    return device.joules_per_step + sum(unit_joules(u, device, workload) for u in model.units[first:last])
+
+
+def unit_joules(unit: Unit, device: Device, workload: Workload) -> float:
+    """One decoded row's part in one unit, without the step's own."""
+    read = unit.read_bytes + state_bytes_read(unit, workload.decode_depth)
+    return read * device.joules_per_byte
 
 
 def sequence_state_bytes(model: Model, unit: Unit, context: int) -> int:
@@ -109,14 +171,31 @@ def chain_hops(model: Model, cluster: Cluster, stages: Sequence[Stage]) -> list[
     return hops
 
 
-def step_seconds(
-    stages: Sequence[float], hops: Sequence[float], busy: Sequence[float], objective: Objective, streams: int
-) -> float:
-    """Seconds a token. Latency: one round of one stream, every stage and hop. Throughput of `streams` in
-    flight: their share of a round, or the slowest place if that is more, since each stream has one token on
-    its way and one place (a stage, a link) takes one message at a time."""
-    around = math.fsum(stages) + math.fsum(hops)
-    return around if objective == "latency" else max(around / streams, *stages, *busy)
+def move_seconds(model: Model, cluster: Cluster, running: Running, name: str) -> list[float]:
+    """How long each unit takes to get from where it runs to a device."""
+    keeps = running.keeps.get(name, frozenset())
+    there = {device.name for device in cluster.devices}
+    seconds = []
+    for index, unit in enumerate(model.units):
+        holder = running.holder(index)
+        if holder == name:
+            seconds.append(0.0)
+            continue
+        weights = 0 if index in keeps else unit.bytes
+        state = running.positions * unit.kv_bytes_per_token
+        link = cluster.link(holder, name) if holder in there and holder is not None else None
+        if link is None:
+            link, state = _way_in(cluster, name), 0
+        # Without any way in no chain leads through the device either.
+        seconds.append(hop_seconds(link, weights + state) if link and weights + state else 0.0)
+    return seconds
+
+
+def _way_in(cluster: Cluster, name: str) -> Link | None:
+    """The link from the head, or else the quickest that leads there."""
+    link = cluster.link(cluster.head, name)
+    others = (link for (_, target), link in cluster.links.items() if target == name)
+    return link or max(others, key=lambda link: link.bytes_per_s, default=None)
 
 
 def per_second(seconds: float) -> float:
@@ -124,19 +203,24 @@ def per_second(seconds: float) -> float:
     return 1.0 / seconds if seconds else math.inf
 
 
+def chunks(workload: Workload) -> list[tuple[int, int]]:
+    """(first position, rows) of the prompt's chunks."""
+    size, end = workload.chunk_tokens, workload.prompt_tokens
+    return [(position, min(size, end - position)) for position in range(0, end, size)]
+
+
 def first_token_seconds(model: Model, cluster: Cluster, workload: Workload, stages: Sequence[Stage]) -> float:
     """From the prompt's arrival at the head to its first token there, its chunks pipelined along the chain.
 
     A chunk enters a stage when it has arrived and the chunk before has left; a link carries one chunk at a
-    time.
+    time; the first chunk finds every stage after a pause.
     """
     hops = chain_hops(model, cluster, stages)
     devices = [cluster.device(stage.device) for stage in stages]
     place_free = [0.0] * len(stages)
     link_free = [0.0] * len(stages)
     done = 0.0
-    for position in range(0, workload.prompt_tokens, workload.chunk_tokens):
-        rows = min(workload.chunk_tokens, workload.prompt_tokens - position)
+    for position, rows in chunks(workload):
         wanted = int(position + rows == workload.prompt_tokens)
         done = 0.0
         for i, (stage, device) in enumerate(zip(stages, devices, strict=True)):
@@ -146,6 +230,8 @@ def first_token_seconds(model: Model, cluster: Cluster, workload: Workload, stag
             place_free[i] = max(arrived, place_free[i]) + stage_prefill_seconds(
                 model, device, stage.first, stage.last, rows, position, wanted
             )
+            if position == 0:
+                place_free[i] += device.idle_overhead_s
             done = place_free[i]
     back, size = hops[-1]
     return done + hop_seconds(back, size)

@@ -1,17 +1,21 @@
 """The exact plan for a fixed order of devices, each free to be left out. Needs no solver and no third-party
 package.
 
-Two objectives. Latency: the sum of stages and hops, by one pass over (last used device, boundary): the device
-must be in the state because the next hop's cost depends on the pair. Throughput of k streams: the largest of
-round / k, the slowest stage and the busiest link, by searching for the least limit T on stages and links
-whose cheapest round is within k T.
+`cheapest`: the least sum of stages and hops, by one pass over (last used device, boundary): the device must
+be in the state because the next hop's cost depends on the pair. `best_chain`: the least of a goal that also
+looks at the slowest place, by searching for the limit on places under which the cheapest chain is best.
 """
 
+import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-from .rows import Objective
+from .goal import Goal
 from .tables import INF, Tables, TimeTables
+
+SEARCHES = 400  # of one goal, where fees or a prompt's chunks leave no simple bisection
+SAME = 1e-9  # relative: below it nothing is gained
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +26,12 @@ class Chain:
     total: float
 
 
+Search = Callable[[TimeTables], Chain | None]
+
+
 def cheapest(tables: Tables, order: Sequence[int], must: int = -1) -> Chain | None:
-    """The chain of least total cost that visits devices in this order, leaving out any but the one at place
-    `must`.
+    """The chain of least total cost that visits devices in this order, leaving out any but those that are
+    pinned and the one at place `must`.
 
     None: there is none. Time: devices^2 * units, plus what `extend` takes.
     """
@@ -32,17 +39,22 @@ def cheapest(tables: Tables, order: Sequence[int], must: int = -1) -> Chain | No
     ends: list[list[float]] = []
     starts: list[list[int]] = []
     befores: list[list[int]] = []  # [position][b]: the position before, of the cheapest arrival at b
+    musts = [at for at, j in enumerate(order) if at == must or j in tables.pins]
+    if len(tables.pins) > sum(j in tables.pins for j in order):
+        return None
+    nearest = -1  # nothing may pass over one that must be used
     best, best_at = INF, -1
     for at, j in enumerate(order):
-        nearest = must if at > must else 0  # nothing may pass over the one that must be used
         arrive, before = arrivals(tables, j, [(p, order[p], ends[p]) for p in range(max(nearest, 0), at)])
-        if at > must >= 0:
+        if nearest >= 0:
             arrive[0] = INF
         end, start = tables.extend(j, arrive)
         ends.append(end)
         starts.append(start)
         befores.append(before)
-        if at >= must and end[units] + tables.leave[j] < best:
+        if at in musts:
+            nearest = at
+        if (not musts or at >= musts[-1]) and end[units] + tables.leave[j] < best:
             best, best_at = end[units] + tables.leave[j], at
     if best_at < 0:
         return None
@@ -72,56 +84,125 @@ def arrivals(
     return arrive, came
 
 
-def period(tables: TimeTables, chain: Chain, streams: int) -> float:
-    """Seconds a token with that many streams in flight."""
-    places = [tables.stage(*stage) for stage in chain.stages]
-    places += [tables.busy_enter[chain.stages[0][0]], tables.busy_leave[chain.stages[-1][0]]]
-    for (i, _, last), (j, _, _) in zip(chain.stages, chain.stages[1:], strict=False):
-        busy = tables.busy[i][j]
-        assert busy is not None, "a chain only uses links that are there"
-        places.append(busy[last])
-    return max(chain.total / streams, *places)
+def parts(tables: TimeTables, chain: Chain) -> tuple[float, float, float]:
+    """Of a chain: seconds of a round and of its slowest place, and its fees."""
+    stages = chain.stages
+    ends = (stages[0][0], stages[-1][0])
+    round_s = tables.enter[ends[0]] + tables.leave[ends[1]] + sum(tables.stage(*stage) for stage in stages)
+    slowest = max(
+        tables.busy_enter[ends[0]],
+        tables.busy_leave[ends[1]],
+        max(tables.place(*stage) for stage in stages),
+    )
+    for (i, _, last), (j, _, _) in pairwise(stages):
+        hop, busy = tables.hop[i][j], tables.busy[i][j]
+        assert hop is not None and busy is not None, "a chain only uses links that are there"
+        round_s += hop[last]
+        slowest = max(slowest, busy[last])
+    return round_s, slowest, sum(tables.fee(*stage) for stage in stages)
 
 
-def least_period(
-    tables: TimeTables, streams: int, search: Callable[[TimeTables], Chain | None]
-) -> Chain | None:
-    """The chain of least period, given a `search` for the cheapest chain of a problem.
+def value(tables: TimeTables, goal: Goal, chain: Chain) -> float:
+    """What `best_chain` makes least."""
+    return goal.value(*parts(tables, chain))
 
-    Let f(T) be the cheapest round with all stages and links within T: it falls as T grows. The best period is
-    either at the least T with f(T) / k <= T, or f / k just below it. T needs trying only where a stage or
-    link has that time.
-    """
-    free = search(tables)
-    if free is None or period(tables, free, streams) <= free.total / streams:
+
+def best_chain(tables: TimeTables, goal: Goal, search: Search) -> Chain | None:
+    """The best chain for a goal, given a `search` for the cheapest of a problem."""
+    return best_proved(tables, goal, search)[0]
+
+
+def best_proved(tables: TimeTables, goal: Goal, search: Search) -> tuple[Chain | None, bool]:
+    """The best chain, and whether it is proved best as far as `search` is exact: always but for throughput
+    with fees, and for more than SEARCHES steps."""
+    free = search(tables.folded(goal.fee_weight))
+    if free is None or not goal.looks_at_places:
+        return free, True
+    if goal.objective == "throughput" and not tables.fee_step:
+        return _least_period(tables, goal, free, search), True
+    return _branch(tables, goal, free, search)
+
+
+class _Best:
+    """The best chain so far; of equal ones that with the quicker round."""
+
+    def __init__(self, tables: TimeTables, goal: Goal, chain: Chain) -> None:
+        self._tables, self._goal, self.chain = tables, goal, chain
+        self._rank = self._ranked(chain)
+
+    @property
+    def value(self) -> float:
+        return self._rank[0]
+
+    def offer(self, chain: Chain | None) -> None:
+        if chain is not None and self._ranked(chain) < self._rank:
+            self.chain, self._rank = chain, self._ranked(chain)
+
+    def _ranked(self, chain: Chain) -> tuple[float, float]:
+        round_s, slowest, fee = parts(self._tables, chain)
+        return self._goal.value(round_s, slowest, fee), round_s
+
+
+def _least_period(tables: TimeTables, goal: Goal, free: Chain, search: Search) -> Chain:
+    """Let f(T) be the cheapest round with all places within T: it falls as T grows. The best period is either
+    at the least T that is no less than f(T)'s share, or f's share just below it. T needs trying only where a
+    place has that time."""
+    round_s, slowest, _ = parts(tables, free)
+    calls = goal.streams / goal.batch  # in flight
+    if slowest <= round_s / calls:
         return free
-    limits = tables.limits(free.total / streams, period(tables, free, streams))
-    low, high = 0, len(limits) - 1  # the last limit allows `free` itself, whose round / k is below it
-    best = free
+    limits = tables.limits(round_s / calls, slowest)
+    best = _Best(tables, goal, free)
+    low, high = 0, len(limits) - 2  # the last is `free` itself
     while low <= high:
         middle = (low + high) // 2
         chain = search(tables.within(limits[middle]))
-        if chain is not None and _better(tables, streams, chain, best):
-            best = chain
-        if chain is not None and chain.total / streams <= limits[middle]:
+        best.offer(chain)
+        if chain is not None and chain.total / calls <= limits[middle]:
             high = middle - 1
         else:
             low = middle + 1
-    return best
+    return best.chain
 
 
-def _better(tables: TimeTables, streams: int, chain: Chain, other: Chain) -> bool:
-    mine, others = period(tables, chain, streams), period(tables, other, streams)
-    return (mine, chain.total) < (others, other.total)
+def _branch(tables: TimeTables, goal: Goal, free: Chain, search: Search) -> tuple[Chain, bool]:
+    """Branch and bound over the time of the slowest place. Of all chains with it in [low, high] none has a
+    round and fees below the cheapest within `high`, nor a slowest place below `low`."""
+    sums = tables.folded(goal.fee_weight)
+    only_fees = tables.folded(1.0, 0.0) if goal.objective == "throughput" else None
+    best = _Best(tables, goal, free)
+    # A place that takes longer than this alone makes a chain no better than `free`.
+    longest = best.value * goal.batch if goal.objective == "throughput" else parts(tables, free)[1]
+    limits = tables.limits(0.0, longest)
 
+    def bound(low: int, cost: float, fees: float) -> float:
+        if goal.objective == "first_token":
+            return cost + (goal.chunks - 1) * limits[low]
+        return max(cost / goal.streams, limits[low] / goal.batch + fees)
 
-def best_chain(
-    tables: TimeTables, objective: Objective, streams: int, search: Callable[[TimeTables], Chain | None]
-) -> Chain | None:
-    """The best chain for an objective, given a `search` for the cheapest."""
-    return search(tables) if objective == "latency" else least_period(tables, streams, search)
+    def look(at: int) -> tuple[float, float]:
+        """The cheapest cost and fees with places within limits[at]."""
+        chain = search(sums.within(limits[at]))
+        best.offer(chain)
+        least = search(only_fees.within(limits[at])) if only_fees is not None else None
+        best.offer(least)
+        return (INF if chain is None else chain.total), (0.0 if least is None else least.total)
 
-
-def value(tables: TimeTables, objective: Objective, streams: int, chain: Chain) -> float:
-    """The objective's value, seconds a token: what `best_chain` makes least."""
-    return chain.total if objective == "latency" else period(tables, chain, streams)
+    top = (free.total, look(len(limits) - 1)[1]) if only_fees is not None else (free.total, 0.0)
+    queue = [(bound(0, *top), 0, len(limits) - 1, *top)]
+    searches, unproved = 0, INF
+    while queue and searches < SEARCHES:
+        least, low, high, cost, fees = heapq.heappop(queue)
+        if least >= best.value * (1 - SAME):
+            queue = []
+            break
+        if low == high:  # its two sums are least in different chains
+            unproved = min(unproved, least)
+            continue
+        middle = (low + high) // 2
+        left = look(middle)
+        searches += 1
+        if left[0] < INF:
+            heapq.heappush(queue, (bound(low, *left), low, middle, *left))
+        heapq.heappush(queue, (bound(middle + 1, cost, fees), middle + 1, high, cost, fees))
+    return best.chain, not queue and unproved >= best.value * (1 - SAME)

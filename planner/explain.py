@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from . import cost, dp, orders
+from .goal import Goal
 from .rows import Cluster, Model, Plan, Reason, Stage, Workload
 from .tables import TimeTables
 
@@ -25,63 +27,77 @@ def units_text(first: int, last: int, units: int) -> str:
     return " + ".join(parts)
 
 
-def give_reasons(
-    plan: Plan, cluster: Cluster, tables: TimeTables, chain: dp.Chain, devices: Sequence[int]
-) -> tuple[Reason, ...]:
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A search's answer with the problem that it answers."""
+
+    tables: TimeTables
+    goal: Goal
+    chain: dp.Chain
+    how: str
+    optimal: bool
+
+    @property
+    def value(self) -> float:
+        """What the goal makes least."""
+        return dp.value(self.tables, self.goal, self.chain)
+
+
+def give_reasons(plan: Plan, cluster: Cluster, found: Found, devices: Sequence[int]) -> tuple[Reason, ...]:
     """A reason for every device of the cluster, in its order. `devices`: those that the plan could choose
     from."""
-    used = {j for j, _, _ in chain.stages}
+    used = {j for j, _, _ in found.chain.stages}
     reasons = []
     for j, device in enumerate(cluster.devices):
         if j in used:
-            text = _why_in(plan, tables, j, devices)
+            text = _why_in(plan, found, j, devices)
         elif j not in devices:
-            text = "not in the given order"
+            text = "left out by the order or the constraints given"
         else:
-            text = _why_out(plan, cluster, tables, j, chain)
+            text = _why_out(plan, cluster, found, j)
         reasons.append(Reason(device.name, j in used, text))
     return tuple(reasons)
 
 
-def _rate(plan: Plan, tables: TimeTables, chain: dp.Chain) -> str:
-    return f"{cost.per_second(dp.value(tables, plan.objective, plan.streams, chain)):.2f} tokens/s"
+def _instead(plan: Plan, found: Found, chain: dp.Chain) -> str:
+    """What another chain would give, and what the plan gives: the objective's value, prices aside."""
+    round_s, slowest, _ = dp.parts(found.tables, chain)
+    seconds = found.goal.value(round_s, slowest)
+    if plan.objective == "first_token":
+        return f"first token after {seconds * 1e3:.0f} ms instead of {plan.first_token_seconds * 1e3:.0f}"
+    return f"{cost.per_second(seconds):.2f} tokens/s instead of {plan.tokens_per_s:.2f}"
 
 
-def _why_in(plan: Plan, tables: TimeTables, j: int, devices: Sequence[int]) -> str:
+def _why_in(plan: Plan, found: Found, j: int, devices: Sequence[int]) -> str:
     others = [i for i in devices if i != j]
     if not others:
         return "the only device"
-    without, _ = orders.search_orders(
-        tables, others, plan.objective, plan.streams, exact_devices=QUICK_EXACT, trials=0
-    )
+    if j in found.tables.pins:
+        return "its layers are given"
+    without, _ = orders.search_orders(found.tables, others, found.goal, exact_devices=QUICK_EXACT, trials=0)
     if without is None:
         return "needed: without it the model does not fit"
-    return f"without it: {_rate(plan, tables, without)} instead of {plan.tokens_per_s:.2f}"
+    return f"without it: {_instead(plan, found, without)}"
 
 
-def _why_out(plan: Plan, cluster: Cluster, tables: TimeTables, j: int, chain: dp.Chain) -> str:
-    device = cluster.devices[j]
+def _why_out(plan: Plan, cluster: Cluster, found: Found, j: int) -> str:
+    device, tables, goal = cluster.devices[j], found.tables, found.goal
     if all(fit == c for c, fit in enumerate(tables.first_fit[j])):
         return f"its cap of {device.ram_bytes / MB:.1f} MB has no room for any unit"
-    order = [i for i, _, _ in chain.stages]
-    best: dp.Chain | None = None
+    order = [i for i, _, _ in found.chain.stages]
+    trials = []
     for at in range(len(order) + 1):
         trial, place = [*order[:at], j, *order[at:]], at
-        found = dp.best_chain(
+        chain = dp.best_chain(
             tables,
-            plan.objective,
-            plan.streams,
+            goal,
             lambda t, trial=trial, place=place: dp.cheapest(t, trial, place),  # type: ignore[misc]
         )
-        if found is not None and (
-            best is None
-            or dp.value(tables, plan.objective, plan.streams, found)
-            < dp.value(tables, plan.objective, plan.streams, best)
-        ):
-            best = found
-    if best is None:
+        if chain is not None:
+            trials.append((dp.value(tables, goal, chain), chain))
+    if not trials:
         return "no chain of links with room leads through it"
-    return f"with it: {_rate(plan, tables, best)} instead of {plan.tokens_per_s:.2f}"
+    return f"with it: {_instead(plan, found, min(trials, key=lambda trial: trial[0])[1])}"
 
 
 def say_lack(

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .dp import Chain
-from .rows import Model, Objective
+from .goal import Goal
+from .rows import Model
 from .tables import INF, TimeTables
 
 SCALE = 1000.0  # the objective's size in the solver's units, far above its absolute tolerances of 1e-6
@@ -97,8 +98,7 @@ def layers_alike(model: Model) -> bool:
 def best_chain(
     tables: TimeTables,
     devices: Sequence[int],
-    objective: Objective,
-    streams: int,
+    goal: Goal,
     solver: Solver,
     *,
     ordered: bool = False,
@@ -108,13 +108,15 @@ def best_chain(
     """The best chain over `devices` in any order (or in the given order, any left out), and whether that is
     proved.
 
-    The model's layers must be alike. `known`: a value of the objective that some chain reaches, which halves
-    the work for throughput. Gap 0; after `time_limit` seconds the best so far, unproved. (None, True): there
-    is no chain.
+    The model's layers must be alike, and so their fees. `known`: a value that some chain reaches, which
+    halves the work for throughput. Gap 0; after `time_limit` seconds the best so far, unproved. (None, True):
+    there is no chain.
     """
-    if objective == "throughput" and known is not None:
-        tables = tables.within(known)
-    program = _Program(tables, devices, objective, streams, solver.pulp, ordered, known)
+    if goal.objective == "throughput" and known is not None:
+        tables = tables.within(known * goal.batch)
+    if len(tables.pins) > sum(j in tables.pins for j in devices):
+        return None, True
+    program = _Program(tables, devices, goal, solver.pulp, ordered, known)
     pulp = solver.pulp
     try:
         status = program.problem.solve(solver.make(time_limit))
@@ -133,8 +135,7 @@ class _Program:
         self,
         tables: TimeTables,
         devices: Sequence[int],
-        objective: Objective,
-        streams: int,
+        goal: Goal,
         pulp: Any,
         ordered: bool,
         known: float | None,
@@ -145,7 +146,7 @@ class _Program:
         self._add = _adder(self.problem, pulp)
         self._roles()
         self._path(ordered)
-        self._cost(objective, streams, known)
+        self._cost(goal, known)
 
     def _binary(self, name: str, possible: bool = True) -> Any:
         return self._add(name, 0, int(possible), self.pulp.LpInteger)
@@ -177,7 +178,12 @@ class _Program:
             self.sole[j] = self._binary(f"sole_{j}", fits_all)
             most = max(0, room_first, room_last, room)
             self.count[j] = self._add(f"layers_{j}", 0, most, self.pulp.LpInteger)
-            problem += self.first[j] + self.middle[j] + self.last[j] + self.sole[j] <= 1
+            used = self.first[j] + self.middle[j] + self.last[j] + self.sole[j]
+            if j in self.tables.pins:
+                problem += used == 1
+                problem += self.count[j] + self.layers * self.sole[j] == self.tables.pins[j]
+            else:
+                problem += used <= 1
             problem += self.count[j] >= self.middle[j]
             problem += self.count[j] <= (
                 max(0, room_first) * self.first[j] + max(0, room_last) * self.last[j] + room * self.middle[j]
@@ -209,19 +215,18 @@ class _Program:
             entering = self.layers * self.first[j] + sum_of(flow[a] for a in into)
             problem += entering - sum_of(flow[a] for a in out) == self.count[j]
 
-    def _cost(self, objective: Objective, streams: int, known: float | None) -> None:
-        tables, sum_of, units = self.tables, self.pulp.lpSum, self.tables.units
+    def _cost(self, goal: Goal, known: float | None) -> None:
+        tables, sum_of = self.tables, self.pulp.lpSum
         scale = SCALE / self._guess()
-        stage, hops, busy = {}, [], []
+        each = self.devices
+        rounds = [scale * self._sums(j, tables.overhead[j], tables.prefix[j], tables.relief[j]) for j in each]
+        busy = []
+        if goal.looks_at_places:
+            busy = [scale * self._sums(j, tables.place_overhead[j], tables.place_prefix[j]) for j in each]
+        fee: Any = 0
+        if tables.fee_step:
+            fee = sum_of(scale * self._sums(j, tables.fee_step[j], tables.fee_prefix[j]) for j in each)
         for j in self.devices:
-            layer = tables.prefix[j][2] - tables.prefix[j][1] if self.layers else 0.0
-            stage[j] = (
-                scale * layer * self.count[j]
-                + scale * tables.stage(j, 0, 1) * self.first[j]
-                + scale * tables.overhead[j] * self.middle[j]
-                + scale * tables.stage(j, units - 1, units) * self.last[j]
-                + scale * tables.stage(j, 0, units) * self.sole[j]
-            )
             ends = (
                 (tables.enter[j], tables.busy_enter[j], self.first[j] + self.sole[j]),
                 (tables.leave[j], tables.busy_leave[j], self.last[j] + self.sole[j]),
@@ -230,26 +235,41 @@ class _Program:
                 if seconds == INF:
                     self.problem += used == 0
                 else:
-                    hops.append(scale * seconds * used)
-                    busy.append((scale * taken, used))
+                    rounds.append(scale * seconds * used)
+                    busy += [scale * taken * used] if taken else []
         for (i, j), arc in self.arc.items():
             hop, taken_by = tables.hop[i][j], tables.busy[i][j]
             assert hop is not None and taken_by is not None, "arcs are made only where there is a link"
-            hops.append(scale * hop[BOUNDARY] * arc)
-            busy.append((scale * taken_by[BOUNDARY], arc))
-        total = sum_of(stage.values()) + sum_of(hops)
-        if objective == "latency":
-            self.problem += total
+            rounds.append(scale * hop[BOUNDARY] * arc)
+            busy += [scale * taken_by[BOUNDARY] * arc] if taken_by[BOUNDARY] else []
+        if not goal.looks_at_places:
+            self.problem += sum_of(rounds) + fee
             return
-        # A hair above what is known, so that rounding does not cut that chain off.
-        slowest = self._add("period", 0, None if known is None else known * scale * (1 + 1e-9))
-        self.problem += slowest
-        self.problem += total <= streams * slowest
-        for seconds in stage.values():
-            self.problem += seconds <= slowest
-        for seconds, used in busy:
-            if seconds:
-                self.problem += seconds * used <= slowest
+        if goal.objective == "throughput":
+            # A hair above what is known, so that rounding does not cut that chain off.
+            most = None if known is None else known * scale * (1 + 1e-9)
+            longest = self._add("period", 0, most)
+            self.problem += longest + fee
+            self.problem += sum_of(rounds) <= goal.streams * longest
+            longest = goal.batch * longest
+        else:
+            longest = self._add("slowest", 0)
+            self.problem += sum_of(rounds) + (goal.chunks - 1) * longest + fee
+        for seconds in busy:
+            self.problem += seconds <= longest
+
+    def _sums(self, j: int, step: float, prefix: Sequence[float], relief: float = 0.0) -> Any:
+        """What device j takes, as an expression of its roles and layers: `step` and the units it holds, less
+        `relief` where it holds all."""
+        units = self.tables.units
+        layer = prefix[2] - prefix[1] if self.layers else 0.0
+        return (
+            layer * self.count[j]
+            + (step + prefix[1]) * self.first[j]
+            + step * self.middle[j]
+            + (step + prefix[units] - prefix[units - 1]) * self.last[j]
+            + (step + prefix[units] - relief) * self.sole[j]
+        )
 
     def _guess(self) -> float:
         """The size of the objective, roughly: the whole model and its hops on a middling device."""
@@ -258,7 +278,7 @@ class _Program:
         return times[len(times) // 2] or 1.0
 
     def chain(self) -> Chain:
-        """The chain of the solved program, its cost summed afresh from the tables."""
+        """The chain of the solved program, its round summed afresh from the tables."""
 
         def on(variable: Any) -> bool:
             return bool(round(variable.value()))

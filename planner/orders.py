@@ -7,8 +7,8 @@ used, the last of them and the boundary. It takes any layers and any links, 2^n 
 from collections.abc import Callable, Sequence
 from itertools import cycle, permutations
 
-from .dp import Chain, arrivals, best_chain, cheapest, value
-from .rows import Objective
+from .dp import Chain, arrivals, best_chain, best_proved, cheapest, value
+from .goal import Goal
 from .tables import INF, Tables, TimeTables
 
 EXACT_DEVICES = 8  # 2^n: some tens of milliseconds for one search at 8 devices and 32 layers
@@ -18,6 +18,9 @@ TRIALS = 300  # orders that local search tries
 def cheapest_any_order(tables: Tables, devices: Sequence[int]) -> Chain | None:
     """The chain of least total cost over all subsets and orders of `devices`. None: there is none."""
     count, units = len(devices), tables.units
+    pinned = sum(1 << p for p, j in enumerate(devices) if j in tables.pins)
+    if len(tables.pins) > pinned.bit_count():
+        return None
     ends: dict[tuple[int, int], list[float]] = {}
     steps: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
     best, at = INF, (0, -1)
@@ -37,7 +40,7 @@ def cheapest_any_order(tables: Tables, devices: Sequence[int]) -> Chain | None:
                 continue
             ends[used, p] = end
             steps[used, p] = (start, came)
-            if end[units] + tables.leave[devices[p]] < best:
+            if used & pinned == pinned and end[units] + tables.leave[devices[p]] < best:
                 best, at = end[units] + tables.leave[devices[p]], (used, p)
     if best == INF:
         return None
@@ -53,8 +56,7 @@ def cheapest_any_order(tables: Tables, devices: Sequence[int]) -> Chain | None:
 def search_orders(
     tables: TimeTables,
     devices: Sequence[int],
-    objective: Objective,
-    streams: int,
+    goal: Goal,
     *,
     exact_devices: int = EXACT_DEVICES,
     trials: int = TRIALS,
@@ -62,11 +64,11 @@ def search_orders(
     """The best chain over orders, and whether it is proved best: exact up to `exact_devices`, else by local
     search."""
     if len(devices) <= exact_devices:
-        return best_chain(tables, objective, streams, lambda t: cheapest_any_order(t, devices)), True
+        return best_proved(tables, goal, lambda t: cheapest_any_order(t, devices))
 
     def solve(order: Sequence[int]) -> tuple[float, Chain | None]:
-        chain = best_chain(tables, objective, streams, lambda t: cheapest(t, order))
-        return (INF, None) if chain is None else (value(tables, objective, streams, chain), chain)
+        chain = best_chain(tables, goal, lambda t: cheapest(t, order))
+        return (INF, None) if chain is None else (value(tables, goal, chain), chain)
 
     return _improve(solve, seed_orders(tables, devices), trials), False
 

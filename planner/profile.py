@@ -6,14 +6,16 @@ when they are made into a cluster. Writing a file atomically is the caller's aff
 """
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, TypeVar
 
-from .check import check_name, check_real, check_whole
+from .check import check_name, check_real, check_row_rates, check_whole
+from .refresh import slowed
 from .rows import Cluster, Device, Link
 
-VERSION = 1
+VERSION = 2
 FREE_SHARE = 0.75  # of the free RAM is promised when nobody says how much: other programs want to grow, too
 
 Row = TypeVar("Row", "DeviceProfile", "LinkProfile")
@@ -21,7 +23,7 @@ Row = TypeVar("Row", "DeviceProfile", "LinkProfile")
 
 @dataclass(frozen=True, slots=True)
 class DeviceProfile:
-    """What one device reached, measured alone with the kernels that will run."""
+    """What one device reached, measured alone with the kernels that will run, at its best thread count."""
 
     name: str
     backend: str  # native, numba, numpy
@@ -32,6 +34,10 @@ class DeviceProfile:
     ram_total: int  # bytes
     ram_free: int
     step_overhead_s: float  # one stage call that computes next to nothing
+    idle_overhead_s: float = 0.0  # what a step takes more after a pause
+    row_rates: tuple[tuple[int, float], ...] = ()  # (rows of a call, MAC/s), ascending
+    attend_macs_per_s: float | None = None  # attention of one row; None: not measured
+    prefill_attend_macs_per_s: float | None = None  # and of many
 
     def __post_init__(self) -> None:
         check_name("a device profile", self.name)
@@ -43,6 +49,11 @@ class DeviceProfile:
         check_whole(f"profile of {self.name}: ram_total", self.ram_total, 1)
         check_whole(f"profile of {self.name}: ram_free", self.ram_free)
         check_real(f"profile of {self.name}: step_overhead_s", self.step_overhead_s)
+        check_real(f"profile of {self.name}: idle_overhead_s", self.idle_overhead_s)
+        check_row_rates(f"profile of {self.name}", self.row_rates)
+        for field in ("attend_macs_per_s", "prefill_attend_macs_per_s"):
+            if getattr(self, field) is not None:
+                check_real(f"profile of {self.name}: {field}", getattr(self, field), above=0)
         if self.ram_free > self.ram_total:
             raise ValueError(
                 f"profile of {self.name}: ram_free {self.ram_free} exceeds ram_total {self.ram_total}"
@@ -55,14 +66,22 @@ class LinkProfile:
 
     src: str
     dst: str
-    latency_s: float
+    latency_s: float  # of half of all messages at most
     bytes_per_s: float
+    latency_p95_s: float | None = None  # of 95 % at most; None: not measured
 
     def __post_init__(self) -> None:
         check_name("a link profile's src", self.src)
         check_name("a link profile's dst", self.dst)
         check_real(f"link {self.src} -> {self.dst}: latency_s", self.latency_s)
         check_real(f"link {self.src} -> {self.dst}: bytes_per_s", self.bytes_per_s, above=0)
+        if self.latency_p95_s is not None:
+            check_real(f"link {self.src} -> {self.dst}: latency_p95_s", self.latency_p95_s)
+            if self.latency_p95_s < self.latency_s:
+                raise ValueError(
+                    f"link {self.src} -> {self.dst}: latency_p95_s {self.latency_p95_s} is below the median "
+                    f"{self.latency_s}"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +151,8 @@ def _kind(value: object) -> str:
     return "nothing" if value is None else type(value).__name__
 
 
-def _keys(what: str, body: dict[str, Any], known: set[str]) -> None:
-    for key in sorted(known - body.keys()):
+def _keys(what: str, body: dict[str, Any], known: set[str], needed: set[str] | None = None) -> None:
+    for key in sorted((known if needed is None else needed) - body.keys()):
         raise ValueError(f"{what} lacks {key!r}")
     for key in sorted(body.keys() - known):
         raise ValueError(f"{what} has an unknown key {key!r}")
@@ -148,15 +167,25 @@ def _rows(key: str, body: dict[str, Any], kind: type[Row]) -> tuple[Row, ...]:
         what = f"the profile's {key}[{at}]"
         if not isinstance(entry, dict):
             raise ValueError(f"{what} must be an object, not {_kind(entry)}")
-        _keys(what, entry, {field.name for field in fields(kind)})
+        needed = {field.name for field in fields(kind) if field.default is MISSING}
+        _keys(what, entry, {field.name for field in fields(kind)}, needed)
         try:
             # JSON has one kind of number, so 2e9 and 2000000000 are the same rate; whole numbers stay strict.
-            rates = {field.name for field in fields(kind) if field.type is float}
+            rates = {field.name for field in fields(kind) if field.type in (float, float | None)}
             values: dict[str, Any] = {k: _as_float(v) if k in rates else v for k, v in entry.items()}
+            if "row_rates" in values:
+                values["row_rates"] = _pairs(values["row_rates"])
             rows.append(kind(**values))
         except (ValueError, OverflowError) as error:
             raise ValueError(f"{what}: {error}") from error
     return tuple(rows)
+
+
+def _pairs(value: object) -> object:
+    """Lists of two as pairs; anything else as it is, for the row to refuse."""
+    if not isinstance(value, list) or not all(isinstance(pair, list) for pair in value):
+        return value
+    return tuple((pair[0], _as_float(pair[1])) if len(pair) == 2 else tuple(pair) for pair in value)
 
 
 def _as_float(value: object) -> object:
@@ -181,13 +210,20 @@ def device_row(
     check_real(f"the slow factor of {profile.name}", slow)
     if slow < 1:
         raise ValueError(f"the slow factor of {profile.name} must be >= 1, not {slow!r}")
-    return Device(
-        name=profile.name,
-        ram_bytes=cap_bytes,
-        read_bytes_per_s=profile.read_bytes_per_s / slow,
-        macs_per_s=profile.macs_per_s / slow,
-        base_bytes=base_bytes,
-        step_overhead_s=profile.step_overhead_s * slow,
+    return slowed(
+        Device(
+            name=profile.name,
+            ram_bytes=cap_bytes,
+            read_bytes_per_s=profile.read_bytes_per_s,
+            macs_per_s=profile.macs_per_s,
+            base_bytes=base_bytes,
+            step_overhead_s=profile.step_overhead_s,
+            idle_overhead_s=profile.idle_overhead_s,
+            row_rates=profile.row_rates,
+            attend_macs_per_s=profile.attend_macs_per_s or math.inf,
+            prefill_attend_macs_per_s=profile.prefill_attend_macs_per_s or math.inf,
+        ),
+        slow,
     )
 
 

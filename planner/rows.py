@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from .check import check_name, check_real, check_whole
+from .check import check_name, check_real, check_row_rates, check_whole
 
-Objective = Literal["latency", "throughput"]
-OBJECTIVES: tuple[Objective, ...] = ("latency", "throughput")
+Objective = Literal["latency", "throughput", "first_token"]
+OBJECTIVES: tuple[Objective, ...] = ("latency", "throughput", "first_token")
 TOKEN_BYTES = 4  # a token id on its way from the head to the first device, or from the last one back
 
 
@@ -29,11 +29,12 @@ class Unit:
     fixed_state_bytes: int  # state that does not, per sequence
     cut_bytes: int  # one row on its way to the next unit
     workspace_bytes: int = 0  # scratch at the largest batch; units of a stage share it, so the largest counts
+    attend_macs: int = 0  # of attention, per row and position of the state
 
     def __post_init__(self) -> None:
         check_name("a unit", self.name)
         for field in ("bytes", "read_bytes", "macs", "kv_bytes_per_token", "fixed_state_bytes", "cut_bytes",
-                      "workspace_bytes"):  # fmt: skip
+                      "workspace_bytes", "attend_macs"):  # fmt: skip
             check_whole(f"unit {self.name}: {field}", getattr(self, field))
         if self.read_bytes > self.bytes:
             raise ValueError(f"unit {self.name}: read_bytes {self.read_bytes} exceed its bytes {self.bytes}")
@@ -62,14 +63,20 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One device as measured, and the RAM it promises."""
+    """One device as measured, and the RAM it promises. What nobody measured costs nothing."""
 
     name: str
     ram_bytes: int  # the cap: all that the node may take, its own base included
     read_bytes_per_s: float  # weights and state, by the real kernels
-    macs_per_s: float
+    macs_per_s: float  # matmuls of many rows
     base_bytes: int = 0  # the process before it holds a unit
     step_overhead_s: float = 0.0  # per step, whatever the stage holds
+    idle_overhead_s: float = 0.0  # what a step after a pause takes more than one right after another
+    row_rates: tuple[tuple[int, float], ...] = ()  # (rows of a call, MAC/s), ascending; none: macs_per_s
+    attend_macs_per_s: float = math.inf  # attention of one row of a sequence
+    prefill_attend_macs_per_s: float = math.inf  # and of many
+    joules_per_step: float = 0.0
+    joules_per_byte: float = 0.0  # of weights and state that are read
 
     def __post_init__(self) -> None:
         check_name("a device", self.name)
@@ -77,7 +84,11 @@ class Device:
         check_whole(f"device {self.name}: base_bytes", self.base_bytes)
         check_real(f"device {self.name}: read_bytes_per_s", self.read_bytes_per_s, above=0)
         check_real(f"device {self.name}: macs_per_s", self.macs_per_s, above=0)
-        check_real(f"device {self.name}: step_overhead_s", self.step_overhead_s)
+        for field in ("step_overhead_s", "idle_overhead_s", "joules_per_step", "joules_per_byte"):
+            check_real(f"device {self.name}: {field}", getattr(self, field))
+        for field in ("attend_macs_per_s", "prefill_attend_macs_per_s"):
+            check_real(f"device {self.name}: {field}", getattr(self, field), above=0, endless=True)
+        check_row_rates(f"device {self.name}", self.row_rates)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,10 +224,11 @@ class Reason:
 class Plan:
     """Who holds what, and what that should give.
 
-    `hop_seconds` and `link_busy_seconds` have one more entry than `stages`: head to first, between
-    neighbours, last to head, for one decoded token. `step_seconds` is the objective's value, seconds a token:
-    for latency one round through all stages and hops, for throughput with k streams the largest of round / k,
-    the slowest stage and the busiest link.
+    Times are of one decode call, which has a row of each of `batch` streams. `hop_seconds`,
+    `link_busy_seconds` and `link_bytes` have one more entry than `stages`: head to first, between neighbours,
+    last to head. `step_seconds` is seconds a token: for throughput with k streams the largest of round / k
+    and of the slowest stage's and the busiest link's share, else one round of one stream through all stages
+    and hops.
     """
 
     objective: Objective
@@ -226,10 +238,9 @@ class Plan:
     stage_seconds: tuple[float, ...]
     hop_seconds: tuple[float, ...]
     link_busy_seconds: tuple[float, ...]  # of each hop, how long the link itself is taken
+    link_bytes: tuple[int, ...]  # a token, on each hop
     step_seconds: float
-    tokens_per_s: (
-        float  # by the plan's own objective: of one stream (latency), or of all together (throughput)
-    )
+    tokens_per_s: float  # of all streams together for throughput, else of one
     first_token_seconds: float  # from the prompt's arrival to its first token
     ram_bytes: tuple[int, ...]  # of each stage's device
     cap_bytes: tuple[int, ...]
@@ -237,6 +248,10 @@ class Plan:
     reasons: tuple[Reason, ...]
     method: str  # how it was found, in words
     optimal: bool  # proved best over all orders and cuts (of those allowed)
+    batch: int = 1  # streams that wait together, and so share a stage's call
+    joules_per_token: float = 0.0  # as far as devices report it
+    move_seconds: float = 0.0  # until it runs, from the assignment that runs now
+    copies: tuple[tuple[int, ...], ...] = ()  # per stage, units of its neighbours that spare RAM can hold too
 
     @property
     def best_alone(self) -> Alone | None:

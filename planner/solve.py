@@ -6,9 +6,13 @@ from dataclasses import replace
 from typing import Literal
 
 from . import cost, dp, milp, orders
-from .explain import give_reasons, say_lack
-from .rows import OBJECTIVES, Alone, Cluster, Infeasible, Model, Objective, Plan, Stage, Workload
-from .tables import TimeTables, lack_tables, time_tables
+from .constraints import Constraints, Running
+from .evaluate import evaluate
+from .explain import Found, give_reasons, say_lack
+from .goal import Goal, goals
+from .rows import OBJECTIVES, Cluster, Infeasible, Model, Objective, Plan, Stage, Workload
+from .tables import TimeTables
+from .tabulate import ANYTHING, decode_tables, lack_tables, prompt_tables
 
 Method = Literal["auto", "milp", "dp"]
 SAME = 1e-6  # relative: what two exact methods may differ by
@@ -21,6 +25,9 @@ def plan(
     objective: Objective = "latency",
     order: Sequence[str] | None = None,
     *,
+    constraints: Constraints = ANYTHING,
+    running: Running | None = None,
+    seconds_per_joule: float = 0.0,
     method: Method = "auto",
     explain: bool = True,
     time_limit: float = 10.0,
@@ -30,9 +37,10 @@ def plan(
     `order` fixes the order (and leaves out devices that it does not name): exact DP. Otherwise `method`
     "milp" solves a MILP, at most `time_limit` seconds; "dp" searches orders without a solver; "auto" takes
     the MILP where PuLP and a solver are there and the layers are alike, else the DP, and the plan's `method`
-    says which and why. `explain` fills `reasons` (some more searches). SolverMissing: method "milp" without
-    PuLP or solver. ValueError: an unknown objective, method or device, or method "milp" for layers that
-    differ.
+    says which and why. `running`: what moving from there costs counts, too. `seconds_per_joule`: what saving
+    a joule a token may cost. `explain` fills `reasons` (some more searches). SolverMissing: method "milp"
+    without PuLP or solver. ValueError: an unknown objective, method or device, constraints that contradict
+    the model, or method "milp" for layers that differ.
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {objective!r}; there are {', '.join(OBJECTIVES)}")
@@ -40,75 +48,33 @@ def plan(
         raise ValueError(f"unknown method {method!r}; there are auto, milp, dp")
     if method == "milp" and not milp.layers_alike(model):
         raise ValueError("the MILP counts layers, and this model's layers differ: use method auto or dp")
-    devices = _places(cluster, order)
-    tables = time_tables(model, cluster, workload)
-    streams = workload.streams
-    if order is not None:
-        chain, optimal = dp.best_chain(tables, objective, streams, lambda t: dp.cheapest(t, devices)), True
-        how = "exact DP for the given order"
-    else:
-        chain, optimal, how = _search(model, tables, devices, objective, streams, method, time_limit)
-    if chain is None:
-        return _infeasible(model, cluster, workload, devices, order is not None)
-    stages = [Stage(cluster.devices[j].name, first, last) for j, first, last in chain.stages]
-    found = evaluate(model, cluster, workload, stages, objective)
-    found = replace(found, method=how, optimal=optimal)
+    if method == "milp" and running is not None:
+        raise ValueError("the MILP counts layers, and each costs its own to move: use method auto or dp")
+    constraints.check(model, cluster)
+    devices = [j for j in _places(cluster, order) if constraints.allowed(cluster.devices[j].name)]
+    found: Found | None = None
+    for goal in goals(objective, workload):
+        tables = _tables(model, cluster, workload, constraints, goal, seconds_per_joule, running)
+        if order is not None:
+            chain, optimal = dp.best_proved(tables, goal, lambda t: dp.cheapest(t, devices))
+            how = "exact DP for the given order"
+        else:
+            why = _why_no_milp(model, running, method)
+            known = None if found is None else found.value
+            chain, optimal, how = _search(tables, devices, goal, method, why, time_limit, known)
+        if chain is not None:
+            mine = Found(tables, goal, chain, how, optimal)
+            found = mine if found is None else _better(found, mine)
+        elif found is not None:
+            found = replace(found, optimal=found.optimal and optimal)
+    if found is None:
+        return _infeasible(model, cluster, workload, constraints, devices, order is not None)
+    stages = [Stage(cluster.devices[j].name, first, last) for j, first, last in found.chain.stages]
+    answer = evaluate(model, cluster, workload, stages, objective, running=running)
+    answer = replace(answer, method=found.how, optimal=found.optimal)
     if not explain:
-        return found
-    return replace(found, reasons=give_reasons(found, cluster, tables, chain, devices))
-
-
-def evaluate(
-    model: Model,
-    cluster: Cluster,
-    workload: Workload,
-    stages: Sequence[Stage],
-    objective: Objective = "latency",
-) -> Plan:
-    """What given stages would do, whether or not they fit the caps: for a split made by hand or an equal one.
-
-    ValueError when the stages do not cover the units in order, name an unknown device or one twice, or need a
-    link that is not there.
-    """
-    stages = tuple(stages)
-    edges = [0, *(stage.last for stage in stages)]
-    if not stages or [stage.first for stage in stages] != edges[:-1] or edges[-1] != len(model.units):
-        raise ValueError(
-            f"the stages must cover units 0 to {len(model.units)} in order, without gap or overlap"
-        )
-    names = [stage.device for stage in stages]
-    if len(set(names)) < len(names):
-        raise ValueError("a device may have one stage only")
-    devices = [cluster.device(name) for name in names]
-    hops = cost.chain_hops(model, cluster, stages)
-    stage_seconds = tuple(
-        cost.stage_decode_seconds(model, device, workload, stage.first, stage.last)
-        for stage, device in zip(stages, devices, strict=True)
-    )
-    hop_seconds = tuple(cost.hop_seconds(link, size) for link, size in hops)
-    busy = tuple(cost.link_busy_seconds(link, size) for link, size in hops)
-    step = cost.step_seconds(stage_seconds, hop_seconds, busy, objective, workload.streams)
-    return Plan(
-        objective=objective,
-        streams=workload.streams,
-        units=len(model.units),
-        stages=stages,
-        stage_seconds=stage_seconds,
-        hop_seconds=hop_seconds,
-        link_busy_seconds=busy,
-        step_seconds=step,
-        tokens_per_s=cost.per_second(step),
-        first_token_seconds=cost.first_token_seconds(model, cluster, workload, stages),
-        ram_bytes=tuple(
-            cost.range_ram_bytes(model, device, workload, stage.first, stage.last)
-            for stage, device in zip(stages, devices, strict=True)
-        ),
-        cap_bytes=tuple(device.ram_bytes for device in devices),
-        alone=tuple(_alone(model, cluster, workload, device.name, objective) for device in cluster.devices),
-        reasons=(),
-        method="given stages",
-        optimal=False,
-    )
+        return answer
+    return replace(answer, reasons=give_reasons(answer, cluster, found, devices))
 
 
 def _places(cluster: Cluster, order: Sequence[str] | None) -> list[int]:
@@ -123,64 +89,106 @@ def _places(cluster: Cluster, order: Sequence[str] | None) -> list[int]:
     return places
 
 
-def _search(
+def _tables(
     model: Model,
+    cluster: Cluster,
+    workload: Workload,
+    constraints: Constraints,
+    goal: Goal,
+    seconds_per_joule: float,
+    running: Running | None,
+) -> TimeTables:
+    if goal.objective == "first_token":
+        return prompt_tables(
+            model, cluster, workload, constraints, seconds_per_joule=seconds_per_joule, running=running
+        )
+    return decode_tables(
+        model,
+        cluster,
+        workload,
+        constraints,
+        batch=goal.batch,
+        idle=cost.stages_pause(goal.objective, workload),
+        seconds_per_joule=seconds_per_joule,
+        running=running,
+    )
+
+
+def _better(one: Found, other: Found) -> Found:
+    """The better of two goals' answers; best of both when each is."""
+    chosen = min(one, other, key=lambda found: found.value)
+    return replace(chosen, optimal=one.optimal and other.optimal)
+
+
+def _why_no_milp(model: Model, running: Running | None, method: Method) -> str:
+    """Why the DP has to do; empty where the MILP can."""
+    if method == "dp":
+        return "asked for"
+    if running is not None:
+        return "each layer costs its own to move"
+    return "" if milp.layers_alike(model) else "the layers differ"
+
+
+def _search(
     tables: TimeTables,
     devices: Sequence[int],
-    objective: Objective,
-    streams: int,
+    goal: Goal,
     method: Method,
+    why: str,
     time_limit: float,
+    known: float | None,
 ) -> tuple[dp.Chain | None, bool, str]:
-    """The best chain over orders, whether it is proved, and how it was found."""
-    why = ""
-    if method == "dp":
-        why = "asked for"
-    elif not milp.layers_alike(model):
-        why = "the layers differ"
-    else:
+    """The best chain over orders (or none below `known`), whether it is proved, and how it was found."""
+    if not why:
         try:
             solver = milp.load_solver()
-            chain, optimal = _by_milp(tables, devices, objective, streams, solver, time_limit)
+            chain, optimal = _by_milp(tables, devices, goal, solver, time_limit, known)
         except milp.SolverMissing as missing:
             if method == "milp":
                 raise
             why = str(missing)
         else:
             return chain, optimal, f"MILP ({solver.name}, gap 0)" if optimal else f"MILP ({solver.name})"
-    chain, optimal = orders.search_orders(tables, devices, objective, streams)
-    return chain, optimal, f"{'exact DP over all orders' if optimal else 'DP over searched orders'} ({why})"
+    chain, optimal = orders.search_orders(tables, devices, goal)
+    how = "exact DP over all orders" if len(devices) <= orders.EXACT_DEVICES else "DP over searched orders"
+    return chain, optimal, f"{how} ({why})"
 
 
 def _by_milp(
     tables: TimeTables,
     devices: Sequence[int],
-    objective: Objective,
-    streams: int,
+    goal: Goal,
     solver: milp.Solver,
     time_limit: float,
+    known: float | None,
 ) -> tuple[dp.Chain | None, bool]:
     """The MILP's chain, checked and smoothed by the DP along its order: among plans of one objective's value
     the DP takes the quickest round, and it has no tolerances."""
-    quick, _ = orders.search_orders(tables, devices, objective, streams, exact_devices=1, trials=0)
-    known = None if quick is None else dp.value(tables, objective, streams, quick)
+    quick, _ = orders.search_orders(tables, devices, goal, exact_devices=1, trials=0)
+    values = [known] if known is not None else []
+    values += [dp.value(tables, goal, quick)] if quick is not None else []
     chain, optimal = milp.best_chain(
-        tables, devices, objective, streams, solver, known=known, time_limit=time_limit
+        tables, devices, goal, solver, known=min(values, default=None), time_limit=time_limit
     )
     if chain is None:
-        return quick, optimal and quick is None
+        return quick, optimal and (quick is None or known is not None)
     order = [j for j, _, _ in chain.stages]
-    checked = dp.best_chain(tables, objective, streams, lambda t: dp.cheapest(t, order))
+    checked = dp.best_chain(tables, goal, lambda t: dp.cheapest(t, order))
     assert checked is not None, "the MILP's own chain is one of those that the DP sees"
-    best = min((c for c in (checked, quick) if c), key=lambda c: dp.value(tables, objective, streams, c))
-    claimed, value = (dp.value(tables, objective, streams, c) for c in (chain, best))
+    best = min((c for c in (checked, quick) if c), key=lambda c: dp.value(tables, goal, c))
+    claimed, value = (dp.value(tables, goal, c) for c in (chain, best))
     return best, optimal and value >= claimed * (1 - SAME)
 
 
 def _infeasible(
-    model: Model, cluster: Cluster, workload: Workload, devices: Sequence[int], fixed: bool
+    model: Model,
+    cluster: Cluster,
+    workload: Workload,
+    constraints: Constraints,
+    devices: Sequence[int],
+    fixed: bool,
 ) -> Infeasible:
-    tables = lack_tables(model, cluster, workload)
+    tables = lack_tables(model, cluster, workload, constraints)
     chain, exact = (dp.cheapest(tables, devices), True) if fixed else orders.least_lack(tables, devices)
     if chain is None:
         return Infeasible(
@@ -189,21 +197,3 @@ def _infeasible(
     stages = [Stage(cluster.devices[j].name, first, last) for j, first, last in chain.stages]
     missing = round(chain.total)
     return Infeasible(missing, say_lack(model, cluster, workload, stages, missing, exact), exact)
-
-
-def _alone(model: Model, cluster: Cluster, workload: Workload, name: str, objective: Objective) -> Alone:
-    device, units = cluster.device(name), len(model.units)
-    ram = cost.range_ram_bytes(model, device, workload, 0, units)
-    missing = max(0, ram - device.ram_bytes)
-    try:
-        hops = cost.chain_hops(model, cluster, [Stage(name, 0, units)])
-    except ValueError:  # no way from the head or back
-        return Alone(name, None, ram, missing)
-    seconds = cost.step_seconds(
-        [cost.stage_decode_seconds(model, device, workload, 0, units)],
-        [cost.hop_seconds(link, size) for link, size in hops],
-        [cost.link_busy_seconds(link, size) for link, size in hops],
-        objective,
-        workload.streams,
-    )
-    return Alone(name, cost.per_second(seconds), ram, missing)

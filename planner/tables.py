@@ -4,19 +4,17 @@ A search builds chains device by device. Its state is "the last used device ends
 takes the cheapest arrivals at device j (`arrive[b]`: all of the chain before, the hop into j included, when j
 starts at unit b) and gives the cheapest ends (`ends[c]`) with the start of each. `TimeTables` counts seconds;
 `LackTables` counts the bytes that a chain lacks under the caps, for the answer to a problem that has no plan.
+tabulate.py fills them.
 """
 
 import math
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from . import cost
-from .rows import TOKEN_BYTES, Cluster, Device, Model, Workload
-
 INF = math.inf
-Hops = tuple[tuple[Sequence[float] | None, ...], ...]  # [i][j][b]: None where there is no link i -> j
+Hops = Sequence[Sequence[Sequence[float] | None]]  # [i][j][b]: None where there is no link i -> j
 
 
 class Tables(Protocol):
@@ -30,12 +28,28 @@ class Tables(Protocol):
     def leave(self) -> Sequence[float]: ...
     @property
     def hop(self) -> Hops: ...
+    @property
+    def pins(self) -> Mapping[int, int]: ...
     def extend(self, j: int, arrive: Sequence[float]) -> tuple[list[float], list[int]]: ...
+
+
+def starts_of(units: int, layers: int, c: int) -> range:
+    """The starts b for which [b, c) has exactly `layers` >= 1 of the units 1 … units - 2."""
+    b = min(c, units - 1) - layers
+    if b == 1:
+        return range(2)  # with the embedding, or without
+    return range(b, b + 1) if b > 1 else range(0)
 
 
 @dataclass(frozen=True, slots=True)
 class TimeTables:
-    """Seconds of one decoded token. Infinite where there is no link or no room."""
+    """Seconds of one call that passes through the chain: a decoded row, a row of each of some sequences, or
+    a chunk of a prompt. Infinite where there is no link or no room.
+
+    A *round* is the sum over stages and hops; the *places* are what each stage and link is taken for by one
+    call of many. The two differ by what happens once: pauses, a prompt's one row of logits. Fees are prices
+    in seconds a token: energy, moving. All prefixes are [j][u]: units [0, u) on device j.
+    """
 
     units: int
     enter: Sequence[float]
@@ -44,22 +58,52 @@ class TimeTables:
     busy_enter: Sequence[float]
     busy_leave: Sequence[float]
     busy: Hops
-    overhead: Sequence[float]
-    prefix: Sequence[Sequence[float]]  # [j][u]: units [0, u) on device j, without the overhead
+    overhead: Sequence[float]  # of a stage, in a round
+    prefix: Sequence[Sequence[float]]
+    place_overhead: Sequence[float]
+    place_prefix: Sequence[Sequence[float]]
     first_fit: Sequence[Sequence[int]]  # [j][c]: the least b such that [b, c) fits on j; c when none does
+    relief: Sequence[float]  # what a round saves when the device holds everything: it never pauses then
+    fee_step: Sequence[float] = ()  # both empty when nothing has a price
+    fee_prefix: Sequence[Sequence[float]] = ()
+    pins: Mapping[int, int] = field(default_factory=dict)  # devices that hold exactly so many layers
 
     def stage(self, j: int, first: int, last: int) -> float:
-        """Seconds of units [first, last) on device j."""
-        return self.overhead[j] + (self.prefix[j][last] - self.prefix[j][first])
+        """Seconds of units [first, last) on device j in a round."""
+        seconds = self.overhead[j] + (self.prefix[j][last] - self.prefix[j][first])
+        return seconds - self.relief[j] if last - first == self.units else seconds
+
+    def place(self, j: int, first: int, last: int) -> float:
+        """Seconds for which one call takes units [first, last) on device j."""
+        return self.place_overhead[j] + (self.place_prefix[j][last] - self.place_prefix[j][first])
+
+    def fee(self, j: int, first: int, last: int) -> float:
+        """The price of units [first, last) on device j."""
+        if not self.fee_step:
+            return 0.0
+        return self.fee_step[j] + (self.fee_prefix[j][last] - self.fee_prefix[j][first])
+
+    def fits(self, j: int, first: int, last: int) -> bool:
+        """Whether device j may hold units [first, last)."""
+        pinned = self.pins.get(j)
+        return first >= self.first_fit[j][last] and (
+            pinned is None or first in starts_of(self.units, pinned, last)
+        )
 
     def extend(self, j: int, arrive: Sequence[float]) -> tuple[list[float], list[int]]:
         """Cheapest ends and their starts. Room shrinks monotonically, so each end's starts are a sliding
         window, and `arrive[b] - prefix[b]` is all of the cost that depends on b: a queue of minima makes it
         linear."""
-        prefix, fit, overhead = self.prefix[j], self.first_fit[j], self.overhead[j]
-        ends, starts = [INF] * (self.units + 1), [-1] * (self.units + 1)
+        prefix, fit, overhead, units = self.prefix[j], self.first_fit[j], self.overhead[j], self.units
+        ends, starts = [INF] * (units + 1), [-1] * (units + 1)
+        if j in self.pins:
+            for c in range(1, units + 1):
+                for b in starts_of(units, self.pins[j], c):
+                    if b >= fit[c] and arrive[b] + self.stage(j, b, c) < ends[c]:
+                        ends[c], starts[c] = arrive[b] + self.stage(j, b, c), b
+            return ends, starts
         queue: deque[tuple[float, int]] = deque()
-        for c in range(1, self.units + 1):
+        for c in range(1, units + 1):
             b = c - 1
             key = arrive[b] - prefix[b]
             if key < INF:
@@ -70,16 +114,44 @@ class TimeTables:
                 queue.popleft()
             if queue:
                 ends[c], starts[c] = queue[0][0] + prefix[c] + overhead, queue[0][1]
+        if fit[units] == 0 and arrive[0] + self.stage(j, 0, units) < ends[units]:
+            ends[units], starts[units] = arrive[0] + self.stage(j, 0, units), 0
         return ends, starts
 
+    def folded(self, weight: float, keep: float = 1.0) -> "TimeTables":
+        """The same problem where a round is `keep` of its seconds and `weight` times its fees, fees gone."""
+        if not self.fee_step and keep == 1.0:
+            return self
+        count = len(self.overhead)
+        step, fees = self.fee_step or [0.0] * count, self.fee_prefix or [[0.0] * (self.units + 1)] * count
+
+        def scaled(values: Sequence[float]) -> list[float]:
+            return [keep * value if value < INF else INF for value in values]
+
+        return replace(
+            self,
+            enter=scaled(self.enter),
+            leave=scaled(self.leave),
+            hop=[[None if line is None else scaled(line) for line in lines] for lines in self.hop],
+            overhead=[keep * own + weight * fee for own, fee in zip(self.overhead, step, strict=True)],
+            prefix=[
+                [keep * own + weight * fee for own, fee in zip(line, fee_line, strict=True)]
+                for line, fee_line in zip(self.prefix, fees, strict=True)
+            ],
+            relief=scaled(self.relief),
+            fee_step=(),
+            fee_prefix=(),
+        )
+
     def within(self, limit: float) -> "TimeTables":
-        """The same problem where no stage and no link may take more than `limit` seconds."""
+        """The same problem where no place may be taken for more than `limit` seconds."""
         fits = []
         for j, fit in enumerate(self.first_fit):
             tight, b = list(fit), 0
+            line, room = self.place_prefix[j], limit - self.place_overhead[j]
             for c in range(1, self.units + 1):
                 b = max(b, fit[c])
-                while b < c and self.stage(j, b, c) > limit:
+                while b < c and line[c] - line[b] > room:
                     b += 1
                 tight[c] = b
             fits.append(tight)
@@ -88,31 +160,34 @@ class TimeTables:
             first_fit=fits,
             enter=_cut(self.enter, self.busy_enter, limit),
             leave=_cut(self.leave, self.busy_leave, limit),
-            hop=tuple(
-                tuple(
+            hop=[
+                [
                     None if hop is None or busy is None else _cut(hop, busy, limit)
                     for hop, busy in zip(hops, busies, strict=True)
-                )
+                ]
                 for hops, busies in zip(self.hop, self.busy, strict=True)
-            ),
+            ],
         )
 
     def limits(self, least: float, most: float) -> list[float]:
-        """Every time that a stage with room or a link can take within [least, most], and `least`,
-        ascending."""
-        found = {least}
+        """Every time that a stage with room or a link can be taken for within [least, most], and both,
+        ascending; a hair more each, so that rounding leaves them allowed."""
+        found = {least, most}
         for j, fit in enumerate(self.first_fit):
+            line, overhead = self.place_prefix[j], self.place_overhead[j]
             for c in range(1, self.units + 1):
                 for b in range(c - 1, fit[c] - 1, -1):
-                    seconds = self.stage(j, b, c)
+                    seconds = overhead + (line[c] - line[b])
                     if seconds > most:
                         break
                     if seconds >= least:
                         found.add(seconds)
-        links = [*self.busy_enter, *self.busy_leave]
-        links += [seconds for busies in self.busy for busy in busies if busy is not None for seconds in busy]
+        links = {*self.busy_enter, *self.busy_leave}
+        links.update(
+            seconds for busies in self.busy for busy in busies if busy is not None for seconds in busy[1:]
+        )
         found.update(seconds for seconds in links if least <= seconds <= most)
-        return sorted(found)
+        return [seconds * (1 + 1e-12) for seconds in sorted(found)]
 
 
 def _cut(seconds: Sequence[float], busy: Sequence[float], limit: float) -> Sequence[float]:
@@ -130,97 +205,16 @@ class LackTables:
     leave: Sequence[float]
     hop: Hops
     lack: Sequence[Sequence[Sequence[int]]]  # [j][b][c - b - 1]
+    pins: Mapping[int, int] = field(default_factory=dict)
 
     def extend(self, j: int, arrive: Sequence[float]) -> tuple[list[float], list[int]]:
         """Cheapest ends and their starts, over all starts: the part over a cap is not additive."""
-        ends, starts = [INF] * (self.units + 1), [-1] * (self.units + 1)
-        for b, before in enumerate(arrive[: self.units]):
+        units, pinned = self.units, self.pins.get(j)
+        ends, starts = [INF] * (units + 1), [-1] * (units + 1)
+        for b, before in enumerate(arrive[:units]):
             if before < INF:
                 for c, lack in enumerate(self.lack[j][b], b + 1):
-                    if before + lack < ends[c]:
+                    allowed = pinned is None or b in starts_of(units, pinned, c)
+                    if allowed and before + lack < ends[c]:
                         ends[c], starts[c] = before + lack, b
         return ends, starts
-
-
-def time_tables(model: Model, cluster: Cluster, workload: Workload) -> TimeTables:
-    """Evaluate the cost model for every device, in the cluster's order."""
-    units, devices = len(model.units), cluster.devices
-    held = [cost.held_bytes_from(model, workload, first) for first in range(units)]
-    prefix = []
-    for device in devices:
-        line = [0.0]
-        for unit in model.units:
-            line.append(line[-1] + cost.unit_decode_seconds(unit, device, workload))
-        prefix.append(line)
-    return TimeTables(
-        units=units,
-        enter=[_way(cluster, cluster.head, device.name, TOKEN_BYTES)[0] for device in devices],
-        leave=[_way(cluster, device.name, cluster.head, TOKEN_BYTES)[0] for device in devices],
-        hop=_hops(model, cluster, 0),
-        busy_enter=[_way(cluster, cluster.head, device.name, TOKEN_BYTES)[1] for device in devices],
-        busy_leave=[_way(cluster, device.name, cluster.head, TOKEN_BYTES)[1] for device in devices],
-        busy=_hops(model, cluster, 1),
-        overhead=[device.step_overhead_s for device in devices],
-        prefix=prefix,
-        first_fit=[_first_fit(held, device) for device in devices],
-    )
-
-
-def lack_tables(model: Model, cluster: Cluster, workload: Workload) -> LackTables:
-    """What each range lacks on each device, in the cluster's order."""
-    devices = cluster.devices
-    held = [cost.held_bytes_from(model, workload, first) for first in range(len(model.units))]
-
-    def presence(seconds: float) -> float:
-        return 0.0 if seconds < INF else INF
-
-    hop = tuple(
-        tuple(None if line is None else [0.0] * len(line) for line in lines)
-        for lines in _hops(model, cluster, 0)
-    )
-    return LackTables(
-        units=len(model.units),
-        enter=[presence(_way(cluster, cluster.head, device.name, 0)[0]) for device in devices],
-        leave=[presence(_way(cluster, device.name, cluster.head, 0)[0]) for device in devices],
-        hop=hop,
-        lack=[
-            [[max(0, device.base_bytes + size - device.ram_bytes) for size in line] for line in held]
-            for device in devices
-        ],
-    )
-
-
-def _way(cluster: Cluster, source: str, target: str, size: int) -> tuple[float, float]:
-    """Hop and busy seconds of a message; both infinite without a link."""
-    link = cluster.link(source, target)
-    if link is None:
-        return INF, INF
-    return cost.hop_seconds(link, size), cost.link_busy_seconds(link, size)
-
-
-def _hops(model: Model, cluster: Cluster, which: int) -> Hops:
-    """Hop (which = 0) or busy (1) seconds per pair and boundary b, for the cut before unit b; b = 0 has
-    none."""
-    cuts = [unit.cut_bytes for unit in model.units[:-1]]
-    lines: list[tuple[Sequence[float] | None, ...]] = []
-    for source in cluster.devices:
-        row: list[Sequence[float] | None] = []
-        for target in cluster.devices:
-            if source is target or cluster.link(source.name, target.name) is None:
-                row.append(None)
-                continue
-            by_size = {size: _way(cluster, source.name, target.name, size)[which] for size in set(cuts)}
-            row.append([0.0, *(by_size[size] for size in cuts)])
-        lines.append(tuple(row))
-    return tuple(lines)
-
-
-def _first_fit(held: Sequence[Sequence[int]], device: Device) -> list[int]:
-    """For every end c the least start b whose range fits; it never moves back, since more units never take
-    less."""
-    room, fit, b = device.ram_bytes - device.base_bytes, [0], 0
-    for c in range(1, len(held) + 1):
-        while b < c and held[b][c - b - 1] > room:
-            b += 1
-        fit.append(b)
-    return fit

@@ -39,6 +39,7 @@ def planner_model(model: Model, options: StageOptions) -> planner.Model:
                 fixed_state_bytes=cost.fixed_state_bytes,
                 cut_bytes=cost.cut_bytes,
                 workspace_bytes=shared,
+                attend_macs=cost.attend_macs,
             )
         )
     return planner.Model(tuple(units), tied_bytes(model), PAGE)
@@ -63,6 +64,10 @@ def device_profile(name: str, measured: Measured) -> planner.DeviceProfile:
         ram_total=measured.ram_total,
         ram_free=min(measured.ram_free, measured.ram_total),
         step_overhead_s=measured.step_overhead_s,
+        idle_overhead_s=measured.idle_overhead_s,
+        row_rates=measured.row_rates,
+        attend_macs_per_s=measured.attend_macs_per_s,
+        prefill_attend_macs_per_s=measured.prefill_attend_macs_per_s,
     )
 
 
@@ -104,10 +109,13 @@ def _cluster(body: dict[str, Any]) -> planner.Cluster:
     return planner.Cluster(devices, links, head)
 
 
+_EXTRA = {"base_mb", "step_overhead_ms", "idle_overhead_ms", "joules_per_step", "joules_per_gb"}
+
+
 def _device(row: Any) -> planner.Device:
     name = row.get("name") if isinstance(row, dict) else None
     needed = {"name", "read_gb_per_s", "gmac_per_s", "ram_mb"}
-    _keys(f"[[device]] {name}", row, needed | {"base_mb", "step_overhead_ms"}, needed)
+    _keys(f"[[device]] {name}", row, needed | _EXTRA, needed)
     number = _numbers(f"[[device]] {name}", {k: v for k, v in row.items() if k != "name"})
     return planner.Device(
         name=row["name"],
@@ -116,6 +124,9 @@ def _device(row: Any) -> planner.Device:
         macs_per_s=number["gmac_per_s"] * 1e9,
         base_bytes=int(number["base_mb"] * MB) if "base_mb" in number else BASE_BYTES,
         step_overhead_s=number.get("step_overhead_ms", 0.1) / 1e3,
+        idle_overhead_s=number.get("idle_overhead_ms", 0.0) / 1e3,
+        joules_per_step=number.get("joules_per_step", 0.0),
+        joules_per_byte=number.get("joules_per_gb", 0.0) / 1e9,
     )
 
 

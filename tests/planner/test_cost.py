@@ -1,12 +1,14 @@
 """The cost formulas against numbers worked out by hand; the tables against the formulas."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from shoal.planner import cost
+from shoal.planner.goal import Goal, goals
 from shoal.planner.rows import LOOPBACK, Cluster, Device, Link, Model, Stage, Unit, Workload
-from shoal.planner.tables import time_tables
+from shoal.planner.tabulate import decode_tables
 
 EMBEDDING = Unit("embedding", 4000, 10, 0, 0, 0, 80, workspace_bytes=7)
 LAYER = Unit("layer", 1000, 1000, 3000, 5, 60, 80, workspace_bytes=20)
@@ -18,17 +20,53 @@ DEVICE = Device(
 LOAD = Workload(context=100, sequences=2, prompt_tokens=10, streams=2, chunk_tokens=4, depth=40)
 
 
-def test_a_unit_takes_the_longer_of_reading_and_computing() -> None:
-    # reads 1000 + 40 * 5 + 60 = 1260 bytes: 1.26 s; computes 3000 MACs: 1.5 s
-    assert cost.unit_decode_seconds(LAYER, DEVICE, LOAD) == 1.5
+def test_a_unit_takes_the_longer_of_reading_and_computing_and_then_attends() -> None:
+    # weights: 1000 bytes, 1 s, or 3000 MACs, 1.5 s; then 40 * 5 + 60 = 260 bytes of state: 0.26 s
+    assert cost.unit_decode_seconds(LAYER, DEVICE, LOAD) == 1.76
     # reads 4100 bytes: 4.1 s; computes 8000 MACs: 4 s
     assert cost.unit_decode_seconds(HEAD, DEVICE, LOAD) == 4.1
     assert cost.unit_decode_seconds(EMBEDDING, DEVICE, LOAD) == 0.01
 
 
 def test_a_stage_is_its_units_and_an_overhead() -> None:
-    assert cost.stage_decode_seconds(MODEL, DEVICE, LOAD, 0, 4) == pytest.approx(0.25 + 0.01 + 3.0 + 4.1)
-    assert cost.stage_decode_seconds(MODEL, DEVICE, LOAD, 1, 2) == 1.75
+    assert cost.stage_decode_seconds(MODEL, DEVICE, LOAD, 0, 4) == pytest.approx(0.25 + 0.01 + 3.52 + 4.1)
+    assert cost.stage_decode_seconds(MODEL, DEVICE, LOAD, 1, 2) == pytest.approx(0.25 + 1.76)
+
+
+def test_a_step_after_a_pause_takes_more() -> None:
+    sleepy = replace(DEVICE, idle_overhead_s=0.5)
+    assert cost.stage_decode_seconds(MODEL, sleepy, LOAD, 1, 2, idle=True) == pytest.approx(0.25 + 0.5 + 1.76)
+    assert cost.stage_decode_seconds(MODEL, sleepy, LOAD, 1, 2) == pytest.approx(0.25 + 1.76)
+
+
+def test_attention_takes_longer_at_a_depth_where_it_computes() -> None:
+    unit, slow = replace(LAYER, attend_macs=7), replace(DEVICE, attend_macs_per_s=100.0)
+    assert cost.unit_decode_seconds(unit, slow, LOAD) == pytest.approx(1.5 + 40 * 7 / 100)
+    # a prompt's rows 8 to 11 attend to 9, 10, 11 and 12 positions
+    prompt = replace(DEVICE, prefill_attend_macs_per_s=100.0)
+    assert cost.unit_prefill_seconds(unit, prompt, 4, 8) == pytest.approx(6.0 + 42 * 7 / 100)
+
+
+def test_streams_that_share_a_call_read_weights_once() -> None:
+    # two rows: 1000 bytes still, 6000 MACs: 3 s; each has its own state: 2 * 0.26 s
+    assert cost.unit_decode_seconds(LAYER, DEVICE, LOAD, 2) == pytest.approx(3.52)
+    # of a table a row each
+    assert cost.unit_decode_seconds(EMBEDDING, DEVICE, LOAD, 2) == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize(("rows", "seconds"), [(1, 1.0), (2, 1.0), (3, 1.5), (4, 2.0), (8, 4.0)])
+def test_row_counts_between_those_measured_lie_on_a_line(rows: int, seconds: float) -> None:
+    device = replace(DEVICE, row_rates=((1, 100.0), (2, 200.0), (4, 200.0)))
+    assert cost.work_seconds(device, rows, 100) == pytest.approx(seconds)
+
+
+def test_fewer_rows_than_were_measured_compute_at_the_least_count() -> None:
+    assert cost.work_seconds(replace(DEVICE, row_rates=((4, 200.0),)), 2, 100) == 1.0
+
+
+def test_energy_is_steps_and_bytes() -> None:
+    device = replace(DEVICE, joules_per_step=3.0, joules_per_byte=0.01)
+    assert cost.stage_joules(MODEL, device, LOAD, 0, 2) == pytest.approx(3 + 0.01 * (10 + 1000 + 260))
 
 
 def test_the_depth_is_the_middle_of_the_answer_unless_given() -> None:
@@ -68,18 +106,30 @@ def test_tokens_cross_as_four_bytes_and_cuts_as_rows() -> None:
 
 
 def test_latency_is_a_round_and_throughput_its_share_or_the_slowest_place() -> None:
-    stages, hops, busy = [2.0, 5.0], [1.0, 1.0, 1.0], [0.0, 0.5, 0.0]
-    assert cost.step_seconds(stages, hops, busy, "latency", 4) == 10.0
-    assert cost.step_seconds(stages, hops, busy, "throughput", 1) == 10.0
-    assert cost.step_seconds(stages, hops, busy, "throughput", 2) == 5.0
-    assert cost.step_seconds([2.0, 2.0], hops, busy, "throughput", 2) == 3.5
-    assert cost.step_seconds(stages, hops, busy, "throughput", 100) == 5.0
-    assert cost.step_seconds(stages, hops, [0.0, 6.0, 0.0], "throughput", 100) == 6.0
+    assert Goal("latency").value(10.0, 5.0) == 10.0
+    assert Goal("throughput", 1).value(10.0, 5.0) == 10.0
+    assert Goal("throughput", 2).value(10.0, 5.0) == 5.0
+    assert Goal("throughput", 2).value(7.0, 2.0) == 3.5
+    assert Goal("throughput", 100).value(10.0, 6.0) == 6.0
+    assert Goal("throughput", 100, batch=4).value(10.0, 6.0) == 1.5
+    assert Goal("first_token", chunks=4).value(10.0, 6.0) == 28.0
+
+
+def test_a_fee_is_added_to_whatever_is_made_least() -> None:
+    for goal in (Goal("latency"), Goal("throughput", 2), Goal("first_token", chunks=3)):
+        assert goal.value(3.0, 2.0, 0.5) == goal.value(3.0, 2.0) + 0.5
+
+
+def test_a_goal_per_number_of_streams_in_a_call() -> None:
+    load = Workload(context=64, sequences=40, streams=5, prompt_tokens=33, chunk_tokens=16)
+    assert [goal.batch for goal in goals("throughput", load)] == [1, 2, 3, 4, 5]
+    assert [goal.batch for goal in goals("throughput", replace(load, streams=40))][-2:] == [24, 32]
+    assert goals("first_token", load) == [Goal("first_token", chunks=3)]
 
 
 def test_a_chunk_reads_weights_once_and_computes_every_row() -> None:
-    # layer: reads 1000 + (8 + 4) * 5 + 60 = 1120 bytes: 1.12 s; computes 4 * 3000 MACs: 6 s
-    assert cost.stage_prefill_seconds(MODEL, DEVICE, 1, 2, 4, 8, 0) == 0.25 + 6.0
+    # layer: computes 4 * 3000 MACs: 6 s; then (8 + 4) * 5 + 60 = 120 bytes of state: 0.12 s
+    assert cost.stage_prefill_seconds(MODEL, DEVICE, 1, 2, 4, 8, 0) == 0.25 + 6.12
     # embedding: 4 rows of 10 bytes
     assert cost.stage_prefill_seconds(MODEL, DEVICE, 0, 1, 4, 0, 0) == 0.25 + 0.04
     # the head runs for rows whose logits are wanted only
@@ -94,16 +144,16 @@ def test_a_table_is_never_read_more_than_whole() -> None:
 def test_the_first_token_of_a_pipelined_prompt() -> None:
     cluster, stages = chain()
     # Chunks of 4, 4 and 2 rows. To a: 4 bytes a row at 4 bytes/s: the link is taken 4, 4, 2 s, latency 1 s.
-    # a: 0.25 + 0.01 * rows + 1.5 * rows = 6.29, 6.29, 3.27.
+    # a: 0.25 + 0.01 * rows + 1.5 * rows, and 60 + 5 * (4, 8, 10) bytes of state: 6.37, 6.39, 3.38.
     # a to b: 80 bytes a row at 40 bytes/s: 8, 8, 4 s + 2 s.
-    # b: 0.75 * rows (its layer computes), and on the last chunk 2.05 for the head: 3, 3, 1.5 + 2.05.
-    a1 = 4 + 1 + 6.29
-    a2 = a1 + 6.29  # its rows came at 9
-    a3 = a2 + 3.27  # at 11
+    # b: 0.75 * rows (its layer computes), half of a's state, and on the last chunk 2.05 for the head.
+    a1 = 4 + 1 + 6.37
+    a2 = a1 + 6.39  # its rows came at 9
+    a3 = a2 + 3.38  # at 11
     l1, l2 = a1 + 8, a2 + 8
     l2 = max(a2, l1) + 8
     l3 = max(a3, l2) + 4
-    b3 = max(l3 + 2, l2 + 2 + 3) + 1.5 + 2.05
+    b3 = max(l3 + 2, l2 + 2 + 3.05) + 1.5 + 0.055 + 2.05
     assert cost.first_token_seconds(MODEL, cluster, LOAD, stages) == pytest.approx(b3 + 3.0 + 0.5)
 
 
@@ -111,7 +161,7 @@ def test_the_tables_say_what_the_formulas_say() -> None:
     cluster, _ = chain()
     small = Device("c", cost.range_ram_bytes(MODEL, DEVICE, LOAD, 1, 3), 900.0, 900.0, 500, 0.125)
     cluster = Cluster((*cluster.devices, small), cluster.links, "h")
-    tables = time_tables(MODEL, cluster, LOAD)
+    tables = decode_tables(MODEL, cluster, LOAD)
     for j, device in enumerate(cluster.devices):
         for first in range(4):
             for last in range(first + 1, 5):

@@ -19,10 +19,13 @@ from shoal.planner.profile import (
 )
 from shoal.planner.rows import Device, Link
 
-PI = DeviceProfile("pi", "native", "neon_dot", 4, 12e9, 80e9, 8_000_000_000, 4_000_000_000, 2e-5)
+PI = DeviceProfile(
+    "pi", "native", "neon_dot", 4, 12e9, 80e9, 8_000_000_000, 4_000_000_000, 2e-5, 3e-4,
+    row_rates=((1, 12e9), (64, 80e9)), attend_macs_per_s=4e9,
+)  # fmt: skip
 LAPTOP = DeviceProfile("laptop", "native", "avx2", 2, 36e9, 400e9, 16_000_000_000, 9_000_000_000, 1e-5)
 BOTH = Profile(
-    (PI, LAPTOP), (LinkProfile("laptop", "pi", 0.004, 10e6), LinkProfile("pi", "laptop", 0.005, 8e6))
+    (PI, LAPTOP), (LinkProfile("laptop", "pi", 0.004, 10e6, 0.009), LinkProfile("pi", "laptop", 0.005, 8e6))
 )
 
 
@@ -57,11 +60,19 @@ def test_any_profile_survives_json(some: list[DeviceProfile], ways: list[LinkPro
 
 def test_the_file_says_its_version_and_every_field() -> None:
     found = body()
-    assert found["shoal_profile"] == 1
-    assert found["links"][0] == {"src": "laptop", "dst": "pi", "latency_s": 0.004, "bytes_per_s": 10e6}
+    assert found["shoal_profile"] == 2
+    assert found["links"][0] == {
+        "src": "laptop",
+        "dst": "pi",
+        "latency_s": 0.004,
+        "bytes_per_s": 10e6,
+        "latency_p95_s": 0.009,
+    }
+    assert found["devices"][0]["row_rates"] == [[1, 12e9], [64, 80e9]]
     assert set(found["devices"][0]) == {
         *("name", "backend", "isa", "threads", "read_bytes_per_s", "macs_per_s"),
-        *("ram_total", "ram_free", "step_overhead_s"),
+        *("ram_total", "ram_free", "step_overhead_s", "idle_overhead_s", "row_rates"),
+        *("attend_macs_per_s", "prefill_attend_macs_per_s"),
     }
 
 
@@ -74,7 +85,7 @@ def test_a_whole_number_will_do_for_a_rate() -> None:
 @pytest.mark.parametrize(
     ("where", "value", "message"),
     [
-        (["shoal_profile"], 2, "version 2; this shoal reads 1"),
+        (["shoal_profile"], 1, "version 1; this shoal reads 2"),
         (["shoal_profile"], True, "version True"),
         (["extra"], 1, "unknown key 'extra'"),
         (["devices"], {}, "devices must be a list, not dict"),
@@ -91,6 +102,13 @@ def test_a_whole_number_will_do_for_a_rate() -> None:
         (["devices", 0, "macs_per_s"], 10**400, r"devices\[0\]: int too large"),
         (["devices", 0, "ram_free"], 9_000_000_000, "ram_free 9000000000 exceeds ram_total"),
         (["devices", 0, "isa"], ["a"], "profile of pi: isa"),
+        (["devices", 0, "row_rates"], [[1, 5.0], [1, 6.0]], "rows of row_rates must be a whole number >= 2"),
+        (["devices", 0, "row_rates"], [[1, 5.0, 2]], "row_rates must be a tuple of"),
+        (["devices", 0, "row_rates"], 3, "row_rates must be a tuple of"),
+        (["devices", 0, "row_rates"], [[1, 0]], "MAC/s at 1 rows must be > 0"),
+        (["devices", 0, "attend_macs_per_s"], 0, "attend_macs_per_s must be > 0"),
+        (["devices", 0, "idle_overhead_s"], -1, "idle_overhead_s must be >= 0"),
+        (["links", 0, "latency_p95_s"], 0.001, "latency_p95_s 0.001 is below the median 0.004"),
         (["links", 1, "latency_s"], -0.1, r"links\[1\]: link pi -> laptop: latency_s must be >= 0"),
         (["links", 1, "bytes_per_s"], "fast", "link pi -> laptop: bytes_per_s must be a number"),
         (
@@ -139,8 +157,9 @@ def test_text_that_is_no_profile_is_refused(text: str, message: str) -> None:
 
 def test_a_device_promises_its_cap_and_slows_as_a_whole() -> None:
     assert device_row(PI, cap_bytes=10**9, slow=4.0, base_bytes=7) == Device(
-        "pi", 10**9, 3e9, 20e9, base_bytes=7, step_overhead_s=8e-5
-    )
+        "pi", 10**9, 3e9, 20e9, base_bytes=7, step_overhead_s=8e-5, idle_overhead_s=1.2e-3,
+        row_rates=((1, 3e9), (64, 20e9)), attend_macs_per_s=1e9,
+    )  # fmt: skip
     assert device_row(PI).ram_bytes == 3_000_000_000
     assert link_row(BOTH.links[0]) == Link(0.004, 10e6)
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from shoal.planner.evaluate import evaluate
 from shoal.planner.explain import units_text
 from shoal.planner.report import Measured, render, render_infeasible, to_json
 from shoal.planner.rows import (
@@ -21,7 +22,7 @@ from shoal.planner.rows import (
     Unit,
     Workload,
 )
-from shoal.planner.solve import evaluate, plan
+from shoal.planner.solve import plan
 
 LAYER = Unit("layer", 1_000_000, 1_000_000, 1_000_000, 0, 0, 1000)
 EMBEDDING = Unit("embedding", 4_000_000, 1000, 0, 0, 0, 1000)

@@ -1,0 +1,67 @@
+"""What a plan must keep to beside the RAM caps, and the assignment that runs while another is looked for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from .check import check_name, check_whole
+from .rows import Cluster, Model, Stage
+
+
+@dataclass(frozen=True, slots=True)
+class Constraints:
+    """Devices by name. `layers`: exactly so many layers (the embedding and the head are none); 0 leaves a
+    device out. `first` holds the embedding, `last` the head."""
+
+    exclude: frozenset[str] = frozenset()
+    layers: Mapping[str, int] = field(default_factory=dict)
+    first: str | None = None
+    last: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, count in self.layers.items():
+            check_whole(f"the layers of {name}", count)
+            if count and name in self.exclude:
+                raise ValueError(f"{name} is excluded and has {count} layers as well")
+        for end in (self.first, self.last):
+            if end is not None and end in self.exclude:
+                raise ValueError(f"{end} is excluded and holds an end of the model as well")
+
+    def check(self, model: Model, cluster: Cluster) -> None:
+        """ValueError: a device that is not there, or counts that cannot add up to the model's layers."""
+        ends = {end for end in (self.first, self.last) if end is not None}
+        for name in sorted(self.exclude | set(self.layers) | ends):
+            cluster.device(name)
+        layers, pinned = len(model.units) - 2, sum(self.layers.values())
+        free = [d.name for d in cluster.devices if d.name not in self.exclude and d.name not in self.layers]
+        if pinned > layers or (pinned < layers and not free):
+            raise ValueError(f"the given layers add up to {pinned}, and the model has {layers}")
+
+    def allowed(self, name: str) -> bool:
+        """Whether a device may get anything."""
+        return name not in self.exclude and self.layers.get(name) != 0
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """An assignment that runs, and for how long another one has to pay off.
+
+    Moving a unit to another device costs the bytes of its weights, unless the device `keeps` a copy, and of
+    the state of all sequences, over the link from the unit's holder; if that one is gone, or there is no
+    link, weights come from the head, and the state by replay, which is not counted. Transfers are counted one
+    after another, and their sum is shared by the next `horizon_tokens`.
+    """
+
+    stages: tuple[Stage, ...]
+    horizon_tokens: int
+    positions: int = 0  # of state, of all sequences together
+    keeps: Mapping[str, frozenset[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_whole("the horizon in tokens", self.horizon_tokens, 1)
+        check_whole("the positions that run", self.positions)
+        for name in self.keeps:
+            check_name("a device that keeps copies", name)
+
+    def holder(self, unit: int) -> str | None:
+        """The device that has the unit."""
+        return next((stage.device for stage in self.stages if stage.first <= unit < stage.last), None)

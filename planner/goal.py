@@ -1,0 +1,52 @@
+"""What a plan is to make least: one formula per objective over the three sums of a chain."""
+
+import math
+from dataclasses import dataclass
+
+from .rows import Objective, Workload
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """An objective with its numbers. Values are seconds: of a token, or until the first one.
+
+    latency: a round of one stream. throughput: `streams` tokens a round, of which a stage takes `batch` in
+    one call; a place that is taken longer than their share holds all of them up. first_token: a round of one
+    chunk, and for every other of the prompt's `chunks` the time of the slowest place.
+    """
+
+    objective: Objective
+    streams: int = 1
+    batch: int = 1
+    chunks: int = 1
+
+    def value(self, round_s: float, slowest: float, fee: float = 0.0) -> float:
+        """Of a chain: seconds of a round, of its slowest place, and prices that were added."""
+        if self.objective == "latency":
+            return round_s + fee
+        if self.objective == "throughput":
+            return max(round_s / self.streams, slowest / self.batch) + fee
+        return round_s + (self.chunks - 1) * slowest + fee
+
+    @property
+    def fee_weight(self) -> float:
+        """What a fee counts beside a round in `value`, where the slowest place is fixed."""
+        return float(self.streams) if self.objective == "throughput" else 1.0
+
+    @property
+    def looks_at_places(self) -> bool:
+        """Whether the slowest place counts."""
+        return self.objective == "throughput" or (self.objective == "first_token" and self.chunks > 1)
+
+
+def goals(objective: Objective, workload: Workload) -> list[Goal]:
+    """The goals of which a plan takes the best. Waiting streams share a call, so for throughput there is one
+    per number of streams in a call: the system settles where the slowest place is just always taken, which is
+    the least of them all."""
+    if objective == "latency":
+        return [Goal(objective)]
+    if objective == "first_token":
+        return [Goal(objective, chunks=math.ceil(workload.prompt_tokens / workload.chunk_tokens))]
+    most = workload.streams
+    sizes = [size for size in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32) if size < min(most, 32)]
+    return [Goal(objective, most, batch) for batch in [*sizes, min(most, 32)]]

@@ -79,9 +79,10 @@ typedef struct {
   int32_t cols;
 } shoal_weight;
 
-/* Keys and values of one layer. A page is, for each kv head, keys [64 / 16][head_dim][16] then values [64][head_dim]. */
+/* Keys and values of one layer. A page is, for each kv head, keys [64 / 16][head_dim][16] then values [64][head_dim];
+ * SHOAL_Q8 is int8, and f32 scales of the 64 keys, then of the 64 values, follow. */
 typedef struct {
-  int32_t type; /* SHOAL_F32 or SHOAL_F16 */
+  int32_t type; /* SHOAL_F32, SHOAL_F16 or SHOAL_Q8 */
   int32_t kv_heads;
   int32_t head_dim; /* a multiple of 16 */
 } shoal_state;

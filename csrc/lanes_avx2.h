@@ -52,6 +52,10 @@ SHOAL_INLINE __m256 power8(__m256 n) {
 
 SHOAL_INLINE v16 v_power(v16 n) { BOTH(power8(n.a), power8(n.b)); }
 
+SHOAL_INLINE __m256 load_eight(const int8_t *p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+SHOAL_INLINE v16 v_load_i8(const int8_t *p) { BOTH(load_eight(p), load_eight(p + 8)); }
 SHOAL_INLINE v16 v_load_f16(const uint16_t *p) {
   BOTH(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)),
        _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 8))));

@@ -36,6 +36,12 @@ SHOAL_INLINE v16 v_power(v16 n) {
 }
 SHOAL_INLINE v16 v_load_f16(const uint16_t *p) { FOUR(i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i)))); }
 
+SHOAL_INLINE v16 v_load_i8(const int8_t *p) {
+  const int16x8_t a = vmovl_s8(vld1_s8(p)), b = vmovl_s8(vld1_s8(p + 8));
+  return (v16){{vcvtq_f32_s32(vmovl_s16(vget_low_s16(a))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(a))),
+                vcvtq_f32_s32(vmovl_s16(vget_low_s16(b))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(b)))}};
+}
+
 SHOAL_INLINE v16 v_load_n(const float *p, int32_t n) {
   float lanes[16] = {0};
   memcpy(lanes, p, (size_t)n * sizeof(float));

@@ -34,6 +34,7 @@ LANES v16 v_greater(v16 a, v16 b, v16 yes, v16 no) { EACH(a.lane[i] > b.lane[i] 
 LANES v16 v_first(v16 a, v16 b, int32_t n) { EACH(i < n ? a.lane[i] : b.lane[i]); }
 /* 2^n for whole n in [-126, 127] */
 LANES v16 v_power(v16 n) { EACH(shoal_float((uint32_t)((int32_t)n.lane[i] + 127) << 23)); }
+LANES v16 v_load_i8(const int8_t *p) { EACH((float)p[i]); }
 LANES v16 v_load_f16(const uint16_t *p) { EACH(shoal_f16_to_f32(p[i])); }
 
 LANES void v_store(float *p, v16 a) { memcpy(p, a.lane, sizeof a.lane); }

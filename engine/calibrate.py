@@ -89,7 +89,7 @@ class Calibration:
         )
         executor = _Recorder(linked)
         rows = len(self._tokens)
-        nothing = SequenceKv(PagePool(np.dtype(np.float32)), (), 0)
+        nothing = SequenceKv(PagePool("f32"), (), 0)
         sequence = SequenceRows(nothing, self._tokens, Sampling(), rows, 0, rows if last else 0, False)
         self.hidden = executor.run([sequence], self.hidden, False).hidden
         return executor.sizes

@@ -22,6 +22,7 @@ from .config import Config, parse_config
 from .equalise import equalise as equalise_unit
 from .errors import ModelFileError, ShoalError, UnsupportedModelError
 from .index import CHAT_TEMPLATE, COMMON, CONFIG, INDEX, KV_DTYPES, TOKENIZER, FileEntry, Index
+from .kv import KV_TYPES
 from .layout import GROUP, PANEL, round_up
 from .nibbles import quantise_q4
 from .program import Program, Unit, Weight, typed
@@ -42,6 +43,7 @@ class _Options:
     dtype: str
     head_dtype: str | None
     has_min: bool
+    kv_dtype: str
     equalise: bool
     origin: str
 
@@ -53,12 +55,13 @@ def convert(
     dtype: str = "int8",
     head_dtype: str | None = None,
     has_min: bool = False,
+    kv_dtype: str | None = None,
     equalise: bool = True,
     origin: str | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Writes the model directory `target` from the checkpoint at `source`. With dtype int4 the head may be
-    int8 (`head_dtype`), and groups may have minima.
+    int8 (`head_dtype`), and groups may have minima. `kv_dtype`: f16 (f32 with dtype f32) unless given.
 
     `origin` is what the index says of the source (default: its name); equal origins, checkpoints and options
     give equal model hashes. ShoalError: target exists. ModelFileError: the checkpoint is damaged.
@@ -68,7 +71,10 @@ def convert(
     head_dtype = None if head_dtype == dtype else head_dtype
     if head_dtype not in (None, "int8") or ((head_dtype or has_min) and dtype != "int4"):
         raise ShoalError("only with --dtype int4 can the head be int8 instead, or groups have a minimum")
-    options = _Options(dtype, head_dtype, has_min, equalise, origin or source.name)
+    kv_dtype = kv_dtype or KV_DTYPES[dtype]
+    if kv_dtype not in KV_TYPES:
+        raise ValueError(f"kv_dtype must be one of {', '.join(KV_TYPES)}, not {kv_dtype!r}")
+    options = _Options(dtype, head_dtype, has_min, kv_dtype, equalise, origin or source.name)
     if target.exists():
         raise ShoalError(f"{target} exists already: remove it, or choose another name")
     checkpoint = open_checkpoint(source)
@@ -101,7 +107,7 @@ def _write_directory(
         files={},
         common=(COMMON,),
         units=units_of(program),
-        kv_dtype=KV_DTYPES[options.dtype],
+        kv_dtype=options.kv_dtype,
         has_min=options.has_min,
         head_dtype=options.head_dtype,
     )

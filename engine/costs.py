@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .kv import page_elements
+from .kv import page_bytes
 from .layout import GROUP, PAGE, PANEL, round_up
 from .program import Attend, Embed, Matmul, Op, Program, Unit, Weight
 from .shards import Model
@@ -48,7 +48,6 @@ def unit_cost(model: Model, u: int) -> UnitCost:
     """The costs of unit u of a model."""
     program = model.program
     unit = program.units[u]
-    element = _F16 if model.kv_dtype == "f16" else _F32
     last = u == len(program.units) - 1
     return UnitCost(
         name=unit.name,
@@ -56,7 +55,7 @@ def unit_cost(model: Model, u: int) -> UnitCost:
         read_bytes=sum(op_read_bytes(op, unit) for op in unit.ops),
         macs=sum(op_macs(op, unit) for op in unit.ops),
         attend_macs=sum(op_attend_macs(op, unit) for op in unit.ops),
-        kv_bytes_per_token=sum(page_elements(s) * element // PAGE for s in unit.states),
+        kv_bytes_per_token=sum(page_bytes(s, model.kv_dtype) // PAGE for s in unit.states),
         fixed_state_bytes=0,
         cut_bytes=4 if last else sum(program.buffer(name).cols * _F32 for name in program.cut),
     )

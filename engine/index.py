@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ModelFileError, UnsupportedModelError
+from .kv import KV_TYPES
 from .layout import GROUP, LAYOUT_VERSION, NUMERICS_VERSION
 from .program import WeightType
 
@@ -126,7 +127,7 @@ def parse_index(data: bytes, where: str) -> Index:
     for key in ("dtype", "kv_dtype", "cut_dtype", "family", "source"):
         if not isinstance(values[key], str):
             raise refuse(f"needs a string as {key!r}")
-    if values["dtype"] not in KV_DTYPES or values["kv_dtype"] not in ("f16", "f32"):
+    if values["dtype"] not in KV_DTYPES or values["kv_dtype"] not in KV_TYPES:
         raise refuse(f"has the unknown types {values['dtype']!r}, {values['kv_dtype']!r}")
     group = type(values["group_size"]) is int and values["group_size"] == GROUP
     minima = values["has_min"] is False or (values["has_min"] is True and values["dtype"] == "int4")

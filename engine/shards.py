@@ -79,7 +79,7 @@ class Model:
 
     @property
     def kv_dtype(self) -> str:
-        """Type of keys and values: f16 or f32."""
+        """Type of keys and values: f32, f16 or int8."""
         return self.index.kv_dtype
 
     @property

@@ -61,9 +61,7 @@ class Stage:
         self._closed = False
         self._linked = link(model, first, last, options)
         self._executor = make_executor(self._linked, options.backend, options.isa, options.threads)
-        self._pool = PagePool(
-            np.dtype(np.float16 if model.kv_dtype == "f16" else np.float32), options.kv_bytes
-        )
+        self._pool = PagePool(model.kv_dtype, options.kv_bytes)
 
     def __enter__(self) -> Self:
         return self

@@ -28,6 +28,7 @@ _ENUMS = {
     for enum in ("type", "domain", "activation", "op_kind", "status")
     for name, value in ffi.typeof(f"enum shoal_{enum}").relements.items()
 }
+_KV_TYPES = {"f32": "SHOAL_F32", "f16": "SHOAL_F16", "int8": "SHOAL_Q8"}
 _OP_FIELDS = {"out": -1, "in": -1, "angles": -1, "state": -1, "weights": [], "i": [0, 0], "f": [0.0]}
 
 
@@ -169,7 +170,7 @@ class NativeExecutor:
             ],
         )
         weights = ffi.new("shoal_weight[]", [_weight(w, keep) for w in linked.weights.values()])
-        kv_type = _ENUMS[f"SHOAL_{linked.kv_type.upper()}"]
+        kv_type = _ENUMS[_KV_TYPES[linked.kv_type]]
         states = ffi.new("shoal_state[]", [(kv_type, s.kv_heads, s.head_dim) for _, s in linked.states])
         cut = buffer_rows[linked.program.cut[0]]
         inputs = ffi.new("int32_t[]", [] if linked.reads_tokens else [cut])

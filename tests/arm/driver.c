@@ -124,7 +124,7 @@ static int32_t make_program(void) {
   step(SHOAL_OP_EMBED, x, -1, table, 0);
   step(SHOAL_OP_ANGLES, angles, -1, weight(SHOAL_F64, 1, half, 1), 0);
   for (int32_t layer = 0; layer < 2; layer++) {
-    states[program.n_states] = (shoal_state){below(2) ? SHOAL_F16 : SHOAL_F32, kv_heads, dim};
+    states[program.n_states] = (shoal_state){(int32_t[]){SHOAL_F32, SHOAL_F16, SHOAL_Q8}[below(3)], kv_heads, dim};
     int32_t a = step(SHOAL_OP_NORM, buffer(act, hidden, SHOAL_ALL_ROWS), x, weight(SHOAL_F32, 1, hidden, 1), 1e-5f);
     const int32_t qkv = buffer(SHOAL_F32, width, SHOAL_ALL_ROWS);
     shoal_op *o = op(SHOAL_OP_MATMUL, qkv, a, 3);

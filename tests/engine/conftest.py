@@ -28,15 +28,23 @@ def tiny_int8(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return _tiny("int8", tmp_path_factory)
 
 
-@pytest.fixture(scope="session", params=["int8", "int4", "int4-min"])
+@pytest.fixture(scope="session", params=["int8", "int4", "int4-min", "int8-kv"])
 def tiny_quantised(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     return _tiny(request.param, tmp_path_factory)
 
 
 def _tiny(types: str, factory: pytest.TempPathFactory) -> Model:
-    """`types`: a type, with -min for minima and an int8 head."""
+    """`types`: a type, with -min for minima and an int8 head, or -kv for int8 keys and values."""
     target = factory.mktemp("models") / types
-    dtype, _, minima = types.partition("-")
-    head = "int8" if minima else None
-    convert(FIXTURES / "tiny-llama", target, dtype=dtype, has_min=bool(minima), head_dtype=head)
+    dtype, _, more = types.partition("-")
+    head = "int8" if more == "min" else None
+    kv = "int8" if more == "kv" else None
+    convert(
+        FIXTURES / "tiny-llama",
+        target,
+        dtype=dtype,
+        has_min=more == "min",
+        head_dtype=head,
+        kv_dtype=kv,
+    )
     return Model.open(target)

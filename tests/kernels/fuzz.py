@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from . import harness
-from .harness import ENUM, PAGE, STATUS, Rows, describe, ffi, library, pool
+from .harness import STATUS, Rows, describe, ffi, library, pool
 from .test_programs import llama
+from .weights import ENUM, PAGE
 
 TABLES = ("ops", "buffers", "weights", "states", "inputs", "outputs")
 VALUES = (

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from .harness import LANES, PAGE, Program, Rows, everywhere, floats
+from .harness import Program, Rows, everywhere
+from .weights import LANES, PAGE, floats
 
 
 def program(heads, kv_heads, dim, kind, max_rows=400, extra=0):
@@ -18,17 +19,24 @@ def program(heads, kv_heads, dim, kind, max_rows=400, extra=0):
     return p
 
 
+def stored(x, kind):
+    """What `[..., head_dim]` is once it was stored, in float64."""
+    if kind == "Q8":
+        q, scale = quantised_heads(x)
+        return q * scale.astype(np.float64)
+    return x.astype(np.float16 if kind == "F16" else np.float32).astype(np.float64)
+
+
+def quantised_heads(x):
+    amax = np.abs(x).max(axis=-1, keepdims=True)
+    q = np.rint(np.clip(x * (np.float32(127) / amax), -127, 127))
+    return q, amax / np.float32(127)
+
+
 def oracle(x, heads, kv_heads, dim, kind, extra=0):
     rows = len(x)
     q = x[:, extra : extra + heads * dim].reshape(rows, heads, dim).astype(np.float64)
-    stored = np.float16 if kind == "F16" else np.float32
-    k, v = (
-        x[:, extra + heads * dim :]
-        .reshape(rows, 2, kv_heads, dim)
-        .astype(stored)
-        .astype(np.float64)
-        .transpose(1, 0, 2, 3)
-    )
+    k, v = stored(x[:, extra + heads * dim :].reshape(rows, 2, kv_heads, dim), kind).transpose(1, 0, 2, 3)
     out = np.empty((rows, heads, dim))
     for h in range(heads):
         scores = q[:, h] @ k[:, h // (heads // kv_heads)].T * dim**-0.5
@@ -38,7 +46,7 @@ def oracle(x, heads, kv_heads, dim, kind, extra=0):
     return out.reshape(rows, -1)
 
 
-@pytest.mark.parametrize("kind", ["F16", "F32"])
+@pytest.mark.parametrize("kind", ["F16", "F32", "Q8"])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim"), [(1, 1, 16), (3, 1, 64), (9, 3, 64), (8, 1, 32), (4, 4, 48), (10, 2, 80)]
 )
@@ -49,11 +57,12 @@ def test_one_run_of_rows(heads, kv_heads, dim, kind):
     x[:, : heads * dim] *= 3
     for rows in (1, 2, 3, 17, 70):
         got = everywhere(p, lambda e, rows=rows: e.run([Rows(rows)], [x[:rows]]).outputs)[0]
-        np.testing.assert_allclose(got, oracle(x[:rows], heads, kv_heads, dim, kind), rtol=2e-5, atol=2e-6)
+        atol = 4e-6 if kind == "Q8" else 2e-6  # weights are rounded once more
+        np.testing.assert_allclose(got, oracle(x[:rows], heads, kv_heads, dim, kind), rtol=2e-5, atol=atol)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["F16", "F32"])
+@pytest.mark.parametrize("kind", ["F16", "F32", "Q8"])
 def test_over_pages_and_blocks(kind):
     """Runs that end and begin around multiples of 16, 64 and 256, then single rows."""
     rng = np.random.default_rng(2)
@@ -108,6 +117,34 @@ def test_pages_hold_what_the_header_says():
         untouched = np.ones(2 * PAGE, bool)
         untouched[62:67] = False
         assert np.isnan(keys[untouched]).all() and np.isnan(values[untouched]).all()
+
+
+def test_int8_pages_hold_numbers_and_scales():
+    rng = np.random.default_rng(7)
+    heads, kv_heads, dim = 2, 2, 48
+    p = program(heads, kv_heads, dim, "Q8")
+    x = floats(rng, 5, p.buffers[0][1])
+    x[2, heads * dim : heads * dim + dim] = 0
+
+    def pages(executor):
+        sequence = Rows(5, 62)
+        executor.run([sequence], [x], want=False)
+        return [np.stack(sequence.pages[0]).astype(np.float32)]
+
+    raw = everywhere(p, pages)[0].astype(np.int8).reshape(2, kv_heads, 2 * PAGE * dim + 8 * PAGE)
+    numbers = raw[:, :, : 2 * PAGE * dim].reshape(2, kv_heads, 2, PAGE * dim)
+    scales = raw[:, :, 2 * PAGE * dim :].copy().view(np.float32).reshape(2, kv_heads, 2, PAGE)
+    keys = numbers[:, :, 0].reshape(2, kv_heads, PAGE // LANES, dim, LANES).transpose(0, 2, 4, 1, 3)
+    values = numbers[:, :, 1].reshape(2, kv_heads, PAGE, dim).transpose(0, 2, 1, 3)
+    wanted = x[:, heads * dim :].reshape(5, 2, kv_heads, dim)
+    wanted_scales = np.abs(wanted).max(axis=-1) / np.float32(127)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        q = np.nan_to_num(quantised_heads(wanted)[0])
+    np.testing.assert_array_equal(keys.reshape(2 * PAGE, kv_heads, dim)[62:67], q[:, 0])
+    np.testing.assert_array_equal(values.reshape(2 * PAGE, kv_heads, dim)[62:67], q[:, 1])
+    by_position = scales.transpose(0, 3, 2, 1).reshape(2 * PAGE, 2, kv_heads)
+    np.testing.assert_array_equal(by_position[62:67], wanted_scales)
+    assert np.isnan(by_position[:62]).all() and np.isnan(by_position[67:]).all()
 
 
 def test_f16_rounds_to_nearest_even_on_every_set():

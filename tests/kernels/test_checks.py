@@ -11,13 +11,11 @@ import numpy as np
 import pytest
 
 from .harness import (
-    ENUM,
     ROOT,
     Program,
     Refused,
     Rows,
     describe,
-    f64,
     ffi,
     library,
     library_path,
@@ -26,6 +24,7 @@ from .harness import (
     pool,
 )
 from .test_programs import VOCAB, llama
+from .weights import ENUM, f64
 
 BIG = 2**31 - 1
 
@@ -95,7 +94,7 @@ PROGRAMS = {
     "buffer without columns": (row("buffers", 0, cols=0), "buffer 0: 0 columns"),
     "buffer too wide": (row("buffers", 0, cols=BIG), "buffer 0"),
     "buffer domain": (row("buffers", 0, domain=2), "buffer 0: no domain"),
-    "state type": (row("states", 0, type=1), "state 0: type"),
+    "state type": (row("states", 0, type=3), "state 0: type"),
     "head_dim not a multiple": (row("states", 0, head_dim=24), "state 0: head_dim"),
     "head_dim too large": (row("states", 0, head_dim=1024), "state 0: head_dim"),
     "no kv heads": (row("states", 0, kv_heads=0), "kv heads"),

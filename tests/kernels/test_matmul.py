@@ -7,8 +7,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from .harness import GROUP, Program, Rows, everywhere, floats, q4, random_q8, random_weight, same
+from .harness import Program, Rows, everywhere, same
 from .test_ops import dequantised
+from .weights import GROUP, floats, q4, random_q8, random_weight
 
 KINDS = ("Q8", "Q4", "Q4M", "F32")
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 17, 64, 97)

@@ -5,19 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from .harness import (
-    ENUM,
-    GROUP,
-    Program,
-    Rows,
-    everywhere,
-    f32,
-    f64,
-    floats,
-    q8,
-    random_weight,
-    same,
-)
+from .harness import Program, Rows, everywhere, same
+from .weights import ENUM, GROUP, f32, f64, floats, q8, random_weight
 
 ROWS = (1, 2, 3, 5, 8, 9, 17, 64)
 COLS = (1, 15, 16, 17, 31, 32, 33, 48, 64, 100, 576)

@@ -10,22 +10,8 @@ from itertools import cycle
 import numpy as np
 import pytest
 
-from .harness import (
-    FLAGS,
-    ROOT,
-    Program,
-    Rows,
-    describe,
-    f32,
-    f64,
-    ffi,
-    floats,
-    isas,
-    library_path,
-    pointer,
-    random_weight,
-    same,
-)
+from .harness import FLAGS, ROOT, Program, Rows, describe, ffi, isas, library_path, pointer, same
+from .weights import f32, f64, floats, random_weight
 
 VOCAB = 133
 
@@ -76,7 +62,7 @@ def row_by_row(executor, tokens):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["F16", "F32"])
+@pytest.mark.parametrize("kind", ["F16", "F32", "Q8"])
 def test_batches_drawn_at_random_give_the_bits_of_one_row_at_a_time(kind):
     rng = np.random.default_rng(0)
     lengths = (290, 130, 75, 260)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from .harness import Program, Refused, Rows, f32, floats, isas
+from .harness import Program, Refused, Rows, isas
+from .weights import f32, floats
 
 MASK = (1 << 64) - 1
 

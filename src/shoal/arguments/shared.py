@@ -43,6 +43,12 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="int4: groups have a minimum: an eighth larger, and more exact",
     )
+    parser.add_argument(
+        "--kv-dtype",
+        choices=("f16", "int8", "f32"),
+        help="what keys and values of the context are kept as; int8: half the memory "
+        "(default f16; with f32, f32)",
+    )
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

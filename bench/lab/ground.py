@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,7 +21,8 @@ from pathlib import Path
 
 from shoal.engine.errors import ShoalError
 
-LOCK = Path("/run/shoal-lab.lock")
+_RUN = Path("/run")
+LOCK = (_RUN if os.access(_RUN, os.W_OK) else Path(tempfile.gettempdir())) / "shoal-lab.lock"
 BRIDGE = "shoal-lab"
 HOST = "10.197.77.1"
 """Of the bridge: where the head's connections come from, and where the air listens for every device."""
@@ -44,6 +46,7 @@ class Ground:
         if self.cgroup:
             _remove_cgroups(Path(self.cgroup))
         for i in range(self.namespaces):
+            _try("ip", "link", "del", _outside(i))  # a namespace takes its own end along, but later
             _try("ip", "netns", "del", namespace(i))
         if self.namespaces:
             _try("ip", "link", "del", BRIDGE)

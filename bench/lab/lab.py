@@ -196,6 +196,8 @@ class Lab:
         end([node.process for node in self.nodes])
         assert self._air is not None and self._air.stdin is not None
         self._air.stdin.close()  # it removes everything, and ends
+        assert self._air.stdout is not None
+        self._air.stdout.close()
         if self._air.wait(30) != 0:
             raise ShoalError(
                 "the lab was not cleaned up: `python -m bench.lab clean` does it, and says why not"

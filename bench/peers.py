@@ -21,7 +21,7 @@ from bench.engines import LLAMA_CPP, Job
 from bench.models import SHAPES, checkpoint
 from bench.pairs import OURS, Reached, Sample, load, ratios, report, sample, save
 
-from shoal.engine.backends.base import cpu_threads
+from shoal.engine.cores import usable_cores
 from shoal.engine.costs import unit_cost
 from shoal.engine.layout import PAGE
 from shoal.engine.shards import Model
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "peer": LLAMA_CPP,
         "peer_type": args.type,
         "machine": platform.machine(),
-        "cpus": cpu_threads(),
+        "cpus": len(usable_cores()),
     }
     samples = load(args.output, what) if args.add else []
     jobs = _jobs(args, python, model.path, peer_model)
@@ -136,8 +136,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _counts(text: str) -> tuple[int, ...]:
     counts = tuple(int(part) for part in text.split(","))
-    if min(counts) < 1 or max(counts) > cpu_threads():
-        raise argparse.ArgumentTypeError(f"{text}: this process may use {cpu_threads()} CPUs")
+    if min(counts) < 1 or max(counts) > len(usable_cores()):
+        raise argparse.ArgumentTypeError(f"{text}: this process may use {len(usable_cores())} CPUs")
     return counts
 
 

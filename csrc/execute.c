@@ -142,6 +142,15 @@ static void run_attention(const run *r, const shoal_op *op, const shoal_places *
   }
 }
 
+/* Once all have drawn: no thread has to write what another reads. */
+static void check_drawn(run *r) {
+  for (int32_t i = r->batch->n_sequences - 1; i >= 0; i--) {
+    if (!r->batch->sequences[i].sample || r->batch->drawn[i] >= 0) continue;
+    r->where = i;
+    r->status = SHOAL_E_NONFINITE;
+  }
+}
+
 static void run_sample(run *r, const shoal_op *op, const shoal_places *at, int64_t unit, int64_t end, int32_t thread) {
   int32_t row = -1;
   for (int64_t i = 0; i < end; i++) {
@@ -153,9 +162,6 @@ static void run_sample(run *r, const shoal_op *op, const shoal_places *at, int64
         shoal_sample(r->e->kernels, logits, r->e->program.buffers[op->in].cols, &s->sampling, s->history,
                      s->first + s->rows, r->e->scratch + (size_t)thread * r->e->scratch_bytes);
     r->batch->drawn[i] = token;
-    if (token >= 0) continue;
-    r->where = (int32_t)i;
-    r->status = SHOAL_E_NONFINITE;
   }
 }
 
@@ -226,6 +232,7 @@ void shoal_execute(run *r) {
       run_units(r, r->op, 0, c.units, 0);
     else
       shoal_pool_run(r->e->pool, run_part, r, c.units, c.claim);
+    if (r->e->program.ops[r->op].kind == SHOAL_OP_SAMPLE) check_drawn(r);
     op_ended(r, r->op);
   }
 }

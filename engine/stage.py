@@ -89,7 +89,7 @@ class Stage:
     @property
     def kv_bytes(self) -> int:
         """Bytes of keys and values held now."""
-        return self._pool.used
+        return 0 if self._closed else self._pool.used
 
     def open(self, sequence: int, sampling: Sampling = Sampling(), context: int | None = None) -> None:
         """Starts a sequence of at most `context` positions. ValueError: the number is taken, or context is

@@ -3,7 +3,9 @@ set."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..batch import F32
+from ..cores import big_cores
 from ..errors import MissingDependencyError, ShoalError
 from ..program import Angles, Attend, Embed, Gate, Matmul, Norm, Op, Quantise, Rope, Sample, Store
 from ..source_hash import source_hash
@@ -74,6 +77,21 @@ def isa_names() -> list[str]:
     return [name for name, value in ordered if value != _ISA["auto"] and lib.shoal_isa_available(value)]
 
 
+@contextmanager
+def pinned(cores: Collection[int]) -> Iterator[None]:
+    """Keeps the calling thread to these CPUs for a while, where the system allows it."""
+    try:
+        before = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, cores)
+    except (AttributeError, OSError):  # not Linux, or an Android that forbids it
+        yield
+        return
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 class NativeExecutor:
     """A linked range of units behind one C executor and its threads."""
 
@@ -87,7 +105,8 @@ class NativeExecutor:
                 f"this CPU or build has no {isa!r} kernels; it has: {', '.join(isa_names())}"
             )
         self.name = f"native ({ffi.string(lib.shoal_isa_name(_ISA[isa] or lib.shoal_isa_best())).decode()})"
-        self._pool = ffi.gc(lib.shoal_pool_open(threads), lib.shoal_pool_close)
+        with pinned(big_cores()):  # threads keep to the cores of the one that started them
+            self._pool = ffi.gc(lib.shoal_pool_open(threads), lib.shoal_pool_close)
         if self._pool == ffi.NULL:
             raise ShoalError(f"cannot start {threads} threads: ask for fewer with --threads")
         self._error = ffi.new("char[]", _ERROR_BYTES)

@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..batch import F32
+from ..cores import usable_cores
 from ..errors import MissingDependencyError
 from ..layout import GROUP, PANEL, round_up
 from ..program import Gate, Matmul, Norm
 from ..quant import unpack
-from .base import Linked, WeightData, cpu_threads
+from .base import Linked, WeightData
 from .numpy_backend import NumpyExecutor
 
 try:
@@ -45,7 +46,7 @@ class NumbaExecutor(NumpyExecutor):
     name = "numba"
 
     def __init__(self, linked: Linked, threads: int = 1) -> None:
-        threads = min(threads, cpu_threads())
+        threads = min(threads, len(usable_cores()))
         numba.set_num_threads(threads)
         self._parallel = threads > 1
         super().__init__(linked)

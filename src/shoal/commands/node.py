@@ -19,7 +19,7 @@ import trio
 
 from .. import __version__
 from ..engine.backends import choose
-from ..engine.backends.base import cpu_threads
+from ..engine.cores import default_threads
 from ..engine.costs import constant_bytes, tied_bytes, unit_cost
 from ..engine.errors import NoPlanError, ShoalError
 from ..engine.measure import measure
@@ -61,7 +61,7 @@ async def _main(
     listeners = await _listen(host, port)
     address = _shown(listeners[0])
     try:
-        threads = args.threads or min(4, cpu_threads())  # as `shoal run` takes
+        threads = args.threads or default_threads()  # as `shoal run` takes
         options = StageOptions(args.backend, args.isa, threads, resident=args.resident)
         hop = await _hop_seconds()
         device = await trio.to_thread.run_sync(_offer, args, model, options, base, hop, slowness)

@@ -14,9 +14,9 @@ from .. import planner
 from ..answering import Engine, LocalEngine, Settings, answer
 from ..distributed import NetworkEngine, NetworkPlanner, head_identity
 from ..engine.backends import choose
-from ..engine.backends.base import cpu_threads
 from ..engine.batch import Sampling
 from ..engine.chat import Chat, Message
+from ..engine.cores import default_threads
 from ..engine.errors import ContextError, ShoalError
 from ..engine.shards import Model
 from ..engine.stage import Stage, StageOptions
@@ -101,7 +101,7 @@ async def open_engine(args: argparse.Namespace, model: Model, context: int) -> A
     backend, reason = choose(args.backend)
     if reason is not None:
         print(f"shoal: running on {backend}: {reason}", file=sys.stderr)
-    threads = args.threads or min(4, cpu_threads())
+    threads = args.threads or default_threads()
     options = StageOptions(args.backend, args.isa, threads, resident=args.resident)
     with Stage(model, 0, model.n_units, options) as stage:
         if args.stats:

@@ -15,7 +15,7 @@ C_SOURCES := $(wildcard csrc/*.c csrc/*.h csrc/*.inc)
 # A phone's numpy comes from its package manager; pip could only compile it there.
 VENV_FLAGS := $(if $(findstring com.termux,$(PREFIX)),--system-site-packages)
 
-.PHONY: help demo test check format bench dist lib abi oracle check-arm check-dist check-lab clean
+.PHONY: help demo test check format bench dist lib abi oracle sanitize check-arm check-dist check-lab clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -29,6 +29,7 @@ help:
 	@echo "make lib        compile csrc/ again if it changed"
 	@echo "make abi        write engine/backends/_abi.py again from csrc/kernels.h"
 	@echo "make oracle     compare with torch and transformers (a big download, in an environment of its own)"
+	@echo "make sanitize   tests of the kernels and the engine with the C code under ASan and UBSan"
 	@echo "make check-arm  run the Arm kernels under qemu (installs it and a cross compiler with apt)"
 	@echo "make check-dist try what make dist makes (installs clang-19, lld-19 and qemu with apt)"
 	@echo "make check-lab  devices that differ, in network namespaces with memory caps (as root; installs iproute2 with apt)"
@@ -71,6 +72,9 @@ abi: $(DEV_STAMP)
 
 oracle: $(ORACLE_STAMP) lib
 	$(ORACLE)/bin/python -m pytest -q -m oracle
+
+sanitize: $(DEV_STAMP) lib
+	$(BIN)/python -m tests.sanitize
 
 check-arm: $(DEV_STAMP) lib
 	scripts/apt-need qemu-user-static gcc-aarch64-linux-gnu libc6-dev-arm64-cross

@@ -216,8 +216,8 @@ class Executor:
             np.full((rows if d == ENUM["ALL_ROWS"] else wanted, p.buffers[b][1]), np.nan, np.float32)
             for b, d in zip(p.outputs, domains, strict=True)
         ]
-        batch.outputs = pointers(keep, outputs) if want else ffi.new("float *[]", len(outputs) or 1)
-        keep.append(batch.outputs)
+        keep.append(ffi.new("float *[]", len(outputs) or 1))
+        batch.outputs = pointers(keep, outputs) if want else keep[-1]
         drawn = np.full(len(sequences), -7, np.int32)
         batch.drawn = pointer(keep, "int32_t[]", drawn)
         self.run_raw(batch)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 _CPUS = Path("/sys/devices/system/cpu")
 _BIG = 0.7
-"""Least speed of a big core, as a share of the fastest: a phone's middle cores run at 0.75 to 0.9 of it, small
-ones at 0.5 to 0.65."""
+"""Least speed of a big core, as a share of the fastest: middle cores have 0.75 to 0.9 of it, small ones 0.5 to
+0.65."""
 _MOST_THREADS = 4
 """More have to share one memory, and heat a phone."""
 

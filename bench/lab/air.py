@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import heapq
 import json
+import os
 import random
 import select
 import signal
@@ -60,9 +61,10 @@ class Air:
     def from_json(cls, text: str) -> Air:
         """What `to_json` gave."""
         body = json.loads(text)
-        ends = {"listen", "target"}  # JSON has no tuples
-        rows = [{key: tuple(v) if key in ends else v for key, v in row.items()} for row in body["places"]]
-        return cls([Place(**row) for row in rows], body["free"], ground.Ground(**body["ground"]))
+        places = [Place(**row) for row in body["places"]]
+        for place in places:  # JSON has no tuples
+            place.listen, place.target = (*place.listen,), (*place.target,)
+        return cls(places, body["free"], ground.Ground(**body["ground"]))
 
 
 def change(name: str, delay_s: float, jitter_s: float) -> bytes:
@@ -135,13 +137,13 @@ class Delays:
             reading = [s for s, flow in self._flows.items() if not flow.ended and flow.waiting < MOST_WAITING]
             wait = max(0.0, self._due[0][0] - time.monotonic()) if self._due else None
             readable, writable, _ = select.select(  # microseconds, where epoll has milliseconds
-                [sys.stdin.buffer.raw, *self._listeners, *reading],
+                [sys.stdin, *self._listeners, *reading],
                 [*self._connecting, *self._blocked],
                 [],
                 wait,
             )
             for ready in readable:
-                if ready is sys.stdin.buffer.raw:
+                if ready is sys.stdin:
                     if not self._command():
                         return
                 elif ready in self._listeners:
@@ -158,8 +160,8 @@ class Delays:
                 self._write(heapq.heappop(self._due)[2])
 
     def _command(self) -> bool:
-        data = sys.stdin.buffer.raw.read(CHUNK)
-        self._input += data or b""
+        data = os.read(sys.stdin.fileno(), CHUNK)
+        self._input += data
         *lines, self._input = self._input.split(b"\n")
         for line in lines:
             command = json.loads(line)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from ..engine.batch import F32, Sampling, Want
-from .strict import Between, Printable
+from .strict import AtMost, Between, Printable
 
 PROTOCOL = 1
 """Raised by every change that an older process would not understand; it stands in each frame's header."""
@@ -55,6 +55,14 @@ class Epoch:
 
 
 @dataclass(frozen=True, slots=True)
+class RowRate:
+    """MAC/s of the matmuls of a call of so many rows."""
+
+    rows: Rows
+    macs_per_s: Rate
+
+
+@dataclass(frozen=True, slots=True)
 class Device:
     """What a node offers, as measured; a factor by which it plays a slower device is in the numbers."""
 
@@ -70,6 +78,12 @@ class Device:
     read_bytes_per_s: Rate
     macs_per_s: Rate
     step_overhead_s: Seconds
+    idle_overhead_s: Seconds = 0.0
+    """What a step after a pause takes more than one right after another."""
+    attend_macs_per_s: Rate = 1e18
+    """Attention of one row; then of many."""
+    prefill_attend_macs_per_s: Rate = 1e18
+    row_rates: Annotated[tuple[RowRate, ...], AtMost(64)] = ()
 
 
 @dataclass(frozen=True, slots=True)

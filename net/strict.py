@@ -30,6 +30,17 @@ class Between:
 
 
 @dataclass(frozen=True, slots=True)
+class AtMost:
+    """A list of so many items."""
+
+    items: int
+
+    def check(self, where: str, value: Any) -> None:
+        if len(value) > self.items:
+            raise ValueError(f"{where} has {len(value)} items, more than {self.items}")
+
+
+@dataclass(frozen=True, slots=True)
 class Printable:
     """A string of [low, high] characters, none of which moves a cursor; lone surrogates count as such."""
 
@@ -95,6 +106,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if type(value) is not str or value not in get_args(hint):
             raise ValueError(f"{where} = {_short(value)} is none of {', '.join(get_args(hint))}")
         return value
+    if origin is tuple:  # tuple[X, ...]
+        if type(value) not in (list, tuple):
+            raise ValueError(f"{where} = {_short(value)} is not a list")
+        inner = get_args(hint)[0]
+        return tuple(_convert(inner, item, f"{where}[{i}]") for i, item in enumerate(value))
     if is_dataclass(hint):
         return _convert_object(hint, value, where)
     if hint is float and type(value) in (int, float):

@@ -42,6 +42,10 @@ def cluster_of(nodes: Sequence[NodeInfo], links: Links) -> planner.Cluster:
             macs_per_s=node.device.macs_per_s,
             base_bytes=node.device.base_bytes,
             step_overhead_s=node.device.step_overhead_s,
+            idle_overhead_s=node.device.idle_overhead_s,
+            row_rates=tuple(sorted({rate.rows: rate.macs_per_s for rate in node.device.row_rates}.items())),
+            attend_macs_per_s=node.device.attend_macs_per_s,
+            prefill_attend_macs_per_s=node.device.prefill_attend_macs_per_s,
         )
         for node in nodes
     )

@@ -34,6 +34,7 @@ from shoal.net.messages import (
     Pong,
     Release,
     Result,
+    RowRate,
     Stats,
     Step,
     Work,
@@ -42,7 +43,10 @@ from shoal.net.wire import CLOSED, NEED_DATA, Connection, max_step_rows
 
 TOP = (1 << 64) - 1
 EPOCH = Epoch(TOP, (1 << 32) - 1)
-DEVICE = Device(10**9, 10**7, 256, 4, "native (avx2)", True, 1.5e10, 2e11, 1e-4)
+DEVICE = Device(
+    10**9, 10**7, 256, 4, "native (avx2)", True, 1.5e10, 2e11, 1e-4, 2e-4, 1e9, 2e9,
+    (RowRate(1, 1e9), RowRate(8, 8e9)),
+)  # fmt: skip
 PEER = Peer("Jürgens Pi", "fe80::1", 7001, 12)
 HIDDEN = np.arange(6, dtype=np.float32).reshape(3, 2) - 2.5
 

@@ -28,7 +28,7 @@ from ..engine.shards import Model
 from ..engine.stage import Stage, StageOptions
 from ..net.errors import AddressInUseError, NetError
 from ..net.identity import identity_of
-from ..net.messages import Device
+from ..net.messages import Device, RowRate
 from ..net.node import Node, NodeParts
 from ..net.slow import Slowness, SlowStage
 from ..planner.profile import FREE_SHARE
@@ -134,6 +134,10 @@ def _offer(
         read_bytes_per_s=measured.read_bytes_per_s / factor,
         macs_per_s=measured.macs_per_s / factor,
         step_overhead_s=measured.step_overhead_s * factor + hop,
+        idle_overhead_s=measured.idle_overhead_s * factor,
+        attend_macs_per_s=measured.attend_macs_per_s / factor,
+        prefill_attend_macs_per_s=measured.prefill_attend_macs_per_s / factor,
+        row_rates=tuple(RowRate(rows, rate / factor) for rows, rate in measured.row_rates),
     )
 
 

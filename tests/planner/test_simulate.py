@@ -1,0 +1,170 @@
+"""The simulator against closed forms, and that what happens to devices has the effect it must."""
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from shoal.planner import cost
+from shoal.planner.evaluate import evaluate
+from shoal.planner.rows import Cluster, Device, Link, Model, Stage, Unit, Workload
+from shoal.planner.simulate import Event, Outcome, Request, Rules, random_requests, simulate
+from shoal.planner.stagecost import StageCost
+
+LAYER = Unit("layer", 1_000_000, 1_000_000, 1_000_000, 0, 0, 1000)
+EMBEDDING = Unit("embedding", 4_000_000, 1000, 0, 0, 0, 1000)
+HEAD = Unit("head", 2_000_000, 2_000_000, 2_000_000, 0, 0, 4)
+MODEL = Model((EMBEDDING, *[LAYER] * 6, HEAD))
+LOAD = Workload(context=400, prompt_tokens=100, chunk_tokens=32, sequences=8)
+# Reads and computes alike: sharing a call gains nothing.
+DEVICES = tuple(Device(name, 10**9, 1e9, 1e9, step_overhead_s=1e-4) for name in "abc")
+LINKS = {pair: Link(0.002, 1e7) for pair in itertools.permutations("habc", 2)}
+CLUSTER = Cluster(DEVICES, LINKS, "h")
+STAGES = [Stage("a", 0, 3), Stage("b", 3, 6), Stage("c", 6, 8)]
+RULES = Rules(chunk_rows=32, window=10)
+
+
+def run(requests: list[Request], **options: Any) -> Outcome:
+    model, cluster = options.pop("model", MODEL), options.pop("cluster", CLUSTER)
+    stages, events = options.pop("stages", STAGES), options.pop("events", ())
+    return simulate(model, cluster, LOAD, stages, requests, events, replace(RULES, **options))
+
+
+def first(found: Outcome, index: int = 0) -> float:
+    at = found.first_token_at[index]
+    assert at is not None
+    return at
+
+
+def test_one_stream_is_the_sum_of_stages_and_hops() -> None:
+    step = evaluate(MODEL, CLUSTER, LOAD, STAGES).step_seconds
+    found = run([Request(0.0, 1, 50)])
+    assert found.tokens == 50
+    assert found.seconds == pytest.approx(50 * step)
+
+
+def test_stages_that_pause_pay_for_it_and_one_alone_at_the_head_does_not() -> None:
+    sleepy = tuple(replace(device, idle_overhead_s=0.004) for device in DEVICES)
+    cluster = Cluster(sleepy, LINKS, "h")
+    step = evaluate(MODEL, cluster, LOAD, STAGES).step_seconds
+    assert run([Request(1.0, 1, 50)], cluster=cluster).seconds - 1 == pytest.approx(50 * step)
+    alone, stages = Cluster(sleepy[:1], {}, "a"), [Stage("a", 0, 8)]
+    step = evaluate(MODEL, alone, LOAD, stages).step_seconds
+    found = run([Request(1.0, 1, 50)], cluster=alone, stages=stages)
+    assert found.seconds - 1 == pytest.approx(50 * step + 0.004)  # the first step alone comes after a pause
+
+
+def test_the_first_token_of_a_pipelined_prompt() -> None:
+    deep = replace(LAYER, kv_bytes_per_token=2000, attend_macs=5000)
+    model = Model((EMBEDDING, *[deep] * 6, HEAD))
+    devices = tuple(replace(d, attend_macs_per_s=3e8, prefill_attend_macs_per_s=5e8) for d in DEVICES)
+    cluster = Cluster(devices, LINKS, "h")
+    exact = cost.first_token_seconds(model, cluster, LOAD, STAGES)
+    assert first(run([Request(0.0, 100, 1)], model=model, cluster=cluster)) == pytest.approx(exact)
+    # with a window of one the next chunk waits until the answer to the one before is back
+    assert first(run([Request(0.0, 100, 1)], model=model, cluster=cluster, window=1)) > 1.5 * exact
+
+
+@pytest.mark.parametrize("streams", [2, 6])
+def test_streams_share_a_round_until_the_slowest_stage_is_always_taken(streams: int) -> None:
+    load = replace(LOAD, streams=streams)
+    predicted = evaluate(MODEL, CLUSTER, load, STAGES, "throughput").tokens_per_s
+    found = run([Request(0.0, 1, 400)] * streams)
+    assert found.tokens_per_s == pytest.approx(predicted, rel=0.02)
+    slowest = max(evaluate(MODEL, CLUSTER, LOAD, STAGES).stage_seconds)
+    if streams == 6:
+        assert 1 / predicted == pytest.approx(slowest, rel=0.04)  # a call's overhead is shared by two
+
+
+def test_streams_that_wait_share_a_call() -> None:
+    quick = tuple(replace(device, macs_per_s=1e12) for device in DEVICES)
+    load = replace(LOAD, streams=8)
+    cluster, stages = Cluster(quick, LINKS, "h"), [Stage("a", 0, 8)]
+    predicted = evaluate(MODEL, cluster, load, stages, "throughput").tokens_per_s
+    found = run([Request(0.0, 1, 300)] * 8, cluster=cluster, stages=stages)
+    assert found.tokens_per_s == pytest.approx(predicted, rel=0.1)
+    alone = evaluate(MODEL, cluster, LOAD, stages).tokens_per_s
+    assert found.tokens_per_s > 5 * alone
+
+
+def test_a_stage_costs_what_the_formulas_say() -> None:
+    deep = replace(LAYER, kv_bytes_per_token=2000, attend_macs=5000)
+    model = Model((EMBEDDING, deep, LAYER, replace(deep, macs=7_000_000), HEAD))
+    device = replace(
+        DEVICES[0], row_rates=((1, 1e9), (8, 3e9)), attend_macs_per_s=3e8, prefill_attend_macs_per_s=5e8
+    )
+    for a, b in itertools.combinations(range(6), 2):
+        found = StageCost(model, device, a, b)
+        for batch, depth in ((1, 0), (1, 70), (3, 50)):
+            steps = [(0.0, at, 1, depth, True) for at in range(batch)]
+            load = Workload(context=400, depth=depth)
+            exact = cost.stage_decode_seconds(model, device, load, a, b, batch=batch)
+            assert found.call_seconds(steps) == pytest.approx(exact)
+            assert found.rows[batch] + batch * depth * found.position == pytest.approx(exact)
+        for rows, position, wants in ((32, 0, False), (20, 64, True)):
+            exact = cost.stage_prefill_seconds(model, device, a, b, rows, position, int(wants))
+            assert found.call_seconds([(0.0, 0, rows, position, wants)]) == pytest.approx(exact)
+
+
+def equal_split(cluster: Cluster) -> list[Stage]:
+    names = [device.name for device in cluster.devices]
+    edges = [round(8 * at / len(names)) for at in range(len(names) + 1)]
+    return [Stage(name, a, b) for name, a, b in zip(names, edges, edges[1:], strict=False)]
+
+
+def test_a_death_is_a_wait_and_a_replay() -> None:
+    request = [Request(0.0, 100, 40)]
+    calm = run(request)
+    step = evaluate(MODEL, CLUSTER, LOAD, STAGES).step_seconds
+    died = first(calm) + 9.5 * step  # ten tokens are there
+    found = run(request, events=[Event(died, "b", "die")], recover_s=0.7, replan=equal_split)
+    assert found.tokens == 40
+    assert found.recoveries == 1
+    assert found.stages == (Stage("a", 0, 4), Stage("c", 4, 8))
+    left = Cluster((DEVICES[0], DEVICES[2]), {e: link for e, link in LINKS.items() if "b" not in e}, "h")
+    known = replace(LOAD, prompt_tokens=110)
+    replay = cost.first_token_seconds(MODEL, left, known, found.stages)
+    after = evaluate(MODEL, left, LOAD, found.stages).step_seconds
+    assert found.seconds == pytest.approx(died + 0.7 + replay + 29 * after)
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_nothing_is_lost_whichever_dies_and_whenever(name: str) -> None:
+    requests = random_requests(1, 12, 4.0, (1, 90), (5, 30))
+    for at in (0.01, 1.234, 3.0):
+        found = run(requests, events=[Event(at, name, "die")], recover_s=0.3, replan=equal_split)
+        assert found.tokens == sum(request.answer for request in requests)
+        assert None not in found.done_at
+        assert name not in [stage.device for stage in found.stages]
+
+
+def test_a_death_without_a_plan_is_an_error_unless_nobody_needs_the_device() -> None:
+    with pytest.raises(ValueError, match="b dies, and there is nobody to take over"):
+        run([Request(0.0, 1, 50)], events=[Event(0.05, "b", "die")])
+    stages = [Stage("a", 0, 4), Stage("c", 4, 8)]
+    calm = run([Request(0.0, 1, 50)], stages=stages)
+    assert run([Request(0.0, 1, 50)], stages=stages, events=[Event(0.05, "b", "die")]) == calm
+
+
+def test_a_device_that_gets_hot_paces_the_others_until_a_neighbour_takes_its_layers() -> None:
+    requests = [Request(0.0, 1, 300)] * 6
+    hot = [Event(0.5, "b", "slow", 4.0)]
+    calm, slow = run(requests), run(requests, events=hot)
+    helped = run(requests, events=hot, steal_every_s=0.1)
+    assert (calm.steals, slow.steals) == (0, 0)
+    assert calm.stages == slow.stages
+    # b's three layers at 4 ms each: it keeps one, a neighbour has four by then
+    assert helped.steals == 2
+    assert max(stage.last - stage.first for stage in helped.stages if stage.device == "b") == 1
+    assert calm.seconds < helped.seconds < 0.6 * slow.seconds
+    assert helped.tokens == slow.tokens == 1800
+    # nothing moves where nothing is gained
+    assert run(requests, steal_every_s=0.1).steals == 0
+
+
+def test_the_same_seed_is_the_same_run() -> None:
+    requests = random_requests(7, 20, 5.0, (1, 60), (1, 20))
+    assert requests == random_requests(7, 20, 5.0, (1, 60), (1, 20))
+    assert requests != random_requests(8, 20, 5.0, (1, 60), (1, 20))
+    assert run(requests, steal_every_s=0.2) == run(requests, steal_every_s=0.2)

@@ -249,12 +249,14 @@ class _Run:
         if epoch != self.epoch or at in self.dead:
             return
         now, queue, cost_of = self.now, self.queues[at], self.costs[at]
+        steps: list[Step]
         if self.chunks[at]:
             steps = self._take(queue)
             self.chunks[at] -= sum(step[2] > 1 for step in steps)
             done = now + cost_of.call_seconds(steps)
         else:
-            steps, depth = [], 0
+            steps = []
+            depth = 0
             while queue and queue[0][0] <= now and len(steps) < CALL_STEPS:
                 step = queue.popleft()
                 depth += step[3]
@@ -284,8 +286,10 @@ class _Run:
 
     def _take(self, queue: deque[Step]) -> list[Step]:
         """What is here by now and goes into one call: a step of each session, one chunk of prompts."""
-        now, steps, kept = self.now, [], []
-        prompt, served = 0, set()
+        now, prompt = self.now, 0
+        steps: list[Step] = []
+        kept: list[Step] = []
+        served: set[int] = set()
         while queue and queue[0][0] <= now and len(steps) < CALL_STEPS:
             step = queue.popleft()
             rows = step[2]

@@ -81,11 +81,14 @@ def test_streams_that_wait_share_a_call() -> None:
     quick = tuple(replace(device, macs_per_s=1e12) for device in DEVICES)
     load = replace(LOAD, streams=8)
     cluster, stages = Cluster(quick, LINKS, "h"), [Stage("a", 0, 8)]
-    predicted = evaluate(MODEL, cluster, load, stages, "throughput").tokens_per_s
+    together = evaluate(MODEL, cluster, load, stages, "throughput")
     found = run([Request(0.0, 1, 300)] * 8, cluster=cluster, stages=stages)
-    assert found.tokens_per_s == pytest.approx(predicted, rel=0.1)
-    alone = evaluate(MODEL, cluster, LOAD, stages).tokens_per_s
-    assert found.tokens_per_s > 5 * alone
+    # Messages come one after another and a free stage waits for none: two groups form, each of which waits
+    # for the other's call, 2 * 8.1 ms a round instead of 12.1 ms. The plan's formula knows no such waiting.
+    (call,) = together.stage_seconds
+    assert found.tokens_per_s == pytest.approx(8 / (2 * call), rel=0.02)
+    assert together.tokens_per_s >= found.tokens_per_s
+    assert found.tokens_per_s > 5 * evaluate(MODEL, cluster, LOAD, stages).tokens_per_s
 
 
 def test_a_stage_costs_what_the_formulas_say() -> None:

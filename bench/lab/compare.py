@@ -29,8 +29,8 @@ from .lab import Lab
 
 PROMPT = 16
 CHUNK_ROWS = 16
-RUN_SECONDS = 6.0
-FEWEST_TOKENS, MOST_TOKENS = 12, 128
+RUN_SECONDS = 5.0
+FEWEST_TOKENS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,9 @@ def compare(lab: Lab, model: Model, streams: Sequence[int], repeats: int, contex
         ours = plan_or_error(rows, cluster, workload, objective)
         equal = planner.evaluate(rows, cluster, workload, equal_split(rows, cluster, workload), objective)
         for name, plan in (("ours", ours), ("equal", equal)):
-            runs = trio.run(measure, lab.addresses, model, plan.stages, count, repeats, plan.tokens_per_s)
+            runs = trio.run(
+                measure, lab.addresses, model, plan.stages, count, repeats, plan.tokens_per_s, context
+            )
             yield Row(name, count, plan, tuple(runs))
 
 
@@ -108,14 +110,16 @@ async def measure(
     streams: int,
     repeats: int,
     predicted: float,
+    context: int,
 ) -> list[float]:
-    """Tokens/s of all streams together, of each run after one to warm up."""
+    """Tokens/s of all streams together, of each run after one to warm up. A run lasts about RUN_SECONDS, and
+    no longer than the context."""
 
     def fixed(nodes: Sequence[NodeInfo], links: Links) -> Placement:
         return Placement(tuple(StageRange(s.device, s.first, s.last) for s in stages), CHUNK_ROWS)
 
     each = predicted / streams * RUN_SECONDS
-    tokens = max(FEWEST_TOKENS, min(MOST_TOKENS, int(each)))
+    tokens = min(max(FEWEST_TOKENS, int(each)), context - PROMPT)
     options = HeadOptions(measure_links=False)
     async with Head.open(addresses, head_identity(model), shape_of(model), fixed, options) as head:
         await run(head, model, streams, FEWEST_TOKENS // 2)

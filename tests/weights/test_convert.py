@@ -18,6 +18,7 @@ from shoal.engine.config import parse_config
 from shoal.engine.convert import convert
 from shoal.engine.equalise import equalise
 from shoal.engine.errors import ModelFileError, ShoalError, UnsupportedModelError
+from shoal.engine.quant import unpack_q4
 from shoal.engine.shards import Model
 
 HEAD = "lm_head.weight"
@@ -219,3 +220,64 @@ def test_equalisation_is_an_option(tmp_path: Path) -> None:
     norm = open_checkpoint(TINY).tensor("model.layers.0.input_layernorm.weight")
     np.testing.assert_array_equal(plain[1, "attn_norm.weight"].ravel(), norm)
     assert not np.array_equal(equalised[1, "attn_norm.weight"].ravel(), norm)
+
+
+@pytest.mark.slow
+def test_types_of_int4_models_are_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--dtype", "int4", "--head-dtype", "int8", "--min"]
+    assert main(["convert", str(TINY), str(tmp_path / "out"), *flags]) == 0
+    model = Model.open(tmp_path / "out")
+    types = [{t.type for n, t in model.unit_weights(u).items() if "norm" not in n} for u in range(5)]
+    assert types == [{"q4_min"}, {"q4_min"}, {"q4_min"}, {"q4_min"}, {"q8"}]
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    assert "int4 with minima, head int8 weights" in capsys.readouterr().out
+    for wrong in (["--min"], ["--head-dtype", "int4"], ["--dtype", "f32", "--head-dtype", "int8"]):
+        assert main(["convert", str(TINY), str(tmp_path / "wrong"), *wrong]) == 1
+        assert "only with --dtype int4" in capsys.readouterr().err
+        assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.slow
+def test_an_int4_table_that_is_tied_is_written_with_the_sizes_of_the_head(checkpoint_dir: Path) -> None:
+    """Columns that the head's input makes large are rounded more finely than in a table alone."""
+    values = tensors(TINY)
+    del values[HEAD]
+    norm = values["model.norm.weight"].copy()
+    norm[:8] *= 50
+    rewrite(checkpoint_dir, {**values, "model.norm.weight": norm})
+    change_config(checkpoint_dir, tie_word_embeddings=True)
+    convert(checkpoint_dir, checkpoint_dir / "tied", dtype="int4")
+    convert(TINY, checkpoint_dir / "untied", dtype="int4")
+    table = values["model.embed_tokens.weight"]
+    errors = []
+    for name in ("tied", "untied"):
+        (tensor,) = Model.open(checkpoint_dir / name).unit_weights(0).values()
+        assert tensor.scales is not None
+        errors.append((unpack_q4(tensor.data, tensor.scales, None, *table.shape) - table) ** 2)
+    assert errors[0][:, :8].mean() < 0.85 * errors[1][:, :8].mean()
+    assert errors[0][:, 8:].mean() > errors[1][:, 8:].mean()
+
+
+@pytest.mark.slow
+def test_matrices_on_even_steps_keep_them_where_there_are_minima(checkpoint_dir: Path) -> None:
+    """Equalisation would take them off the steps, which int4 with minima holds as they are."""
+    rng = np.random.default_rng(3)
+    values = tensors(TINY)
+    for name, w in values.items():
+        if w.ndim == 2:
+            q = rng.integers(0, 16, w.shape)
+            q[:, ::32], q[:, 1::32] = 0, 15
+            values[name] = ((q - 8) / 128).astype(np.float32)
+    rewrite(checkpoint_dir, values)
+    convert(checkpoint_dir, checkpoint_dir / "kept", dtype="int4", has_min=True)
+    convert(checkpoint_dir, checkpoint_dir / "equalised", dtype="int4")
+    kept, equalised = Model.open(checkpoint_dir / "kept"), Model.open(checkpoint_dir / "equalised")
+    for u, unit in enumerate(kept.program.units):
+        for weight in unit.weights:
+            t = kept.unit_weights(u)[weight.name]
+            value = t.data.ravel()
+            if t.scales is not None:
+                value = unpack_q4(t.data, t.scales, t.mins, t.rows, t.cols)
+            np.testing.assert_array_equal(value, values[weight.source])
+    norm = equalised.unit_weights(1)["attn_norm.weight"].data
+    assert not np.array_equal(norm.ravel(), values["model.layers.0.input_layernorm.weight"])

@@ -229,6 +229,7 @@ def test_pips_configuration_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> N
         ("/a/b/Model Q4_K.gguf", "int8", "model-q4_k"),
         ("./dir/", "f32", "dir-f32"),
         ("..", "int8", "model"),
+        ("smollm2-135m", "int4", "smollm2-135m-int4"),
     ],
 )
 def test_default_names(source: str, dtype: str, name: str) -> None:

@@ -30,7 +30,7 @@ help:
 	@echo "make abi        write engine/backends/_abi.py again from csrc/kernels.h"
 	@echo "make oracle     compare with torch and transformers (a big download, in an environment of its own)"
 	@echo "make sanitize   tests of the kernels and the engine with the C code under ASan and UBSan"
-	@echo "make check-arm  run the Arm kernels under qemu (installs it and a cross compiler with apt)"
+	@echo "make check-arm  run, count and model the Arm kernels (installs qemu, compilers and llvm with apt)"
 	@echo "make check-dist try what make dist makes (installs clang-19, lld-19 and qemu with apt)"
 	@echo "make check-lab  devices that differ, in network namespaces with memory caps (as root; installs iproute2 with apt)"
 	@echo "make clean      remove what was built; .venv stays"
@@ -77,7 +77,7 @@ sanitize: $(DEV_STAMP) lib
 	$(BIN)/python -m tests.sanitize
 
 check-arm: $(DEV_STAMP) lib
-	scripts/apt-need qemu-user-static gcc-aarch64-linux-gnu libc6-dev-arm64-cross
+	scripts/apt-need qemu-user-static qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross clang-19 lld-19 llvm-19
 	$(BIN)/python -m pytest -q -m arm
 
 check-dist: $(DIST_STAMP)

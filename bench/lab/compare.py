@@ -80,27 +80,28 @@ def compare(lab: Lab, model: Model, streams: Sequence[int], repeats: int, contex
 def equal_split(
     model: planner.Model, cluster: planner.Cluster, workload: planner.Workload
 ) -> list[planner.Stage]:
-    """As many layers on each device, in their order, as the caps allow: the counts' least sum of squares.
+    """As many layers on each device, in their order, as the caps allow: the counts' least sum of squares, and
+    among equals more layers on earlier devices.
 
     The embedding is on the first device, the head on the last. NoPlanError: no such split fits."""
     units, devices = len(model.units), cluster.devices
-    best: dict[int, tuple[int, list[planner.Stage]]] = {0: (0, [])}
+    best: dict[int, tuple[int, list[int], list[planner.Stage]]] = {0: (0, [], [])}
     for i, device in enumerate(devices):
-        longer: dict[int, tuple[int, list[planner.Stage]]] = {}
-        for first, (squares, stages) in best.items():
+        longer: dict[int, tuple[int, list[int], list[planner.Stage]]] = {}
+        for first, (squares, fewer, stages) in best.items():
             for last in [units] if i == len(devices) - 1 else range(first + 1, units):
                 if last <= first or range_ram_bytes(model, device, workload, first, last) > device.ram_bytes:
                     continue
                 layers = min(last, units - 1) - max(first, 1)
-                value = squares + layers**2
-                if last not in longer or value < longer[last][0]:
-                    longer[last] = (value, [*stages, planner.Stage(device.name, first, last)])
+                value = (squares + layers**2, [*fewer, -layers])
+                if last not in longer or value < longer[last][:2]:
+                    longer[last] = (*value, [*stages, planner.Stage(device.name, first, last)])
         best = longer
     if units not in best:
         raise NoPlanError(
             "no split that gives every device a part fits the caps: raise some, or leave one out"
         )
-    return best[units][1]
+    return best[units][2]
 
 
 async def measure(

@@ -126,7 +126,7 @@ def innermost_loops(text: str, function: str) -> list[list[str]]:
     labels = {line[:-1]: at for at, line in enumerate(lines) if line.startswith(".L") and line.endswith(":")}
     spans = []
     for at, line in enumerate(lines):
-        jump = re.match(r"\s+(?:b|b\.\w+|cbn?z|tbn?z)\s.*?(\.L\w+)$", line)
+        jump = re.match(r"\s+(?:b\.?\w*|cbn?z|tbn?z)\s.*?(\.L\w+)$", line)
         if jump and labels.get(jump[1], at) < at:
             spans.append((labels[jump[1]], at))
     loops = []

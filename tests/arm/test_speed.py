@@ -11,7 +11,7 @@ import pytest
 from bench import arm
 
 INSTRUCTIONS = Path(__file__).with_name("instructions.json")
-"""The most that each product may take: 1 % above what clang 19.1.7 gave, as `python -m bench.arm` prints it."""
+"""The most that each product may take: 1 % above what `python -m bench.arm` printed with clang 19.1.7."""
 
 TWO_LOOPS = """
 other:

@@ -11,7 +11,8 @@ import time
 from itertools import pairwise
 
 from shoal.planner import Cluster, Device, Link, Model, Stage, Unit, Workload
-from shoal.planner.simulate import Event, Rules, random_requests, simulate
+from shoal.planner.scenario import Event, Rules, random_requests
+from shoal.planner.simulate import simulate
 
 
 def chain(devices: int, seed: int) -> tuple[Model, Cluster, list[Stage]]:

@@ -17,7 +17,7 @@ MILP is really solved, so that a phone can plan with the standard library alone.
     explain   why each device is in or out, and what is missing, in words
     profile   measured rows as JSON, and the devices and links made of them
     refresh   rows that follow what is measured while they run
-    simulate  discrete events over the same cost model; stagecost sums it per stage
+    simulate  discrete events over the same cost model: a scenario in, its outcome out
     report    a plan as text and as JSON
 """
 

@@ -1,7 +1,7 @@
 """Why each device is in a plan or out of it, and what a problem without a plan lacks, in words."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from . import cost, dp, orders
@@ -43,61 +43,75 @@ class Found:
         return dp.value(self.tables, self.goal, self.chain)
 
 
-def give_reasons(plan: Plan, cluster: Cluster, found: Found, devices: Sequence[int]) -> tuple[Reason, ...]:
-    """A reason for every device of the cluster, in its order. `devices`: those that the plan could choose
-    from."""
+Case = tuple[TimeTables, Goal]  # what a plan could be best at
+
+
+def give_reasons(
+    plan: Plan, cluster: Cluster, found: Found, cases: Sequence[Case], devices: Sequence[int]
+) -> tuple[Reason, ...]:
+    """A reason for every device of the cluster, in its order. `cases`: all that were searched; `devices`:
+    those that the plan could choose from."""
     used = {j for j, _, _ in found.chain.stages}
     reasons = []
     for j, device in enumerate(cluster.devices):
         if j in used:
-            text = _why_in(plan, found, j, devices)
+            text = _why_in(plan, cases, j, devices)
         elif j not in devices:
             text = "left out by the order or the constraints given"
         else:
-            text = _why_out(plan, cluster, found, j)
+            text = _why_out(plan, cluster, found, cases, j)
         reasons.append(Reason(device.name, j in used, text))
     return tuple(reasons)
 
 
-def _instead(plan: Plan, found: Found, chain: dp.Chain) -> str:
-    """What another chain would give, and what the plan gives: the objective's value, prices aside."""
-    round_s, slowest, _ = dp.parts(found.tables, chain)
-    seconds = found.goal.value(round_s, slowest)
+def _instead(
+    plan: Plan, cases: Sequence[Case], search: Callable[[TimeTables, Goal], dp.Chain | None]
+) -> str | None:
+    """What the best chain that a search finds would give, and what the plan gives, prices aside; None when it
+    finds none."""
+    best = math.inf
+    for tables, goal in cases:
+        chain = search(tables, goal)
+        if chain is not None:
+            round_s, slowest, _ = dp.parts(tables, chain)
+            best = min(best, goal.value(round_s, slowest))
+    if best == math.inf:
+        return None
     if plan.objective == "first_token":
-        return f"first token after {seconds * 1e3:.0f} ms instead of {plan.first_token_seconds * 1e3:.0f}"
-    return f"{cost.per_second(seconds):.2f} tokens/s instead of {plan.tokens_per_s:.2f}"
+        return f"first token after {best * 1e3:.0f} ms instead of {plan.first_token_seconds * 1e3:.0f}"
+    return f"{cost.per_second(best):.2f} tokens/s instead of {plan.tokens_per_s:.2f}"
 
 
-def _why_in(plan: Plan, found: Found, j: int, devices: Sequence[int]) -> str:
+def _why_in(plan: Plan, cases: Sequence[Case], j: int, devices: Sequence[int]) -> str:
     others = [i for i in devices if i != j]
     if not others:
         return "the only device"
-    if j in found.tables.pins:
+    if j in cases[0][0].pins:
         return "its layers are given"
-    without, _ = orders.search_orders(found.tables, others, found.goal, exact_devices=QUICK_EXACT, trials=0)
-    if without is None:
-        return "needed: without it the model does not fit"
-    return f"without it: {_instead(plan, found, without)}"
+
+    def without(tables: TimeTables, goal: Goal) -> dp.Chain | None:
+        return orders.search_orders(tables, others, goal, exact_devices=QUICK_EXACT, trials=0)[0]
+
+    text = _instead(plan, cases, without)
+    return "needed: without it the model does not fit" if text is None else f"without it: {text}"
 
 
-def _why_out(plan: Plan, cluster: Cluster, found: Found, j: int) -> str:
-    device, tables, goal = cluster.devices[j], found.tables, found.goal
-    if all(fit == c for c, fit in enumerate(tables.first_fit[j])):
+def _why_out(plan: Plan, cluster: Cluster, found: Found, cases: Sequence[Case], j: int) -> str:
+    device = cluster.devices[j]
+    if all(fit == c for c, fit in enumerate(found.tables.first_fit[j])):
         return f"its cap of {device.ram_bytes / MB:.1f} MB has no room for any unit"
-    order = [i for i, _, _ in found.chain.stages]
-    trials = []
-    for at in range(len(order) + 1):
-        trial, place = [*order[:at], j, *order[at:]], at
-        chain = dp.best_chain(
-            tables,
-            goal,
-            lambda t, trial=trial, place=place: dp.cheapest(t, trial, place),  # type: ignore[misc]
-        )
-        if chain is not None:
-            trials.append((dp.value(tables, goal, chain), chain))
-    if not trials:
-        return "no chain of links with room leads through it"
-    return f"with it: {_instead(plan, found, min(trials, key=lambda trial: trial[0])[1])}"
+    used = [i for i, _, _ in found.chain.stages]
+
+    def with_it(tables: TimeTables, goal: Goal) -> dp.Chain | None:
+        chains = []
+        for at in range(len(used) + 1):
+            order = [*used[:at], j, *used[at:]]
+            chain = dp.best_chain(tables, goal, lambda t, o=order, at=at: dp.cheapest(t, o, at))  # type: ignore[misc]
+            chains += [chain] if chain is not None else []
+        return min(chains, key=lambda chain: dp.value(tables, goal, chain), default=None)
+
+    text = _instead(plan, cases, with_it)
+    return "no chain of links with room leads through it" if text is None else f"with it: {text}"
 
 
 def say_lack(

@@ -79,7 +79,11 @@ def _table(plan: Plan, measured: Measured) -> list[str]:
         rows.append([*cells, f"{seconds * 1e3:.2f}", *([_ms(found)] if with_measured else [])])
 
     for at, stage in enumerate(plan.stages):
-        add(["  -> hop", "", "", "", ""], plan.hop_seconds[at], measured.hop_seconds.get(at))
+        add(
+            ["  -> hop", f"{plan.link_bytes[at]:,} bytes a token", "", "", ""],
+            plan.hop_seconds[at],
+            measured.hop_seconds.get(at),
+        )
         layers = min(stage.last, plan.units - 1) - max(stage.first, 1)
         add(
             [
@@ -93,7 +97,11 @@ def _table(plan: Plan, measured: Measured) -> list[str]:
             measured.stage_seconds.get(stage.device),
         )
     back = len(plan.stages)
-    add(["  -> head", "", "", "", ""], plan.hop_seconds[back], measured.hop_seconds.get(back))
+    add(
+        ["  -> head", f"{plan.link_bytes[back]:,} bytes a token", "", "", ""],
+        plan.hop_seconds[back],
+        measured.hop_seconds.get(back),
+    )
     return _columns(rows, right=2)
 
 
@@ -102,7 +110,7 @@ def _ms(seconds: float | None) -> str:
 
 
 def _summary(plan: Plan, measured: Measured) -> list[str]:
-    what = "one stream" if plan.objective == "latency" else f"{plan.streams} streams together"
+    what = f"{plan.streams} streams together" if plan.objective == "throughput" else "one stream"
     rate = f"Predicted {plan.tokens_per_s:.2f} tokens/s ({what})"
     if measured.tokens_per_s is not None:
         error = (plan.tokens_per_s / measured.tokens_per_s - 1) * 100 if measured.tokens_per_s else math.inf
@@ -114,7 +122,37 @@ def _summary(plan: Plan, measured: Measured) -> list[str]:
         for stage, ram, cap in zip(plan.stages, plan.ram_bytes, plan.cap_bytes, strict=True)
         if ram > cap
     ]
-    return [f"{rate}. {first}", found, *over]
+    return [f"{rate}. {first}", found, *over, *_extras(plan)]
+
+
+def _extras(plan: Plan) -> list[str]:
+    """What is not in every plan: shared calls, energy, moving, copies."""
+    lines = []
+    if plan.batch > 1:
+        lines.append(f"Streams that wait share a call, {plan.batch} of them by this prediction.")
+    if plan.joules_per_token:
+        lines.append(f"Energy {plan.joules_per_token:.3g} J a token, as far as devices report it.")
+    if plan.move_seconds:
+        lines.append(f"Moving there takes {plan.move_seconds:.1f} s.")
+    held = [
+        f"{stage.device} {_layers(units)}"
+        for stage, units in zip(plan.stages, plan.copies, strict=False)
+        if units
+    ]
+    if held:
+        lines.append(f"Spare RAM can hold copies of neighbours' layers: {', '.join(held)}.")
+    return lines
+
+
+def _layers(units: Sequence[int]) -> str:
+    """Units in words, a run at a time."""
+    runs: list[list[int]] = []
+    for unit in units:
+        if runs and runs[-1][1] == unit:
+            runs[-1][1] = unit + 1
+        else:
+            runs.append([unit, unit + 1])
+    return " and ".join(units_text(first, last, last + 1) for first, last in runs)
 
 
 def _alone(plan: Plan, measured: Measured) -> list[str]:

@@ -3,90 +3,28 @@
 Requests arrive at the head, prompts go in chunks, a stage that is free takes what waits as one call, links
 carry one message at a time, answers grow token by token. Devices get slower or die at given times; a dead one
 means a new plan on the others, and a replay of everything known; a slow one loses boundary layers to a
-neighbour that holds copies. Nothing is random but the requests that `random_requests` draws from its seed.
+neighbour that holds copies. Nothing is random but what scenario.random_requests draws from its seed.
 
 A message is queued at its receiver at once, with the time when it will be there: queues stay in order, since
 each has one sender, and the heap holds one event per call instead of one per message.
 """
 
 import heapq
-import random
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from . import cost
 from .copies import spare_copies
 from .refresh import slowed
 from .rows import TOKEN_BYTES, Cluster, Model, Stage, Workload
+from .scenario import Event, Outcome, Request, Rules
 from .stagecost import CALL_STEPS, StageCost, Step
 
+USUAL = Rules()
 PAUSE_SECONDS = 0.0005  # a stage that waited longer starts as after a pause
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A prompt of so many tokens that arrives at a time, and the tokens of its answer."""
-
-    at: float
-    prompt: int
-    answer: int
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """Something that happens to a device: it takes `factor` times as long as at the start, or it dies."""
-
-    at: float
-    device: str
-    kind: Literal["slow", "die"]
-    factor: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """How the system behaves. `replan` gives the stages for the devices that are left; `recover_s` passes
-    between a death and the new assignment. `steal_every_s`: how often neighbours compare themselves; 0 never.
-    A layer moves when the slower of the two gains at least `steal_gain`."""
-
-    chunk_rows: int = 128
-    window: int = 4  # chunks of one prompt in flight
-    recover_s: float = 1.0
-    replan: Callable[[Cluster], Sequence[Stage]] | None = None
-    steal_every_s: float = 0.0
-    steal_gain: float = 0.1
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What happened. Lists go by request; a time is None where it never came."""
-
-    seconds: float = 0.0
-    tokens: int = 0
-    first_token_at: list[float | None] = field(default_factory=list)
-    done_at: list[float | None] = field(default_factory=list)
-    steals: int = 0
-    recoveries: int = 0
-    calls: int = 0
-    stages: tuple[Stage, ...] = ()
-
-    @property
-    def tokens_per_s(self) -> float:
-        """All answers together, over the whole time."""
-        return self.tokens / self.seconds if self.seconds else 0.0
-
-
-def random_requests(
-    seed: int, count: int, per_s: float, prompt: tuple[int, int], answer: tuple[int, int]
-) -> list[Request]:
-    """Requests that arrive as a Poisson process, lengths uniform within the bounds."""
-    rng, at, requests = random.Random(seed), 0.0, []
-    for _ in range(count):
-        at += rng.expovariate(per_s)
-        requests.append(Request(at, rng.randint(*prompt), rng.randint(*answer)))
-    return requests
 
 
 def simulate(
@@ -96,7 +34,7 @@ def simulate(
     stages: Sequence[Stage],
     requests: Sequence[Request],
     events: Sequence[Event] = (),
-    rules: Rules = Rules(),
+    rules: Rules = USUAL,
 ) -> Outcome:
     """Runs until every answer is complete. `workload` sizes RAM for copies; ValueError: stages or links are
     not there, a device dies and there is no `replan`."""

@@ -8,7 +8,7 @@ from typing import Literal
 from . import cost, dp, milp, orders
 from .constraints import Constraints, Running
 from .evaluate import evaluate
-from .explain import Found, give_reasons, say_lack
+from .explain import Case, Found, give_reasons, say_lack
 from .goal import Goal, goals
 from .rows import OBJECTIVES, Cluster, Infeasible, Model, Objective, Plan, Stage, Workload
 from .tables import TimeTables
@@ -53,8 +53,10 @@ def plan(
     constraints.check(model, cluster)
     devices = [j for j in _places(cluster, order) if constraints.allowed(cluster.devices[j].name)]
     found: Found | None = None
+    cases: list[Case] = []
     for goal in goals(objective, workload):
         tables = _tables(model, cluster, workload, constraints, goal, seconds_per_joule, running)
+        cases.append((tables, goal))
         if order is not None:
             chain, optimal = dp.best_proved(tables, goal, lambda t: dp.cheapest(t, devices))
             how = "exact DP for the given order"
@@ -74,7 +76,7 @@ def plan(
     answer = replace(answer, method=found.how, optimal=found.optimal)
     if not explain:
         return answer
-    return replace(answer, reasons=give_reasons(answer, cluster, found, devices))
+    return replace(answer, reasons=give_reasons(answer, cluster, found, cases, devices))
 
 
 def _places(cluster: Cluster, order: Sequence[str] | None) -> list[int]:

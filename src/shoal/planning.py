@@ -154,10 +154,16 @@ def _numbers(what: str, row: dict[str, Any]) -> dict[str, float]:
 
 
 def plan_or_error(
-    model: planner.Model, cluster: planner.Cluster, workload: planner.Workload, objective: Any
+    model: planner.Model, cluster: planner.Cluster, workload: planner.Workload, objective: Any, **wishes: Any
 ) -> planner.Plan:
-    """The best plan. NoPlanError: none fits; the message says how many MB are missing."""
-    answer = planner.plan(model, cluster, workload, objective)
+    """The best plan; `wishes` as planner.plan takes them. NoPlanError: none fits; the message says how many
+    MB are missing. ShoalError: wishes that contradict the model or the devices."""
+    try:
+        answer = planner.plan(model, cluster, workload, objective, **wishes)
+    except ValueError as error:
+        if not wishes:  # then it is no user's mistake
+            raise
+        raise ShoalError(str(error)) from error
     if isinstance(answer, planner.Infeasible):
         raise NoPlanError(planner.render_infeasible(answer).strip())
     return answer

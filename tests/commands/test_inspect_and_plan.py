@@ -89,3 +89,42 @@ def test_a_model_that_is_not_there_is_named_with_the_way_to_get_one(
     err = capsys.readouterr().err
     assert "no-such-model" in err
     assert "shoal pull" in err
+
+
+def test_a_plan_keeps_to_what_is_asked_and_is_drawn(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    devices, picture = tmp_path / "devices.toml", tmp_path / "plan.svg"
+    devices.write_text(DEVICES.replace("RAM", "100"))
+    asked = ["plan", str(tiny), "--devices", str(devices), "--context", "128", "--json"]
+
+    def stages(*more: str) -> list[tuple[str, int, int]]:
+        assert main([*asked, *more]) == 0
+        found = json.loads(capsys.readouterr().out)["stages"]
+        return [(stage["device"], stage["first"], stage["last"]) for stage in found]
+
+    assert stages("--layers", "1,2", "--svg", str(picture)) == [("laptop", 0, 2), ("phone", 2, 5)]
+    assert picture.read_text().startswith("<svg ")
+    assert stages("--exclude", "laptop") == [("phone", 0, 5)]
+    assert stages("--first", "phone")[0][0] == "phone"
+    assert stages("--last", "phone", "--objective", "first-token")[-1][0] == "phone"
+    for wrong, message in (
+        (["--layers", "1,2,0"], "--layers has 3 numbers, and there are 2 devices: laptop, phone"),
+        (["--layers", "1,1"], "add up to 2, and the model has 3"),
+        (["--exclude", "who"], "no device who"),
+        (["--svg", str(tmp_path / "no" / "where.svg")], "cannot be written"),
+    ):
+        assert main([*asked, *wrong]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_a_profile_is_shown_and_saved_for_plan(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = tmp_path / "here.json"
+    assert main(["profile", str(tiny), "--threads", "1", "--save", str(saved)]) == 0
+    out = capsys.readouterr().out
+    assert "GB/s of weights" in out
+    assert "more for the step after it" in out
+    assert main(["plan", str(tiny), "--devices", str(saved), "--context", "128"]) == 0
+    assert "this plan is that" in capsys.readouterr().out

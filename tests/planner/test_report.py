@@ -45,14 +45,15 @@ def found(laptop: Device = LAPTOP, load: Workload = LOAD, objective: Objective =
 # head of 4 ms. Hops: 2 ms and 4 bytes, 2 ms and 1000 bytes, nothing.
 EXPECTED = """\
 device     units                   layers  RAM MB  cap MB    ms
-  -> hop                                                   2.00
+  -> hop   4 bytes a token                                 2.00
 phone      embedding + layers 1-3       3     7.0    12.0  6.50
-  -> hop                                                   3.00
+  -> hop   1,000 bytes a token                             3.00
 laptop     layers 4-6 + head            3     7.5     8.0  7.00
-  -> head                                                  0.00
+  -> head  4 bytes a token                                 0.00
 
 Predicted 54.04 tokens/s (one stream). First token of the prompt after 19 ms.
 Found by exact DP over all orders (asked for), proved best.
+Spare RAM can hold copies of neighbours' layers: phone layer 4.
 
 One device alone: phone 40.80 tokens/s, slower than this plan (54.04).
   laptop  99.99 tokens/s, but it needs 10.5 MB, 2.5 MB over its cap
@@ -79,11 +80,11 @@ def test_measured_stands_beside_predicted() -> None:
     lines = render(found(), run).splitlines()
     assert lines[:6] == [
         "device     units                   layers  RAM MB  cap MB    ms  measured",
-        "  -> hop                                                   2.00         -",
+        "  -> hop   4 bytes a token                                 2.00         -",
         "phone      embedding + layers 1-3       3     7.0    12.0  6.50         -",
-        "  -> hop                                                   3.00      4.10",
+        "  -> hop   1,000 bytes a token                             3.00      4.10",
         "laptop     layers 4-6 + head            3     7.5     8.0  7.00      7.50",
-        "  -> head                                                  0.00         -",
+        "  -> head  4 bytes a token                                 0.00         -",
     ]
     assert lines[7].startswith("Predicted 54.04 tokens/s (one stream), measured 50.00 (prediction +8 %).")
     assert "  laptop  99.99 tokens/s, measured 80.00, but it needs 10.5 MB, 2.5 MB over its cap" in lines

@@ -9,7 +9,8 @@ import pytest
 from shoal.planner import cost
 from shoal.planner.evaluate import evaluate
 from shoal.planner.rows import Cluster, Device, Link, Model, Stage, Unit, Workload
-from shoal.planner.simulate import Event, Outcome, Request, Rules, random_requests, simulate
+from shoal.planner.scenario import Event, Outcome, Request, Rules, random_requests
+from shoal.planner.simulate import simulate
 from shoal.planner.stagecost import StageCost
 
 LAYER = Unit("layer", 1_000_000, 1_000_000, 1_000_000, 0, 0, 1000)

@@ -35,6 +35,13 @@ def wholes(text: str) -> tuple[int, ...]:
     return tuple(whole(part.strip()) for part in text.split(","))
 
 
+def names(text: str) -> tuple[str, ...]:
+    found = tuple(part.strip() for part in text.split(","))
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"{text!r} holds an empty name")
+    return found
+
+
 def number(text: str, low: float, high: float, what: str) -> float:
     try:
         value = float(text)

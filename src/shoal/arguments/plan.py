@@ -1,8 +1,9 @@
 """`plan` and `profile`."""
 
+import argparse
 from pathlib import Path
 
-from .kinds import positive
+from .kinds import names, non_negative, positive, wholes
 from .shared import Commands, add_engine, add_json, add_model, add_nodes, command
 
 
@@ -30,15 +31,43 @@ def plan(commands: Commands) -> None:
     )
     parser.add_argument(
         "--objective",
-        choices=("latency", "throughput"),
+        choices=("latency", "throughput", "first-token"),
         default="latency",
-        help="latency: one request as fast as can be; throughput: many together (default latency)",
+        help="latency: one request as fast as can be; throughput: many together; first-token: the answer to "
+        "a prompt begins as soon as can be (default latency)",
     )
+    parser.add_argument(
+        "--prompt", type=positive, default=128, metavar="N", help="tokens of a prompt (default 128)"
+    )
+    parser.add_argument(
+        "--seconds-per-joule",
+        type=non_negative,
+        default=0.0,
+        metavar="S",
+        help="how much longer a token may take to save a joule, where devices say what they use (default 0)",
+    )
+    _constraints(parser)
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw one token, and several, as an SVG")
     add_json(parser)
+
+
+def _constraints(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("constraints")
+    group.add_argument(
+        "--layers",
+        type=wholes,
+        default=(),
+        metavar="N,N,...",
+        help="exactly so many layers on each device, in their order; 0 leaves one out",
+    )
+    group.add_argument("--exclude", type=names, default=(), metavar="NAME,...", help="devices to leave out")
+    group.add_argument("--first", metavar="NAME", help="the device that holds the embedding")
+    group.add_argument("--last", metavar="NAME", help="the device that holds the head")
 
 
 def profile(commands: Commands) -> None:
     parser = command(commands, "profile", "measure how fast this device runs a model's operations")
     add_model(parser)
     add_engine(parser)
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write what `plan --devices FILE` reads")
     add_json(parser)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from .. import planner
+from ..engine.errors import ShoalError
 from ..engine.shards import Model
 from ..engine.stage import StageOptions
+from ..plan_svg import draw
 from ..planning import plan_or_error, planner_model, read_devices
 from ..store import resolve
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the plan as a table or JSON. NoPlanError: the devices cannot hold the model."""
+    """Prints the plan as a table or JSON, and draws it. NoPlanError: the devices cannot hold the model."""
     model = Model.open(resolve(args.model))
     if args.nodes:
         from ..distributed import survey_cluster
@@ -21,7 +24,49 @@ def run(args: argparse.Namespace) -> int:
     else:
         cluster = read_devices(args.devices)
     context = min(args.context, model.config.context)
-    workload = planner.Workload(context=context, sequences=args.streams, streams=args.streams)
-    plan = plan_or_error(planner_model(model, StageOptions()), cluster, workload, args.objective)
+    workload = planner.Workload(
+        context,
+        sequences=args.streams,
+        streams=args.streams,
+        prompt_tokens=min(args.prompt, context),
+    )
+    constraints, order = _constraints(args, cluster)
+    plan = plan_or_error(
+        planner_model(model, StageOptions()),
+        cluster,
+        workload,
+        args.objective.replace("-", "_"),
+        order=order,
+        constraints=constraints,
+        seconds_per_joule=args.seconds_per_joule,
+    )
+    if args.svg is not None:
+        _write(args.svg, draw(plan))
     print(planner.to_json(plan) if args.json else planner.render(plan), end="")
     return 0
+
+
+def _constraints(
+    args: argparse.Namespace, cluster: planner.Cluster
+) -> tuple[planner.Constraints, list[str] | None]:
+    """What was asked for, and the order of devices if layers were counted out. ShoalError: it cannot be."""
+    names = [device.name for device in cluster.devices]
+    layers: dict[str, int] = {}
+    if args.layers:
+        if len(args.layers) != len(names):
+            raise ShoalError(
+                f"--layers has {len(args.layers)} numbers, and there are {len(names)} devices: "
+                f"{', '.join(names)}; 0 leaves one out"
+            )
+        layers = dict(zip(names, args.layers, strict=True))
+    return (
+        planner.Constraints(frozenset(args.exclude), layers, args.first, args.last),
+        [name for name in names if name not in args.exclude] if layers else None,
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ShoalError(f"{path} cannot be written: {error.strerror or error}") from error

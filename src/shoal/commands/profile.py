@@ -6,7 +6,9 @@ import argparse
 import platform
 
 from .. import planner
-from ..engine.measure import measure
+from ..engine.cores import big_cores
+from ..engine.errors import ShoalError
+from ..engine.measure import best_threads, measure
 from ..engine.shards import Model
 from ..engine.stage import StageOptions
 from ..planning import MB, device_profile
@@ -14,16 +16,38 @@ from ..store import resolve
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures and prints; `--json` prints what `shoal plan --devices FILE.json` reads."""
+    """Measures and prints, at the best thread count unless one is given; `--json` prints and `--save` writes
+    what `shoal plan --devices FILE.json` reads."""
     model = Model.open(resolve(args.model))
     options = StageOptions(args.backend, args.isa, args.threads or 1, resident=args.resident)
+    tried: dict[int, float] = {}
+    threads = args.threads
+    if threads is None:
+        threads, tried = best_threads(model, options, len(big_cores()))
+    options = StageOptions(args.backend, args.isa, threads, resident=args.resident)
     row = device_profile(platform.node() or "this device", measure(model, options))
-    if args.json:
-        print(planner.dump_profile(planner.Profile((row,))), end="")
-        return 0
-    print(f"{row.name}: {row.backend} ({row.isa}), {row.threads} thread{'s' if row.threads > 1 else ''}")
-    print(f"one row:   {row.read_bytes_per_s / 1e9:.1f} GB/s of weights")
-    print(f"many rows: {row.macs_per_s / 1e9:.1f} billion multiplications a second")
-    print(f"a step:    {row.step_overhead_s * 1e6:.0f} us before any layer")
-    print(f"RAM:       {row.ram_free / MB:.0f} MB free of {row.ram_total / MB:.0f} MB")
+    text = planner.dump_profile(planner.Profile((row,)))
+    if args.save is not None:
+        try:
+            args.save.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ShoalError(f"{args.save} cannot be written: {error.strerror or error}") from error
+    print(text if args.json else _shown(row, tried), end="")
     return 0
+
+
+def _shown(row: planner.DeviceProfile, tried: dict[int, float]) -> str:
+    attention = row.attend_macs_per_s or 0.0, row.prefill_attend_macs_per_s or 0.0
+    by_rows = ", ".join(f"{rows}: {rate / 1e9:.1f}" for rows, rate in row.row_rates)
+    compared = ", ".join(f"{count}: {rate / 1e9:.1f}" for count, rate in tried.items())
+    lines = [
+        f"{row.name}: {row.backend} ({row.isa}), {row.threads} thread{'s' if row.threads > 1 else ''}"
+        + (f" (GB/s by threads: {compared})" if len(tried) > 1 else ""),
+        f"one row:   {row.read_bytes_per_s / 1e9:.1f} GB/s of weights",
+        f"many rows: {row.macs_per_s / 1e9:.1f} billion multiplications a second (by rows: {by_rows})",
+        f"attention: {attention[0] / 1e9:.1f} billion a second for one row, {attention[1] / 1e9:.1f} of many",
+        f"a step:    {row.step_overhead_s * 1e6:.0f} us before any layer",
+        f"a pause:   {row.idle_overhead_s * 1e6:.0f} us more for the step after it",
+        f"RAM:       {row.ram_free / MB:.0f} MB free of {row.ram_total / MB:.0f} MB",
+    ]
+    return "\n".join(lines) + "\n"

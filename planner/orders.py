@@ -5,14 +5,15 @@ used, the last of them and the boundary. It takes any layers and any links, 2^n 
 """
 
 from collections.abc import Callable, Sequence
-from itertools import cycle, permutations
+from itertools import combinations, cycle, permutations
 
 from .dp import Chain, arrivals, best_chain, best_proved, cheapest, value
 from .goal import Goal
 from .tables import INF, Tables, TimeTables
 
 EXACT_DEVICES = 8  # 2^n: some tens of milliseconds for one search at 8 devices and 32 layers
-TRIALS = 300  # orders that local search tries
+TRIALS = 400  # orders that local search tries
+STARTS = 3  # from so many of the first guesses
 
 
 def cheapest_any_order(tables: Tables, devices: Sequence[int]) -> Chain | None:
@@ -108,18 +109,41 @@ def seed_orders(tables: TimeTables, devices: Sequence[int]) -> list[list[int]]:
 def _improve(
     solve: Callable[[Sequence[int]], tuple[float, Chain | None]], seeds: Sequence[list[int]], trials: int
 ) -> Chain | None:
-    """From the best seed, move one device to another place as long as that helps, for `trials` orders at
-    most."""
-    solved = [(*solve(seed), seed) for seed in seeds]
-    best, chain, order = min(solved, key=lambda entry: entry[0])
+    """From each of the best seeds, change the order as long as that helps; for `trials` orders at most, which
+    the starts share."""
+    solved = sorted(((*solve(seed), seed) for seed in seeds), key=lambda entry: entry[0])
+    best, chain = solved[0][:2]
+    for start in range(min(STARTS, len(solved))):
+        cost, other, used = _descend(solve, *solved[start], trials // (STARTS - start))
+        trials -= used
+        if cost < best:
+            best, chain = cost, other
+    return chain
+
+
+def _descend(
+    solve: Callable[[Sequence[int]], tuple[float, Chain | None]],
+    best: float,
+    chain: Chain | None,
+    order: list[int],
+    trials: int,
+) -> tuple[float, Chain | None, int]:
+    """Moves one device, or swaps two, wherever that gains; until nothing does, or for so many trials. The
+    best, its chain, and the trials used."""
+    count = len(order)
+    moves = [(False, *ends) for ends in permutations(range(count), 2)]
+    moves += [(True, *ends) for ends in combinations(range(count), 2)]
     since = 0  # trials since the last gain; all moves tried without one: a local optimum
-    for trial, (source, target) in enumerate(cycle(permutations(range(len(order)), 2))):
-        if trial == trials or since == len(order) * (len(order) - 1):
-            break
+    for used, (swap, a, b) in enumerate(cycle(moves) if moves else ()):
+        if used == trials or since == len(moves):
+            return best, chain, used
         moved = list(order)
-        moved.insert(target, moved.pop(source))
+        if swap:
+            moved[a], moved[b] = moved[b], moved[a]
+        else:
+            moved.insert(b, moved.pop(a))
         cost, other = solve(moved)
         since += 1
         if cost < best:
             best, chain, order, since = cost, other, moved, 0
-    return chain
+    return best, chain, 0

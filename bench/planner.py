@@ -102,7 +102,7 @@ def agreement(problems: int) -> str:
             chain = best_chain(tables, goal, lambda t, d=devices: orders.cheapest_any_order(t, d))
             by_dp = min(by_dp, brute.value(chain, case, objective))
             chain, proved = milp.best_chain(tables, devices, goal, solver)
-            by_milp = min(by_milp, brute.value(chain, case, objective) if proved else math.nan)
+            by_milp = min(by_milp, brute.value(chain, case, objective) if proved else -math.inf)
         feasible += truth < math.inf
         off = max(_off(by_dp, truth), _off(by_milp, truth))
         worst, agree = max(worst, off), agree + (off <= SAME)
@@ -115,7 +115,7 @@ def agreement(problems: int) -> str:
 def _off(found: float, truth: float) -> float:
     if found == truth:
         return 0.0
-    return abs(found / truth - 1) if truth < math.inf and found < math.inf else math.inf
+    return abs(found / truth - 1) if 0 < truth < math.inf and 0 < found < math.inf else math.inf
 
 
 def order_gap(problems: int) -> str:

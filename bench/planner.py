@@ -14,17 +14,20 @@ import random
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-from shoal.planner import Cluster, Device, Link, Model, Unit, Workload, milp, orders
+from shoal.planner import Cluster, Device, Link, Model, Plan, Unit, Workload, milp, orders, plan
 from shoal.planner.dp import best_chain, cheapest, value
 from shoal.planner.goal import Goal, goals
 from shoal.planner.rows import OBJECTIVES
+from shoal.planner.scenario import Request
+from shoal.planner.simulate import simulate
 from shoal.planner.tables import TimeTables
 from shoal.planner.tabulate import decode_tables, prompt_tables
 
-PARTS = ("agreement", "orders", "milp", "dp", "simulator")
+PARTS = ("agreement", "orders", "prediction", "milp", "dp", "simulator")
 SAME = 1e-6
 NEAR = 1.03
 
@@ -180,6 +183,23 @@ def dp_time(problems: int = 20) -> str:
     return f"re-plan by DP of 32 devices x 80 layers: {'; '.join(lines)}"
 
 
+def prediction(problems: int = 60) -> str:
+    """Plans' tokens/s against the simulator's, for one stream and several, on 4 devices."""
+    lines = []
+    for streams in (1, 2, 4, 8):
+        off = []
+        for seed in range(problems):
+            model, cluster, load = problem(seed, 4, 24)
+            load = replace(load, streams=streams, sequences=max(streams, 4), prompt_tokens=1, depth=150)
+            found = plan(model, cluster, load, "latency" if streams == 1 else "throughput", explain=False)
+            if isinstance(found, Plan):
+                run = simulate(model, cluster, load, found.stages, [Request(0.0, 1, 300)] * streams)
+                off.append(found.tokens_per_s / run.tokens_per_s - 1)
+        median, worst = statistics.median(off), max(off, key=abs)
+        lines.append(f"{streams}: median {median:+.1%}, worst {worst:+.1%}")
+    return f"predicted against simulated tokens/s, by streams: {'; '.join(lines)}"
+
+
 def main() -> None:
     """Prints a line for each part."""
     parser = argparse.ArgumentParser(prog="python -m bench.planner")
@@ -191,15 +211,17 @@ def main() -> None:
             print(agreement(args.problems), flush=True)
         elif part == "orders":
             print(order_gap(min(args.problems, 200)), flush=True)
+        elif part == "prediction":
+            print(prediction(), flush=True)
         elif part == "milp":
             print(milp_time(), flush=True)
         elif part == "dp":
             print(dp_time(), flush=True)
         else:
-            from bench.simulate import main as simulate
+            from bench.simulate import main as simulate_many
 
             sys.argv = sys.argv[:1]
-            simulate()
+            simulate_many()
 
 
 if __name__ == "__main__":

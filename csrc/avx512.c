@@ -84,8 +84,9 @@ SHOAL_INLINE float v_largest(v16 a) {
 #define F32_TILE 4
 #define UNROLL SHOAL_UNROLL
 
-/* Prefetching: one or two rows go as fast as memory, lines come straight to L1; more rows need their inputs in L1, and
- * weights that came there so early would push them out. */
+/* Prefetching: one or two rows go as fast as memory; lines come straight to L1, and go from there without pushing out of
+ * L2 and L3 what is used again. More rows need their inputs in L1, and weights that came there so early would push them
+ * out. */
 enum { LINE = 64, L1_AHEAD = 4096, L2_AHEAD = 16384 };
 
 /* One instruction: around the intrinsic, gcc 12 spills the accumulators. */
@@ -137,7 +138,7 @@ SHOAL_INLINE void dot_lines(chains *c, const __m512i *w, const shoal_q8_row *x, 
 }
 
 SHOAL_INLINE void prefetch(const uint8_t *line, const int32_t rows, const int32_t panels) {
-  if (panels == 1 && rows <= 2) _mm_prefetch((const char *)line + L1_AHEAD, _MM_HINT_T0);
+  if (panels == 1 && rows <= 2) _mm_prefetch((const char *)line + L1_AHEAD, _MM_HINT_NTA);
   if (panels == 1 && rows > 2) _mm_prefetch((const char *)line + L2_AHEAD, _MM_HINT_T1);
 }
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 _CPUS = Path("/sys/devices/system/cpu")
 _BIG = 0.7
-"""Least speed of a big core, as a share of the fastest: middle cores have 0.75 to 0.9 of it, small ones 0.5 to
-0.65."""
+"""Least speed of a big core, as a share of the fastest: middle cores have 0.75 to 0.9 of it, small ones 0.5
+to 0.65."""
 _MOST_THREADS = 4
 """More have to share one memory, and heat a phone."""
 
@@ -22,8 +22,8 @@ def usable_cores() -> frozenset[int]:
 
 
 def big_cores(usable: Collection[int] | None = None, cpus: Path = _CPUS) -> frozenset[int]:
-    """Those of the usable CPUs (default: all that this process may use) that are nearly as fast as the fastest;
-    all of them where the system does not say how fast they are."""
+    """Those of the usable CPUs (default: all that this process may use) that are nearly as fast as the
+    fastest; all of them where the system does not say how fast they are."""
     usable = usable_cores() if usable is None else usable
     for name in ("cpu_capacity", "cpufreq/cpuinfo_max_freq"):
         speeds = {cpu: _number(cpus / f"cpu{cpu}" / name) for cpu in usable}

@@ -15,7 +15,7 @@ import trio
 import trio.testing
 
 from shoal.engine.batch import Sampling, Want
-from shoal.net.errors import MismatchError, NetError, NodeLostError, RemoteProtocolError
+from shoal.net.errors import NetError, NodeLostError, RemoteProtocolError
 from shoal.net.link import Link, dial
 from shoal.net.messages import (
     Assign,
@@ -25,7 +25,6 @@ from shoal.net.messages import (
     Epoch,
     Failed,
     GetStats,
-    Hello,
     Loaded,
     Measure,
     Measured,
@@ -44,127 +43,6 @@ from shoal.net.wire import Connection
 
 HEADER = struct.Struct("<4sHHI")
 EPOCH = Epoch(5, 1)
-
-
-def greeting(lab: ModuleType, purpose: str) -> bytes:
-    return b"".join(Connection(True).send(lab.identity("stranger", 66).hello(purpose)))
-
-
-def hostile(lab: ModuleType) -> dict[str, tuple[bytes, bytes | None, type[NetError], str]]:
-    """What a stranger sends first, what it sends when greeted (None: nothing), and what it is told."""
-    hello, step = greeting(lab, "control"), HEADER.pack(b"SHOL", 1, 32, 0xFFFFFFFF)
-    small, remote = HEADER.pack(b"SHOL", 1, 32, 40), RemoteProtocolError
-    body = b'{"epoch":{"head":1,"counter":1},"first":0,"last":99,"next":null,"chunk_rows":9}'
-    return {
-        "garbage": (b"GET / HTTP/1.1\r\n\r\n", None, remote, "does not speak this protocol"),
-        "random": (random.Random(1).randbytes(5000), None, remote, "does not speak this protocol"),
-        "a ping for a greeting": (HEADER.pack(b"SHOL", 1, 3, 2) + b"{}", None, remote, "Ping out of turn"),
-        "version 7": (HEADER.pack(b"SHOL", 7, 1, 2), None, MismatchError, "version 7 and this process 1"),
-        "another model": (
-            b"".join(Connection(True).send(lab.identity("stranger", 6, "cc" * 32).hello("step"))),
-            None, MismatchError, "has the model cccccccccccccccc, a has aaaaaaaaaaaaaaaa",
-        ),
-        "4 GB for a greeting": (HEADER.pack(b"SHOL", 1, 1, 0xFFFFFFFF), None, remote, "the limit is 65536"),
-        "4 GB of rows": (greeting(lab, "step"), step, remote, "announced a Step of 4294967295 bytes"),
-        "rows on control": (hello, small, remote, "sent Step on a control connection"),
-        "garbage once greeted": (hello, b"\x00" * 100_000, remote, "does not speak this protocol"),
-        "a false assignment": (
-            hello,
-            HEADER.pack(b"SHOL", 1, 5, len(body)) + body,
-            remote, "assigned units [0, 99) of 6",
-        ),
-    }  # fmt: skip
-
-
-CASES = (
-    "garbage", "random", "a ping for a greeting", "version 7", "another model", "4 GB for a greeting",
-    "4 GB of rows", "rows on control", "garbage once greeted", "a false assignment",
-)  # fmt: skip
-
-
-async def told(stream: trio.abc.Stream, connection: Connection) -> Any:
-    """The next message, or what next_message says at the end."""
-    while True:
-        message = connection.next_message()
-        if isinstance(message, Hello):
-            return message
-        if message.__class__.__name__ != "Signal":
-            return message
-        data = await stream.receive_some(65536)
-        connection.receive_data(data)
-        if not data:
-            return connection.next_message()
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_a_stranger_is_told_why_and_the_node_goes_on(lab: ModuleType, case: str) -> None:
-    first, second, kind, words = hostile(lab)[case]
-
-    async def main() -> None:
-        async with lab.network() as net:
-            net.add("a")
-            net.add("b")
-
-            async def intrude() -> None:
-                stream = await net.open_stream("host", 7001)
-                connection = Connection(True)
-                connection.send(
-                    lab.identity("stranger", 66).hello("step" if b'"step"' in first else "control")
-                )
-                await stream.send_all(first)
-                answer = await told(stream, connection)
-                if second is not None:
-                    assert isinstance(answer, Hello)
-                    await stream.send_all(second)
-                    answer = await told(stream, connection)
-                assert (answer.code, words in answer.text) == (kind.exit_code, True), answer
-                await stream.aclose()
-                await trio.testing.wait_all_tasks_blocked()
-                assert any(words in line for line in net.nodes[7001].log)
-
-            if case in ("rows on control", "garbage once greeted", "a false assignment"):
-                await intrude()
-            async with net.head(plan=plan_at((0, 3, 6))) as head:
-                async with head.generate([1, 2], max_tokens=10) as tokens:
-                    got = [await anext(tokens)]
-                    if b'"control"' not in first:
-                        await intrude()
-                    got += [token async for token in tokens]
-                assert got == lab.oracle([1, 2], 10)
-                assert head.recoveries == 0
-
-    lab.run(main)
-
-
-def test_the_cases_are_all_there(lab: ModuleType) -> None:
-    assert set(hostile(lab)) == set(CASES)
-
-
-@pytest.mark.parametrize("cut", [1, 11, 12, 40])
-def test_a_stranger_that_stops_in_the_middle_is_named_in_the_log(lab: ModuleType, cut: int) -> None:
-    async def main() -> None:
-        async with lab.network() as net:
-            net.add("a")
-            stream = await net.open_stream("host", 7001)
-            await stream.send_all(greeting(lab, "control")[:cut])
-            await stream.aclose()
-            await trio.testing.wait_all_tasks_blocked()
-            assert f"a peer: the connection ended after {cut} bytes" in net.nodes[7001].log[-1]
-
-    lab.run(main)
-
-
-def test_a_stranger_that_says_nothing_is_dropped_in_time(lab: ModuleType) -> None:
-    async def main() -> None:
-        async with lab.network() as net:
-            net.add("a")
-            stream = await net.open_stream("host", 7001)
-            assert await stream.receive_some(100) == b""
-            assert trio.current_time() == 10
-            await trio.testing.wait_all_tasks_blocked()
-            assert "did not greet within 10 s" in net.nodes[7001].log[-1]
-
-    lab.run(main)
 
 
 @asynccontextmanager

@@ -9,7 +9,7 @@ enum {
   SMALL_WORK = 16384, /* multiply-adds, or elements touched, below which a hand-over to another thread costs more */
   ROW_BLOCK = 256,   /* rows of a product that one claim takes: as many as a batch usually has */
   FEW_ROWS = 8,       /* up to these, a product's time is that of reading its weights */
-  CLAIM_BYTES = 65536 /* weights that one claim of a product with few rows reads */
+  CLAIM_BYTES = 65536 /* weights that the least claim of a product with few rows reads */
 };
 
 typedef shoal_run_state run;
@@ -24,9 +24,9 @@ static int32_t rows_of(const run *r, int32_t buffer) {
   return r->e->program.buffers[buffer].domain == SHOAL_ALL_ROWS ? r->rows : r->wanted;
 }
 
-/* How an op's work is cut: `units` of them, `claim` at a time. */
+/* How an op's work is cut: `units` of them, `claim` at a time, or more of many (shoal_pool_run's shares). */
 typedef struct {
-  int64_t units, claim;
+  int64_t units, claim, shares;
 } cut;
 
 static int32_t panels_of(const shoal_weight *w) { return (w->rows + SHOAL_PANEL - 1) / SHOAL_PANEL; }
@@ -38,11 +38,12 @@ static cut cut_matmul(const run *r, const shoal_op *op) {
   const int64_t input_bytes = p->buffers[op->in].type == SHOAL_Q8 ? SHOAL_PANEL : SHOAL_PANEL * sizeof(float);
   int64_t panels = 0;
   for (int32_t i = 0; i < op->n_weights; i++) panels += panels_of(&p->weights[op->weights[i]]);
-  if (rows > FEW_ROWS) return (cut){panels * blocks, 2};
-  if (threads == 1) return (cut){panels * blocks, SHOAL_MAX(panels, 1)};
-  const int64_t fair = panels / (4 * threads); /* claims small enough for a slow thread to take fewer */
+  if (rows > FEW_ROWS) return (cut){panels * blocks, 2, 0};
+  if (threads == 1) return (cut){panels * blocks, SHOAL_MAX(panels, 1), 0};
+  /* Long stretches first, as each begins with a wait for memory; short ones last, so that all threads end together. */
+  const int64_t fair = panels / (4 * threads);
   const int64_t claim = SHOAL_MIN(fair, CLAIM_BYTES / (p->buffers[op->in].cols * input_bytes));
-  return (cut){panels * blocks, SHOAL_MAX(claim, 1)};
+  return (cut){panels * blocks, SHOAL_MAX(claim, 1), 2 * threads};
 }
 
 static cut cut_op(const run *r, const shoal_op *op) {
@@ -52,16 +53,16 @@ static cut cut_op(const run *r, const shoal_op *op) {
     case SHOAL_OP_ATTEND: {
       const shoal_state *s = &p->states[op->state];
       const int64_t units = (int64_t)r->n_spans * s->kv_heads;
-      return (cut){units, r->seen * op->i[1] * s->head_dim < SMALL_WORK ? units : 1};
+      return (cut){units, r->seen * op->i[1] * s->head_dim < SMALL_WORK ? units : 1, 0};
     }
     case SHOAL_OP_STORE: {
       const shoal_state *s = &p->states[op->state];
-      return (cut){r->n_spans, SHOAL_MAX(SMALL_WORK / (2 * SPAN_ROWS * s->kv_heads * s->head_dim), 1)};
+      return (cut){r->n_spans, SHOAL_MAX(SMALL_WORK / (2 * SPAN_ROWS * s->kv_heads * s->head_dim), 1), 0};
     }
-    case SHOAL_OP_SAMPLE: return (cut){r->batch->n_sequences, 1};
+    case SHOAL_OP_SAMPLE: return (cut){r->batch->n_sequences, 1, 0};
     default: {
       const int64_t cols = p->buffers[op->out].cols;
-      return (cut){rows_of(r, op->out), SHOAL_MAX(SMALL_WORK / cols, 1)};
+      return (cut){rows_of(r, op->out), SHOAL_MAX(SMALL_WORK / cols, 1), 0};
     }
   }
 }
@@ -231,7 +232,7 @@ void shoal_execute(run *r) {
     if (c.units <= c.claim)
       run_units(r, r->op, 0, c.units, 0);
     else
-      shoal_pool_run(r->e->pool, run_part, r, c.units, c.claim);
+      shoal_pool_run(r->e->pool, run_part, r, c.units, c.claim, c.shares);
     if (r->e->program.ops[r->op].kind == SHOAL_OP_SAMPLE) check_drawn(r);
     op_ended(r, r->op);
   }

@@ -39,7 +39,7 @@ uint64_t shoal_read_peak(shoal_pool *pool, const char *const *data, const uint64
   if (n < 1 || passes < 1 || (int64_t)n * passes > UINT32_MAX || !shoal_pool_take(pool)) return 0;
   reading r = {data, bytes, n, 0};
   const int64_t begin = shoal_now_ns();
-  shoal_pool_run(pool, read_spans, &r, (int64_t)n * passes, 1);
+  shoal_pool_run(pool, read_spans, &r, (int64_t)n * passes, 1, 0);
   const int64_t end = shoal_now_ns();
   shoal_pool_give(pool);
   *seen = r.seen;
@@ -133,7 +133,7 @@ uint64_t shoal_dot_peak(shoal_pool *pool, int32_t isa, int64_t turns, uint64_t *
   if (turns < 1 || !shoal_isa_available(isa) || !LOOPS[isa].turns || !shoal_pool_take(pool)) return 0;
   computing c = {LOOPS[isa].turns, turns};
   const int64_t begin = shoal_now_ns();
-  shoal_pool_run(pool, compute, &c, parts, 1);
+  shoal_pool_run(pool, compute, &c, parts, 1, 0);
   const int64_t end = shoal_now_ns();
   shoal_pool_give(pool);
   *macs = (uint64_t)(LOOPS[isa].macs * SUMS) * (uint64_t)turns * (uint64_t)parts;

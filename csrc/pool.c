@@ -28,7 +28,7 @@ struct shoal_pool {
   _Atomic int32_t ended;
   /* The loop. Written only when no unit of the one before is left or under way, so that a thread that has taken a part of
    * a loop has read that loop's. */
-  _Atomic uint32_t units, claim;
+  _Atomic uint32_t units, claim, shares;
   void (*_Atomic body)(void *argument, int64_t first, int64_t last, int32_t thread);
   void *_Atomic argument;
   atomic_flag taken;
@@ -60,7 +60,9 @@ static void work(shoal_pool *pool, int32_t thread) {
   uint64_t left = atomic_load(&pool->left);
   while ((uint32_t)left) {
     const uint32_t units = atomic_load_explicit(&pool->units, memory_order_relaxed);
-    const uint32_t n = SHOAL_MIN(atomic_load_explicit(&pool->claim, memory_order_relaxed), (uint32_t)left);
+    const uint32_t claim = atomic_load_explicit(&pool->claim, memory_order_relaxed);
+    const uint32_t share = atomic_load_explicit(&pool->shares, memory_order_relaxed);
+    const uint32_t n = SHOAL_MIN(SHOAL_MAX(claim, share ? (uint32_t)left / share : 0), (uint32_t)left);
     void (*const body)(void *, int64_t, int64_t, int32_t) = atomic_load_explicit(&pool->body, memory_order_relaxed);
     void *const argument = atomic_load_explicit(&pool->argument, memory_order_relaxed);
     if (!atomic_compare_exchange_weak(&pool->left, &left, left - n)) continue;
@@ -118,12 +120,13 @@ static void *serve(void *argument) {
 }
 
 void shoal_pool_run(shoal_pool *pool, void (*body)(void *argument, int64_t first, int64_t last, int32_t thread),
-                    void *argument, int64_t units, int64_t claim) {
+                    void *argument, int64_t units, int64_t claim, int64_t shares) {
   const uint64_t number = (atomic_load(&pool->left) >> 32) + 1;
   atomic_store_explicit(&pool->body, body, memory_order_relaxed);
   atomic_store_explicit(&pool->argument, argument, memory_order_relaxed);
   atomic_store_explicit(&pool->units, (uint32_t)units, memory_order_relaxed);
   atomic_store_explicit(&pool->claim, (uint32_t)claim, memory_order_relaxed);
+  atomic_store_explicit(&pool->shares, (uint32_t)shares, memory_order_relaxed);
   atomic_store(&pool->done, 0);
   atomic_store(&pool->left, number << 32 | (uint32_t)units);
   if (atomic_load(&pool->asleep)) ring(pool);

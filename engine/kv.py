@@ -105,21 +105,29 @@ class SequenceKv:
         self.pool = pool
         self.states = tuple(states)
         self.pages: list[list[Page]] = [[] for _ in states]
+        self._held = self._most = 0  # pages that every state has, and that any state has
         self.table = np.zeros((max(len(self.states), 1), -(-context // PAGE)), np.uint64)
 
     def reserve(self, positions: int) -> None:
         """Makes sure that positions [0, positions) have pages. ContextError: no room; nothing is lost
         then."""
         need = -(-positions // PAGE)
+        if need <= self._held:  # nearly always: the lists stay untouched
+            return
+        self._most = max(self._most, need)
         for s, state in enumerate(self.states):
             while len(self.pages[s]) < need:
                 page = self.pool.take(page_bytes(state, self.pool.kv_type))
                 self.table[s, len(self.pages[s])] = page.ctypes.data
                 self.pages[s].append(page)
+        self._held = need
 
     def truncate(self, positions: int) -> None:
         """Forgets positions from `positions` on; pages that hold nothing any more go back to the pool."""
         keep = -(-positions // PAGE)
+        if self._most <= keep:
+            return
+        self._held, self._most = min(self._held, keep), keep
         for pages in self.pages:
             while len(pages) > keep:
                 self.pool.give(pages.pop())

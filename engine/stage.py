@@ -159,8 +159,7 @@ class Stage:
             )
         if end > len(state.tokens):
             raise ContextError(f"position {end} is beyond the context of {len(state.tokens)} tokens")
-        tokens = np.asarray(run.tokens)
-        if tokens.min() < 0 or tokens.max() >= self.model.program.vocab:
+        if min(run.tokens) < 0 or max(run.tokens) >= self.model.program.vocab:
             raise ValueError(f"a token id is not in [0, {self.model.program.vocab})")
         if not self._linked.reads_tokens:
             width = self.model.program.buffer(self.model.program.cut[0]).cols
@@ -168,9 +167,9 @@ class Stage:
                 raise ValueError(
                     f"stage [{self.first}, {self.last}) needs hidden rows of shape ({n}, {width})"
                 )
-        self.truncate(run.sequence, run.first)
+        state.kv.truncate(run.first)
         state.kv.reserve(end)
-        state.tokens[run.first : end] = tokens
+        state.tokens[run.first : end] = run.tokens
         want = run.want if self._linked.last else Want.NOTHING
         wanted = {Want.NOTHING: 0, Want.TOKEN: 1, Want.LOGITS: n}[want]
         return SequenceRows(state.kv, state.tokens, state.sampling, n, run.first, wanted, want is Want.TOKEN)

@@ -119,6 +119,12 @@ class NativeExecutor:
         self._batch = ffi.new("shoal_batch *")
         self._input = ffi.new("float *[1]")
         self._output = ffi.new("float *[1]")
+        # Tables of a batch, filled anew for each: little of Python's memory is still in a cache after a step.
+        self._described = ffi.new("shoal_sequence[]", linked.max_rows)
+        self._tokens, self._drawn = np.zeros((2, linked.max_rows), np.int32)
+        self._batch.sequences = self._described
+        self._batch.tokens = keep_buffer(self._keep, "int32_t[]", self._tokens)
+        self._batch.drawn = keep_buffer(self._keep, "int32_t[]", self._drawn)
         self._batch.inputs, self._batch.outputs = ffi.cast("const float *const *", self._input), self._output
         self._cut = linked.program.buffer(linked.program.cut[0]).cols
 
@@ -129,33 +135,29 @@ class NativeExecutor:
 
     def run(self, sequences: Sequence[SequenceRows], hidden: F32 | None, want_logits: bool) -> Outcome:
         """See base.Executor.run."""
-        linked, batch = self._linked, self._batch
-        rows = sum(s.rows for s in sequences)
-        described = ffi.new("shoal_sequence[]", len(sequences))
-        keep: list[Any] = [described]
-        for item, s in zip(described, sequences, strict=True):
+        linked, batch, described = self._linked, self._batch, self._described
+        keep: list[Any] = []
+        row = wanted = 0
+        for item, s in zip(described, sequences):  # noqa: B905 as many as there are
             pages, history = ffi.from_buffer("void *[]", s.kv.table), ffi.from_buffer("int32_t[]", s.history)
             keep += [pages, history]
             item.rows, item.first, item.wanted, item.sample = s.rows, s.first, s.wanted, s.sample
             item.pages, item.pages_stride, item.history = pages, s.kv.table.shape[1], history
             p = s.sampling
             item.sampling = (p.temperature, p.top_k, p.top_p, p.min_p, p.repetition_penalty, p.seed)
-        if linked.reads_tokens:
-            tokens = np.concatenate([s.history[s.first : s.first + s.rows] for s in sequences])
-            batch.tokens = keep_buffer(keep, "int32_t[]", tokens)
+            self._tokens[row : row + s.rows] = s.history[s.first : s.first + s.rows]
+            row, wanted = row + s.rows, wanted + s.wanted
         if hidden is not None:
             self._input[0] = keep_buffer(keep, "float[]", np.ascontiguousarray(hidden, np.float32))
-        drawn = np.full(len(sequences), -1, np.int32)
-        wanted = sum(s.wanted for s in sequences)
         out: F32 | None = None
         if not linked.last:
-            out = np.empty((rows, self._cut), np.float32)
+            out = np.empty((row, self._cut), np.float32)
         elif want_logits:
             out = np.empty((wanted, linked.program.vocab), np.float32)
         self._output[0] = ffi.NULL if out is None else keep_buffer(keep, "float[]", out)
-        batch.sequences, batch.n_sequences = described, len(sequences)
-        batch.drawn = keep_buffer(keep, "int32_t[]", drawn)
+        batch.n_sequences = len(sequences)
         self._check(self._lib.shoal_run(self._executor, batch, self._error, _ERROR_BYTES))
+        drawn = self._drawn[: len(sequences)].copy()
         return Outcome(out if not linked.last else None, out if linked.last else None, drawn)
 
     def _check(self, status: int) -> None:

@@ -20,7 +20,7 @@ from .memory import ram
 from .shards import Model
 from .stage import Stage, StageOptions
 
-_BYTES = 64_000_000  # of layers, so that weights do not stay in a cache between steps
+_BYTES = 128_000_000  # of layers, so that weights do not stay in a cache between steps
 _FEW = 2  # layers where computing counts, not reading
 READING_ROWS = (1, 2, 4, 8)
 COMPUTING_ROWS = (16, 64, 256)

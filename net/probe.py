@@ -1,9 +1,11 @@
-"""Measures a link: the latency of the quickest of some pings, and the rate of a growing pile of bytes.
+"""Measures a link: the latency of the middle one of some pings, and the rate of a growing pile of bytes.
 
 The way there and back is taken as symmetric in latency; the rate is that of the direction from here.
 """
 
 from __future__ import annotations
+
+import statistics
 
 import trio
 
@@ -35,7 +37,7 @@ async def measure(link: Link) -> LinkMeasure:
     Takes some round trips, and about 0.1 s of the line's time, or one frame's on a line slower than that.
     """
     trips = [await _round_trip(link, nonce, 0) for nonce in range(PINGS)]
-    trip, size = min(trips), BULK_LIMIT
+    trip, size = statistics.median(trips), BULK_LIMIT
     while True:
         seconds = await _round_trip(link, PINGS + size, size)
         if seconds - trip >= ENOUGH_SECONDS or size >= MOST_BYTES:

@@ -1,14 +1,18 @@
 """A device that plays a slower one: a step that took t ends after F * t.
 
 It sleeps in the thread that ran the step, so neither the event loop's clock (milliseconds) nor the way into
-the thread is stretched. t is what the thread computed, not what it waited for a core: on a machine that hosts
-several such devices one's waiting would else be multiplied as well.
+the thread is stretched. t is what the thread computed, not what it waited for a core: on a machine that
+hosts several such devices one's waiting would else be multiplied as well. They can also take turns: then one
+of them computes at a time, with the machine's memory to itself, and its wait is hidden in its sleep.
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,27 +63,50 @@ def _checked(text: str, where: str) -> float:
     return factor
 
 
-class SlowStage:
-    """A stage whose runs take F times as long. See StageLike."""
+@contextmanager
+def turn(path: Path) -> Iterator[None]:
+    """Nobody else has a turn at this file meanwhile. ShoalError: it cannot be opened."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise ShoalError(f"{path} cannot be opened: {error.strerror or error}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
-    def __init__(self, stage: StageLike, slowness: Slowness, clock: Clock = Clock()) -> None:
-        self._stage, self._slowness, self._clock = stage, slowness, clock
+
+class SlowStage:
+    """A stage whose runs take F times as long, each computed within a `turn`. See StageLike."""
+
+    def __init__(
+        self,
+        stage: StageLike,
+        slowness: Slowness,
+        clock: Clock = Clock(),
+        turn: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self._stage, self._slowness, self._clock, self._turn = stage, slowness, clock, turn
         self._late = 0.0
 
     def open(self, sequence: int, sampling: Sampling, context: int) -> None:
         self._stage.open(sequence, sampling, context)
 
     def run(self, batch: Sequence[Run]) -> list[Result]:
-        """Runs the batch and sleeps. A sleep that ended late is made up for by the next one."""
+        """Runs the batch and sleeps. A step that ended late is made up for by the next one, as far as one
+        step can."""
         clock, factor = self._clock, self._slowness.factor()
-        start, computed = clock.now(), clock.computed()
-        results = self._stage.run(batch)
-        until = start + factor * (clock.computed() - computed) - self._late
-        left = until - clock.now()
-        self._late = 0.0
-        if factor > 1 and left > 0:
-            clock.sleep(left)
-            self._late = max(0.0, clock.now() - until)
+        start = clock.now()
+        with self._turn():
+            computed = clock.computed()
+            results = self._stage.run(batch)
+            seconds = factor * (clock.computed() - computed)
+        if factor > 1:
+            until = start + seconds - self._late
+            if until > clock.now():
+                clock.sleep(until - clock.now())
+            self._late = min(max(0.0, clock.now() - until), seconds)
         return results
 
     def close_sequence(self, sequence: int) -> None:

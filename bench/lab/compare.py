@@ -10,27 +10,19 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import trio
 
 from shoal import planner
-from shoal.distributed import head_identity, survey_cluster
+from shoal.distributed import survey_cluster
 from shoal.engine.errors import NoPlanError
 from shoal.engine.shards import Model
 from shoal.engine.stage import StageOptions
-from shoal.net.coordinator import Head, HeadOptions
-from shoal.net.identity import shape_of
-from shoal.net.placement import Links, NodeInfo, Placement, StageRange
 from shoal.planner.cost import range_ram_bytes
 from shoal.planner.rows import Objective
 from shoal.planning import plan_or_error, planner_model
 
 from .lab import Lab
-
-PROMPT = 16
-CHUNK_ROWS = 16
-RUN_SECONDS = 5.0
-FEWEST_TOKENS = 12
+from .runs import PROMPT, measure, tokens_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +63,9 @@ def compare(lab: Lab, model: Model, streams: Sequence[int], repeats: int, contex
         ours = plan_or_error(rows, cluster, workload, objective)
         equal = planner.evaluate(rows, cluster, workload, equal_split(rows, cluster, workload), objective)
         for name, plan in (("ours", ours), ("equal", equal)):
-            runs = trio.run(
-                measure, lab.addresses, model, plan.stages, count, repeats, plan.tokens_per_s, context
-            )
-            yield Row(name, count, plan, tuple(runs))
+            tokens = tokens_for(plan.tokens_per_s, count, context)
+            runs = trio.run(measure, lab, model, plan.stages, count, repeats, tokens)
+            yield Row(name, count, plan, tuple(run.tokens_per_s for run in runs))
 
 
 def equal_split(
@@ -102,48 +93,6 @@ def equal_split(
             "no split that gives every device a part fits the caps: raise some, or leave one out"
         )
     return best[units][2]
-
-
-async def measure(
-    addresses: Sequence[tuple[str, int]],
-    model: Model,
-    stages: Sequence[planner.Stage],
-    streams: int,
-    repeats: int,
-    predicted: float,
-    context: int,
-) -> list[float]:
-    """Tokens/s of all streams together, of each run after one to warm up. A run lasts about RUN_SECONDS, and
-    no longer than the context."""
-
-    def fixed(nodes: Sequence[NodeInfo], links: Links) -> Placement:
-        return Placement(tuple(StageRange(s.device, s.first, s.last) for s in stages), CHUNK_ROWS)
-
-    each = predicted / streams * RUN_SECONDS
-    tokens = min(max(FEWEST_TOKENS, int(each)), context - PROMPT)
-    options = HeadOptions(measure_links=False)
-    async with Head.open(addresses, head_identity(model), shape_of(model), fixed, options) as head:
-        await run(head, model, streams, FEWEST_TOKENS // 2)
-        return [await run(head, model, streams, tokens) for _ in range(repeats)]
-
-
-async def run(head: Head, model: Model, streams: int, tokens: int) -> float:
-    """Tokens/s while all streams decode: from the last one's first token to the first one's last."""
-    rng = np.random.default_rng(0)
-    prompts = rng.integers(3, model.program.vocab, (streams, PROMPT))
-    times: list[list[float]] = [[] for _ in range(streams)]
-
-    async def answer(i: int) -> None:
-        prompt = [int(token) for token in prompts[i]]
-        async with head.generate(prompt, max_tokens=tokens, context=PROMPT + tokens) as answers:
-            async for _ in answers:
-                times[i].append(trio.current_time())
-
-    async with trio.open_nursery() as nursery:
-        for i in range(streams):
-            nursery.start_soon(answer, i)
-    start, end = max(t[0] for t in times), min(t[-1] for t in times)
-    return sum(sum(start < t <= end for t in own) for own in times) / (end - start)
 
 
 def render(rows: Sequence[Row]) -> str:

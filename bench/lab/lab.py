@@ -13,20 +13,24 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from shoal.engine.errors import ShoalError
 from shoal.engine.shards import Model
 from shoal.engine.stage import StageOptions
+from shoal.net.slow import turn
 from shoal.planning import MB, planner_model
 from shoal.processes import NodeSpec, RunningNode, bare_node_bytes, end, start
 
 from . import ground
 from .air import Air, Place, change
-from .spec import DeviceSpec, LabSpec, LinkSpec, check_speeds
+from .pace import awake, followed
+from .spec import DeviceSpec, LabSpec, LinkSpec
 
 CONTEXT = 512
 """Positions of state that a cap in layers has room for, by default."""
@@ -42,7 +46,6 @@ class LabNode:
     running: RunningNode
     cgroup: str
     _lab: Lab
-    _times: float = 1.0
 
     @property
     def process(self) -> subprocess.Popen[bytes]:
@@ -51,10 +54,7 @@ class LabNode:
     def slow(self, times: float) -> None:
         """From the next step on each takes `times` as long as by the spec; 1: as by the spec. ValueError: too
         fast for this machine."""
-        speeds = [node.spec.speed / node._times for node in self._lab.nodes if node is not self]
-        check_speeds([*speeds, self.spec.speed / times])
-        self._times = times
-        _write_factor(self._lab.directory, self.spec, times)
+        self._lab.slow(self.spec, times)
 
     def link(self, link: LinkSpec) -> None:
         """Another link from now on. The rate needs network namespaces."""
@@ -73,7 +73,10 @@ class LabNode:
         self.process.wait()
 
     def freeze(self) -> None:
-        """It stops in the middle of whatever it does, and keeps its connections."""
+        """It stops in the middle of whatever it does, and keeps its connections. ValueError: where devices
+        take turns, nobody else would ever have one."""
+        if self._lab.spec.turns:
+            raise ValueError("where devices take turns none can be frozen: it might have its own")
         self.process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
@@ -134,6 +137,10 @@ class Lab:
     addresses: list[tuple[str, int]]
     nodes: list[LabNode] = field(default_factory=list)
     _air: subprocess.Popen[bytes] | None = None
+    _awake: list[int] = field(default_factory=list)
+    _times: dict[str, float] = field(default_factory=dict)
+    _pace: float = 1.0
+    _telling: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
     @contextmanager
@@ -169,6 +176,10 @@ class Lab:
                 ground.remove_leftovers()
                 raise
             stack.callback(lab._close)
+            lab._awake = stack.enter_context(awake())
+            turns = partial(turn, directory / "turns") if spec.turns else nullcontext
+            lab._tell()
+            stack.enter_context(followed(turns, lab._tell))
             for i, device in enumerate(spec.devices):
                 lab.nodes.append(_start_node(lab, i, device, model, caps[i], options))
             yield lab
@@ -178,6 +189,31 @@ class Lab:
         if isinstance(which, int):
             return self.nodes[which]
         return next(node for node in self.nodes if node.spec.name == which)
+
+    def processes(self) -> list[int]:
+        """The ids of the nodes that run, of the air, and of what keeps the cores awake."""
+        assert self._air is not None
+        running = [node.process for node in self.nodes if node.process.poll() is None]
+        return [*(process.pid for process in (*running, self._air)), *self._awake]
+
+    def slow(self, device: DeviceSpec, times: float) -> None:
+        """See LabNode.slow."""
+        others = [
+            other.speed / self._times.get(other.name, 1.0) for other in self.spec.devices if other != device
+        ]
+        self.spec.check_speeds([*others, device.speed / times])
+        self._times[device.name] = times
+        self._tell()
+
+    def _tell(self, pace: float | None = None) -> None:
+        """Tells each device how slow it is, on a machine of this pace; called by two threads."""
+        with self._telling:
+            self._pace = self._pace if pace is None else pace
+            for device in self.spec.devices:
+                factor = device.slow * self._times.get(device.name, 1.0) * self._pace
+                part = self.directory / f"{device.name}.slow.part"
+                part.write_text(f"{max(1.0, factor)!r}\n", encoding="ascii")
+                part.replace(self.directory / f"{device.name}.slow")
 
     def command(self, line: bytes) -> None:
         """To the air."""
@@ -261,8 +297,9 @@ def _start_node(
 ) -> LabNode:
     """One node, measured while the others are idle."""
     cgroup = ground.make_cgroup(lab.ground, device.name, None if cap_mb is None else cap_mb * MB)
-    _write_factor(lab.directory, device, 1.0)
-    factor = ("--slow-file", str(lab.directory / f"{device.name}.slow"))
+    factor = ["--slow-file", str(lab.directory / f"{device.name}.slow")]
+    if lab.spec.turns:
+        factor += ["--slow-turns", str(lab.directory / "turns")]
     resident = ("--resident",) if cap_mb is not None else ()
     host, port = _node_address(lab.ground, i)
     size = sum(entry.size for entry in Model.open(model).index.files.values())
@@ -275,9 +312,3 @@ def _start_node(
     )
     running = start(model, spec, lab.directory, seconds=120)
     return LabNode(i, device, cap_mb, replace(running, address=lab.addresses[i]), cgroup, lab)
-
-
-def _write_factor(directory: Path, device: DeviceSpec, times: float) -> None:
-    part = directory / f"{device.name}.slow.part"
-    part.write_text(f"{device.slow * times!r}\n", encoding="ascii")
-    part.replace(directory / f"{device.name}.slow")

@@ -1,6 +1,7 @@
 """What a lab looks like: a TOML file as frozen rows, checked in full.
 
 head = "flagship"        # the device that the head runs on; left out: a place of its own, without delay
+turns = true             # one device computes at a time, with the machine's memory to itself; default false
 
 [link]                   # of every device that has no link of its own
 delay_ms = 2             # one way between the device and the access point: two devices are twice as far apart
@@ -26,6 +27,8 @@ from shoal.engine.errors import ShoalError
 
 MAX_SPEED = 1.7
 """Cores that all devices together may take of a machine with two: beyond, it is the machine that decides."""
+MAX_TURNS_SPEED = 0.9
+"""And of one core, where they take turns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,7 @@ class LabSpec:
 
     devices: tuple[DeviceSpec, ...]
     head: str | None = None
+    turns: bool = False
 
     def __post_init__(self) -> None:
         names = [device.name for device in self.devices]
@@ -66,32 +70,39 @@ class LabSpec:
             raise ValueError("it needs at least one [[device]], and each name once")
         if self.head is not None and self.head not in names:
             raise ValueError(f"the head is on {self.head!r}, and there is no such device")
-        check_speeds([device.speed for device in self.devices])
+        self.check_speeds([device.speed for device in self.devices])
+
+    def check_speeds(self, speeds: list[float]) -> None:
+        """ValueError: together they are more than this machine has for such a lab."""
+        most = MAX_TURNS_SPEED if self.turns else MAX_SPEED
+        if sum(speeds) > most + 1e-9:
+            raise ValueError(
+                f"the devices' speeds add up to {sum(speeds):.2f} cores, and beyond {most} this machine "
+                "decides what is measured: lower some"
+            )
 
     def with_link(self, link: LinkSpec) -> LabSpec:
         """The same devices on other links."""
         return replace(self, devices=tuple(replace(device, link=link) for device in self.devices))
 
 
-def check_speeds(speeds: list[float]) -> None:
-    """ValueError: together they are more than MAX_SPEED cores."""
-    if sum(speeds) > MAX_SPEED + 1e-9:
-        raise ValueError(
-            f"the devices' speeds add up to {sum(speeds):.2f} cores, and beyond {MAX_SPEED} this machine "
-            "decides what is measured: lower some"
-        )
-
-
 def read_spec(path: Path) -> LabSpec:
     """The lab that a file describes. ShoalError: unreadable, unknown keys, values out of range."""
     try:
-        body = tomllib.loads(path.read_text(encoding="utf-8"))
-        _keys("the file", body, {"head", "link", "device"})
-        link = _link("[link]", body.get("link", {}), LinkSpec())
-        devices = tuple(_device(row, link) for row in body.get("device", []))
-        return LabSpec(devices, body.get("head"))
+        return spec_of(tomllib.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise ShoalError(f"{path}: {error}") from error
+
+
+def spec_of(body: dict[str, Any]) -> LabSpec:
+    """The lab of a table. ValueError: unknown keys, values out of range."""
+    _keys("the lab", body, {"head", "turns", "link", "device"})
+    link = _link("[link]", body.get("link", {}), LinkSpec())
+    devices = tuple(_device(row, link) for row in body.get("device", []))
+    turns = body.get("turns", False)
+    if not isinstance(turns, bool):
+        raise ValueError(f"turns must be true or false, not {turns!r}")
+    return LabSpec(devices, body.get("head"), turns)
 
 
 def _device(row: dict[str, Any], link: LinkSpec) -> DeviceSpec:

@@ -42,6 +42,8 @@ DEVICE = '[[device]]\nname = "a"\nspeed = 0.5\n'
         (DEVICE + "cap_mb = 5\ncap_layers = 5\n", "not both"),
         (DEVICE + "cap_mb = 0\n", "cap_mb must be a number from 1"),
         (DEVICE.replace('"a"', '"a b"'), "a name is letters"),
+        ("turns = 1\n" + DEVICE, "turns must be true or false"),
+        ("turns = true\n" + DEVICE.replace("0.5", "0.95"), "0.95 cores, and beyond 0.9"),
         ('head = "b"\n' + DEVICE, "the head is on 'b'"),
         ("[link]\ndelay_ms = 1\njitter_ms = 2\n" + DEVICE, "the jitter exceeds the delay"),
         ("[link]\ndelay_ms = -1\n" + DEVICE, "delay_ms must be a number from 0"),

@@ -1,16 +1,18 @@
 """A stage that plays a slower one, under a clock of its own."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 from types import ModuleType
 
 import pytest
 
 from shoal.engine.batch import Result, Run, Sampling, Want
 from shoal.engine.errors import ShoalError
-from shoal.net.slow import Clock, Slowness, SlowStage
+from shoal.net.slow import Clock, Slowness, SlowStage, turn
 
 
 @dataclass
@@ -90,6 +92,40 @@ def test_sleeps_that_end_late_do_not_add_up() -> None:
     time = Time(late=0.001)
     stage = SlowStage(Stage(time, 0.002), Slowness(4.0), time.clock())
     assert sum(steps(time, stage, 100)) == pytest.approx(0.8 + 0.001)
+
+
+def test_a_step_that_waited_too_long_is_made_up_for_by_the_next() -> None:
+    time = Time()
+    waits = iter([0.010, 0.0, 0.0])
+
+    @contextmanager
+    def turn() -> Iterator[None]:
+        time.now += next(waits)
+        yield
+
+    stage = SlowStage(Stage(time, 0.002), Slowness(4.0), time.clock(), turn)
+    assert steps(time, stage, 3) == pytest.approx([0.012, 0.004, 0.008])
+
+
+def test_one_computes_at_a_time_where_nodes_take_turns(tmp_path: Path) -> None:
+    path, order = tmp_path / "turns", list[str]()
+    with turn(path):
+        thread = Thread(target=lambda: _take(path, order))
+        thread.start()
+        thread.join(0.05)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+    with (
+        pytest.raises(ShoalError, match="turns cannot be opened: No such file"),
+        turn(tmp_path / "no" / "turns"),
+    ):
+        pass
+
+
+def _take(path: Path, order: list[str]) -> None:
+    with turn(path):
+        order.append("second")
 
 
 def test_the_factor_in_a_file_counts_from_the_next_step_on(tmp_path: Path) -> None:

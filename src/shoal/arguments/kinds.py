@@ -62,3 +62,7 @@ def fraction(text: str) -> float:
 
 def factor(text: str) -> float:
     return number(text, sys.float_info.min, sys.float_info.max, "a number above 0")
+
+
+def seconds(text: str) -> float:
+    return number(text, 0.01, 3600.0, "a number of seconds from 0.01 up")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .kinds import address, factor, positive
+from .kinds import address, factor, positive, seconds
 from .shared import Commands, add_engine, add_model, command
 
 
@@ -40,6 +40,19 @@ def node(commands: Commands) -> None:
         type=Path,
         metavar="FILE",
         help="take F from this file instead, again whenever it is replaced",
+    )
+    parser.add_argument(
+        "--slow-turns",
+        type=Path,
+        metavar="FILE",
+        help="of the nodes of this machine that share this file, one computes at a time",
+    )
+    parser.add_argument(
+        "--measure-seconds",
+        type=seconds,
+        default=0.5,
+        metavar="S",
+        help="how long to measure this device at the start (default 0.5)",
     )
     parser.add_argument(
         "--insecure",

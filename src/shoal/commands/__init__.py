@@ -21,7 +21,8 @@ command raises ShoalError for anything the user can mend; the command line print
     bench     model: str, n_prompt, n_gen, n_depth, batch: tuple[int, ...], threads: tuple[int, ...]|None,
               repetitions: int, output: "md"|"json"|"csv", backend, isa, resident
     node      model: str, listen: tuple[str, int], name: str|None, ram: int|None (MB), slow: float,
-              slow_file: Path|None, insecure: bool, port_file: Path|None, threads, backend, isa, resident
+              slow_file: Path|None, slow_turns: Path|None, measure_seconds: float, insecure: bool,
+              port_file: Path|None, threads, backend, isa, resident
     demo      timeout: int (seconds), prompt: str
 
 Where they occur, threads: int|None, backend: "auto"|"native"|"numba"|"numpy", and isa: str ("auto" or the

@@ -12,7 +12,9 @@ import signal
 import statistics
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -30,7 +32,7 @@ from ..net.errors import AddressInUseError, NetError
 from ..net.identity import identity_of
 from ..net.messages import Device, RowRate
 from ..net.node import Node, NodeParts
-from ..net.slow import Slowness, SlowStage
+from ..net.slow import Slowness, SlowStage, turn
 from ..planner.profile import FREE_SHARE
 from ..planning import MB, workspace_bytes
 from ..store import resolve
@@ -66,11 +68,12 @@ async def _main(
         hop = await _hop_seconds()
         device = await trio.to_thread.run_sync(_offer, args, model, options, base, hop, slowness)
         opener = StageOpener(model, options, device)
+        turns = nullcontext if args.slow_turns is None else partial(turn, args.slow_turns)
         parts = NodeParts(
             identity=identity_of(model, args.name or platform.node(), secrets.randbits(64), __version__),
             device=device,
             units=model.n_units,
-            open_stage=lambda first, last: SlowStage(opener(first, last), slowness),
+            open_stage=lambda first, last: SlowStage(opener(first, last), slowness, turn=turns),
             resident=resident_bytes,
             log=_log,
         )
@@ -123,7 +126,9 @@ def _offer(
     one (the way into the thread is not slowed)."""
     promised = args.ram * MB if args.ram is not None else int(ram()[1] * FREE_SHARE) + base
     room = promised - base - constant_bytes(model.program) - workspace_bytes(model, options)
-    measured, factor = measure(model, options, room=room), slowness.factor()
+    before = slowness.factor()
+    measured = measure(model, options, seconds=args.measure_seconds, room=room)
+    factor = (before + slowness.factor()) / 2
     return Device(
         ram_bytes=promised,
         base_bytes=max(base, resident_bytes()),  # what measuring left is part of it

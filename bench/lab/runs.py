@@ -1,0 +1,168 @@
+"""Runs of a placement in a lab: tokens/s, what each stage took, and how far somebody else was at work.
+
+Figures are worth nothing while other programs take cores and memory bandwidth, so each run says how many
+cores they took, and `quiet` repeats what they disturbed.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import trio
+
+from shoal import planner
+from shoal.distributed import head_identity
+from shoal.engine.shards import Model
+from shoal.net.coordinator import Head, HeadOptions
+from shoal.net.identity import shape_of
+from shoal.net.placement import Links, NodeInfo, Placement, StageRange
+
+from .lab import Lab
+
+PROMPT = 16
+CHUNK_ROWS = 16
+RUN_SECONDS = 4.0
+FEWEST_TOKENS = 12
+DISTURBED = 0.15
+"""Cores that others may take during a run that counts."""
+TRIES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """One run. Tokens/s of all streams together; seconds and rows of a decode call of each stage, in the
+    chain's order; cores that others took meanwhile."""
+
+    tokens_per_s: float
+    call_seconds: tuple[float, ...]
+    call_rows: tuple[float, ...]
+    others: float
+
+    def to_json(self) -> dict[str, Any]:
+        """For a file of results."""
+        return asdict(self)
+
+
+class Processes(Protocol):
+    """What is needed of a Lab."""
+
+    def processes(self) -> list[int]:
+        """Ids of its processes."""
+
+
+class Others:
+    """CPU time that this machine spends on what is not part of a lab."""
+
+    def __init__(self, lab: Processes) -> None:
+        self._lab = lab
+        self._start = self._now()
+
+    def _now(self) -> tuple[float, float]:
+        return time.monotonic(), _busy() - _own() - sum(_of(number) for number in self._lab.processes())
+
+    def cores(self) -> float:
+        """How many cores the others took since this was made."""
+        (start, before), (now, after) = self._start, self._now()
+        return max(0.0, after - before) / max(now - start, 1e-9)
+
+
+def _busy() -> float:
+    """Seconds of all cores, waiting for disks and idling excepted."""
+    user, nice, system, _idle, _wait, irq, soft, stolen = map(
+        int, Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]
+    )
+    return (user + nice + system + irq + soft + stolen) / os.sysconf("SC_CLK_TCK")
+
+
+def _own() -> float:
+    times = os.times()
+    return times.user + times.system
+
+
+def _of(number: int) -> float:
+    """User and system seconds of a process; 0 once it has gone."""
+    try:
+        stat = Path(f"/proc/{number}/stat").read_text("ascii", "replace")
+    except OSError:
+        return 0.0
+    fields = stat.rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def quiet(once: Callable[[], Awaitable[Timed]]) -> Timed:
+    """A run that nobody disturbed; after TRIES the least disturbed one."""
+    runs: list[Timed] = []
+    while len(runs) < TRIES and not any(run.others <= DISTURBED for run in runs):
+        if runs:
+            await trio.sleep(2.0)
+        runs.append(await once())
+    return min(runs, key=lambda run: run.others)
+
+
+async def measure(
+    lab: Lab, model: Model, stages: Sequence[planner.Stage], streams: int, repeats: int, tokens: int
+) -> list[Timed]:
+    """So many quiet runs of `tokens` tokens a stream, after a short one to warm up."""
+
+    def fixed(nodes: Sequence[NodeInfo], links: Links) -> Placement:
+        return Placement(tuple(StageRange(s.device, s.first, s.last) for s in stages), CHUNK_ROWS)
+
+    options = HeadOptions(measure_links=False)
+    async with Head.open(lab.addresses, head_identity(model), shape_of(model), fixed, options) as head:
+
+        async def once() -> Timed:
+            before, others = await head.stats(), Others(lab)
+            speed = await run(head, model, streams, tokens)
+            cores, after = others.cores(), await head.stats()
+            work = [(b.stats.decode, a.stats.decode) for b, a in zip(before, after, strict=True)]
+            calls = [max(a.steps - b.steps, 1) for b, a in work]
+            return Timed(
+                speed,
+                tuple((a.seconds - b.seconds) / n for (b, a), n in zip(work, calls, strict=True)),
+                tuple((a.rows - b.rows) / n for (b, a), n in zip(work, calls, strict=True)),
+                cores,
+            )
+
+        await run(head, model, streams, FEWEST_TOKENS // 2)
+        return [await quiet(once) for _ in range(repeats)]
+
+
+def tokens_for(predicted: float, streams: int, context: int, seconds: float = RUN_SECONDS) -> int:
+    """Tokens of each stream in a run of about so many seconds, that stays within the context."""
+    return min(max(FEWEST_TOKENS, int(predicted / streams * seconds)), context - PROMPT)
+
+
+async def run(head: Head, model: Model, streams: int, tokens: int) -> float:
+    """Tokens/s while all streams decode: from the last one's first token to the first one's last."""
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(3, model.program.vocab, (streams, PROMPT))
+    times: list[list[float]] = [[] for _ in range(streams)]
+
+    async def answer(i: int) -> None:
+        prompt = [int(token) for token in prompts[i]]
+        async with head.generate(prompt, max_tokens=tokens, context=PROMPT + tokens) as answers:
+            async for _ in answers:
+                times[i].append(trio.current_time())
+
+    async with trio.open_nursery() as nursery:
+        for i in range(streams):
+            nursery.start_soon(answer, i)
+    return rate(times)
+
+
+def rate(times: Sequence[Sequence[float]]) -> float:
+    """Tokens/s of streams whose tokens came at these times, while all of them decode."""
+    start, end = max(t[0] for t in times), min(t[-1] for t in times)
+    return sum(sum(start < t <= end for t in own) for own in times) / (end - start)
+
+
+def median(runs: Sequence[Timed]) -> float:
+    """The median's tokens/s."""
+    return statistics.median(run.tokens_per_s for run in runs)

@@ -8,11 +8,13 @@ MILP is really solved, so that a phone can plan with the standard library alone.
     cost      every formula, once
     constraints  what a plan must keep to beside caps; the assignment that runs
     goal      what a plan makes least: one formula per objective
-    tables    one problem's times and room, and the searches' common step; tabulate fills them
+    tables    one problem's times and room, and the searches' common step; tabulate fills them, kinds
     dp        exact for a fixed order of devices
     orders    exact over all orders of a few devices; a good order of many
     milp      exact over orders and layer counts with PuLP
     solve     plan(): picks the method
+    streams   how several streams gather in shared calls, and what a token then takes
+    judge     which chain is best in the end
     evaluate  the figures of given stages; copies says which layers spare RAM can hold twice
     explain   why each device is in or out, and what is missing, in words
     profile   measured rows as JSON, and the devices and links made of them

@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from . import cost, dp, orders
 from .goal import Goal
+from .judge import Found, Judge
 from .rows import Cluster, Model, Plan, Reason, Stage, Workload
 from .tables import TimeTables
 
@@ -27,27 +27,16 @@ def units_text(first: int, last: int, units: int) -> str:
     return " + ".join(parts)
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A search's answer with the problem that it answers."""
-
-    tables: TimeTables
-    goal: Goal
-    chain: dp.Chain
-    how: str
-    optimal: bool
-
-    @property
-    def value(self) -> float:
-        """What the goal makes least."""
-        return dp.value(self.tables, self.goal, self.chain)
-
-
 Case = tuple[TimeTables, Goal]  # what a plan could be best at
 
 
 def give_reasons(
-    plan: Plan, cluster: Cluster, found: Found, cases: Sequence[Case], devices: Sequence[int]
+    plan: Plan,
+    cluster: Cluster,
+    found: Found,
+    judge: Judge,
+    cases: Sequence[Case],
+    devices: Sequence[int],
 ) -> tuple[Reason, ...]:
     """A reason for every device of the cluster, in its order. `cases`: all that were searched; `devices`:
     those that the plan could choose from."""
@@ -55,17 +44,17 @@ def give_reasons(
     reasons = []
     for j, device in enumerate(cluster.devices):
         if j in used:
-            text = _why_in(plan, cases, j, devices)
+            text = _why_in(plan, judge, cases, j, devices)
         elif j not in devices:
             text = "left out by the order or the constraints given"
         else:
-            text = _why_out(plan, cluster, found, cases, j)
+            text = _why_out(plan, cluster, found, judge, cases, j)
         reasons.append(Reason(device.name, j in used, text))
     return tuple(reasons)
 
 
 def _instead(
-    plan: Plan, cases: Sequence[Case], search: Callable[[TimeTables, Goal], dp.Chain | None]
+    plan: Plan, judge: Judge, cases: Sequence[Case], search: Callable[[TimeTables, Goal], dp.Chain | None]
 ) -> str | None:
     """What the best chain that a search finds would give, and what the plan gives, prices aside; None when it
     finds none."""
@@ -73,8 +62,7 @@ def _instead(
     for tables, goal in cases:
         chain = search(tables, goal)
         if chain is not None:
-            round_s, slowest, _ = dp.parts(tables, chain)
-            best = min(best, goal.value(round_s, slowest))
+            best = min(best, judge.seconds(tables, goal, chain))
     if best == math.inf:
         return None
     if plan.objective == "first_token":
@@ -82,7 +70,7 @@ def _instead(
     return f"{cost.per_second(best):.2f} tokens/s instead of {plan.tokens_per_s:.2f}"
 
 
-def _why_in(plan: Plan, cases: Sequence[Case], j: int, devices: Sequence[int]) -> str:
+def _why_in(plan: Plan, judge: Judge, cases: Sequence[Case], j: int, devices: Sequence[int]) -> str:
     others = [i for i in devices if i != j]
     if not others:
         return "the only device"
@@ -92,11 +80,11 @@ def _why_in(plan: Plan, cases: Sequence[Case], j: int, devices: Sequence[int]) -
     def without(tables: TimeTables, goal: Goal) -> dp.Chain | None:
         return orders.search_orders(tables, others, goal, exact_devices=QUICK_EXACT, trials=0)[0]
 
-    text = _instead(plan, cases, without)
+    text = _instead(plan, judge, cases, without)
     return "needed: without it the model does not fit" if text is None else f"without it: {text}"
 
 
-def _why_out(plan: Plan, cluster: Cluster, found: Found, cases: Sequence[Case], j: int) -> str:
+def _why_out(plan: Plan, cluster: Cluster, found: Found, judge: Judge, cases: Sequence[Case], j: int) -> str:
     device = cluster.devices[j]
     if all(fit == c for c, fit in enumerate(found.tables.first_fit[j])):
         return f"its cap of {device.ram_bytes / MB:.1f} MB has no room for any unit"
@@ -110,7 +98,7 @@ def _why_out(plan: Plan, cluster: Cluster, found: Found, cases: Sequence[Case], 
             chains += [chain] if chain is not None else []
         return min(chains, key=lambda chain: dp.value(tables, goal, chain), default=None)
 
-    text = _instead(plan, cases, with_it)
+    text = _instead(plan, judge, cases, with_it)
     return "no chain of links with room leads through it" if text is None else f"with it: {text}"
 
 

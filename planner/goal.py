@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from .rows import Objective, Workload
+from .stagecost import CALL_STEPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +41,13 @@ class Goal:
 
 
 def goals(objective: Objective, workload: Workload) -> list[Goal]:
-    """The goals of which a plan takes the best. Waiting streams share a call, so for throughput there is one
-    per number of streams in a call: the system settles where the slowest place is just always taken, which is
-    the least of them all."""
+    """The goals whose best chains a plan chooses from. Waiting streams share a call, so for throughput there
+    is one for each of some numbers of streams in a call; what they settle to is streams.py's to say."""
     if objective == "latency":
         return [Goal(objective)]
     if objective == "first_token":
         return [Goal(objective, chunks=math.ceil(workload.prompt_tokens / workload.chunk_tokens))]
     most = workload.streams
-    sizes = [size for size in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32) if size < min(most, 32)]
-    return [Goal(objective, most, batch) for batch in [*sizes, min(most, 32)]]
+    largest = min(most, CALL_STEPS)
+    sizes = [size for size in (1, 2, 4, 8, 16) if size < largest]
+    return [Goal(objective, most, batch) for batch in [*sizes, largest]]

@@ -226,9 +226,8 @@ class Plan:
 
     Times are of one decode call, which has a row of each of `batch` streams. `hop_seconds`,
     `link_busy_seconds` and `link_bytes` have one more entry than `stages`: head to first, between neighbours,
-    last to head. `step_seconds` is seconds a token: for throughput with k streams the largest of round / k
-    and of the slowest stage's and the busiest link's share, else one round of one stream through all stages
-    and hops.
+    last to head. `step_seconds` is seconds a token: of several streams together what following them gives,
+    else one round of one stream through all stages and hops.
     """
 
     objective: Objective
@@ -248,7 +247,7 @@ class Plan:
     reasons: tuple[Reason, ...]
     method: str  # how it was found, in words
     optimal: bool  # proved best over all orders and cuts (of those allowed)
-    batch: int = 1  # streams that wait together, and so share a stage's call
+    batch: int = 1  # streams that share a call where most do, in the mean
     joules_per_token: float = 0.0  # as far as devices report it
     move_seconds: float = 0.0  # until it runs, from the assignment that runs now
     copies: tuple[tuple[int, ...], ...] = ()  # per stage, units of its neighbours that spare RAM can hold too

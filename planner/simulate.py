@@ -21,10 +21,9 @@ from .copies import spare_copies
 from .refresh import slowed
 from .rows import TOKEN_BYTES, Cluster, Model, Stage, Workload
 from .scenario import Event, Outcome, Request, Rules
-from .stagecost import CALL_STEPS, StageCost, Step
+from .stagecost import CALL_STEPS, PAUSE_SECONDS, StageCost, Step
 
 USUAL = Rules()
-PAUSE_SECONDS = 0.0005  # a stage that waited longer starts as after a pause
 
 
 def simulate(

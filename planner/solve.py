@@ -8,9 +8,11 @@ from typing import Literal
 from . import cost, dp, milp, orders
 from .constraints import Constraints, Running
 from .evaluate import evaluate
-from .explain import Case, Found, give_reasons, say_lack
+from .explain import Case, give_reasons, say_lack
 from .goal import Goal, goals
-from .rows import OBJECTIVES, Cluster, Infeasible, Model, Objective, Plan, Stage, Workload
+from .judge import Found, Judge, stages_of
+from .rows import OBJECTIVES, Cluster, Infeasible, Model, Objective, Plan, Workload
+from .streams import Streams
 from .tables import TimeTables
 from .tabulate import ANYTHING, decode_tables, lack_tables, prompt_tables
 
@@ -52,7 +54,10 @@ def plan(
         raise ValueError("the MILP counts layers, and each costs its own to move: use method auto or dp")
     constraints.check(model, cluster)
     devices = [j for j in _places(cluster, order) if constraints.allowed(cluster.devices[j].name)]
-    found: Found | None = None
+    shared = objective == "throughput" and workload.streams > 1
+    streams = Streams(model, cluster, workload) if shared else None
+    judge = Judge(cluster, streams)
+    found: list[Found] = []
     cases: list[Case] = []
     for goal in goals(objective, workload):
         tables = _tables(model, cluster, workload, constraints, goal, seconds_per_joule, running)
@@ -62,21 +67,18 @@ def plan(
             how = "exact DP for the given order"
         else:
             why = _why_no_milp(model, running, method)
-            known = None if found is None else found.value
-            chain, optimal, how = _search(tables, devices, goal, method, why, time_limit, known)
+            chain, optimal, how = _search(tables, devices, goal, method, why, time_limit)
         if chain is not None:
-            mine = Found(tables, goal, chain, how, optimal)
-            found = mine if found is None else _better(found, mine)
-        elif found is not None:
-            found = replace(found, optimal=found.optimal and optimal)
-    if found is None:
+            found.append(Found(tables, goal, chain, how, optimal, judge.value(tables, goal, chain)))
+    if not found:
         return _infeasible(model, cluster, workload, constraints, devices, order is not None)
-    stages = [Stage(cluster.devices[j].name, first, last) for j, first, last in found.chain.stages]
-    answer = evaluate(model, cluster, workload, stages, objective, running=running)
-    answer = replace(answer, method=found.how, optimal=found.optimal)
+    best = judge.best(found)
+    stages = stages_of(cluster, best.chain)
+    answer = evaluate(model, cluster, workload, stages, objective, running=running, streams=streams)
+    answer = replace(answer, method=best.how, optimal=best.optimal)
     if not explain:
         return answer
-    return replace(answer, reasons=give_reasons(answer, cluster, found, cases, devices))
+    return replace(answer, reasons=give_reasons(answer, cluster, best, judge, cases, devices))
 
 
 def _places(cluster: Cluster, order: Sequence[str] | None) -> list[int]:
@@ -116,12 +118,6 @@ def _tables(
     )
 
 
-def _better(one: Found, other: Found) -> Found:
-    """The better of two goals' answers; best of both when each is."""
-    chosen = min(one, other, key=lambda found: found.value)
-    return replace(chosen, optimal=one.optimal and other.optimal)
-
-
 def _why_no_milp(model: Model, running: Running | None, method: Method) -> str:
     """Why the DP has to do; empty where the MILP can."""
     if method == "dp":
@@ -138,13 +134,12 @@ def _search(
     method: Method,
     why: str,
     time_limit: float,
-    known: float | None,
 ) -> tuple[dp.Chain | None, bool, str]:
-    """The best chain over orders (or none below `known`), whether it is proved, and how it was found."""
+    """The best chain over orders, whether it is proved, and how it was found."""
     if not why:
         try:
             solver = milp.load_solver()
-            chain, optimal = _by_milp(tables, devices, goal, solver, time_limit, known)
+            chain, optimal = _by_milp(tables, devices, goal, solver, time_limit)
         except milp.SolverMissing as missing:
             if method == "milp":
                 raise
@@ -162,18 +157,14 @@ def _by_milp(
     goal: Goal,
     solver: milp.Solver,
     time_limit: float,
-    known: float | None,
 ) -> tuple[dp.Chain | None, bool]:
     """The MILP's chain, checked and smoothed by the DP along its order: among plans of one objective's value
     the DP takes the quickest round, and it has no tolerances."""
     quick, _ = orders.search_orders(tables, devices, goal, exact_devices=1, trials=0)
-    values = [known] if known is not None else []
-    values += [dp.value(tables, goal, quick)] if quick is not None else []
-    chain, optimal = milp.best_chain(
-        tables, devices, goal, solver, known=min(values, default=None), time_limit=time_limit
-    )
+    known = None if quick is None else dp.value(tables, goal, quick)
+    chain, optimal = milp.best_chain(tables, devices, goal, solver, known=known, time_limit=time_limit)
     if chain is None:
-        return quick, optimal and (quick is None or known is not None)
+        return quick, optimal and quick is None
     order = [j for j, _, _ in chain.stages]
     checked = dp.best_chain(tables, goal, lambda t: dp.cheapest(t, order))
     assert checked is not None, "the MILP's own chain is one of those that the DP sees"
@@ -196,6 +187,6 @@ def _infeasible(
         return Infeasible(
             0, f"no chain of links leads from the head {cluster.head} through the devices and back"
         )
-    stages = [Stage(cluster.devices[j].name, first, last) for j, first, last in chain.stages]
+    stages = stages_of(cluster, chain)
     missing = round(chain.total)
     return Infeasible(missing, say_lack(model, cluster, workload, stages, missing, exact), exact)

@@ -10,6 +10,7 @@ from . import cost
 from .rows import Device, Model
 
 CALL_STEPS = 32  # sessions of one call, as a node takes them
+PAUSE_SECONDS = 0.0005  # a stage that waited longer starts as after a pause
 Step = tuple[float, int, int, int, bool]  # arrival, session, rows, first position, wants a token
 
 

@@ -11,7 +11,8 @@ from itertools import accumulate
 
 from . import cost
 from .constraints import Constraints, Running
-from .rows import TOKEN_BYTES, Cluster, Device, Link, Model, Unit, Workload
+from .kinds import Kinds
+from .rows import TOKEN_BYTES, Cluster, Device, Link, Model, Workload
 from .tables import INF, Hops, LackTables, TimeTables
 
 ANYTHING = Constraints()
@@ -29,7 +30,7 @@ def decode_tables(
     running: Running | None = None,
 ) -> TimeTables:
     """Calls of one decoded row of each of `batch` sequences; `idle`: stages pause between calls."""
-    kinds = _Kinds(model)
+    kinds = Kinds(model)
 
     def layer(device: Device) -> list[float]:
         return kinds.each(lambda unit: cost.unit_decode_seconds(unit, device, workload, batch))
@@ -58,7 +59,7 @@ def prompt_tables(
     running: Running | None = None,
 ) -> TimeTables:
     """Calls of one chunk of the prompt, the mean one: a later chunk attends to more."""
-    kinds, pieces = _Kinds(model), cost.chunks(workload)
+    kinds, pieces = Kinds(model), cost.chunks(workload)
 
     def mean(device: Device) -> list[float]:
         return kinds.each(
@@ -105,33 +106,6 @@ def lack_tables(
         ],
         pins=_pins(cluster, constraints),
     )
-
-
-class _Kinds:
-    """The different units of a model: most layers cost the same, whatever their names."""
-
-    def __init__(self, model: Model) -> None:
-        index: dict[tuple[int, ...], int] = {}
-        self._units: list[Unit] = []
-        self._of: list[int] = []
-        for unit in model.units:
-            key = (
-                unit.bytes,
-                unit.read_bytes,
-                unit.macs,
-                unit.kv_bytes_per_token,
-                unit.fixed_state_bytes,
-                unit.attend_macs,
-            )
-            if key not in index:
-                index[key] = len(self._units)
-                self._units.append(unit)
-            self._of.append(index[key])
-
-    def each(self, value: Callable[[Unit], float]) -> list[float]:
-        """The value of every unit, computed once a kind."""
-        values = [value(unit) for unit in self._units]
-        return [values[kind] for kind in self._of]
 
 
 def _prefix(values: Sequence[float]) -> list[float]:
@@ -257,7 +231,7 @@ def _fees(
     model: Model,
     cluster: Cluster,
     workload: Workload,
-    kinds: _Kinds,
+    kinds: Kinds,
     seconds_per_joule: float,
     running: Running | None,
 ) -> tuple[list[float], list[list[float]]]:

@@ -102,7 +102,7 @@ def test_many_streams_use_devices_that_one_stream_leaves_out() -> None:
     assert len(planned(MODEL, twins, LOAD, "latency").stages) == 1
     found = planned(MODEL, twins, LOAD, "throughput")
     assert [stage.last - stage.first for stage in found.stages] == [6, 2]
-    assert found.step_seconds == pytest.approx(0.005001)
+    assert found.step_seconds == pytest.approx(0.005001, rel=1e-3)
 
 
 @pytest.mark.parametrize("method", ["milp", "dp"])

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,8 @@ from shoal.processes import NodeSpec, RunningNode, bare_node_bytes, end, start
 
 from . import ground
 from .air import Air, Place, change
-from .pace import awake, followed
+from .others import Others
+from .pace import Pace, awake
 from .spec import DeviceSpec, LabSpec, LinkSpec
 
 CONTEXT = 512
@@ -138,6 +139,7 @@ class Lab:
     nodes: list[LabNode] = field(default_factory=list)
     _air: subprocess.Popen[bytes] | None = None
     _awake: list[int] = field(default_factory=list)
+    _others: Others | None = None
     _times: dict[str, float] = field(default_factory=dict)
     _pace: float = 1.0
     _telling: threading.Lock = field(default_factory=threading.Lock)
@@ -177,11 +179,15 @@ class Lab:
                 raise
             stack.callback(lab._close)
             lab._awake = stack.enter_context(awake())
-            turns = partial(turn, directory / "turns") if spec.turns else nullcontext
-            lab._tell()
-            stack.enter_context(followed(turns, lab._tell))
+            lab._others = Others(lab)
+            pace = Pace()
             for i, device in enumerate(spec.devices):
+                lab._tell(pace.now())
                 lab.nodes.append(_start_node(lab, i, device, model, caps[i], options))
+            if spec.turns:
+                stack.enter_context(pace.followed(partial(turn, directory / "turns"), lab._tell))
+            else:
+                lab._tell(1.0)
             yield lab
 
     def node(self, which: int | str) -> LabNode:
@@ -189,6 +195,11 @@ class Lab:
         if isinstance(which, int):
             return self.nodes[which]
         return next(node for node in self.nodes if node.spec.name == which)
+
+    def others(self) -> float:
+        """Cores that other programs took since the lab was opened."""
+        assert self._others is not None
+        return self._others.cores()
 
     def processes(self) -> list[int]:
         """The ids of the nodes that run, of the air, and of what keeps the cores awake."""

@@ -2,9 +2,9 @@
 
 A core that sleeps between steps is slow for many milliseconds when it wakes, and neighbours on the same host
 take memory bandwidth for seconds: 30 % both. So a process of the lowest priority keeps every core awake, and
-a thread reads some memory ten times a second and lets the devices' slow-down factors follow what it finds: a
-device of speed 0.4 takes 1 / 0.4 of the time that this machine takes when it is as quick as when the lab
-opened.
+where devices take turns a thread reads some memory ten times a second and lets their slow-down factors follow
+what it finds: a device of speed 0.4 takes 1 / 0.4 of the time that this machine takes when it is as quick as
+when the lab opened.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from itertools import cycle
 
 import numpy as np
 
-_BYTES = 32_000_000
+_BYTES, _PARTS = 32_000_000, 6  # a part that is read again has left every cache meanwhile
 _PAUSE_SECONDS = 0.1
 _FIRST, _LAST = 24, 10
 _SPIN = """
@@ -45,32 +46,42 @@ def awake() -> Iterator[list[int]]:
             process.wait()
 
 
-@contextmanager
-def followed(
-    turn: Callable[[], AbstractContextManager[None]], tell: Callable[[float], None]
-) -> Iterator[None]:
-    """Tells how quick this machine is, 1 being as now, a few times a second; each time it looks within a
-    `turn`."""
-    memory, ended = np.ones(_BYTES // 8, np.int64), threading.Event()
+class Pace:
+    """How quick this machine is, by what it reads from memory."""
 
-    def rate() -> float:
-        with turn():
-            start = time.thread_time()
-            memory.max()
-            return 1 / (time.thread_time() - start)
+    def __init__(self) -> None:
+        self._parts = cycle(np.ones((_PARTS, _BYTES // 8), np.int64))
+        self._nominal = 1.0
+        self._nominal = self.now()
 
-    nominal = statistics.median(rate() for _ in range(_FIRST))
-    recent = deque([nominal], _LAST)
+    def now(self) -> float:
+        """1: as quick as when this was made. To be asked while nobody computes."""
+        return statistics.median(self._look() for _ in range(_FIRST))
 
-    def follow() -> None:
-        while not ended.wait(_PAUSE_SECONDS):
-            recent.append(rate())
-            tell(statistics.median(recent) / nominal)
+    def _look(self) -> float:
+        part, start = next(self._parts), time.thread_time()
+        part.max()
+        return 1 / (time.thread_time() - start) / self._nominal
 
-    thread = threading.Thread(target=follow, name="pace", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    @contextmanager
+    def followed(
+        self, turn: Callable[[], AbstractContextManager[None]], tell: Callable[[float], None]
+    ) -> Iterator[None]:
+        """Tells a few times a second how quick the machine is; each time it looks within a `turn`, since
+        whoever else computes takes memory bandwidth."""
+        ended, recent = threading.Event(), deque(list[float](), _LAST)
+
+        def follow() -> None:
+            while not ended.wait(_PAUSE_SECONDS):
+                with turn():
+                    recent.append(self._look())
+                if len(recent) == _LAST:
+                    tell(statistics.median(recent))
+
+        thread = threading.Thread(target=follow, name="pace", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import threading
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from bench.lab import pace, runs
-from bench.lab.runs import Others, Timed, rate
+from bench.lab import others, pace, runs
+from bench.lab.others import Others
+from bench.lab.runs import Timed, rate
 
 
 def test_cores_are_kept_awake_by_processes_that_anybody_else_comes_before() -> None:
@@ -25,19 +27,44 @@ def test_cores_are_kept_awake_by_processes_that_anybody_else_comes_before() -> N
 
 def test_the_pace_is_told_until_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pace, "_PAUSE_SECONDS", 0.001)
-    told, heard = list[float](), threading.Event()
+    told, heard, turns = list[float](), threading.Event(), list[bool]()
 
     def tell(value: float) -> None:
         told.append(value)
         if len(told) == 3:
             heard.set()
 
-    with pace.followed(nullcontext, tell):
+    @contextmanager
+    def turn() -> Iterator[None]:
+        turns.append(True)
+        yield
+        turns.append(False)
+
+    found = pace.Pace()
+    with found.followed(turn, tell):
         assert heard.wait(10)
     count = len(told)
     assert all(value > 0 for value in told)
+    assert turns == [True, False] * (len(turns) // 2)
     time.sleep(0.02)
     assert len(told) == count
+
+
+def test_the_pace_is_that_of_the_beginning_until_reading_takes_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seconds = [0.5]
+    clock = [0.0]
+
+    def thread_time() -> float:
+        clock[0] += seconds[0] / 2  # once before reading and once after
+        return clock[0]
+
+    monkeypatch.setattr(pace.time, "thread_time", thread_time)
+    found = pace.Pace()
+    assert found.now() == pytest.approx(1.0)
+    seconds[0] = 1.0
+    assert found.now() == pytest.approx(0.5)
 
 
 class LabOf:
@@ -53,19 +80,19 @@ class LabOf:
 def test_others_are_all_but_the_lab_and_its_own_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {"busy": 100.0, "own": 10.0, 5: 20.0}
     now = iter([50.0, 54.0])
-    monkeypatch.setattr(runs.time, "monotonic", lambda: next(now))
-    monkeypatch.setattr(runs, "_busy", lambda: seconds["busy"])
-    monkeypatch.setattr(runs, "_own", lambda: seconds["own"])
-    monkeypatch.setattr(runs, "_of", lambda number: seconds[number])
-    others = Others(LabOf(5))
+    monkeypatch.setattr(others.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(others, "_busy", lambda: seconds["busy"])
+    monkeypatch.setattr(others, "_own", lambda: seconds["own"])
+    monkeypatch.setattr(others, "_of", lambda number: seconds[number])
+    watch = Others(LabOf(5))
     seconds |= {"busy": 108.0, "own": 11.0, 5: 25.0}
-    assert others.cores() == pytest.approx((8 - 1 - 5) / 4)
+    assert watch.cores() == pytest.approx((8 - 1 - 5) / 4)
 
 
 def test_what_this_machine_counts_can_be_read() -> None:
-    before = runs._busy()
-    assert 0 < runs._of(os.getpid()) <= before
-    assert runs._of(2**22 + 1) == 0.0
+    before = others._busy()
+    assert 0 < others._of(os.getpid()) <= before
+    assert others._of(2**22 + 1) == 0.0
 
 
 def test_a_run_that_somebody_disturbed_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:

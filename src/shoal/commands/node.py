@@ -126,9 +126,8 @@ def _offer(
     one (the way into the thread is not slowed)."""
     promised = args.ram * MB if args.ram is not None else int(ram()[1] * FREE_SHARE) + base
     room = promised - base - constant_bytes(model.program) - workspace_bytes(model, options)
-    before = slowness.factor()
     measured = measure(model, options, seconds=args.measure_seconds, room=room)
-    factor = (before + slowness.factor()) / 2
+    factor = slowness.factor()
     return Device(
         ram_bytes=promised,
         base_bytes=max(base, resident_bytes()),  # what measuring left is part of it

@@ -1,0 +1,233 @@
+"""Predicted and simulated against measured tokens/s: `python -m bench.lab.validate RESULTS.json`.
+
+Every set-up of setups.toml, for one stream and for several: devices and links are measured as `shoal plan
+--nodes` does, the plan is made, predicted, simulated, and run. What stands in RESULTS.json is not done again;
+with `--seconds` no set-up begins after so many. As root on Linux.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import trio
+from bench import models
+
+from shoal import planner
+from shoal.distributed import survey_cluster
+from shoal.engine.errors import ShoalError
+from shoal.engine.shards import Model
+from shoal.engine.stage import StageOptions
+from shoal.planner.rows import Objective
+from shoal.planner.scenario import Request, Rules
+from shoal.planner.simulate import simulate
+from shoal.planning import plan_or_error, planner_model
+from shoal.store import resolve
+
+from .lab import Lab
+from .results import Results
+from .runs import CHUNK_ROWS, DISTURBED, PROMPT, TRIES, Timed, measure, median, tokens_for
+from .spec import LabSpec, spec_of
+
+SETUPS = Path(__file__).with_name("setups.toml")
+CONTEXT = 128
+MEASURE_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """A lab and the model that runs there."""
+
+    name: str
+    model: str
+    lab: LabSpec
+
+
+def read_setups(path: Path) -> list[Setup]:
+    """The set-ups of a file; in all of them devices take turns. ShoalError: as for read_spec."""
+    try:
+        rows = tomllib.loads(path.read_text(encoding="utf-8"))["setup"]
+        return [Setup(row.pop("name"), row.pop("model"), spec_of({**row, "turns": True})) for row in rows]
+    except (OSError, KeyError, ValueError) as error:
+        raise ShoalError(f"{path}: {error}") from error
+
+
+def model_path(name: str) -> Path:
+    """A model directory by its name, or by NAME/TYPE for a shape of bench/models.py, which is made if need
+    be."""
+    shape, _, dtype = name.partition("/")
+    return models.model(shape, dtype) if shape in models.SHAPES else resolve(name)
+
+
+def simulated(
+    rows: planner.Model,
+    cluster: planner.Cluster,
+    workload: planner.Workload,
+    stages: Sequence[planner.Stage],
+    tokens: int,
+) -> float:
+    """What the simulator says of the run that `measure` makes: all streams together, while all decode."""
+    requests = [Request(0.0, PROMPT, tokens)] * workload.streams
+    rules = Rules(chunk_rows=CHUNK_ROWS)
+    outcome = simulate(rows, cluster, workload, stages, requests, rules=rules)
+    first = [at for at in outcome.first_token_at if at is not None]
+    done = [at for at in outcome.done_at if at is not None]
+    # Between its first token and its last each stream's tokens come evenly.
+    return sum((tokens - 1) / (b - a) for a, b in zip(first, done, strict=True))
+
+
+def validate(setup: Setup, streams: Sequence[int], repeats: int) -> dict[str, Any]:
+    """What was measured of devices and links, and a row for each number of streams. The lab is opened again,
+    up to TRIES times, if others were at work while it measured its devices."""
+    model = Model.open(model_path(setup.model))
+    rows = planner_model(model, StageOptions())
+    options = ("--measure-seconds", str(MEASURE_SECONDS))
+    for attempt in range(TRIES):
+        with Lab.open(setup.lab, model.path, context=CONTEXT * max(streams), options=options) as lab:
+            cluster = survey_cluster(model, lab.addresses)
+            if lab.others() > DISTURBED and attempt < TRIES - 1:
+                continue
+            found = [_record(lab, model, rows, cluster, count, repeats) for count in streams]
+            return {"model": setup.model, "cluster": cluster_json(cluster), "streams": found}
+    raise AssertionError("the last attempt returns")
+
+
+def _record(
+    lab: Lab, model: Model, rows: planner.Model, cluster: planner.Cluster, streams: int, repeats: int
+) -> dict[str, Any]:
+    objective, workload = load(streams)
+    plan = plan_or_error(rows, cluster, workload, objective)
+    tokens = tokens_for(plan.tokens_per_s, streams, CONTEXT)
+    runs: list[Timed] = trio.run(measure, lab, model, plan.stages, streams, repeats, tokens)
+    return {
+        "streams": streams,
+        "stages": [[stage.device, stage.first, stage.last] for stage in plan.stages],
+        **predictions(rows, cluster, plan.stages, streams),
+        "measured": median(runs),
+        "runs": [run.to_json() for run in runs],
+    }
+
+
+def predictions(
+    rows: planner.Model, cluster: planner.Cluster, stages: Sequence[planner.Stage], streams: int
+) -> dict[str, Any]:
+    """What planner and simulator say of stages."""
+    objective, workload = load(streams)
+    plan = planner.evaluate(rows, cluster, workload, stages, objective)
+    tokens = tokens_for(plan.tokens_per_s, streams, CONTEXT)
+    return {
+        "predicted": plan.tokens_per_s,
+        "simulated": simulated(rows, cluster, workload, stages, tokens),
+        "stage_seconds": plan.stage_seconds,
+        "hop_seconds": plan.hop_seconds,
+    }
+
+
+def load(streams: int) -> tuple[Objective, planner.Workload]:
+    """What is asked of the planner."""
+    workload = planner.Workload(CONTEXT, sequences=streams, streams=streams, prompt_tokens=PROMPT)
+    return "latency" if streams == 1 else "throughput", workload
+
+
+def cluster_json(cluster: planner.Cluster) -> dict[str, Any]:
+    """For a file of results."""
+    links = [[*ends, link.latency_s, link.bytes_per_s] for ends, link in cluster.links.items()]
+    return {"devices": [asdict(device) for device in cluster.devices], "links": links, "head": cluster.head}
+
+
+def cluster_of_json(body: dict[str, Any]) -> planner.Cluster:
+    """What `cluster_json` gave."""
+    devices = [
+        planner.Device(**{**device, "row_rates": tuple((rows, rate) for rows, rate in device["row_rates"])})
+        for device in body["devices"]
+    ]
+    links = {(a, b): planner.Link(latency, rate) for a, b, latency, rate in body["links"]}
+    return planner.Cluster(tuple(devices), links, body["head"])
+
+
+def predicted_again(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with what today's planner and simulator say of the same stages on the same measurements."""
+    rows = planner_model(Model.open(model_path(record["model"])), StageOptions())
+    cluster = cluster_of_json(record["cluster"])
+    streams = [
+        {
+            **row,
+            **predictions(rows, cluster, [planner.Stage(*stage) for stage in row["stages"]], row["streams"]),
+        }
+        for row in record["streams"]
+    ]
+    return {**record, "streams": streams}
+
+
+def render(rows: dict[str, Any]) -> str:
+    """The records as a table, and what they say all together."""
+    lines = [
+        "| set-up | model | streams | units | measured t/s | predicted | of it | simulated | of it |",
+        "|-|-|-:|-|-:|-:|-:|-:|-:|",
+    ]
+    errors: dict[tuple[str, int], list[float]] = {}
+    for name, record in rows.items():
+        for row in record["streams"]:
+            cells = [f"{row['measured']:.2f}"]
+            for kind in ("predicted", "simulated"):
+                error = row[kind] / row["measured"] - 1
+                errors.setdefault((kind, row["streams"]), []).append(abs(error))
+                cells += [f"{row[kind]:.2f}", f"{error:+.0%}"]
+            units = ", ".join(f"{device} {last - first}" for device, first, last in row["stages"])
+            lines.append(f"| {name} | {record['model']} | {row['streams']} | {units} | {' | '.join(cells)} |")
+    for (kind, streams), found in sorted(errors.items()):
+        middle, worst = statistics.median(found), max(found)
+        many = f"{streams} stream{'s' * (streams > 1)}"
+        lines.append(
+            f"{kind}, {many}, {len(found)} set-ups: off by {middle:.1%} (median), {worst:.1%} (worst)"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit code 0 when all set-ups are there."""
+    parser = argparse.ArgumentParser(prog="python -m bench.lab.validate", description=__doc__)
+    parser.add_argument("results", type=Path, help="a JSON file, read and added to")
+    parser.add_argument("--setups", type=Path, default=SETUPS, help="a TOML file (default: setups.toml here)")
+    parser.add_argument("--only", help="the set-ups whose names hold this")
+    parser.add_argument("--streams", default="1,4", help="answers at a time (default 1,4)")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each, for the median (default 5)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no set-up after so many")
+    parser.add_argument(
+        "--again",
+        action="store_true",
+        help="predict what stands in the file with today's planner, and no more",
+    )
+    args = parser.parse_args(arguments)
+    setups, results = read_setups(args.setups), Results(args.results)
+    streams, start = [int(count) for count in args.streams.split(",")], time.monotonic()
+    if args.again:
+        for name, record in results.rows.items():
+            results.put(name, predicted_again(record))
+        setups = []
+    for setup in setups:
+        if args.only is not None and args.only not in setup.name:
+            continue
+        if time.monotonic() - start > args.seconds:
+            break
+        results.once(
+            setup.name,
+            partial(validate, setup, streams, args.repeats),
+        )
+    print(render(results.rows))
+    return 0 if all(setup.name in results.rows for setup in setups) else 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ShoalError as error:
+        sys.exit(f"bench.lab.validate: {error}")

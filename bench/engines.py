@@ -97,20 +97,7 @@ def requantised(python: Path, source: Path, kind: str) -> Path:
 
 def shoal_job(model: Path, threads: int, prompt: int, generated: int) -> Job:
     """Each test once, warm."""
-    flags = [
-        "-p",
-        str(prompt),
-        "-n",
-        str(generated),
-        "-t",
-        str(threads),
-        "-r",
-        "1",
-        "-o",
-        "json",
-        "--backend",
-        "native",
-    ]
+    flags = f"-p {prompt} -n {generated} -t {threads} -r 1 -o json --backend native".split()
     return Job([sys.executable, "-m", "shoal", "bench", str(model), *flags], speeds)
 
 

@@ -41,9 +41,9 @@ static cut cut_matmul(const run *r, const shoal_op *op) {
   if (rows > FEW_ROWS) return (cut){panels * blocks, 2, 0};
   if (threads == 1) return (cut){panels * blocks, SHOAL_MAX(panels, 1), 0};
   /* Long stretches first, as each begins with a wait for memory; short ones last, so that all threads end together. */
-  const int64_t fair = panels / (4 * threads);
+  const int64_t fair = panels / (8 * threads);
   const int64_t claim = SHOAL_MIN(fair, CLAIM_BYTES / (p->buffers[op->in].cols * input_bytes));
-  return (cut){panels * blocks, SHOAL_MAX(claim, 1), 2 * threads};
+  return (cut){panels * blocks, SHOAL_MAX(claim, 1), threads};
 }
 
 static cut cut_op(const run *r, const shoal_op *op) {

@@ -24,7 +24,7 @@ static void read_spans(void *argument, int64_t first, int64_t last, int32_t thre
     const char *at = r->data[i % r->n], *const end = at + r->bytes[i % r->n] / LINE * LINE;
     for (; at < end; at += LINE) {
       uint64_t line[LINE / 8];
-      __builtin_prefetch(at + AHEAD, 0, 3);
+      __builtin_prefetch(at + AHEAD, 0, 0); /* non-temporal, as in matmuls of one row */
       memcpy(line, at, LINE);
       for (int32_t w = 0; w < LINE / 8; w++) seen[w] ^= line[w];
     }

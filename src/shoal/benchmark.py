@@ -146,17 +146,23 @@ def measure(
             max_wanted=max(StageOptions().max_wanted, most),
             resident=resident,
         )
-        start = time.perf_counter_ns()
-        model = Model.open(path)
-        with Stage(model, 0, model.n_units, options) as stage:
-            stage.open(0, Sampling(), 1)
-            stage.run([Run(0, 0, [0], Want.TOKEN)])
-            load = time.perf_counter_ns() - start
-            stage.close_sequence(0)
-            with peaks_of(stage) as peaks:
-                for case in cases:
-                    if case.threads == threads:
-                        yield _row(stage, case, repetitions, peaks, load)
+        yield from _on_one_stage(path, [c for c in cases if c.threads == threads], repetitions, options)
+
+
+def _on_one_stage(
+    path: Path, cases: Sequence[Case], repetitions: int, options: StageOptions
+) -> Iterator[Row]:
+    """A function of its own, so that nothing holds the weights when the next stage is opened."""
+    start = time.perf_counter_ns()
+    model = Model.open(path)
+    with Stage(model, 0, model.n_units, options) as stage:
+        stage.open(0, Sampling(), 1)
+        stage.run([Run(0, 0, [0], Want.TOKEN)])
+        load = time.perf_counter_ns() - start
+        stage.close_sequence(0)
+        with peaks_of(stage) as peaks:
+            for case in cases:
+                yield _row(stage, case, repetitions, peaks, load)
 
 
 def _row(stage: Stage, case: Case, repetitions: int, ceilings: Ceilings, load: int) -> Row:

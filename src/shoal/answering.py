@@ -1,22 +1,27 @@
 """Answers as text: tokens drawn here or on nodes, given out as characters, and timed.
 
-Used by `shoal run` and `shoal demo`; where the tokens come from is behind `Engine`.
+Used by `shoal run` and `shoal demo`; where the tokens come from is behind `Engine`. Imports no event loop: an
+answer of this process needs none.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
-
-import trio
+from typing import Any, Protocol, TypeVar
 
 from .engine.batch import Sampling
 from .engine.generate import TextStream, check_prompt, generate
 from .engine.stage import Stage
 from .engine.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+
+async def _go_on() -> None:
+    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +70,11 @@ class Engine(Protocol):
 
 
 class LocalEngine:
-    """All units in this process."""
+    """All units in this process. Within an event loop `pause`, called after each token, gives the others
+    their turn."""
 
-    def __init__(self, stage: Stage) -> None:
-        self._stage = stage
+    def __init__(self, stage: Stage, pause: Callable[[], Awaitable[None]] = _go_on) -> None:
+        self.stage, self._pause = stage, pause
 
     @asynccontextmanager
     async def answer(
@@ -76,7 +82,7 @@ class LocalEngine:
     ) -> AsyncIterator[AsyncIterator[int]]:
         """See Engine."""
         tokens = generate(
-            self._stage,
+            self.stage,
             prompt,
             settings.sampling,
             max_tokens=max_tokens,
@@ -87,7 +93,7 @@ class LocalEngine:
         async def one_by_one() -> AsyncIterator[int]:
             for token in tokens:
                 yield token
-                await trio.lowlevel.checkpoint()  # Ctrl-C and time-outs get their turn
+                await self._pause()
 
         try:
             yield one_by_one()
@@ -125,3 +131,14 @@ async def answer(
                 break
     give(stream.flush())
     return made
+
+
+def finish(work: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine that never waits, without an event loop. RuntimeError: it waited."""
+    try:
+        work.send(None)
+    except StopIteration as done:
+        result: T = done.value
+        return result
+    work.close()
+    raise RuntimeError("it waited for something: run it in an event loop")

@@ -124,3 +124,15 @@ class NetworkEngine:
         )
         async with session as tokens:
             yield tokens
+
+
+@asynccontextmanager
+async def open_chain(
+    model: Model, addresses: Sequence[tuple[str, int]], context: int
+) -> AsyncIterator[tuple[NetworkEngine, str]]:
+    """Nodes that run the model, and their plan as text. NoPlanError: they cannot hold it; NetError: one
+    cannot be reached."""
+    plans = NetworkPlanner(model, planner.Workload(context=context))
+    async with Head.open(addresses, head_identity(model), shape_of(model), plans) as head:
+        assert plans.plan is not None, "a head that is open has planned"
+        yield NetworkEngine(head), planner.render(plans.plan)

@@ -53,6 +53,11 @@ def test_import_shoal_loads_nothing_heavy() -> None:
     assert modules & HEAVY == set()
 
 
+def test_an_answer_of_this_process_loads_no_network_and_no_planner() -> None:
+    modules = loaded("import shoal.commands.run, shoal.engine.backends.native")
+    assert modules & HEAVY == {"numpy"}
+
+
 def test_a_node_needs_the_core_dependencies_only() -> None:
     modules = loaded("import shoal.commands.node, shoal.engine.backends.native")
     assert modules & HEAVY == {"numpy", "trio"}

@@ -70,7 +70,8 @@ def add_kernels(group: argparse._ActionsContainer) -> None:
         "--resident",
         action=argparse.BooleanOptionalAction,
         help="read weights into memory and keep them there; no: map files, whose pages the system may drop "
-        "(default: read them if half of the free memory holds them)",
+        "(default: read them if half of the free memory holds them; `run` maps them for a prompt with "
+        "-n 64 or less)",
     )
     group.add_argument(
         "--backend",

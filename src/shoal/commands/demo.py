@@ -86,7 +86,7 @@ async def _demo(args: argparse.Namespace, model: Model, running: list[RunningNod
         longer = await answer(NetworkEngine(head), tokenizer, prompt, endless)
         reports = await head.stats()
     with Stage(model, 0, model.n_units, StageOptions(threads=1)) as stage:
-        engine = LocalEngine(stage)
+        engine = LocalEngine(stage, trio.lowlevel.checkpoint)
         alone = await answer(engine, tokenizer, prompt, settings)
         longer_alone = await answer(engine, tokenizer, prompt, endless)
     speeds = {DEVICES[0][0]: longer_alone.tokens_per_s} if longer_alone.tokens_per_s else {}

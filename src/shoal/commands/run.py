@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import secrets
+import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
-import trio
-
-from .. import planner
-from ..answering import Engine, LocalEngine, Settings, answer
-from ..distributed import NetworkEngine, NetworkPlanner, head_identity
+from ..answering import Engine, LocalEngine, Settings, answer, finish
 from ..engine.backends import choose
 from ..engine.batch import Sampling
 from ..engine.chat import Chat, Message
@@ -21,9 +17,11 @@ from ..engine.errors import ContextError, ShoalError
 from ..engine.shards import Model
 from ..engine.stage import Stage, StageOptions
 from ..engine.tokenizer import Tokenizer
-from ..net.coordinator import Head
-from ..net.identity import shape_of
 from ..store import resolve
+
+_SHORT = 64
+"""Tokens. Of an answer that is no longer, reading the weights into memory first takes more time than it saves
+(docs/performance.md)."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,18 +35,30 @@ def run(args: argparse.Namespace) -> int:
         raise ShoalError("there is no prompt: give one as an argument, or on standard input")
     if len(set(args.nodes)) < len(args.nodes):
         raise ShoalError("--nodes names an address twice: give each node once")
-    trio.run(_run, args, model, prompt)
+    if args.nodes:
+        import trio
+
+        async def ask() -> str:
+            # Abandoned on Ctrl-C: a thread that waits for a line cannot be called back.
+            return await trio.to_thread.run_sync(input, "> ", abandon_on_cancel=True)
+
+        trio.run(_run, args, model, prompt, ask)
+    else:
+        # No event loop, no network, no planner: importing them takes longer than a short answer.
+        finish(_run(args, model, prompt, _ask))
     return 0
 
 
-async def _run(args: argparse.Namespace, model: Model, prompt: str | None) -> None:
+async def _run(
+    args: argparse.Namespace, model: Model, prompt: str | None, ask: Callable[[], Awaitable[str]]
+) -> None:
     tokenizer = Tokenizer.open(model.path)
     chat = None if args.raw else Chat.open(model.path, tokenizer)
     messages = [Message("system", args.system)] if args.system else []
     settings = settings_of(args, model)
     async with open_engine(args, model, settings.context) as engine:
         while True:
-            text = prompt if prompt is not None else await _ask()
+            text = prompt if prompt is not None else await _line(ask)
             if text is None:
                 return
             messages.append(Message("user", _checked(text)))
@@ -78,7 +88,7 @@ def settings_of(args: argparse.Namespace, model: Model) -> Settings:
             top_p=args.top_p,
             min_p=args.min_p,
             repetition_penalty=args.repeat_penalty,
-            seed=secrets.randbits(64) if args.seed is None else args.seed,
+            seed=int.from_bytes(os.urandom(8)) if args.seed is None else args.seed,
         )
     except ValueError as error:
         raise ShoalError(str(error)) from None
@@ -92,17 +102,21 @@ def settings_of(args: argparse.Namespace, model: Model) -> Settings:
 async def open_engine(args: argparse.Namespace, model: Model, context: int) -> AsyncIterator[Engine]:
     """The nodes that the command line names, or this process."""
     if args.nodes:
-        plans = NetworkPlanner(model, planner.Workload(context=context))
-        async with Head.open(args.nodes, head_identity(model), shape_of(model), plans) as head:
-            if args.stats and plans.plan is not None:
-                print(planner.render(plans.plan), file=sys.stderr)
-            yield NetworkEngine(head)
+        from ..distributed import open_chain
+
+        async with open_chain(model, args.nodes, context) as (engine, plan):
+            if args.stats:
+                print(plan, file=sys.stderr)
+            yield engine
         return
     backend, reason = choose(args.backend)
     if reason is not None:
         print(f"shoal: running on {backend}: {reason}", file=sys.stderr)
     threads = args.threads or default_threads()
-    options = StageOptions(args.backend, args.isa, threads, resident=args.resident)
+    resident = args.resident
+    if resident is None and args.prompt is not None and args.max_tokens <= _SHORT:
+        resident = False
+    options = StageOptions(args.backend, args.isa, threads, resident=resident)
     with Stage(model, 0, model.n_units, options) as stage:
         if args.stats:
             print(f"[{stage.backend}, {threads} thread{'s' if threads > 1 else ''}]", file=sys.stderr)
@@ -123,12 +137,15 @@ def show(text: str) -> None:
     print(text, end="", flush=True)
 
 
-async def _ask() -> str | None:
-    """A line from the terminal; None at its end."""
+async def _ask() -> str:
+    return input("> ")  # noqa: ASYNC250 there is no event loop that it could block
+
+
+async def _line(ask: Callable[[], Awaitable[str]]) -> str | None:
+    """A line that says something, from the terminal; None at its end."""
     while True:
         try:
-            # Abandoned on Ctrl-C: a thread that waits for a line cannot be called back.
-            line = await trio.to_thread.run_sync(input, "> ", abandon_on_cancel=True)
+            line = await ask()
         except EOFError:
             return None
         if line.strip():

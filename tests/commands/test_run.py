@@ -1,0 +1,91 @@
+"""`shoal run` in this process: no event loop, and weights that are mapped where reading them does not pay."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from tests.models import smollm2_dir
+
+from shoal.answering import LocalEngine, finish
+from shoal.arguments import build_parser
+from shoal.cli import main
+from shoal.commands import run
+from shoal.engine.convert import convert
+from shoal.engine.shards import Model
+
+TINY = Path(__file__).parents[1] / "fixtures" / "tiny-llama"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("models") / "tiny"
+    convert(TINY, target, dtype="int8")
+    return target
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    return smollm2_dir()
+
+
+@pytest.mark.parametrize(
+    ("line", "resident"),
+    [
+        ("text -n 64", False),
+        ("text -n 65", None),
+        ("text -n 1 --resident", True),
+        ("text --no-resident", False),
+        ("-n 1", None),  # a chat goes on
+    ],
+)
+def test_a_short_answer_maps_the_weights(line: str, resident: bool | None, tiny: Path) -> None:
+    args = build_parser().parse_args(["run", str(tiny), *line.split()])
+
+    async def chosen() -> bool | None:
+        async with run.open_engine(args, Model.open(tiny), 64) as engine:
+            assert isinstance(engine, LocalEngine)
+            return engine.stage.options.resident
+
+    assert finish(chosen()) is resident
+
+
+@pytest.mark.slow
+def test_the_same_text_mapped_and_resident(smollm2: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = []
+    for more in ("--resident", "--no-resident"):
+        assert main(["run", str(smollm2), "The ferry", "--raw", "-n", "8", more]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    assert said[0].strip()
+
+
+@pytest.mark.slow
+def test_a_conversation_ends_with_the_input(
+    smollm2: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = iter(["", "The ferry", "was late"])
+
+    def typed(prompt: str) -> str:
+        for line in lines:
+            return line
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    assert main(["run", str(smollm2), "--raw", "-n", "2"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) >= 2
+    assert next(lines, None) is None
+
+
+def test_what_waits_needs_an_event_loop() -> None:
+    class Wait:
+        def __await__(self):  # type: ignore[no-untyped-def]
+            yield
+
+    async def wait() -> None:
+        await Wait()
+
+    with pytest.raises(RuntimeError, match="event loop"):
+        finish(wait())

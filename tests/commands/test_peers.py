@@ -183,12 +183,16 @@ def test_a_start_is_one_token_after_a_text_or_ids(
     assert library.calls[-1] == ("decode", 4)
 
 
-def test_a_start_is_timed_without_the_import_of_bindings() -> None:
+def test_a_start_is_timed_with_and_without_the_import_of_bindings() -> None:
     text, ids = engines.llama_start_jobs(Path("python"), Path("m.gguf"), 2)
-    assert text.read(Finished('{"import_s": 0.5, "token": 3}\n', 0.75, 1)) == {"start": 4.0}
+    assert text.read(Finished('{"import_s": 0.5, "token": 3}\n', 0.75, 1)) == {
+        "start": 1 / 0.75,
+        "start C": 4.0,
+    }
     ours, ours_ids = engines.start_jobs(Path("m"), 2)
-    assert ours.read(Finished("said\n", 0.5, 1)) == {"start": 2.0}
-    assert ours_ids.read(Finished("17\n", 0.5, 1)) == ids.read(Finished("17\n", 0.5, 1)) == {"start ids": 2.0}
+    assert ours.read(Finished("said\n", 0.5, 1)) == {"start": 2.0, "start C": 2.0}
+    both = {"start ids": 2.0, "start ids C": 2.0}
+    assert ours_ids.read(Finished("17\n", 0.5, 1)) == ids.read(Finished("17\n", 0.5, 1)) == both
 
 
 @pytest.mark.slow
@@ -197,7 +201,7 @@ def test_shoal_starts_and_its_memory_is_accounted_for(tmp_path: Path) -> None:
     tiny = Model.open(tmp_path / "tiny")
     _, ids = engines.start_jobs(tiny.path, 1)
     found = engines.measure([ids], 1)
-    assert found.keys() == {"start ids"}
+    assert found.keys() == {"start ids", "start ids C"}
     samples = [Sample(0, "shoal", 1, "start ids", 1.0, 100_000_000), Sample(0, "peer", 1, "start", 1.0, 9)]
     assert re.fullmatch(
         r"start ids, 1 threads: peak 100 MB = files 0 \+ .* 0 \+ 100", peers.memory(tiny, samples)

@@ -26,6 +26,7 @@ from .link import Hop, Kind, Link, OpenStream, dial, in_thread, open_tasks, open
 from .messages import (
     Broken,
     Epoch,
+    Error,
     Failed,
     GetStats,
     LinkMeasure,
@@ -39,6 +40,7 @@ from .messages import (
     Result,
     Stats,
 )
+from .pace import HeadPace
 from .placement import HEAD, NodeInfo, Placement, Plan, StageReport, fit_chunk
 from .probe import measure_peer
 from .session import Chain, Session
@@ -111,6 +113,7 @@ class Head:
             approximate=options.approximate,
             recover=options.recover,
         )
+        self._pace = HeadPace(self.links)
         self._peers = [_Peer() for _ in addresses]
         self._events, self._inbound = trio.open_memory_channel[Event](64)
         self._chain: Chain | None = None
@@ -210,8 +213,7 @@ class Head:
 
     async def _converse(self, member: int) -> None:
         """One node's connection: greets it and hears it out. Its end is an event, whatever the reason."""
-        peer, where = self._peers[member], self._state.members[member]
-        options = self.options
+        peer, where, options = self._peers[member], self._state.members[member], self.options
         with peer.scope:
             try:
                 async with dial(
@@ -236,7 +238,7 @@ class Head:
                 self._deliver(member, message)
                 return
             case Pong():
-                pass
+                self._pace.answered(self._state, member, message, trio.current_time())
             case Loaded(epoch):
                 self._peers[member].loaded = message
                 await self._events.send(events.StageLoaded(member, epoch))
@@ -276,7 +278,7 @@ class Head:
     def _carry_out(self, command: Command) -> None:
         match command:
             case events.SendPing(member):
-                self._post(member, Ping(0))
+                self._post(member, Ping(self._pace.pinged(member, trio.current_time())))
             case events.SendAssign(member, assign):
                 self._post(member, assign)
             case events.SendRelease(member, epoch):
@@ -337,9 +339,9 @@ class Head:
 
     async def _measure_own(self, member: int) -> None:
         peer, label = peer_of(self._state.members[member]), self._state.members[member].label
-        options = self.options
         try:
-            found = await measure_peer(options.open_stream, self.identity, peer, options.timing.handshake)
+            open_stream, seconds = self.options.open_stream, self.options.timing.handshake
+            found = await measure_peer(open_stream, self.identity, peer, seconds)
         except ShoalError as error:
             await self._events.send(events.Left(member, error))
         else:
@@ -382,7 +384,7 @@ class Head:
                 self._changed.set()
                 self._changed = trio.Event()
                 with chain.scope:  # until the epoch ends; nothing comes on this connection but its end
-                    await link.receive()
+                    await link.expect(Error)
         except ShoalError as error:
             await self._events.send(events.Left(member, error))
 
@@ -394,4 +396,5 @@ class Head:
     def _info(self, member: int) -> NodeInfo:
         where = self._state.members[member]
         assert where.hello is not None and where.hello.device is not None
-        return NodeInfo(where.label, where.host, where.port, where.hello.device)
+        slower = self._pace.slower(where.label)
+        return NodeInfo(where.label, where.host, where.port, where.hello.device, slower)

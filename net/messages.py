@@ -4,7 +4,7 @@
 the connection's purpose, which settles what else may be said there:
 
     control   head to node: orders down; answers, tokens and failures up
-    step      head to first node, node to next node: sessions and their rows, one way only
+    step      head to first node, node to next node: sessions and their rows; back come answers to pings only
     probe     anyone to a node: pings and bytes that measure the link
 
 docs/protocol.md says the same to people who write another implementation.
@@ -115,10 +115,31 @@ class Ping:
 
 
 @dataclass(frozen=True, slots=True)
+class LinkMeasure:
+    """A link as measured, one direction: a message of n bytes arrives after latency_s + n / bytes_per_s, in
+    half of all cases; in 95 % of them the latency is at most `latency_p95_s` (0: not measured)."""
+
+    latency_s: Seconds
+    bytes_per_s: Rate
+    latency_p95_s: Seconds = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How a node keeps up under an epoch: its steps take `slower` times as long as it offered, and `onward`
+    is the link to the next node as its rows find it."""
+
+    epoch: Epoch
+    slower: Annotated[float, Between(1e-6, 1e6)]
+    onward: LinkMeasure | None
+
+
+@dataclass(frozen=True, slots=True)
 class Pong:
-    """The answer to the Ping with the same nonce."""
+    """The answer to the Ping with the same nonce; to a head, with the pace of the stage that is at work."""
 
     nonce: U64
+    pace: Pace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,14 +189,6 @@ class Broken:
     code: ErrorCode
     text: Text
     peer: U64 | None
-
-
-@dataclass(frozen=True, slots=True)
-class LinkMeasure:
-    """A link as measured, one direction: a message of n bytes arrives after latency_s + n / bytes_per_s."""
-
-    latency_s: Seconds
-    bytes_per_s: Rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,8 +319,8 @@ def _entry(code: int, kind: type[Message], down: str, up: str, limit: int = CONT
 MESSAGES: tuple[Entry, ...] = (
     _entry(1, Hello, "control step probe", "control step probe"),
     _entry(2, Error, "control step probe", "control step probe"),
-    _entry(3, Ping, "control probe", ""),
-    _entry(4, Pong, "", "control probe"),
+    _entry(3, Ping, "control step probe", ""),
+    _entry(4, Pong, "", "control step probe"),
     _entry(5, Assign, "control", ""),
     _entry(6, Release, "control", ""),
     _entry(7, Loaded, "", "control"),

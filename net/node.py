@@ -41,11 +41,13 @@ from .messages import (
     Failed,
     GetStats,
     Hello,
+    LinkMeasure,
     Loaded,
     Measure,
     Measured,
     Message,
     Open,
+    Pace,
     Peer,
     Ping,
     Pong,
@@ -55,6 +57,7 @@ from .messages import (
     Step,
     Work,
 )
+from .pace import Expect, NodePace, Onward
 from .probe import measure_peer
 from .work import StageLike, StageWork
 
@@ -69,7 +72,7 @@ _NO_WORK = Work(0, 0, 0.0)
 class NodeParts:
     """What a node is made of. `open_stage(first, last)` blocks while it loads; `resident()` is the bytes the
     process holds; `log` takes a line for the person at the terminal. Tests replace `hop` (runs a blocking
-    call) and `open_stream`."""
+    call) and `open_stream`. `expect(first, last)` is what calls of such a stage should take by the offer."""
 
     identity: Identity
     device: Device
@@ -80,6 +83,7 @@ class NodeParts:
     timing: Timing = DEFAULT_TIMING
     hop: Hop = in_thread
     open_stream: OpenStream = open_tcp
+    expect: Callable[[int, int], Expect] | None = None
 
 
 class Node:
@@ -92,6 +96,9 @@ class Node:
         self._assignment: _Assignment | None = None
         self._last: _Assignment | None = None
         """The assignment that was begun last; it may be ending."""
+        self._pace = NodePace()
+        self._links: dict[int, LinkMeasure] = {}
+        """To other nodes, by incarnation, as measured for this head."""
         self._connections = trio.CapacityLimiter(MAX_CONNECTIONS)
         self._steps: set[trio.CancelScope] = set()
         """Connections that bring rows: they end with the head for whom they came."""
@@ -165,18 +172,19 @@ class Node:
                     self._follow(link, await _heard(link, self._parts.timing.overdue), tasks)
         finally:
             self._assignment = self._last = None
+            self._pace, self._links = NodePace(), {}
 
     def _follow(self, link: Link, message: Message, tasks: trio.Nursery) -> None:
         match message:
             case Ping(nonce):
-                _post(link, Pong(nonce))
+                _post(link, Pong(nonce, None if self._assignment is None else self._assignment.pace()))
             case Assign() | Release():
                 if self._assignment is not None:
                     self._assignment.stop()
                 self._assignment = None
                 if isinstance(message, Assign):
                     _check_assign(message, self._parts.units)
-                    self._assignment = _Assignment(self._parts, link, message)
+                    self._assignment = _Assignment(self._parts, link, message, self._pace, self._links)
                     tasks.start_soon(self._assignment.run, self._last)
                     self._last = self._assignment
             case Measure(peer):
@@ -203,6 +211,9 @@ class Node:
             try:
                 while True:
                     message = await link.receive()
+                    if isinstance(message, Ping):
+                        _post(link, Pong(message.nonce))
+                        continue
                     assert isinstance(message, Open | Close | Step)
                     if self._assignment is not None:
                         await self._assignment.put(message)
@@ -221,6 +232,7 @@ class Node:
         parts = self._parts
         try:
             found = await measure_peer(parts.open_stream, parts.identity, peer, parts.timing.handshake)
+            self._links[peer.incarnation] = found
             answer = Measured(peer.incarnation, found, "")
         except (NodeLostError, MismatchError, RemoteProtocolError) as error:
             answer = Measured(peer.incarnation, None, to_wire(error)[1])
@@ -230,8 +242,11 @@ class Node:
 class _Assignment:
     """One stage at work under one epoch."""
 
-    def __init__(self, parts: NodeParts, head: Link, assign: Assign) -> None:
-        self._parts, self._head, self._assign = parts, head, assign
+    def __init__(
+        self, parts: NodeParts, head: Link, assign: Assign, pace: NodePace, links: dict[int, LinkMeasure]
+    ) -> None:
+        self._parts, self._head, self._assign, self._pace = parts, head, assign, pace
+        self._onward = Onward(None if assign.next is None else links.get(assign.next.incarnation))
         self._inbox = Inbox(assign.epoch, parts.device.max_rows, assign.chunk_rows)
         self._arrived, self._taken = trio.Event(), trio.Event()
         self._scope, self._ended = trio.CancelScope(), trio.Event()
@@ -244,6 +259,10 @@ class _Assignment:
     def stats(self) -> Stats:
         """The work done so far."""
         return Stats(self._assign.epoch, _NO_WORK, _NO_WORK) if self._work is None else self._work.stats()
+
+    def pace(self) -> Pace:
+        """How it keeps up so far."""
+        return Pace(self._assign.epoch, self._pace.slower, self._onward.measured)
 
     async def put(self, item: Open | Close | Step) -> None:
         """Queues an item, waiting while too many wait; drops it once the assignment has ended."""
@@ -275,6 +294,8 @@ class _Assignment:
             async with AsyncExitStack() as stack:
                 onward = None if assign.next is None else await self._reach(stack, assign.next)
                 self._work = StageWork(stage, assign.epoch, last=onward is None)
+                expect = self._parts.expect
+                self._pace.assigned(None if expect is None else expect(assign.first, assign.last))
                 seconds = trio.current_time() - start
                 await self._head.send(Loaded(assign.epoch, seconds, self._parts.resident()))
                 await self._steps(self._work, onward or self._head)
@@ -298,7 +319,7 @@ class _Assignment:
             raise _NextLost(error) from error
         tasks = await stack.enter_async_context(open_tasks())
         stack.callback(tasks.cancel_scope.cancel)
-        tasks.start_soon(_watch, link)
+        tasks.start_soon(_watch, link, self._onward)
         return link
 
     async def _steps(self, work: StageWork, onward: Link) -> None:
@@ -312,13 +333,18 @@ class _Assignment:
             self._taken = trio.Event()
             start = trio.current_time()
             answers = await self._parts.hop(partial(work.do, batch))
-            work.count(batch, trio.current_time() - start)
+            end = trio.current_time()
+            work.count(batch, end - start)
+            self._pace.count(batch, start, end)
             for answer in answers:
                 link = self._head if isinstance(answer, Failed | Result) else onward
                 try:
                     await link.send(answer)
                 except NodeLostError:  # whoever reads that connection reports its end, and cancels this
                     await trio.sleep_forever()
+            nonce = self._onward.due(answers, end)
+            if nonce is not None:
+                onward.post(Ping(nonce))
 
 
 class _NextLost(Exception):
@@ -329,10 +355,13 @@ class _NextLost(Exception):
         self.error = error
 
 
-async def _watch(link: Link) -> None:
-    """Waits for the end of the connection to the next node."""
+async def _watch(link: Link, onward: Onward) -> None:
+    """Hears the next node's answers to pings, and the end of that connection."""
     try:
-        await link.receive()
+        while True:
+            message = await link.receive()
+            assert isinstance(message, Pong)
+            onward.answered(message.nonce, trio.current_time())
     except ShoalError as error:
         raise _NextLost(error) from error
 

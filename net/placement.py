@@ -18,12 +18,14 @@ HEAD = "head"
 
 @dataclass(frozen=True, slots=True)
 class NodeInfo:
-    """A node that has joined: its label (unique, never HEAD), where it listens, and what it offers."""
+    """A node that has joined: its label (unique, never HEAD), where it listens, what it offers, and how many
+    times as long as that its steps take by now."""
 
     label: str
     host: str
     port: int
     device: Device
+    slower: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

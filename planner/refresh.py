@@ -37,8 +37,18 @@ def refreshed(device: Device, expected_s: float, measured_s: float, weight: floa
     ValueError: times that are not above 0."""
     check_real(f"the expected step of {device.name}", expected_s, above=0)
     check_real(f"the measured step of {device.name}", measured_s, above=0)
-    ratio = min(MOST, max(1 / MOST, measured_s / expected_s))
-    return slowed(device, 1 + weight * (ratio - 1))
+    return slowed(device, refreshed_factor(1.0, expected_s, measured_s, weight))
+
+
+def refreshed_factor(factor: float, expected_s: float, measured_s: float, weight: float = WEIGHT) -> float:
+    """The same for whoever keeps the factor apart: a device takes `factor` times the `expected_s` of its
+    profile so far.
+
+    ValueError: values that are not above 0."""
+    for what, value in (("factor", factor), ("expected step", expected_s), ("measured step", measured_s)):
+        check_real(f"the {what}", value, above=0)
+    ratio = min(MOST, max(1 / MOST, measured_s / (factor * expected_s)))
+    return factor * (1 + weight * (ratio - 1))
 
 
 def refreshed_link(link: Link, size: int, measured_s: float, weight: float = WEIGHT) -> Link:

@@ -7,6 +7,7 @@ import platform
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 
 import trio
@@ -17,8 +18,10 @@ from .engine.shards import Model
 from .engine.stage import StageOptions
 from .net.coordinator import Head
 from .net.identity import Identity, identity_of, shape_of
+from .net.messages import Device
 from .net.placement import HEAD, Links, NodeInfo, Placement, StageRange, StageReport
 from .net.survey import survey
+from .planner.refresh import slowed
 from .planner.rows import Objective
 from .planning import plan_or_error, planner_model
 
@@ -32,23 +35,25 @@ def head_identity(model: Model) -> Identity:
     return identity_of(model, f"head on {platform.node()}", secrets.randbits(64), __version__)
 
 
-def cluster_of(nodes: Sequence[NodeInfo], links: Links) -> planner.Cluster:
-    """The planner's view of the nodes that answered and of the links between them."""
-    devices = tuple(
-        planner.Device(
-            name=node.label,
-            ram_bytes=node.device.ram_bytes,
-            read_bytes_per_s=node.device.read_bytes_per_s,
-            macs_per_s=node.device.macs_per_s,
-            base_bytes=node.device.base_bytes,
-            step_overhead_s=node.device.step_overhead_s,
-            idle_overhead_s=node.device.idle_overhead_s,
-            row_rates=tuple(sorted({rate.rows: rate.macs_per_s for rate in node.device.row_rates}.items())),
-            attend_macs_per_s=node.device.attend_macs_per_s,
-            prefill_attend_macs_per_s=node.device.prefill_attend_macs_per_s,
-        )
-        for node in nodes
+def device_of(name: str, offer: Device) -> planner.Device:
+    """The planner's view of what a node offers."""
+    return planner.Device(
+        name=name,
+        ram_bytes=offer.ram_bytes,
+        read_bytes_per_s=offer.read_bytes_per_s,
+        macs_per_s=offer.macs_per_s,
+        base_bytes=offer.base_bytes,
+        step_overhead_s=offer.step_overhead_s,
+        idle_overhead_s=offer.idle_overhead_s,
+        row_rates=tuple(sorted({rate.rows: rate.macs_per_s for rate in offer.row_rates}.items())),
+        attend_macs_per_s=offer.attend_macs_per_s,
+        prefill_attend_macs_per_s=offer.prefill_attend_macs_per_s,
     )
+
+
+def cluster_of(nodes: Sequence[NodeInfo], links: Links) -> planner.Cluster:
+    """The planner's view of the nodes that answered and of the links between them, as they are by now."""
+    devices = tuple(slowed(device_of(node.label, node.device), node.slower) for node in nodes)
     there = {HEAD, *(node.label for node in nodes)}
     rows = {
         ends: planner.Link(link.latency_s, link.bytes_per_s)
@@ -82,6 +87,15 @@ class NetworkPlanner:
         self.plan = plan
         stages = tuple(StageRange(stage.device, stage.first, stage.last) for stage in plan.stages)
         return Placement(stages, self._chunk_rows(plan, cluster))
+
+    def now(self, nodes: Sequence[NodeInfo], links: Links) -> planner.Plan:
+        """What the plan's stages should do by what nodes and links have turned out to be (a Head's `nodes`
+        and `links`), while its nodes are there."""
+        assert self.plan is not None, "something was planned"
+        found = planner.evaluate(
+            self._rows, cluster_of(nodes, links), self._workload, self.plan.stages, self._objective
+        )
+        return replace(found, method=self.plan.method, optimal=self.plan.optimal, reasons=self.plan.reasons)
 
     def _chunk_rows(self, plan: planner.Plan, cluster: planner.Cluster) -> int:
         """The most rows that every stage computes within CALL_SECONDS."""

@@ -6,6 +6,7 @@ The planner imports nothing of ours, the engine nothing of the planner: this is 
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from .engine.layout import PAGE
 from .engine.measure import Measured
 from .engine.shards import Model
 from .engine.stage import StageOptions
+from .planner.stagecost import PAUSE_SECONDS, StageCost
 
 MB = 1_000_000
 BASE_BYTES = 60 * MB
@@ -49,6 +51,24 @@ def workspace_bytes(model: Model, options: StageOptions) -> int:
     """Activations of the largest batch, all buffers at once: what a stage needs at most."""
     rows = {"rows": options.max_rows, "wanted": min(options.max_rows, options.max_wanted)}
     return sum(4 * buffer.cols * rows[buffer.domain] for buffer in model.program.buffers)
+
+
+def stage_expectation(
+    rows: planner.Model, device: planner.Device
+) -> Callable[[int, int], Callable[[Sequence[tuple[int, int, bool]], float], float]]:
+    """For stages [first, last) of a device: seconds that a call should take, of (rows, first position, wants
+    a token) for each of its steps, after a pause of so many seconds."""
+
+    def stage(first: int, last: int) -> Callable[[Sequence[tuple[int, int, bool]], float], float]:
+        cost = StageCost(rows, device, first, last)
+
+        def seconds(steps: Sequence[tuple[int, int, bool]], pause: float) -> float:
+            found = cost.call_seconds([(0.0, 0, *step) for step in steps])
+            return found + (cost.pause if pause > PAUSE_SECONDS else 0.0)
+
+        return seconds
+
+    return stage
 
 
 def device_profile(name: str, measured: Measured) -> planner.DeviceProfile:

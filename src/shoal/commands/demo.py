@@ -84,7 +84,7 @@ async def _demo(args: argparse.Namespace, model: Model, running: list[RunningNod
         made = await answer(NetworkEngine(head), tokenizer, prompt, settings, show)
         print(f"\n\n   {made.summary()}\n")
         longer = await answer(NetworkEngine(head), tokenizer, prompt, endless)
-        reports = await head.stats()
+        reports, now = await head.stats(), plans.now(head.nodes, head.links)
     with Stage(model, 0, model.n_units, StageOptions(threads=1)) as stage:
         engine = LocalEngine(stage, trio.lowlevel.checkpoint)
         alone = await answer(engine, tokenizer, prompt, settings)
@@ -92,7 +92,7 @@ async def _demo(args: argparse.Namespace, model: Model, running: list[RunningNod
     speeds = {DEVICES[0][0]: longer_alone.tokens_per_s} if longer_alone.tokens_per_s else {}
     print(f"5. Predicted beside measured, over {len(longer.tokens)} tokens; measured alone is one process on")
     print(f"   the {DEVICES[0][0]}, with one thread, as the nodes have, and without a RAM cap:\n")
-    print(planner.render(plans.plan, measured_of(reports, longer.tokens_per_s, speeds)))
+    print(planner.render(now, measured_of(reports, longer.tokens_per_s, speeds)))
     if not made.text.strip():
         raise ShoalError("the nodes gave no answer")
     if (made.tokens, longer.tokens) != (alone.tokens, longer_alone.tokens):

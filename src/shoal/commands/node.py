@@ -20,6 +20,7 @@ from pathlib import Path
 import trio
 
 from .. import __version__
+from ..distributed import device_of
 from ..engine.backends import choose
 from ..engine.cores import default_threads
 from ..engine.costs import constant_bytes, tied_bytes, unit_cost
@@ -34,7 +35,7 @@ from ..net.messages import Device, RowRate
 from ..net.node import Node, NodeParts
 from ..net.slow import Slowness, SlowStage, turn
 from ..planner.profile import FREE_SHARE
-from ..planning import MB, workspace_bytes
+from ..planning import MB, planner_model, stage_expectation, workspace_bytes
 from ..store import resolve
 
 
@@ -76,6 +77,7 @@ async def _main(
             open_stage=lambda first, last: SlowStage(opener(first, last), slowness, turn=turns),
             resident=resident_bytes,
             log=_log,
+            expect=stage_expectation(planner_model(model, options), device_of("this device", device)),
         )
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             async with trio.open_nursery() as nursery:

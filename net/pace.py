@@ -1,0 +1,132 @@
+"""How nodes and links keep up with what was measured of them, while they are at work.
+
+A node compares each step with what its own offer says of it, and pings the next node right behind rows that
+it sends; it tells the head both with every Pong. The head pings each node. What comes of it are rows for the
+next plan. Nothing here waits or reads a clock; times are in seconds of any clock that never goes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+from ..planner import Link, refreshed_link
+from ..planner.refresh import refreshed_factor
+from .cluster import Cluster
+from .inbox import Batch
+from .messages import LinkMeasure, Pace, Pong, Step
+from .placement import HEAD
+
+Expect = Callable[[Sequence[tuple[int, int, bool]], float], float]
+"""Seconds that a call should take by profile: of (rows, first position, wants a token) for each of its steps,
+after a pause of so many seconds."""
+
+PING_SECONDS = 0.5
+"""At most so often behind rows."""
+
+
+class NodePace:
+    """A node's steps against its offer, from one assignment to the next."""
+
+    def __init__(self) -> None:
+        self.slower = 1.0
+        """How many times as long as its offer says its steps take."""
+        self._expect: Expect | None = None
+        self._ended: float | None = None
+
+    def assigned(self, expect: Expect | None) -> None:
+        """A stage begins, which should take so long; None: nobody knows."""
+        self._expect, self._ended = expect, None
+
+    def count(self, batch: Batch, start: float, end: float) -> None:
+        """A call of the stage. The first one is not counted: weights come from the disk, pages are new."""
+        if not batch.steps:
+            return
+        before, self._ended = self._ended, end
+        if self._expect is None or before is None:
+            return
+        rows = [(len(step.tokens), step.first, step.want.value > 0) for step in batch.steps]
+        expected = self._expect(rows, start - before)
+        if expected > 0 and end > start:
+            self.slower = refreshed_factor(self.slower, expected, end - start)
+
+
+class Onward:
+    """The link to the next node as rows find it, from what was measured before; None: nothing was."""
+
+    def __init__(self, measured: LinkMeasure | None) -> None:
+        self.measured = measured
+        self._pinged = -PING_SECONDS
+        self._size = 0
+        self._nonce = 0
+
+    def due(self, rows: Sequence[object], start: float) -> int | None:
+        """The nonce of a ping to send behind these rows, which began to leave at `start`; None: no ping."""
+        size = sum(row_bytes(row) for row in rows if isinstance(row, Step))
+        if self.measured is None or not size or start - self._pinged < PING_SECONDS:
+            return None
+        self._pinged, self._size, self._nonce = start, size, self._nonce + 1
+        return self._nonce
+
+    def answered(self, nonce: int, now: float) -> None:
+        """Its answer is here; one to an older ping says nothing."""
+        if self.measured is not None and nonce == self._nonce:
+            way = now - self._pinged - self.measured.latency_s
+            self.measured = after(self.measured, self._size, way)
+
+
+def row_bytes(step: Step) -> int:
+    """About what a Step takes on the wire."""
+    return 64 + 4 * len(step.tokens) + (0 if step.hidden is None else step.hidden.nbytes)
+
+
+def after(measured: LinkMeasure, size: int, seconds: float) -> LinkMeasure:
+    """A link after a message of `size` bytes that took so long."""
+    link = Link(measured.latency_s, measured.bytes_per_s)
+    link = refreshed_link(link, size, max(seconds, 1e-6))
+    late = measured.latency_p95_s * (link.latency_s / measured.latency_s if measured.latency_s else 1.0)
+    return LinkMeasure(link.latency_s, min(link.bytes_per_s, 1e18), late)
+
+
+class HeadPace:
+    """What a head hears of its nodes, by label; it keeps `links` true."""
+
+    def __init__(self, links: dict[tuple[str, str], LinkMeasure]) -> None:
+        self._links = links
+        self._slower: dict[str, float] = {}
+        self._pinged: dict[int, tuple[int, float]] = {}
+        self._nonce = 0
+
+    def slower(self, label: str) -> float:
+        """How many times as long as it offered a node takes; 1 as long as it has said nothing."""
+        return self._slower.get(label, 1.0)
+
+    def pinged(self, member: int, now: float) -> int:
+        """The nonce for a ping that is sent to a member now."""
+        self._nonce += 1
+        self._pinged[member] = (self._nonce, now)
+        return self._nonce
+
+    def answered(self, state: Cluster, member: int, pong: Pong, now: float) -> None:
+        """A member's Pong: half of the way there and back is each link's latency; and what it says of itself,
+        when it is of the current epoch."""
+        label = state.members[member].label
+        nonce, sent = self._pinged.get(member, (-1, now))
+        if pong.nonce == nonce:
+            for ends in ((HEAD, label), (label, HEAD)):
+                if ends in self._links:
+                    self._links[ends] = after(self._links[ends], 0, (now - sent) / 2)
+        labels = [stage.node for stage in state.placement.stages]
+        if pong.pace is not None and pong.pace.epoch == state.epoch and label in labels:
+            self._told(label, dict(pairwise(labels)).get(label), pong.pace)
+
+    def _told(self, label: str, following: str | None, pace: Pace) -> None:
+        """A radio that is slow one way is taken to be so the other way too: else the next plan would turn a
+        chain round for nothing."""
+        self._slower[label] = pace.slower
+        if following is not None and pace.onward is not None:
+            self._links[label, following] = pace.onward
+            back = self._links.get((following, label))
+            if back is not None:
+                self._links[following, label] = replace(pace.onward, bytes_per_s=back.bytes_per_s)

@@ -43,6 +43,14 @@ def affordable(nbytes: int) -> bool:
     return nbytes <= ram()[1] // 2
 
 
+def give_back() -> None:
+    """Returns freed memory to the system, which the C library keeps for later: several MB after weights and
+    workspaces of another size were held. Nothing happens where the C library cannot."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+
+
 def room(sizes: Iterable[int]) -> int:
     """Bytes that pieces of these sizes take in an arena."""
     return sum(round_up(size, _ALIGNMENT) for size in sizes)

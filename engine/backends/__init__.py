@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from ..errors import UnsupportedModelError
+from ..errors import MissingDependencyError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from .base import Executor, Linked
@@ -38,6 +38,11 @@ def make_executor(linked: Linked, backend: str = "auto", isa: str = "auto", thre
         from .native import NativeExecutor
 
         return NativeExecutor(linked, threads, isa)
+    if isa != "auto":
+        raise MissingDependencyError(
+            f"only the native backend has instruction sets to choose from, and {name} would run: leave out "
+            f"--isa {isa}, or take --backend native"
+        )
     if name == "numba":
         from .numba_backend import NumbaExecutor
 

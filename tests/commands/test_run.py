@@ -13,6 +13,7 @@ from shoal.arguments import build_parser
 from shoal.cli import main
 from shoal.commands import run
 from shoal.engine.convert import convert
+from shoal.engine.errors import MissingDependencyError
 from shoal.engine.shards import Model
 
 TINY = Path(__file__).parents[1] / "fixtures" / "tiny-llama"
@@ -89,3 +90,15 @@ def test_what_waits_needs_an_event_loop() -> None:
 
     with pytest.raises(RuntimeError, match="event loop"):
         finish(wait())
+
+
+@pytest.mark.parametrize("backend", ["numba", "numpy"])
+def test_an_instruction_set_is_not_ignored(backend: str, tiny: Path) -> None:
+    args = build_parser().parse_args(["run", str(tiny), "text", "--backend", backend, "--isa", "avx2"])
+
+    async def open_it() -> None:
+        async with run.open_engine(args, Model.open(tiny), 64):
+            pass
+
+    with pytest.raises(MissingDependencyError, match=f"{backend} would run: leave out --isa avx2"):
+        finish(open_it())

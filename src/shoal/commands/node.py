@@ -26,7 +26,7 @@ from ..engine.cores import default_threads
 from ..engine.costs import constant_bytes, tied_bytes, unit_cost
 from ..engine.errors import NoPlanError, ShoalError
 from ..engine.measure import measure
-from ..engine.memory import ram
+from ..engine.memory import give_back, ram
 from ..engine.shards import Model
 from ..engine.stage import Stage, StageOptions
 from ..net.errors import AddressInUseError, NetError
@@ -174,6 +174,7 @@ class StageOpener:
 def bare_bytes(path: str) -> int:
     """Bytes of RAM that this process holds once it has measured itself with a model, as a node does."""
     measure(Model.open(path), StageOptions(resident=True), seconds=0.1, room=0)
+    give_back()
     return resident_bytes()
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -55,11 +56,28 @@ class Measured:
     ram_free: int
 
 
+Watch = Callable[[Callable[[], object]], float]
+"""Runs a call and says how long it took."""
+
+
+def stopwatch(call: Callable[[], object]) -> float:
+    """Seconds until a call has returned."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 def measure(
-    model: Model, options: StageOptions = StageOptions(), *, seconds: float = 0.5, room: int = _BYTES
+    model: Model,
+    options: StageOptions = StageOptions(),
+    *,
+    seconds: float = 0.5,
+    room: int = _BYTES,
+    watch: Watch = stopwatch,
 ) -> Measured:
     """Measures with the layers that are on this device; takes about `seconds` after loading them, more where
-    a few steps last longer. Their weights take at most `room` bytes, as far as one layer does.
+    a few steps last longer. Their weights take at most `room` bytes, as far as one layer does. A device that
+    plays a slower one has its own `watch`.
 
     ValueError: the model has no layers.
     """
@@ -67,16 +85,13 @@ def measure(
     few = min(_FEW, count)
     share = seconds / (len(READING_ROWS) + len(COMPUTING_ROWS) + 8)
     with Stage(model, 0, 1, replace(options, resident=False)) as none:  # one row of a table: never all of it
-        overhead = _step_seconds(none, 1, 2 * share)
+        overhead = _step_seconds(none, 1, 2 * share, watch)
     with Stage(model, first, first + count, options) as many:
-        reading = {rows: _step_seconds(many, rows, share) for rows in READING_ROWS if _allowed(many, rows)}
-        idle = _nap_seconds(many, 4 * share)
+        reading, idle = _reading(many, (len(READING_ROWS) + 4) * share, watch)
         backend, exact = many.backend, many.exact
     with Stage(model, first, first + few, options) as small:
-        computing = {
-            rows: _step_seconds(small, rows, share) for rows in COMPUTING_ROWS if _allowed(small, rows)
-        }
-        decode, prefill = _attend_rates(small, 2 * share)
+        computing = _by_rows(small, COMPUTING_ROWS, len(COMPUTING_ROWS) * share, watch)
+        decode, prefill = _attend_rates(small, 2 * share, watch)
     overhead = min(overhead, reading[1] / 2)  # of a model so small that the layers cost nothing beside it
     rates = []
     for times, layers in ((reading, count), (computing, few)):
@@ -142,18 +157,18 @@ def _values(count: int) -> NDArray[np.float32]:
 
 
 class _Steps:
-    """Steps of `rows` rows of one sequence that holds `depth` positions before them."""
+    """Steps of `rows` rows of a sequence of its own that holds `depth` positions before them."""
 
-    def __init__(self, stage: Stage, rows: int, depth: int = 0) -> None:
+    def __init__(self, stage: Stage, rows: int, watch: Watch, depth: int = 0, sequence: int = 0) -> None:
         width = stage.model.program.buffer(stage.model.program.cut[0]).cols
         values = _values(stage.options.max_rows * width).reshape(-1, width)
-        self._stage = stage
-        stage.open(0, Sampling(), depth + rows)
+        self._stage, self._watch, self._sequence = stage, watch, sequence
+        stage.open(sequence, Sampling(), depth + rows)
         at = 0
         while at <= depth:  # the last one warms up
             count = rows if at == depth else min(depth - at, stage.options.max_rows)
             hidden = None if stage.first == 0 else values[:count]
-            run = Run(0, at, [0] * count, Want.NOTHING, hidden)
+            run = Run(sequence, at, [0] * count, Want.NOTHING, hidden)
             stage.run([run])
             at += count
         self._run = run
@@ -162,38 +177,54 @@ class _Steps:
         return self._seconds
 
     def __exit__(self, *_: object) -> None:
-        self._stage.close_sequence(0)
+        self._stage.close_sequence(self._sequence)
 
     def _seconds(self) -> float:
-        start = time.perf_counter()
-        self._stage.run([self._run])
-        return time.perf_counter() - start
+        return self._watch(lambda: self._stage.run([self._run]))
 
 
-def _step_seconds(stage: Stage, rows: int, seconds: float, depth: int = 0) -> float:
-    """Median time of a step of `rows` rows, over about `seconds` and at least 5 steps, after one to warm
-    up."""
-    times: list[float] = []
-    with _Steps(stage, rows, depth) as step:
+def _rounds(
+    stage: Stage, cases: Sequence[tuple[int, int]], seconds: float, watch: Watch, nap: float | None = None
+) -> tuple[list[float], float]:
+    """Median times of steps of so many (rows, depth), taken in turn for about `seconds` and at least 5 times,
+    so that what changes meanwhile (heat, neighbours) is in all of them alike; and the median of what the
+    first case takes more after a nap than right after another step."""
+    with ExitStack() as stack:
+        steps = [
+            stack.enter_context(_Steps(stage, rows, watch, depth, sequence))
+            for sequence, (rows, depth) in enumerate(cases)
+        ]
+        times: list[list[float]] = []
+        more: list[float] = []
         until = time.perf_counter() + seconds
         while len(times) < 5 or time.perf_counter() < until:
-            times.append(step())
-    return statistics.median(times)
+            times.append([step() for step in steps])
+            if nap is not None:
+                time.sleep(nap)
+                more.append(steps[0]() - steps[0]())
+    return [statistics.median(each) for each in zip(*times, strict=True)], statistics.median(more or [0.0])
 
 
-def _nap_seconds(stage: Stage, seconds: float) -> float:
-    """Median of what a one-row step takes more after a nap than right after another step. In pairs, so that
-    what changes slowly (heat, neighbours) is in both."""
-    more: list[float] = []
-    with _Steps(stage, 1) as step:
-        until = time.perf_counter() + seconds
-        while len(more) < 5 or time.perf_counter() < until:
-            time.sleep(NAP_SECONDS)
-            more.append(step() - step())
-    return max(0.0, statistics.median(more))
+def _step_seconds(stage: Stage, rows: int, seconds: float, watch: Watch = stopwatch) -> float:
+    """Median time of a step of `rows` rows."""
+    return _rounds(stage, [(rows, 0)], seconds, watch)[0][0]
 
 
-def _attend_rates(stage: Stage, seconds: float) -> tuple[float, float]:
+def _by_rows(stage: Stage, counts: Sequence[int], seconds: float, watch: Watch) -> dict[int, float]:
+    """Median time of a step of each of these row counts that the stage takes."""
+    allowed = [rows for rows in counts if _allowed(stage, rows)]
+    times, _ = _rounds(stage, [(rows, 0) for rows in allowed], seconds, watch) if allowed else ([], 0.0)
+    return dict(zip(allowed, times, strict=True))
+
+
+def _reading(stage: Stage, seconds: float, watch: Watch) -> tuple[dict[int, float], float]:
+    """The same for READING_ROWS, and what one row takes more after a nap."""
+    allowed = [rows for rows in READING_ROWS if _allowed(stage, rows)]
+    times, more = _rounds(stage, [(rows, 0) for rows in allowed], seconds, watch, NAP_SECONDS)
+    return dict(zip(allowed, times, strict=True)), max(0.0, more)
+
+
+def _attend_rates(stage: Stage, seconds: float, watch: Watch) -> tuple[float, float]:
     """MAC/s of attention over DEPTH positions (or what the context has), of one row and of many: from what
     a step takes more with a filled state than with an empty one. 0 where that is lost in noise."""
     rows = min(COMPUTING_ROWS[1], stage.options.max_rows, stage.model.config.context // 2)
@@ -201,6 +232,7 @@ def _attend_rates(stage: Stage, seconds: float) -> tuple[float, float]:
     macs = sum(unit_cost(stage.model, u).attend_macs for u in range(stage.first, stage.last))
     found = []
     for count in (1, rows):
-        more = _step_seconds(stage, count, seconds, depth) - _step_seconds(stage, count, seconds)
+        (full, empty), _ = _rounds(stage, [(count, depth), (count, 0)], 2 * seconds, watch)
+        more = full - empty
         found.append(macs * count * depth / more if more > 0 else 0.0)
     return found[0], found[1]

@@ -19,7 +19,7 @@ from .backends.base import Linked, Outcome, SequenceRows, WeightData
 from .batch import F32, Result, Run, Sampling, Want
 from .errors import ContextError
 from .kv import PagePool, SequenceKv
-from .memory import Arena, affordable, room
+from .memory import Arena, affordable, give_back, room
 from .shards import Model, Resident
 
 
@@ -127,6 +127,7 @@ class Stage:
             self._executor.close()
             # Weights and pages go now, not once nobody holds this object: the next stage needs the room.
             del self._executor, self._linked, self._pool
+            give_back()
 
     def run(self, batch: Sequence[Run]) -> list[Result]:
         """Runs a batch of rows of distinct sequences; the results stand in the batch's order.

@@ -65,16 +65,44 @@ def _checked(text: str, where: str) -> float:
 
 @contextmanager
 def turn(path: Path) -> Iterator[None]:
-    """Nobody else has a turn at this file meanwhile. ShoalError: it cannot be opened."""
+    """Nobody else has a turn at this file meanwhile, and nobody has two while somebody waits. ShoalError: it
+    cannot be opened."""
+    queue = _locked(path.with_name(f"{path.name}.queue"))  # held by the first of those that wait
+    try:
+        held = _locked(path)
+    finally:
+        os.close(queue)
+    try:
+        yield
+    finally:
+        os.close(held)
+
+
+def _locked(path: Path) -> int:
+    """A file that is this descriptor's until it is closed."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise ShoalError(f"{path} cannot be opened: {error.strerror or error}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
+
+
+Turn = Callable[[], AbstractContextManager[None]]
+
+
+class SlowWatch:
+    """How long a call takes on the device that is played; it does not sleep. See engine.measure.Watch."""
+
+    def __init__(self, slowness: Slowness, clock: Clock = Clock(), turn: Turn = nullcontext) -> None:
+        self._slowness, self._clock, self._turn = slowness, clock, turn
+
+    def __call__(self, call: Callable[[], object]) -> float:
+        factor = self._slowness.factor()
+        with self._turn():
+            start = self._clock.computed()
+            call()
+            return factor * (self._clock.computed() - start)
 
 
 class SlowStage:
@@ -85,7 +113,7 @@ class SlowStage:
         stage: StageLike,
         slowness: Slowness,
         clock: Clock = Clock(),
-        turn: Callable[[], AbstractContextManager[None]] = nullcontext,
+        turn: Turn = nullcontext,
     ) -> None:
         self._stage, self._slowness, self._clock, self._turn = stage, slowness, clock, turn
         self._late = 0.0

@@ -192,6 +192,12 @@ def count_of(cgroup: str, name: str) -> int:
     return int((Path(cgroup) / f"memory.{name}").read_text(encoding="ascii"))
 
 
+def forget_peaks(cgroup: str) -> None:
+    """The controller's peak and failcnt begin again."""
+    for name in ("max_usage_in_bytes", "failcnt"):
+        (Path(cgroup) / f"memory.{name}").write_text("0", encoding="ascii")
+
+
 def _own_cgroup() -> Path | None:
     """This process's own memory cgroup: the lab stays within whatever limits it was put under."""
     try:

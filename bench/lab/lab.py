@@ -30,7 +30,7 @@ from shoal.processes import NodeSpec, RunningNode, bare_node_bytes, end, start
 from . import ground
 from .air import Air, Place, change
 from .others import Others
-from .pace import Pace, awake
+from .pace import awake, followed
 from .spec import DeviceSpec, LabSpec, LinkSpec
 
 CONTEXT = 512
@@ -101,6 +101,12 @@ class LabNode:
         """How often it ran against its cap."""
         self._needs_cgroup()
         return ground.count_of(self.cgroup, "failcnt")
+
+    def forget_peaks(self) -> None:
+        """Peaks and the number of times at the cap count from now on."""
+        self._needs_cgroup()
+        ground.forget_peaks(self.cgroup)
+        Path(f"/proc/{self.process.pid}/clear_refs").write_text("5", encoding="ascii")
 
     def status(self, name: str) -> int:
         """A number of /proc/PID/status in bytes, such as VmHWM: the most it held, pages of files included."""
@@ -180,14 +186,11 @@ class Lab:
             stack.callback(lab._close)
             lab._awake = stack.enter_context(awake())
             lab._others = Others(lab)
-            pace = Pace()
-            for i, device in enumerate(spec.devices):
-                lab._tell(pace.now())
-                lab.nodes.append(_start_node(lab, i, device, model, caps[i], options))
+            lab._tell(1.0)
             if spec.turns:
-                stack.enter_context(pace.followed(partial(turn, directory / "turns"), lab._tell))
-            else:
-                lab._tell(1.0)
+                stack.enter_context(followed(partial(turn, directory / "turns"), lab._tell))
+            for i, device in enumerate(spec.devices):
+                lab.nodes.append(_start_node(lab, i, device, model, caps[i], options))
             yield lab
 
     def node(self, which: int | str) -> LabNode:

@@ -46,42 +46,32 @@ def awake() -> Iterator[list[int]]:
             process.wait()
 
 
-class Pace:
-    """How quick this machine is, by what it reads from memory."""
+@contextmanager
+def followed(
+    turn: Callable[[], AbstractContextManager[None]], tell: Callable[[float], None]
+) -> Iterator[None]:
+    """Tells how quick this machine is, 1 being as now, some times a second; each time it looks within a
+    `turn`, since whoever else computes takes memory bandwidth."""
+    parts, ended = cycle(np.ones((_PARTS, _BYTES // 8), np.int64)), threading.Event()
 
-    def __init__(self) -> None:
-        self._parts = cycle(np.ones((_PARTS, _BYTES // 8), np.int64))
-        self._nominal = 1.0
-        self._nominal = self.now()
+    def rate() -> float:
+        with turn():
+            part, start = next(parts), time.thread_time()
+            part.max()
+            return 1 / (time.thread_time() - start)
 
-    def now(self) -> float:
-        """1: as quick as when this was made. To be asked while nobody computes."""
-        return statistics.median(self._look() for _ in range(_FIRST))
+    nominal = statistics.median(rate() for _ in range(_FIRST))
+    recent = deque([nominal] * _LAST, _LAST)
 
-    def _look(self) -> float:
-        part, start = next(self._parts), time.thread_time()
-        part.max()
-        return 1 / (time.thread_time() - start) / self._nominal
+    def follow() -> None:
+        while not ended.wait(_PAUSE_SECONDS):
+            recent.append(rate())
+            tell(statistics.median(recent) / nominal)
 
-    @contextmanager
-    def followed(
-        self, turn: Callable[[], AbstractContextManager[None]], tell: Callable[[float], None]
-    ) -> Iterator[None]:
-        """Tells a few times a second how quick the machine is; each time it looks within a `turn`, since
-        whoever else computes takes memory bandwidth."""
-        ended, recent = threading.Event(), deque(list[float](), _LAST)
-
-        def follow() -> None:
-            while not ended.wait(_PAUSE_SECONDS):
-                with turn():
-                    recent.append(self._look())
-                if len(recent) == _LAST:
-                    tell(statistics.median(recent))
-
-        thread = threading.Thread(target=follow, name="pace", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
+    thread = threading.Thread(target=follow, name="pace", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

@@ -39,7 +39,7 @@ from .spec import LabSpec, spec_of
 
 SETUPS = Path(__file__).with_name("setups.toml")
 CONTEXT = 128
-MEASURE_SECONDS = 2.0
+MEASURE_SECONDS = 4.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -40,8 +40,7 @@ def test_the_pace_is_told_until_the_end(monkeypatch: pytest.MonkeyPatch) -> None
         yield
         turns.append(False)
 
-    found = pace.Pace()
-    with found.followed(turn, tell):
+    with pace.followed(turn, tell):
         assert heard.wait(10)
     count = len(told)
     assert all(value > 0 for value in told)
@@ -50,21 +49,22 @@ def test_the_pace_is_told_until_the_end(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(told) == count
 
 
-def test_the_pace_is_that_of_the_beginning_until_reading_takes_longer(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    seconds = [0.5]
-    clock = [0.0]
+def test_a_machine_that_reads_half_as_fast_has_half_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "_PAUSE_SECONDS", 0.001)
+    took, clock, heard = [0.5], [0.0], threading.Event()
 
     def thread_time() -> float:
-        clock[0] += seconds[0] / 2  # once before reading and once after
+        clock[0] += took[0] / 2  # once before reading and once after
         return clock[0]
 
+    def tell(value: float) -> None:
+        took[0] = 1.0
+        if value == pytest.approx(0.5):
+            heard.set()
+
     monkeypatch.setattr(pace.time, "thread_time", thread_time)
-    found = pace.Pace()
-    assert found.now() == pytest.approx(1.0)
-    seconds[0] = 1.0
-    assert found.now() == pytest.approx(0.5)
+    with pace.followed(nullcontext, tell):
+        assert heard.wait(10)
 
 
 class LabOf:

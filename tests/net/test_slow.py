@@ -12,7 +12,7 @@ import pytest
 
 from shoal.engine.batch import Result, Run, Sampling, Want
 from shoal.engine.errors import ShoalError
-from shoal.net.slow import Clock, Slowness, SlowStage, turn
+from shoal.net.slow import Clock, Slowness, SlowStage, SlowWatch, turn
 
 
 @dataclass
@@ -117,7 +117,7 @@ def test_one_computes_at_a_time_where_nodes_take_turns(tmp_path: Path) -> None:
     thread.join()
     assert order == ["first", "second"]
     with (
-        pytest.raises(ShoalError, match="turns cannot be opened: No such file"),
+        pytest.raises(ShoalError, match=r"turns\.queue cannot be opened: No such file"),
         turn(tmp_path / "no" / "turns"),
     ):
         pass
@@ -157,6 +157,14 @@ def test_all_else_is_the_stages_own() -> None:
     stage.close_sequence(3)
     stage.close()
     assert inner.asked == ["open 3 99", "close 3", "close"]
+
+
+def test_what_is_measured_is_the_device_that_is_played() -> None:
+    time = Time()
+    inner = Stage(time, 0.002, waits=0.005)
+    watch = SlowWatch(Slowness(4.0), time.clock())
+    assert watch(lambda: inner.run(RUNS)) == pytest.approx(0.008)
+    assert time.sleeps == []
 
 
 def test_the_real_clock_sleeps_in_this_thread(lab: ModuleType) -> None:

@@ -25,15 +25,15 @@ from ..engine.backends import choose
 from ..engine.cores import default_threads
 from ..engine.costs import constant_bytes, tied_bytes, unit_cost
 from ..engine.errors import NoPlanError, ShoalError
-from ..engine.measure import measure
-from ..engine.memory import give_back, ram
+from ..engine.measure import Watch, measure, stopwatch
+from ..engine.memory import ram
 from ..engine.shards import Model
 from ..engine.stage import Stage, StageOptions
 from ..net.errors import AddressInUseError, NetError
 from ..net.identity import identity_of
 from ..net.messages import Device, RowRate
 from ..net.node import Node, NodeParts
-from ..net.slow import Slowness, SlowStage, turn
+from ..net.slow import Slowness, SlowStage, SlowWatch, Turn, turn
 from ..planner.profile import FREE_SHARE
 from ..planning import MB, planner_model, stage_expectation, workspace_bytes
 from ..store import resolve
@@ -67,9 +67,11 @@ async def _main(
         threads = args.threads or default_threads()  # as `shoal run` takes
         options = StageOptions(args.backend, args.isa, threads, resident=args.resident)
         hop = await _hop_seconds()
-        device = await trio.to_thread.run_sync(_offer, args, model, options, base, hop, slowness)
+        turns: Turn = nullcontext if args.slow_turns is None else partial(turn, args.slow_turns)
+        plays = args.slow_file is not None or slowness.factor() > 1
+        watch = SlowWatch(slowness, turn=turns) if plays else stopwatch
+        device = await trio.to_thread.run_sync(_offer, args, model, options, base, hop, watch)
         opener = StageOpener(model, options, device)
-        turns = nullcontext if args.slow_turns is None else partial(turn, args.slow_turns)
         parts = NodeParts(
             identity=identity_of(model, args.name or platform.node(), secrets.randbits(64), __version__),
             device=device,
@@ -122,14 +124,12 @@ async def _hop_seconds() -> float:
 
 
 def _offer(
-    args: argparse.Namespace, model: Model, options: StageOptions, base: int, hop: float, slowness: Slowness
+    args: argparse.Namespace, model: Model, options: StageOptions, base: int, hop: float, watch: Watch
 ) -> Device:
-    """What this device does for a model, measured, and divided by the factor by which it plays a slower
-    one (the way into the thread is not slowed)."""
+    """What this device does for a model, measured with `watch` (the way into the thread is not slowed)."""
     promised = args.ram * MB if args.ram is not None else int(ram()[1] * FREE_SHARE) + base
     room = promised - base - constant_bytes(model.program) - workspace_bytes(model, options)
-    measured = measure(model, options, seconds=args.measure_seconds, room=room)
-    factor = slowness.factor()
+    measured = measure(model, options, seconds=args.measure_seconds, room=room, watch=watch)
     return Device(
         ram_bytes=promised,
         base_bytes=max(base, resident_bytes()),  # what measuring left is part of it
@@ -137,13 +137,13 @@ def _offer(
         threads=measured.threads,
         backend=measured.backend,
         exact=measured.exact,
-        read_bytes_per_s=measured.read_bytes_per_s / factor,
-        macs_per_s=measured.macs_per_s / factor,
-        step_overhead_s=measured.step_overhead_s * factor + hop,
-        idle_overhead_s=measured.idle_overhead_s * factor,
-        attend_macs_per_s=measured.attend_macs_per_s / factor,
-        prefill_attend_macs_per_s=measured.prefill_attend_macs_per_s / factor,
-        row_rates=tuple(RowRate(rows, rate / factor) for rows, rate in measured.row_rates),
+        read_bytes_per_s=measured.read_bytes_per_s,
+        macs_per_s=measured.macs_per_s,
+        step_overhead_s=measured.step_overhead_s + hop,
+        idle_overhead_s=measured.idle_overhead_s,
+        attend_macs_per_s=measured.attend_macs_per_s,
+        prefill_attend_macs_per_s=measured.prefill_attend_macs_per_s,
+        row_rates=tuple(RowRate(*pair) for pair in measured.row_rates),
     )
 
 
@@ -174,7 +174,6 @@ class StageOpener:
 def bare_bytes(path: str) -> int:
     """Bytes of RAM that this process holds once it has measured itself with a model, as a node does."""
     measure(Model.open(path), StageOptions(resident=True), seconds=0.1, room=0)
-    give_back()
     return resident_bytes()
 
 

@@ -1,0 +1,156 @@
+"""What the lab's studies enumerate, keep and say, without a lab."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from bench.lab import promise, rivals, validate
+from bench.lab.exhaustive import every, shapes
+from bench.lab.results import Results
+from bench.lab.runs import tokens_for
+
+from shoal import planner
+from shoal.engine.errors import ShoalError
+from shoal.planner.cost import range_ram_bytes
+
+LAYER = planner.Unit("layer", 10_000_000, 10_000_000, 10_000_000, 100, 0, 4000)
+TABLE = planner.Unit("table", 20_000_000, 4000, 0, 0, 0, 4000)
+HEAD = planner.Unit("head", 20_000_000, 20_000_000, 20_000_000, 0, 0, 4)
+ROWS = planner.Model((TABLE, *[LAYER] * 5, HEAD))
+DEVICES = tuple(
+    planner.Device(
+        name, cap * 1_000_000, rate * 1e9, 9e9, 2_000_000, 1e-4, row_rates=((1, rate * 1e9), (4, 4e9))
+    )
+    for name, cap, rate in (("a", 60, 3.0), ("b", 50, 1.0), ("c", 45, 0.5))
+)
+ENDS = ("head", "a", "b", "c")
+LINKS = {(x, y): planner.Link(0.002, 1e7) for x in ENDS for y in ENDS if x != y}
+CLUSTER = planner.Cluster(DEVICES, LINKS, "head")
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+def test_the_first_of_all_plans_is_the_planners(streams: int) -> None:
+    objective, workload = validate.load(streams)
+    candidates, count = every(ROWS, CLUSTER, workload, objective)
+    best = planner.plan(ROWS, CLUSTER, workload, objective)
+    assert isinstance(best, planner.Plan)
+    assert candidates[0].tokens_per_s == pytest.approx(best.tokens_per_s, rel=1e-6 if streams == 1 else 0.03)
+    assert count > len(shapes(candidates)) == len({candidate.devices for candidate in candidates})
+    for candidate in candidates:
+        found = planner.evaluate(ROWS, CLUSTER, workload, candidate.stages, objective)
+        assert candidate.tokens_per_s == pytest.approx(found.tokens_per_s, rel=1e-9)
+        assert all(ram <= cap for ram, cap in zip(found.ram_bytes, found.cap_bytes, strict=True))
+
+
+def test_random_plans_keep_to_all_caps() -> None:
+    _, workload = validate.load(1)
+    rng = random.Random(0)
+    seen = set()
+    for _ in range(30):
+        stages = promise.feasible(rng, ROWS, CLUSTER, workload)
+        seen.add(tuple(stages))
+        for stage in stages:
+            device = CLUSTER.device(stage.device)
+            assert range_ram_bytes(ROWS, device, workload, stage.first, stage.last) <= device.ram_bytes
+        assert [stage.first for stage in stages] == [0, *[stage.last for stage in stages[:-1]]]
+        assert stages[-1].last == len(ROWS.units)
+    assert len(seen) > 5
+
+
+def test_random_devices_hold_the_model_together() -> None:
+    _, workload = validate.load(1)
+    for seed in range(20):
+        spec = promise.devices(random.Random(seed), ROWS, 2_000_000, workload)
+        room = sum(device.cap_mb * 1_000_000 - 4_000_000 for device in spec.devices if device.cap_mb)
+        assert 90_000_000 * 1.15 <= room <= 90_000_000 * 1.6
+
+
+def test_a_result_is_made_once_and_kept(tmp_path: Path) -> None:
+    path, made = tmp_path / "results.json", list[int]()
+
+    def make() -> int:
+        made.append(7)
+        return 7
+
+    assert Results(path).once("key", make) == Results(path).once("key", make) == 7
+    assert made == [7]
+    assert json.loads(path.read_text()) == {"key": 7}
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="no JSON object"):
+        Results(path)
+
+
+def test_there_are_twelve_set_ups_that_differ() -> None:
+    setups = validate.read_setups(validate.SETUPS)
+    assert len({setup.name for setup in setups}) >= 12
+    assert all(setup.lab.turns for setup in setups)
+    assert {setup.model for setup in setups} == {
+        "smollm2-135m", "smollm2-135m-int4", "llama-1.1b-random/int8", "llama-1.1b-random/int4",
+    }  # fmt: skip
+    assert {len(setup.lab.devices) for setup in setups} >= {2, 3, 4, 5}
+
+
+def test_a_set_up_without_a_model_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "setups.toml"
+    path.write_text('[[setup]]\nname = "a"\n')
+    with pytest.raises(ShoalError, match=r"setups\.toml: 'model'"):
+        validate.read_setups(path)
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+def test_a_record_is_predicted_again_from_its_own_measurements(streams: int) -> None:
+    stages = [planner.Stage("a", 0, 4), planner.Stage("b", 4, 7)]
+    again = validate.cluster_of_json(json.loads(json.dumps(validate.cluster_json(CLUSTER))))
+    assert again == CLUSTER
+    found = validate.predictions(ROWS, again, stages, streams)
+    objective, workload = validate.load(streams)
+    assert found["predicted"] == planner.evaluate(ROWS, CLUSTER, workload, stages, objective).tokens_per_s
+    assert found["simulated"] == pytest.approx(found["predicted"], rel=0.1)
+
+
+def test_the_table_says_how_far_predictions_are_off() -> None:
+    row = {"streams": 1, "stages": [["a", 0, 7]], "predicted": 11.0, "simulated": 9.5, "measured": 10.0}
+    other = {**row, "predicted": 7.0}
+    text = validate.render(
+        {"one": {"model": "m", "streams": [row]}, "two": {"model": "m", "streams": [other]}}
+    )
+    assert "| one | m | 1 | a 7 | 10.00 | 11.00 | +10% | 9.50 | -5% |" in text
+    assert "predicted, 1 stream, 2 set-ups: off by 20.0% (median), 30.0% (worst)" in text
+    assert "simulated, 1 stream, 2 set-ups: off by 5.0% (median), 5.0% (worst)" in text
+
+
+def test_rivals_are_named_or_it_is_said_why_there_are_none() -> None:
+    from bench.lab.spec import DeviceSpec, LabSpec, LinkSpec
+
+    spec = LabSpec(tuple(DeviceSpec(d.name, 0.3, LinkSpec()) for d in DEVICES), "a")
+    found, said = rivals.plans(ROWS, CLUSTER, spec, 1)
+    assert {"ours", "equal", "best 1"} <= found.keys()
+    assert found["ours"] == found["best 1"]
+    assert "lingualinked" in found or "lingualinked" in said
+    assert said["alone"].startswith("no device holds the model; missing: a 32 MB")
+    runs = {
+        "ours": [{"tokens_per_s": 6.0, "predicted": 5.0}],
+        "equal": [{"tokens_per_s": 2.0, "predicted": 3.0}],
+    }
+    edges = {name: [[s.device, s.first, s.last] for s in found[name]] for name in runs}
+    text = rivals.render({"lab model 1": {"plans": edges, "said": said, "runs": runs}})
+    assert "ours is 3.00x of one stream on the equal split" in text
+    assert "ours is 1.00 of the best measured, ours" in text
+
+
+def test_what_was_promised_and_taken_is_summed_up() -> None:
+    stage = {"promised": 100, "resident": 95, "cgroup": 80, "failcnt": 0, "faults": 0, "alive": True}
+    over = {**stage, "resident": 115, "failcnt": 2, "faults": 1, "alive": False}
+    text = promise.render({"0": {"plans": [[stage, over], [stage]]}}, 2)
+    assert "2 plans, 3 stages, 1 nodes killed" in text
+    assert "times at the cap: 2, in 1 stages" in text
+    assert "-5.0% to +15.0%, within 10% in 2 of 3" in text
+
+
+def test_a_run_stays_within_the_context() -> None:
+    assert tokens_for(1000.0, 1, 128) == 112
+    assert tokens_for(1.0, 1, 128) == 12
+    assert tokens_for(20.0, 2, 128, seconds=4) == 40

@@ -51,6 +51,15 @@ def give_back() -> None:
         trim(ctypes.c_size_t(0))
 
 
+def large_apart() -> None:
+    """From now on what is freed of large pieces (a workspace has tens of MB) goes back to the system at once,
+    from any thread: the C library would keep it for later, beside what comes next. Nothing happens where the
+    C library has no such setting (glibc has)."""
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(ctypes.c_int(-3), ctypes.c_int(1 << 20))  # M_MMAP_THRESHOLD
+
+
 def room(sizes: Iterable[int]) -> int:
     """Bytes that pieces of these sizes take in an arena."""
     return sum(round_up(size, _ALIGNMENT) for size in sizes)

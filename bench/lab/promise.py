@@ -31,7 +31,7 @@ from shoal.planner.cost import range_ram_bytes
 from shoal.planning import MB, planner_model
 from shoal.processes import bare_node_bytes
 
-from .lab import Lab
+from .lab import Lab, LabNode
 from .results import Results
 from .spec import DeviceSpec, LabSpec, LinkSpec
 from .validate import model_path
@@ -45,6 +45,8 @@ MODELS = {
 """Sequences and context, from and to. Each prompt has a chunk of the most rows, which fills the workspace."""
 PLANS_PER_LAB = 5
 NEAR = 0.10
+SLACK = 8 * MB
+"""What a node may hold beside its base once a stage has ended."""
 _ANSWER = 8
 _CHUNK_ROWS = 256
 
@@ -138,6 +140,7 @@ def _taken(
     promised = {}
     for stage in stages:
         device, node = cluster.device(stage.device), lab.node(stage.device)
+        _settled(node, device)
         promised[stage.device] = range_ram_bytes(rows, device, workload, stage.first, stage.last)
         node.forget_peaks()
         node.cap(-(-promised[stage.device] // MB))
@@ -161,6 +164,15 @@ def _taken(
         assert node.cap_mb is not None
         node.cap(node.cap_mb)
     return taken
+
+
+def _settled(node: LabNode, device: planner.Device) -> None:
+    """Waits until a node has let go of the plan before."""
+    until = time.monotonic() + 10
+    while node.status("VmRSS") > device.base_bytes + SLACK:
+        if time.monotonic() > until:
+            raise ShoalError(f"{node.spec.name} holds {node.status('VmRSS') / MB:.0f} MB without any stage")
+        time.sleep(0.05)
 
 
 def render(labs: dict[str, Any], plans: int) -> str:

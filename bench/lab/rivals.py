@@ -145,9 +145,7 @@ def render(rows: dict[str, Any]) -> str:
     for key, record in rows.items():
         text += [f"{key}:", "", "| plan | units | predicted t/s | measured t/s | runs |", "|-|-|-:|-:|-|"]
         middle: dict[str, float] = {}
-        for name, runs in record["runs"].items():
-            if not runs:
-                continue
+        for name, runs in _pooled(record).items():
             speeds = [run["tokens_per_s"] for run in runs]
             middle[name] = statistics.median(speeds)
             units = ", ".join(f"{device} {last - first}" for device, first, last in record["plans"][name])
@@ -162,6 +160,16 @@ def render(rows: dict[str, Any]) -> str:
             text.append(f"ours is {middle['ours'] / middle[best]:.2f} of the best measured, {best}")
         text.append("")
     return "\n".join(text)
+
+
+def _pooled(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Runs by the first name that their plan has; plans without runs are left out."""
+    first: dict[str, str] = {}
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for name, edges in record["plans"].items():
+        if record["runs"].get(name):
+            runs.setdefault(first.setdefault(str(edges), name), []).extend(record["runs"][name])
+    return runs
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -14,8 +14,9 @@ from typing import Any
 from . import planner
 from .engine.costs import constant_bytes, tied_bytes, unit_cost
 from .engine.errors import NoPlanError, ShoalError
-from .engine.layout import PAGE
+from .engine.layout import GROUP, PAGE
 from .engine.measure import Measured
+from .engine.program import Buffer
 from .engine.shards import Model
 from .engine.stage import StageOptions
 from .planner.stagecost import PAUSE_SECONDS, StageCost
@@ -50,7 +51,12 @@ def planner_model(model: Model, options: StageOptions) -> planner.Model:
 def workspace_bytes(model: Model, options: StageOptions) -> int:
     """Activations of the largest batch, all buffers at once: what a stage needs at most."""
     rows = {"rows": options.max_rows, "wanted": min(options.max_rows, options.max_wanted)}
-    return sum(4 * buffer.cols * rows[buffer.domain] for buffer in model.program.buffers)
+    return sum(_row_bytes(buffer) * rows[buffer.domain] for buffer in model.program.buffers)
+
+
+def _row_bytes(buffer: Buffer) -> int:
+    """A row of a buffer: floats, or int8 with one float as scale a group."""
+    return 4 * buffer.cols if buffer.type == "f32" else buffer.cols + 4 * -(-buffer.cols // GROUP)
 
 
 def stage_expectation(

@@ -139,6 +139,9 @@ def test_rivals_are_named_or_it_is_said_why_there_are_none() -> None:
     text = rivals.render({"lab model 1": {"plans": edges, "said": said, "runs": runs}})
     assert "ours is 3.00x of one stream on the equal split" in text
     assert "ours is 1.00 of the best measured, ours" in text
+    runs["best 1"], edges["best 1"] = [{"tokens_per_s": 8.0, "predicted": 5.0}], edges["ours"]
+    text = rivals.render({"lab model 1": {"plans": edges, "said": said, "runs": runs}})
+    assert "5.00 | 7.00 | 6.00 to 8.00, 2 |" in text
 
 
 def test_what_was_promised_and_taken_is_summed_up() -> None:

@@ -26,7 +26,7 @@ from ..engine.cores import default_threads
 from ..engine.costs import constant_bytes, tied_bytes, unit_cost
 from ..engine.errors import NoPlanError, ShoalError
 from ..engine.measure import Watch, measure, stopwatch
-from ..engine.memory import ram
+from ..engine.memory import large_apart, ram
 from ..engine.shards import Model
 from ..engine.stage import Stage, StageOptions
 from ..net.errors import AddressInUseError, NetError
@@ -42,6 +42,7 @@ from ..store import resolve
 def run(args: argparse.Namespace) -> int:
     """Serves until it is told to stop; 0 then. AddressInUseError, and whatever a model that cannot be opened
     raises."""
+    large_apart()
     host, port = args.listen
     slowness = Slowness(args.slow, args.slow_file)
     if not args.insecure and not _is_loopback(host):
@@ -173,6 +174,7 @@ class StageOpener:
 
 def bare_bytes(path: str) -> int:
     """Bytes of RAM that this process holds once it has measured itself with a model, as a node does."""
+    large_apart()
     measure(Model.open(path), StageOptions(resident=True), seconds=0.1, room=0)
     return resident_bytes()
 

@@ -38,6 +38,7 @@ def cheapest(tables: Tables, order: Sequence[int], must: int = -1) -> Chain | No
     units = tables.units
     ends: list[list[float]] = []
     starts: list[list[int]] = []
+    spans: list[range] = []
     befores: list[list[int]] = []  # [position][b]: the position before, of the cheapest arrival at b
     musts = [at for at, j in enumerate(order) if at == must or j in tables.pins]
     if len(tables.pins) > sum(j in tables.pins for j in order):
@@ -45,11 +46,13 @@ def cheapest(tables: Tables, order: Sequence[int], must: int = -1) -> Chain | No
     nearest = -1  # nothing may pass over one that must be used
     best, best_at = INF, -1
     for at, j in enumerate(order):
-        arrive, before = arrivals(tables, j, [(p, order[p], ends[p]) for p in range(max(nearest, 0), at)])
+        earlier = [(p, order[p], ends[p], spans[p]) for p in range(max(nearest, 0), at)]
+        arrive, before = arrivals(tables, j, earlier)
         if nearest >= 0:
             arrive[0] = INF
         end, start = tables.extend(j, arrive)
         ends.append(end)
+        spans.append(reached(end))
         starts.append(start)
         befores.append(before)
         if at in musts:
@@ -67,21 +70,27 @@ def cheapest(tables: Tables, order: Sequence[int], must: int = -1) -> Chain | No
 
 
 def arrivals(
-    tables: Tables, j: int, befores: Sequence[tuple[int, int, Sequence[float]]]
+    tables: Tables, j: int, befores: Sequence[tuple[int, int, Sequence[float], range]]
 ) -> tuple[list[float], list[int]]:
     """Cheapest arrivals at device j per boundary, from the head (unit 0) or from one of `befores`: (key,
-    device, its ends); with the key of each, -1 for the head."""
+    device, its ends, what it reaches); with the key of each, -1 for the head."""
     arrive, came = [INF] * (tables.units + 1), [-1] * (tables.units + 1)
     arrive[0] = tables.enter[j]
-    for key, i, ends in befores:
+    for key, i, ends, span in befores:
         hop = tables.hop[i][j]
         if hop is None:
             continue
-        for b in range(1, tables.units):
+        for b in span:
             value = ends[b] + hop[b]
             if value < arrive[b]:
                 arrive[b], came[b] = value, key
     return arrive, came
+
+
+def reached(ends: Sequence[float]) -> range:
+    """The boundaries inside the model at which a chain may end so far, and what lies between."""
+    finite = [b for b, seconds in enumerate(ends) if 0 < b < len(ends) - 1 and seconds < INF]
+    return range(finite[0], finite[-1] + 1) if finite else range(0)
 
 
 def parts(tables: TimeTables, chain: Chain) -> tuple[float, float, float]:

@@ -7,7 +7,7 @@ used, the last of them and the boundary. It takes any layers and any links, 2^n 
 from collections.abc import Callable, Sequence
 from itertools import combinations, cycle, permutations
 
-from .dp import Chain, arrivals, best_chain, best_proved, cheapest, value
+from .dp import Chain, arrivals, best_chain, best_proved, cheapest, reached, value
 from .goal import Goal
 from .tables import INF, Tables, TimeTables
 
@@ -23,6 +23,7 @@ def cheapest_any_order(tables: Tables, devices: Sequence[int]) -> Chain | None:
     if len(tables.pins) > pinned.bit_count():
         return None
     ends: dict[tuple[int, int], list[float]] = {}
+    spans: dict[tuple[int, int], range] = {}
     steps: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
     best, at = INF, (0, -1)
     for used in range(1, 1 << count):
@@ -30,7 +31,9 @@ def cheapest_any_order(tables: Tables, devices: Sequence[int]) -> Chain | None:
             if not used >> p & 1:
                 continue
             rest = used & ~(1 << p)
-            befores = [(q, devices[q], ends[rest, q]) for q in range(count) if (rest, q) in ends]
+            befores = [
+                (q, devices[q], ends[rest, q], spans[rest, q]) for q in range(count) if (rest, q) in ends
+            ]
             if rest and not befores:
                 continue
             arrive, came = arrivals(tables, devices[p], befores)
@@ -39,7 +42,7 @@ def cheapest_any_order(tables: Tables, devices: Sequence[int]) -> Chain | None:
             end, start = tables.extend(devices[p], arrive)
             if min(end) == INF:
                 continue
-            ends[used, p] = end
+            ends[used, p], spans[used, p] = end, reached(end)
             steps[used, p] = (start, came)
             if used & pinned == pinned and end[units] + tables.leave[devices[p]] < best:
                 best, at = end[units] + tables.leave[devices[p]], (used, p)

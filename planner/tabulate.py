@@ -5,6 +5,7 @@ device: a re-plan of 32 devices and 80 layers is to take milliseconds.
 """
 
 import math
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -177,21 +178,22 @@ def _hops(model: Model, cluster: Cluster, rows: float) -> tuple[Hops, Hops]:
     none."""
     cuts = [unit.cut_bytes for unit in model.units[:-1]]
     sizes = set(cuts)
-    names = [device.name for device in cluster.devices]
-    hops: list[list[list[float] | None]] = []
-    busies: list[list[list[float] | None]] = []
+    names, links = [device.name for device in cluster.devices], cluster.links
+    flat = len(cuts) if len(sizes) == 1 else 0
+    hops: list[list[Sequence[float] | None]] = []
+    busies: list[list[Sequence[float] | None]] = []
     for source in names:
-        hop_row: list[list[float] | None] = []
-        busy_row: list[list[float] | None] = []
+        hop_row: list[Sequence[float] | None] = []
+        busy_row: list[Sequence[float] | None] = []
         for target in names:
-            link = cluster.links.get((source, target)) if source != target else None
+            link = links.get((source, target)) if source != target else None
             if link is None:
                 hop_row.append(None)
                 busy_row.append(None)
-            elif len(sizes) == 1:
-                hop, busy = _way(link, rows * cuts[0])
-                hop_row.append([0.0] + [hop] * len(cuts))
-                busy_row.append([0.0] + [busy] * len(cuts))
+            elif flat:
+                busy = rows * cuts[0] / link.bytes_per_s
+                hop_row.append((0.0,) + (link.latency_s + busy,) * flat)
+                busy_row.append((0.0,) + (busy,) * flat)
             else:
                 by_size = {size: _way(link, rows * size) for size in sizes}
                 hop_row.append([0.0, *(by_size[size][0] for size in cuts)])
@@ -208,6 +210,12 @@ def _first_fits(model: Model, cluster: Cluster, workload: Workload) -> list[list
     held = list(accumulate((cost.unit_held_bytes(model, u, workload) for u in model.units), initial=0))
     scratch = [unit.workspace_bytes for unit in model.units]
     fits = []
+    if len(set(scratch)) == 1:
+        for device in cluster.devices:
+            room = device.ram_bytes - device.base_bytes - scratch[0]
+            fit = [min(bisect_left(held, size - room), c) for c, size in enumerate(held)]
+            fits.append([*fit[:-1], 0 if held[-1] - model.tied_bytes <= room else fit[-1]])
+        return fits
     for device in cluster.devices:
         room, fit, b = device.ram_bytes - device.base_bytes, [0], 0
         largest: deque[int] = deque()  # units of the window, their workspaces descending

@@ -172,5 +172,5 @@ def test_the_tables_say_what_the_formulas_say() -> None:
     assert list(tables.first_fit[2]) == [0, 0, 1, 1, 3]
     assert list(tables.enter) == [2.0, math.inf, math.inf]
     assert list(tables.leave) == [math.inf, 3.5, math.inf]
-    assert tables.hop[0][1] == [0.0, 4.0, 4.0, 4.0]
+    assert list(tables.hop[0][1]) == [0.0, 4.0, 4.0, 4.0]
     assert tables.hop[1][0] is None

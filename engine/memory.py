@@ -11,7 +11,9 @@ import errno
 import mmap
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from io import BufferedReader
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +60,15 @@ def large_apart() -> None:
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:
         set_option(ctypes.c_int(-3), ctypes.c_int(1 << 20))  # M_MMAP_THRESHOLD
+
+
+def fetch_ahead(path: Path) -> None:
+    """Asks the system to read a file into its page cache while something else is done; returns at once, more
+    or less. It is advice: nothing happens where the system takes none, or the file is not there."""
+    if not hasattr(os, "posix_fadvise"):  # macOS
+        return
+    with suppress(OSError), path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def room(sizes: Iterable[int]) -> int:

@@ -19,7 +19,7 @@ from . import families
 from .config import Config, read_config
 from .errors import ModelFileError
 from .index import COMMON, CONFIG, INDEX, Index, UnitEntry, read_index
-from .memory import Arena
+from .memory import Arena, fetch_ahead, ram
 from .program import Program, Unit, Weight, WeightType, typed
 from .quant import packed_shapes, packed_shapes_q4
 from .safetensors_file import PAD, SafetensorsFile, TensorInfo, open_file
@@ -105,6 +105,16 @@ class Model:
         own = [weight for weight in unit.weights if weight.name not in unit.tied]
         self._check_names(files[0], {info.name for w in own for info in tensors_of(w)})
         return {w.name: self._weight(files[w.name in unit.tied], w) for w in unit.weights}
+
+    def fetch_ahead(self, first: int, last: int) -> None:
+        """Lets the system begin to read the files of units [first, last), in order; waits for none. No more
+        than half of the RAM that is available: further ones would push out the first before they are used."""
+        left = ram()[1] // 2
+        for name in dict.fromkeys(name for unit in self.index.units[first:last] for name in unit.files):
+            left -= self.index.files[name].size
+            if left < 0:
+                return
+            fetch_ahead(self.path / name)
 
     def constants(self) -> dict[str, NDArray[np.float64]]:
         """The f64 vectors that every stage holds. ModelFileError: as for unit_weights."""

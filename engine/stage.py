@@ -199,7 +199,11 @@ def link(model: Model, first: int, last: int, options: StageOptions) -> Linked:
     ops = tuple(program.ops(first, last))
     resident = _resident(model, first, last, options.resident)
     weights: dict[tuple[int, str], WeightData] = {}
+    if resident is None:
+        model.fetch_ahead(first, last)  # each layer is read from the disk while those before it run
     for unit in range(first, last):
+        if resident is not None:
+            model.fetch_ahead(unit + 1, min(unit + 2, last))  # while this one is copied
         for name, tensor in model.unit_weights(unit, resident).items():
             weights[unit, name] = tensor
     for name, values in model.constants().items():

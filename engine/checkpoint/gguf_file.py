@@ -65,7 +65,8 @@ class GgufFile:
                     values = gguf.quants.dequantize(part, kind)
                 except NotImplementedError as e:
                     raise UnsupportedModelError(
-                        f"{self.path}: tensor {name!r} is {kind.name}, which cannot be dequantised"
+                        f"{self.path}: tensor {name!r} is {kind.name}, which the gguf package cannot "
+                        "dequantise: fetch the model as F16, Q8_0 or a k-quant (Q4_K …)"
                     ) from e
                 flat[first * block : first * block + values.size] = values.reshape(-1)
         return flat.reshape(info.shape)

@@ -34,8 +34,8 @@ def smollm2() -> Path:
 @pytest.mark.parametrize(
     ("line", "resident"),
     [
-        ("text -n 64", False),
-        ("text -n 65", None),
+        ("text -n 16", False),
+        ("text -n 17", None),
         ("text -n 1 --resident", True),
         ("text --no-resident", False),
         ("-n 1", None),  # a chat goes on

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from shoal.engine import memory, stage
+from shoal.engine import memory, shards, stage
 from shoal.engine.backends.base import WeightData
 from shoal.engine.batch import Run, Want
 from shoal.engine.convert import convert
-from shoal.engine.shards import Model
+from shoal.engine.safetensors_file import SafetensorsFile
+from shoal.engine.shards import Model, unit_file
 from shoal.engine.stage import Stage, StageOptions
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -80,3 +84,68 @@ def test_a_file_that_becomes_shorter_while_it_is_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x" * 50)
     with (tmp_path / "file").open("rb") as file, pytest.raises(OSError, match="became shorter"):
         memory.Arena(100).read(file, 100)
+
+
+class Asked:
+    """Files that the system was asked to read ahead, by name, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.names: list[str] = []
+        monkeypatch.setattr(os, "posix_fadvise", self._advise)
+
+    def _advise(self, fd: int, offset: int, length: int, advice: int) -> None:
+        if advice == os.POSIX_FADV_WILLNEED:
+            assert (offset, length) == (0, 0)  # all of it
+            self.names.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_files_are_read_ahead_in_the_order_of_their_use(
+    tiny_int8: Model, monkeypatch: pytest.MonkeyPatch, resident: bool
+) -> None:
+    asked = Asked(monkeypatch)
+    opened: list[tuple[str, list[str]]] = []
+    check = Model._open
+
+    def opening(model: Model, name: str, *rest: Any) -> SafetensorsFile:
+        opened.append((name, list(asked.names)))
+        return check(model, name, *rest)
+
+    monkeypatch.setattr(Model, "_open", opening)
+    n = tiny_int8.n_units
+    stage.link(tiny_int8, 1, n, StageOptions(resident=resident))
+    names = [unit_file(unit) for unit in range(1, n)]
+    ahead = {name: before for name, before in opened if name in names}
+    assert list(ahead) == names
+    if resident:  # one file is read while another is copied
+        assert [ahead[name] for name in names[:-1]] == [names[1:k] for k in range(2, n)]
+    else:
+        assert all(before == names for before in ahead.values())
+
+
+def test_no_more_is_read_ahead_than_stays_in_ram(tiny_int8: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Asked(monkeypatch)
+    sizes = [tiny_int8.index.files[unit_file(unit)].size for unit in (0, 1)]
+    for available, names in (
+        (2 * sum(sizes), [unit_file(0), unit_file(1)]),
+        (2 * sum(sizes) - 2, [unit_file(0)]),
+    ):
+        asked.names.clear()
+        monkeypatch.setattr(shards, "ram", lambda a=available: (1 << 41, a))
+        tiny_int8.fetch_ahead(0, tiny_int8.n_units)
+        assert asked.names == names
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_a_system_that_takes_no_advice(
+    tiny_int8: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resident: bool
+) -> None:
+    def refuse(*_: int) -> None:
+        raise OSError(errno.ENOSYS, "not here")
+
+    monkeypatch.setattr(os, "posix_fadvise", refuse)
+    memory.fetch_ahead(tmp_path / "missing")
+    stage.link(tiny_int8, 0, tiny_int8.n_units, StageOptions(resident=None if resident else False))
+    monkeypatch.delattr(os, "posix_fadvise")
+    linked = stage.link(tiny_int8, 0, tiny_int8.n_units, StageOptions(resident=resident))
+    assert linked.weights

@@ -67,6 +67,44 @@ def test_every_type_equals_the_packages_own_dequantisation(tmp_path: Path, kind:
     np.testing.assert_array_equal(read, gguf.quants.dequantize(data, type_).reshape(w.shape))
 
 
+def q4_k(block: bytes) -> np.ndarray:
+    """The 256 numbers of a Q4_K block, one by one, as ggml-quants.c defines them."""
+    d, dmin = (float(x) for x in np.frombuffer(block[:4], np.float16))
+    packed, nibbles = block[4:16], block[16:]
+    values: list[float] = []
+    for j in range(8):
+        if j < 4:
+            scale, least = packed[j] & 63, packed[j + 4] & 63
+        else:
+            scale = packed[j + 4] & 15 | packed[j - 4] >> 6 << 4
+            least = packed[j + 4] >> 4 | packed[j] >> 6 << 4
+        part = nibbles[j // 2 * 32 :][:32]
+        values += [d * scale * (byte >> 4 if j % 2 else byte & 15) - dmin * least for byte in part]
+    return np.array(values, np.float32)
+
+
+def test_k_quants_are_read(tmp_path: Path) -> None:
+    """The package reads them and writes none, so the blocks here are random."""
+    random = np.random.default_rng(4)
+    blocks = [np.float16([0.01, 0.02]).tobytes() + random.bytes(140) for _ in range(6)]
+    described = tensor("w", [512, 3], gguf.GGMLQuantizationType.Q4_K, 0)
+    (tmp_path / "k.gguf").write_bytes(header(tensors=[described], data=b"".join(blocks)))
+    expected = np.concatenate([q4_k(block) for block in blocks]).reshape(3, 512)
+    np.testing.assert_allclose(GgufFile(tmp_path / "k.gguf").tensor("w"), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["Q8_K", "Q8_1"])
+def test_a_type_that_cannot_be_dequantised_is_named(tmp_path: Path, kind: str) -> None:
+    type_ = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[type_]
+    (tmp_path / "x.gguf").write_bytes(
+        header(tensors=[tensor("blk.0.ffn_up.weight", [block], type_, 0)], data=bytes(size))
+    )
+    file = GgufFile(tmp_path / "x.gguf")
+    with pytest.raises(UnsupportedModelError, match=f"ffn_up.weight' is {kind}, .* fetch the model as F16"):
+        file.tensor("blk.0.ffn_up.weight")
+
+
 def test_rope_scaling(tmp_path: Path) -> None:
     path = write_tiny(tmp_path / "a.gguf", rope__scaling__type="linear", rope__scaling__factor=4.0)
     assert open_checkpoint(path).config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}

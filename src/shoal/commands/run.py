@@ -19,7 +19,7 @@ from ..engine.stage import Stage, StageOptions
 from ..engine.tokenizer import Tokenizer
 from ..store import resolve
 
-_SHORT = 64
+_SHORT = 16
 """Tokens. Of an answer that is no longer, reading the weights into memory first takes more time than it saves
 (docs/performance.md)."""
 

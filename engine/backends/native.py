@@ -55,10 +55,19 @@ def library() -> Any:
         raise MissingDependencyError(
             f"the C library cannot be loaded ({e}); build it anew: `make lib`"
         ) from e
-    built, sources = ffi.string(lib.shoal_source_hash()).decode(), source_hash()
-    if sources is not None and built != sources:
+    sources = source_hash()
+    if sources is not None and _built_from(lib) != sources:
         raise MissingDependencyError("the C library is older than the sources in csrc/: run `make lib`")
     return lib
+
+
+def build_hash() -> str:
+    """Hash of the C sources that the library was built from. MissingDependencyError: as for `library`."""
+    return _built_from(library())
+
+
+def _built_from(lib: Any) -> str:
+    return str(ffi.string(lib.shoal_source_hash()).decode())
 
 
 def available() -> str | None:

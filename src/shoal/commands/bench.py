@@ -14,9 +14,10 @@ from collections.abc import Iterable
 from dataclasses import asdict
 
 from ..benchmark import Row, check, measure, plan
-from ..engine.cores import default_threads
+from ..engine.backends import choose
 from ..engine.shards import Model
 from ..store import resolve
+from ..threads import chosen
 
 # Heads of the table and the least width of their columns.
 _COLUMNS = {
@@ -44,7 +45,7 @@ _SAMPLES = ("samples_ns", "samples_ts")  # a CSV has no lists
 def run(args: argparse.Namespace) -> int:
     """Prints each row as soon as it is measured; JSON in the end."""
     path = resolve(args.model)
-    threads = args.threads or (default_threads(),)  # as `shoal run` takes
+    threads = args.threads or (chosen(None, choose(args.backend)[0], args.isa)[0],)  # as `shoal run` takes
     cases = plan(threads, args.n_depth, args.n_prompt, args.n_gen, args.batch)
     check(cases, Model.open(path))
     rows = measure(path, cases, args.repetitions, args.backend, args.isa, args.resident)

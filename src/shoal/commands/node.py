@@ -22,7 +22,6 @@ import trio
 from .. import __version__
 from ..distributed import device_of
 from ..engine.backends import choose
-from ..engine.cores import default_threads
 from ..engine.costs import constant_bytes, tied_bytes, unit_cost
 from ..engine.errors import NoPlanError, ShoalError
 from ..engine.measure import Watch, measure, stopwatch
@@ -37,6 +36,7 @@ from ..net.slow import Slowness, SlowStage, SlowWatch, Turn, turn
 from ..planner.profile import FREE_SHARE
 from ..planning import MB, planner_model, stage_expectation, workspace_bytes
 from ..store import resolve
+from ..threads import chosen
 
 
 def run(args: argparse.Namespace) -> int:
@@ -65,7 +65,7 @@ async def _main(
     listeners = await _listen(host, port)
     address = _shown(listeners[0])
     try:
-        threads = args.threads or default_threads()  # as `shoal run` takes
+        threads, why = chosen(args.threads, choose(args.backend)[0], args.isa)  # as `shoal run` takes
         options = StageOptions(args.backend, args.isa, threads, resident=args.resident)
         hop = await _hop_seconds()
         turns: Turn = nullcontext if args.slow_turns is None else partial(turn, args.slow_turns)
@@ -87,10 +87,10 @@ async def _main(
                 await nursery.start(Node(parts).serve, listeners)
                 if args.port_file is not None:
                     _write(args.port_file, address)
-                plural = "s" if device.threads > 1 else ""
+                plural, by = "s" if device.threads > 1 else "", f" ({why})" if why else ""
                 print(
                     f"listening on {address} as {parts.identity.name}: {device.backend}, {device.threads} "
-                    f"thread{plural}, {device.ram_bytes / MB:.0f} MB",
+                    f"thread{plural}{by}, {device.ram_bytes / MB:.0f} MB",
                     flush=True,
                 )
                 async for _ in signals:

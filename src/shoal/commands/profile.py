@@ -6,24 +6,32 @@ import argparse
 import platform
 
 from .. import planner
+from ..engine.backends import choose
 from ..engine.cores import big_cores
+from ..engine.costs import unit_cost
 from ..engine.errors import ShoalError
 from ..engine.measure import best_threads, measure
 from ..engine.shards import Model
 from ..engine.stage import StageOptions
 from ..planning import MB, device_profile
 from ..store import resolve
+from ..threads import keep
+
+_TELLING = 16_000_000
+"""Bytes of weights: of a model with fewer, which caches hold, the best number of threads is its own."""
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures and prints, at the best thread count unless one is given; `--json` prints and `--save` writes
-    what `shoal plan --devices FILE.json` reads."""
+    """Measures and prints, at the best thread count unless one is given (`run` and `node` take it from then
+    on); `--json` prints and `--save` writes what `shoal plan --devices FILE.json` reads."""
     model = Model.open(resolve(args.model))
     options = StageOptions(args.backend, args.isa, args.threads or 1, resident=args.resident)
     tried: dict[int, float] = {}
     threads = args.threads
     if threads is None:
         threads, tried = best_threads(model, options, len(big_cores()))
+        if sum(unit_cost(model, u).read_bytes for u in range(model.n_units)) >= _TELLING:
+            keep(threads, choose(args.backend)[0], args.isa)
     options = StageOptions(args.backend, args.isa, threads, resident=args.resident)
     row = device_profile(platform.node() or "this device", measure(model, options))
     text = planner.dump_profile(planner.Profile((row,)))

@@ -12,12 +12,12 @@ from ..answering import Engine, LocalEngine, Settings, answer, finish
 from ..engine.backends import choose
 from ..engine.batch import Sampling
 from ..engine.chat import Chat, Message
-from ..engine.cores import default_threads
 from ..engine.errors import ContextError, ShoalError
 from ..engine.shards import Model
 from ..engine.stage import Stage, StageOptions
 from ..engine.tokenizer import Tokenizer
 from ..store import resolve
+from ..threads import chosen
 
 _SHORT = 16
 """Tokens. Of an answer that is no longer, reading the weights into memory first takes more time than it saves
@@ -112,14 +112,15 @@ async def open_engine(args: argparse.Namespace, model: Model, context: int) -> A
     backend, reason = choose(args.backend)
     if reason is not None:
         print(f"shoal: running on {backend}: {reason}", file=sys.stderr)
-    threads = args.threads or default_threads()
+    threads, why = chosen(args.threads, backend, args.isa)
     resident = args.resident
     if resident is None and args.prompt is not None and args.max_tokens <= _SHORT:
         resident = False
     options = StageOptions(args.backend, args.isa, threads, resident=resident)
     with Stage(model, 0, model.n_units, options) as stage:
         if args.stats:
-            print(f"[{stage.backend}, {threads} thread{'s' if threads > 1 else ''}]", file=sys.stderr)
+            plural, by = "s" if threads > 1 else "", f" ({why})" if why else ""
+            print(f"[{stage.backend}, {threads} thread{plural}{by}]", file=sys.stderr)
         yield LocalEngine(stage)
 
 

@@ -132,8 +132,9 @@ class SlowStage:
             seconds = factor * (clock.computed() - computed)
         if factor > 1:
             until = start + seconds - self._late
-            if until > clock.now():
-                clock.sleep(until - clock.now())
+            left = until - clock.now()
+            if left > 0:
+                clock.sleep(left)
             self._late = min(max(0.0, clock.now() - until), seconds)
         return results
 

@@ -172,3 +172,21 @@ def test_the_real_clock_sleeps_in_this_thread(lab: ModuleType) -> None:
     stage.open(1, Sampling(), 9)
     (result,) = stage.run([Run(1, 0, (4,), Want.TOKEN)])
     assert result.token == lab.oracle([4], 1)[0]
+
+
+def test_time_that_passes_between_looks_at_the_clock_is_never_slept() -> None:
+    """Every look at the clock takes a while: so one can say that it is early, and the next that it is late."""
+    time = Time()
+
+    def now() -> float:
+        time.now += 0.6
+        return time.now
+
+    def sleep(seconds: float) -> None:
+        assert seconds >= 0
+        time.sleep(seconds)
+
+    clock = Clock(now, lambda: time.computed, sleep)
+    stage = SlowStage(Stage(time, 1.0), Slowness(2.0), clock)
+    for _ in range(20):
+        stage.run(RUNS)

@@ -175,7 +175,7 @@ def test_the_real_clock_sleeps_in_this_thread(lab: ModuleType) -> None:
 
 
 def test_time_that_passes_between_looks_at_the_clock_is_never_slept() -> None:
-    """Every look at the clock takes a while: so one can say that it is early, and the next that it is late."""
+    """Every look at the clock takes a while: one can say that it is early, and the next that it is late."""
     time = Time()
 
     def now() -> float:

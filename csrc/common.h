@@ -139,8 +139,9 @@ int32_t shoal_fail(char *error, int32_t error_bytes, int32_t status, const char 
 int32_t shoal_pool_threads(const shoal_pool *pool);
 int32_t shoal_pool_take(shoal_pool *pool); /* 0: another run has it */
 void shoal_pool_give(shoal_pool *pool);
-/* Calls body for parts of [0, units) on whichever threads are there; returns when all are done. A part is `claim` units,
- * or, if that is more, one of `shares` of what is left (0: always `claim`). 0 < units < 2^32. */
+/* Calls body for parts of [0, units) on whichever threads are there; returns when all are done. A part is `claim` units;
+ * with `shares` (else 0) the first parts are large ones, as many as that, and those after them no less than `claim`.
+ * 0 < units < 2^32. */
 void shoal_pool_run(shoal_pool *pool, void (*body)(void *argument, int64_t first, int64_t last, int32_t thread),
                     void *argument, int64_t units, int64_t claim, int64_t shares);
 

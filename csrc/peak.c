@@ -1,8 +1,9 @@
-/* What this device reaches at most, for `shoal bench` to hold the engine against: a loop that only reads, and for each
- * instruction set a loop of dot products that only computes, on numbers that stay in registers. */
+/* What this device reaches at most, for `shoal bench` to hold the engine against: a loop that only reads (without
+ * prefetches: what a CPU fetches by itself was as fast as any), and for each instruction set a loop of dot products that
+ * only computes, on numbers that stay in registers. */
 #include "executor.h"
 
-enum { LINE = 64, AHEAD = 4096 };
+enum { LINE = 64 };
 
 typedef struct {
   const char *const *data;
@@ -24,7 +25,6 @@ static void read_spans(void *argument, int64_t first, int64_t last, int32_t thre
     const char *at = r->data[i % r->n], *const end = at + r->bytes[i % r->n] / LINE * LINE;
     for (; at < end; at += LINE) {
       uint64_t line[LINE / 8];
-      __builtin_prefetch(at + AHEAD, 0, 0); /* non-temporal, as in matmuls of one row */
       memcpy(line, at, LINE);
       for (int32_t w = 0; w < LINE / 8; w++) seen[w] ^= line[w];
     }

@@ -187,10 +187,13 @@ class Lab:
             lab._awake = stack.enter_context(awake())
             lab._others = Others(lab)
             lab._tell(1.0)
+            crowded = threading.Event()
+            crowded.set()
             if spec.turns:
-                stack.enter_context(followed(partial(turn, directory / "turns"), lab._tell))
+                stack.enter_context(followed(partial(turn, directory / "turns"), lab._tell, crowded))
             for i, device in enumerate(spec.devices):
                 lab.nodes.append(_start_node(lab, i, device, model, caps[i], options))
+            crowded.clear()
             yield lab
 
     def node(self, which: int | str) -> LabNode:

@@ -48,10 +48,12 @@ def awake() -> Iterator[list[int]]:
 
 @contextmanager
 def followed(
-    turn: Callable[[], AbstractContextManager[None]], tell: Callable[[float], None]
+    turn: Callable[[], AbstractContextManager[None]], tell: Callable[[float], None], crowded: threading.Event
 ) -> Iterator[None]:
     """Tells how quick this machine is, 1 being as now, some times a second; each time it looks within a
-    `turn`, since whoever else computes takes memory bandwidth."""
+    `turn`, since whoever else computes takes memory bandwidth. While `crowded` it looks between any two
+    turns: what it reads takes the place, in the last cache, of the weights of whoever has a turn, as those of
+    the other devices do in a run. A node that measures itself alone would find some of its own there."""
     parts, ended = cycle(np.ones((_PARTS, _BYTES // 8), np.int64)), threading.Event()
 
     def rate() -> float:
@@ -64,7 +66,7 @@ def followed(
     recent = deque([nominal] * _LAST, _LAST)
 
     def follow() -> None:
-        while not ended.wait(_PAUSE_SECONDS):
+        while not ended.wait(0 if crowded.is_set() else _PAUSE_SECONDS):
             recent.append(rate())
             tell(statistics.median(recent) / nominal)
 

@@ -40,13 +40,27 @@ def test_the_pace_is_told_until_the_end(monkeypatch: pytest.MonkeyPatch) -> None
         yield
         turns.append(False)
 
-    with pace.followed(turn, tell):
+    with pace.followed(turn, tell, threading.Event()):
         assert heard.wait(10)
     count = len(told)
     assert all(value > 0 for value in told)
     assert turns == [True, False] * (len(turns) // 2)
     time.sleep(0.02)
     assert len(told) == count
+
+
+def test_while_it_is_crowded_there_are_no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "_PAUSE_SECONDS", 3600)
+    told, heard, crowded = list[float](), threading.Event(), threading.Event()
+    crowded.set()
+
+    def tell(value: float) -> None:
+        told.append(value)
+        if len(told) == 5:
+            heard.set()
+
+    with pace.followed(nullcontext, tell, crowded):
+        assert heard.wait(60)
 
 
 def test_a_machine_that_reads_half_as_fast_has_half_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +77,7 @@ def test_a_machine_that_reads_half_as_fast_has_half_the_pace(monkeypatch: pytest
             heard.set()
 
     monkeypatch.setattr(pace.time, "thread_time", thread_time)
-    with pace.followed(nullcontext, tell):
+    with pace.followed(nullcontext, tell, threading.Event()):
         assert heard.wait(10)
 
 

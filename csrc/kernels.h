@@ -3,7 +3,7 @@
  * Semantics of every op: csrc/scalar.c and docs/numerics.md. All ranges are half-open. */
 
 enum shoal_layout {
-  SHOAL_NUMERICS = 1, /* version of the definition: a change of any bit of any result raises it */
+  SHOAL_NUMERICS = 2, /* version of the definition: a change of any bit of any result raises it */
   SHOAL_LAYOUT = 1,   /* version of the packed weight layout */
   SHOAL_PANEL = 16,   /* output rows of one panel of packed weights */
   SHOAL_QUAD = 4,     /* consecutive inputs of a row that stand side by side in a panel */
@@ -79,8 +79,9 @@ typedef struct {
   int32_t cols;
 } shoal_weight;
 
-/* Keys and values of one layer. A page is, for each kv head, keys [64 / 16][head_dim][16] then values [64][head_dim];
- * SHOAL_Q8 is int8, and f32 scales of the 64 keys, then of the 64 values, follow. */
+/* Keys and values of one layer. A page is, for each kv head, keys [64 / 16][head_dim][16] then values [64][head_dim].
+ * SHOAL_Q8: data and scales of a SHOAL_Q8 matrix, keys [64][head_dim]; then data of another, values [head_dim][64], and
+ * in the place of its scales one f32 a position. */
 typedef struct {
   int32_t type; /* SHOAL_F32, SHOAL_F16 or SHOAL_Q8 */
   int32_t kv_heads;

@@ -41,10 +41,10 @@ SHOAL_INLINE narrow add_products(narrow sum, int8x16_t w, int8x16_t x) {
 }
 
 /* (float)(dot + more) for |dot + more| < 2^22: the bits of 1.5 * 2^23 plus a number, read as a float, are 1.5 * 2^23 plus
- * that number. Converting would have to wait for the one unit that also multiplies. */
-SHOAL_INLINE float32x4_t exact(int32x4_t dot, int32_t more) {
-  const int32x4_t bits = vaddq_s32(dot, vdupq_n_s32(0x4b400000 + more));
-  return vsubq_f32(vreinterpretq_f32_s32(bits), vdupq_n_f32(0x1.8p23f));
+ * that number. Converting would have to wait for the one unit that also multiplies. `start` holds those bits plus more. */
+enum { START = 0x4b400000 };
+SHOAL_INLINE float32x4_t exact(int32x4_t dot, int32x4_t start, float32x4_t zero) {
+  return vsubq_f32(vreinterpretq_f32_s32(vaddq_s32(dot, start)), zero);
 }
 
 /* The dot products of a group of int8 with x: two lines at once, as two products of at most 16129 fit 16 bits. */
@@ -62,8 +62,11 @@ SHOAL_INLINE v16 q8_group(const int8_t *w, const int8_t *x) {
       sum[q] = (wide){vpadalq_s16(sum[q].low, two.low), vpadalq_s16(sum[q].high, two.high)};
     }
   }
+  int32x4_t start = vdupq_n_s32(START);
+  __asm__("" : "+w"(start)); /* or clang keeps it twice, as whole numbers and as floats, and spills a sum */
   UNROLL(4)
-  for (int32_t q = 0; q < 4; q++) dots.val[q] = exact(vpaddq_s32(sum[q].low, sum[q].high), 0);
+  for (int32_t q = 0; q < 4; q++)
+    dots.val[q] = exact(vpaddq_s32(sum[q].low, sum[q].high), start, vreinterpretq_f32_s32(start));
   return dots;
 }
 
@@ -83,7 +86,9 @@ SHOAL_INLINE v16 q4_group(const uint8_t *w, const int8_t *x, int32_t more) {
     }
   }
   UNROLL(4)
-  for (int32_t q = 0; q < 4; q++) dots.val[q] = exact(vpaddlq_s16(vpaddq_s16(sum[q].low, sum[q].high)), more);
+  for (int32_t q = 0; q < 4; q++)
+    dots.val[q] = exact(vpaddlq_s16(vpaddq_s16(sum[q].low, sum[q].high)), vdupq_n_s32(START + more),
+                        vdupq_n_f32(0x1.8p23f));
   return dots;
 }
 

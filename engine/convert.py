@@ -21,7 +21,17 @@ from .checkpoint import F32, Checkpoint, open_checkpoint
 from .config import Config, parse_config
 from .equalise import equalise as equalise_unit
 from .errors import ModelFileError, ShoalError, UnsupportedModelError
-from .index import CHAT_TEMPLATE, COMMON, CONFIG, INDEX, KV_DTYPES, TOKENIZER, FileEntry, Index
+from .index import (
+    CHAT_TEMPLATE,
+    COMMON,
+    CONFIG,
+    INDEX,
+    KV_DTYPES,
+    TOKENIZER,
+    FileEntry,
+    Index,
+    numerics_version,
+)
 from .kv import KV_TYPES
 from .layout import GROUP, PANEL, round_up
 from .nibbles import quantise_q4
@@ -110,6 +120,7 @@ def _write_directory(
         kv_dtype=options.kv_dtype,
         has_min=options.has_min,
         head_dtype=options.head_dtype,
+        numerics_version=numerics_version(options.kv_dtype),
     )
     program = typed(program, *index.types)
     _check_names(checkpoint, program)

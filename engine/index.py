@@ -13,7 +13,7 @@ from typing import Any
 
 from .errors import ModelFileError, UnsupportedModelError
 from .kv import KV_TYPES
-from .layout import GROUP, LAYOUT_VERSION, NUMERICS_VERSION
+from .layout import GROUP, LAYOUT_VERSION
 from .program import WeightType
 
 FORMAT = "shoal-model"
@@ -68,7 +68,8 @@ class Index:
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
     layout_version: int = LAYOUT_VERSION
-    numerics_version: int = NUMERICS_VERSION
+    numerics_version: int = 1
+    """See numerics_version."""
 
     def to_json(self) -> bytes:
         """The file's bytes; equal directories give equal bytes, so hashes compare."""
@@ -93,6 +94,12 @@ class Index:
         minima = " with minima" if self.has_min else ""
         head = f", head {self.head_dtype}" if self.head_dtype else ""
         return f"{self.dtype}{minima}{head}"
+
+
+def numerics_version(kv_dtype: object) -> int:
+    """Of the versions of docs/numerics.md, the last that changed what a model with such keys and values
+    answers: 2 changed int8 ones alone, so other model directories stay as they are."""
+    return 2 if kv_dtype == "int8" else 1
 
 
 def read_index(path: Path) -> tuple[Index, bytes]:
@@ -172,13 +179,13 @@ def _check_versions(values: dict[str, Any], where: str) -> None:
     known = {
         "format_version": FORMAT_VERSION,
         "layout_version": LAYOUT_VERSION,
-        "numerics_version": NUMERICS_VERSION,
+        "numerics_version": numerics_version(values.get("kv_dtype")),
     }
     for key, version in known.items():
         if type(values.get(key)) is not int or values[key] != version:
             raise UnsupportedModelError(
                 f"{where}: {key} is {values.get(key)!r} and this shoal reads {version}: "
-                "convert the model again with this version"
+                "remove the model, and pull or convert it again with this version"
             )
 
 

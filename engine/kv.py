@@ -1,30 +1,34 @@
 """Keys and values of sequences, in pages of 64 positions per layer.
 
-A page is one flat array: for each kv head, keys `[64 / 16][head_dim][16]`, then values `[64][head_dim]`,
-then, if they are int8, f32 scales of the 64 keys and of the 64 values (csrc/kernels.h). The layout is the
-same on every device, so a page is sent and received as it stands. Pages are written by absolute position,
-so writing a position again is harmless, and forgetting from a position on needs no work on pages kept."""
+A page is one flat array: for each kv head, keys `[64 / 16][head_dim][16]`, then values `[64][head_dim]`;
+int8 ones are two packed matrices, keys `[64, head_dim]` with fp16 scales, and values `[head_dim, 64]` with
+an f32 scale a position (csrc/kernels.h). The layout is the same on every device, so
+a page is sent and received as it stands. Pages are written by absolute position, so writing a position again
+is harmless, and forgetting from a position on needs no work on pages kept."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ContextError
-from .layout import LANES, PAGE
+from .layout import GROUP, LANES, PAGE, PANEL, QUAD, round_up
 from .memory import Arena
 from .program import KvState
+from .quant import packed_shapes
 
+F32 = NDArray[np.float32]
 Page = NDArray[np.uint8]
 KV_TYPES: dict[str, np.dtype[Any]] = {
     "f32": np.dtype(np.float32),
     "f16": np.dtype(np.float16),
     "int8": np.dtype(np.int8),
 }
-"""What a page's numbers are; those of int8 have a scale a position and head."""
+"""What a page's numbers are; those of int8 have scales."""
 _SLAB = 32 << 20  # addresses, not memory: that comes page by page, as pages are written
 _LIMIT = np.float32(127)
 
@@ -35,24 +39,71 @@ def page_bytes(state: KvState, kv_type: str) -> int:
 
 
 def _head_bytes(state: KvState, kv_type: str) -> int:
-    numbers = 2 * PAGE * state.head_dim * KV_TYPES[kv_type].itemsize
-    return numbers + (2 * PAGE * 4 if kv_type == "int8" else 0)
+    if kv_type == "int8":
+        padded = round_up(state.head_dim, GROUP)
+        return PAGE * (padded + state.head_dim + padded // GROUP * 2 + 4)
+    return 2 * PAGE * state.head_dim * KV_TYPES[kv_type].itemsize
 
 
-class _Heads:
-    """The parts of a page of a state, as views."""
+class _Floats:
+    """Keys and values of a page of a state, as views."""
 
     def __init__(self, page: Page, state: KvState, kv_type: str) -> None:
         heads, dim = state.kv_heads, state.head_dim
-        whole = page.reshape(heads, _head_bytes(state, kv_type))
-        numbers = whole[:, : 2 * PAGE * dim * KV_TYPES[kv_type].itemsize].view(KV_TYPES[kv_type])
-        halves = numbers.reshape(heads, 2, PAGE * dim)
-        self.keys = halves[:, 0].reshape(heads, PAGE // LANES, dim, LANES)
-        self.values = halves[:, 1].reshape(heads, PAGE, dim)
-        self.scales: NDArray[np.float32] | None = None
-        """`[heads, 2, 64]`, of keys, then of values."""
-        if kv_type == "int8":
-            self.scales = whole[:, numbers.shape[1] :].view(np.float32).reshape(heads, 2, PAGE)
+        halves = page.view(KV_TYPES[kv_type]).reshape(heads, 2, PAGE * dim)
+        self._keys = halves[:, 0].reshape(heads, PAGE // LANES, dim, LANES)
+        self._values = halves[:, 1].reshape(heads, PAGE, dim)
+
+    def read(self) -> tuple[F32, F32, None]:
+        """Two arrays f32 `[kv_heads, 64, head_dim]`."""
+        keys = self._keys.transpose(0, 1, 3, 2).reshape(self._values.shape)
+        return keys.astype(np.float32), self._values.astype(np.float32), None
+
+    def write(self, at: int, keys: F32, values: F32) -> None:
+        """Keys and values f32 `[kv_heads, head_dim]` of the page's position `at`."""
+        self._keys[:, at // LANES, :, at % LANES] = keys
+        self._values[:, at] = values
+
+
+class _Int8:
+    """The same of int8."""
+
+    def __init__(self, page: Page, state: KvState) -> None:
+        heads, self._dim = state.kv_heads, state.head_dim
+        self._groups = round_up(self._dim, GROUP) // GROUP
+        (panels, quads, line), scales = packed_shapes(PAGE, self._dim)
+        sizes = [PAGE * self._groups * GROUP, PAGE * self._groups * 2, PAGE * self._dim]
+        parts = np.split(page.reshape(heads, -1), np.cumsum(sizes), axis=1)
+        self._keys = parts[0].view(np.int8).reshape(heads, panels, quads, PANEL, line // PANEL)
+        self._key_scales = parts[1].view(np.float16).reshape(heads, *scales)
+        (panels, quads, line), _ = packed_shapes(self._dim, PAGE)
+        self._values = parts[2].view(np.int8).reshape(heads, panels, quads, PANEL, line // PANEL)
+        self._value_scales = parts[3].view(np.float32)
+
+    def read(self) -> tuple[F32, F32, F32]:
+        """As of _Floats, but for the values' scales, which are the third: `[kv_heads, 64]`."""
+        heads = len(self._keys)
+        keys = (
+            self._keys.transpose(0, 1, 3, 2, 4).reshape(heads, PAGE, self._groups, GROUP).astype(np.float32)
+        )
+        keys *= self._key_scales.transpose(0, 1, 3, 2).reshape(heads, PAGE, self._groups, 1)
+        values = self._values.transpose(0, 2, 4, 1, 3).reshape(heads, PAGE, self._dim).astype(np.float32)
+        return keys.reshape(heads, PAGE, -1)[:, :, : self._dim], values, self._value_scales
+
+    def write(self, at: int, keys: F32, values: F32) -> None:
+        """As of _Floats."""
+        heads, (panel, lane) = len(keys), divmod(at, PANEL)
+        groups = np.zeros((heads, self._groups * GROUP), np.float32)
+        groups[:, : self._dim] = keys
+        numbers, scales = _rounded(groups.reshape(heads, self._groups, GROUP))
+        self._keys[:, panel, :, lane] = numbers.reshape(heads, -1, QUAD)
+        self._key_scales[:, panel, :, lane] = scales
+        numbers, self._value_scales[:, at] = _rounded(values)
+        self._values[:, :, at // QUAD, :, at % QUAD] = numbers.reshape(heads, -1, PANEL)
+
+
+def _heads(page: Page, state: KvState, kv_type: str) -> _Floats | _Int8:
+    return _Int8(page, state) if kv_type == "int8" else _Floats(page, state, kv_type)
 
 
 class PagePool:
@@ -132,35 +183,25 @@ class SequenceKv:
             while len(pages) > keep:
                 self.pool.give(pages.pop())
 
-    def keys_values(self, s: int, n: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Keys and values of positions [0, n) of state s: two arrays f32 `[kv_heads, n, head_dim]`."""
-        state, keys, values = self.states[s], [], []
-        for page in self.pages[s][: -(-n // PAGE)]:
-            heads = _Heads(page, state, self.pool.kv_type)
-            shape = (state.kv_heads, PAGE, state.head_dim)
-            key = heads.keys.transpose(0, 1, 3, 2).reshape(shape).astype(np.float32)
-            value = heads.values.astype(np.float32)
-            if heads.scales is not None:
-                key *= heads.scales[:, 0, :, None]
-                value *= heads.scales[:, 1, :, None]
-            keys.append(key)
-            values.append(value)
-        return np.concatenate(keys, axis=1)[:, :n], np.concatenate(values, axis=1)[:, :n]
+    def keys_values(self, s: int, n: int) -> tuple[F32, F32, F32 | None]:
+        """Keys and values of positions [0, n) of state s: two arrays f32 `[kv_heads, n, head_dim]`; of int8,
+        the values are numbers and the third array their scales, `[kv_heads, n]`."""
+        pages = [_heads(page, self.states[s], self.pool.kv_type) for page in self.pages[s][: -(-n // PAGE)]]
+        keys, values, scales = zip(*(page.read() for page in pages), strict=True)
+        join = partial(np.concatenate, axis=1)
+        return join(keys)[:, :n], join(values)[:, :n], None if scales[0] is None else join(scales)[:, :n]
 
-    def write(self, s: int, first: int, keys: NDArray[np.float32], values: NDArray[np.float32]) -> None:
+    def write(self, s: int, first: int, keys: F32, values: F32) -> None:
         """Writes keys and values f32 `[rows, kv_heads, head_dim]` at positions first, first + 1, …"""
         for i, (key, value) in enumerate(zip(keys, values, strict=True)):
             page, at = divmod(first + i, PAGE)
-            heads = _Heads(self.pages[s][page], self.states[s], self.pool.kv_type)
-            if heads.scales is not None:
-                key, heads.scales[:, 0, at] = _rounded(key)
-                value, heads.scales[:, 1, at] = _rounded(value)
-            heads.keys[:, at // LANES, :, at % LANES] = key
-            heads.values[:, at] = value
+            _heads(self.pages[s][page], self.states[s], self.pool.kv_type).write(at, key, value)
 
 
-def _rounded(x: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Whole numbers in [-127, 127] and scales of the rows of x `[heads, head_dim]`."""
-    largest = np.abs(x).max(axis=1)
+def _rounded(x: F32) -> tuple[F32, F32]:
+    """Whole numbers in [-127, 127] of x `[..., n]`, and scales `[...]`."""
+    largest = np.abs(x).max(axis=-1)
     inverse = np.divide(_LIMIT, largest, out=np.zeros_like(largest), where=largest >= 1e-30)
-    return np.rint(np.clip(x * inverse[:, None], -_LIMIT, _LIMIT)), np.where(inverse > 0, largest / _LIMIT, 0)
+    return np.rint(np.clip(x * inverse[..., None], -_LIMIT, _LIMIT)), np.where(
+        inverse > 0, largest / _LIMIT, 0
+    )

@@ -20,15 +20,15 @@ from .base import Linked, Outcome, SequenceRows, WeightData
 
 
 def quantised(x: F32) -> F32:
-    """x `[rows, cols]` rounded to int8 with one scale per row and group, as floats."""
-    rows, cols = x.shape
-    padded = np.zeros((rows, round_up(cols, GROUP)), np.float32)
-    padded[:, :cols] = x
-    groups = padded.reshape(rows, -1, GROUP)
-    amax = np.abs(groups).max(axis=2, keepdims=True)
+    """x `[..., cols]` rounded to int8 with one scale per row and group, as floats."""
+    cols = x.shape[-1]
+    padded = np.zeros((*x.shape[:-1], round_up(cols, GROUP)), np.float32)
+    padded[..., :cols] = x
+    groups = padded.reshape(*x.shape[:-1], -1, GROUP)
+    amax = np.abs(groups).max(axis=-1, keepdims=True)
     inverse = np.where(amax < 1e-30, np.float32(0), np.float32(127) / np.maximum(amax, np.float32(1e-30)))
     q = np.rint(np.clip(groups * inverse, -127, 127))
-    values: F32 = (q * (amax / np.float32(127))).reshape(rows, -1)[:, :cols].astype(np.float32)
+    values: F32 = (q * (amax / np.float32(127))).reshape(padded.shape)[..., :cols].astype(np.float32)
     return values
 
 
@@ -146,18 +146,25 @@ class NumpyExecutor:
             n, total = sequence.rows, sequence.first + sequence.rows
             queries = x[at : at + n, : op.heads * state.head_dim]
             queries = queries.reshape(n, state.kv_heads, group, state.head_dim).transpose(1, 2, 0, 3)
-            outs.append(self.attention(queries, *sequence.kv.keys_values(s, total), op.scale))
+            keys, values, value_scales = sequence.kv.keys_values(s, total)
+            outs.append(self.attention(queries, keys, values, op.scale, value_scales))
             at += n
         self._write(op.out, np.concatenate(outs))
 
-    def attention(self, queries: F32, keys: F32, values: F32, scale: float) -> F32:
+    def attention(
+        self, queries: F32, keys: F32, values: F32, scale: float, value_scales: F32 | None = None
+    ) -> F32:
         """Causal attention of the last rows: queries `[kv_heads, group, rows, head_dim]`, keys and values
-        `[kv_heads, positions, head_dim]`; gives `[rows, kv_heads * group * head_dim]`."""
+        `[kv_heads, positions, head_dim]`; gives `[rows, kv_heads * group * head_dim]`. With value_scales
+        `[kv_heads, positions]` keys and values are int8, so what is multiplied with them is too."""
         rows, total = queries.shape[2], keys.shape[1]
+        if value_scales is not None:
+            queries = quantised(queries)
         scores = queries @ keys[:, None].transpose(0, 1, 3, 2) * np.float32(scale)
         scores[..., np.arange(total) > np.arange(total - rows, total)[:, None]] = -np.inf
         p = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        out = (p @ values[:, None]) / p.sum(axis=-1, keepdims=True)
+        weights = p if value_scales is None else quantised(p * value_scales[:, None, None])
+        out = (weights @ values[:, None]) / p.sum(axis=-1, keepdims=True)
         flat: F32 = out.transpose(2, 0, 1, 3).reshape(rows, -1)
         return flat
 

@@ -21,7 +21,7 @@ import numpy as np
 from shoal.engine.backends._abi import ffi
 from shoal.engine.source_hash import source_hash
 
-from .weights import ENUM, PAGE, Weight
+from .weights import ENUM, GROUP, PAGE, Weight
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
@@ -95,9 +95,11 @@ class State:
 
     @property
     def page_bytes(self) -> int:
-        """Keys, values and, for int8, a scale of each position's keys and values."""
-        per_position = self.head_dim * np.dtype(self.dtype).itemsize + (4 if self.kind == "Q8" else 0)
-        return 2 * PAGE * self.kv_heads * per_position
+        """Keys, values and, for int8, scales of each position's groups of keys and of its values."""
+        if self.kind == "Q8":
+            groups = -(-self.head_dim // GROUP)
+            return PAGE * self.kv_heads * (groups * (GROUP + 2) + self.head_dim + 4)
+        return 2 * PAGE * self.kv_heads * self.head_dim * np.dtype(self.dtype).itemsize
 
 
 @dataclass

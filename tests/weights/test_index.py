@@ -110,6 +110,12 @@ def test_another_version_is_no_damage(key: str, version: object) -> None:
         parse_index(changed(**{key: version}), "index.json")
 
 
+def test_version_2_of_the_arithmetic_is_that_of_int8_keys_alone() -> None:
+    assert parse_index(changed(kv_dtype="int8", numerics_version=2), "index.json").kv_dtype == "int8"
+    with pytest.raises(UnsupportedModelError, match="numerics_version is 1 and this shoal reads 2: remove"):
+        parse_index(changed(kv_dtype="int8"), "index.json")
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),

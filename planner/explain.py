@@ -1,16 +1,16 @@
 """Why each device is in a plan or out of it, and what a problem without a plan lacks, in words."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from . import cost, dp, orders
-from .goal import Goal
+from . import cost
+from .alternatives import Case, Search, with_it, without
+from .dp import parts
 from .judge import Found, Judge
 from .rows import Cluster, Model, Plan, Reason, Stage, Workload
-from .tables import TimeTables
 
-QUICK_EXACT = 5  # devices up to which "without it" is exact; beyond, the best of a few orders
 MB = 1e6
+NOTABLE = 1.005  # more tokens/s than that are more
 NAMED = 3  # devices that an answer without a plan names
 
 
@@ -25,9 +25,6 @@ def units_text(first: int, last: int, units: int) -> str:
     if last == units:
         parts.append("head")
     return " + ".join(parts)
-
-
-Case = tuple[TimeTables, Goal]  # what a plan could be best at
 
 
 def give_reasons(
@@ -53,21 +50,22 @@ def give_reasons(
     return tuple(reasons)
 
 
-def _instead(
-    plan: Plan, judge: Judge, cases: Sequence[Case], search: Callable[[TimeTables, Goal], dp.Chain | None]
-) -> str | None:
+def _instead(plan: Plan, judge: Judge, cases: Sequence[Case], search: Search) -> str | None:
     """What the best chain that a search finds would give, and what the plan gives, prices aside; None when it
-    finds none."""
-    best = math.inf
+    finds none. Where several streams share calls no plan is proved, and this search may find a better."""
+    best, price = math.inf, 0.0
     for tables, goal in cases:
         chain = search(tables, goal)
         if chain is not None:
-            best = min(best, judge.seconds(tables, goal, chain))
+            best, price = min((best, price), (judge.seconds(tables, goal, chain), parts(tables, chain)[2]))
     if best == math.inf:
         return None
     if plan.objective == "first_token":
         return f"first token after {best * 1e3:.0f} ms instead of {plan.first_token_seconds * 1e3:.0f}"
-    return f"{cost.per_second(best):.2f} tokens/s instead of {plan.tokens_per_s:.2f}"
+    text = f"{cost.per_second(best):.2f} tokens/s instead of {plan.tokens_per_s:.2f}"
+    if plan.optimal or price > 0 or cost.per_second(best) <= plan.tokens_per_s * NOTABLE:
+        return text
+    return f"{text}: more, which the search for several streams did not see"
 
 
 def _why_in(plan: Plan, judge: Judge, cases: Sequence[Case], j: int, devices: Sequence[int]) -> str:
@@ -77,10 +75,7 @@ def _why_in(plan: Plan, judge: Judge, cases: Sequence[Case], j: int, devices: Se
     if j in cases[0][0].pins:
         return "its layers are given"
 
-    def without(tables: TimeTables, goal: Goal) -> dp.Chain | None:
-        return orders.search_orders(tables, others, goal, exact_devices=QUICK_EXACT, trials=0)[0]
-
-    text = _instead(plan, judge, cases, without)
+    text = _instead(plan, judge, cases, without(j, devices))
     return "needed: without it the model does not fit" if text is None else f"without it: {text}"
 
 
@@ -88,17 +83,7 @@ def _why_out(plan: Plan, cluster: Cluster, found: Found, judge: Judge, cases: Se
     device = cluster.devices[j]
     if all(fit == c for c, fit in enumerate(found.tables.first_fit[j])):
         return f"its cap of {device.ram_bytes / MB:.1f} MB has no room for any unit"
-    used = [i for i, _, _ in found.chain.stages]
-
-    def with_it(tables: TimeTables, goal: Goal) -> dp.Chain | None:
-        chains = []
-        for at in range(len(used) + 1):
-            order = [*used[:at], j, *used[at:]]
-            chain = dp.best_chain(tables, goal, lambda t, o=order, at=at: dp.cheapest(t, o, at))  # type: ignore[misc]
-            chains += [chain] if chain is not None else []
-        return min(chains, key=lambda chain: dp.value(tables, goal, chain), default=None)
-
-    text = _instead(plan, judge, cases, with_it)
+    text = _instead(plan, judge, cases, with_it(j, found.chain))
     return "no chain of links with room leads through it" if text is None else f"with it: {text}"
 
 

@@ -14,6 +14,7 @@ from .tables import TimeTables
 TRIALS = 100  # chains that are followed for one plan
 MOVES = (1, -1, 2, -2, 4, -4)  # units that a boundary moves by
 BETTER = 1 - 1e-9
+FOLLOWED = " and boundaries moved, by following the streams"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class Judge:
             return replace(min(found, key=lambda one: one.value), optimal=all(one.optimal for one in found))
         ranked = sorted(found, key=lambda one: one.value)
         best = min((self._improved(one, TRIALS // len(ranked)) for one in ranked), key=lambda one: one.value)
-        how = f"{best.how} and boundaries moved, by following the streams"
+        how = best.how if best.how.endswith(FOLLOWED) else best.how + FOLLOWED
         return replace(best, how=how, optimal=False)
 
     def _improved(self, found: Found, trials: int) -> Found:

@@ -6,11 +6,12 @@ from dataclasses import replace
 from typing import Literal
 
 from . import cost, dp, milp, orders
+from .alternatives import Case, with_it, without
 from .constraints import Constraints, Running
 from .evaluate import evaluate
-from .explain import Case, give_reasons, say_lack
+from .explain import give_reasons, say_lack
 from .goal import Goal, goals
-from .judge import Found, Judge, stages_of
+from .judge import BETTER, Found, Judge, stages_of
 from .rows import OBJECTIVES, Cluster, Infeasible, Model, Objective, Plan, Workload
 from .streams import Streams
 from .tables import TimeTables
@@ -73,6 +74,8 @@ def plan(
     if not found:
         return _infeasible(model, cluster, workload, constraints, devices, order is not None)
     best = judge.best(found)
+    if streams is not None and order is None and len(devices) <= orders.EXACT_DEVICES:
+        best = _other_devices(best, judge, cases, devices)
     stages = stages_of(cluster, best.chain)
     answer = evaluate(model, cluster, workload, stages, objective, running=running, streams=streams)
     answer = replace(answer, method=best.how, optimal=best.optimal)
@@ -171,6 +174,25 @@ def _by_milp(
     best = min((c for c in (checked, quick) if c), key=lambda c: dp.value(tables, goal, c))
     claimed, value = (dp.value(tables, goal, c) for c in (chain, best))
     return best, optimal and value >= claimed * (1 - SAME)
+
+
+def _other_devices(best: Found, judge: Judge, cases: Sequence[Case], devices: Sequence[int]) -> Found:
+    """As long as it gives more: does without a device, or lets one more in. By following the streams, which
+    the searches cannot."""
+    while True:
+        used = {j for j, _, _ in best.chain.stages}
+        others = []
+        for j in devices:
+            search = without(j, devices) if j in used else with_it(j, best.chain)
+            for tables, goal in cases:
+                chain = search(tables, goal)
+                if chain is not None:
+                    value = judge.value(tables, goal, chain)
+                    others.append(replace(best, tables=tables, goal=goal, chain=chain, value=value))
+        other = min(others, key=lambda one: one.value, default=best)
+        if other.value >= best.value * BETTER:
+            return best
+        best = judge.best([other])
 
 
 def _infeasible(

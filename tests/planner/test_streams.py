@@ -114,3 +114,16 @@ def test_plans_for_several_streams_are_near_the_best_of_all(method: str) -> None
     assert len(gaps) >= 30
     assert min(gaps) >= 1 - 1e-9
     assert sum(gap <= 1.03 for gap in gaps) >= 0.95 * len(gaps)
+
+
+@pytest.mark.slow
+def test_no_plan_for_several_streams_is_worse_than_its_own_reasons() -> None:
+    """Of these, three left a device out, or took one in, to their loss before that was looked at."""
+    reasons = []
+    for seed in range(20, 30):
+        answer = plan(*problem(seed, 5, 16, 4), "throughput", method="dp")
+        if not isinstance(answer, Infeasible):
+            reasons += [reason.text for reason in answer.reasons]
+    figures = [text.split()[-4:] for text in reasons if text.endswith(f"instead of {text.split()[-1]}")]
+    assert len(figures) >= 30
+    assert not [text for text in reasons if "did not see" in text]

@@ -3,11 +3,15 @@
 
 #define REFUSE(...) return shoal_fail(error, error_bytes, SHOAL_E_PROGRAM, __VA_ARGS__)
 
-/* The sampler's logits, or NULL. */
-static const shoal_buffer *sampled(const shoal_program *p) {
-  for (int32_t i = 0; i < p->n_ops; i++)
-    if (p->ops[i].kind == SHOAL_OP_SAMPLE) return &p->buffers[p->ops[i].in];
-  return NULL;
+/* The fewest logits that tokens are drawn from; 0: none are drawn. */
+static int32_t sampled_cols(const shoal_program *p) {
+  int32_t cols = 0;
+  for (int32_t i = 0; i < p->n_ops; i++) {
+    if (p->ops[i].kind != SHOAL_OP_SAMPLE) continue;
+    const int32_t here = p->buffers[p->ops[i].in].cols;
+    cols = cols ? SHOAL_MIN(cols, here) : here;
+  }
+  return cols;
 }
 
 /* The fewest rows of the tables that tokens are looked up in; 0: none are. */
@@ -41,8 +45,8 @@ static int32_t check_pages(const shoal_program *p, const shoal_sequence *s, int3
 static int32_t check_sampling(const shoal_program *p, const shoal_sequence *s, int32_t index, char *error,
                               int32_t error_bytes) {
   const shoal_sampling *a = &s->sampling;
-  const shoal_buffer *logits = sampled(p);
-  if (!s->sample || !logits) return SHOAL_OK;
+  const int32_t vocabulary = sampled_cols(p);
+  if (!s->sample || !vocabulary) return SHOAL_OK;
   const float values[] = {a->temperature, a->top_p, a->min_p, a->repetition_penalty};
   for (int32_t i = 0; i < 4; i++)
     if (!shoal_is_finite(values[i])) REFUSE("sequence %d: a sampling parameter is not finite", index);
@@ -54,7 +58,7 @@ static int32_t check_sampling(const shoal_program *p, const shoal_sequence *s, i
   if (a->repetition_penalty == 1) return SHOAL_OK;
   if (!s->history) REFUSE("sequence %d: a repetition penalty, but no history", index);
   for (int32_t i = 0; i < s->first + s->rows; i++)
-    if (s->history[i] < 0 || s->history[i] >= logits->cols)
+    if (s->history[i] < 0 || s->history[i] >= vocabulary)
       REFUSE("sequence %d: token %d at position %d is not in the vocabulary", index, s->history[i], i);
   return SHOAL_OK;
 }

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from .config import read_config
 from .errors import MissingDependencyError, ShoalError, UnsupportedModelError
+from .files import read_text
 from .index import CHAT_TEMPLATE, CONFIG, INDEX, read_index
 from .stamps import Stamps
 from .tokenizer import Tokenizer
@@ -48,7 +49,7 @@ class Chat:
         template = None
         if CHAT_TEMPLATE in index.files:
             Stamps(directory).check(directory / CHAT_TEMPLATE, index.files[CHAT_TEMPLATE])
-            template = (directory / CHAT_TEMPLATE).read_text(encoding="utf-8")
+            template = read_text(directory / CHAT_TEMPLATE)
         tokenizer = tokenizer or Tokenizer.open(directory)
         config = read_config(directory / CONFIG)
         ids = {"bos_token": config.bos, "eos_token": config.eos[0] if config.eos else None}

@@ -6,13 +6,15 @@ Source of the keys and defaults: the `*Config` classes of Hugging Face transform
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import ModelFileError, UnsupportedModelError
 
+_MAX_HEAD_DIM = 512  # of csrc/check.c
+_MAX_LAYERS = 1024  # csrc/check.c has room for some more; a program of millions would fill the memory
+_MAX_NUMBER = 1e30
 _MAX_COUNT = (
     1 << 24
 )  # no honest dimension, layer count or vocabulary is larger; products of two fit in 64 bits
@@ -64,9 +66,9 @@ def parse_config(values: dict[str, Any], where: str) -> Config:
             raise ModelFileError(f"{where}: {key} must be a count between 1 and {_MAX_COUNT}, not {value!r}")
         return value
 
-    def number(key: str, default: float) -> float:
-        value = values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    def number(key: str, default: float, within: dict[str, Any] = values) -> float:
+        value = within.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MAX_NUMBER:
             raise ModelFileError(f"{where}: {key} must be a positive number, not {value!r}")
         return float(value)
 
@@ -80,10 +82,14 @@ def parse_config(values: dict[str, Any], where: str) -> Config:
         raise ModelFileError(
             f"{where}: {heads} attention heads cannot share {kv_heads} key-value heads evenly"
         )
-    if head_dim % 16:
+    if head_dim % 16 or head_dim > _MAX_HEAD_DIM:
         raise UnsupportedModelError(
-            f"{where}: head_dim is {head_dim}; the attention kernels need a multiple of 16"
+            f"{where}: head_dim is {head_dim}; the attention kernels need a multiple of 16 "
+            f"up to {_MAX_HEAD_DIM}"
         )
+    layers = count("num_hidden_layers")
+    if layers > _MAX_LAYERS:
+        raise UnsupportedModelError(f"{where}: num_hidden_layers is {layers}; up to {_MAX_LAYERS} can be run")
     for key in ("attention_bias", "mlp_bias"):
         if values.get(key):
             raise UnsupportedModelError(f"{where}: {key} is set; biases are not supported yet")
@@ -91,14 +97,21 @@ def parse_config(values: dict[str, Any], where: str) -> Config:
         raise UnsupportedModelError(f"{where}: hidden_act {values['hidden_act']!r} is not supported; silu is")
     rope = values.get("rope_parameters")  # transformers >= 5 keeps theta and the scaling in one dictionary
     rope = dict(rope) if isinstance(rope, dict) else {}
-    theta = float(rope.pop("rope_theta", 0.0)) or number("rope_theta", 10000.0)
+    theta = number("rope_theta", 10000.0, rope if "rope_theta" in rope else values)
+    rope.pop("rope_theta", None)
     scaling = rope or values.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
         raise ModelFileError(f"{where}: rope_scaling must be an object, not {scaling!r}")
+    factor = scaling.get("factor")
+    if theta < 1 or (isinstance(factor, int | float) and factor < 1):
+        raise UnsupportedModelError(
+            f"{where}: rope_theta {theta:g} and rope_scaling {scaling} give angles above 1 a position, "
+            "beyond what is computed exactly"
+        )
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     return Config(
         family=family,
-        layers=count("num_hidden_layers"),
+        layers=layers,
         hidden=hidden,
         intermediate=count("intermediate_size"),
         heads=heads,

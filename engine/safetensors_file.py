@@ -167,10 +167,10 @@ def _tensor(name: str, entry: object, start: int, where: str) -> TensorInfo:
         raise refuse("has a shape that is not a list of counts")
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise refuse("has data_offsets that are not two ascending counts")
-    needed = DTYPES[dtype].itemsize
+    needed = largest = DTYPES[dtype].itemsize
     for n in shape:
-        needed *= n
-        if needed > _MAX_BYTES:
+        needed, largest = needed * n, largest * max(n, 1)  # NumPy refuses [0, 2^62] too
+        if largest > _MAX_BYTES:
             raise refuse(f"has the impossible shape {shape}")
     if needed != offsets[1] - offsets[0]:
         raise refuse(f"needs {needed} bytes for {dtype} {shape} and has {offsets[1] - offsets[0]}")

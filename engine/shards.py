@@ -129,14 +129,14 @@ class Model:
         """Hashes every file that the index names anew; yields each name and size when it was right.
         ModelFileError: the first that is not."""
         for name, entry in self.index.files.items():
-            self._stamps.check(self.path / name, entry, trust=False)
+            self._stamps.check(self.path / name, entry, trust=False, also=_check_numbers)
             yield name, entry.size
 
     def _open(self, name: str, resident: Resident | None = None) -> SafetensorsFile:
         if resident is not None and name in resident.files:
             return resident.files[name]
         path = self.path / name
-        self._stamps.check(path, self.index.files[name])
+        self._stamps.check(path, self.index.files[name], also=_check_numbers)
         if resident is None:
             return open_file(path)
         return resident.files.setdefault(name, open_file(path, resident.arena))
@@ -179,6 +179,17 @@ class Model:
                 f"{self.path / INDEX} says {self.index.family!r} and config.json {self.config.family!r}: "
                 "pull or convert the model again"
             )
+
+
+def _check_numbers(path: Path) -> None:
+    """ModelFileError: an int8 number is -128. It has no positive twin, and instruction sets that multiply
+    magnitudes would make something else of it than others do."""
+    if path.suffix != ".safetensors":
+        return
+    file = open_file(path)
+    for name, info in file.tensors.items():
+        if info.dtype == "I8" and file.tensor(name).min(initial=0) == -128:
+            raise ModelFileError(f"{path}: tensor {name!r} holds -128: pull or convert the model again")
 
 
 def unit_file(u: int) -> str:

@@ -92,8 +92,8 @@ class Stage:
         return 0 if self._closed else self._pool.used
 
     def open(self, sequence: int, sampling: Sampling = Sampling(), context: int | None = None) -> None:
-        """Starts a sequence of at most `context` positions. ValueError: the number is taken, or context is
-        too long."""
+        """Starts a sequence of at most `context` positions. ValueError: the number is taken. ContextError:
+        context is too long."""
         if self._closed:
             raise ValueError("the stage has been closed")
         if sequence in self._sequences:
@@ -168,6 +168,7 @@ class Stage:
                 raise ValueError(
                     f"stage [{self.first}, {self.last}) needs hidden rows of shape ({n}, {width})"
                 )
+        state.length = min(state.length, run.first)  # until all has gone well
         state.kv.truncate(run.first)
         state.kv.reserve(end)
         state.tokens[run.first : end] = run.tokens

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,9 +26,11 @@ class Stamps:
         self._path = directory / STAMPS
         self._known: dict[str, list[object]] | None = None
 
-    def check(self, path: Path, entry: FileEntry, *, trust: bool = True) -> None:
-        """Compares a file with the index; hashes it unless it is known and `trust`. ModelFileError: missing,
-        truncated or altered."""
+    def check(
+        self, path: Path, entry: FileEntry, *, trust: bool = True, also: Callable[[Path], None] | None = None
+    ) -> None:
+        """Compares a file with the index; unless it is known and `trust`, hashes it and does what `also` must
+        be looked at. ModelFileError: missing, truncated or altered."""
         try:
             stat = path.stat()
         except OSError as e:
@@ -48,6 +50,8 @@ class Stamps:
             raise ModelFileError(
                 f"{path} was altered: its SHA-256 is not that of the index: pull or convert the model again"
             )
+        if also is not None:
+            also(path)
         self._remember({path.name: stamp})
 
     def trust(self, files: Mapping[str, FileEntry]) -> None:

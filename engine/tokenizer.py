@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import MissingDependencyError, ModelFileError
+from .files import read_bytes
 from .index import TOKENIZER, read_index
 from .stamps import Stamps
 
@@ -40,14 +41,17 @@ class Tokenizer:
                 f"{directory} has no tokenizer.json: its checkpoint had none, so it takes token ids only"
             )
         Stamps(directory).check(path, index.files[TOKENIZER])
-        return cls.parse(path.read_bytes(), str(path))
+        return cls.parse(read_bytes(path), str(path))
 
     @classmethod
     def parse(cls, data: bytes, where: str) -> Tokenizer:
         """A tokenizer from the bytes of tokenizer.json; `where` names them in errors."""
         library = _import_tokenizers()
         try:
-            return cls(library.Tokenizer.from_str(data.decode("utf-8")))
+            backend = library.Tokenizer.from_str(data.decode("utf-8"))
+            backend.no_truncation()  # a file may hold what its trainer had set for batches
+            backend.no_padding()
+            return cls(backend)
         except Exception as e:  # the library raises plain Exception
             raise ModelFileError(f"{where} is not a tokenizer that `tokenizers` reads: {e}") from e
 

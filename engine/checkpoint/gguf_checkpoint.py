@@ -111,14 +111,17 @@ class GgufCheckpoint:
         if isinstance(tokens, list) and isinstance(types, list):
             pairs = enumerate(zip(tokens, types, strict=False))
             ids += [i for i, (text, kind) in pairs if kind == CONTROL and text in END_OF_TURN]
-        return sorted({i for i in ids if type(i) is int})
+        listed = list(dict.fromkeys(i for i in ids if type(i) is int))
+        # Their order is part of the model's hash, and matters to templates that name "the" end token alone.
+        return listed if "eos_token" in (self.chat_template or "") else sorted(listed)
 
     def _scaling(self, head_dim: int) -> dict[str, Any] | None:
         """rope_scaling of config.json. UnsupportedModelError: a kind that is not here."""
-        kind, factor = self._value("rope.scaling.type"), self._value("rope.scaling.factor")
+        kind = self._value("rope.scaling.type") or "linear"  # the default, and in old files the only one
+        factor = self._value("rope.scaling.factor") or self._value("rope.scale_linear")
         if self._factors is not None:
             return self._stretched(self._file.tensor(self._factors), head_dim)
-        if kind in (None, "none") or (kind == "linear" and factor in (None, 0.0, 1.0)):
+        if kind == "none" or (kind == "linear" and factor in (None, 0.0, 1.0)):
             return None
         if kind == "linear":
             return {"rope_type": "linear", "factor": factor}
@@ -127,18 +130,18 @@ class GgufCheckpoint:
     def _stretched(self, factors: F32, head_dim: int) -> dict[str, Any]:
         """The rule "llama3", of which GGUF keeps only the factors: the usual constants are tried."""
         low, high, context = 1.0, 4.0, 8192
+        if type(head_dim) is not int or factors.shape != (head_dim // 2,) or not np.all(factors > 0):
+            raise ModelFileError(f"{self.path}: its rope_freqs are not {head_dim!r} / 2 positive numbers")
         factor = float(factors.max())
         theta = self._value("rope.freq_base") or 10000.0
-        if type(theta) not in (int, float) or not 0 < theta < math.inf or type(head_dim) is not int:
-            raise ModelFileError(
-                f"{self.path}: rope.freq_base {theta!r} or the head size {head_dim!r} is no number"
-            )
+        if type(theta) not in (int, float) or not 0 < theta < math.inf or not math.isfinite(factor):
+            raise ModelFileError(f"{self.path}: rope.freq_base {theta!r} or rope_freqs is no number")
         expected = np.empty(head_dim // 2)
         for j in range(head_dim // 2):
             wavelength = 2 * math.pi * theta ** (2 * j / head_dim)
             blend = min(1.0, max(0.0, (context / wavelength - low) / (high - low)))
             expected[j] = 1 / ((1 - blend) / factor + blend)
-        if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
+        if not np.allclose(factors, expected, rtol=1e-4):
             raise UnsupportedModelError(f"{self.path}: its rope_freqs follow no rule that is known here")
         return {
             "rope_type": "llama3",

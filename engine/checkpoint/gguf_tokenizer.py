@@ -137,7 +137,7 @@ class _Metadata:
 def _byte_level(metadata: _Metadata) -> dict[str, Any]:
     """BPE over bytes that are spelled as printable characters."""
     pre = metadata.values.get("tokenizer.ggml.pre", "default")
-    if pre not in PRE_TOKENIZERS:
+    if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
         raise UnsupportedModelError(
             f"{metadata.where}: its pre-tokenizer is {pre!r}; there are: {', '.join(sorted(PRE_TOKENIZERS))}"
         )

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ModelFileError, UnsupportedModelError
+from ..files import read_bytes, read_text
 from ..safetensors_file import SafetensorsFile, open_file
 from . import F32
 
@@ -50,7 +51,7 @@ class HuggingFaceCheckpoint:
     def chat_template(self) -> str | None:
         file = self.path / "chat_template.jinja"
         if file.exists():
-            return file.read_text(encoding="utf-8")
+            return read_text(file)
         settings = self.path / "tokenizer_config.json"
         template = _json_object(settings).get("chat_template") if settings.exists() else None
         if isinstance(template, list):  # several, by name
@@ -72,7 +73,7 @@ class HuggingFaceCheckpoint:
 
     def tokenizer_json(self) -> bytes | None:
         file = self.path / "tokenizer.json"
-        return file.read_bytes() if file.exists() else None
+        return read_bytes(file) if file.exists() else None
 
     def _file(self, name: str) -> SafetensorsFile:
         file = self._file_of.get(name)

@@ -39,6 +39,16 @@ def test_runs_that_do_not_fit_are_refused_and_nothing_is_lost(stage: Stage) -> N
     assert after.token == before.token
 
 
+def test_after_an_error_positions_of_the_batch_hold_nothing(tiny_int8: Model) -> None:
+    with Stage(tiny_int8, 0, len(tiny_int8.program.units), StageOptions(max_wanted=4)) as stage:
+        stage.open(0, Sampling(), 110)
+        stage.run([Run(0, 0, [1] * 101, Want.NOTHING)])
+        with pytest.raises(ValueError, match="logits of at most 4 rows"):
+            stage.run([Run(0, 5, [2] * 40, Want.LOGITS)])
+        with pytest.raises(ValueError, match="holds 5 positions"):
+            stage.run([Run(0, 100, [1], Want.TOKEN)])
+
+
 def test_a_middle_stage_needs_hidden_rows_of_its_width(tiny_int8: Model) -> None:
     with Stage(tiny_int8, 1, 3) as middle:
         middle.open(0, Sampling(), 10)

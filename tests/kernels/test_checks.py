@@ -24,7 +24,7 @@ from .harness import (
     pool,
 )
 from .test_programs import VOCAB, llama
-from .weights import ENUM, f64
+from .weights import ENUM, f32, f64
 
 BIG = 2**31 - 1
 
@@ -300,6 +300,21 @@ def test_tokens_that_are_not_in_the_vocabulary(opened, token):
     history = ffi.new("int32_t[]", [0, 0, token])
     writable(batch).history = history
     with pytest.raises(Refused, match=f"token {token} at position 2"):
+        executor.run_raw(batch)
+
+
+def test_a_history_must_fit_every_sampler():
+    p = llama("F16", max_rows=64)
+    hidden = p.buffers[0][1]
+    assert hidden < VOCAB
+    few = p.buffer(hidden, "F32", "WANTED_ROWS")
+    p.op("SAMPLE", -1, p.op("NORM", few, 0, p.weight(f32(np.ones(hidden))), f=[1e-5]))
+    executor = p.open()
+    batch, _keep = batch_of(p)
+    executor.run_raw(batch)
+    history = ffi.new("int32_t[]", [0, 0, VOCAB - 1])
+    writable(batch).history = history
+    with pytest.raises(Refused, match=f"token {VOCAB - 1} at position 2"):
         executor.run_raw(batch)
 
 

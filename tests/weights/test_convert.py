@@ -126,6 +126,18 @@ def test_bad_checkpoints_are_refused_named_and_leave_nothing(
         ),
         (good, {"model_type": None}, ModelFileError, "model_type must name the family"),
         (good, {"num_hidden_layers": 1 << 60}, ModelFileError, "num_hidden_layers must be a count"),
+        (good, {"num_hidden_layers": 1 << 20}, UnsupportedModelError, "is 1048576; up to 1024"),
+        (good, {"head_dim": 528}, UnsupportedModelError, "a multiple of 16 up to 512"),
+        (good, {"rms_norm_eps": 10**400}, ModelFileError, "rms_norm_eps must be a positive number"),
+        (good, {"rope_parameters": {"rope_theta": None}}, ModelFileError, "rope_theta must be a positive"),
+        (good, {"rope_parameters": {"rope_theta": -5.0}}, ModelFileError, "rope_theta must be a positive"),
+        (good, {"rope_parameters": {"rope_theta": 0.5}}, UnsupportedModelError, "angles above 1 a position"),
+        (
+            good,
+            {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 0.5}},
+            UnsupportedModelError,
+            "angles above 1 a position",
+        ),
         (good, {"attention_bias": True}, UnsupportedModelError, "biases are not supported"),
     ]
     for values, changes, kind, message in cases:
@@ -138,6 +150,18 @@ def test_bad_checkpoints_are_refused_named_and_leave_nothing(
         assert main(["convert", str(checkpoint_dir), str(out)]) == kind.exit_code
         assert str(error.value) in capsys.readouterr().err
         assert not out.exists() and not list(checkpoint_dir.glob(".out*"))
+
+
+def test_text_files_that_cannot_be_read_are_named(checkpoint_dir: Path) -> None:
+    template = checkpoint_dir / "chat_template.jinja"
+    template.write_bytes(b"\xff")
+    with pytest.raises(ModelFileError, match=r"chat_template\.jinja is no UTF-8"):
+        convert(checkpoint_dir, checkpoint_dir / "out")
+    template.unlink()
+    (checkpoint_dir / "tokenizer.json").unlink(missing_ok=True)
+    (checkpoint_dir / "tokenizer.json").mkdir()
+    with pytest.raises(ModelFileError, match=r"tokenizer\.json cannot be read"):
+        convert(checkpoint_dir, checkpoint_dir / "out")
 
 
 def test_damaged_files_of_a_checkpoint_are_named(checkpoint_dir: Path) -> None:

@@ -108,6 +108,14 @@ def test_a_type_that_cannot_be_dequantised_is_named(tmp_path: Path, kind: str) -
 def test_rope_scaling(tmp_path: Path) -> None:
     path = write_tiny(tmp_path / "a.gguf", rope__scaling__type="linear", rope__scaling__factor=4.0)
     assert open_checkpoint(path).config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    for name, values in {
+        "no type": {"rope__scaling__factor": 4.0},
+        "an old key": {"rope__scale_linear": 4.0},
+    }.items():
+        path = write_tiny(tmp_path / f"{name}.gguf", **values)  # type: ignore[arg-type]
+        assert open_checkpoint(path).config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    path = write_tiny(tmp_path / "none.gguf", rope__scaling__type="none", rope__scaling__factor=4.0)
+    assert open_checkpoint(path).config["rope_scaling"] is None
     path = write_tiny(tmp_path / "b.gguf", rope__scaling__type="yarn")
     with pytest.raises(UnsupportedModelError, match="rope scaling 'yarn' is not supported"):
         _ = open_checkpoint(path).config

@@ -55,6 +55,8 @@ GOOD = entry("F32", [2, 2], 0, 16)
         ({"a": {**GOOD, "shape": [1] * 100}}, b"x" * 16, "not a list of counts"),
         ({"a": entry("F32", [1 << 40, 1 << 40], 0, 16)}, b"x" * 16, "impossible shape"),
         ({"a": entry("U8", [1 << 32, 1 << 32], 0, 0)}, b"", "impossible shape"),
+        ({"a": entry("F32", [0, 1 << 62], 0, 0)}, b"", "impossible shape"),
+        ({"a": entry("F32", [0, 1 << 40, 1 << 40], 0, 0)}, b"", "impossible shape"),
         ({"a": entry("F32", [3], 0, 16)}, b"x" * 16, "needs 12 bytes for F32"),
         ({"a": entry("F32", [4], 16, 0)}, b"x" * 16, "not two ascending counts"),
         ({"a": {**GOOD, "data_offsets": [0, 16, 32]}}, b"x" * 16, "not two ascending counts"),

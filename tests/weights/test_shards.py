@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.weights.conftest import TINY
 
 from shoal.cli import main
 from shoal.engine import stamps
+from shoal.engine.convert import convert
 from shoal.engine.errors import ModelFileError, UnsupportedModelError
 from shoal.engine.index import FileEntry, read_index
 from shoal.engine.quant import unpack
@@ -187,6 +189,23 @@ def test_a_file_with_the_right_hash_must_still_fit_the_program(model_dir: Path) 
         with pytest.raises(ModelFileError, match=message) as error:
             Model.open(model_dir).unit_weights(1)
         assert str(model_dir / UNIT) in str(error.value)
+
+
+def test_a_number_without_a_positive_twin_is_refused_each_time(tmp_path: Path) -> None:
+    model_dir = tmp_path / "model"
+    convert(TINY, model_dir)
+    good = open_file(model_dir / UNIT)
+    infos = {name: TensorInfo(name, t.dtype, t.shape) for name, t in good.tensors.items() if name[0] != "_"}
+    arrays = {name: np.array(good.tensor(name)) for name in infos}
+    name = next(name for name, info in infos.items() if info.dtype == "I8")
+    arrays[name].flat[5] = -128
+    write(model_dir / UNIT, list(infos.values()), list(arrays.values()))
+    register(model_dir, UNIT)
+    for _ in range(2):
+        with pytest.raises(ModelFileError, match=f"tensor '{name}' holds -128"):
+            Model.open(model_dir).unit_weights(1)
+    with pytest.raises(ModelFileError, match="holds -128"):
+        list(Model.open(model_dir).verify())
 
 
 def test_index_and_configuration_must_agree(model_dir: Path) -> None:

@@ -160,6 +160,17 @@ def test_special_tokens_and_begin_and_end() -> None:
     assert with_bos.encode("the")[0] == 1  # sentencepiece files that do not say otherwise begin so
 
 
+def test_what_a_file_says_of_batches_is_not_obeyed() -> None:
+    import tokenizers
+
+    data = tokenizer_json({f"tokenizer.ggml.{k}": v for k, v in byte_level().items()}, "x")
+    assert data is not None
+    backend = tokenizers.Tokenizer.from_str(data.decode())
+    backend.enable_truncation(2)
+    backend.enable_padding(length=8)
+    assert len(Tokenizer.parse(backend.to_str().encode(), "x").encode("abcde")) == 5
+
+
 @pytest.mark.parametrize(
     ("values", "kind", "message"),
     [
@@ -170,6 +181,7 @@ def test_special_tokens_and_begin_and_end() -> None:
         ),
         ({"pre": "mystery"}, UnsupportedModelError, "pre-tokenizer is 'mystery'; there are: .*smollm.*"),
         ({"pre": 7}, UnsupportedModelError, "pre-tokenizer is 7; there are"),
+        ({"pre": ["a"]}, UnsupportedModelError, r"pre-tokenizer is \['a'\]; there are"),
         ({"tokens": None}, ModelFileError, "tokens is missing"),
         ({"tokens": [1, 2]}, ModelFileError, "tokens must be a list of str"),
         ({"tokens": ["a", "a"], "token_type": [1, 1]}, ModelFileError, "a token stands twice"),

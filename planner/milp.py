@@ -13,6 +13,7 @@ PuLP is imported when a problem is solved, not before: phones plan without it.
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib import metadata
 from typing import Any
 
 from .dp import Chain
@@ -22,6 +23,7 @@ from .tables import INF, TimeTables
 
 SCALE = 1000.0  # the objective's size in the solver's units, far above its absolute tolerances of 1e-6
 BOUNDARY = 1  # any cut stands for all: layers_alike
+TALKATIVE = ("1.16.0",)  # versions of HiGHS that print a banner, into an answer that goes down a pipe
 
 
 class SolverMissing(ImportError):
@@ -58,6 +60,8 @@ def load_solver(only: str | None = None) -> Solver:
         return lambda limit: pulp.COIN_CMD(msg=False, gapRel=0.0, gapAbs=0.0, timeLimit=limit, path=path)
 
     choices = {"highs": ("HiGHS", highs), "cbc": ("CBC", coin(None))}
+    if _version("highspy") in TALKATIVE:
+        del choices["highs"]
     # PULP_CBC_CMD itself warns that it goes away in PuLP 4; the path of its program does not.
     bundled = getattr(getattr(pulp, "PULP_CBC_CMD", None), "pulp_cbc_path", None)
     if bundled:
@@ -66,7 +70,16 @@ def load_solver(only: str | None = None) -> Solver:
         if only in (None, key) and _runs(pulp, make):
             return Solver(pulp, name, make)
     what = "no solver that runs here" if only is None else f"no {only} that runs here"
-    raise SolverMissing(f"PuLP finds {what}: pip install highspy (Termux: pkg install coinor-cbc)")
+    raise SolverMissing(
+        f"PuLP finds {what}: pip install 'highspy!={TALKATIVE[0]}' (Termux: pkg install coinor-cbc)"
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _runs(pulp: Any, make: Any) -> bool:

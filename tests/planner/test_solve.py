@@ -227,6 +227,12 @@ def test_a_solver_that_does_not_run_is_passed_over(monkeypatch: pytest.MonkeyPat
     )
 
 
+def test_a_highs_that_prints_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(milp.metadata, "version", lambda package: milp.TALKATIVE[0])
+    with pytest.raises(milp.SolverMissing, match=r"no highs that runs here: pip install 'highspy!="):
+        milp.load_solver("highs")
+
+
 def test_a_milp_without_an_answer_leaves_the_dp_plan_unproved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(milp, "best_chain", lambda *args, **options: (None, True))
     found = planned(MODEL, cluster(FAST, SLOW), LOAD)

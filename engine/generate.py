@@ -5,19 +5,25 @@ from __future__ import annotations
 from collections.abc import Collection, Generator, Iterator, Sequence
 
 from .batch import Run, Sampling, Want
-from .errors import ContextError
+from .errors import ContextError, UnsupportedModelError
 from .stage import Stage
 from .tokenizer import Detokenizer, StopBuffer, Tokenizer
 
 
-def check_prompt(prompt: Sequence[int], context: int) -> None:
-    """ContextError: an empty prompt, or one that leaves no position for an answer."""
+def check_prompt(prompt: Sequence[int], context: int, vocab: int | None = None) -> None:
+    """ContextError: an empty prompt, or one that leaves no position for an answer. UnsupportedModelError: a
+    token that is none of `vocab`, which happens where a tokenizer was given more than the model."""
     if not prompt:
         raise ContextError("the prompt is empty")
     if len(prompt) >= context:
         raise ContextError(
             f"the prompt has {len(prompt)} tokens and the context holds {context}, the answer included: "
             "shorten the prompt, or raise --context if the model allows"
+        )
+    if vocab is not None and max(prompt) >= vocab:
+        raise UnsupportedModelError(
+            f"the prompt has the token {max(prompt)} and the model knows {vocab}: its tokenizer.json has "
+            "more than its embedding; ask without them, or fetch a checkpoint whose parts belong together"
         )
 
 

@@ -30,8 +30,22 @@ class HuggingFaceCheckpoint:
         if generation.exists():
             eos = _json_object(generation).get("eos_token_id")
             self.config["eos_token_id"] = _joined(self.config.get("eos_token_id"), eos)
+        if "eos_token" in (self.chat_template or ""):  # the template's is the first of them
+            self.config["eos_token_id"] = _joined(self._eos_token(), self.config.get("eos_token_id"))
         self._file_of = _weight_map(path)
         self._open: dict[str, SafetensorsFile] = {}
+
+    def _eos_token(self) -> int | None:
+        """The id of the end token that tokenizer_config.json names."""
+        settings, tokenizer = self.path / "tokenizer_config.json", self.path / "tokenizer.json"
+        if not (settings.exists() and tokenizer.exists()):
+            return None
+        text = _json_object(settings).get("eos_token")
+        text = text.get("content") if isinstance(text, dict) else text
+        added = _json_object(tokenizer).get("added_tokens")
+        tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+        ids = [token.get("id") for token in tokens if token.get("content") == text]
+        return ids[0] if ids and type(ids[0]) is int else None
 
     @cached_property
     def names(self) -> frozenset[str]:

@@ -33,6 +33,8 @@ class Settings:
     max_tokens: int | None = None
     end: Collection[int] = ()
     stops: Sequence[str] = ()
+    vocab: int | None = None
+    """Tokens that the model knows, if prompts are to be checked for others."""
 
 
 @dataclass(slots=True)
@@ -108,8 +110,9 @@ async def answer(
     settings: Settings,
     show: Callable[[str], None] = lambda text: None,
 ) -> Answer:
-    """The answer to a prompt; `show` gets the text piece by piece. ContextError: the prompt does not fit."""
-    check_prompt(prompt, settings.context)
+    """The answer to a prompt; `show` gets the text piece by piece. ContextError, UnsupportedModelError: see
+    check_prompt."""
+    check_prompt(prompt, settings.context, settings.vocab)
     stream, made = TextStream(tokenizer, settings.stops), Answer(len(prompt))
     room = settings.context - len(prompt)
     max_tokens = room if settings.max_tokens is None else settings.max_tokens

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from shoal.engine.batch import Run, Sampling, Want
-from shoal.engine.errors import ContextError, MissingDependencyError, ShoalError
+from shoal.engine.errors import ContextError, MissingDependencyError, ShoalError, UnsupportedModelError
 from shoal.engine.generate import check_prompt, generate
 from shoal.engine.shards import Model
 from shoal.engine.stage import Stage, StageOptions
@@ -88,6 +88,9 @@ def test_generation_stops_where_it_should(stage: Stage) -> None:
         list(generate(stage, [1] * 8, context=8))
     with pytest.raises(ContextError, match="empty"):
         check_prompt([], 8)
+    check_prompt([1, 7], 8, 8)
+    with pytest.raises(UnsupportedModelError, match="the token 8 and the model knows 8"):
+        check_prompt([1, 8], 8, 8)
     seeded = Sampling(temperature=0.8, top_k=40, top_p=0.95, seed=11)
     drawn = list(generate(stage, [1, 2, 3], seeded, max_tokens=20))
     assert drawn == list(generate(stage, [1, 2, 3], seeded, max_tokens=20))

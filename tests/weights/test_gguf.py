@@ -15,6 +15,7 @@ from tests.weights.gguf_files import header, pair, tensor, text, write_tiny
 
 from shoal.cli import main
 from shoal.engine.checkpoint import open_checkpoint
+from shoal.engine.checkpoint.gguf_checkpoint import GgufCheckpoint
 from shoal.engine.checkpoint.gguf_file import GgufFile
 from shoal.engine.config import parse_config
 from shoal.engine.convert import convert
@@ -103,6 +104,14 @@ def test_a_type_that_cannot_be_dequantised_is_named(tmp_path: Path, kind: str) -
     file = GgufFile(tmp_path / "x.gguf")
     with pytest.raises(UnsupportedModelError, match=f"ffn_up.weight' is {kind}, .* fetch the model as F16"):
         file.tensor("blk.0.ffn_up.weight")
+
+
+def test_a_template_gets_the_end_token_that_the_metadata_name(tmp_path: Path) -> None:
+    tokens = {"tokens": ["<|endoftext|>", "a", "<|im_end|>"], "token_type": [3, 1, 3]}
+    for template, ids in (("{{ messages }}", [0, 2]), ("{{ messages }}{{ eos_token }}", [2, 0])):
+        checkpoint = GgufCheckpoint(write_tiny(tmp_path / "x.gguf", tokenizer=tokens))
+        checkpoint._file.values["tokenizer.chat_template"] = template
+        assert checkpoint.config["eos_token_id"] == ids
 
 
 def test_rope_scaling(tmp_path: Path) -> None:

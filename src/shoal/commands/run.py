@@ -95,7 +95,8 @@ def settings_of(args: argparse.Namespace, model: Model) -> Settings:
     context = model.config.context if args.context is None else args.context
     if context > model.config.context:
         raise ContextError(f"--context {context} is more than the model's {model.config.context} tokens")
-    return Settings(context, sampling, args.max_tokens, model.config.eos, tuple(args.stop))
+    stops, vocab = tuple(args.stop), model.config.vocab
+    return Settings(context, sampling, args.max_tokens, model.config.eos, stops, vocab)
 
 
 @asynccontextmanager

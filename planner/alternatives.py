@@ -2,6 +2,7 @@
 search proves its plan, for finding a better one."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from . import dp, orders
 from .dp import Chain
@@ -30,7 +31,7 @@ def with_it(j: int, chain: Chain) -> Search:
         chains = []
         for at in range(len(used) + 1):
             order = [*used[:at], j, *used[at:]]
-            found = dp.best_chain(tables, goal, lambda t, o=order, at=at: dp.cheapest(t, o, at))  # type: ignore[misc]
+            found = dp.best_chain(tables, goal, partial(dp.cheapest, order=order, must=at))
             chains += [found] if found is not None else []
         return min(chains, key=lambda found: dp.value(tables, goal, found), default=None)
 

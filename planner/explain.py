@@ -52,7 +52,7 @@ def give_reasons(
 
 def _instead(plan: Plan, judge: Judge, cases: Sequence[Case], search: Search) -> str | None:
     """What the best chain that a search finds would give, and what the plan gives, prices aside; None when it
-    finds none. Where several streams share calls no plan is proved, and this search may find a better."""
+    finds none. Where no plan is proved, this search may find a better."""
     best, price = math.inf, 0.0
     for tables, goal in cases:
         chain = search(tables, goal)
@@ -65,7 +65,7 @@ def _instead(plan: Plan, judge: Judge, cases: Sequence[Case], search: Search) ->
     text = f"{cost.per_second(best):.2f} tokens/s instead of {plan.tokens_per_s:.2f}"
     if plan.optimal or price > 0 or cost.per_second(best) <= plan.tokens_per_s * NOTABLE:
         return text
-    return f"{text}: more, which the search for several streams did not see"
+    return f"{text}: more, which the search did not see"
 
 
 def _why_in(plan: Plan, judge: Judge, cases: Sequence[Case], j: int, devices: Sequence[int]) -> str:

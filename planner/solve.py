@@ -1,12 +1,12 @@
 """plan(): one question in, one answer out. Picks the method, evaluates what it found, and says why in
 words."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Literal
 
 from . import cost, dp, milp, orders
-from .alternatives import Case, with_it, without
+from .alternatives import Case, Search, with_it, without
 from .constraints import Constraints, Running
 from .evaluate import evaluate
 from .explain import give_reasons, say_lack
@@ -179,16 +179,21 @@ def _by_milp(
 def _other_devices(best: Found, judge: Judge, cases: Sequence[Case], devices: Sequence[int]) -> Found:
     """As long as it gives more: does without a device, or lets one more in. By following the streams, which
     the searches cannot."""
+
+    def found(searches: Iterable[Search]) -> list[Found]:
+        chains = [(tables, goal, search(tables, goal)) for search in searches for tables, goal in cases]
+        return [
+            replace(best, tables=tables, goal=goal, chain=chain, value=judge.value(tables, goal, chain))
+            for tables, goal, chain in chains
+            if chain is not None
+        ]
+
+    fewer: dict[int, list[Found]] = {}  # without each device: no matter what else is used
     while True:
         used = {j for j, _, _ in best.chain.stages}
-        others = []
-        for j in devices:
-            search = without(j, devices) if j in used else with_it(j, best.chain)
-            for tables, goal in cases:
-                chain = search(tables, goal)
-                if chain is not None:
-                    value = judge.value(tables, goal, chain)
-                    others.append(replace(best, tables=tables, goal=goal, chain=chain, value=value))
+        fewer |= {j: found([without(j, devices)]) for j in used - fewer.keys()}
+        others = [one for j in used for one in fewer[j]]
+        others += found(with_it(j, best.chain) for j in devices if j not in used)
         other = min(others, key=lambda one: one.value, default=best)
         if other.value >= best.value * BETTER:
             return best

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from bench import turns
 
+from shoal.engine.batch import Result, Run
 from shoal.engine.convert import convert
 from shoal.engine.shards import Model
 from shoal.engine.stage import Stage, StageOptions
@@ -27,7 +29,7 @@ def test_every_case_steps_at_its_depth(tiny: Path, monkeypatch: pytest.MonkeyPat
     with Stage(model, 0, model.n_units, StageOptions(backend="numpy")) as stage:
         run = stage.run
 
-        def watched(batch):  # type: ignore[no-untyped-def]
+        def watched(batch: Sequence[Run]) -> list[Result]:
             seen.append((batch[0].first, len(batch)))
             return run(batch)
 

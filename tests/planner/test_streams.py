@@ -124,6 +124,5 @@ def test_no_plan_for_several_streams_is_worse_than_its_own_reasons() -> None:
         answer = plan(*problem(seed, 5, 16, 4), "throughput", method="dp")
         if not isinstance(answer, Infeasible):
             reasons += [reason.text for reason in answer.reasons]
-    figures = [text.split()[-4:] for text in reasons if text.endswith(f"instead of {text.split()[-1]}")]
-    assert len(figures) >= 30
+    assert sum("tokens/s instead of" in text for text in reasons) >= 30
     assert not [text for text in reasons if "did not see" in text]

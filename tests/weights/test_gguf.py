@@ -117,11 +117,10 @@ def test_a_template_gets_the_end_token_that_the_metadata_name(tmp_path: Path) ->
 def test_rope_scaling(tmp_path: Path) -> None:
     path = write_tiny(tmp_path / "a.gguf", rope__scaling__type="linear", rope__scaling__factor=4.0)
     assert open_checkpoint(path).config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
-    for name, values in {
-        "no type": {"rope__scaling__factor": 4.0},
-        "an old key": {"rope__scale_linear": 4.0},
-    }.items():
-        path = write_tiny(tmp_path / f"{name}.gguf", **values)  # type: ignore[arg-type]
+    for path in (
+        write_tiny(tmp_path / "no-type.gguf", rope__scaling__factor=4.0),
+        write_tiny(tmp_path / "old-key.gguf", rope__scale_linear=4.0),
+    ):
         assert open_checkpoint(path).config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
     path = write_tiny(tmp_path / "none.gguf", rope__scaling__type="none", rope__scaling__factor=4.0)
     assert open_checkpoint(path).config["rope_scaling"] is None

@@ -3,7 +3,9 @@ runs.
 
 One row gives bytes/s (decode reads every weight once), several row counts give MAC/s, a filled state gives
 what attention adds, a stage that only looks up an embedding gives what a step costs before any layer, and a
-nap before each step what it costs after one: clocks fall, caches empty, threads sleep."""
+nap before each step what it costs after one: clocks fall, caches empty, threads sleep. The embedding is looked
+up right after steps that read many weights: in a chain, too, code and tables have left the caches by then (at
+once again, such a step takes a quarter of the time, and a stage of few layers would be promised too quick)."""
 
 from __future__ import annotations
 
@@ -84,10 +86,11 @@ def measure(
     first, count = _layers(model, room)
     few = min(_FEW, count)
     share = seconds / (len(READING_ROWS) + len(COMPUTING_ROWS) + 8)
-    with Stage(model, 0, 1, replace(options, resident=False)) as none:  # one row of a table: never all of it
-        overhead = _step_seconds(none, 1, 2 * share, watch)
-    with Stage(model, first, first + count, options) as many:
-        reading, idle = _reading(many, (len(READING_ROWS) + 4) * share, watch)
+    with (
+        Stage(model, 0, 1, replace(options, resident=False)) as none,  # one row of a table: never all of it
+        Stage(model, first, first + count, options) as many,
+    ):
+        reading, overhead, idle = _reading(many, none, (len(READING_ROWS) + 6) * share, watch)
         backend, exact = many.backend, many.exact
     with Stage(model, first, first + few, options) as small:
         computing = _by_rows(small, COMPUTING_ROWS, len(COMPUTING_ROWS) * share, watch)
@@ -127,7 +130,8 @@ def best_threads(
     best, threads = 1, 1
     while threads <= most:
         with Stage(model, first, first + count, replace(options, threads=threads)) as stage:
-            found[threads] = _read_bytes(model, first, count) / _step_seconds(stage, 1, seconds)
+            (step,), _ = _rounds([(stage, 1, 0)], seconds, stopwatch)
+            found[threads] = _read_bytes(model, first, count) / step
         if found[threads] > found[best] * SAME:
             best = threads
         threads = most if threads < most < 2 * threads else 2 * threads
@@ -184,15 +188,15 @@ class _Steps:
 
 
 def _rounds(
-    stage: Stage, cases: Sequence[tuple[int, int]], seconds: float, watch: Watch, nap: float | None = None
+    cases: Sequence[tuple[Stage, int, int]], seconds: float, watch: Watch, nap: float | None = None
 ) -> tuple[list[float], float]:
-    """Median times of steps of so many (rows, depth), taken in turn for about `seconds` and at least 5 times,
-    so that what changes meanwhile (heat, neighbours) is in all of them alike; and the median of what the
-    first case takes more after a nap than right after another step."""
+    """Median times of steps of such (stage, rows, depth), taken in turn for about `seconds` and at least 5
+    times, so that what changes meanwhile (heat, neighbours) is in all of them alike; and the median of what
+    the first case takes more after a nap than right after another step."""
     with ExitStack() as stack:
         steps = [
             stack.enter_context(_Steps(stage, rows, watch, depth, sequence))
-            for sequence, (rows, depth) in enumerate(cases)
+            for sequence, (stage, rows, depth) in enumerate(cases)
         ]
         times: list[list[float]] = []
         more: list[float] = []
@@ -205,23 +209,19 @@ def _rounds(
     return [statistics.median(each) for each in zip(*times, strict=True)], statistics.median(more or [0.0])
 
 
-def _step_seconds(stage: Stage, rows: int, seconds: float, watch: Watch = stopwatch) -> float:
-    """Median time of a step of `rows` rows."""
-    return _rounds(stage, [(rows, 0)], seconds, watch)[0][0]
-
-
 def _by_rows(stage: Stage, counts: Sequence[int], seconds: float, watch: Watch) -> dict[int, float]:
     """Median time of a step of each of these row counts that the stage takes."""
     allowed = [rows for rows in counts if _allowed(stage, rows)]
-    times, _ = _rounds(stage, [(rows, 0) for rows in allowed], seconds, watch) if allowed else ([], 0.0)
+    times, _ = _rounds([(stage, rows, 0) for rows in allowed], seconds, watch) if allowed else ([], 0.0)
     return dict(zip(allowed, times, strict=True))
 
 
-def _reading(stage: Stage, seconds: float, watch: Watch) -> tuple[dict[int, float], float]:
-    """The same for READING_ROWS, and what one row takes more after a nap."""
+def _reading(stage: Stage, none: Stage, seconds: float, watch: Watch) -> tuple[dict[int, float], float, float]:
+    """The same for READING_ROWS; a step of `none` after those; and what one row takes more after a nap."""
     allowed = [rows for rows in READING_ROWS if _allowed(stage, rows)]
-    times, more = _rounds(stage, [(rows, 0) for rows in allowed], seconds, watch, NAP_SECONDS)
-    return dict(zip(allowed, times, strict=True)), max(0.0, more)
+    cases = [*((stage, rows, 0) for rows in allowed), (none, 1, 0)]
+    (*times, overhead), more = _rounds(cases, seconds, watch, NAP_SECONDS)
+    return dict(zip(allowed, times, strict=True)), overhead, max(0.0, more)
 
 
 def _attend_rates(stage: Stage, seconds: float, watch: Watch) -> tuple[float, float]:
@@ -232,7 +232,7 @@ def _attend_rates(stage: Stage, seconds: float, watch: Watch) -> tuple[float, fl
     macs = sum(unit_cost(stage.model, u).attend_macs for u in range(stage.first, stage.last))
     found = []
     for count in (1, rows):
-        (full, empty), _ = _rounds(stage, [(count, depth), (count, 0)], 2 * seconds, watch)
+        (full, empty), _ = _rounds([(stage, count, depth), (stage, count, 0)], 2 * seconds, watch)
         more = full - empty
         found.append(macs * count * depth / more if more > 0 else 0.0)
     return found[0], found[1]

@@ -29,7 +29,7 @@ BASE_BYTES = 60 * MB
 def planner_model(model: Model, options: StageOptions) -> planner.Model:
     """The planner's view of a model: one row per unit."""
     units = []
-    shared = workspace_bytes(model, options) + constant_bytes(model.program)
+    constants = constant_bytes(model.program)
     for u in range(len(model.program.units)):
         cost = unit_cost(model, u)
         units.append(
@@ -41,17 +41,21 @@ def planner_model(model: Model, options: StageOptions) -> planner.Model:
                 kv_bytes_per_token=cost.kv_bytes_per_token,
                 fixed_state_bytes=cost.fixed_state_bytes,
                 cut_bytes=cost.cut_bytes,
-                workspace_bytes=shared,
+                workspace_bytes=workspace_bytes(model, options, u + 1) + constants,
                 attend_macs=cost.attend_macs,
             )
         )
     return planner.Model(tuple(units), tied_bytes(model), PAGE)
 
 
-def workspace_bytes(model: Model, options: StageOptions) -> int:
-    """Activations of the largest batch, all buffers at once: what a stage needs at most."""
+def workspace_bytes(model: Model, options: StageOptions, last: int) -> int:
+    """Activations of the largest batch in a stage whose units end before `last`: all buffers at once, which
+    is more than a stage takes at a time and leaves room for messages. An embedding alone holds nothing but
+    the rows that it hands on, and these once more in a message."""
+    program = model.program
     rows = {"rows": options.max_rows, "wanted": min(options.max_rows, options.max_wanted)}
-    return sum(_row_bytes(buffer) * rows[buffer.domain] for buffer in model.program.buffers)
+    buffers = program.buffers if last > 1 else 2 * tuple(program.buffer(name) for name in program.cut)
+    return sum(_row_bytes(buffer) * rows[buffer.domain] for buffer in buffers)
 
 
 def _row_bytes(buffer: Buffer) -> int:

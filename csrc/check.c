@@ -9,8 +9,7 @@ enum {
   MAX_TABLE = 1 << 16,
   MAX_ROWS = 1 << 16,
   MAX_COLS = 1 << 24,
-  MAX_MATRIX_ROWS = 1 << 28,
-  MAX_HEAD_DIM = 512
+  MAX_MATRIX_ROWS = 1 << 28
 };
 
 /* Where a check writes and what it is about. */
@@ -111,8 +110,8 @@ static int32_t check_states(const checker *c) {
     const shoal_state *s = &c->p->states[i];
     if (s->type != SHOAL_F32 && s->type != SHOAL_F16 && s->type != SHOAL_Q8)
       REFUSE(c, "state %d: type %d is not f32, f16 or q8", i, s->type);
-    if (s->head_dim < 1 || s->head_dim > MAX_HEAD_DIM || s->head_dim % SHOAL_LANES)
-      REFUSE(c, "state %d: head_dim %d is no multiple of 16 in [16, %d]", i, s->head_dim, MAX_HEAD_DIM);
+    if (s->head_dim < 1 || s->head_dim > SHOAL_MAX_HEAD_DIM || s->head_dim % SHOAL_LANES)
+      REFUSE(c, "state %d: head_dim %d is no multiple of 16 in [16, %d]", i, s->head_dim, SHOAL_MAX_HEAD_DIM);
     if (s->kv_heads < 1 || s->kv_heads > MAX_COLS / s->head_dim) REFUSE(c, "state %d: %d kv heads", i, s->kv_heads);
   }
   return SHOAL_OK;

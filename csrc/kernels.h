@@ -11,7 +11,8 @@ enum shoal_layout {
   SHOAL_LANES = 16,   /* lanes of every float reduction */
   SHOAL_PAGE = 64,    /* positions in a page of keys and values */
   SHOAL_BLOCK = 256,  /* positions in one block of the softmax */
-  SHOAL_MAX_PARTS = 4 /* weights that one matmul joins into one output */
+  SHOAL_MAX_PARTS = 4, /* weights that one matmul joins into one output */
+  SHOAL_MAX_HEAD_DIM = 512 /* columns of an attention head */
 };
 
 enum shoal_status {

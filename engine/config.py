@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ModelFileError, UnsupportedModelError
+from .layout import MAX_HEAD_DIM
 
-_MAX_HEAD_DIM = 512  # of csrc/check.c
 _MAX_LAYERS = 1024  # csrc/check.c has room for some more; a program of millions would fill the memory
 _MAX_NUMBER = 1e30
-_MAX_COUNT = (
-    1 << 24
-)  # no honest dimension, layer count or vocabulary is larger; products of two fit in 64 bits
+_MAX_COUNT = 1 << 24  # no honest dimension or vocabulary is larger; products of two fit in 64 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +80,10 @@ def parse_config(values: dict[str, Any], where: str) -> Config:
         raise ModelFileError(
             f"{where}: {heads} attention heads cannot share {kv_heads} key-value heads evenly"
         )
-    if head_dim % 16 or head_dim > _MAX_HEAD_DIM:
+    if head_dim % 16 or head_dim > MAX_HEAD_DIM:
         raise UnsupportedModelError(
             f"{where}: head_dim is {head_dim}; the attention kernels need a multiple of 16 "
-            f"up to {_MAX_HEAD_DIM}"
+            f"up to {MAX_HEAD_DIM}"
         )
     layers = count("num_hidden_layers")
     if layers > _MAX_LAYERS:

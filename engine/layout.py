@@ -18,6 +18,7 @@ GROUP = _LAYOUT["SHOAL_GROUP"]
 LANES = _LAYOUT["SHOAL_LANES"]
 PAGE = _LAYOUT["SHOAL_PAGE"]
 BLOCK = _LAYOUT["SHOAL_BLOCK"]
+MAX_HEAD_DIM = _LAYOUT["SHOAL_MAX_HEAD_DIM"]
 
 
 def round_up(n: int, multiple: int) -> int:

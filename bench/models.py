@@ -30,7 +30,7 @@ from shoal.engine.convert import convert
 from shoal.engine.index import INDEX
 from shoal.engine.safetensors_file import TensorInfo, write
 from shoal.progress import Progress
-from shoal.store import cache_directory, locked
+from shoal.store import cache_directory, locked, resolve
 
 SEED = 20260
 _DEVIATION = 0.02  # of the weights, as models are initialised
@@ -98,6 +98,12 @@ def model(name: str, dtype: str = "int8") -> Path:
             with Progress(f"converting {name} to {dtype}", unit="units") as bar:
                 convert(source, target, dtype=dtype, origin=f"bench:{name}", progress=bar.update)
     return target
+
+
+def model_path(name: str) -> Path:
+    """A model directory by its name, or by SHAPE/TYPE one of these shapes, which is made if need be."""
+    shape, _, dtype = name.partition("/")
+    return model(shape, dtype) if shape in SHAPES else resolve(name)
 
 
 def _directory(name: str) -> Path:

@@ -22,7 +22,7 @@ from shoal.engine.shards import Model
 from shoal.engine.stage import Stage, StageOptions
 from shoal.text_table import table
 
-from .lab.validate import model_path
+from .models import model_path
 
 STEPS, WARM = 16, 2  # of a turn; the first ones find the caches as another case left them
 Case = tuple[int, int]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import trio
+from bench.models import model_path
 
 from shoal import planner
 from shoal.distributed import head_identity, survey_cluster
@@ -34,7 +35,6 @@ from shoal.processes import bare_node_bytes
 from .lab import Lab, LabNode
 from .results import Results
 from .spec import DeviceSpec, LabSpec, LinkSpec
-from .validate import model_path
 
 MODELS = {
     "smollm2-135m": ((1, 4), (272, 768)),

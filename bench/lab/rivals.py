@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import trio
+from bench.models import model_path
 from bench.planner_lingualinked import stages as lingualinked
 
 from shoal import planner
@@ -39,7 +40,7 @@ from .lab import Lab
 from .results import Results
 from .runs import measure, tokens_for
 from .spec import LabSpec, read_spec
-from .validate import CONTEXT, MEASURE_SECONDS, cluster_json, cluster_of_json, load, model_path
+from .validate import CONTEXT, MEASURE_SECONDS, cluster_json, cluster_of_json, load
 
 BEST = 5
 RIVAL_ROUNDS = 2
@@ -131,9 +132,8 @@ def study(
                 return False
             stages = [planner.Stage(*edge) for edge in edges]
             predicted = planner.evaluate(rows, cluster, workload, stages, objective).tokens_per_s
-            (run,) = trio.run(
-                measure, lab, model, stages, streams, 1, tokens_for(predicted, streams, CONTEXT)
-            )
+            tokens = tokens_for(predicted, streams, CONTEXT)
+            (run,) = trio.run(measure, lab, model, stages, streams, 1, tokens).runs
             record["runs"][name].append({**run.to_json(), "predicted": predicted})
             results.put(key, record)
     return True

@@ -3,9 +3,9 @@ runs.
 
 One row gives bytes/s (decode reads every weight once), several row counts give MAC/s, a filled state gives
 what attention adds, a stage that only looks up an embedding gives what a step costs before any layer, and a
-nap before each step what it costs after one: clocks fall, caches empty, threads sleep. The embedding is looked
-up right after steps that read many weights: in a chain, too, code and tables have left the caches by then (at
-once again, such a step takes a quarter of the time, and a stage of few layers would be promised too quick)."""
+nap before each step what it costs after one: clocks fall, caches empty, threads sleep. The embedding is
+looked up right after steps that read many weights: in a chain, too, code and tables have left the caches by
+then (at once again such a step takes a quarter of the time, and few layers would be promised too quick)."""
 
 from __future__ import annotations
 
@@ -216,7 +216,9 @@ def _by_rows(stage: Stage, counts: Sequence[int], seconds: float, watch: Watch) 
     return dict(zip(allowed, times, strict=True))
 
 
-def _reading(stage: Stage, none: Stage, seconds: float, watch: Watch) -> tuple[dict[int, float], float, float]:
+def _reading(
+    stage: Stage, none: Stage, seconds: float, watch: Watch
+) -> tuple[dict[int, float], float, float]:
     """The same for READING_ROWS; a step of `none` after those; and what one row takes more after a nap."""
     allowed = [rows for rows in READING_ROWS if _allowed(stage, rows)]
     cases = [*((stage, rows, 0) for rows in allowed), (none, 1, 0)]

@@ -15,25 +15,28 @@ MILP is really solved, so that a phone can plan with the standard library alone.
     solve     plan(): picks the method
     streams   how several streams gather in shared calls, and what a token then takes
     judge     which chain is best in the end
-    evaluate  the figures of given stages; copies says which layers spare RAM can hold twice
+    evaluation  the figures of given stages; copies says which layers spare RAM can hold twice
     explain   why each device is in or out, and what is missing, in words
     profile   measured rows as JSON, and the devices and links made of them
     refresh   rows that follow what is measured while they run
     simulate  discrete events over the same cost model: a scenario in, its outcome out
     report    a plan as text and as JSON
+
+What only a head needs is imported when it is first asked for: a node, which only follows its own pace, keeps
+3 MB for layers.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 if not __name__.startswith("shoal."):
     raise ImportError(f"import this package as shoal.planner, not as {__name__}")
 
 from .constraints import Constraints, Running
-from .evaluate import evaluate
-from .milp import SolverMissing
 from .profile import DeviceProfile, LinkProfile, Profile, cluster_from, device_row, link_row
 from .profile import dumps as dump_profile
 from .profile import loads as load_profile
 from .refresh import refreshed, refreshed_link
-from .report import Measured, render, render_infeasible, to_json
 from .rows import (
     Alone,
     Cluster,
@@ -47,7 +50,22 @@ from .rows import (
     Unit,
     Workload,
 )
-from .solve import plan
+
+if TYPE_CHECKING:
+    from .evaluation import evaluate
+    from .milp import SolverMissing
+    from .report import Measured, render, render_infeasible, to_json
+    from .solve import plan
+
+_LATE = {
+    "Measured": "report",
+    "SolverMissing": "milp",
+    "evaluate": "evaluation",
+    "plan": "solve",
+    "render": "report",
+    "render_infeasible": "report",
+    "to_json": "report",
+}
 
 __all__ = [
     "Alone",
@@ -81,3 +99,10 @@ __all__ = [
     "render_infeasible",
     "to_json",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_LATE[name]}", __name__), name)
+    return value

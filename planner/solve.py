@@ -8,7 +8,7 @@ from typing import Literal
 from . import cost, dp, milp, orders
 from .alternatives import Case, Search, with_it, without
 from .constraints import Constraints, Running
-from .evaluate import evaluate
+from .evaluation import evaluate
 from .explain import give_reasons, say_lack
 from .goal import Goal, goals
 from .judge import BETTER, Found, Judge, stages_of

@@ -18,12 +18,11 @@ from .engine.shards import Model
 from .engine.stage import StageOptions
 from .net.coordinator import Head
 from .net.identity import Identity, identity_of, shape_of
-from .net.messages import Device
 from .net.placement import HEAD, Links, NodeInfo, Placement, StageRange, StageReport
 from .net.survey import survey
 from .planner.refresh import slowed
 from .planner.rows import Objective
-from .planning import plan_or_error, planner_model
+from .planning import device_of, plan_or_error, planner_model
 
 CALL_SECONDS = 0.1
 """How long one call with rows of a prompt should last at most: others, and a cancel, wait that long."""
@@ -33,22 +32,6 @@ _CHUNKS = (8, 256)
 def head_identity(model: Model) -> Identity:
     """Who this process is as a head; a new incarnation each time, so that nodes never mix up two heads."""
     return identity_of(model, f"head on {platform.node()}", secrets.randbits(64), __version__)
-
-
-def device_of(name: str, offer: Device) -> planner.Device:
-    """The planner's view of what a node offers."""
-    return planner.Device(
-        name=name,
-        ram_bytes=offer.ram_bytes,
-        read_bytes_per_s=offer.read_bytes_per_s,
-        macs_per_s=offer.macs_per_s,
-        base_bytes=offer.base_bytes,
-        step_overhead_s=offer.step_overhead_s,
-        idle_overhead_s=offer.idle_overhead_s,
-        row_rates=tuple(sorted({rate.rows: rate.macs_per_s for rate in offer.row_rates}.items())),
-        attend_macs_per_s=offer.attend_macs_per_s,
-        prefill_attend_macs_per_s=offer.prefill_attend_macs_per_s,
-    )
 
 
 def cluster_of(nodes: Sequence[NodeInfo], links: Links) -> planner.Cluster:

@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import planner
 from .engine.costs import constant_bytes, tied_bytes, unit_cost
@@ -20,6 +20,9 @@ from .engine.program import Buffer
 from .engine.shards import Model
 from .engine.stage import StageOptions
 from .planner.stagecost import PAUSE_SECONDS, StageCost
+
+if TYPE_CHECKING:
+    from .net.messages import Device
 
 MB = 1_000_000
 BASE_BYTES = 60 * MB
@@ -79,6 +82,22 @@ def stage_expectation(
         return seconds
 
     return stage
+
+
+def device_of(name: str, offer: Device) -> planner.Device:
+    """The planner's view of what a node offers."""
+    return planner.Device(
+        name=name,
+        ram_bytes=offer.ram_bytes,
+        read_bytes_per_s=offer.read_bytes_per_s,
+        macs_per_s=offer.macs_per_s,
+        base_bytes=offer.base_bytes,
+        step_overhead_s=offer.step_overhead_s,
+        idle_overhead_s=offer.idle_overhead_s,
+        row_rates=tuple(sorted({rate.rows: rate.macs_per_s for rate in offer.row_rates}.items())),
+        attend_macs_per_s=offer.attend_macs_per_s,
+        prefill_attend_macs_per_s=offer.prefill_attend_macs_per_s,
+    )
 
 
 def device_profile(name: str, measured: Measured) -> planner.DeviceProfile:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import trio
 
-from shoal.distributed import cluster_of, device_of
+from shoal.distributed import cluster_of
 from shoal.engine.batch import Want
 from shoal.net.cluster import Cluster, Member
 from shoal.net.coordinator import Head, HeadOptions
@@ -24,7 +24,7 @@ from shoal.net.pace import HeadPace, NodePace, Onward, row_bytes
 from shoal.net.placement import HEAD, Links, NodeInfo, Placement, StageRange
 from shoal.planner import Model, Plan, Unit, Workload, plan
 from shoal.planner.refresh import refreshed, refreshed_factor
-from shoal.planning import stage_expectation
+from shoal.planning import device_of, stage_expectation
 
 EPOCH = Epoch(1, 1)
 LAYER = Unit("layer", 2_000_000, 2_000_000, 0, 0, 0, 8)

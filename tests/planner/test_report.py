@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from shoal.planner.evaluate import evaluate
+from shoal.planner.evaluation import evaluate
 from shoal.planner.explain import units_text
 from shoal.planner.report import Measured, render, render_infeasible, to_json
 from shoal.planner.rows import (

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from shoal.planner import cost
-from shoal.planner.evaluate import evaluate
+from shoal.planner.evaluation import evaluate
 from shoal.planner.rows import Cluster, Device, Link, Model, Stage, Unit, Workload
 from shoal.planner.scenario import Event, Outcome, Request, Rules, random_requests
 from shoal.planner.simulate import simulate

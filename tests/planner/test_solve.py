@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from shoal.planner import milp, orders, solve
-from shoal.planner.evaluate import evaluate
+from shoal.planner.evaluation import evaluate
 from shoal.planner.goal import Goal
 from shoal.planner.rows import Cluster, Device, Infeasible, Link, Model, Plan, Stage, Unit, Workload
 from shoal.planner.solve import plan

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from shoal.planner.evaluate import evaluate
+from shoal.planner.evaluation import evaluate
 from shoal.planner.rows import Cluster, Device, Infeasible, Link, Model, Stage, Unit, Workload
 from shoal.planner.scenario import Request
 from shoal.planner.simulate import simulate

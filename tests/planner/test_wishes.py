@@ -10,7 +10,7 @@ import pytest
 
 from shoal.planner import cost
 from shoal.planner.constraints import Constraints, Running
-from shoal.planner.evaluate import evaluate
+from shoal.planner.evaluation import evaluate
 from shoal.planner.rows import (
     OBJECTIVES,
     Cluster,

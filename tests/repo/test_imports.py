@@ -63,6 +63,21 @@ def test_a_node_needs_the_core_dependencies_only() -> None:
     assert modules & HEAVY == {"numpy", "trio"}
 
 
+def test_a_node_loads_neither_the_planners_searches_nor_a_head() -> None:
+    code = "import sys, shoal.commands.node; print(*sys.modules)"
+    modules = set(python(code).stdout.split())
+    assert {"shoal.net.node", "shoal.planner.stagecost"} <= modules
+    assert not modules & {"shoal.planner.solve", "shoal.planner.milp", "shoal.net.coordinator"}
+
+
+def test_the_planners_names_are_there_when_asked_for() -> None:
+    from shoal import planner
+
+    assert {name for name in planner.__all__ if getattr(planner, name, None) is None} == set()
+    with pytest.raises(AttributeError, match=r"module 'shoal.planner' has no attribute 'nothing'"):
+        _ = planner.nothing
+
+
 def test_help_loads_nothing_heavy() -> None:
     code = """
 from shoal.cli import main

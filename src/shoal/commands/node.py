@@ -20,7 +20,6 @@ from pathlib import Path
 import trio
 
 from .. import __version__
-from ..distributed import device_of
 from ..engine.backends import choose
 from ..engine.costs import constant_bytes, tied_bytes, unit_cost
 from ..engine.errors import NoPlanError, ShoalError
@@ -34,7 +33,7 @@ from ..net.messages import Device, RowRate
 from ..net.node import Node, NodeParts
 from ..net.slow import Slowness, SlowStage, SlowWatch, Turn, turn
 from ..planner.profile import FREE_SHARE
-from ..planning import MB, planner_model, stage_expectation, workspace_bytes
+from ..planning import MB, device_of, planner_model, stage_expectation, workspace_bytes
 from ..store import resolve
 from ..threads import chosen
 

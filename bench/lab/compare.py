@@ -64,8 +64,8 @@ def compare(lab: Lab, model: Model, streams: Sequence[int], repeats: int, contex
         equal = planner.evaluate(rows, cluster, workload, equal_split(rows, cluster, workload), objective)
         for name, plan in (("ours", ours), ("equal", equal)):
             tokens = tokens_for(plan.tokens_per_s, count, context)
-            found = trio.run(measure, lab, model, plan.stages, count, repeats, tokens)
-            yield Row(name, count, plan, tuple(run.tokens_per_s for run in found.runs))
+            runs = trio.run(measure, lab, model, plan.stages, count, repeats, tokens)
+            yield Row(name, count, plan, tuple(run.tokens_per_s for run in runs))
 
 
 def equal_split(

@@ -132,8 +132,9 @@ def study(
                 return False
             stages = [planner.Stage(*edge) for edge in edges]
             predicted = planner.evaluate(rows, cluster, workload, stages, objective).tokens_per_s
-            tokens = tokens_for(predicted, streams, CONTEXT)
-            (run,) = trio.run(measure, lab, model, stages, streams, 1, tokens).runs
+            (run,) = trio.run(
+                measure, lab, model, stages, streams, 1, tokens_for(predicted, streams, CONTEXT)
+            )
             record["runs"][name].append({**run.to_json(), "predicted": predicted})
             results.put(key, record)
     return True

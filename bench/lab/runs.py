@@ -28,8 +28,6 @@ PROMPT = 16
 CHUNK_ROWS = 16
 RUN_SECONDS = 4.0
 FEWEST_TOKENS = 12
-WARM_TOKENS = 24
-"""Of all streams together: calls enough for a node's mean of its pace."""
 DISTURBED = 0.2
 """Cores that others may take during a run that counts."""
 TRIES = 4
@@ -60,18 +58,10 @@ async def quiet(once: Callable[[], Awaitable[Timed]]) -> Timed:
     return min(runs, key=lambda run: run.others)
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """Quiet runs, and by name how many times as long as it had offered each node took in the one before."""
-
-    runs: list[Timed]
-    slower: dict[str, float]
-
-
 async def measure(
     lab: Lab, model: Model, stages: Sequence[planner.Stage], streams: int, repeats: int, tokens: int
-) -> Measured:
-    """So many quiet runs of `tokens` tokens a stream, after one to warm up, whose pace the nodes tell."""
+) -> list[Timed]:
+    """So many quiet runs of `tokens` tokens a stream, after a short one to warm up."""
 
     def fixed(nodes: Sequence[NodeInfo], links: Links) -> Placement:
         return Placement(tuple(StageRange(s.device, s.first, s.last) for s in stages), CHUNK_ROWS)
@@ -92,10 +82,8 @@ async def measure(
                 cores,
             )
 
-        await run(head, model, streams, max(FEWEST_TOKENS // 2, WARM_TOKENS // streams))
-        await trio.sleep(2 * head.options.timing.heartbeat)  # they tell it with what keeps the connection
-        slower = {node.label: node.slower for node in head.nodes}
-        return Measured([await quiet(once) for _ in range(repeats)], slower)
+        await run(head, model, streams, FEWEST_TOKENS // 2)
+        return [await quiet(once) for _ in range(repeats)]
 
 
 def tokens_for(predicted: float, streams: int, context: int, seconds: float = RUN_SECONDS) -> int:

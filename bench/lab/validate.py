@@ -1,9 +1,8 @@
 """Predicted and simulated against measured tokens/s: `python -m bench.lab.validate RESULTS.json`.
 
 Every set-up of setups.toml, for one stream and for several: devices and links are measured as `shoal plan
---nodes` does, the plan is made, predicted, simulated, and run. "At work": predicted and simulated with the
-pace that the nodes told after a first run of the plan, which a head's next plan would start from. What stands
-in RESULTS.json is not done again; with `--seconds` no set-up begins after so many. As root on Linux.
+--nodes` does, the plan is made, predicted, simulated, and run. What stands in RESULTS.json is not done again;
+with `--seconds` no set-up begins after so many. As root on Linux.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ import statistics
 import sys
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from shoal.distributed import survey_cluster
 from shoal.engine.errors import ShoalError
 from shoal.engine.shards import Model
 from shoal.engine.stage import StageOptions
-from shoal.planner.refresh import slowed
 from shoal.planner.rows import Objective
 from shoal.planner.scenario import Request, Rules
 from shoal.planner.simulate import simulate
@@ -35,15 +33,13 @@ from shoal.planning import plan_or_error, planner_model
 
 from .lab import Lab
 from .results import Results
-from .runs import CHUNK_ROWS, DISTURBED, PROMPT, TRIES, Measured, measure, median, tokens_for
+from .runs import CHUNK_ROWS, DISTURBED, PROMPT, TRIES, Timed, measure, median, tokens_for
 from .spec import LabSpec, spec_of
 
 SETUPS = Path(__file__).with_name("setups.toml")
 CONTEXT = 128
 MEASURE_SECONDS = 4.0
-AT_WORK = " at work"
 NEAR = 0.15
-KINDS = ("predicted", "simulated", f"predicted{AT_WORK}", f"simulated{AT_WORK}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,36 +99,29 @@ def _record(
     objective, workload = load(streams)
     plan = plan_or_error(rows, cluster, workload, objective)
     tokens = tokens_for(plan.tokens_per_s, streams, CONTEXT)
-    found: Measured = trio.run(measure, lab, model, plan.stages, streams, repeats, tokens)
+    runs: list[Timed] = trio.run(measure, lab, model, plan.stages, streams, repeats, tokens)
     return {
         "streams": streams,
         "stages": [[stage.device, stage.first, stage.last] for stage in plan.stages],
-        "slower": found.slower,
-        **predictions(rows, cluster, plan.stages, streams, found.slower),
-        "measured": median(found.runs),
-        "runs": [run.to_json() for run in found.runs],
+        **predictions(rows, cluster, plan.stages, streams),
+        "measured": median(runs),
+        "runs": [run.to_json() for run in runs],
     }
 
 
 def predictions(
-    rows: planner.Model,
-    cluster: planner.Cluster,
-    stages: Sequence[planner.Stage],
-    streams: int,
-    slower: Mapping[str, float],
+    rows: planner.Model, cluster: planner.Cluster, stages: Sequence[planner.Stage], streams: int
 ) -> dict[str, Any]:
-    """What planner and simulator say of stages: of devices as they were measured, and `slower` as at work."""
-    at_work = [slowed(device, slower.get(device.name, 1.0)) for device in cluster.devices]
-    found: dict[str, Any] = {}
-    for when, devices in (("", cluster.devices), (AT_WORK, tuple(at_work))):
-        there, (objective, workload) = replace(cluster, devices=devices), load(streams)
-        plan = planner.evaluate(rows, there, workload, stages, objective)
-        tokens = tokens_for(plan.tokens_per_s, streams, CONTEXT)
-        found[f"predicted{when}"] = plan.tokens_per_s
-        found[f"simulated{when}"] = simulated(rows, there, workload, stages, tokens)
-        found[f"stage_seconds{when}"] = plan.stage_seconds
-        found["hop_seconds"] = plan.hop_seconds
-    return found
+    """What planner and simulator say of stages."""
+    objective, workload = load(streams)
+    plan = planner.evaluate(rows, cluster, workload, stages, objective)
+    tokens = tokens_for(plan.tokens_per_s, streams, CONTEXT)
+    return {
+        "predicted": plan.tokens_per_s,
+        "simulated": simulated(rows, cluster, workload, stages, tokens),
+        "stage_seconds": plan.stage_seconds,
+        "hop_seconds": plan.hop_seconds,
+    }
 
 
 def load(streams: int) -> tuple[Objective, planner.Workload]:
@@ -164,13 +153,7 @@ def predicted_again(record: dict[str, Any]) -> dict[str, Any]:
     streams = [
         {
             **row,
-            **predictions(
-                rows,
-                cluster,
-                [planner.Stage(*stage) for stage in row["stages"]],
-                row["streams"],
-                row["slower"],
-            ),
+            **predictions(rows, cluster, [planner.Stage(*stage) for stage in row["stages"]], row["streams"]),
         }
         for row in record["streams"]
     ]
@@ -180,17 +163,17 @@ def predicted_again(record: dict[str, Any]) -> dict[str, Any]:
 def render(rows: dict[str, Any]) -> str:
     """The records as a table, and what they say all together."""
     lines = [
-        f"| set-up | model | streams | units | measured t/s | {' | '.join(KINDS)} |",
+        "| set-up | model | streams | units | measured t/s | predicted | of it | simulated | of it |",
         "|-|-|-:|-|-:|-:|-:|-:|-:|",
     ]
     errors: dict[tuple[str, int], list[float]] = {}
     for name, record in rows.items():
         for row in record["streams"]:
             cells = [f"{row['measured']:.2f}"]
-            for kind in KINDS:
+            for kind in ("predicted", "simulated"):
                 error = row[kind] / row["measured"] - 1
                 errors.setdefault((kind, row["streams"]), []).append(abs(error))
-                cells.append(f"{row[kind]:.2f} ({error:+.0%})")
+                cells += [f"{row[kind]:.2f}", f"{error:+.0%}"]
             units = ", ".join(f"{device} {last - first}" for device, first, last in row["stages"])
             lines.append(f"| {name} | {record['model']} | {row['streams']} | {units} | {' | '.join(cells)} |")
     for (kind, streams), found in sorted(errors.items()):

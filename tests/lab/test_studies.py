@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from bench.lab.runs import tokens_for
 from shoal import planner
 from shoal.engine.errors import ShoalError
 from shoal.planner.cost import range_ram_bytes
-from shoal.planner.refresh import slowed
 
 LAYER = planner.Unit("layer", 10_000_000, 10_000_000, 10_000_000, 100, 0, 4000)
 TABLE = planner.Unit("table", 20_000_000, 4000, 0, 0, 0, 4000)
@@ -107,24 +105,19 @@ def test_a_record_is_predicted_again_from_its_own_measurements(streams: int) -> 
     stages = [planner.Stage("a", 0, 4), planner.Stage("b", 4, 7)]
     again = validate.cluster_of_json(json.loads(json.dumps(validate.cluster_json(CLUSTER))))
     assert again == CLUSTER
-    found = validate.predictions(ROWS, again, stages, streams, {"b": 2.0})
+    found = validate.predictions(ROWS, again, stages, streams)
     objective, workload = validate.load(streams)
     assert found["predicted"] == planner.evaluate(ROWS, CLUSTER, workload, stages, objective).tokens_per_s
     assert found["simulated"] == pytest.approx(found["predicted"], rel=0.1)
-    hot = replace(CLUSTER, devices=tuple(slowed(d, 2.0) if d.name == "b" else d for d in DEVICES))
-    at_work = planner.evaluate(ROWS, hot, workload, stages, objective).tokens_per_s
-    assert found["predicted at work"] == at_work < found["predicted"]
-    assert found["simulated at work"] == pytest.approx(at_work, rel=0.1)
 
 
 def test_the_table_says_how_far_predictions_are_off() -> None:
-    row = {"streams": 1, "stages": [["a", 0, 7]], "measured": 10.0}
-    row.update(zip(validate.KINDS, (11.0, 9.5, 10.0, 8.0), strict=True))
+    row = {"streams": 1, "stages": [["a", 0, 7]], "predicted": 11.0, "simulated": 9.5, "measured": 10.0}
     other = {**row, "predicted": 7.0}
     text = validate.render(
         {"one": {"model": "m", "streams": [row]}, "two": {"model": "m", "streams": [other]}}
     )
-    assert "| one | m | 1 | a 7 | 10.00 | 11.00 (+10%) | 9.50 (-5%) | 10.00 (+0%) | 8.00 (-20%) |" in text
+    assert "| one | m | 1 | a 7 | 10.00 | 11.00 | +10% | 9.50 | -5% |" in text
     assert "predicted, 1 stream, 2 set-ups: off by 20.0% (median), 30.0% (worst), 1 within 15%" in text
     assert "simulated, 1 stream, 2 set-ups: off by 5.0% (median), 5.0% (worst), 2 within 15%" in text
 

@@ -16,7 +16,7 @@ from .engine.costs import constant_bytes, tied_bytes, unit_cost
 from .engine.errors import NoPlanError, ShoalError
 from .engine.layout import GROUP, PAGE
 from .engine.measure import Measured
-from .engine.program import Buffer
+from .engine.program import Buffer, reads, written
 from .engine.shards import Model
 from .engine.stage import StageOptions
 from .planner.stagecost import PAUSE_SECONDS, StageCost
@@ -44,20 +44,24 @@ def planner_model(model: Model, options: StageOptions) -> planner.Model:
                 kv_bytes_per_token=cost.kv_bytes_per_token,
                 fixed_state_bytes=cost.fixed_state_bytes,
                 cut_bytes=cost.cut_bytes,
-                workspace_bytes=workspace_bytes(model, options, u + 1) + constants,
+                workspace_bytes=workspace_bytes(model, options, u, u + 1) + constants,
                 attend_macs=cost.attend_macs,
             )
         )
     return planner.Model(tuple(units), tied_bytes(model), PAGE)
 
 
-def workspace_bytes(model: Model, options: StageOptions, last: int) -> int:
-    """Activations of the largest batch in a stage whose units end before `last`: all buffers at once, which
-    is more than a stage takes at a time and leaves room for messages. An embedding alone holds nothing but
-    the rows that it hands on, and these once more in a message."""
+def workspace_bytes(model: Model, options: StageOptions, first: int, last: int) -> int:
+    """Activations of the largest batch in a stage of units [first, last): all buffers at once, which is more
+    than a stage takes at a time and leaves room for messages. Embedding and head, where no layer is with
+    them, touch few of them: these, and the rows once more in a message."""
     program = model.program
     rows = {"rows": options.max_rows, "wanted": min(options.max_rows, options.max_wanted)}
-    buffers = program.buffers if last > 1 else 2 * tuple(program.buffer(name) for name in program.cut)
+    names = [buffer.name for buffer in program.buffers]
+    if not any(unit.states for unit in program.units[first:last]):
+        touched = {name for _, op in program.ops(first, last) for name in (*reads(op), written(op))}
+        names = [*program.cut, *(name for name in names if name in touched)]
+    buffers = [program.buffer(name) for name in names]
     return sum(_row_bytes(buffer) * rows[buffer.domain] for buffer in buffers)
 
 

@@ -128,7 +128,7 @@ def _offer(
 ) -> Device:
     """What this device does for a model, measured with `watch` (the way into the thread is not slowed)."""
     promised = args.ram * MB if args.ram is not None else int(ram()[1] * FREE_SHARE) + base
-    room = promised - base - constant_bytes(model.program) - workspace_bytes(model, options, model.n_units)
+    room = promised - base - constant_bytes(model.program) - workspace_bytes(model, options, 0, model.n_units)
     measured = measure(model, options, seconds=args.measure_seconds, room=room, watch=watch)
     return Device(
         ram_bytes=promised,
@@ -160,7 +160,7 @@ class StageOpener:
         held = sum(unit_cost(model, u).bytes for u in range(first, last))
         if (first, last) == (0, model.n_units):
             held -= tied_bytes(model)
-        held += constant_bytes(model.program) + workspace_bytes(model, self._options, last)
+        held += constant_bytes(model.program) + workspace_bytes(model, self._options, first, last)
         left = device.ram_bytes - device.base_bytes - held
         if left <= 0:
             raise NoPlanError(

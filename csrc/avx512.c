@@ -79,8 +79,9 @@ SHOAL_INLINE float v_largest(v16 a) {
 #define Q8_TILE 6
 #define Q8_PANELS 2
 #define ATTEND_QUERIES 8
+#define ATTEND_MANY 6
 #define ATTEND_WIDTH 4
-#define ATTEND_CHAINS 16
+#define ATTEND_CHAINS 24
 #define F32_TILE 4
 #define UNROLL SHOAL_UNROLL
 

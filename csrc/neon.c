@@ -9,6 +9,7 @@
 #define Q8_TILE 4
 #define Q8_PANELS 1
 #define ATTEND_QUERIES 4
+#define ATTEND_MANY 4
 #define ATTEND_WIDTH 1
 #define ATTEND_CHAINS 4
 #define F32_TILE 1

@@ -68,9 +68,10 @@ LANES float v_largest(v16 a) {
 #define Q8_ROWS 1        /* rows that share one pass over the weights when there are few: 1, 4 or 8 */
 #define Q8_TILE 1        /* rows of a tile when there are many */
 #define Q8_PANELS 1      /* panels of a tile */
-#define ATTEND_QUERIES 1 /* queries that share the loads of keys and values: 1, 4 or 8 */
-#define ATTEND_WIDTH 1   /* lines of values that one query sums at once */
-#define ATTEND_CHAINS 1  /* the same over all queries */
+#define ATTEND_QUERIES 1 /* queries that share the loads of keys and values: 1, 4 or more */
+#define ATTEND_MANY 1    /* the same while more than a few wait */
+#define ATTEND_WIDTH 1   /* lines of values that a query sums at once */
+#define ATTEND_CHAINS 4  /* sums of all queries at once, as far as registers hold */
 #define F32_TILE 1       /* rows of a tile of the f32 product */
 #define UNROLL(n)        /* how a loop of n turns over registers is unrolled */
 

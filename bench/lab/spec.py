@@ -98,15 +98,18 @@ def spec_of(body: dict[str, Any]) -> LabSpec:
     """The lab of a table. ValueError: unknown keys, values out of range."""
     _keys("the lab", body, {"head", "turns", "link", "device"})
     link = _link("[link]", body.get("link", {}), LinkSpec())
-    devices = tuple(_device(row, link) for row in body.get("device", []))
+    rows = body.get("device", [])
+    if not isinstance(rows, list):
+        raise ValueError("a device is a table of its own: [[device]]")
+    devices = tuple(_device(row, link) for row in rows)
     turns = body.get("turns", False)
     if not isinstance(turns, bool):
         raise ValueError(f"turns must be true or false, not {turns!r}")
     return LabSpec(devices, body.get("head"), turns)
 
 
-def _device(row: dict[str, Any], link: LinkSpec) -> DeviceSpec:
-    what = f"[[device]] {row.get('name')}"
+def _device(row: Any, link: LinkSpec) -> DeviceSpec:
+    what = f"[[device]] {row.get('name')}" if isinstance(row, dict) else "[[device]]"
     _keys(what, row, {"name", "speed", "cap_layers", "cap_mb", "link"})
     name = row.get("name")
     if not isinstance(name, str) or not name.isidentifier() or len(name) > 32:

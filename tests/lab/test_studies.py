@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bench.lab import promise, rivals, validate
@@ -157,3 +158,18 @@ def test_a_run_stays_within_the_context() -> None:
     assert tokens_for(1000.0, 1, 128) == 112
     assert tokens_for(1.0, 1, 128) == 12
     assert tokens_for(20.0, 2, 128, seconds=4) == 40
+
+
+def test_what_this_machine_did_not_do_steadily_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = validate.read_setups(validate.SETUPS)[0]
+    speeds = iter([(2.0, 3.0), (2.0, 2.6), (2.0, 2.1), (2.0, 2.0)])
+
+    def record(*_: object) -> tuple[float, dict[str, Any]]:
+        return 0.0, {"runs": [{"tokens_per_s": speed} for speed in next(speeds)]}
+
+    monkeypatch.setattr(validate, "_record", record)
+    (row,) = validate.validate(setup, [1], 2)["streams"]
+    assert [run["tokens_per_s"] for run in row["runs"]] == [2.0, 2.1]
+    speeds = iter([(2.0, 3.0), (2.0, 2.6), (2.0, 2.7), (2.0, 2.8)])
+    (row,) = validate.validate(setup, [1], 2)["streams"]
+    assert [run["tokens_per_s"] for run in row["runs"]] == [2.0, 2.6]

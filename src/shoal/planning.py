@@ -151,17 +151,22 @@ def _cluster(body: dict[str, Any]) -> planner.Cluster:
         raise ValueError("it needs at least one [[device]]")
     devices = tuple(_device(row) for row in rows)
     names = [device.name for device in devices]
-    head = body.get("head", names[0])
+    head = _name("head", body.get("head", names[0]))
     links = {}
     if "default_link" in body:
         link = _link("default_link", body["default_link"], set())
         links = {(a, b): link for a in {head, *names} for b in {head, *names} if a != b}
-    for row in body.get("link", []):
+    rows = body.get("link", [])
+    if not isinstance(rows, list):
+        raise ValueError("a link is a table of its own: [[link]]")
+    for row in rows:
         link = _link("[[link]]", row, {"from", "to"})
-        links[row["from"], row["to"]] = links[row["to"], row["from"]] = link
+        ends = (_name("[[link]]: from", row["from"]), _name("[[link]]: to", row["to"]))
+        links[ends] = links[ends[::-1]] = link
     return planner.Cluster(devices, links, head)
 
 
+_LARGEST = 1e15
 _EXTRA = {"base_mb", "step_overhead_ms", "idle_overhead_ms", "joules_per_step", "joules_per_gb"}
 
 
@@ -171,7 +176,7 @@ def _device(row: Any) -> planner.Device:
     _keys(f"[[device]] {name}", row, needed | _EXTRA, needed)
     number = _numbers(f"[[device]] {name}", {k: v for k, v in row.items() if k != "name"})
     return planner.Device(
-        name=row["name"],
+        name=_name("[[device]]: name", row["name"]),
         ram_bytes=int(number["ram_mb"] * MB),
         read_bytes_per_s=number["read_gb_per_s"] * 1e9,
         macs_per_s=number["gmac_per_s"] * 1e9,
@@ -199,10 +204,18 @@ def _keys(what: str, row: Any, known: AbstractSet[str], needed: AbstractSet[str]
         raise ValueError(f"{what} lacks {key!r}")
 
 
+def _name(what: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{what} must be a name, not {value!r}")
+    return value
+
+
 def _numbers(what: str, row: dict[str, Any]) -> dict[str, float]:
     for key, value in row.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{what}: {key} must be a number, not {value!r}")
+        if not abs(value) <= _LARGEST:  # nor NaN
+            raise ValueError(f"{what}: {key} is no number that a device has")
     return {key: float(value) for key, value in row.items()}
 
 

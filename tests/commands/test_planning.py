@@ -59,6 +59,11 @@ def test_units_of_the_file(tmp_path: Path) -> None:
         (GOOD.replace('to = "phone"', 'to = "tablet"'), "tablet"),
         (GOOD.replace('name = "phone"', 'name = "laptop"'), "twice"),
         ("[", "devices.toml"),
+        (GOOD.replace('to = "phone"', 'to = ["phone"]'), "to must be a name"),
+        (GOOD.replace('name = "phone"', 'name = ["phone"]'), "name must be a name"),
+        (GOOD.replace('head = "laptop"', "head = [1]"), "head must be a name"),
+        ("link = 3\n" + GOOD[: GOOD.index("[[link]]")], r"\[\[link\]\]"),
+        *((GOOD.replace("= 300", f"= {bad}"), "ram_mb") for bad in ("inf", "nan", "1e400", "9" * 400)),
     ],
 )
 def test_a_bad_file_is_named_with_its_fault(tmp_path: Path, text: str, message: str) -> None:

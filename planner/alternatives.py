@@ -9,7 +9,7 @@ from .dp import Chain
 from .goal import Goal
 from .tables import TimeTables
 
-QUICK_EXACT = 5  # devices up to which "without it" is exact; beyond, the best of a few orders
+QUICK_EXACT = 5  # devices up to which these searches are exact; beyond, they try a few orders
 
 Case = tuple[TimeTables, Goal]  # what a plan could be best at
 Search = Callable[[TimeTables, Goal], Chain | None]
@@ -23,16 +23,22 @@ def without(j: int, devices: Sequence[int]) -> Search:
     )[0]
 
 
-def with_it(j: int, chain: Chain) -> Search:
-    """The best chain of a chain's devices in their order with device j somewhere among them."""
+def with_it(j: int, chain: Chain, devices: Sequence[int]) -> Search:
+    """The best chain with device j. Of many devices: of a chain's devices in their order with j somewhere
+    among them, and of all in a few orders."""
     used = [i for i, _, _ in chain.stages]
+
+    def exact(tables: TimeTables, goal: Goal) -> Chain | None:
+        return dp.best_chain(tables, goal, partial(orders.cheapest_any_order, devices=devices, must=j))
 
     def search(tables: TimeTables, goal: Goal) -> Chain | None:
         chains = []
-        for at in range(len(used) + 1):
-            order = [*used[:at], j, *used[at:]]
-            found = dp.best_chain(tables, goal, partial(dp.cheapest, order=order, must=at))
+        for order in [
+            *([*used[:at], j, *used[at:]] for at in range(len(used) + 1)),
+            *orders.seed_orders(tables, devices),
+        ]:
+            found = dp.best_chain(tables, goal, partial(dp.cheapest, order=order, must=order.index(j)))
             chains += [found] if found is not None else []
         return min(chains, key=lambda found: dp.value(tables, goal, found), default=None)
 
-    return search
+    return exact if len(devices) <= QUICK_EXACT else search

@@ -101,15 +101,19 @@ def stage_prefill_seconds(
     return seconds
 
 
-def stage_joules(model: Model, device: Device, workload: Workload, first: int, last: int) -> float:
-    """Energy of one decode step of one row through units [first, last), as far as the device reports it."""
-    return device.joules_per_step + sum(unit_joules(u, device, workload) for u in model.units[first:last])
+def stage_joules(
+    model: Model, device: Device, workload: Workload, first: int, last: int, batch: float = 1
+) -> float:
+    """Energy of a decoded row through units [first, last), in a call of `batch` rows, as far as the device
+    reports it."""
+    units = sum(unit_joules(unit, device, workload, batch) for unit in model.units[first:last])
+    return device.joules_per_step / batch + units
 
 
-def unit_joules(unit: Unit, device: Device, workload: Workload) -> float:
-    """One decoded row's part in one unit, without the step's own."""
-    read = unit.read_bytes + state_bytes_read(unit, workload.decode_depth)
-    return read * device.joules_per_byte
+def unit_joules(unit: Unit, device: Device, workload: Workload, batch: float = 1) -> float:
+    """One decoded row's part in one unit, without the step's own: of weights its share of the call's."""
+    weights = min(unit.bytes, batch * unit.read_bytes) / batch
+    return (weights + state_bytes_read(unit, workload.decode_depth)) * device.joules_per_byte
 
 
 def sequence_state_bytes(model: Model, unit: Unit, context: int) -> int:
@@ -175,6 +179,7 @@ def move_seconds(model: Model, cluster: Cluster, running: Running, name: str) ->
     """How long each unit takes to get from where it runs to a device."""
     keeps = running.keeps.get(name, frozenset())
     there = {device.name for device in cluster.devices}
+    ends = (0, len(model.units) - 1)
     seconds = []
     for index, unit in enumerate(model.units):
         holder = running.holder(index)
@@ -182,6 +187,8 @@ def move_seconds(model: Model, cluster: Cluster, running: Running, name: str) ->
             seconds.append(0.0)
             continue
         weights = 0 if index in keeps else unit.bytes
+        if index in ends and running.holder(ends[ends[0] == index]) == name:
+            weights = max(0, weights - model.tied_bytes)
         state = running.positions * unit.kv_bytes_per_token
         link = cluster.link(holder, name) if holder in there and holder is not None else None
         if link is None:

@@ -12,9 +12,11 @@ from .streams import Steady, Streams
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds of a decode call of `batch` streams' rows along a chain, and of a token."""
+    """Seconds of a decode call of `batch` streams' rows along a chain, and of a token; and the mean rows of
+    each stage's calls."""
 
     batch: int
+    rows: tuple[float, ...]
     stages: tuple[float, ...]
     hops: tuple[float, ...]
     busy: tuple[float, ...]
@@ -51,6 +53,7 @@ def timing(
     hops = tuple(cost.hop_seconds(link, size * batch) for link, size in links)
     return Timing(
         batch=batch,
+        rows=(1.0,) * len(stages) if steady is None else steady.rows,
         stages=times,
         hops=hops,
         busy=tuple(cost.link_busy_seconds(link, size * batch) for link, size in links),
@@ -107,9 +110,19 @@ def evaluate(
         method="given stages",
         optimal=False,
         batch=times.batch,
-        joules_per_token=sum(cost.stage_joules(model, d, workload, s.first, s.last) for s, d in held),
-        move_seconds=0.0 if running is None else _move_seconds(model, cluster, running, stages),
+        joules_per_token=joules(model, cluster, workload, stages, times.rows),
+        move_seconds=0.0 if running is None else move_seconds(model, cluster, running, stages),
         copies=spare_copies(model, cluster, workload, stages, times.stages),
+    )
+
+
+def joules(
+    model: Model, cluster: Cluster, workload: Workload, stages: Sequence[Stage], rows: Sequence[float]
+) -> float:
+    """Energy of a token, where calls of each stage have so many rows."""
+    return sum(
+        cost.stage_joules(model, cluster.device(stage.device), workload, stage.first, stage.last, count)
+        for stage, count in zip(stages, rows, strict=True)
     )
 
 
@@ -132,7 +145,8 @@ def alone(
     return Alone(name, cost.per_second(times.step), ram, missing)
 
 
-def _move_seconds(model: Model, cluster: Cluster, running: Running, stages: Sequence[Stage]) -> float:
+def move_seconds(model: Model, cluster: Cluster, running: Running, stages: Sequence[Stage]) -> float:
+    """How long the units take to get from where they run to such stages."""
     return sum(
         sum(cost.move_seconds(model, cluster, running, stage.device)[stage.first : stage.last])
         for stage in stages

@@ -1,10 +1,10 @@
 """Why each device is in a plan or out of it, and what a problem without a plan lacks, in words."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from . import cost
-from .alternatives import Case, Search, with_it, without
+from .alternatives import QUICK_EXACT, Case, Search, with_it, without
 from .dp import parts
 from .judge import Found, Judge
 from .rows import Cluster, Model, Plan, Reason, Stage, Workload
@@ -34,18 +34,19 @@ def give_reasons(
     judge: Judge,
     cases: Sequence[Case],
     devices: Sequence[int],
+    why_none: Callable[[Sequence[int]], str],
 ) -> tuple[Reason, ...]:
     """A reason for every device of the cluster, in its order. `cases`: all that were searched; `devices`:
-    those that the plan could choose from."""
+    those that the plan could choose from; `why_none`: why there is no plan with some of them, in words."""
     used = {j for j, _, _ in found.chain.stages}
     reasons = []
     for j, device in enumerate(cluster.devices):
         if j in used:
-            text = _why_in(plan, judge, cases, j, devices)
+            text = _why_in(plan, judge, cases, j, devices, why_none)
         elif j not in devices:
             text = "left out by the order or the constraints given"
         else:
-            text = _why_out(plan, cluster, found, judge, cases, j)
+            text = _why_out(plan, cluster, found, judge, cases, j, devices)
         reasons.append(Reason(device.name, j in used, text))
     return tuple(reasons)
 
@@ -68,7 +69,14 @@ def _instead(plan: Plan, judge: Judge, cases: Sequence[Case], search: Search) ->
     return f"{text}: more, which the search did not see"
 
 
-def _why_in(plan: Plan, judge: Judge, cases: Sequence[Case], j: int, devices: Sequence[int]) -> str:
+def _why_in(
+    plan: Plan,
+    judge: Judge,
+    cases: Sequence[Case],
+    j: int,
+    devices: Sequence[int],
+    why_none: Callable[[Sequence[int]], str],
+) -> str:
     others = [i for i in devices if i != j]
     if not others:
         return "the only device"
@@ -76,15 +84,25 @@ def _why_in(plan: Plan, judge: Judge, cases: Sequence[Case], j: int, devices: Se
         return "its layers are given"
 
     text = _instead(plan, judge, cases, without(j, devices))
-    return "needed: without it the model does not fit" if text is None else f"without it: {text}"
+    return f"needed: without it {why_none(others)}" if text is None else f"without it: {text}"
 
 
-def _why_out(plan: Plan, cluster: Cluster, found: Found, judge: Judge, cases: Sequence[Case], j: int) -> str:
+def _why_out(
+    plan: Plan,
+    cluster: Cluster,
+    found: Found,
+    judge: Judge,
+    cases: Sequence[Case],
+    j: int,
+    devices: Sequence[int],
+) -> str:
     device = cluster.devices[j]
     if all(fit == c for c, fit in enumerate(found.tables.first_fit[j])):
         return f"its cap of {device.ram_bytes / MB:.1f} MB has no room for any unit"
-    text = _instead(plan, judge, cases, with_it(j, found.chain))
-    return "no chain of links with room leads through it" if text is None else f"with it: {text}"
+    text = _instead(plan, judge, cases, with_it(j, found.chain, devices))
+    if text is None:
+        return f"no chain with room {'leads' if len(devices) <= QUICK_EXACT else 'was found'} through it"
+    return f"with it: {text}"
 
 
 def say_lack(

@@ -1,20 +1,18 @@
-"""What a chain is worth in the end: by its goal's formula, or, where several streams gather in shared calls,
-by following them. No search can minimise the latter, so there the searches' answers are candidates, which
-`Judge.best` compares and improves."""
+"""What a chain is worth in the end: by its goal's formula, or, where several streams gather in shared calls
+or a prompt comes in chunks, by following them. No search can minimise the latter, so there the searches'
+answers are candidates, which `Judge.best` compares and improves."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from .dp import Chain, parts
 from .goal import Goal
 from .rows import Cluster, Stage
-from .streams import Streams
 from .tables import TimeTables
 
 TRIALS = 100  # chains that are followed for one plan
 MOVES = (1, -1, 2, -2, 4, -4)  # units that a boundary moves by
 BETTER = 1 - 1e-9
-FOLLOWED = " and boundaries moved, by following the streams"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,35 +32,49 @@ def stages_of(cluster: Cluster, chain: Chain) -> list[Stage]:
     return [Stage(cluster.devices[j].name, first, last) for j, first, last in chain.stages]
 
 
-class Judge:
-    """Judges chains for one question; `streams` where several share calls."""
+@dataclass(frozen=True, slots=True)
+class Following:
+    """What gives the seconds of a chain where no formula does, and its prices where they differ from the
+    tables' as well; and what it follows, in words."""
 
-    def __init__(self, cluster: Cluster, streams: Streams | None) -> None:
-        self._cluster, self._streams = cluster, streams
+    what: str
+    seconds: Callable[[Sequence[Stage]], float]
+    price: Callable[[Sequence[Stage]], float] | None = None
+
+
+class Judge:
+    """Judges chains for one question, by `following` where that is given."""
+
+    def __init__(self, cluster: Cluster, following: Following | None) -> None:
+        self._cluster, self._following = cluster, following
         self._known: dict[tuple[tuple[int, int, int], ...], float] = {}
 
     def seconds(self, tables: TimeTables, goal: Goal, chain: Chain) -> float:
         """Of a token, or until the first one; without prices."""
-        if self._streams is None:
+        if self._following is None:
             round_s, slowest, _ = parts(tables, chain)
             return goal.value(round_s, slowest)
         if chain.stages not in self._known:
             stages = stages_of(self._cluster, chain)
-            self._known[chain.stages] = self._streams.steady(stages).seconds
+            self._known[chain.stages] = self._following.seconds(stages)
         return self._known[chain.stages]
 
     def value(self, tables: TimeTables, goal: Goal, chain: Chain) -> float:
         """With prices."""
-        return self.seconds(tables, goal, chain) + parts(tables, chain)[2]
+        following = self._following
+        if following is None or following.price is None or not tables.fee_step:
+            return self.seconds(tables, goal, chain) + parts(tables, chain)[2]
+        return self.seconds(tables, goal, chain) + following.price(stages_of(self._cluster, chain))
 
     def best(self, found: Sequence[Found]) -> Found:
-        """The best of the answers to a question's goals: for streams that share calls, after each had its
+        """The best of the answers to a question's goals: where it follows something, after each had its
         boundaries moved as long as that helped."""
-        if self._streams is None:
+        if self._following is None:
             return replace(min(found, key=lambda one: one.value), optimal=all(one.optimal for one in found))
         ranked = sorted(found, key=lambda one: one.value)
         best = min((self._improved(one, TRIALS // len(ranked)) for one in ranked), key=lambda one: one.value)
-        how = best.how if best.how.endswith(FOLLOWED) else best.how + FOLLOWED
+        followed = f" and boundaries moved, by following {self._following.what}"
+        how = best.how if best.how.endswith(followed) else best.how + followed
         return replace(best, how=how, optimal=False)
 
     def _improved(self, found: Found, trials: int) -> Found:

@@ -22,6 +22,7 @@ from .rows import Model
 from .tables import INF, TimeTables
 
 SCALE = 1000.0  # the objective's size in the solver's units, far above its absolute tolerances of 1e-6
+HAIR = 1 + 1e-9  # above what is known, so that rounding does not cut that chain off
 BOUNDARY = 1  # any cut stands for all: layers_alike
 TALKATIVE = ("1.16.0",)  # versions of HiGHS that print a banner, into an answer that goes down a pipe
 
@@ -126,7 +127,7 @@ def best_chain(
     there is no chain.
     """
     if goal.objective == "throughput" and known is not None:
-        tables = tables.within(known * goal.batch)
+        tables = tables.within(known * HAIR * goal.batch)
     if len(tables.pins) > sum(j in tables.pins for j in devices):
         return None, True
     program = _Program(tables, devices, goal, solver.pulp, ordered, known)
@@ -259,8 +260,7 @@ class _Program:
             self.problem += sum_of(rounds) + fee
             return
         if goal.objective == "throughput":
-            # A hair above what is known, so that rounding does not cut that chain off.
-            most = None if known is None else known * scale * (1 + 1e-9)
+            most = None if known is None else known * scale * HAIR
             longest = self._add("period", 0, most)
             self.problem += longest + fee
             self.problem += sum_of(rounds) <= goal.streams * longest

@@ -16,12 +16,13 @@ TRIALS = 400  # orders that local search tries
 STARTS = 3  # from so many of the first guesses
 
 
-def cheapest_any_order(tables: Tables, devices: Sequence[int]) -> Chain | None:
-    """The chain of least total cost over all subsets and orders of `devices`. None: there is none."""
+def cheapest_any_order(tables: Tables, devices: Sequence[int], must: int = -1) -> Chain | None:
+    """The chain of least total cost over all subsets and orders of `devices` that hold the pinned ones, and
+    device `must`. None: there is none."""
     count, units = len(devices), tables.units
-    pinned = sum(1 << p for p, j in enumerate(devices) if j in tables.pins)
-    if len(tables.pins) > pinned.bit_count():
+    if len(tables.pins) > sum(j in tables.pins for j in devices):
         return None
+    pinned = sum(1 << p for p, j in enumerate(devices) if j in tables.pins or j == must)
     ends: dict[tuple[int, int], list[float]] = {}
     spans: dict[tuple[int, int], range] = {}
     steps: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
@@ -86,7 +87,8 @@ def least_lack(tables: Tables, devices: Sequence[int]) -> tuple[Chain | None, bo
         chain = cheapest(tables, order)
         return (INF, None) if chain is None else (chain.total, chain)
 
-    return _improve(solve, [list(devices), list(reversed(devices))], TRIALS), False
+    seeds = [ends_in_place(tables, order) for order in (devices, devices[::-1])]
+    return _improve(solve, seeds, TRIALS), False
 
 
 def seed_orders(tables: TimeTables, devices: Sequence[int]) -> list[list[int]]:
@@ -106,7 +108,15 @@ def seed_orders(tables: TimeTables, devices: Sequence[int]) -> list[list[int]]:
             order.append(near)
             left.remove(near)
         seeds.append(order)
-    return seeds
+    return [ends_in_place(tables, order) for order in seeds]
+
+
+def ends_in_place(tables: Tables, order: Sequence[int]) -> list[int]:
+    """The order with a device in front that can be the first, and one at the end that can be the last: where
+    hardly any can, an order without them leads nowhere, nor does any that a move makes of it."""
+    first = [j for j in order if tables.enter[j] < INF][:1]
+    last = [j for j in order if tables.leave[j] < INF and j not in first][-1:]
+    return [*first, *(j for j in order if j not in first + last), *last]
 
 
 def _improve(

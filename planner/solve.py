@@ -1,18 +1,20 @@
 """plan(): one question in, one answer out. Picks the method, evaluates what it found, and says why in
 words."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 from . import cost, dp, milp, orders
-from .alternatives import Case, Search, with_it, without
+from .alternatives import QUICK_EXACT, Case, Search, with_it, without
 from .constraints import Constraints, Running
-from .evaluation import evaluate
+from .evaluation import evaluate, joules, move_seconds
 from .explain import give_reasons, say_lack
 from .goal import Goal, goals
-from .judge import BETTER, Found, Judge, stages_of
-from .rows import OBJECTIVES, Cluster, Infeasible, Model, Objective, Plan, Workload
+from .judge import BETTER, Following, Found, Judge, stages_of
+from .rows import OBJECTIVES, Cluster, Infeasible, Link, Model, Objective, Plan, Stage, Workload
 from .streams import Streams
 from .tables import TimeTables
 from .tabulate import ANYTHING, decode_tables, lack_tables, prompt_tables
@@ -53,11 +55,12 @@ def plan(
         raise ValueError("the MILP counts layers, and this model's layers differ: use method auto or dp")
     if method == "milp" and running is not None:
         raise ValueError("the MILP counts layers, and each costs its own to move: use method auto or dp")
-    constraints.check(model, cluster)
+    constraints.check(model, cluster, order)
     devices = [j for j in _places(cluster, order) if constraints.allowed(cluster.devices[j].name)]
     shared = objective == "throughput" and workload.streams > 1
     streams = Streams(model, cluster, workload) if shared else None
-    judge = Judge(cluster, streams)
+    following = _following(model, cluster, workload, objective, streams, seconds_per_joule, running)
+    judge = Judge(cluster, following)
     found: list[Found] = []
     cases: list[Case] = []
     for goal in goals(objective, workload):
@@ -74,14 +77,43 @@ def plan(
     if not found:
         return _infeasible(model, cluster, workload, constraints, devices, order is not None)
     best = judge.best(found)
-    if streams is not None and order is None and len(devices) <= orders.EXACT_DEVICES:
+    if following is not None and order is None and len(devices) <= orders.EXACT_DEVICES:
         best = _other_devices(best, judge, cases, devices)
     stages = stages_of(cluster, best.chain)
     answer = evaluate(model, cluster, workload, stages, objective, running=running, streams=streams)
     answer = replace(answer, method=best.how, optimal=best.optimal)
     if not explain:
         return answer
-    return replace(answer, reasons=give_reasons(answer, cluster, best, judge, cases, devices))
+    why_none = partial(_why_none, model, cluster, workload, constraints)
+    return replace(answer, reasons=give_reasons(answer, cluster, best, judge, cases, devices, why_none))
+
+
+def _following(
+    model: Model,
+    cluster: Cluster,
+    workload: Workload,
+    objective: Objective,
+    streams: Streams | None,
+    seconds_per_joule: float,
+    running: Running | None,
+) -> Following | None:
+    """What chains are judged by where the goals' formulas are not what they come to."""
+    if streams is not None:
+
+        def seconds(stages: Sequence[Stage]) -> float:
+            return streams.steady(stages).seconds
+
+        def price(stages: Sequence[Stage]) -> float:
+            energy = joules(model, cluster, workload, stages, streams.steady(stages).rows)
+            if running is None:
+                return seconds_per_joule * energy
+            moves = move_seconds(model, cluster, running, stages)
+            return seconds_per_joule * energy + moves / running.horizon_tokens
+
+        return Following("the streams", seconds, price)
+    if objective == "first_token" and len(cost.chunks(workload)) > 1:
+        return Following("the prompt's chunks", partial(cost.first_token_seconds, model, cluster, workload))
+    return None
 
 
 def _places(cluster: Cluster, order: Sequence[str] | None) -> list[int]:
@@ -177,8 +209,8 @@ def _by_milp(
 
 
 def _other_devices(best: Found, judge: Judge, cases: Sequence[Case], devices: Sequence[int]) -> Found:
-    """As long as it gives more: does without a device, or lets one more in. By following the streams, which
-    the searches cannot."""
+    """As long as it gives more: does without a device, or lets one more in. By following what the searches
+    cannot follow."""
 
     def found(searches: Iterable[Search]) -> list[Found]:
         chains = [(tables, goal, search(tables, goal)) for search in searches for tables, goal in cases]
@@ -193,11 +225,24 @@ def _other_devices(best: Found, judge: Judge, cases: Sequence[Case], devices: Se
         used = {j for j, _, _ in best.chain.stages}
         fewer |= {j: found([without(j, devices)]) for j in used - fewer.keys()}
         others = [one for j in used for one in fewer[j]]
-        others += found(with_it(j, best.chain) for j in devices if j not in used)
+        others += found(with_it(j, best.chain, devices) for j in devices if j not in used)
         other = min(others, key=lambda one: one.value, default=best)
         if other.value >= best.value * BETTER:
             return best
         best = judge.best([other])
+
+
+def _why_none(
+    model: Model, cluster: Cluster, workload: Workload, constraints: Constraints, devices: Sequence[int]
+) -> str:
+    """Why no plan was found with these devices, in words: even with links everywhere it is too large for
+    them, or else."""
+    ends = {cluster.head, *(device.name for device in cluster.devices)}
+    joined = replace(cluster, links={(a, b): Link(0.0, math.inf) for a in ends for b in ends if a != b})
+    chain, exact = orders.least_lack(lack_tables(model, joined, workload, constraints), devices)
+    if chain is not None and chain.total > 0 and exact:
+        return "the model does not fit"
+    return "there is no plan" if len(devices) <= QUICK_EXACT else "none was found"
 
 
 def _infeasible(

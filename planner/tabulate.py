@@ -44,7 +44,7 @@ def decode_tables(
         for device, pause in zip(cluster.devices, pauses, strict=True)
     ]
     rounds = [place + pause for place, pause in zip(places, pauses, strict=True)]
-    fees = _fees(model, cluster, workload, kinds, seconds_per_joule, running)
+    fees = _fees(model, cluster, workload, kinds, seconds_per_joule, running, batch)
     return _time_tables(
         model, cluster, workload, constraints, batch, (rounds, prefix), (places, prefix), relief, fees
     )
@@ -242,16 +242,17 @@ def _fees(
     kinds: Kinds,
     seconds_per_joule: float,
     running: Running | None,
+    batch: int = 1,
 ) -> tuple[list[float], list[list[float]]]:
-    """Prices of a step and of units, in seconds a token; empty when nothing has one."""
+    """Prices of a step of `batch` rows and of units, in seconds a token; empty when nothing has one."""
     if not seconds_per_joule and running is None:
         return [], []
-    steps = [seconds_per_joule * device.joules_per_step for device in cluster.devices]
+    steps = [seconds_per_joule * device.joules_per_step / batch for device in cluster.devices]
     lines = []
     for device in cluster.devices:
         line = [
             seconds_per_joule * joules
-            for joules in kinds.each(lambda u, d=device: cost.unit_joules(u, d, workload))  # type: ignore[misc]
+            for joules in kinds.each(lambda u, d=device: cost.unit_joules(u, d, workload, batch))  # type: ignore[misc]
         ]
         if running is not None:
             moves = cost.move_seconds(model, cluster, running, device.name)

@@ -135,10 +135,13 @@ def read_devices(path: Path) -> planner.Cluster:
             profile = planner.load_profile(text)
             if not profile.devices:
                 raise ValueError("it describes no device")
-            return planner.cluster_from(profile, profile.devices[0].name)
+            base = {device.name: BASE_BYTES for device in profile.devices}
+            return planner.cluster_from(profile, profile.devices[0].name, base_bytes=base)
         return _cluster(tomllib.loads(text))
     except FileNotFoundError:
         raise ShoalError(f"{path} is missing: name a file that describes the devices") from None
+    except RecursionError:
+        raise ShoalError(f"{path} is nested too deeply") from None
     except (OSError, ValueError) as e:
         raise ShoalError(f"{path}: {e}") from e
 

@@ -8,7 +8,7 @@ import pytest
 
 from shoal import planner
 from shoal.engine.errors import NoPlanError, ShoalError
-from shoal.planning import plan_or_error, read_devices
+from shoal.planning import BASE_BYTES, plan_or_error, read_devices
 
 GOOD = """
 head = "laptop"
@@ -59,6 +59,7 @@ def test_units_of_the_file(tmp_path: Path) -> None:
         (GOOD.replace('to = "phone"', 'to = "tablet"'), "tablet"),
         (GOOD.replace('name = "phone"', 'name = "laptop"'), "twice"),
         ("[", "devices.toml"),
+        (f"a = {'[' * 5000}{']' * 5000}", "nested too deeply"),
         (GOOD.replace('to = "phone"', 'to = ["phone"]'), "to must be a name"),
         (GOOD.replace('name = "phone"', 'name = ["phone"]'), "name must be a name"),
         (GOOD.replace('head = "laptop"', "head = [1]"), "head must be a name"),
@@ -70,6 +71,13 @@ def test_a_bad_file_is_named_with_its_fault(tmp_path: Path, text: str, message: 
     with pytest.raises(ShoalError, match=message) as caught:
         read_devices(write(tmp_path, text))
     assert "devices.toml" in str(caught.value)
+
+
+def test_a_profile_of_this_device_leaves_room_for_the_process_as_a_written_one_does(tmp_path: Path) -> None:
+    row = planner.DeviceProfile("a", "native", "neon", 4, 1e10, 1e11, 10**9, 4 * 10**8, 1e-4)
+    path = tmp_path / "profile.json"
+    path.write_text(planner.dump_profile(planner.Profile((row,))))
+    assert read_devices(path).device("a").base_bytes == BASE_BYTES
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

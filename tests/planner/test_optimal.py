@@ -375,6 +375,10 @@ def test_plan_equals_brute_force_and_keeps_the_caps(seed: int, method: str) -> N
         assert truth == math.inf
         assert answer.missing_bytes == (0 if lack == math.inf else lack)
         return
+    chunks = -(-problem[2].prompt_tokens // problem[2].chunk_tokens)
+    if objective == "first_token" and chunks > 1:  # the formula takes the mean chunk: test_solve.py
+        assert not answer.optimal
+        return
     assert answer.optimal
     if objective != "first_token":
         assert answer.step_seconds == pytest.approx(truth, rel=SAME)

@@ -2,6 +2,9 @@
 
 import importlib
 import itertools
+import math
+import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +13,7 @@ from typing import Any
 import pytest
 
 from shoal.planner import milp, orders, solve
+from shoal.planner.constraints import Constraints
 from shoal.planner.evaluation import evaluate
 from shoal.planner.goal import Goal
 from shoal.planner.rows import Cluster, Device, Infeasible, Link, Model, Plan, Stage, Unit, Workload
@@ -78,9 +82,61 @@ def test_reasons_of_a_device_that_is_needed_alone_or_not_asked() -> None:
 def test_an_unreachable_device_is_left_out_and_said_so() -> None:
     links = {pair: Link(0.001, 1e9) for pair in (("head", "fast"), ("fast", "head"))}
     found = planned(MODEL, Cluster((FAST, SLOW), links, "head"), LOAD)
-    assert found.reasons[1].text == "no chain of links with room leads through it"
+    assert found.reasons[1].text == "no chain with room leads through it"
     assert found.alone[1].tokens_per_s is None
     assert not found.alone[1].possible
+
+
+def test_what_is_needed_says_whether_for_its_ram_or_for_the_rest() -> None:
+    pairs = [("head", "a"), ("a", "b"), ("b", "c"), ("c", "head")]
+    three = tuple(device(name, 12_000_000) for name in "abc")
+    found = planned(MODEL, Cluster(three, {pair: Link(0.001, 1e9) for pair in pairs}, "head"), LOAD)
+    assert [reason.text for reason in found.reasons] == ["needed: without it there is no plan"] * 3
+
+
+def test_with_it_a_device_may_take_another_ones_place_and_order() -> None:
+    """`late` comes in only where `first` is not."""
+    ways = ["head first end head", "head late other end"]
+    pairs = {pair for way in ways for pair in itertools.pairwise(way.split())}
+    devices = [device(name, 9_000_000, 1e8 if name == "late" else 1e9) for name in ("first", "late", "other")]
+    devices.append(device("end", 9_000_000))
+    links = {pair: Link(0.001, 1e9) for pair in pairs}
+    found = planned(MODEL, Cluster(tuple(devices), links, "head"), LOAD)
+    assert [stage.device for stage in found.stages] == ["first", "end"]
+    assert found.reasons[1].text.startswith("with it: ")
+
+
+def test_ends_that_are_given_do_not_hide_a_plan_of_many_devices() -> None:
+    odd = [replace(LAYER, macs=1_000_000 + i) for i in range(14)]
+    model = Model((EMBEDDING, *odd, HEAD))
+    devices = [device(f"d{i}", 2_000_000) for i in range(10)]
+    devices += [device("table", 5_000_000), device("top", 5_000_000)]
+    wishes = Constraints(first="table", last="top")
+    found = planned(model, cluster(*devices), LOAD, constraints=wishes)
+    assert (found.stages[0].device, found.stages[-1].device) == ("table", "top")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_prompt_in_chunks_is_judged_by_its_chunks(seed: int) -> None:
+    rng = random.Random(seed)
+    devices = [replace(device(n, 7_000_000, 10 ** rng.uniform(8, 10)), idle_overhead_s=1e-3) for n in "abc"]
+    spread = cluster(*devices, latency=rng.uniform(1e-4, 1e-2))
+    load = replace(LOAD, prompt_tokens=60, chunk_tokens=16, context=128)
+    found = planned(MODEL, spread, load, "first_token")
+    assert not found.optimal
+    best = math.inf
+    for count in (1, 2, 3):
+        for order in itertools.permutations("abc", count):
+            for cuts in itertools.combinations(range(1, 8), count - 1):
+                edges = (0, *cuts, 8)
+                stages = [Stage(*cut) for cut in zip(order, edges, edges[1:], strict=False)]
+                given = evaluate(MODEL, spread, load, stages)
+                if all(ram <= cap for ram, cap in zip(given.ram_bytes, given.cap_bytes, strict=True)):
+                    best = min(best, given.first_token_seconds)
+    assert best <= found.first_token_seconds <= 1.03 * best
+    for reason in found.reasons:
+        numbers = re.search(r"after (\d+) ms instead of (\d+)", reason.text)
+        assert numbers is None or int(numbers[1]) >= int(numbers[2])
 
 
 def test_each_device_alone_is_told_whether_or_not_it_fits() -> None:

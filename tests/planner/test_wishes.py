@@ -10,7 +10,7 @@ import pytest
 
 from shoal.planner import cost
 from shoal.planner.constraints import Constraints, Running
-from shoal.planner.evaluation import evaluate
+from shoal.planner.evaluation import evaluate, joules
 from shoal.planner.rows import (
     OBJECTIVES,
     Cluster,
@@ -120,6 +120,21 @@ def test_a_wish_for_a_device_that_is_not_there_or_cannot_be_is_refused() -> None
         Constraints(exclude=frozenset("a"), layers={"a": 2})
     with pytest.raises(ValueError, match="b is excluded and holds an end"):
         Constraints(exclude=frozenset("b"), last="b")
+    with pytest.raises(ValueError, match="a gets no layers, which leaves it out, and an end"):
+        Constraints(first="a", layers={"a": 0})
+    with pytest.raises(ValueError, match="a holds both ends, so all of the model, and b is to have layers"):
+        Constraints(first="a", last="a", layers={"b": 3})
+    with pytest.raises(ValueError, match="all devices are left out"):
+        plan(Model((EMBEDDING, HEAD)), cluster, LOAD, constraints=Constraints(exclude=frozenset("abc")))
+    for constraints, message in [
+        (Constraints(layers={"b": 3}), "b has to be in the plan, and the order leaves it out"),
+        (Constraints(first="b"), "b has to be in the plan, and the order leaves it out"),
+        (Constraints(first="c", last="a"), "c comes after a in the order"),
+        (Constraints(first="c", layers={"a": 1}), "c comes after a in the order"),
+        (Constraints(last="a", layers={"c": 1}), "c comes after a in the order"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            plan(MODEL, cluster, LOAD, order=["a", "c"], constraints=constraints)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -180,6 +195,31 @@ def test_moving_a_unit_takes_its_weights_and_state_over_the_link_from_its_holder
     # "gone" is not there any more: weights come from the head, state is replayed
     lost = replace(running, stages=(Stage("gone", 0, 2), Stage("b", 2, 4)))
     assert cost.move_seconds(model, cluster, lost, "b") == [0.0, 1.0 + 0.5, 0.0, 0.0]
+
+
+def test_the_table_of_a_tied_end_need_not_move_to_where_the_other_end_is() -> None:
+    cluster = random_cluster(0)
+    running = Running((Stage("a", 0, 5), Stage("b", 5, 6)), 10)
+    assert cost.move_seconds(MODEL, cluster, running, "b")[0] == 0.0
+    assert cost.move_seconds(MODEL, cluster, running, "a")[5] == 0.0
+    assert cost.move_seconds(MODEL, cluster, running, "c")[0] > 0.0
+
+
+def test_streams_that_share_a_call_share_its_energy() -> None:
+    reports = Device("a", 10**8, 1e9, 1e10, joules_per_step=1.0, joules_per_byte=1e-6)
+    links = {("h", "a"): Link(1e-3, 1e8), ("a", "h"): Link(1e-3, 1e8)}
+    alone, spread = Cluster((reports,), links, "h"), {}
+    for streams in (1, 3):
+        load = replace(LOAD, streams=streams, prompt_tokens=1)
+        found = plan(MODEL, alone, load, "throughput", explain=False)
+        assert isinstance(found, Plan)
+        spread[streams] = found.joules_per_token
+    weights = 4 * LAYER.read_bytes + HEAD.read_bytes
+    table = EMBEDDING.read_bytes * 1e-6
+    assert spread[1] == pytest.approx(1.0 + weights * 1e-6 + table)
+    assert (spread[1] - table) / 3 + table <= spread[3] < spread[1] / 1.4
+    rows = joules(MODEL, alone, LOAD, [Stage("a", 0, 6)], [2.0])
+    assert rows == pytest.approx((1.0 + weights * 1e-6) / 2 + table)
 
 
 def test_spare_ram_takes_copies_of_the_slower_neighbours_boundary_layers_first() -> None:

@@ -361,7 +361,7 @@ class Head:
         nodes = [self._info(i) for i in members]
         answer: Placement | ShoalError
         try:
-            placement: Placement = await self.options.hop(partial(self._plan, nodes, self.links))
+            placement: Placement = await self.options.hop(partial(self._plan, nodes, dict(self.links)))
             answer = fit_chunk(placement, nodes, self.shape.cut_cols)
         except ShoalError as error:
             answer = error

@@ -175,6 +175,8 @@ class Node:
             self._pace, self._links = NodePace(), {}
 
     def _follow(self, link: Link, message: Message, tasks: trio.Nursery) -> None:
+        if isinstance(message, Assign | Measure) and len(tasks.child_tasks) >= MAX_TASKS:
+            raise RemoteProtocolError(f"{link.peer} wants too many things at once")
         match message:
             case Ping(nonce):
                 _post(link, Pong(nonce, None if self._assignment is None else self._assignment.pace()))
@@ -188,8 +190,6 @@ class Node:
                     tasks.start_soon(self._assignment.run, self._last)
                     self._last = self._assignment
             case Measure(peer):
-                if len(tasks.child_tasks) >= MAX_TASKS:
-                    raise RemoteProtocolError(f"{link.peer} wants too many things at once")
                 tasks.start_soon(self._measure, link, peer)
             case GetStats():
                 assignment = self._assignment

@@ -212,17 +212,21 @@ def test_a_head_that_goes_away_while_the_stage_loads_leaves_nothing(lab: ModuleT
     lab.run(main)
 
 
-def test_a_head_that_asks_for_too_much_at_once_is_refused(lab: ModuleType) -> None:
+@pytest.mark.parametrize("order", ["measure", "assign"])
+def test_a_head_that_asks_for_too_much_at_once_is_refused(lab: ModuleType, order: str) -> None:
     async def nowhere(host: str, port: int) -> trio.abc.Stream:
         await trio.sleep_forever()
         raise AssertionError
 
     async def main() -> None:
         async with lab.network() as net:
-            net.add("a", open_stream=nowhere)
+            net.add("a", open_stream=nowhere, hop=lab.slow_hop(100.0))
             async with connected(lab, net, 7001, "control") as control:
                 for port in range(8000, 8100):
-                    await control.send(Measure(Peer("x", "host", port, 1)))
+                    peer = Peer("x", "host", port, 1)
+                    await control.send(
+                        Measure(peer) if order == "measure" else Assign(Epoch(5, port), 0, 3, peer, 4)
+                    )
 
                 async def told() -> None:
                     while True:

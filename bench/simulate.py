@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     model, cluster, stages = chain(args.devices, args.seed)
-    lengths = ((args.prompt // 2, args.prompt * 3 // 2), (args.answer // 2, args.answer * 3 // 2))
+    lengths = [(max(1, mean // 2), mean * 3 // 2) for mean in (args.prompt, args.answer)]
     requests = random_requests(args.seed, args.requests, 5.0, *lengths)
     hot = [Event(30.0, cluster.devices[args.devices // 2].name, "slow", 2.5)]
     start = time.perf_counter()

@@ -23,6 +23,20 @@ class Timing:
     step: float
 
 
+def check_stages(model: Model, cluster: Cluster, stages: Sequence[Stage]) -> None:
+    """ValueError: stages that do not cover the units in order, that name an unknown device or one twice."""
+    edges = [0, *(stage.last for stage in stages)]
+    if not stages or [stage.first for stage in stages] != edges[:-1] or edges[-1] != len(model.units):
+        raise ValueError(
+            f"the stages must cover units 0 to {len(model.units)} in order, without gap or overlap"
+        )
+    names = [stage.device for stage in stages]
+    if len(set(names)) < len(names):
+        raise ValueError("a device may have one stage only")
+    for name in names:
+        cluster.device(name)
+
+
 def timing(
     model: Model,
     cluster: Cluster,
@@ -77,15 +91,8 @@ def evaluate(
     link that is not there. `streams` are tables of the same question that others made.
     """
     stages = tuple(stages)
-    edges = [0, *(stage.last for stage in stages)]
-    if not stages or [stage.first for stage in stages] != edges[:-1] or edges[-1] != len(model.units):
-        raise ValueError(
-            f"the stages must cover units 0 to {len(model.units)} in order, without gap or overlap"
-        )
-    names = [stage.device for stage in stages]
-    if len(set(names)) < len(names):
-        raise ValueError("a device may have one stage only")
-    devices = [cluster.device(name) for name in names]
+    check_stages(model, cluster, stages)
+    devices = [cluster.device(stage.device) for stage in stages]
     streams = streams or Streams(model, cluster, workload)
     times = timing(model, cluster, workload, stages, objective, streams)
     held = list(zip(stages, devices, strict=True))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from .check import check_real, check_whole
 from .rows import Cluster, Stage
 
 
@@ -16,6 +17,11 @@ class Request:
     at: float
     prompt: int
     answer: int
+
+    def __post_init__(self) -> None:
+        check_real("a request's arrival", self.at)
+        check_whole("a request's prompt", self.prompt, 1)
+        check_whole("a request's answer", self.answer, 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from typing import Any
 
 from . import cost
 from .copies import spare_copies
+from .evaluation import check_stages
 from .refresh import slowed
 from .rows import TOKEN_BYTES, Cluster, Model, Stage, Workload
 from .scenario import Event, Outcome, Request, Rules
@@ -35,8 +36,9 @@ def simulate(
     events: Sequence[Event] = (),
     rules: Rules = USUAL,
 ) -> Outcome:
-    """Runs until every answer is complete. `workload` sizes RAM for copies; ValueError: stages or links are
-    not there, a device dies and there is no `replan`."""
+    """Runs until every answer is complete. `workload` sizes RAM for copies; ValueError: stages that are no
+    plan of the model, links that are not there, a device that dies without a `replan`."""
+    check_stages(model, cluster, stages)
     return _Run(model, cluster, workload, stages, requests, events, rules).run()
 
 
@@ -199,6 +201,9 @@ class _Run:
                 depth += step[3]
                 steps.append(step)
             done = now + cost_of.rows[len(steps)] + depth * cost_of.position
+        if not steps:  # what it was to take never left a device that has died
+            self.scheduled[at] = False
+            return
         if now - self.free[at] > PAUSE_SECONDS:
             done += cost_of.pause
         self.free[at] = done
@@ -272,10 +277,12 @@ class _Run:
                 late = self.now + self.latency[at + 1]
                 kept = deque(step for step in self.queues[at + 1] if step[0] <= late)
                 self.queues[at + 1], self.chunks[at + 1] = kept, sum(step[2] > 1 for step in kept)
-            self._at(self.now + self.rules.recover_s, self._recover)
+            self._at(self.now + self.rules.recover_s, self._recover, self.epoch)
 
-    def _recover(self) -> None:
-        """The survivors' plan; everything known is sent again."""
+    def _recover(self, epoch: int) -> None:
+        """The survivors' plan, unless another death has brought it; everything known is sent again."""
+        if epoch != self.epoch:
+            return
         assert self.rules.replan is not None, "checked when the device died"
         self._assign(self.rules.replan(self.cluster))
         self.outcome.recoveries += 1

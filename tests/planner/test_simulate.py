@@ -1,6 +1,7 @@
 """The simulator against closed forms, and that what happens to devices has the effect it must."""
 
 import itertools
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -131,6 +132,30 @@ def test_a_death_is_a_wait_and_a_replay() -> None:
     replay = cost.first_token_seconds(MODEL, left, known, found.stages)
     after = evaluate(MODEL, left, LOAD, found.stages).step_seconds
     assert found.seconds == pytest.approx(died + 0.7 + replay + 29 * after)
+
+
+def test_a_death_in_the_middle_of_anything_loses_nothing() -> None:
+    rng = random.Random(5)
+    for _ in range(150):
+        requests = [Request(rng.uniform(0, 0.2), rng.randint(1, 300), 5) for _ in range(3)]
+        deaths = [Event(rng.uniform(0, 0.5), name, "die") for name in rng.sample("abc", 2)]
+        found = run(requests, events=deaths[: rng.randint(1, 2)], recover_s=0.3, replan=equal_split)
+        assert found.tokens == 15
+
+
+def test_two_deaths_at_once_make_one_recovery() -> None:
+    deaths = [Event(0.1, "a", "die"), Event(0.2, "c", "die")]
+    found = run([Request(0.0, 1, 50)], events=deaths, recover_s=0.5, replan=equal_split)
+    assert (found.recoveries, [stage.device for stage in found.stages]) == (1, ["b"])
+
+
+def test_what_is_no_request_and_no_plan_is_refused() -> None:
+    for wrong in ((0.0, 0, 5), (0.0, 5, 0), (-1.0, 5, 5)):
+        with pytest.raises(ValueError, match="a request's"):
+            Request(*wrong)
+    for stages in ([Stage("a", 0, 7)], [Stage("a", 0, 5), Stage("b", 4, 8)]):
+        with pytest.raises(ValueError, match="must cover units 0 to 8"):
+            run([Request(0.0, 1, 1)], stages=stages)
 
 
 @pytest.mark.parametrize("name", ["a", "b", "c"])

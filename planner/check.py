@@ -23,9 +23,11 @@ def check_real(what: str, value: object, *, above: float | None = None, endless:
 
 
 def check_name(what: str, value: object) -> None:
-    """A string that is not empty."""
+    """A string that is not empty and can be printed."""
     if not isinstance(value, str) or not value:
         raise ValueError(f"{what} needs a name that is not empty, not {value!r}")
+    if not value.isprintable():
+        raise ValueError(f"{what} has a name that cannot be printed: {value!r}")
 
 
 def check_row_rates(owner: str, rates: object) -> None:

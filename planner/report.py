@@ -160,6 +160,8 @@ def _alone(plan: Plan, measured: Measured) -> list[str]:
     best = plan.best_alone
     if best is None or best.tokens_per_s is None:
         verdict = "One device alone: none holds the whole model under its cap."
+        if any(not alone.missing_bytes for alone in plan.alone):
+            verdict = "One device alone: none that holds the whole model has links to the head and back."
     elif [stage.device for stage in plan.stages] == [best.device]:
         verdict = f"One device alone: this plan is that, {best.device} by itself."
     else:

@@ -47,6 +47,10 @@ class LabNode:
     running: RunningNode
     cgroup: str
     _lab: Lab
+    _link: LinkSpec = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._link = self.spec.link
 
     @property
     def process(self) -> subprocess.Popen[bytes]:
@@ -59,6 +63,7 @@ class LabNode:
 
     def link(self, link: LinkSpec) -> None:
         """Another link from now on. The rate needs network namespaces."""
+        self._link = link
         self._lab.command(change(self.spec.name, link.delay_s, link.jitter_s))
         if self._lab.ground.namespaces:
             ground.set_rate(self.number, link.bytes_per_s)
@@ -124,8 +129,8 @@ class LabNode:
         if not self._lab.ground.namespaces:
             raise ShoalError("a link can be cut only where the lab has network namespaces")
         ground.set_carrier(self.number, up)
-        if up and self.spec.link.bytes_per_s is not None:
-            ground.set_rate(self.number, self.spec.link.bytes_per_s)
+        if up and self._link.bytes_per_s is not None:
+            ground.set_rate(self.number, self._link.bytes_per_s)
 
     def _needs_cgroup(self) -> None:
         if not self.cgroup:

@@ -179,6 +179,8 @@ def render(labs: dict[str, Any], plans: int) -> str:
     """What the first so many plans say all together."""
     found = [plan for record in labs.values() for plan in record["plans"]][:plans]
     stages = [stage for plan in found for stage in plan]
+    if not stages:
+        return "no plan has run"
     off = sorted(stage["resident"] / stage["promised"] - 1 for stage in stages)
     near = sum(abs(value) <= NEAR for value in off)
     at_cap = [stage["failcnt"] for stage in stages]

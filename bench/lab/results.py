@@ -7,16 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from shoal.engine.errors import ShoalError
+
 
 class Results:
     """Records by key."""
 
     def __init__(self, path: Path) -> None:
-        """ShoalError is not raised: a file that is no JSON object is the caller's mistake (ValueError)."""
+        """ShoalError: there is a file that is no JSON object."""
         self._path = path
-        self.rows: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        try:
+            self.rows: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        except (OSError, ValueError) as error:
+            raise ShoalError(f"{path} holds no results: {error}; name another file") from error
         if not isinstance(self.rows, dict):
-            raise ValueError(f"{path} holds no JSON object")
+            raise ShoalError(f"{path} holds no results, but a {type(self.rows).__name__}; name another file")
 
     def once(self, key: str, make: Callable[[], Any]) -> Any:
         """The record of a key, made and saved if it is not there."""

@@ -57,7 +57,7 @@ def plans(
     found = {"ours": list(ours.stages), "equal": equal_split(rows, cluster, workload)}
     said: dict[str, str] = {}
     theirs = lingualinked(
-        rows, replace(cluster, links=_without_head(cluster), head=spec.head or cluster.head)
+        rows, replace(cluster, links=_without_head(cluster), head=spec.head or cluster.devices[0].name)
     )
     if theirs is None:
         said["lingualinked"] = "no plan: weights may take 0.7 of each cap"
@@ -153,10 +153,11 @@ def render(rows: dict[str, Any]) -> str:
             spread = f"{min(speeds):.2f} to {max(speeds):.2f}, {len(speeds)}"
             text.append(f"| {name} | {units} | {runs[-1]['predicted']:.2f} | {middle[name]:.2f} | {spread} |")
         text += ["", *(f"{name}: {words}" for name, words in record["said"].items())]
-        one = rows.get(key.rsplit(" ", 1)[0] + " 1", record)["runs"]["equal"]
-        if "ours" in middle and one:
-            base = statistics.median(run["tokens_per_s"] for run in one)
-            text.append(f"ours is {middle['ours'] / base:.2f}x of one stream on the equal split")
+        one = rows.get(key.rsplit(" ", 1)[0] + " 1", {"runs": {}})["runs"].get("equal")
+        if "ours" in middle:
+            if one:
+                base = statistics.median(run["tokens_per_s"] for run in one)
+                text.append(f"ours is {middle['ours'] / base:.2f}x of one stream on the equal split")
             best = max(middle, key=lambda name: middle[name])
             text.append(f"ours is {middle['ours'] / middle[best]:.2f} of the best measured, {best}")
         text.append("")

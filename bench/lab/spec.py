@@ -81,10 +81,6 @@ class LabSpec:
                 "decides what is measured: lower some"
             )
 
-    def with_link(self, link: LinkSpec) -> LabSpec:
-        """The same devices on other links."""
-        return replace(self, devices=tuple(replace(device, link=link) for device in self.devices))
-
 
 def read_spec(path: Path) -> LabSpec:
     """The lab that a file describes. ShoalError: unreadable, unknown keys, values out of range."""

@@ -14,7 +14,6 @@ import time
 import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +79,17 @@ def simulated(
     return sum((tokens - 1) / (b - a) for a, b in zip(first, done, strict=True))
 
 
-def validate(setup: Setup, streams: Sequence[int], repeats: int) -> dict[str, Any]:
-    """A row for each number of streams, on devices whose caps have room for the most."""
+def validate(
+    setup: Setup, streams: Sequence[int], repeats: int, before: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """A row for each number of streams, on devices whose caps have room for the most; those of the record
+    `before` are kept."""
+    rows = {row["streams"]: row for row in before["streams"]} if before else {}
     room = CONTEXT * max(streams)
-    return {"model": setup.model, "streams": [_steady(setup, count, repeats, room) for count in streams]}
+    for count in streams:
+        if count not in rows:
+            rows[count] = _steady(setup, count, repeats, room)
+    return {"model": setup.model, "streams": [rows[count] for count in sorted(rows)]}
 
 
 def _steady(setup: Setup, streams: int, repeats: int, room: int) -> dict[str, Any]:
@@ -161,6 +167,8 @@ def cluster_of_json(body: dict[str, Any]) -> planner.Cluster:
 
 def predicted_again(record: dict[str, Any]) -> dict[str, Any]:
     """A record with what today's planner and simulator say of the same stages on the same measurements."""
+    if any("cluster" not in row for row in record["streams"]):
+        raise ShoalError("these results say nothing of their devices: measure them again")
     rows = planner_model(Model.open(model_path(record["model"])), StageOptions())
 
     def again(row: dict[str, Any]) -> dict[str, Any]:
@@ -223,10 +231,7 @@ def main(arguments: Sequence[str]) -> int:
             continue
         if time.monotonic() - start > args.seconds:
             break
-        results.once(
-            setup.name,
-            partial(validate, setup, streams, args.repeats),
-        )
+        results.put(setup.name, validate(setup, streams, args.repeats, results.rows.get(setup.name)))
     print(render(results.rows))
     return 0 if all(setup.name in results.rows for setup in setups) else 1
 

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from bench.lab import promise, rivals, validate
 from bench.lab.exhaustive import every, shapes
+from bench.lab.lab import LabNode
 from bench.lab.results import Results
 from bench.lab.runs import tokens_for
+from bench.lab.spec import DeviceSpec, LinkSpec, read_spec
 
 from shoal import planner
 from shoal.engine.errors import ShoalError
@@ -79,9 +81,65 @@ def test_a_result_is_made_once_and_kept(tmp_path: Path) -> None:
     assert Results(path).once("key", make) == Results(path).once("key", make) == 7
     assert made == [7]
     assert json.loads(path.read_text()) == {"key": 7}
-    path.write_text("[]")
-    with pytest.raises(ValueError, match="no JSON object"):
-        Results(path)
+    for wrong in ("[]", "{", "\xff"):
+        path.write_text(wrong, encoding="latin-1")
+        with pytest.raises(ShoalError, match=r"results\.json holds no results"):
+            Results(path)
+
+
+def test_nothing_measured_is_said_and_not_raised() -> None:
+    assert promise.render({}, 50) == "no plan has run"
+
+
+def test_what_a_file_lacks_is_measured_and_the_rest_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = validate.read_setups(validate.SETUPS)[0]
+    done = list[int]()
+
+    def steady(_: object, streams: int, *__: object) -> dict[str, Any]:
+        done.append(streams)
+        return {"streams": streams}
+
+    monkeypatch.setattr(validate, "_steady", steady)
+    one = validate.validate(setup, [1], 3)
+    assert validate.validate(setup, [4, 1], 3, one)["streams"] == [{"streams": 1}, {"streams": 4}]
+    assert done == [1, 4]
+    with pytest.raises(ShoalError, match="say nothing of their devices"):
+        validate.predicted_again({"model": str(Path("nowhere")), "streams": one["streams"]})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("device = 3", r"\[\[device\]\]"),
+        ("device = [3]", "must be a table"),
+        ('[[device]]\nname = "a"\nspeed = "x"', "speed must be a number"),
+    ],
+)
+def test_a_lab_file_of_the_wrong_shape_is_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "lab.toml"
+    path.write_text(text)
+    with pytest.raises(ShoalError, match=message):
+        read_spec(path)
+
+
+def test_a_link_that_was_changed_is_still_so_when_it_is_mended(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = list[Any]()
+
+    class Open:
+        class ground:
+            namespaces = True
+
+        def command(self, line: bytes) -> None:
+            pass
+
+    monkeypatch.setattr("bench.lab.ground.set_rate", lambda number, rate: told.append(rate))
+    monkeypatch.setattr("bench.lab.ground.set_carrier", lambda number, up: None)
+    device = DeviceSpec("a", 0.5, LinkSpec(bytes_per_s=1e7))
+    node = LabNode(0, device, None, None, "", Open())  # type: ignore[arg-type]
+    node.link(LinkSpec(bytes_per_s=1e5))
+    node.cut()
+    node.mend()
+    assert told == [1e5, 1e5]
 
 
 def test_there_are_twelve_set_ups_that_differ() -> None:

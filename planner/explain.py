@@ -34,19 +34,21 @@ def give_reasons(
     judge: Judge,
     cases: Sequence[Case],
     devices: Sequence[int],
+    fixed: bool,
     why_none: Callable[[Sequence[int]], str],
 ) -> tuple[Reason, ...]:
     """A reason for every device of the cluster, in its order. `cases`: all that were searched; `devices`:
-    those that the plan could choose from; `why_none`: why there is no plan with some of them, in words."""
+    those that the plan could choose from, `fixed`: in this order; `why_none`: why there is no plan with some
+    of them, in words."""
     used = {j for j, _, _ in found.chain.stages}
     reasons = []
     for j, device in enumerate(cluster.devices):
         if j in used:
-            text = _why_in(plan, judge, cases, j, devices, why_none)
+            text = _why_in(plan, judge, cases, j, devices, fixed, why_none)
         elif j not in devices:
             text = "left out by the order or the constraints given"
         else:
-            text = _why_out(plan, cluster, found, judge, cases, j, devices)
+            text = _why_out(plan, cluster, found, judge, cases, j, devices, fixed)
         reasons.append(Reason(device.name, j in used, text))
     return tuple(reasons)
 
@@ -75,6 +77,7 @@ def _why_in(
     cases: Sequence[Case],
     j: int,
     devices: Sequence[int],
+    fixed: bool,
     why_none: Callable[[Sequence[int]], str],
 ) -> str:
     others = [i for i in devices if i != j]
@@ -83,7 +86,7 @@ def _why_in(
     if j in cases[0][0].pins:
         return "its layers are given"
 
-    text = _instead(plan, judge, cases, without(j, devices))
+    text = _instead(plan, judge, cases, without(j, devices, fixed))
     return f"needed: without it {why_none(others)}" if text is None else f"without it: {text}"
 
 
@@ -95,13 +98,15 @@ def _why_out(
     cases: Sequence[Case],
     j: int,
     devices: Sequence[int],
+    fixed: bool,
 ) -> str:
     device = cluster.devices[j]
     if all(fit == c for c, fit in enumerate(found.tables.first_fit[j])):
         return f"its cap of {device.ram_bytes / MB:.1f} MB has no room for any unit"
-    text = _instead(plan, judge, cases, with_it(j, found.chain, devices))
+    text = _instead(plan, judge, cases, with_it(j, found.chain, devices, fixed))
     if text is None:
-        return f"no chain with room {'leads' if len(devices) <= QUICK_EXACT else 'was found'} through it"
+        proved = fixed or len(devices) <= QUICK_EXACT
+        return f"no chain with room {'leads' if proved else 'was found'} through it"
     return f"with it: {text}"
 
 

@@ -84,8 +84,9 @@ def plan(
     answer = replace(answer, method=best.how, optimal=best.optimal)
     if not explain:
         return answer
-    why_none = partial(_why_none, model, cluster, workload, constraints)
-    return replace(answer, reasons=give_reasons(answer, cluster, best, judge, cases, devices, why_none))
+    fixed, why_none = order is not None, partial(_why_none, model, cluster, workload, constraints)
+    reasons = give_reasons(answer, cluster, best, judge, cases, devices, fixed, why_none)
+    return replace(answer, reasons=reasons)
 
 
 def _following(

@@ -62,6 +62,7 @@ def test_units_of_the_file(tmp_path: Path) -> None:
         (f"a = {'[' * 5000}{']' * 5000}", "nested too deeply"),
         (GOOD.replace('to = "phone"', 'to = ["phone"]'), "to must be a name"),
         (GOOD.replace('name = "phone"', 'name = ["phone"]'), "name must be a name"),
+        (GOOD.replace('"phone"', '"pho\\u0001ne"'), "cannot be printed"),
         (GOOD.replace('head = "laptop"', "head = [1]"), "head must be a name"),
         ("link = 3\n" + GOOD[: GOOD.index("[[link]]")], r"\[\[link\]\]"),
         *((GOOD.replace("= 300", f"= {bad}"), "ram_mb") for bad in ("inf", "nan", "1e400", "9" * 400)),

@@ -38,7 +38,7 @@ def test_a_profile_survives_json() -> None:
     assert loads(dumps(BOTH)) == BOTH
 
 
-names = st.text(min_size=1, max_size=3)
+names = st.text(min_size=1, max_size=3).filter(str.isprintable)
 rates = st.floats(min_value=1e-9, max_value=1e18)
 times = st.floats(min_value=0, max_value=1e6)
 sizes = st.integers(min_value=1, max_value=2**50)

@@ -106,6 +106,17 @@ def test_with_it_a_device_may_take_another_ones_place_and_order() -> None:
     assert found.reasons[1].text.startswith("with it: ")
 
 
+def test_reasons_of_a_given_order_keep_to_it() -> None:
+    """In any other order `mid` would be quicker at an end."""
+    links = {pair: Link(0.001, 1e9) for pair in itertools.permutations(("head", "a", "mid", "z"), 2)}
+    links |= {("a", "mid"): Link(0.5, 1e9), ("mid", "z"): Link(0.5, 1e9)}
+    devices = (device("a", 9_000_000, 1e8), device("mid", 9_000_000), device("z", 9_000_000, 1e8))
+    found = planned(MODEL, Cluster(devices, links, "head"), LOAD, order=["a", "mid", "z"])
+    assert [stage.device for stage in found.stages] == ["a", "z"]
+    assert found.reasons[1].text.startswith("with it: ")
+    assert float(found.reasons[1].text.split()[2]) <= found.tokens_per_s
+
+
 def test_ends_that_are_given_do_not_hide_a_plan_of_many_devices() -> None:
     odd = [replace(LAYER, macs=1_000_000 + i) for i in range(14)]
     model = Model((EMBEDDING, *odd, HEAD))

@@ -43,3 +43,12 @@ def test_the_file_is_well_formed_and_has_a_bar_per_stage_and_a_line_per_hop() ->
     texts = [text.text or "" for text in root.iter(f"{tag}text")]
     assert texts[0] == f"one token: {PLAN.step_seconds * 1e3:.2f} ms"
     assert [text for text in texts if text == "a<b"] == ["a<b"] * 2
+
+
+def test_a_call_among_several_streams_is_not_called_a_token_alone() -> None:
+    """Stages that are kept busy pay no pause, and a token by itself does."""
+    cluster = planner.Cluster(DEVICES, LINKS, "h")
+    load = planner.Workload(64, sequences=6, streams=2)
+    found = planner.evaluate(MODEL, cluster, load, PLAN.stages, "throughput")
+    assert "one call" in draw(found)
+    assert "one token" not in draw(found)

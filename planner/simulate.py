@@ -37,8 +37,7 @@ def simulate(
     rules: Rules = USUAL,
 ) -> Outcome:
     """Runs until every answer is complete. `workload` sizes RAM for copies; ValueError: stages that are no
-    plan of the model, links that are not there, a device that dies without a `replan`."""
-    check_stages(model, cluster, stages)
+    plan of the model, also those of `replan`; links that are not there; a device that dies without one."""
     return _Run(model, cluster, workload, stages, requests, events, rules).run()
 
 
@@ -108,6 +107,7 @@ class _Run:
 
     def _assign(self, stages: Sequence[Stage]) -> None:
         """A new epoch: these stages, empty queues and links."""
+        check_stages(self.model, self.cluster, stages)
         self.epoch += 1
         self.stages = tuple(stages)
         self.costs = [StageCost(self.model, self.cluster.device(s.device), s.first, s.last) for s in stages]

@@ -158,6 +158,14 @@ def test_what_is_no_request_and_no_plan_is_refused() -> None:
             run([Request(0.0, 1, 1)], stages=stages)
 
 
+def test_a_plan_after_a_death_that_leaves_units_out_is_refused() -> None:
+    def replan(cluster: Cluster) -> list[Stage]:
+        return equal_split(cluster)[:1]
+
+    with pytest.raises(ValueError, match="must cover units 0 to 8"):
+        run([Request(0.0, 1, 50)], events=[Event(0.05, "b", "die")], replan=replan)
+
+
 @pytest.mark.parametrize("name", ["a", "b", "c"])
 def test_nothing_is_lost_whichever_dies_and_whenever(name: str) -> None:
     requests = random_requests(1, 12, 4.0, (1, 90), (5, 30))

@@ -10,6 +10,7 @@ import random
 import time
 from itertools import pairwise
 
+from shoal.arguments.kinds import positive
 from shoal.planner import Cluster, Device, Link, Model, Stage, Unit, Workload
 from shoal.planner.scenario import Event, Rules, random_requests
 from shoal.planner.simulate import simulate
@@ -46,9 +47,9 @@ def main() -> None:
     """Prints one line of figures."""
     parser = argparse.ArgumentParser(prog="python -m bench.simulate")
     parser.add_argument("--devices", type=int, default=256)
-    parser.add_argument("--requests", type=int, default=1000)
-    parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--answer", type=int, default=64)
+    parser.add_argument("--requests", type=positive, default=1000)
+    parser.add_argument("--prompt", type=positive, default=128)
+    parser.add_argument("--answer", type=positive, default=64)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     model, cluster, stages = chain(args.devices, args.seed)

@@ -2,10 +2,12 @@
 
 import itertools
 import random
+import sys
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from bench.simulate import main
 
 from shoal.planner import cost
 from shoal.planner.evaluation import evaluate
@@ -164,6 +166,19 @@ def test_a_plan_after_a_death_that_leaves_units_out_is_refused() -> None:
 
     with pytest.raises(ValueError, match="must cover units 0 to 8"):
         run([Request(0.0, 1, 50)], events=[Event(0.05, "b", "die")], replan=replan)
+
+
+@pytest.mark.parametrize("length", ["--prompt", "--answer"])
+def test_the_benchmark_takes_requests_of_one_token(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], length: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["simulate", "--devices", "4", "--requests", "30", length, "1"])
+    main()
+    assert capsys.readouterr().out.startswith("4 devices x 30 requests")
+    monkeypatch.setattr(sys, "argv", ["simulate", length, "0"])
+    with pytest.raises(SystemExit):
+        main()
+    assert f"argument {length}: '0' is not a whole number above 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["a", "b", "c"])

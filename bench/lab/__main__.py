@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     args = parser.parse_args(arguments)
     path, rows = resolve(args.model), list[Row]()
     streams = [int(count) for count in args.streams.split(",")]
-    with Lab.open(read_spec(args.lab), path, context=args.context * max(streams)) as lab:
+    with Lab.open(read_spec(args.lab), path, context=args.context, sequences=max(streams)) as lab:
         for row in compare(lab, Model.open(path), streams, args.repeats, args.context):
             rows.append(row)
             print(

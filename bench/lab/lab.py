@@ -20,10 +20,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from shoal import planner
 from shoal.engine.errors import ShoalError
 from shoal.engine.shards import Model
 from shoal.engine.stage import StageOptions
 from shoal.net.slow import turn
+from shoal.planner.cost import unit_held_bytes
 from shoal.planning import MB, planner_model
 from shoal.processes import NodeSpec, RunningNode, bare_node_bytes, end, start
 
@@ -163,11 +165,12 @@ class Lab:
         model: Path,
         *,
         context: int = CONTEXT,
+        sequences: int = 1,
         options: Sequence[str] = (),
         strict: bool = True,
     ) -> Iterator[Lab]:
         """Nodes of a model that listen, `options` on the command line of each. Caps in layers hold their
-        state for `context` positions.
+        state for so many sequences of `context` positions.
 
         ShoalError: another lab is open; a node ends at once; or, if `strict`, this machine lacks something
         that the spec asks for (else the lab goes on without it, and `lacks` says so)."""
@@ -175,7 +178,7 @@ class Lab:
         lacks = tuple(reason for reason in (no_net, no_caps) if reason is not None)
         if strict and lacks:
             raise ShoalError(f"a lab runs as root on Linux, and this machine lacks {'; '.join(lacks)}")
-        caps = caps_mb(spec, model, context)
+        caps = caps_mb(spec, model, context, sequences)
         with ExitStack() as stack:
             lock = ground.locked()
             stack.callback(os.close, lock)
@@ -262,14 +265,14 @@ class Lab:
             )
 
 
-def caps_mb(spec: LabSpec, path: Path, context: int) -> list[int | None]:
+def caps_mb(spec: LabSpec, path: Path, context: int, sequences: int = 1) -> list[int | None]:
     """Each device's cap in MB: as given, or for so many layers with their state beside a bare node and the
     model's largest table, so that any of them can be at either end."""
     model = Model.open(path)
     rows = planner_model(model, StageOptions())
-    layer = rows.units[1]
-    held = layer.bytes + layer.kv_bytes_per_token * -(-context // rows.kv_page_tokens) * rows.kv_page_tokens
-    bare = bare_node_bytes(path) + layer.workspace_bytes + max(rows.units[0].bytes, rows.units[-1].bytes)
+    held = unit_held_bytes(rows, rows.units[1], planner.Workload(context, sequences=sequences))
+    workspace = max(unit.workspace_bytes for unit in rows.units)
+    bare = bare_node_bytes(path) + workspace + max(rows.units[0].bytes, rows.units[-1].bytes)
     return [
         d.cap_mb if d.cap_layers is None else -(-(bare + d.cap_layers * held) // MB) for d in spec.devices
     ]

@@ -187,7 +187,8 @@ def main(arguments: Sequence[str]) -> int:
     start, results, model = time.monotonic(), Results(args.results), Model.open(model_path(args.model))
     streams, done = [int(count) for count in args.streams.split(",")], True
     options = ("--measure-seconds", str(MEASURE_SECONDS))
-    with Lab.open(read_spec(args.lab), model.path, context=CONTEXT * max(streams), options=options) as lab:
+    spec, most = read_spec(args.lab), max(streams)
+    with Lab.open(spec, model.path, context=CONTEXT, sequences=most, options=options) as lab:
         for count in streams:
             key = f"{args.lab.stem} {args.model} {count}"
             done &= study(lab, model, results, key, count, args.rounds, start + args.seconds)

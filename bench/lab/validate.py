@@ -85,19 +85,18 @@ def validate(
     """A row for each number of streams, on devices whose caps have room for the most; those of the record
     `before` are kept."""
     rows = {row["streams"]: row for row in before["streams"]} if before else {}
-    room = CONTEXT * max(streams)
     for count in streams:
         if count not in rows:
-            rows[count] = _steady(setup, count, repeats, room)
+            rows[count] = _steady(setup, count, repeats, max(streams))
     return {"model": setup.model, "streams": [rows[count] for count in sorted(rows)]}
 
 
-def _steady(setup: Setup, streams: int, repeats: int, room: int) -> dict[str, Any]:
+def _steady(setup: Setup, streams: int, repeats: int, most: int) -> dict[str, Any]:
     """Runs of a plan by what devices and links were measured to be right before. Up to TRIES attempts: until
     runs are steady, and nobody else is at work while devices measure themselves; else the steadiest."""
     attempts: list[tuple[float, dict[str, Any]]] = []
     while len(attempts) < TRIES:
-        crowd, row = _record(setup, streams, repeats, room)
+        crowd, row = _record(setup, streams, repeats, most)
         speeds = [run["tokens_per_s"] for run in row["runs"]]
         spread = max(speeds) / min(speeds)
         attempts.append((spread + crowd, row))
@@ -106,13 +105,13 @@ def _steady(setup: Setup, streams: int, repeats: int, room: int) -> dict[str, An
     return min(attempts, key=lambda attempt: attempt[0])[1]
 
 
-def _record(setup: Setup, streams: int, repeats: int, room: int) -> tuple[float, dict[str, Any]]:
+def _record(setup: Setup, streams: int, repeats: int, most: int) -> tuple[float, dict[str, Any]]:
     """How many cores others took while the devices measured themselves, and what came after."""
     model = Model.open(model_path(setup.model))
     rows = planner_model(model, StageOptions())
     objective, workload = load(streams)
     options = ("--measure-seconds", str(MEASURE_SECONDS))
-    with Lab.open(setup.lab, model.path, context=room, options=options) as lab:
+    with Lab.open(setup.lab, model.path, context=CONTEXT, sequences=most, options=options) as lab:
         cluster = survey_cluster(model, lab.addresses)
         crowd = lab.others()
         plan = plan_or_error(rows, cluster, workload, objective)

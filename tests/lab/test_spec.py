@@ -1,13 +1,16 @@
 """What a lab's file may say, and how layers are split evenly under caps."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from bench.lab import lab
 from bench.lab.compare import equal_split
 from bench.lab.spec import DeviceSpec, LabSpec, LinkSpec, read_spec
 
 from shoal import planner
 from shoal.engine.errors import NoPlanError, ShoalError
+from shoal.planner.cost import range_ram_bytes
 
 
 def test_the_phones_are_those_that_the_results_refer_to(labs: Path) -> None:
@@ -88,3 +91,25 @@ def test_layers_are_split_evenly_as_far_as_the_caps_allow() -> None:
     ]
     with pytest.raises(NoPlanError, match="no split"):
         layers(12, (40, 40, 20, 20))
+
+
+@pytest.mark.parametrize("sequences", [1, 4])
+@pytest.mark.parametrize("context", [100, 128])
+def test_a_cap_in_layers_has_room_for_them_and_either_end(
+    monkeypatch: pytest.MonkeyPatch, context: int, sequences: int
+) -> None:
+    """Each sequence has pages of its own, and the head may work on more than a layer does."""
+    table = planner.Unit("table", 10**7, 10, 0, 0, 0, 1000, workspace_bytes=3 * 10**6)
+    layer = planner.Unit("layer", 10**7, 10**7, 10**6, 10**5, 5 * 10**6, 1000, workspace_bytes=10**6)
+    model = planner.Model((table, *[layer] * 6, table), 0, 64)
+    monkeypatch.setattr(lab, "Model", SimpleNamespace(open=lambda path: None))
+    monkeypatch.setattr(lab, "planner_model", lambda *_: model)
+    monkeypatch.setattr(lab, "bare_node_bytes", lambda path: 60 * 10**6)
+    spec = LabSpec(
+        (DeviceSpec("a", 0.4, LinkSpec(), cap_layers=4), DeviceSpec("b", 0.4, LinkSpec(), cap_mb=9))
+    )
+    device = planner.Device("a", 10**9, 1e9, 1e9, base_bytes=60 * 10**6)
+    load = planner.Workload(context, sequences=sequences)
+    need = range_ram_bytes(model, device, load, 3, 8)
+    assert need == range_ram_bytes(model, device, load, 0, 5)
+    assert lab.caps_mb(spec, Path("model"), context, sequences) == [-(-need // 10**6), 9]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from bench.lab.exhaustive import every, shapes
 from bench.lab.lab import LabNode
 from bench.lab.results import Results
 from bench.lab.runs import tokens_for
-from bench.lab.spec import DeviceSpec, LinkSpec, read_spec
+from bench.lab.spec import DeviceSpec, LabSpec, LinkSpec, read_spec
 
 from shoal import planner
 from shoal.engine.errors import ShoalError
@@ -182,8 +183,6 @@ def test_the_table_says_how_far_predictions_are_off() -> None:
 
 
 def test_rivals_are_named_or_it_is_said_why_there_are_none() -> None:
-    from bench.lab.spec import DeviceSpec, LabSpec, LinkSpec
-
     spec = LabSpec(tuple(DeviceSpec(d.name, 0.3, LinkSpec()) for d in DEVICES), "a")
     found, said = rivals.plans(ROWS, CLUSTER, spec, 1)
     assert {"ours", "equal", "best 1"} <= found.keys()
@@ -201,6 +200,28 @@ def test_rivals_are_named_or_it_is_said_why_there_are_none() -> None:
     runs["best 1"], edges["best 1"] = [{"tokens_per_s": 8.0, "predicted": 5.0}], edges["ours"]
     text = rivals.render({"lab model 1": {"plans": edges, "said": said, "runs": runs}})
     assert "5.00 | 7.00 | 6.00 to 8.00, 2 |" in text
+
+
+@pytest.mark.parametrize("head", [None, "b"])
+def test_lingualinkeds_head_is_a_device_whether_or_not_the_lab_names_one(head: str | None) -> None:
+    roomy = planner.Cluster(tuple(replace(d, ram_bytes=10**9) for d in DEVICES), LINKS, "head")
+    spec = LabSpec(tuple(DeviceSpec(d.name, 0.3, LinkSpec()) for d in DEVICES), head)
+    found, said = rivals.plans(ROWS, roomy, spec, 1)
+    assert "lingualinked" not in said
+    assert found["lingualinked"][0].device == (head or "a")
+
+
+def test_several_streams_alone_are_not_compared_with_one() -> None:
+    runs = {
+        name: [{"tokens_per_s": speed, "predicted": 5.0}] for name, speed in (("ours", 6.0), ("equal", 3.0))
+    }
+    four = {"plans": {name: [["a", 0, 7]] for name in runs}, "said": {}, "runs": runs}
+    four["plans"]["equal"] = [["b", 0, 7]]
+    one = {**four, "runs": {"ours": runs["ours"], "equal": []}}
+    for rows in ({"lab model 4": four}, {"lab model 1": one, "lab model 4": four}):
+        text = rivals.render(rows)
+        assert "of one stream" not in text
+        assert text.rstrip().endswith("ours is 1.00 of the best measured, ours")
 
 
 def test_what_was_promised_and_taken_is_summed_up() -> None:

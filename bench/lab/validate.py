@@ -56,10 +56,19 @@ class Setup:
 def read_setups(path: Path) -> list[Setup]:
     """The set-ups of a file; in all of them devices take turns. ShoalError: as for read_spec."""
     try:
-        rows = tomllib.loads(path.read_text(encoding="utf-8"))["setup"]
-        return [Setup(row.pop("name"), row.pop("model"), spec_of({**row, "turns": True})) for row in rows]
-    except (OSError, KeyError, ValueError) as error:
+        rows = tomllib.loads(path.read_text(encoding="utf-8")).get("setup")
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError("it needs a table of its own for each set-up: [[setup]]")
+        return [_setup(**row) for row in rows]
+    except (OSError, ValueError) as error:
         raise ShoalError(f"{path}: {error}") from error
+
+
+def _setup(name: Any = None, model: Any = None, **lab: Any) -> Setup:
+    for key, value in (("name", name), ("model", model)):
+        if not isinstance(value, str):
+            raise ValueError(f"[[setup]] {name}: {key} must be a text, not {value!r}")
+    return Setup(name, model, spec_of({**lab, "turns": True}))
 
 
 def simulated(

@@ -153,10 +153,20 @@ def test_there_are_twelve_set_ups_that_differ() -> None:
     assert {len(setup.lab.devices) for setup in setups} >= {2, 3, 4, 5}
 
 
-def test_a_set_up_without_a_model_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('[[setup]]\nname = "a"\n', r"\[\[setup\]\] a: model must be a text"),
+        ('[[setup]]\nname = 3\nmodel = "m"\n', r"\[\[setup\]\] 3: name must be a text"),
+        ("", r"a table of its own for each set-up: \[\[setup\]\]"),
+        ("setup = 5", r"\[\[setup\]\]"),
+        ('setup = ["a"]', r"\[\[setup\]\]"),
+    ],
+)
+def test_a_file_that_holds_no_set_ups_is_named_with_the_reason(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "setups.toml"
-    path.write_text('[[setup]]\nname = "a"\n')
-    with pytest.raises(ShoalError, match=r"setups\.toml: 'model'"):
+    path.write_text(text)
+    with pytest.raises(ShoalError, match=rf"setups\.toml: .*{words}"):
         validate.read_setups(path)
 
 

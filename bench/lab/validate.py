@@ -94,10 +94,15 @@ def validate(
     """A row for each number of streams, on devices whose caps have room for the most; those of the record
     `before` are kept."""
     rows = {row["streams"]: row for row in before["streams"]} if before else {}
-    for count in streams:
-        if count not in rows:
-            rows[count] = _steady(setup, count, repeats, max(streams))
+    for count in missing(before, streams):
+        rows[count] = _steady(setup, count, repeats, max(streams))
     return {"model": setup.model, "streams": [rows[count] for count in sorted(rows)]}
+
+
+def missing(record: dict[str, Any] | None, streams: Sequence[int]) -> list[int]:
+    """The numbers of streams that a record, if there is one, says nothing of."""
+    there = {row["streams"] for row in record["streams"]} if record else set()
+    return [count for count in streams if count not in there]
 
 
 def _steady(setup: Setup, streams: int, repeats: int, most: int) -> dict[str, Any]:
@@ -175,8 +180,6 @@ def cluster_of_json(body: dict[str, Any]) -> planner.Cluster:
 
 def predicted_again(record: dict[str, Any]) -> dict[str, Any]:
     """A record with what today's planner and simulator say of the same stages on the same measurements."""
-    if any("cluster" not in row for row in record["streams"]):
-        raise ShoalError("these results say nothing of their devices: measure them again")
     rows = planner_model(Model.open(model_path(record["model"])), StageOptions())
 
     def again(row: dict[str, Any]) -> dict[str, Any]:
@@ -184,6 +187,22 @@ def predicted_again(record: dict[str, Any]) -> dict[str, Any]:
         return {**row, **predictions(rows, cluster_of_json(row["cluster"]), stages, row["streams"])}
 
     return {**record, "streams": [again(row) for row in record["streams"]]}
+
+
+def all_again(results: Results) -> None:
+    """All records predicted again. ShoalError: some say nothing of their devices, and none was changed."""
+    older = [
+        name
+        for name, record in results.rows.items()
+        if any("cluster" not in row for row in record["streams"])
+    ]
+    if older:
+        raise ShoalError(
+            f"{', '.join(older)}: measured by an older version, which kept nothing of the devices to predict "
+            "from: measure into another file"
+        )
+    for name, record in results.rows.items():
+        results.put(name, predicted_again(record))
 
 
 def render(rows: dict[str, Any]) -> str:
@@ -214,7 +233,7 @@ def render(rows: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Exit code 0 when all set-ups are there."""
+    """Exit code 0 when all set-ups that were asked for are there."""
     parser = argparse.ArgumentParser(prog="python -m bench.lab.validate", description=__doc__)
     parser.add_argument("results", type=Path, help="a JSON file, read and added to")
     parser.add_argument("--setups", type=Path, default=SETUPS, help="a TOML file (default: setups.toml here)")
@@ -230,18 +249,22 @@ def main(arguments: Sequence[str]) -> int:
     args = parser.parse_args(arguments)
     setups, results = read_setups(args.setups), Results(args.results)
     streams, start = [int(count) for count in args.streams.split(",")], time.monotonic()
+    if args.only is not None:
+        setups = [setup for setup in setups if args.only in setup.name]
+        if not setups:
+            raise ShoalError(f"no set-up in {args.setups} has {args.only!r} in its name")
     if args.again:
-        for name, record in results.rows.items():
-            results.put(name, predicted_again(record))
+        all_again(results)
         setups = []
     for setup in setups:
-        if args.only is not None and args.only not in setup.name:
+        before = results.rows.get(setup.name)
+        if not missing(before, streams):
             continue
         if time.monotonic() - start > args.seconds:
             break
-        results.put(setup.name, validate(setup, streams, args.repeats, results.rows.get(setup.name)))
+        results.put(setup.name, validate(setup, streams, args.repeats, before))
     print(render(results.rows))
-    return 0 if all(setup.name in results.rows for setup in setups) else 1
+    return 1 if any(missing(results.rows.get(setup.name), streams) for setup in setups) else 0
 
 
 if __name__ == "__main__":

@@ -104,8 +104,34 @@ def test_what_a_file_lacks_is_measured_and_the_rest_is_kept(monkeypatch: pytest.
     one = validate.validate(setup, [1], 3)
     assert validate.validate(setup, [4, 1], 3, one)["streams"] == [{"streams": 1}, {"streams": 4}]
     assert done == [1, 4]
-    with pytest.raises(ShoalError, match="say nothing of their devices"):
-        validate.predicted_again({"model": str(Path("nowhere")), "streams": one["streams"]})
+
+
+def test_results_of_an_older_version_are_named_and_left_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"old": {"model": "m", "streams": [{"streams": 1}]}}))
+    before = path.read_text()
+    with pytest.raises(ShoalError, match="old: measured by an older version"):
+        validate.main([str(path), "--again"])
+    assert path.read_text() == before
+
+
+def test_all_that_was_asked_for_is_there_or_the_exit_code_says_that_it_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def steady(_: object, streams: int, *__: object) -> dict[str, Any]:
+        return {"streams": streams, "stages": [], "measured": 1.0, "predicted": 1.0, "simulated": 1.0}
+
+    monkeypatch.setattr(validate, "_steady", steady)
+    one = ["--only", validate.read_setups(validate.SETUPS)[0].name]
+    results = str(tmp_path / "results.json")
+    assert validate.main([results, *one, "--streams", "1"]) == 0
+    assert validate.main([results, *one, "--streams", "1,4", "--seconds", "-1"]) == 1
+    assert validate.main([results, *one, "--streams", "1,4"]) == 0
+    assert validate.main([results, *one, "--streams", "1,4", "--seconds", "-1"]) == 0
+    assert validate.main([results, "--streams", "1,4", "--seconds", "-1"]) == 1
+    assert "predicted, 4 streams" in capsys.readouterr().out
+    with pytest.raises(ShoalError, match=r"no set-up in .*setups\.toml has 'nowhere' in its name"):
+        validate.main([results, "--only", "nowhere"])
 
 
 @pytest.mark.parametrize(

@@ -7,22 +7,31 @@ path; layers flow along the arcs and each device takes its n, so that a ring off
 devices take layers that never arrive, is impossible and the relaxation stays tight. All costs and room come
 from the same tables as the DP's.
 
+What is known already bounds the problem: no chain counts that does not better it. For throughput that bound
+stands in the place of the slowest place, which no longer is a variable: the quickest round in which all
+places keep within the bound is a new bound, until there is none. Each of those few problems solves like one
+for latency, where one with the variable, whose relaxation splits layers to make places equal, took ten times
+as long at worst.
+
 PuLP is imported when a problem is solved, not before: phones plan without it.
 """
 
 import importlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from typing import Any
 
+from . import dp
 from .dp import Chain
 from .goal import Goal
 from .rows import Model
 from .tables import INF, TimeTables
 
 SCALE = 1000.0  # the objective's size in the solver's units, far above its absolute tolerances of 1e-6
-HAIR = 1 + 1e-9  # above what is known, so that rounding does not cut that chain off
+BETTER = 1 - 1e-9  # of what is known: a chain within that is no better
 BOUNDARY = 1  # any cut stands for all: layers_alike
 TALKATIVE = ("1.16.0",)  # versions of HiGHS that print a banner, into an answer that goes down a pipe
 
@@ -116,21 +125,54 @@ def best_chain(
     solver: Solver,
     *,
     ordered: bool = False,
-    known: float | None = None,
+    known: Chain | None = None,
     time_limit: float = 60.0,
 ) -> tuple[Chain | None, bool]:
     """The best chain over `devices` in any order (or in the given order, any left out), and whether that is
     proved.
 
-    The model's layers must be alike, and so their fees. `known`: a value that some chain reaches, which
-    halves the work for throughput. Gap 0; after `time_limit` seconds the best so far, unproved. (None, True):
-    there is no chain.
+    The model's layers must be alike, and so their fees. `known`: a chain to be bettered, and the answer where
+    none does. Gap 0; after `time_limit` seconds the best so far, unproved. (None, True): there is no chain.
     """
-    if goal.objective == "throughput" and known is not None:
-        tables = tables.within(known * HAIR * goal.batch)
     if len(tables.pins) > sum(j in tables.pins for j in devices):
         return None, True
-    program = _Program(tables, devices, goal, solver.pulp, ordered, known)
+    until, best, bound = time.monotonic() + time_limit, known, INF
+    while True:
+        if best is not None:
+            bound = dp.value(tables, goal, best) * BETTER
+        chain, proved = _solve(
+            tables, devices, goal, solver, ordered, bound, max(0.0, until - time.monotonic())
+        )
+        if chain is None:
+            return best, proved
+        round_s, slowest, fee = dp.parts(tables, chain)
+        if goal.value(round_s, slowest, fee) > bound:  # by the solver's tolerances alone it was within
+            return best, proved
+        if not _only_round(tables, goal) or not proved or round_s * goal.batch >= slowest * goal.streams:
+            return chain, proved  # as quick as any round can be here
+        order = [j for j, _, _ in chain.stages]
+        best = dp.best_chain(tables, goal, partial(dp.cheapest, order=order))
+
+
+def _only_round(tables: TimeTables, goal: Goal) -> bool:
+    """Whether a round is what one problem makes least, its slowest place only being bounded."""
+    return goal.objective == "throughput" and not tables.fee_step
+
+
+def _solve(
+    tables: TimeTables,
+    devices: Sequence[int],
+    goal: Goal,
+    solver: Solver,
+    ordered: bool,
+    bound: float,
+    time_limit: float,
+) -> tuple[Chain | None, bool]:
+    """The best chain of a value below `bound`, or that with the quickest round of those; and whether that,
+    or that there is none, is proved."""
+    if goal.objective == "throughput" and bound < INF:
+        tables = tables.within(bound * goal.batch)
+    program = _Program(tables, devices, goal, solver.pulp, ordered, bound)
     pulp = solver.pulp
     try:
         status = program.problem.solve(solver.make(time_limit))
@@ -152,7 +194,7 @@ class _Program:
         goal: Goal,
         pulp: Any,
         ordered: bool,
-        known: float | None,
+        bound: float,
     ) -> None:
         self.tables, self.devices, self.pulp = tables, devices, pulp
         self.layers = tables.units - 2
@@ -160,7 +202,7 @@ class _Program:
         self._add = _adder(self.problem, pulp)
         self._roles()
         self._path(ordered)
-        self._cost(goal, known)
+        self._cost(goal, bound)
 
     def _binary(self, name: str, possible: bool = True) -> Any:
         return self._add(name, 0, int(possible), self.pulp.LpInteger)
@@ -229,13 +271,14 @@ class _Program:
             entering = self.layers * self.first[j] + sum_of(flow[a] for a in into)
             problem += entering - sum_of(flow[a] for a in out) == self.count[j]
 
-    def _cost(self, goal: Goal, known: float | None) -> None:
+    def _cost(self, goal: Goal, bound: float) -> None:
         tables, sum_of = self.tables, self.pulp.lpSum
         scale = SCALE / self._guess()
         each = self.devices
         rounds = [scale * self._sums(j, tables.overhead[j], tables.prefix[j], tables.relief[j]) for j in each]
-        busy = []
-        if goal.looks_at_places:
+        busy: list[Any] = []
+        slowest_counts = goal.looks_at_places and not _only_round(tables, goal)
+        if slowest_counts:
             busy = [scale * self._sums(j, tables.place_overhead[j], tables.place_prefix[j]) for j in each]
         fee: Any = 0
         if tables.fee_step:
@@ -256,20 +299,23 @@ class _Program:
             assert hop is not None and taken_by is not None, "arcs are made only where there is a link"
             rounds.append(scale * hop[BOUNDARY] * arc)
             busy += [scale * taken_by[BOUNDARY] * arc] if taken_by[BOUNDARY] else []
-        if not goal.looks_at_places:
-            self.problem += sum_of(rounds) + fee
+        if not slowest_counts:
+            streams = goal.streams if goal.objective == "throughput" else 1
+            self._make_least(sum_of(rounds) + fee, scale * bound * streams)
             return
-        if goal.objective == "throughput":
-            most = None if known is None else known * scale * HAIR
-            longest = self._add("period", 0, most)
-            self.problem += longest + fee
-            self.problem += sum_of(rounds) <= goal.streams * longest
-            longest = goal.batch * longest
-        else:
-            longest = self._add("slowest", 0)
-            self.problem += sum_of(rounds) + (goal.chunks - 1) * longest + fee
+        longest = self._add("longest", 0)
         for seconds in busy:
             self.problem += seconds <= longest
+        if goal.objective == "throughput":
+            self.problem += sum_of(rounds) * goal.batch <= goal.streams * longest
+            self._make_least(longest * (1 / goal.batch) + fee, scale * bound)
+        else:
+            self._make_least(sum_of(rounds) + (goal.chunks - 1) * longest + fee, scale * bound)
+
+    def _make_least(self, what: Any, bound: float) -> None:
+        self.problem += what
+        if bound < INF:
+            self.problem += what <= bound
 
     def _sums(self, j: int, step: float, prefix: Sequence[float], relief: float = 0.0) -> Any:
         """What device j takes, as an expression of its roles and layers: `step` and the units it holds, less

@@ -5,6 +5,7 @@ used, the last of them and the boundary. It takes any layers and any links, 2^n 
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import combinations, cycle, permutations
 
 from .dp import Chain, arrivals, best_chain, best_proved, cheapest, reached, value
@@ -14,6 +15,9 @@ from .tables import INF, Tables, TimeTables
 EXACT_DEVICES = 8  # 2^n: some tens of milliseconds for one search at 8 devices and 32 layers
 TRIALS = 400  # orders that local search tries
 STARTS = 3  # from so many of the first guesses
+
+Solve = Callable[[Sequence[int], float], tuple[float, Chain | None]]
+"""What an order comes to, and its chain; (INF, None) where that is no less than a given bound."""
 
 
 def cheapest_any_order(tables: Tables, devices: Sequence[int], must: int = -1) -> Chain | None:
@@ -71,7 +75,17 @@ def search_orders(
     if len(devices) <= exact_devices:
         return best_proved(tables, goal, lambda t: cheapest_any_order(t, devices))
 
-    def solve(order: Sequence[int]) -> tuple[float, Chain | None]:
+    simple = goal.objective == "throughput" and not tables.fee_step
+
+    @lru_cache(maxsize=1)
+    def better_than(bound: float) -> TimeTables:
+        return tables.within(bound * goal.batch)
+
+    def solve(order: Sequence[int], bound: float) -> tuple[float, Chain | None]:
+        if simple and bound < INF:  # most orders are no better: one search tells, where the best takes many
+            chain = cheapest(better_than(bound), order)
+            if chain is None or chain.total >= bound * goal.streams:
+                return INF, None
         chain = best_chain(tables, goal, lambda t: cheapest(t, order))
         return (INF, None) if chain is None else (value(tables, goal, chain), chain)
 
@@ -83,7 +97,7 @@ def least_lack(tables: Tables, devices: Sequence[int]) -> tuple[Chain | None, bo
     if len(devices) <= EXACT_DEVICES:
         return cheapest_any_order(tables, devices), True
 
-    def solve(order: Sequence[int]) -> tuple[float, Chain | None]:
+    def solve(order: Sequence[int], bound: float) -> tuple[float, Chain | None]:
         chain = cheapest(tables, order)
         return (INF, None) if chain is None else (chain.total, chain)
 
@@ -119,12 +133,10 @@ def ends_in_place(tables: Tables, order: Sequence[int]) -> list[int]:
     return [*first, *(j for j in order if j not in first + last), *last]
 
 
-def _improve(
-    solve: Callable[[Sequence[int]], tuple[float, Chain | None]], seeds: Sequence[list[int]], trials: int
-) -> Chain | None:
+def _improve(solve: Solve, seeds: Sequence[list[int]], trials: int) -> Chain | None:
     """From each of the best seeds, change the order as long as that helps; for `trials` orders at most, which
     the starts share."""
-    solved = sorted(((*solve(seed), seed) for seed in seeds), key=lambda entry: entry[0])
+    solved = sorted(((*solve(seed, INF), seed) for seed in seeds), key=lambda entry: entry[0])
     best, chain = solved[0][:2]
     for start in range(min(STARTS, len(solved))):
         cost, other, used = _descend(solve, *solved[start], trials // (STARTS - start))
@@ -135,7 +147,7 @@ def _improve(
 
 
 def _descend(
-    solve: Callable[[Sequence[int]], tuple[float, Chain | None]],
+    solve: Solve,
     best: float,
     chain: Chain | None,
     order: list[int],
@@ -155,7 +167,7 @@ def _descend(
             moved[a], moved[b] = moved[b], moved[a]
         else:
             moved.insert(b, moved.pop(a))
-        cost, other = solve(moved)
+        cost, other = solve(moved, best)
         since += 1
         if cost < best:
             best, chain, order, since = cost, other, moved, 0

@@ -197,16 +197,14 @@ def _by_milp(
     """The MILP's chain, checked and smoothed by the DP along its order: among plans of one objective's value
     the DP takes the quickest round, and it has no tolerances."""
     quick, _ = orders.search_orders(tables, devices, goal, exact_devices=1, trials=0)
-    known = None if quick is None else dp.value(tables, goal, quick)
-    chain, optimal = milp.best_chain(tables, devices, goal, solver, known=known, time_limit=time_limit)
+    chain, optimal = milp.best_chain(tables, devices, goal, solver, known=quick, time_limit=time_limit)
     if chain is None:
         return quick, optimal and quick is None
     order = [j for j, _, _ in chain.stages]
     checked = dp.best_chain(tables, goal, lambda t: dp.cheapest(t, order))
     assert checked is not None, "the MILP's own chain is one of those that the DP sees"
-    best = min((c for c in (checked, quick) if c), key=lambda c: dp.value(tables, goal, c))
-    claimed, value = (dp.value(tables, goal, c) for c in (chain, best))
-    return best, optimal and value >= claimed * (1 - SAME)
+    claimed, value = (dp.value(tables, goal, c) for c in (chain, checked))
+    return checked, optimal and value >= claimed * (1 - SAME)
 
 
 def _other_devices(best: Found, judge: Judge, cases: Sequence[Case], devices: Sequence[int]) -> Found:

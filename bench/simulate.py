@@ -46,12 +46,14 @@ def chain(devices: int, seed: int) -> tuple[Model, Cluster, list[Stage]]:
 def main() -> None:
     """Prints one line of figures."""
     parser = argparse.ArgumentParser(prog="python -m bench.simulate")
-    parser.add_argument("--devices", type=int, default=256)
+    parser.add_argument("--devices", type=positive, default=256)
     parser.add_argument("--requests", type=positive, default=1000)
     parser.add_argument("--prompt", type=positive, default=128)
     parser.add_argument("--answer", type=positive, default=64)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.devices < 2:
+        parser.error("--devices: two at least, for the embedding and for the head")
     model, cluster, stages = chain(args.devices, args.seed)
     lengths = [(max(1, mean // 2), mean * 3 // 2) for mean in (args.prompt, args.answer)]
     requests = random_requests(args.seed, args.requests, 5.0, *lengths)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .check import check_real, check_whole
+from .check import check_name, check_real, check_whole
 from .rows import Cluster, Stage
 
 
@@ -33,6 +33,13 @@ class Event:
     kind: Literal["slow", "die"]
     factor: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_real("an event's time", self.at)
+        check_name("an event's device", self.device)
+        if self.kind not in ("slow", "die"):
+            raise ValueError(f"an event is of kind slow or die, not {self.kind!r}")
+        check_real("an event's factor", self.factor, above=0)
+
 
 @dataclass(frozen=True, slots=True)
 class Rules:
@@ -46,6 +53,13 @@ class Rules:
     replan: Callable[[Cluster], Sequence[Stage]] | None = None
     steal_every_s: float = 0.0
     steal_gain: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_whole("chunk_rows", self.chunk_rows, 1)
+        check_whole("window", self.window, 1)
+        check_real("recover_s", self.recover_s)
+        check_real("steal_every_s", self.steal_every_s)
+        check_real("steal_gain", self.steal_gain)
 
 
 @dataclass(slots=True)

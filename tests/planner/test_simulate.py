@@ -3,6 +3,7 @@
 import itertools
 import random
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -160,6 +161,25 @@ def test_what_is_no_request_and_no_plan_is_refused() -> None:
             run([Request(0.0, 1, 1)], stages=stages)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda: Event(-1.0, "b", "die"), "an event's time"),
+        (lambda: Event(0.0, "", "die"), "an event's device"),
+        (lambda: Event(0.0, "b", "freeze"), "kind slow or die"),  # type: ignore[arg-type]
+        (lambda: Event(0.0, "b", "slow", 0.0), "an event's factor"),
+        (lambda: Rules(chunk_rows=0), "chunk_rows"),
+        (lambda: Rules(window=0), "window"),
+        (lambda: Rules(recover_s=-1.0), "recover_s"),
+        (lambda: Rules(steal_every_s=float("nan")), "steal_every_s"),
+        (lambda: Rules(steal_gain=-0.1), "steal_gain"),
+    ],
+)
+def test_events_and_rules_that_are_none_are_refused(wrong: Callable[[], object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        wrong()
+
+
 def test_a_plan_after_a_death_that_leaves_units_out_is_refused() -> None:
     def replan(cluster: Cluster) -> list[Stage]:
         return equal_split(cluster)[:1]
@@ -179,6 +199,15 @@ def test_the_benchmark_takes_requests_of_one_token(
     with pytest.raises(SystemExit):
         main()
     assert f"argument {length}: '0' is not a whole number above 0" in capsys.readouterr().err
+
+
+def test_the_benchmark_needs_two_devices(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["simulate", "--devices", "1"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--devices: two at least" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["a", "b", "c"])

@@ -19,6 +19,7 @@ _Static_assert(FLT_EVAL_METHOD == 0, "floats must be rounded at every step: docs
 _Static_assert(sizeof(void *) == 8, "a 64-bit machine is needed");
 
 #define SHOAL_INLINE static inline __attribute__((always_inline, unused))
+#define SHOAL_APART __attribute__((noinline))
 /* Before a loop whose turns each have registers of their own. */
 #define SHOAL_UNROLL(n) SHOAL_PRAGMA(GCC unroll n)
 #define SHOAL_PRAGMA(text) _Pragma(#text)
@@ -75,6 +76,7 @@ typedef struct {
   const shoal_state *state;
   int32_t kv_head, group; /* query heads a kv head */
   int32_t first, rows;
+  int32_t then; /* 1: the next kv head of the same rows comes next */
   float scale;
 } shoal_attention;
 

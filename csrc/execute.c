@@ -53,7 +53,8 @@ static cut cut_op(const run *r, const shoal_op *op) {
     case SHOAL_OP_ATTEND: {
       const shoal_state *s = &p->states[op->state];
       const int64_t units = (int64_t)r->n_spans * s->kv_heads;
-      return (cut){units, r->seen * op->i[1] * s->head_dim < SMALL_WORK ? units : 1, 0};
+      const int32_t alone = shoal_pool_threads(r->e->pool) == 1 || r->seen * op->i[1] * s->head_dim < SMALL_WORK;
+      return (cut){units, alone ? units : 1, 0};
     }
     case SHOAL_OP_STORE: {
       const shoal_state *s = &p->states[op->state];
@@ -135,6 +136,7 @@ static void run_attention(const run *r, const shoal_op *op, const shoal_places *
     task.group = op->i[1] / heads;
     const size_t column = (size_t)head * task.group * state->head_dim;
     task.kv_head = head;
+    task.then = unit + 1 < end && head + 1 < heads;
     task.in = (const char *)(in + op->i[0] + column);
     task.out = (char *)((float *)shoal_row(r->e, at->out, op->out, row) + column);
     task.out_stride = shoal_row_bytes(&p->buffers[op->out]);

@@ -62,8 +62,14 @@ def load_solver(only: str | None = None) -> Solver:
     def highs(limit: float) -> Any:
         # Presolve of HiGHS 1.15.1 calls some of these problems infeasible that are not (its issue 3296);
         # without it they take as long. Restarts and primal heuristics only lose: they double the worst case
-        # of 8 devices x 32 layers.
-        options = {"presolve": "off", "mip_allow_restart": False, "mip_heuristic_effort": 0.0}
+        # of 8 devices x 32 layers. Nor do so small problems need more than some hundred cuts at a time: to
+        # choose among thousands takes the hardest a third longer.
+        options = {
+            "presolve": "off",
+            "mip_allow_restart": False,
+            "mip_heuristic_effort": 0.0,
+            "mip_pool_soft_limit": 100,
+        }
         return pulp.HiGHS(msg=False, gapRel=0.0, gapAbs=0.0, threads=1, timeLimit=limit, **options)
 
     def coin(path: str | None) -> Any:

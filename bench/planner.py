@@ -2,7 +2,7 @@
 
 Agreement: DP, MILP and brute force on random small problems (the tests' own problems and oracle). Orders: the
 local search against all orders on random problems of 8 devices. Times: MILP, a re-plan by DP, the simulator.
-`--part` runs one of them; `--problems` sizes the first two.
+`--part` runs one of them; `--problems` sizes the first two, and the MILP's.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+from shoal.arguments.kinds import positive
 from shoal.planner import Cluster, Device, Link, Model, Plan, Unit, Workload, milp, orders, plan
 from shoal.planner.dp import best_chain, cheapest, value
 from shoal.planner.goal import Goal, goals
@@ -104,7 +105,8 @@ def agreement(problems: int) -> str:
             tables = tables_of(case, goal)
             chain = best_chain(tables, goal, lambda t, d=devices: orders.cheapest_any_order(t, d))
             by_dp = min(by_dp, brute.value(chain, case, objective))
-            chain, proved = milp.best_chain(tables, devices, goal, solver)
+            quick, _ = orders.search_orders(tables, devices, goal, exact_devices=1, trials=0)
+            chain, proved = milp.best_chain(tables, devices, goal, solver, known=quick)
             by_milp = min(by_milp, brute.value(chain, case, objective) if proved else -math.inf)
         feasible += truth < math.inf
         off = max(_off(by_dp, truth), _off(by_milp, truth))
@@ -145,7 +147,7 @@ def order_gap(problems: int) -> str:
     return f"searched orders of 8 devices within 3 % of the best: {share:.1%} ({'; '.join(lines)})"
 
 
-def milp_time(problems: int = 40) -> str:
+def milp_time(problems: int) -> str:
     """8 devices and 32 layers: the solver's part of one plan, with the search that bounds it."""
     solver = milp.load_solver()
     lines = []
@@ -155,7 +157,8 @@ def milp_time(problems: int = 40) -> str:
             tables, devices = tables_of(problem(seed, 8, 32), goal), range(8)
             start = time.perf_counter()
             quick, _ = orders.search_orders(tables, devices, goal, exact_devices=1, trials=0)
-            milp.best_chain(tables, devices, goal, solver, known=quick)
+            _, proved = milp.best_chain(tables, devices, goal, solver, known=quick)
+            assert proved
             times.append(time.perf_counter() - start)
         lines.append(
             f"{goal.objective} median {statistics.median(times) * 1e3:.0f} ms, max {max(times) * 1e3:.0f}"
@@ -203,17 +206,20 @@ def main() -> None:
     """Prints a line for each part."""
     parser = argparse.ArgumentParser(prog="python -m bench.planner")
     parser.add_argument("--part", choices=PARTS, action="append")
-    parser.add_argument("--problems", type=int, default=2000)
+    parser.add_argument(
+        "--problems", type=positive, help="of a part (default: 2000, 200, and 40 of the MILP)"
+    )
     args = parser.parse_args()
+    problems = args.problems
     for part in args.part or PARTS:
         if part == "agreement":
-            print(agreement(args.problems), flush=True)
+            print(agreement(problems or 2000), flush=True)
         elif part == "orders":
-            print(order_gap(min(args.problems, 200)), flush=True)
+            print(order_gap(problems or 200), flush=True)
         elif part == "prediction":
             print(prediction(), flush=True)
         elif part == "milp":
-            print(milp_time(), flush=True)
+            print(milp_time(problems or 40), flush=True)
         elif part == "dp":
             print(dp_time(), flush=True)
         else:

@@ -87,10 +87,10 @@ SHOAL_INLINE float v_largest(v16 a) {
 
 /* Prefetching. Up to two rows go as fast as memory: int8 by what the CPU fetches of its own accord (on Zen 4 lines fetched
  * to L1 slow it by a fifth, on Zen 5 a model's small matrices gain 3 % and large ones nothing); int4, whose loop looks less
- * far ahead, wants lines in L1 in time. 8 KiB ahead reaches over the end of a small matrix into the next one: on Zen 5
- * SmolLM2 is a tenth quicker than with 4 KiB, 1.1B the same. More rows are half arithmetic: their lines go to L2 long before,
- * and to L1 shortly before. */
-enum { LINE = 64, FEW_AHEAD = 8192, L2_AHEAD = 16384, L1_AHEAD = 2048, SCALES_AHEAD = 512 };
+ * far ahead, wants lines in L1 in time. 6 KiB ahead reaches over the end of a small matrix into the next one: on Zen 5
+ * SmolLM2 is a tenth quicker than with 4 KiB; 8 KiB cost large matrices a hundredth. More rows are half arithmetic: their
+ * lines go to L2 long before, and to L1 shortly before. */
+enum { LINE = 64, FEW_AHEAD = 6144, L2_AHEAD = 16384, L1_AHEAD = 2048, SCALES_AHEAD = 512 };
 
 /* One instruction: around the intrinsic, gcc 12 spills the accumulators. */
 SHOAL_INLINE __m512i dot(__m512i sum, __m512i w, __m512i x) {

@@ -7,8 +7,8 @@ path; layers flow along the arcs and each device takes its n, so that a ring off
 devices take layers that never arrive, is impossible and the relaxation stays tight. All costs and room come
 from the same tables as the DP's.
 
-What is known already bounds the problem: no chain counts that does not better it. For throughput that bound
-stands in the place of the slowest place, which no longer is a variable: the quickest round in which all
+What is known already bounds the problem: no chain counts that does not better it. For throughput (unless
+something has a price) that bound stands in for the slowest place, which is no variable: the quickest round in which all
 places keep within the bound is a new bound, until there is none. Each of those few problems solves like one
 for latency, where one with the variable, whose relaxation splits layers to make places equal, took ten times
 as long at worst.
@@ -158,6 +158,7 @@ def best_chain(
             return chain, proved  # as quick as any round can be here
         order = [j for j, _, _ in chain.stages]
         best = dp.best_chain(tables, goal, partial(dp.cheapest, order=order))
+        assert best is not None, "the MILP's own chain is one of those that the DP sees"
 
 
 def _only_round(tables: TimeTables, goal: Goal) -> bool:

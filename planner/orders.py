@@ -17,7 +17,7 @@ TRIALS = 400  # orders that local search tries
 STARTS = 3  # from so many of the first guesses
 
 Solve = Callable[[Sequence[int], float], tuple[float, Chain | None]]
-"""What an order comes to, and its chain; (INF, None) where that is no less than a given bound."""
+"""What an order comes to, and its chain; it may be (INF, None) where that is no less than a given bound."""
 
 
 def cheapest_any_order(tables: Tables, devices: Sequence[int], must: int = -1) -> Chain | None:

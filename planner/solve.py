@@ -201,10 +201,11 @@ def _by_milp(
     if chain is None:
         return quick, optimal and quick is None
     order = [j for j, _, _ in chain.stages]
-    checked = dp.best_chain(tables, goal, lambda t: dp.cheapest(t, order))
+    checked = dp.best_chain(tables, goal, partial(dp.cheapest, order=order))
     assert checked is not None, "the MILP's own chain is one of those that the DP sees"
-    claimed, value = (dp.value(tables, goal, c) for c in (chain, checked))
-    return checked, optimal and value >= claimed * (1 - SAME)
+    best = min((checked, chain), key=partial(dp.value, tables, goal))
+    claimed, value = (dp.value(tables, goal, c) for c in (chain, best))
+    return best, optimal and value >= claimed * (1 - SAME)
 
 
 def _other_devices(best: Found, judge: Judge, cases: Sequence[Case], devices: Sequence[int]) -> Found:

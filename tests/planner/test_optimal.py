@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -336,6 +337,32 @@ def test_out_of_time_proves_nothing(highs: milp.Solver) -> None:
     )
 
 
+@pytest.mark.parametrize("objective", ["latency", "throughput", "first_token"])
+def test_a_known_chain_is_bettered_or_given_back(objective: Objective, highs: milp.Solver) -> None:
+    bettered = 0
+    for seed in range(3000, 3030):
+        problem = random_problem(seed)
+        devices = range(len(problem[1].devices))
+        for goal in goals(objective, problem[2]):
+            tables = tables_of(problem, goal)
+            known = dp.best_chain(tables, goal, partial(dp.cheapest, order=devices))
+            best, proved = milp.best_chain(tables, devices, goal, highs)
+            if known is None:
+                continue
+            assert best is not None
+            found, still_proved = milp.best_chain(tables, devices, goal, highs, known=known)
+            assert found is not None
+            assert proved and still_proved
+            assert dp.value(tables, goal, found) == pytest.approx(dp.value(tables, goal, best), rel=SAME)
+            assert milp.best_chain(tables, devices, goal, highs, known=best) == (best, True)
+            assert milp.best_chain(tables, devices, goal, highs, known=known, time_limit=0.0) == (
+                known,
+                False,
+            )
+            bettered += dp.value(tables, goal, found) < dp.value(tables, goal, known) * (1 - SAME)
+    assert bettered, "in some problems another order is better"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["latency", "throughput", "first_token"])
 def test_dp_and_milp_equal_brute_force_on_many(objective: Objective, highs: milp.Solver) -> None:
@@ -359,6 +386,7 @@ def test_every_solver_here_finds_the_same() -> None:
     assert here, "the development extra installs one"
     for solver, seed in itertools.product(here, (1, 2, 5)):
         agree(random_problem(seed), "latency", solver)
+        agree(random_problem(seed), "throughput", solver)  # ends where a solver finds nothing better
 
 
 @pytest.mark.parametrize("method", ["auto", "dp"])

@@ -14,6 +14,7 @@ import pytest
 
 from shoal.planner import milp, orders, solve
 from shoal.planner.constraints import Constraints
+from shoal.planner.dp import Chain
 from shoal.planner.evaluation import evaluate
 from shoal.planner.goal import Goal
 from shoal.planner.rows import Cluster, Device, Infeasible, Link, Model, Plan, Stage, Unit, Workload
@@ -201,6 +202,16 @@ def test_no_ring_of_quick_devices_computes_beside_the_chain(objective: Any) -> N
     assert chain is not None
     assert sorted(j for j, _, _ in chain.stages) == [0, 1]
     assert chain.total == pytest.approx(0.5, abs=1e-3)  # 10 MB at 20 MB/s
+
+
+def test_what_the_dp_finds_along_the_milps_order_may_be_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With prices the DP is not exact for several streams."""
+    tables = solve.decode_tables(MODEL, cluster(FAST, SLOW), LOAD)
+    fast, slow = (Chain(((j, 0, 8),), 0.0) for j in range(2))
+    monkeypatch.setattr(solve.milp, "best_chain", lambda *args, **options: (fast, True))
+    monkeypatch.setattr(solve.dp, "best_chain", lambda *args: slow)
+    found = solve._by_milp(tables, range(2), Goal("throughput", 4), milp.load_solver(), 10.0)
+    assert found == (fast, True)
 
 
 @pytest.mark.parametrize("method", ["milp", "dp"])

@@ -8,10 +8,10 @@ devices take layers that never arrive, is impossible and the relaxation stays ti
 from the same tables as the DP's.
 
 What is known already bounds the problem: no chain counts that does not better it. For throughput (unless
-something has a price) that bound stands in for the slowest place, which is no variable: the quickest round in which all
-places keep within the bound is a new bound, until there is none. Each of those few problems solves like one
-for latency, where one with the variable, whose relaxation splits layers to make places equal, took ten times
-as long at worst.
+something has a price) that bound stands in for the slowest place, which is no variable: the quickest round in
+which all places keep within the bound is a new bound, until there is none. Each of those few problems solves
+like one for latency, where one with the variable, whose relaxation splits layers to make places equal, took
+ten times as long at worst.
 
 PuLP is imported when a problem is solved, not before: phones plan without it.
 """

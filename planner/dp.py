@@ -116,6 +116,12 @@ def value(tables: TimeTables, goal: Goal, chain: Chain) -> float:
     return goal.value(*parts(tables, chain))
 
 
+def bounded(tables: TimeTables, goal: Goal) -> bool:
+    """Whether a goal is a question of bounds alone: is there a chain whose places and round keep within one?
+    So it is for throughput where nothing has a price."""
+    return goal.objective == "throughput" and not tables.fee_step
+
+
 def best_chain(tables: TimeTables, goal: Goal, search: Search) -> Chain | None:
     """The best chain for a goal, given a `search` for the cheapest of a problem."""
     return best_proved(tables, goal, search)[0]
@@ -127,7 +133,7 @@ def best_proved(tables: TimeTables, goal: Goal, search: Search) -> tuple[Chain |
     free = search(tables.folded(goal.fee_weight))
     if free is None or not goal.looks_at_places:
         return free, True
-    if goal.objective == "throughput" and not tables.fee_step:
+    if bounded(tables, goal):
         return _least_period(tables, goal, free, search), True
     return _branch(tables, goal, free, search)
 

@@ -154,16 +154,11 @@ def best_chain(
         round_s, slowest, fee = dp.parts(tables, chain)
         if goal.value(round_s, slowest, fee) > bound:  # by the solver's tolerances alone it was within
             return best, proved
-        if not _only_round(tables, goal) or not proved or round_s * goal.batch >= slowest * goal.streams:
+        if not dp.bounded(tables, goal) or not proved or round_s * goal.batch >= slowest * goal.streams:
             return chain, proved  # as quick as any round can be here
         order = [j for j, _, _ in chain.stages]
         best = dp.best_chain(tables, goal, partial(dp.cheapest, order=order))
         assert best is not None, "the MILP's own chain is one of those that the DP sees"
-
-
-def _only_round(tables: TimeTables, goal: Goal) -> bool:
-    """Whether a round is what one problem makes least, its slowest place only being bounded."""
-    return goal.objective == "throughput" and not tables.fee_step
 
 
 def _solve(
@@ -284,7 +279,7 @@ class _Program:
         each = self.devices
         rounds = [scale * self._sums(j, tables.overhead[j], tables.prefix[j], tables.relief[j]) for j in each]
         busy: list[Any] = []
-        slowest_counts = goal.looks_at_places and not _only_round(tables, goal)
+        slowest_counts = goal.looks_at_places and not dp.bounded(tables, goal)
         if slowest_counts:
             busy = [scale * self._sums(j, tables.place_overhead[j], tables.place_prefix[j]) for j in each]
         fee: Any = 0
@@ -307,8 +302,7 @@ class _Program:
             rounds.append(scale * hop[BOUNDARY] * arc)
             busy += [scale * taken_by[BOUNDARY] * arc] if taken_by[BOUNDARY] else []
         if not slowest_counts:
-            streams = goal.streams if goal.objective == "throughput" else 1
-            self._make_least(sum_of(rounds) + fee, scale * bound * streams)
+            self._make_least(sum_of(rounds) + fee, scale * bound * goal.fee_weight)
             return
         longest = self._add("longest", 0)
         for seconds in busy:

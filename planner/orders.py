@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import combinations, cycle, permutations
 
-from .dp import Chain, arrivals, best_chain, best_proved, cheapest, reached, value
+from .dp import Chain, arrivals, best_chain, best_proved, bounded, cheapest, reached, value
 from .goal import Goal
 from .tables import INF, Tables, TimeTables
 
@@ -75,14 +75,14 @@ def search_orders(
     if len(devices) <= exact_devices:
         return best_proved(tables, goal, lambda t: cheapest_any_order(t, devices))
 
-    simple = goal.objective == "throughput" and not tables.fee_step
-
     @lru_cache(maxsize=1)
     def better_than(bound: float) -> TimeTables:
         return tables.within(bound * goal.batch)
 
     def solve(order: Sequence[int], bound: float) -> tuple[float, Chain | None]:
-        if simple and bound < INF:  # most orders are no better: one search tells, where the best takes many
+        if (
+            bounded(tables, goal) and bound < INF
+        ):  # most orders are no better: one search tells, where the best takes many
             chain = cheapest(better_than(bound), order)
             if chain is None or chain.total >= bound * goal.streams:
                 return INF, None
@@ -90,6 +90,12 @@ def search_orders(
         return (INF, None) if chain is None else (value(tables, goal, chain), chain)
 
     return _improve(solve, seed_orders(tables, devices), trials), False
+
+
+def first_guess(tables: TimeTables, devices: Sequence[int], goal: Goal) -> Chain | None:
+    """The best chain over the first guesses' orders alone, in some milliseconds: what other searches are to
+    better."""
+    return search_orders(tables, devices, goal, exact_devices=1, trials=0)[0]
 
 
 def least_lack(tables: Tables, devices: Sequence[int]) -> tuple[Chain | None, bool]:

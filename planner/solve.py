@@ -196,7 +196,7 @@ def _by_milp(
 ) -> tuple[dp.Chain | None, bool]:
     """The MILP's chain, checked and smoothed by the DP along its order: among plans of one objective's value
     the DP takes the quickest round, and it has no tolerances."""
-    quick, _ = orders.search_orders(tables, devices, goal, exact_devices=1, trials=0)
+    quick = orders.first_guess(tables, devices, goal)
     chain, optimal = milp.best_chain(tables, devices, goal, solver, known=quick, time_limit=time_limit)
     if chain is None:
         return quick, optimal and quick is None

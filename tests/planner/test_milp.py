@@ -13,11 +13,6 @@ from shoal.planner.rows import Objective
 from shoal.planner.tabulate import decode_tables
 
 
-@pytest.fixture(scope="module")
-def highs() -> milp.Solver:
-    return milp.load_solver("highs")
-
-
 def test_out_of_time_proves_nothing(highs: milp.Solver) -> None:
     problem = random_problem(1)
     devices = range(len(problem[1].devices))

@@ -300,11 +300,6 @@ def agree(problem: Problem, objective: Objective, solver: milp.Solver | None) ->
             assert min(value(chain, problem, objective) for chain, _ in by_milp) == truth
 
 
-@pytest.fixture(scope="module")
-def highs() -> milp.Solver:
-    return milp.load_solver("highs")
-
-
 @pytest.mark.parametrize("objective", ["latency", "throughput", "first_token"])
 @pytest.mark.parametrize("seed", range(40))
 def test_dp_and_milp_equal_brute_force(seed: int, objective: Objective, highs: milp.Solver) -> None:

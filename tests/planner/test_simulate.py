@@ -166,7 +166,7 @@ def test_what_is_no_request_and_no_plan_is_refused() -> None:
     [
         (lambda: Event(-1.0, "b", "die"), "an event's time"),
         (lambda: Event(0.0, "", "die"), "an event's device"),
-        (lambda: Event(0.0, "b", "freeze"), "kind slow or die"),  # type: ignore[arg-type]
+        (lambda: Event(0.0, "b", "freeze"), "kind slow or die"),
         (lambda: Event(0.0, "b", "slow", 0.0), "an event's factor"),
         (lambda: Rules(chunk_rows=0), "chunk_rows"),
         (lambda: Rules(window=0), "window"),

@@ -19,11 +19,9 @@ from pathlib import Path
 from bench import engines
 from bench.engines import LLAMA_CPP, Job
 from bench.models import SHAPES, checkpoint
-from bench.pairs import OURS, Reached, Sample, load, ratios, report, sample, save
+from bench.pairs import OURS, Reached, load, ratios, report, sample, save
 
 from shoal.engine.cores import usable_cores
-from shoal.engine.costs import unit_cost
-from shoal.engine.layout import PAGE
 from shoal.engine.shards import Model
 from shoal.store import cache_directory
 
@@ -66,8 +64,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             flush=True,
         )
     print(report(ratios(samples)))
-    if args.startup:
-        print(memory(model, samples))
     if args.output is not None:
         save(args.output, what, samples)
     return 0
@@ -96,22 +92,6 @@ def _jobs(
     return jobs
 
 
-def memory(model: Model, samples: Sequence[Sample]) -> str:
-    """What the memory of the starts that were measured is made of."""
-    shards = sum(entry.size for entry in model.index.files.values())
-    state = PAGE * sum(unit_cost(model, u).kv_bytes_per_token for u in range(model.n_units))
-    peaks: dict[tuple[str, int], int] = {}
-    for item in samples:
-        if item.engine == OURS and item.test in ("start", "start ids"):
-            key = item.test, item.threads
-            peaks[key] = max(item.peak_rss, peaks.get(key, 0))
-    return "\n".join(
-        f"{test}, {threads} threads: peak {peak / _MB:.0f} MB = files {shards / _MB:.0f} "
-        f"+ a page of keys and values {state / _MB:.0f} + {(peak - shards - state) / _MB:.0f}"
-        for (test, threads), peak in peaks.items()
-    )
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.peers", description="shoal against llama.cpp: ratios of tokens/s, pair by pair."
@@ -128,9 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     add("-n", "--n-gen", type=int, default=128, help="tokens generated (default 128)")
     add("-t", "--threads", type=_counts, default=(1, 2), metavar="N,...", help="threads (default 1,2)")
     add("--rounds", type=int, default=5, help="pairs; quote no result of fewer than 5 (default 5)")
-    add(
-        "--startup", action="store_true", help="also from process start to one token and exit, and its memory"
-    )
+    add("--startup", action="store_true", help="also from process start to one token and exit")
     add("--torch", type=Path, metavar="PYTHON", help="also a prompt in bf16, by the torch of that Python")
     add("--skip-build", action="store_true", help="fail if llama.cpp is not built, build nothing")
     add("-o", "--output", type=Path, help="write every sample and ratio there, as JSON")

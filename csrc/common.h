@@ -125,14 +125,15 @@ int32_t shoal_sample(const shoal_kernels *kernels, const float *logits, int32_t 
 int32_t shoal_check_program(const shoal_program *program, char *error, int32_t error_bytes);
 int32_t shoal_check_batch(const shoal_program *program, const shoal_batch *batch, char *error, int32_t error_bytes);
 
-/* plan.c: places every buffer for the ops between its writing and its last reading; at[i] are byte offsets of op i's
- * out, in and angles, input_at and output_at those of the program's inputs and outputs; bytes is the whole. */
+/* plan.c: places every buffer for the ops between its writing and its last reading; at[i] are offsets of op i's out, in and
+ * angles, input_at and output_at those of the program's inputs and outputs; bytes is the whole of a domain. All in bytes
+ * a row of the buffer's domain: times the rows of a batch, they are where its buffers begin. */
 typedef struct {
   uint64_t out, in, angles;
 } shoal_places;
 size_t shoal_row_bytes(const shoal_buffer *buffer);
 int32_t shoal_plan(const shoal_program *program, shoal_places *at, uint64_t *input_at, uint64_t *output_at,
-                   uint64_t *bytes);
+                   uint64_t bytes[2]);
 
 /* message.c: writes a message with %d (int32), %u (uint64), %s and %%; gives status back. */
 int32_t shoal_fail(char *error, int32_t error_bytes, int32_t status, const char *format, ...);

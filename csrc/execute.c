@@ -90,8 +90,8 @@ static void run_matmul(const run *r, const shoal_op *op, const shoal_places *at,
     const shoal_weight *w = &p->weights[op->weights[part]];
     const int32_t n = (int32_t)SHOAL_MIN(end - unit, panels_of(w) - panel);
     const shoal_matmul task = {
-        .in = shoal_row(r->e, at->in, op->in, 0),
-        .out = shoal_row(r->e, at->out, op->out, 0) + column * sizeof(float),
+        .in = shoal_row(r, at->in, op->in, 0),
+        .out = shoal_row(r, at->out, op->out, 0) + column * sizeof(float),
         .in_stride = shoal_row_bytes(&p->buffers[op->in]),
         .out_stride = shoal_row_bytes(&p->buffers[op->out]),
         .w = w,
@@ -126,7 +126,7 @@ static void run_attention(const run *r, const shoal_op *op, const shoal_places *
         .first = sequence->first + s->row,
         .rows = s->rows,
     };
-    const float *in = (const float *)shoal_row(r->e, at->in, op->in, row);
+    const float *in = (const float *)shoal_row(r, at->in, op->in, row);
     if (op->kind == SHOAL_OP_STORE) {
       task.in = (const char *)(in + op->i[0]);
       task.values = (const char *)(in + op->i[1]);
@@ -138,7 +138,7 @@ static void run_attention(const run *r, const shoal_op *op, const shoal_places *
     task.kv_head = head;
     task.then = unit + 1 < end && head + 1 < heads;
     task.in = (const char *)(in + op->i[0] + column);
-    task.out = (char *)((float *)shoal_row(r->e, at->out, op->out, row) + column);
+    task.out = (char *)((float *)shoal_row(r, at->out, op->out, row) + column);
     task.out_stride = shoal_row_bytes(&p->buffers[op->out]);
     task.scale = op->f[0];
     r->e->kernels->attend(&task);
@@ -160,7 +160,7 @@ static void run_sample(run *r, const shoal_op *op, const shoal_places *at, int64
     const shoal_sequence *s = &r->batch->sequences[i];
     row += s->wanted;
     if (i < unit || !s->sample) continue;
-    const float *logits = (const float *)shoal_row(r->e, at->in, op->in, row);
+    const float *logits = (const float *)shoal_row(r, at->in, op->in, row);
     const int32_t token =
         shoal_sample(r->e->kernels, logits, r->e->program.buffers[op->in].cols, &s->sampling, s->history,
                      s->first + s->rows, r->e->scratch + (size_t)thread * r->e->scratch_bytes);
@@ -173,11 +173,11 @@ static void run_row(const run *r, const shoal_op *op, const shoal_places *at, in
   const shoal_kernels *k = r->e->kernels;
   const shoal_weight *w = &p->weights[op->weights[0]];
   const shoal_buffer *to = &p->buffers[op->out];
-  char *out = shoal_row(r->e, at->out, op->out, row);
+  char *out = shoal_row(r, at->out, op->out, row);
   int32_t from = row;
   if (op->kind == SHOAL_OP_NORM && p->buffers[op->in].domain != to->domain) from = r->e->wanted[row];
   const float *in = op->in >= 0 && op->kind > SHOAL_OP_ANGLES && op->kind != SHOAL_OP_ROPE
-                        ? (const float *)shoal_row(r->e, at->in, op->in, from)
+                        ? (const float *)shoal_row(r, at->in, op->in, from)
                         : NULL;
   switch (op->kind) {
     case SHOAL_OP_EMBED: k->embed(w, r->batch->tokens[row], (float *)out); break;
@@ -190,7 +190,7 @@ static void run_row(const run *r, const shoal_op *op, const shoal_places *at, in
       break;
     case SHOAL_OP_QUANTISE: k->quantise(in, to->cols, out); break;
     case SHOAL_OP_ROPE:
-      k->rope((float *)out, (const float *)shoal_row(r->e, at->angles, op->angles, row), op->i[0], op->i[1],
+      k->rope((float *)out, (const float *)shoal_row(r, at->angles, op->angles, row), op->i[0], op->i[1],
               p->buffers[op->angles].cols / 2);
       break;
     default:

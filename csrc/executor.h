@@ -21,9 +21,10 @@ struct shoal_executor {
   shoal_pool *pool;
   shoal_places *at; /* by op */
   uint64_t *input_at, *output_at;
-  char *workspace; /* aligned within workspace_memory */
+  char *workspace; /* aligned within workspace_memory: the buffers of all rows, after them those of wanted rows */
   void *workspace_memory;
-  uint64_t workspace_bytes;
+  uint64_t row_bytes[2]; /* of the workspace, by domain */
+  int32_t huge;          /* it was asked for in huge pages */
   char *scratch; /* the sampler's, per thread */
   size_t scratch_bytes;
   shoal_span *spans;
@@ -46,8 +47,11 @@ int64_t shoal_now_ns(void);
 /* Runs all ops of the program once. */
 void shoal_execute(shoal_run_state *run);
 
-SHOAL_INLINE char *shoal_row(const shoal_executor *e, uint64_t at, int32_t buffer, int32_t row) {
-  return e->workspace + at + (size_t)row * shoal_row_bytes(&e->program.buffers[buffer]);
+SHOAL_INLINE char *shoal_row(const shoal_run_state *r, uint64_t at, int32_t buffer, int32_t row) {
+  const shoal_buffer *b = &r->e->program.buffers[buffer];
+  const uint64_t all = (uint64_t)r->rows, wanted = (uint64_t)r->wanted;
+  const uint64_t first = b->domain == SHOAL_ALL_ROWS ? at * all : r->e->row_bytes[SHOAL_ALL_ROWS] * all + at * wanted;
+  return r->e->workspace + first + (size_t)row * shoal_row_bytes(b);
 }
 
 #endif

@@ -1,5 +1,6 @@
 /* The workspace: a buffer takes room only from an op that writes it anew to the last that reads it, so buffers that
- * never live together share memory. Planned once, when a program is opened. */
+ * never live together share memory. Planned once, when a program is opened, in bytes a row: a batch of few rows lies
+ * close together at the beginning. */
 #include "common.h"
 
 #include <stdlib.h>
@@ -8,8 +9,8 @@ enum { ALIGN = 64 };
 
 /* What a buffer holds from one full writing to the next: alive in ops [begin, end]. */
 typedef struct {
-  int32_t begin, end;
-  uint64_t at, bytes;
+  int32_t begin, end, domain;
+  uint64_t at, bytes; /* a row */
 } version;
 
 size_t shoal_row_bytes(const shoal_buffer *b) {
@@ -19,9 +20,7 @@ size_t shoal_row_bytes(const shoal_buffer *b) {
 }
 
 static int32_t begin_version(const shoal_program *p, version *versions, int32_t *n, int32_t b, int32_t op) {
-  const shoal_buffer *buffer = &p->buffers[b];
-  const int32_t rows = buffer->domain == SHOAL_ALL_ROWS ? p->max_rows : p->max_wanted;
-  versions[*n] = (version){op, op, 0, (uint64_t)rows * shoal_row_bytes(buffer)};
+  versions[*n] = (version){op, op, p->buffers[b].domain, 0, shoal_row_bytes(&p->buffers[b])};
   return (*n)++;
 }
 
@@ -36,13 +35,15 @@ static int32_t reads(const shoal_op *op) {
   return op->kind != SHOAL_OP_EMBED && op->kind != SHOAL_OP_ANGLES && op->kind != SHOAL_OP_ROPE;
 }
 
-/* Versions are in the order of their beginning: each goes to the lowest place that those still alive leave free. */
-static uint64_t place(version *versions, int32_t n, int32_t *alive) {
+/* Versions are in the order of their beginning: each goes to the lowest place that those of its domain which are still
+ * alive leave free. How many bytes a row that takes. */
+static uint64_t place(version *versions, int32_t n, int32_t domain, int32_t *alive) {
   uint64_t most = 0;
   int32_t n_alive = 0;
   for (int32_t v = 0; v < n; v++) {
     version *new = &versions[v];
     int32_t kept = 0;
+    if (new->domain != domain) continue;
     for (int32_t i = 0; i < n_alive; i++)
       if (versions[alive[i]].end >= new->begin) alive[kept++] = alive[i];
     n_alive = kept;
@@ -78,7 +79,8 @@ static void follow(const shoal_program *p, version *versions, int32_t *n, int32_
   for (int32_t i = 0; i < p->n_outputs; i++) versions[now[p->outputs[i]]].end = p->n_ops;
 }
 
-int32_t shoal_plan(const shoal_program *p, shoal_places *at, uint64_t *input_at, uint64_t *output_at, uint64_t *bytes) {
+int32_t shoal_plan(const shoal_program *p, shoal_places *at, uint64_t *input_at, uint64_t *output_at,
+                   uint64_t bytes[2]) {
   const size_t most = (size_t)p->n_ops + (size_t)p->n_inputs + 1;
   version *versions = calloc(most, sizeof *versions);
   op_versions *used = calloc(most, sizeof *used);
@@ -89,7 +91,8 @@ int32_t shoal_plan(const shoal_program *p, shoal_places *at, uint64_t *input_at,
     return SHOAL_E_MEMORY;
   }
   follow(p, versions, &n, now, used, entering);
-  *bytes = place(versions, n, alive);
+  for (int32_t domain = SHOAL_ALL_ROWS; domain <= SHOAL_WANTED_ROWS; domain++)
+    bytes[domain] = place(versions, n, domain, alive);
   for (int32_t i = 0; i < p->n_ops; i++)
     at[i] = (shoal_places){versions[used[i].out].at, versions[used[i].in].at, versions[used[i].angles].at};
   for (int32_t i = 0; i < p->n_inputs; i++) input_at[i] = versions[entering[i]].at;

@@ -3,7 +3,6 @@
 
 #include <stdlib.h>
 
-/* Workspaces are written row by row in strides of pages: huge pages make prefill 3 % faster. */
 enum { ALIGN = 64, HUGE_PAGE = 2 << 20, ADVISE_HUGE_PAGES = 14 };
 int madvise(void *address, size_t length, int advice); /* sys/mman.h's, the same on glibc, musl and bionic */
 
@@ -55,6 +54,10 @@ void shoal_close(shoal_executor *e) {
   free(e);
 }
 
+static uint64_t workspace_bytes(const shoal_executor *e, int32_t rows, int32_t wanted) {
+  return e->row_bytes[SHOAL_ALL_ROWS] * (uint64_t)rows + e->row_bytes[SHOAL_WANTED_ROWS] * (uint64_t)wanted;
+}
+
 static int32_t make_room(shoal_executor *e) {
   const shoal_program *p = &e->program;
   e->at = calloc((size_t)p->n_ops + 1, sizeof *e->at);
@@ -63,17 +66,16 @@ static int32_t make_room(shoal_executor *e) {
   e->spans = calloc((size_t)p->max_rows, sizeof *e->spans);
   e->wanted = calloc((size_t)p->max_rows, sizeof *e->wanted);
   if (!e->at || !e->input_at || !e->output_at || !e->spans || !e->wanted) return SHOAL_E_MEMORY;
-  if (shoal_plan(p, e->at, e->input_at, e->output_at, &e->workspace_bytes)) return SHOAL_E_MEMORY;
+  if (shoal_plan(p, e->at, e->input_at, e->output_at, e->row_bytes)) return SHOAL_E_MEMORY;
   for (int32_t i = 0; i < p->n_ops; i++)
     if (p->ops[i].kind == SHOAL_OP_SAMPLE)
       e->scratch_bytes =
           SHOAL_MAX(e->scratch_bytes, SHOAL_UP(shoal_sample_scratch(p->buffers[p->ops[i].in].cols), (size_t)ALIGN));
   /* Not cleared: the pages of a large workspace are not even touched before rows need them. */
-  e->workspace_memory = malloc(e->workspace_bytes + HUGE_PAGE);
+  e->workspace_memory = malloc(workspace_bytes(e, p->max_rows, p->max_wanted) + HUGE_PAGE);
   e->scratch = malloc(e->scratch_bytes * (size_t)shoal_pool_threads(e->pool) + 1);
   if (!e->workspace_memory || !e->scratch) return SHOAL_E_MEMORY;
   e->workspace = (char *)SHOAL_UP((uintptr_t)e->workspace_memory, HUGE_PAGE);
-  madvise(e->workspace, e->workspace_bytes / HUGE_PAGE * HUGE_PAGE, ADVISE_HUGE_PAGES); /* may fail: not needed */
   return SHOAL_OK;
 }
 
@@ -101,7 +103,18 @@ int32_t shoal_open(const shoal_program *program, shoal_pool *pool, int32_t isa, 
 }
 
 uint64_t shoal_workspace_bytes(const shoal_executor *e) {
-  return e->workspace_bytes + e->scratch_bytes * (uint64_t)shoal_pool_threads(e->pool);
+  const shoal_program *p = &e->program;
+  return workspace_bytes(e, p->max_rows, p->max_wanted) + e->scratch_bytes * (uint64_t)shoal_pool_threads(e->pool);
+}
+
+/* Many rows are written in strides of pages: huge pages make a prompt 3 % quicker. Few would not fill one. */
+static void advise_huge_pages(shoal_run_state *r) {
+  shoal_executor *e = r->e;
+  const shoal_program *p = &e->program;
+  if (e->huge || workspace_bytes(e, r->rows, r->wanted) < HUGE_PAGE) return;
+  e->huge = 1;
+  const uint64_t whole = workspace_bytes(e, p->max_rows, p->max_wanted) / HUGE_PAGE * HUGE_PAGE;
+  madvise(e->workspace, whole, ADVISE_HUGE_PAGES); /* may fail: not needed */
 }
 
 /* Which rows there are, which are wanted, and how sequences fall into spans. */
@@ -124,7 +137,7 @@ static int32_t take_inputs(const shoal_run_state *r) {
     const int32_t cols = p->buffers[p->inputs[i]].cols;
     if (!r->e->kernels->finite(r->batch->inputs[i], (int64_t)r->rows * cols)) return i;
     for (int32_t row = 0; row < r->rows; row++)
-      memcpy(shoal_row(r->e, r->e->input_at[i], p->inputs[i], row), r->batch->inputs[i] + (size_t)row * cols,
+      memcpy(shoal_row(r, r->e->input_at[i], p->inputs[i], row), r->batch->inputs[i] + (size_t)row * cols,
              (size_t)cols * sizeof(float));
   }
   return -1;
@@ -137,7 +150,7 @@ static int32_t give_outputs(const shoal_run_state *r) {
     const shoal_buffer *b = &p->buffers[p->outputs[i]];
     const int32_t rows = b->domain == SHOAL_ALL_ROWS ? r->rows : r->wanted;
     for (int32_t row = 0; r->batch->outputs[i] && row < rows; row++) {
-      const float *from = (const float *)shoal_row(r->e, r->e->output_at[i], p->outputs[i], row);
+      const float *from = (const float *)shoal_row(r, r->e->output_at[i], p->outputs[i], row);
       if (!r->e->kernels->finite(from, b->cols)) return i;
       memcpy(r->batch->outputs[i] + (size_t)row * b->cols, from, (size_t)b->cols * sizeof(float));
     }
@@ -148,6 +161,7 @@ static int32_t give_outputs(const shoal_run_state *r) {
 static int32_t run_batch(shoal_executor *e, const shoal_batch *batch, char *error, int32_t error_bytes) {
   shoal_run_state r = {.e = e, .batch = batch};
   lay_out(&r);
+  advise_huge_pages(&r);
   int32_t index = take_inputs(&r);
   if (index >= 0) return shoal_fail(error, error_bytes, SHOAL_E_NONFINITE, "input %d holds NaN or infinity", index);
   r.mark = batch->op_ns ? shoal_now_ns() : 0;

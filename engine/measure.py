@@ -9,7 +9,6 @@ then (at once again such a step takes a quarter of the time, and few layers woul
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -154,6 +153,13 @@ def _allowed(stage: Stage, rows: int) -> bool:
     return rows <= min(stage.options.max_rows, stage.model.config.context)
 
 
+def median(values: Sequence[float]) -> float:
+    """The middle one, or the mean of the two in the middle: without `statistics`, which brings `decimal`, or
+    `np.median`, which brings `numpy.ma`; both are memory of a small device."""
+    ascending = sorted(values)
+    return (ascending[(len(ascending) - 1) // 2] + ascending[len(ascending) // 2]) / 2
+
+
 def _values(count: int) -> NDArray[np.float32]:
     """Numbers like those of hidden rows, without numpy.random, whose import takes 3 MB of a small device."""
     values: NDArray[np.float32] = np.sin(np.arange(count, dtype=np.float32) * np.float32(12.9898))
@@ -206,7 +212,7 @@ def _rounds(
             if nap is not None:
                 time.sleep(nap)
                 more.append(steps[0]() - steps[0]())
-    return [statistics.median(each) for each in zip(*times, strict=True)], statistics.median(more or [0.0])
+    return [median(each) for each in zip(*times, strict=True)], median(more or [0.0])
 
 
 def _by_rows(stage: Stage, counts: Sequence[int], seconds: float, watch: Watch) -> dict[int, float]:

@@ -76,14 +76,11 @@ def room(sizes: Iterable[int]) -> int:
     return sum(round_up(size, _ALIGNMENT) for size in sizes)
 
 
-def _anonymous(nbytes: int) -> mmap.mmap:
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:  # a kernel built without them
-            pass
-    return memory
+def _in_huge_pages(memory: mmap.mmap, first: int, nbytes: int) -> None:
+    """Asks for huge pages as far as these bytes fill them: the rest of one more would be wasted."""
+    if hasattr(mmap, "MADV_HUGEPAGE") and nbytes >= _HUGE_PAGE:
+        with suppress(OSError):  # a kernel built without them
+            memory.madvise(mmap.MADV_HUGEPAGE, first, nbytes // _HUGE_PAGE * _HUGE_PAGE)
 
 
 class Arena:
@@ -96,11 +93,12 @@ class Arena:
         (Linux: RLIMIT_MEMLOCK), and the page cache forgets what was read, which a cap would count as well."""
         self._pinned = pinned
         try:
-            memory = _anonymous(nbytes + _HUGE_PAGE)
+            memory = mmap.mmap(-1, nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as e:
             raise MemoryError(f"no {nbytes / 1e6:.0f} MB of memory") from e
         addresses: NDArray[np.uint8] = np.frombuffer(memory, np.uint8)
         first = -addresses.ctypes.data % _HUGE_PAGE
+        _in_huge_pages(memory, first, nbytes)
         self._bytes = addresses[first : first + nbytes]
         self._at = 0
 

@@ -5,7 +5,6 @@ The planner imports nothing of ours, the engine nothing of the planner: this is 
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from . import planner
 from .engine.costs import constant_bytes, tied_bytes, unit_cost
 from .engine.errors import NoPlanError, ShoalError
-from .engine.layout import GROUP, PAGE
+from .engine.layout import GROUP, PAGE, round_up
 from .engine.measure import Measured
 from .engine.program import Buffer, reads, written
 from .engine.shards import Model
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 MB = 1_000_000
 BASE_BYTES = 60 * MB
 """What a node's process holds before its first unit, when nobody measured it."""
+_DRAWING_BYTES = 13  # for each logit and thread (csrc/sample.c)
 
 
 def planner_model(model: Model, options: StageOptions) -> planner.Model:
@@ -52,9 +52,9 @@ def planner_model(model: Model, options: StageOptions) -> planner.Model:
 
 
 def workspace_bytes(model: Model, options: StageOptions, first: int, last: int) -> int:
-    """Activations of the largest batch in a stage of units [first, last): all buffers at once, which is more
-    than a stage takes at a time and leaves room for messages. Embedding and head, where no layer is with
-    them, touch few of them: these, and the rows once more in a message."""
+    """Activations of the largest batch in a stage of units [first, last), and what drawing tokens takes: all
+    buffers at once, which is more than a stage takes at a time and leaves room for messages. Embedding and
+    head, where no layer is with them, touch few of them: these, and the rows once more in a message."""
     program = model.program
     rows = {"rows": options.max_rows, "wanted": min(options.max_rows, options.max_wanted)}
     names = [buffer.name for buffer in program.buffers]
@@ -62,12 +62,14 @@ def workspace_bytes(model: Model, options: StageOptions, first: int, last: int) 
         touched = {name for _, op in program.ops(first, last) for name in (*reads(op), written(op))}
         names = [*program.cut, *(name for name in names if name in touched)]
     buffers = [program.buffer(name) for name in names]
-    return sum(_row_bytes(buffer) * rows[buffer.domain] for buffer in buffers)
+    drawing = _DRAWING_BYTES * program.vocab * options.threads if program.logits in names else 0
+    return sum(_row_bytes(buffer) * rows[buffer.domain] for buffer in buffers) + drawing
 
 
 def _row_bytes(buffer: Buffer) -> int:
-    """A row of a buffer: floats, or int8 with one float as scale a group."""
-    return 4 * buffer.cols if buffer.type == "f32" else buffer.cols + 4 * -(-buffer.cols // GROUP)
+    """A row of a buffer: floats, or int8 with a scale and a sum a group; whole cache lines."""
+    groups = -(-buffer.cols // GROUP)
+    return round_up(4 * buffer.cols if buffer.type == "f32" else groups * (GROUP + 8), 64)
 
 
 def stage_expectation(
@@ -137,6 +139,8 @@ def read_devices(path: Path) -> planner.Cluster:
                 raise ValueError("it describes no device")
             base = {device.name: BASE_BYTES for device in profile.devices}
             return planner.cluster_from(profile, profile.devices[0].name, base_bytes=base)
+        import tomllib  # only here: a node reads no such file
+
         return _cluster(tomllib.loads(text))
     except FileNotFoundError:
         raise ShoalError(f"{path} is missing: name a file that describes the devices") from None

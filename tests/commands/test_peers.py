@@ -8,7 +8,6 @@ import contextlib
 import ctypes
 import json
 import os
-import re
 import sys
 import types
 from pathlib import Path
@@ -19,7 +18,6 @@ from bench.engines import Finished, Job
 from bench.pairs import Reached, Sample
 
 from shoal.engine.convert import convert
-from shoal.engine.shards import Model
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 
@@ -196,16 +194,10 @@ def test_a_start_is_timed_with_and_without_the_import_of_bindings() -> None:
 
 
 @pytest.mark.slow
-def test_shoal_starts_and_its_memory_is_accounted_for(tmp_path: Path) -> None:
+def test_shoal_starts(tmp_path: Path) -> None:
     convert(FIXTURES / "tiny-llama", tmp_path / "tiny")
-    tiny = Model.open(tmp_path / "tiny")
-    _, ids = engines.start_jobs(tiny.path, 1)
-    found = engines.measure([ids], 1)
-    assert found.keys() == {"start ids", "start ids C"}
-    samples = [Sample(0, "shoal", 1, "start ids", 1.0, 100_000_000), Sample(0, "peer", 1, "start", 1.0, 9)]
-    assert re.fullmatch(
-        r"start ids, 1 threads: peak 100 MB = files 0 \+ .* 0 \+ 100", peers.memory(tiny, samples)
-    )
+    _, ids = engines.start_jobs(tmp_path / "tiny", 1)
+    assert engines.measure([ids], 1).keys() == {"start ids", "start ids C"}
 
 
 def test_torch_reads_a_prompt_twice_and_keeps_one_row_of_logits(

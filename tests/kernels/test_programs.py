@@ -10,6 +10,8 @@ from itertools import cycle
 import numpy as np
 import pytest
 
+from shoal.commands.node import resident_bytes
+
 from .harness import FLAGS, ROOT, Program, Rows, describe, ffi, isas, library_path, pointer, same
 from .weights import f32, f64, floats, random_weight
 
@@ -114,6 +116,22 @@ def test_buffers_that_never_live_together_share_memory():
     wide = data.astype(np.float64)
     expected = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True))
     np.testing.assert_allclose(executor.run([Rows(64)], [data]).outputs[0], expected, rtol=1e-5)
+
+
+def test_few_rows_touch_little_of_a_large_workspace():
+    p = Program(max_rows=4096)
+    x = p.input(1024)
+    for _ in range(3):
+        x = p.op("NORM", p.buffer(1024), x, p.weight(f32(np.ones(1024))), f=[0.0])
+    p.output(x)
+    executor = p.open()
+    assert executor.workspace_bytes() == 2 * 4096 * 1024 * 4
+    few, many = (floats(np.random.default_rng(0), rows, 1024) for rows in (2, 4096))
+    before = resident_bytes()
+    first = executor.run([Rows(2)], [few]).outputs[0]
+    assert resident_bytes() - before < 2**20
+    executor.run([Rows(4096)], [many])
+    same(executor.run([Rows(2)], [few]).outputs[0], first)
 
 
 def test_a_cancelled_run_stops_between_two_ops():

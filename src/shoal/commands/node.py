@@ -6,10 +6,9 @@ import argparse
 import errno
 import ipaddress
 import os
-import platform
 import secrets
 import signal
-import statistics
+import socket
 import sys
 import time
 from contextlib import nullcontext
@@ -23,7 +22,7 @@ from .. import __version__
 from ..engine.backends import choose
 from ..engine.costs import constant_bytes, tied_bytes, unit_cost
 from ..engine.errors import NoPlanError, ShoalError
-from ..engine.measure import Watch, measure, stopwatch
+from ..engine.measure import Watch, measure, median, stopwatch
 from ..engine.memory import large_apart, ram
 from ..engine.shards import Model
 from ..engine.stage import Stage, StageOptions
@@ -73,7 +72,7 @@ async def _main(
         device = await trio.to_thread.run_sync(_offer, args, model, options, base, hop, watch)
         opener = StageOpener(model, options, device)
         parts = NodeParts(
-            identity=identity_of(model, args.name or platform.node(), secrets.randbits(64), __version__),
+            identity=identity_of(model, args.name or socket.gethostname(), secrets.randbits(64), __version__),
             device=device,
             units=model.n_units,
             open_stage=lambda first, last: SlowStage(opener(first, last), slowness, turn=turns),
@@ -120,7 +119,7 @@ async def _hop_seconds() -> float:
         start = time.perf_counter()
         await trio.to_thread.run_sync(int)
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return median(times)
 
 
 def _offer(

@@ -87,10 +87,18 @@ SHOAL_INLINE float v_largest(v16 a) {
 
 /* Prefetching. Up to two rows go as fast as memory: int8 by what the CPU fetches of its own accord (on Zen 4 lines fetched
  * to L1 slow it by a fifth, on Zen 5 a model's small matrices gain 3 % and large ones nothing); int4, whose loop looks less
- * far ahead, wants lines in L1 in time. 6 KiB ahead reaches over the end of a small matrix into the next one: on Zen 5
- * SmolLM2 is a tenth quicker than with 4 KiB; 8 KiB cost large matrices a hundredth. More rows are half arithmetic: their
- * lines go to L2 long before, and to L1 shortly before. */
-enum { LINE = 64, FEW_AHEAD = 6144, L2_AHEAD = 16384, L1_AHEAD = 2048, SCALES_AHEAD = 512 };
+ * far ahead, wants lines in L1 in time. Of short panels (fewer groups than LONG) these are the next two: on Zen 5 SmolLM2
+ * is a tenth quicker with 6 KiB than with 4, and 3 % more with 8; long panels are quickest with 4. More rows are half
+ * arithmetic: their lines go to L2 long before, and to L1 shortly before. */
+enum {
+  LINE = 64,
+  LONG = 64,
+  SHORT_AHEAD = 8192,
+  LONG_AHEAD = 4096,
+  L2_AHEAD = 16384,
+  L1_AHEAD = 2048,
+  SCALES_AHEAD = 512
+};
 
 /* One instruction: around the intrinsic, gcc 12 spills the accumulators. */
 SHOAL_INLINE __m512i dot(__m512i sum, __m512i w, __m512i x) {
@@ -140,9 +148,10 @@ SHOAL_INLINE void dot_lines(chains *c, const __m512i *w, const shoal_q8_row *x, 
   }
 }
 
-SHOAL_INLINE void prefetch(const int32_t type, const uint8_t *line, const int32_t rows) {
+SHOAL_INLINE void prefetch(const int32_t type, const uint8_t *line, const int32_t rows, const int32_t groups) {
   if (rows <= 2) {
-    if (type == SHOAL_Q4) _mm_prefetch((const char *)line + FEW_AHEAD, _MM_HINT_NTA);
+    const size_t ahead = groups < LONG ? SHORT_AHEAD : LONG_AHEAD;
+    if (type == SHOAL_Q4) _mm_prefetch((const char *)line + ahead, _MM_HINT_NTA);
     return;
   }
   _mm_prefetch((const char *)line + L2_AHEAD, _MM_HINT_T1);
@@ -176,7 +185,7 @@ SHOAL_INLINE void panel_dots(const int32_t type, const uint8_t *w, const uint16_
       UNROLL(2)
       for (int32_t p = 0; p < panels; p++) {
         const uint8_t *from = w + p * next_panel + k * LINE;
-        if (panels == 1) prefetch(type, from, rows);
+        if (panels == 1) prefetch(type, from, rows, groups);
         line[p] = _mm512_loadu_si512(from);
         if (type == SHOAL_Q8) {
           line[p] = _mm512_xor_si512(line[p], flip);

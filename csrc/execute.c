@@ -6,10 +6,11 @@
 #include <time.h>
 
 enum {
-  SMALL_WORK = 16384, /* multiply-adds, or elements touched, below which a hand-over to another thread costs more */
-  ROW_BLOCK = 256,   /* rows of a product that one claim takes: as many as a batch usually has */
-  FEW_ROWS = 8,       /* up to these, a product's time is that of reading its weights */
-  CLAIM_BYTES = 65536 /* weights that the least claim of a product with few rows reads */
+  SMALL_WORK = 16384,      /* elements touched, below which a hand-over to another thread costs more */
+  SMALL_ATTENTION = 65536, /* the same, in multiply-adds: queries, keys and values are in the caller's caches */
+  ROW_BLOCK = 256,         /* rows of a product that one claim takes: as many as a batch usually has */
+  FEW_ROWS = 8,            /* up to these, a product's time is that of reading its weights */
+  CLAIM_BYTES = 65536      /* weights that the least claim of a product with few rows reads */
 };
 
 typedef shoal_run_state run;
@@ -53,7 +54,7 @@ static cut cut_op(const run *r, const shoal_op *op) {
     case SHOAL_OP_ATTEND: {
       const shoal_state *s = &p->states[op->state];
       const int64_t units = (int64_t)r->n_spans * s->kv_heads;
-      const int32_t alone = shoal_pool_threads(r->e->pool) == 1 || r->seen * op->i[1] * s->head_dim < SMALL_WORK;
+      const int32_t alone = shoal_pool_threads(r->e->pool) == 1 || r->seen * op->i[1] * s->head_dim < SMALL_ATTENTION;
       return (cut){units, alone ? units : 1, 0};
     }
     case SHOAL_OP_STORE: {

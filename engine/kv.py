@@ -29,7 +29,8 @@ KV_TYPES: dict[str, np.dtype[Any]] = {
     "int8": np.dtype(np.int8),
 }
 """What a page's numbers are; those of int8 have scales."""
-_SLAB = 32 << 20  # addresses, not memory: that comes page by page, as pages are written
+_FIRST_SLAB = (2 << 20) - (64 << 10)  # no huge page: a short context would leave most of it empty
+_SLAB = 32 << 20  # addresses, not memory: that comes as pages are written
 _LIMIT = np.float32(127)
 
 
@@ -134,13 +135,14 @@ class PagePool:
         return page
 
     def _cut(self, size: int) -> Page:
-        """A new page of `size` bytes, cut from a slab of huge pages: attention walks over all of them."""
+        """A new page of `size` bytes, cut from a slab: of huge pages but for the first, as attention walks
+        over all of them."""
         try:
             if self._slab is not None:
                 return self._slab.take(size)
         except MemoryError:  # used up
             pass
-        self._slab = Arena(max(size, _SLAB))
+        self._slab = Arena(max(size, _FIRST_SLAB if self._slab is None else _SLAB))
         return self._slab.take(size)
 
     def give(self, page: Page) -> None:

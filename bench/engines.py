@@ -13,7 +13,8 @@ import sys
 import tempfile
 import time
 import venv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,12 +158,10 @@ def run(command: Sequence[str], cpus: Sequence[int]) -> Finished:
         if cpus:
             os.sched_setaffinity(0, cpus)
 
-    # Installed packages are bytecode; a checkout must be allowed to keep what its first run compiled.
-    environ = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         start = time.perf_counter()
         process = subprocess.Popen(
-            command, stdout=out, stderr=err, start_new_session=True, preexec_fn=pin, env=environ
+            command, stdout=out, stderr=err, start_new_session=True, preexec_fn=pin, env=_environ()
         )
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start
@@ -173,6 +172,23 @@ def run(command: Sequence[str], cpus: Sequence[int]) -> Finished:
     if process.returncode:
         raise RuntimeError(f"{shlex.join(command)} failed:\n{words[-2000:]}")
     return Finished(output, seconds, usage.ru_maxrss * 1024)
+
+
+@contextmanager
+def running(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that runs meanwhile, its words on our standard error; killed at the end if it still runs."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=_environ())
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            process.wait()
+
+
+def _environ() -> dict[str, str]:
+    """Installed packages are bytecode; a checkout must be allowed to keep what its first run compiled."""
+    return {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
 
 
 def speeds(done: Finished) -> dict[str, float]:

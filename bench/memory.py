@@ -26,6 +26,7 @@ from shoal.store import resolve
 from shoal.text_table import table
 
 _HEADER = ("threads", "process", "peak MB", "shards", "a page of K and V", "the rest", "in MiB")
+_PATIENCE_S = 60
 _TOKENS = 24  # of an answer that, after a short text, stays within a page of keys and values
 
 
@@ -43,40 +44,46 @@ def main(argv: Sequence[str] | None = None) -> int:
             "ids": engines.run(ids.command, ()).peak_rss,
             "node": node_peak(path, threads),
         }
-        rows += [[str(threads), *line] for line in parts(Model.open(path), peaks)]
+        for process, peak in peaks.items():
+            parts = known(Model.open(path))
+            numbers = [peak, *parts, peak - sum(parts)]
+            megabytes = [f"{n / 1e6:.1f}" for n in numbers]
+            rows.append([str(threads), process, *megabytes, f"{numbers[-1] / 2**20:.1f}"])
     print(table(_HEADER, rows))
     return 0
 
 
-def parts(model: Model, peaks: dict[str, int]) -> list[list[str]]:
-    """For each process: its peak, what of that the model is, and what is left, in MB; the last in MiB too."""
+def known(model: Model) -> tuple[int, int]:
+    """Bytes of a model's shards, and of a page of keys and values of all its layers."""
     shards = sum(entry.size for name, entry in model.index.files.items() if name.endswith(".safetensors"))
-    state = PAGE * sum(unit_cost(model, u).kv_bytes_per_token for u in range(model.n_units))
-    lines = []
-    for process, peak in peaks.items():
-        numbers = [peak, shards, state, peak - shards - state]
-        lines.append([process, *(f"{n / 1e6:.1f}" for n in numbers), f"{numbers[-1] / 2**20:.1f}"])
-    return lines
+    return shards, PAGE * sum(unit_cost(model, u).kv_bytes_per_token for u in range(model.n_units))
 
 
 def node_peak(model: Path, threads: int) -> int:
-    """Bytes that a node held at most when it ended after an answer. RuntimeError: the answer failed."""
+    """Bytes that a node held at most when it ended after an answer. RuntimeError: node or answer failed."""
     with tempfile.TemporaryDirectory() as scratch:
         port = Path(scratch) / "port"
-        listen = ["node", str(model), "--listen", "127.0.0.1:0", "--port-file", str(port)]
-        command = [sys.executable, "-m", "shoal", *listen, "--threads", str(threads)]
-        node = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        try:
-            while not port.exists() and node.poll() is None:
-                time.sleep(0.05)
-            flags = ["--raw", "-n", str(_TOKENS), "--nodes", port.read_text().strip()]
-            head = [sys.executable, "-m", "shoal", "run", str(model), engines.START_TEXT, *flags]
-            engines.run(head, ())
-        finally:
-            node.send_signal(signal.SIGTERM)
-            _, status, usage = os.wait4(node.pid, 0)
-            node.returncode = os.waitstatus_to_exitcode(status)
+        listen = ["--listen", "127.0.0.1:0", "--port-file", str(port), "--threads", str(threads)]
+        node = [sys.executable, "-m", "shoal", "node", str(model), *listen]
+        flags = ["--raw", "-n", str(_TOKENS), "--nodes"]
+        head = [sys.executable, "-m", "shoal", "run", str(model), engines.START_TEXT, *flags]
+        with engines.running(node) as process:
+            address = _address(process, port)
+            engines.run([*head, address], ())
+            process.send_signal(signal.SIGTERM)
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
     return usage.ru_maxrss * 1024
+
+
+def _address(node: subprocess.Popen[bytes], port: Path) -> str:
+    """Where a node listens, once it does."""
+    until = time.monotonic() + _PATIENCE_S
+    while not port.exists():
+        if node.poll() is not None or time.monotonic() > until:
+            raise RuntimeError("the node ended, or did not listen in time; its words stand above")
+        time.sleep(0.05)
+    return port.read_text(encoding="ascii").strip()
 
 
 if __name__ == "__main__":

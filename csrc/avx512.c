@@ -87,8 +87,8 @@ SHOAL_INLINE float v_largest(v16 a) {
 
 /* Prefetching. Up to two rows go as fast as memory: int8 by what the CPU fetches of its own accord (on Zen 4 lines fetched
  * to L1 slow it by a fifth, on Zen 5 a model's small matrices gain 3 % and large ones nothing); int4, whose loop looks less
- * far ahead, wants lines in L1 in time. Of short panels (fewer groups than LONG) these are the next two: on Zen 5 SmolLM2
- * is a tenth quicker with 6 KiB than with 4, and 3 % more with 8; long panels are quickest with 4. More rows are half
+ * far ahead, wants lines in L1 in time. Of short panels (fewer groups than LONG) more: on Zen 5 SmolLM2, most of whose
+ * panels are 4.6 KiB, is a tenth quicker with 6 KiB than with 4, and 3 % more with 8; panels of 16 KiB are quickest with 4. More rows are half
  * arithmetic: their lines go to L2 long before, and to L1 shortly before. */
 enum {
   LINE = 64,

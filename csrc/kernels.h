@@ -173,10 +173,10 @@ int32_t shoal_run(shoal_executor *executor, const shoal_batch *batch, char *erro
 
 /* Peaks, to hold an executor against; on all threads of the pool. Nanoseconds, or 0: the pool is busy, or the arguments
  * make no sense.
- * Reads the n pieces of memory `passes` times, by whole lines of 64 bytes; seen is the exclusive or of all words
- * read. */
+ * Reads the n pieces of memory `passes` times, by whole lines of 64 bytes, each thread long stretches of them; with
+ * `fetch`, lines are fetched some way ahead of their reading. seen is the exclusive or of all words read. */
 uint64_t shoal_read_peak(shoal_pool *pool, const char *const *data, const uint64_t *bytes, int32_t n, int32_t passes,
-                         uint64_t *seen);
+                         int32_t fetch, uint64_t *seen);
 /* The set's int8 dot products on registers, many `turns` of them; macs is how many multiply-accumulates those were. 0 too
  * where the set has no such loop: scalar, or not on this CPU. */
 uint64_t shoal_dot_peak(shoal_pool *pool, int32_t isa, int64_t turns, uint64_t *macs);

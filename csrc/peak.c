@@ -1,14 +1,15 @@
-/* What this device reaches at most, for `shoal bench` to hold the engine against: a loop that only reads (without
- * prefetches: what a CPU fetches by itself was as fast as any), and for each instruction set a loop of dot products that
- * only computes, on numbers that stay in registers. */
+/* What this device reaches at most, for `shoal bench` to hold the engine against: a loop that only reads (with prefetches
+ * and without: which is faster depends on the CPU and on its neighbours), and for each instruction set a loop of dot
+ * products that only computes, on numbers that stay in registers. */
 #include "executor.h"
 
-enum { LINE = 64 };
+enum { LINE = 64, AHEAD = 4096 };
 
 typedef struct {
   const char *const *data;
   const uint64_t *bytes;
   int32_t n;
+  int32_t fetch;
   uint64_t seen; /* so that the compiler must read */
 } reading;
 
@@ -17,29 +18,35 @@ typedef struct {
   int64_t n;
 } computing;
 
-static void read_spans(void *argument, int64_t first, int64_t last, int32_t thread) {
+SHOAL_INLINE void read_piece(const char *at, uint64_t bytes, const int32_t fetch, uint64_t *seen) {
+  for (const char *const end = at + bytes / LINE * LINE; at < end; at += LINE) {
+    uint64_t line[LINE / 8];
+    if (fetch) __builtin_prefetch(at + AHEAD, 0, 0);
+    memcpy(line, at, LINE);
+    for (int32_t w = 0; w < LINE / 8; w++) seen[w] ^= line[w];
+  }
+}
+
+static void read_pieces(void *argument, int64_t first, int64_t last, int32_t thread) {
   reading *r = argument;
-  uint64_t seen[LINE / 8] = {0};
+  uint64_t seen[LINE / 8] = {0}, all = 0;
   (void)thread;
   for (int64_t i = first; i < last; i++) {
-    const char *at = r->data[i % r->n], *const end = at + r->bytes[i % r->n] / LINE * LINE;
-    for (; at < end; at += LINE) {
-      uint64_t line[LINE / 8];
-      memcpy(line, at, LINE);
-      for (int32_t w = 0; w < LINE / 8; w++) seen[w] ^= line[w];
-    }
+    if (r->fetch)
+      read_piece(r->data[i % r->n], r->bytes[i % r->n], 1, seen);
+    else
+      read_piece(r->data[i % r->n], r->bytes[i % r->n], 0, seen);
   }
-  uint64_t all = 0;
   for (int32_t w = 0; w < LINE / 8; w++) all ^= seen[w];
   __atomic_fetch_xor(&r->seen, all, __ATOMIC_RELAXED);
 }
 
 uint64_t shoal_read_peak(shoal_pool *pool, const char *const *data, const uint64_t *bytes, int32_t n, int32_t passes,
-                         uint64_t *seen) {
+                         int32_t fetch, uint64_t *seen) {
   if (n < 1 || passes < 1 || (int64_t)n * passes > UINT32_MAX || !shoal_pool_take(pool)) return 0;
-  reading r = {data, bytes, n, 0};
+  reading r = {data, bytes, n, fetch, 0};
   const int64_t begin = shoal_now_ns();
-  shoal_pool_run(pool, read_spans, &r, (int64_t)n * passes, 1, 0);
+  shoal_pool_run(pool, read_pieces, &r, (int64_t)n * passes, 1, shoal_pool_threads(pool));
   const int64_t end = shoal_now_ns();
   shoal_pool_give(pool);
   *seen = r.seen;

@@ -107,7 +107,8 @@ uint64_t shoal_workspace_bytes(const shoal_executor *e) {
   return workspace_bytes(e, p->max_rows, p->max_wanted) + e->scratch_bytes * (uint64_t)shoal_pool_threads(e->pool);
 }
 
-/* Many rows are written in strides of pages: huge pages make a prompt 3 % quicker. Few would not fill one. */
+/* Many rows are written in strides of pages: huge pages make a prompt 3 % quicker. Few would not fill one; what they have
+ * touched by then stays in small ones. */
 static void advise_huge_pages(shoal_run_state *r) {
   shoal_executor *e = r->e;
   const shoal_program *p = &e->program;

@@ -29,7 +29,7 @@ KV_TYPES: dict[str, np.dtype[Any]] = {
     "int8": np.dtype(np.int8),
 }
 """What a page's numbers are; those of int8 have scales."""
-_FIRST_SLAB = (2 << 20) - (64 << 10)  # no huge page: a short context would leave most of it empty
+_FIRST_SLAB = (2 << 20) - (64 << 10)  # less than a huge page: a short context would leave most of one empty
 _SLAB = 32 << 20  # addresses, not memory: that comes as pages are written
 _LIMIT = np.float32(127)
 

@@ -77,10 +77,13 @@ def room(sizes: Iterable[int]) -> int:
 
 
 def _in_huge_pages(memory: mmap.mmap, first: int, nbytes: int) -> None:
-    """Asks for huge pages as far as these bytes fill them: the rest of one more would be wasted."""
-    if hasattr(mmap, "MADV_HUGEPAGE") and nbytes >= _HUGE_PAGE:
+    """Asks for huge pages as far as these bytes fill them, and for none beyond: the rest would be wasted."""
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        whole = nbytes // _HUGE_PAGE * _HUGE_PAGE
         with suppress(OSError):  # a kernel built without them
-            memory.madvise(mmap.MADV_HUGEPAGE, first, nbytes // _HUGE_PAGE * _HUGE_PAGE)
+            if whole:
+                memory.madvise(mmap.MADV_HUGEPAGE, first, whole)
+            memory.madvise(mmap.MADV_NOHUGEPAGE, first + whole, _HUGE_PAGE)
 
 
 class Arena:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from .arguments import build_parser
-from .deferred import defer
+from .deferred import deferred
 from .engine.errors import ShoalError
 
 
@@ -35,11 +35,12 @@ def run(argv: Sequence[str] | None) -> int:
     if args.command is None:
         parser.print_help()
         return 0
-    for name in ("ssl", "idna"):  # trio imports them, and a connection between addresses uses neither: 1.5 MB
-        defer(name)
+    # trio imports these, a node that is told addresses uses neither, and they take 1.5 MB of a small device.
+    unused = ("ssl", "idna") if args.command == "node" else ()
     collecting = gc.isenabled()
     gc.disable()  # imports leave nothing to collect, and looking for it takes 10 ms
-    command = importlib.import_module(f"{__package__}.commands.{args.command}")
+    with deferred(*unused):
+        command = importlib.import_module(f"{__package__}.commands.{args.command}")
     if collecting:
         gc.enable()
     try:

@@ -1,7 +1,8 @@
 """What this device reaches at most, measured beside the engine: the ceilings of decoding and of prompts.
 
-A loop in C reads the very memory that a stage's weights stand in, with as many threads and the same prefetch;
-another computes the dot products of an instruction set on registers (csrc/peak.c)."""
+A loop in C reads the very memory that a stage's weights stand in, with as many threads, each in long
+stretches, with lines fetched ahead or not, whichever is faster; another computes the dot products of an
+instruction set on registers (csrc/peak.c)."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from .engine.program import Matmul
 from .engine.stage import Stage
 
 _SECONDS = 0.05
-_PIECE = 1 << 18  # bytes: threads take pieces as they come, so that a slow core does not pace the others
+_PIECE = 1 << 18  # bytes: when the stretches are done, threads take pieces, so that a slow core paces nobody
 _TURNS = 1 << 12
 
 
@@ -56,20 +57,22 @@ class Peaks:
             ffi.release(self._pool)
             self._pool = None
 
-    def read(self, passes: int) -> tuple[float, int]:
-        """(seconds, the exclusive or of all 64-bit words) of reading everything `passes` times."""
+    def read(self, passes: int, *, fetch: bool) -> tuple[float, int]:
+        """(seconds, the exclusive or of all 64-bit words) of reading everything `passes` times, with lines
+        fetched ahead or not."""
         nanoseconds = library().shoal_read_peak(
-            self._pool, self._data, self._sizes, len(self._sizes), passes, self._result
+            self._pool, self._data, self._sizes, len(self._sizes), passes, fetch, self._result
         )
         return nanoseconds / 1e9, int(self._result[0])
 
     def bytes_per_s(self) -> float | None:
-        """Of reading, over about 50 ms. None: no figure."""
+        """Of reading, over about 50 ms each with and without fetching ahead, the better of both. None: no
+        figure."""
         if self._pool is None or not self.bytes:
             return None
-        first, _ = self.read(1)
+        first, _ = self.read(1, fetch=False)
         passes = max(1, round(_SECONDS / max(first, 1e-6)))
-        return self.bytes * passes / self.read(passes)[0]
+        return self.bytes * passes / min(self.read(passes, fetch=fetch)[0] for fetch in (False, True))
 
     def macs_per_s(self) -> float | None:
         """Multiply-accumulates of int8 in dot products, over about 50 ms. None: no such figure."""

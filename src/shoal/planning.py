@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 MB = 1_000_000
 BASE_BYTES = 60 * MB
 """What a node's process holds before its first unit, when nobody measured it."""
-_DRAWING_BYTES = 13  # for each logit and thread (csrc/sample.c)
 
 
 def planner_model(model: Model, options: StageOptions) -> planner.Model:
@@ -52,9 +51,9 @@ def planner_model(model: Model, options: StageOptions) -> planner.Model:
 
 
 def workspace_bytes(model: Model, options: StageOptions, first: int, last: int) -> int:
-    """Activations of the largest batch in a stage of units [first, last), and what drawing tokens takes: all
-    buffers at once, which is more than a stage takes at a time and leaves room for messages. Embedding and
-    head, where no layer is with them, touch few of them: these, and the rows once more in a message."""
+    """Activations of the largest batch in a stage of units [first, last): all buffers at once. Those that
+    never live together share memory in a stage, which leaves room for messages. Embedding and head, where no
+    layer is with them, touch few buffers: these, and the rows once more in a message."""
     program = model.program
     rows = {"rows": options.max_rows, "wanted": min(options.max_rows, options.max_wanted)}
     names = [buffer.name for buffer in program.buffers]
@@ -62,8 +61,14 @@ def workspace_bytes(model: Model, options: StageOptions, first: int, last: int) 
         touched = {name for _, op in program.ops(first, last) for name in (*reads(op), written(op))}
         names = [*program.cut, *(name for name in names if name in touched)]
     buffers = [program.buffer(name) for name in names]
-    drawing = _DRAWING_BYTES * program.vocab * options.threads if program.logits in names else 0
-    return sum(_row_bytes(buffer) * rows[buffer.domain] for buffer in buffers) + drawing
+    return sum(_row_bytes(buffer) * rows[buffer.domain] for buffer in buffers)
+
+
+def drawing_bytes(model: Model, options: StageOptions) -> int:
+    """What drawing tokens takes beside that, whichever units are held: three numbers a logit and thread, and
+    one for every 64 (csrc/sample.c)."""
+    padded = round_up(model.program.vocab, 64)
+    return options.threads * round_up(padded * 12 + padded // 64 * 4, 64)
 
 
 def _row_bytes(buffer: Buffer) -> int:

@@ -203,10 +203,11 @@ def test_the_read_loop_reads_each_line_once(threads: int) -> None:
     whole = [array[: len(array) // 8 * 8] for array in arrays]  # lines of 64 bytes
     with Peaks(arrays, threads, None) as peaks:
         assert peaks.bytes == sum(array.nbytes for array in whole)
-        seconds, seen = peaks.read(1)
-        assert seconds > 0
-        assert seen == np.bitwise_xor.reduce(np.concatenate(whole))
-        assert [peaks.read(passes)[1] for passes in (2, 3)] == [0, seen]
+        for fetch in (False, True):
+            seconds, seen = peaks.read(1, fetch=fetch)
+            assert seconds > 0
+            assert seen == np.bitwise_xor.reduce(np.concatenate(whole))
+            assert [peaks.read(passes, fetch=fetch)[1] for passes in (2, 3)] == [0, seen]
         assert (peaks.bytes_per_s() or 0) > 0
         assert peaks.macs_per_s() is None
 

@@ -5,42 +5,113 @@ from __future__ import annotations
 import subprocess
 import sys
 
-HEAD = "import sys; from shoal.deferred import defer; defer('ssl')\n"
+import pytest
+
+HEAD = """import sys
+from shoal.deferred import deferred
+with deferred("ssl", "idna"):
+    import trio
+"""
 
 
-def said(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", HEAD + code], capture_output=True, text=True, check=True)
+def said(code: str, head: str = HEAD) -> str:
+    done = subprocess.run([sys.executable, "-c", head + code], capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 
-def test_trio_works_without_loading_ssl() -> None:
-    assert said("import trio; trio.run(trio.sleep, 0); print('_ssl' in sys.modules)") == "False"
+def test_trio_works_without_loading_either() -> None:
+    code = """
+async def main():
+    listener, = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    await trio.open_tcp_stream(*listener.socket.getsockname())
+trio.run(main)
+print("_ssl" in sys.modules, "idna.core" in sys.modules)
+"""
+    assert said(code) == "False False"
 
 
-def test_what_is_used_is_the_module_itself() -> None:
-    assert (
-        said(
-            "import trio, ssl; first = ssl.create_default_context()\n"
-            "from ssl import SSLContext; import ssl as again\n"
-            "print(type(first) is SSLContext is again.SSLContext is ssl.SSLContext)"
-        )
-        == "True"
-    )
+def test_a_node_loads_neither_with_its_command() -> None:
+    head = "import sys, shoal.commands, shoal.cli\n"
+    code = """
+class Command:
+    pass
+seen = []
+def run(args):
+    import shoal.commands.node as command
+    seen.append([name in sys.modules for name in ("trio", "_ssl", "idna.core")])
+    return 0
+import importlib
+load = importlib.import_module
+def loading(name, *rest):
+    module = load(name, *rest)
+    if name == "shoal.commands.node":
+        module.run = run
+    return module
+importlib.import_module = loading
+shoal.cli.main(["node", "no-model"])
+print(seen)
+"""
+    assert said(code, head) == "[[True, False, False]]"
 
 
-def test_looking_for_it_or_for_what_it_lacks_is_answered_as_ever() -> None:
-    assert (
-        said("import importlib.util, ssl; print(importlib.util.find_spec('ssl').name, '_ssl' in sys.modules)")
-        == "ssl False"
-    )
-    assert said("import ssl; print(hasattr(ssl, 'nothing'))") == "False"
+def test_who_kept_a_stand_in_gets_the_module_when_it_uses_it() -> None:
+    code = """
+import trio._ssl, trio._socket
+print(trio._socket._idna.encode("b\u00fccher.example", uts46=True).decode(), end=" ")
+import ssl, idna
+first = trio._ssl._stdlib_ssl.create_default_context()
+print(type(first) is ssl.SSLContext, trio._socket._idna.encode is idna.encode)
+"""
+    assert said(code) == "xn--bcher-kva.example True True"
 
 
-def test_a_module_that_is_there_or_nowhere_is_left_alone() -> None:
-    assert (
-        said(
-            "import json; defer('json'); defer('no_such_module')\n"
-            "print(json is sys.modules['json'], 'no_such_module' in sys.modules)"
-        )
-        == "True False"
-    )
+def test_afterwards_an_import_is_an_import() -> None:
+    code = """
+import idna.core, ssl, importlib
+importlib.reload(ssl)
+print(ssl is sys.modules["ssl"], idna.core.encode is idna.encode, "_ssl" in sys.modules)
+"""
+    assert said(code) == "True True True"
+
+
+def test_threads_that_use_it_at_once_all_get_it() -> None:
+    code = """
+import threading, trio._ssl
+sys.setswitchinterval(1e-6)
+found = []
+def use():
+    found.append(trio._ssl._stdlib_ssl.PROTOCOL_TLS_CLIENT)
+threads = [threading.Thread(target=use) for _ in range(8)]
+for t in threads: t.start()
+for t in threads: t.join()
+import ssl
+print(found == 8 * [ssl.PROTOCOL_TLS_CLIENT])
+"""
+    assert said(code) == "True"
+
+
+@pytest.mark.parametrize("name", ["json", "no_such_module"])
+def test_a_module_that_is_there_or_nowhere_is_left_alone(name: str) -> None:
+    code = f"""
+import json
+before = sys.modules.get({name!r})
+with deferred({name!r}):
+    print(sys.modules.get({name!r}) is before, end=" ")
+print(sys.modules.get({name!r}) is before)
+"""
+    assert said(code) == "True True"
+
+
+def test_what_cannot_be_imported_says_so_at_its_use(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("modules")
+    (folder / "broken.py").write_text("import no_such_module\n")
+    code = f"""
+sys.path.insert(0, {str(folder)!r})
+with deferred("broken"):
+    import broken
+try:
+    broken.anything
+except ModuleNotFoundError as error:
+    print(error.name)
+"""
+    assert said(code) == "no_such_module"

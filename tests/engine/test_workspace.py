@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from shoal.engine.costs import constant_bytes
 from shoal.engine.shards import Model
 from shoal.engine.stage import Stage, StageOptions
-from shoal.planning import planner_model, workspace_bytes
+from shoal.planning import drawing_bytes, planner_model, workspace_bytes
 
 OPTIONS = StageOptions("native", max_rows=8, max_wanted=2)
 
@@ -17,13 +19,16 @@ def test_a_lone_embedding_or_head_is_promised_its_own_buffers_and_layers_all(tin
     hidden = 8 * -(-4 * program.buffer(program.cut[0]).cols // 64) * 64
     embedding, *layers, head = (unit.workspace_bytes - constant_bytes(program) for unit in rows.units)
     assert embedding == 2 * hidden
-    assert 2 * hidden + (2 * 4 + 12) * program.vocab < head < layers[0] == max(layers)
+    assert 2 * hidden + 2 * 4 * program.vocab < head < layers[0] == max(layers)
     assert layers[0] == workspace_bytes(tiny_int8, OPTIONS, 0, tiny_int8.n_units)
 
 
+@pytest.mark.parametrize("threads", [1, 8])
 @pytest.mark.parametrize("edges", [(0, 1), (1, 2), (-1, 0), (0, 0)])
-def test_no_stage_takes_more_than_promised(tiny_int8: Model, edges: tuple[int, int]) -> None:
+def test_no_stage_takes_more_than_promised(tiny_int8: Model, edges: tuple[int, int], threads: int) -> None:
     first, last = edges[0] % tiny_int8.n_units, edges[1] or tiny_int8.n_units
-    with Stage(tiny_int8, first, last, OPTIONS) as stage:
+    options = replace(OPTIONS, threads=threads)
+    drawing = drawing_bytes(tiny_int8, options) if last == tiny_int8.n_units else 0
+    with Stage(tiny_int8, first, last, options) as stage:
         taken = stage._executor.workspace_bytes
-        assert 0 < taken <= workspace_bytes(tiny_int8, OPTIONS, first, last)
+        assert drawing < taken <= workspace_bytes(tiny_int8, options, first, last) + drawing

@@ -1,6 +1,7 @@
 """`shoal node` as a process: what it prints, what it refuses, and how it ends."""
 
 import argparse
+import dataclasses
 import signal
 import socket
 import subprocess
@@ -141,3 +142,25 @@ def test_stages_stay_within_the_promised_ram(model: Path) -> None:
     with node.StageOpener(opened, StageOptions(), device(10**8))(0, 2) as stage:
         left = stage.options.kv_bytes
     assert left is not None and 0 < left < 10**8 - 10**6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, 8])
+def test_a_plan_that_just_fits_opens_whatever_the_threads(model: Path, threads: int) -> None:
+    """Plans are made from rows of one thread; what more threads take is in what the node says of itself."""
+    from shoal import planner
+    from shoal.engine.shards import Model
+    from shoal.engine.stage import StageOptions
+    from shoal.planner.cost import range_ram_bytes
+    from shoal.planning import planner_model
+
+    opened, options = Model.open(model), StageOptions(threads=threads)
+    args = parse(f"{model} --ram 300 --measure-seconds 0.01")
+    offered = node._offer(args, opened, options, 10**6, 0.0, node.stopwatch)
+    rows = planner_model(opened, StageOptions())
+    device = planner.Device("d", 10**9, 1e9, 1e9, base_bytes=offered.base_bytes)
+    needed = range_ram_bytes(rows, device, planner.Workload(context=128), 0, opened.n_units)
+    opener = node.StageOpener(opened, options, dataclasses.replace(offered, ram_bytes=needed))
+    with opener(0, opened.n_units) as stage:
+        held = sum(unit.kv_bytes_per_token for unit in rows.units) * 128
+        assert stage.options.kv_bytes is not None and stage.options.kv_bytes >= held

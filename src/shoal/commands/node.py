@@ -6,9 +6,9 @@ import argparse
 import errno
 import ipaddress
 import os
+import platform
 import secrets
 import signal
-import socket
 import sys
 import time
 from contextlib import nullcontext
@@ -32,7 +32,14 @@ from ..net.messages import Device, RowRate
 from ..net.node import Node, NodeParts
 from ..net.slow import Slowness, SlowStage, SlowWatch, Turn, turn
 from ..planner.profile import FREE_SHARE
-from ..planning import MB, device_of, planner_model, stage_expectation, workspace_bytes
+from ..planning import (
+    MB,
+    device_of,
+    drawing_bytes,
+    planner_model,
+    stage_expectation,
+    workspace_bytes,
+)
 from ..store import resolve
 from ..threads import chosen
 
@@ -72,7 +79,7 @@ async def _main(
         device = await trio.to_thread.run_sync(_offer, args, model, options, base, hop, watch)
         opener = StageOpener(model, options, device)
         parts = NodeParts(
-            identity=identity_of(model, args.name or socket.gethostname(), secrets.randbits(64), __version__),
+            identity=identity_of(model, args.name or platform.node(), secrets.randbits(64), __version__),
             device=device,
             units=model.n_units,
             open_stage=lambda first, last: SlowStage(opener(first, last), slowness, turn=turns),
@@ -127,11 +134,14 @@ def _offer(
 ) -> Device:
     """What this device does for a model, measured with `watch` (the way into the thread is not slowed)."""
     promised = args.ram * MB if args.ram is not None else int(ram()[1] * FREE_SHARE) + base
-    room = promised - base - constant_bytes(model.program) - workspace_bytes(model, options, 0, model.n_units)
+    drawing = drawing_bytes(model, options)
+    workspace = workspace_bytes(model, options, 0, model.n_units)
+    room = promised - base - drawing - constant_bytes(model.program) - workspace
     measured = measure(model, options, seconds=args.measure_seconds, room=room, watch=watch)
     return Device(
         ram_bytes=promised,
-        base_bytes=max(base, resident_bytes()),  # what measuring left is part of it
+        # What measuring left is part of it, and what drawing tokens will take: plans are made for one thread.
+        base_bytes=max(base, resident_bytes()) + drawing,
         max_rows=options.max_rows,
         threads=measured.threads,
         backend=measured.backend,

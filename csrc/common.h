@@ -76,9 +76,16 @@ typedef struct {
   const shoal_state *state;
   int32_t kv_head, group; /* query heads a kv head */
   int32_t first, rows;
-  int32_t then; /* 1: the next kv head of the same rows comes next */
+  void *const *next_pages; /* the first n_next hold the keys that are wanted next, of kv head next_head */
+  int32_t n_next, next_head;
+  int32_t fetched; /* 1: the task before said so of this one's keys */
+  int32_t part;    /* 1: pages and first are those of one block, and out takes shoal_part_floats a query */
   float scale;
 } shoal_attention;
+
+/* What attention over one block leaves of a query: its largest score, its sum of weights, and from the 16th number on the
+ * sum of weighted values. */
+SHOAL_INLINE size_t shoal_part_floats(const shoal_state *s) { return SHOAL_LANES + (size_t)s->head_dim; }
 
 /* One instruction set. Every entry gives the same bits as scalar.c's; what they mean stands in ops.inc. */
 typedef struct {
@@ -91,6 +98,8 @@ typedef struct {
   void (*rope)(float *x, const float *angles, int32_t heads, int32_t head_dim, int32_t half);
   void (*store)(const shoal_attention *task);
   void (*attend)(const shoal_attention *task);
+  /* Joins the parts of `blocks` blocks, each of task->group queries one after the other, to one row of out. */
+  void (*join)(const shoal_attention *task, const float *parts, int32_t blocks);
   void (*matmul_q8)(const shoal_matmul *task);
   void (*matmul_q4)(const shoal_matmul *task);
   void (*matmul_f32)(const shoal_matmul *task);

@@ -47,15 +47,37 @@ static cut cut_matmul(const run *r, const shoal_op *op) {
   return (cut){panels * blocks, SHOAL_MAX(claim, 1), threads};
 }
 
+static int32_t small_attention(const run *r, const shoal_op *op) {
+  return shoal_pool_threads(r->e->pool) == 1 ||
+         r->seen * op->i[1] * r->e->program.states[op->state].head_dim < SMALL_ATTENTION;
+}
+
+/* How one row's attention is shared out where the kv heads are no multiple of the threads: as many heads as are go whole,
+ * then the blocks of the others in chunks, so that all threads end together. No chunks: it is not worth it. */
+typedef struct {
+  int32_t whole, blocks, chunks; /* heads; blocks and chunks of each other head */
+} shares;
+
+static shares shares_of(const run *r, const shoal_op *op) {
+  const shoal_state *s = &r->e->program.states[op->state];
+  const int32_t threads = shoal_pool_threads(r->e->pool), others = s->kv_heads % threads;
+  const int64_t blocks = (r->seen + SHOAL_BLOCK - 1) / SHOAL_BLOCK, group = op->i[1] / s->kv_heads;
+  const int64_t bytes = blocks * others * group * (int64_t)(shoal_part_floats(s) * sizeof(float));
+  if (r->rows > 1 || !others || s->kv_heads >= 4 * threads || blocks < 2 || bytes > PART_BYTES || small_attention(r, op))
+    return (shares){s->kv_heads, 0, 0};
+  return (shares){s->kv_heads - others, (int32_t)blocks, (int32_t)SHOAL_MIN(blocks, 2 * threads)};
+}
+
 static cut cut_op(const run *r, const shoal_op *op) {
   const shoal_program *p = &r->e->program;
   switch (op->kind) {
     case SHOAL_OP_MATMUL: return cut_matmul(r, op);
     case SHOAL_OP_ATTEND: {
       const shoal_state *s = &p->states[op->state];
+      const shares of = shares_of(r, op);
+      if (of.chunks) return (cut){of.whole + (int64_t)(s->kv_heads - of.whole) * of.chunks, 1, 0};
       const int64_t units = (int64_t)r->n_spans * s->kv_heads;
-      const int32_t alone = shoal_pool_threads(r->e->pool) == 1 || r->seen * op->i[1] * s->head_dim < SMALL_ATTENTION;
-      return (cut){units, alone ? units : 1, 0};
+      return (cut){units, small_attention(r, op) ? units : 1, 0};
     }
     case SHOAL_OP_STORE: {
       const shoal_state *s = &p->states[op->state];
@@ -112,11 +134,65 @@ static void run_matmul(const run *r, const shoal_op *op, const shoal_places *at,
   }
 }
 
+/* Blocks [block, end) of one row's attention over a kv head, the `other`th of those that are cut. */
+static void run_blocks(const run *r, const shoal_op *op, const shoal_places *at, shares of, int32_t other, int32_t block,
+                       int32_t end) {
+  const shoal_state *state = &r->e->program.states[op->state];
+  const shoal_sequence *s = r->batch->sequences;
+  const int32_t group = op->i[1] / state->kv_heads, pages = SHOAL_BLOCK / SHOAL_PAGE, head = of.whole + other;
+  float *const parts = r->e->parts + (size_t)other * of.blocks * group * shoal_part_floats(state);
+  void *const *const first_page = s->pages + op->state * s->pages_stride;
+  int32_t n_next = 0;
+  for (; block < end; block++) {
+    const int32_t fetched = n_next, left = s->first + 1 - (block + 1) * SHOAL_BLOCK; /* positions after this block */
+    n_next = block + 1 < end ? SHOAL_MIN((left + SHOAL_PAGE - 1) / SHOAL_PAGE, pages) : 0;
+    const shoal_attention task = {
+        .in = shoal_row(r, at->in, op->in, 0) + (op->i[0] + (size_t)head * group * state->head_dim) * sizeof(float),
+        .out = (char *)(parts + (size_t)block * group * shoal_part_floats(state)),
+        .pages = first_page + block * pages,
+        .state = state,
+        .kv_head = head,
+        .group = group,
+        .first = SHOAL_MIN(left, 0) + SHOAL_BLOCK - 1,
+        .rows = 1,
+        .next_pages = first_page + (block + 1) * pages,
+        .n_next = n_next,
+        .next_head = head,
+        .fetched = fetched > 0,
+        .part = 1,
+        .scale = op->f[0],
+    };
+    r->e->kernels->attend(&task);
+  }
+}
+
+static void join_blocks(const run *r, const shoal_op *op, const shoal_places *at) {
+  const shares of = shares_of(r, op);
+  const shoal_state *state = &r->e->program.states[op->state];
+  const int32_t group = op->i[1] / state->kv_heads;
+  const size_t floats = (size_t)of.blocks * group * shoal_part_floats(state);
+  const float *parts = r->e->parts;
+  for (int32_t head = of.whole; head < state->kv_heads; head++, parts += floats) {
+    const shoal_attention task = {
+        .out = shoal_row(r, at->out, op->out, 0) + (size_t)head * group * state->head_dim * sizeof(float),
+        .state = state,
+        .group = group,
+    };
+    r->e->kernels->join(&task, parts, of.blocks);
+  }
+}
+
 static void run_attention(const run *r, const shoal_op *op, const shoal_places *at, int64_t unit, int64_t end) {
   const shoal_program *p = &r->e->program;
   const shoal_state *state = &p->states[op->state];
   const int32_t heads = op->kind == SHOAL_OP_ATTEND ? state->kv_heads : 1;
+  const shares of = op->kind == SHOAL_OP_ATTEND ? shares_of(r, op) : (shares){heads, 0, 0};
   for (; unit < end; unit++) {
+    if (of.chunks && unit >= of.whole) {
+      const int32_t other = (int32_t)(unit - of.whole) / of.chunks, chunk = (int32_t)(unit - of.whole) % of.chunks;
+      run_blocks(r, op, at, of, other, of.blocks * chunk / of.chunks, of.blocks * (chunk + 1) / of.chunks);
+      continue;
+    }
     const shoal_span *s = &r->e->spans[r->n_spans - 1 - unit / heads]; /* the longest first: they end together */
     const shoal_sequence *sequence = &r->batch->sequences[s->sequence];
     const int32_t head = (int32_t)(unit % heads), row = s->base + s->row;
@@ -137,7 +213,9 @@ static void run_attention(const run *r, const shoal_op *op, const shoal_places *
     task.group = op->i[1] / heads;
     const size_t column = (size_t)head * task.group * state->head_dim;
     task.kv_head = head;
-    task.then = unit + 1 < end && head + 1 < heads;
+    task.next_pages = task.pages;
+    task.n_next = unit + 1 < end && head + 1 < heads ? (task.first + s->rows + SHOAL_PAGE - 1) / SHOAL_PAGE : 0;
+    task.next_head = head + 1;
     task.in = (const char *)(in + op->i[0] + column);
     task.out = (char *)((float *)shoal_row(r, at->out, op->out, row) + column);
     task.out_stride = shoal_row_bytes(&p->buffers[op->out]);
@@ -236,6 +314,7 @@ void shoal_execute(run *r) {
       run_units(r, r->op, 0, c.units, 0);
     else
       shoal_pool_run(r->e->pool, run_part, r, c.units, c.claim, c.shares);
+    if (r->e->program.ops[r->op].kind == SHOAL_OP_ATTEND) join_blocks(r, &r->e->program.ops[r->op], &r->e->at[r->op]);
     if (r->e->program.ops[r->op].kind == SHOAL_OP_SAMPLE) check_drawn(r);
     op_ended(r, r->op);
   }

@@ -6,7 +6,7 @@
 
 #include <stdatomic.h>
 
-enum { SPAN_ROWS = 16 };
+enum { SPAN_ROWS = 16, PART_BYTES = 1 << 18 };
 
 /* Up to SPAN_ROWS rows of one sequence, which ATTEND and STORE take at a time. */
 typedef struct {
@@ -27,6 +27,7 @@ struct shoal_executor {
   int32_t huge;          /* it was asked for in huge pages */
   char *scratch; /* the sampler's, per thread */
   size_t scratch_bytes;
+  float *parts; /* of attention whose blocks are shared out; NULL with one thread */
   shoal_span *spans;
   int32_t *wanted; /* by wanted row: its row in the batch */
 };

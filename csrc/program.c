@@ -49,6 +49,7 @@ void shoal_close(shoal_executor *e) {
   free(e->output_at);
   free(e->workspace_memory);
   free(e->scratch);
+  free(e->parts);
   free(e->spans);
   free(e->wanted);
   free(e);
@@ -74,7 +75,9 @@ static int32_t make_room(shoal_executor *e) {
   /* Not cleared: the pages of a large workspace are not even touched before rows need them. */
   e->workspace_memory = malloc(workspace_bytes(e, p->max_rows, p->max_wanted) + HUGE_PAGE);
   e->scratch = malloc(e->scratch_bytes * (size_t)shoal_pool_threads(e->pool) + 1);
-  if (!e->workspace_memory || !e->scratch) return SHOAL_E_MEMORY;
+  const int32_t several = shoal_pool_threads(e->pool) > 1;
+  if (several) e->parts = malloc(PART_BYTES);
+  if (!e->workspace_memory || !e->scratch || (several && !e->parts)) return SHOAL_E_MEMORY;
   e->workspace = (char *)SHOAL_UP((uintptr_t)e->workspace_memory, HUGE_PAGE);
   return SHOAL_OK;
 }
@@ -104,7 +107,8 @@ int32_t shoal_open(const shoal_program *program, shoal_pool *pool, int32_t isa, 
 
 uint64_t shoal_workspace_bytes(const shoal_executor *e) {
   const shoal_program *p = &e->program;
-  return workspace_bytes(e, p->max_rows, p->max_wanted) + e->scratch_bytes * (uint64_t)shoal_pool_threads(e->pool);
+  return workspace_bytes(e, p->max_rows, p->max_wanted) + e->scratch_bytes * (uint64_t)shoal_pool_threads(e->pool) +
+         (e->parts ? PART_BYTES : 0);
 }
 
 /* Many rows are written in strides of pages: huge pages make a prompt 3 % quicker. Few would not fill one; what they have

@@ -64,11 +64,12 @@ def workspace_bytes(model: Model, options: StageOptions, first: int, last: int) 
     return sum(_row_bytes(buffer) * rows[buffer.domain] for buffer in buffers)
 
 
-def drawing_bytes(model: Model, options: StageOptions) -> int:
+def scratch_bytes(model: Model, options: StageOptions) -> int:
     """What drawing tokens takes beside that, whichever units are held: three numbers a logit and thread, and
-    one for every 64 (csrc/sample.c)."""
+    one for every 64 (csrc/sample.c); and what several threads share of one attention (csrc/executor.h)."""
     padded = round_up(model.program.vocab, 64)
-    return options.threads * round_up(padded * 12 + padded // 64 * 4, 64)
+    shared = 1 << 18 if options.threads > 1 else 0
+    return options.threads * round_up(padded * 12 + padded // 64 * 4, 64) + shared
 
 
 def _row_bytes(buffer: Buffer) -> int:

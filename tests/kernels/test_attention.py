@@ -116,6 +116,33 @@ def test_over_pages_and_blocks(kind):
     np.testing.assert_array_equal(np.concatenate(at_once), got[:400])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("kv_heads", "kind"), [(1, "F16"), (2, "F32"), (3, "Q8"), (5, "F16")])
+def test_a_row_whose_blocks_several_threads_share(kv_heads, kind):
+    """Single rows before, at and after the ends of blocks; heads go whole or in blocks."""
+    rng = np.random.default_rng(kv_heads)
+    heads, dim = 2 * kv_heads, 64
+    p = program(heads, kv_heads, dim, kind)
+    x = floats(rng, 1290, p.buffers[0][1])
+    rows = [255, 256, 257, 511, 512, 513, 700, 1023, 1024, 1279, 1280, 1289]
+
+    def work(executor):
+        sequence, got, at = Rows(0), [], 0
+        for row in rows:
+            while at < row:
+                sequence.first, sequence.rows = at, min(row - at, p.max_rows)
+                executor.run([sequence], [x[at : at + sequence.rows]])
+                at += sequence.rows
+            sequence.first, sequence.rows = row, 1
+            got.append(executor.run([sequence], [x[row : row + 1]]).outputs[0])
+            at = row + 1
+        return got
+
+    got = everywhere(p, work, threads=(2, 3, 8))
+    expected = [part[rows] for part in oracle(x, heads, kv_heads, dim, kind)]
+    assert_near(np.concatenate(got), expected, rtol=2e-5, atol=2e-6)
+
+
 def test_pages_hold_what_the_header_says():
     rng = np.random.default_rng(3)
     heads, kv_heads, dim = 2, 2, 32

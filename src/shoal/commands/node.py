@@ -35,8 +35,8 @@ from ..planner.profile import FREE_SHARE
 from ..planning import (
     MB,
     device_of,
-    drawing_bytes,
     planner_model,
+    scratch_bytes,
     stage_expectation,
     workspace_bytes,
 )
@@ -134,14 +134,14 @@ def _offer(
 ) -> Device:
     """What this device does for a model, measured with `watch` (the way into the thread is not slowed)."""
     promised = args.ram * MB if args.ram is not None else int(ram()[1] * FREE_SHARE) + base
-    drawing = drawing_bytes(model, options)
+    scratch = scratch_bytes(model, options)
     workspace = workspace_bytes(model, options, 0, model.n_units)
-    room = promised - base - drawing - constant_bytes(model.program) - workspace
+    room = promised - base - scratch - constant_bytes(model.program) - workspace
     measured = measure(model, options, seconds=args.measure_seconds, room=room, watch=watch)
     return Device(
         ram_bytes=promised,
-        # What measuring left is part of it, and what drawing tokens will take: plans are made for one thread.
-        base_bytes=max(base, resident_bytes()) + drawing,
+        # What measuring left is part of it, and what depends on the threads: plans are made for one.
+        base_bytes=max(base, resident_bytes()) + scratch,
         max_rows=options.max_rows,
         threads=measured.threads,
         backend=measured.backend,

@@ -85,7 +85,7 @@ int32_t shoal_check_batch(const shoal_program *p, const shoal_batch *b, char *er
     REFUSE("a batch has between 1 and max_rows (%d) sequences", p->max_rows);
   for (int32_t i = 0; i < b->n_sequences; i++) {
     const shoal_sequence *s = &b->sequences[i];
-    if (s->rows < 1 || s->first < 0 || s->first > INT32_MAX - SHOAL_BLOCK - s->rows)
+    if (s->rows < 1 || s->first < 0 || s->first > INT32_MAX - SHOAL_PAGE - s->rows)
       REFUSE("sequence %d: %d rows from position %d", i, s->rows, s->first);
     if (s->wanted != 0 && s->wanted != 1 && s->wanted != s->rows)
       REFUSE("sequence %d: wanted %d is not 0, 1 or %d", i, s->wanted, s->rows);

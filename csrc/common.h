@@ -66,20 +66,21 @@ typedef struct {
   int32_t add; /* 1: added to what out holds */
 } shoal_matmul;
 
-/* Rows [0, rows) of one sequence, from position first on, for the query heads of one kv head. */
+/* Rows [0, rows) of one sequence, from position first on, for the query heads of some kv heads. */
 typedef struct {
-  const char *in;     /* at the column of the kv head's first query head; for STORE at the kv head's keys */
+  const char *in;     /* at the column of the first kv head's first query head; for STORE at the kv heads' keys */
   char *out;          /* for STORE unused */
-  const char *values; /* STORE: at the kv head's values */
+  const char *values; /* STORE: at the kv heads' values */
   size_t in_stride, out_stride;
   void *const *pages;
   const shoal_state *state;
-  int32_t kv_head, group; /* query heads a kv head */
+  int32_t kv_head, heads; /* kv heads [kv_head, kv_head + heads) */
+  int32_t group;          /* query heads a kv head */
   int32_t first, rows;
-  void *const *next_pages; /* the first n_next hold the keys that are wanted next, of kv head next_head */
-  int32_t n_next, next_head;
-  int32_t fetched; /* 1: the task before said so of this one's keys */
-  int32_t part;    /* 1: pages and first are those of one block, and out takes shoal_part_floats a query */
+  /* Of one row: instead of out what each block gives, shoal_part_floats of a query, by block and query head. The work is
+   * pairs of a block and a kv head, in an order that the kernels know; these are [begin, end) of them. Or NULL. */
+  float *parts;
+  int32_t begin, end;
   float scale;
 } shoal_attention;
 
@@ -98,8 +99,7 @@ typedef struct {
   void (*rope)(float *x, const float *angles, int32_t heads, int32_t head_dim, int32_t half);
   void (*store)(const shoal_attention *task);
   void (*attend)(const shoal_attention *task);
-  /* Joins the parts of `blocks` blocks, each of task->group queries one after the other, to one row of out. */
-  void (*join)(const shoal_attention *task, const float *parts, int32_t blocks);
+  void (*join)(const shoal_attention *task); /* all parts to out */
   void (*matmul_q8)(const shoal_matmul *task);
   void (*matmul_q4)(const shoal_matmul *task);
   void (*matmul_f32)(const shoal_matmul *task);

@@ -52,20 +52,13 @@ static int32_t small_attention(const run *r, const shoal_op *op) {
          r->seen * op->i[1] * r->e->program.states[op->state].head_dim < SMALL_ATTENTION;
 }
 
-/* How one row's attention is shared out where the kv heads are no multiple of the threads: as many heads as are go whole,
- * then the blocks of the others in chunks, so that all threads end together. No chunks: it is not worth it. */
-typedef struct {
-  int32_t whole, blocks, chunks; /* heads; blocks and chunks of each other head */
-} shares;
-
-static shares shares_of(const run *r, const shoal_op *op) {
+/* How many pairs of a block and a kv head one row's attention is shared out by; 0: by kv heads, or not at all. */
+static int32_t pairs_of(const run *r, const shoal_op *op) {
   const shoal_state *s = &r->e->program.states[op->state];
-  const int32_t threads = shoal_pool_threads(r->e->pool), others = s->kv_heads % threads;
-  const int64_t blocks = (r->seen + SHOAL_BLOCK - 1) / SHOAL_BLOCK, group = op->i[1] / s->kv_heads;
-  const int64_t bytes = blocks * others * group * (int64_t)(shoal_part_floats(s) * sizeof(float));
-  if (r->rows > 1 || !others || s->kv_heads >= 4 * threads || blocks < 2 || bytes > PART_BYTES || small_attention(r, op))
-    return (shares){s->kv_heads, 0, 0};
-  return (shares){s->kv_heads - others, (int32_t)blocks, (int32_t)SHOAL_MIN(blocks, 2 * threads)};
+  const int64_t blocks = (r->seen + SHOAL_PAGE - 1) / SHOAL_PAGE;
+  const int64_t bytes = blocks * op->i[1] * (int64_t)(shoal_part_floats(s) * sizeof(float));
+  if (r->rows > 1 || blocks < 2 || bytes > PART_BYTES || small_attention(r, op)) return 0;
+  return (int32_t)blocks * s->kv_heads;
 }
 
 static cut cut_op(const run *r, const shoal_op *op) {
@@ -74,8 +67,8 @@ static cut cut_op(const run *r, const shoal_op *op) {
     case SHOAL_OP_MATMUL: return cut_matmul(r, op);
     case SHOAL_OP_ATTEND: {
       const shoal_state *s = &p->states[op->state];
-      const shares of = shares_of(r, op);
-      if (of.chunks) return (cut){of.whole + (int64_t)(s->kv_heads - of.whole) * of.chunks, 1, 0};
+      const int64_t pairs = pairs_of(r, op), stretches = 2 * shoal_pool_threads(r->e->pool);
+      if (pairs) return (cut){pairs, (pairs + stretches - 1) / stretches, 0}; /* each begins with a wait for memory */
       const int64_t units = (int64_t)r->n_spans * s->kv_heads;
       return (cut){units, small_attention(r, op) ? units : 1, 0};
     }
@@ -134,94 +127,68 @@ static void run_matmul(const run *r, const shoal_op *op, const shoal_places *at,
   }
 }
 
-/* Blocks [block, end) of one row's attention over a kv head, the `other`th of those that are cut. */
-static void run_blocks(const run *r, const shoal_op *op, const shoal_places *at, shares of, int32_t other, int32_t block,
-                       int32_t end) {
-  const shoal_state *state = &r->e->program.states[op->state];
-  const shoal_sequence *s = r->batch->sequences;
-  const int32_t group = op->i[1] / state->kv_heads, pages = SHOAL_BLOCK / SHOAL_PAGE, head = of.whole + other;
-  float *const parts = r->e->parts + (size_t)other * of.blocks * group * shoal_part_floats(state);
-  void *const *const first_page = s->pages + op->state * s->pages_stride;
-  int32_t n_next = 0;
-  for (; block < end; block++) {
-    const int32_t fetched = n_next, left = s->first + 1 - (block + 1) * SHOAL_BLOCK; /* positions after this block */
-    n_next = block + 1 < end ? SHOAL_MIN((left + SHOAL_PAGE - 1) / SHOAL_PAGE, pages) : 0;
-    const shoal_attention task = {
-        .in = shoal_row(r, at->in, op->in, 0) + (op->i[0] + (size_t)head * group * state->head_dim) * sizeof(float),
-        .out = (char *)(parts + (size_t)block * group * shoal_part_floats(state)),
-        .pages = first_page + block * pages,
-        .state = state,
-        .kv_head = head,
-        .group = group,
-        .first = SHOAL_MIN(left, 0) + SHOAL_BLOCK - 1,
-        .rows = 1,
-        .next_pages = first_page + (block + 1) * pages,
-        .n_next = n_next,
-        .next_head = head,
-        .fetched = fetched > 0,
-        .part = 1,
-        .scale = op->f[0],
-    };
-    r->e->kernels->attend(&task);
-  }
-}
-
-static void join_blocks(const run *r, const shoal_op *op, const shoal_places *at) {
-  const shares of = shares_of(r, op);
-  const shoal_state *state = &r->e->program.states[op->state];
-  const int32_t group = op->i[1] / state->kv_heads;
-  const size_t floats = (size_t)of.blocks * group * shoal_part_floats(state);
-  const float *parts = r->e->parts;
-  for (int32_t head = of.whole; head < state->kv_heads; head++, parts += floats) {
-    const shoal_attention task = {
-        .out = shoal_row(r, at->out, op->out, 0) + (size_t)head * group * state->head_dim * sizeof(float),
-        .state = state,
-        .group = group,
-    };
-    r->e->kernels->join(&task, parts, of.blocks);
-  }
-}
-
-static void run_attention(const run *r, const shoal_op *op, const shoal_places *at, int64_t unit, int64_t end) {
+/* What STORE and ATTEND have in common. */
+static shoal_attention attention_of(const run *r, const shoal_op *op, const shoal_places *at, const shoal_span *span) {
   const shoal_program *p = &r->e->program;
-  const shoal_state *state = &p->states[op->state];
-  const int32_t heads = op->kind == SHOAL_OP_ATTEND ? state->kv_heads : 1;
-  const shares of = op->kind == SHOAL_OP_ATTEND ? shares_of(r, op) : (shares){heads, 0, 0};
+  const shoal_sequence *sequence = &r->batch->sequences[span->sequence];
+  return (shoal_attention){
+      .in = shoal_row(r, at->in, op->in, span->base + span->row) + op->i[0] * sizeof(float),
+      .in_stride = shoal_row_bytes(&p->buffers[op->in]),
+      .pages = sequence->pages + op->state * sequence->pages_stride,
+      .state = &p->states[op->state],
+      .first = sequence->first + span->row,
+      .rows = span->rows,
+  };
+}
+
+static void run_store(const run *r, const shoal_op *op, const shoal_places *at, int64_t unit, int64_t end) {
   for (; unit < end; unit++) {
-    if (of.chunks && unit >= of.whole) {
-      const int32_t other = (int32_t)(unit - of.whole) / of.chunks, chunk = (int32_t)(unit - of.whole) % of.chunks;
-      run_blocks(r, op, at, of, other, of.blocks * chunk / of.chunks, of.blocks * (chunk + 1) / of.chunks);
-      continue;
-    }
-    const shoal_span *s = &r->e->spans[r->n_spans - 1 - unit / heads]; /* the longest first: they end together */
-    const shoal_sequence *sequence = &r->batch->sequences[s->sequence];
-    const int32_t head = (int32_t)(unit % heads), row = s->base + s->row;
-    shoal_attention task = {
-        .in_stride = shoal_row_bytes(&p->buffers[op->in]),
-        .pages = sequence->pages + op->state * sequence->pages_stride,
-        .state = state,
-        .first = sequence->first + s->row,
-        .rows = s->rows,
-    };
-    const float *in = (const float *)shoal_row(r, at->in, op->in, row);
-    if (op->kind == SHOAL_OP_STORE) {
-      task.in = (const char *)(in + op->i[0]);
-      task.values = (const char *)(in + op->i[1]);
-      r->e->kernels->store(&task);
-      continue;
-    }
-    task.group = op->i[1] / heads;
-    const size_t column = (size_t)head * task.group * state->head_dim;
-    task.kv_head = head;
-    task.next_pages = task.pages;
-    task.n_next = unit + 1 < end && head + 1 < heads ? (task.first + s->rows + SHOAL_PAGE - 1) / SHOAL_PAGE : 0;
-    task.next_head = head + 1;
-    task.in = (const char *)(in + op->i[0] + column);
-    task.out = (char *)((float *)shoal_row(r, at->out, op->out, row) + column);
-    task.out_stride = shoal_row_bytes(&p->buffers[op->out]);
-    task.scale = op->f[0];
+    shoal_attention task = attention_of(r, op, at, &r->e->spans[unit]);
+    task.values = task.in + (op->i[1] - op->i[0]) * (int64_t)sizeof(float);
+    r->e->kernels->store(&task);
+  }
+}
+
+/* Attention of kv heads [head, head + n). */
+static shoal_attention attend_of(const run *r, const shoal_op *op, const shoal_places *at, const shoal_span *span,
+                                 int32_t head, int32_t n) {
+  shoal_attention task = attention_of(r, op, at, span);
+  task.kv_head = head;
+  task.heads = n;
+  task.group = op->i[1] / task.state->kv_heads;
+  const size_t column = (size_t)head * task.group * task.state->head_dim * sizeof(float);
+  task.in += column;
+  task.out = shoal_row(r, at->out, op->out, span->base + span->row) + column;
+  task.out_stride = shoal_row_bytes(&r->e->program.buffers[op->out]);
+  task.scale = op->f[0];
+  return task;
+}
+
+/* Units are pairs, or kv heads of spans: one by one where a span has several rows, which pass the same keys. */
+static void run_attend(const run *r, const shoal_op *op, const shoal_places *at, int64_t unit, int64_t end) {
+  const int32_t heads = r->e->program.states[op->state].kv_heads;
+  if (pairs_of(r, op)) {
+    shoal_attention task = attend_of(r, op, at, r->e->spans, 0, heads);
+    task.parts = r->e->parts;
+    task.begin = (int32_t)unit;
+    task.end = (int32_t)end;
+    r->e->kernels->attend(&task);
+    return;
+  }
+  for (int32_t n; unit < end; unit += n) {
+    const shoal_span *span = &r->e->spans[r->n_spans - 1 - unit / heads]; /* the longest first: they end together */
+    const int32_t head = (int32_t)(unit % heads);
+    n = span->rows > 1 ? 1 : (int32_t)SHOAL_MIN(end - unit, heads - head);
+    const shoal_attention task = attend_of(r, op, at, span, head, n);
     r->e->kernels->attend(&task);
   }
+}
+
+static void join_parts(const run *r, const shoal_op *op, const shoal_places *at) {
+  if (!pairs_of(r, op)) return;
+  shoal_attention task = attend_of(r, op, at, r->e->spans, 0, r->e->program.states[op->state].kv_heads);
+  task.parts = r->e->parts;
+  r->e->kernels->join(&task);
 }
 
 /* Once all have drawn: no thread has to write what another reads. */
@@ -285,8 +252,8 @@ static void run_units(run *r, int32_t index, int64_t unit, int64_t end, int32_t 
   const shoal_places *at = &r->e->at[index];
   switch (op->kind) {
     case SHOAL_OP_MATMUL: run_matmul(r, op, at, unit, end); break;
-    case SHOAL_OP_STORE:
-    case SHOAL_OP_ATTEND: run_attention(r, op, at, unit, end); break;
+    case SHOAL_OP_STORE: run_store(r, op, at, unit, end); break;
+    case SHOAL_OP_ATTEND: run_attend(r, op, at, unit, end); break;
     case SHOAL_OP_SAMPLE: run_sample(r, op, at, unit, end, thread); break;
     default:
       for (; unit < end; unit++) run_row(r, op, at, (int32_t)unit);
@@ -314,7 +281,7 @@ void shoal_execute(run *r) {
       run_units(r, r->op, 0, c.units, 0);
     else
       shoal_pool_run(r->e->pool, run_part, r, c.units, c.claim, c.shares);
-    if (r->e->program.ops[r->op].kind == SHOAL_OP_ATTEND) join_blocks(r, &r->e->program.ops[r->op], &r->e->at[r->op]);
+    if (r->e->program.ops[r->op].kind == SHOAL_OP_ATTEND) join_parts(r, &r->e->program.ops[r->op], &r->e->at[r->op]);
     if (r->e->program.ops[r->op].kind == SHOAL_OP_SAMPLE) check_drawn(r);
     op_ended(r, r->op);
   }

@@ -9,8 +9,8 @@ enum shoal_layout {
   SHOAL_QUAD = 4,     /* consecutive inputs of a row that stand side by side in a panel */
   SHOAL_GROUP = 32,   /* inputs that share a scale */
   SHOAL_LANES = 16,   /* lanes of every float reduction */
-  SHOAL_PAGE = 64,    /* positions in a page of keys and values */
-  SHOAL_BLOCK = 256,  /* positions in one block of the softmax */
+  SHOAL_PAGE = 256,   /* positions in a page of keys and values, and in one block of the softmax */
+  SHOAL_CHUNK = 64,   /* positions of a page whose keys stand side by side */
   SHOAL_MAX_PARTS = 4, /* weights that one matmul joins into one output */
   SHOAL_MAX_HEAD_DIM = 512 /* columns of an attention head */
 };
@@ -80,9 +80,9 @@ typedef struct {
   int32_t cols;
 } shoal_weight;
 
-/* Keys and values of one layer. A page is, for each kv head, keys [64 / 16][head_dim][16] then values [64][head_dim].
- * SHOAL_Q8: data and scales of a SHOAL_Q8 matrix, keys [64][head_dim]; then data of another, values [head_dim][64], and
- * in the place of its scales one f32 a position. */
+/* Keys and values of one layer. A page is, for each kv head, keys [256 / 64][head_dim][64] then values [256][head_dim].
+ * SHOAL_Q8: four times data and scales of a SHOAL_Q8 matrix, keys [64][head_dim]; then four times the data of another,
+ * values [head_dim][64], and in the place of its scales one f32 a position. */
 typedef struct {
   int32_t type; /* SHOAL_F32, SHOAL_F16 or SHOAL_Q8 */
   int32_t kv_heads;
@@ -128,7 +128,7 @@ typedef struct {
   int32_t first;  /* absolute position of the first row */
   int32_t wanted; /* how many of the last rows want logits: 0, 1 or rows */
   int32_t sample; /* 1: draw a token from the last row */
-  void *const *pages;    /* [n_states][pages_stride]: page p of state s holds positions [64 p, 64 p + 64) */
+  void *const *pages;    /* [n_states][pages_stride]: page p of state s holds positions [256 p, 256 p + 256) */
   int64_t pages_stride;
   const int32_t *history; /* token ids at positions [0, first + rows): read when repetition_penalty != 1 */
   shoal_sampling sampling;

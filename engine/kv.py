@@ -1,8 +1,8 @@
-"""Keys and values of sequences, in pages of 64 positions per layer.
+"""Keys and values of sequences, in pages of 256 positions per layer.
 
-A page is one flat array: for each kv head, keys `[64 / 16][head_dim][16]`, then values `[64][head_dim]`;
-int8 ones are two packed matrices, keys `[64, head_dim]` with fp16 scales, and values `[head_dim, 64]` with
-an f32 scale a position (csrc/kernels.h). The layout is the same on every device, so
+A page is one flat array: for each kv head, keys `[256 / 64][head_dim][64]`, then values `[256][head_dim]`; of
+int8, four packed matrices, keys `[64, head_dim]` with fp16 scales, then four more, values `[head_dim, 64]`
+with an f32 scale a position (csrc/kernels.h). The layout is the same on every device, so
 a page is sent and received as it stands. Pages are written by absolute position, so writing a position again
 is harmless, and forgetting from a position on needs no work on pages kept."""
 
@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ContextError
-from .layout import GROUP, LANES, PAGE, PANEL, QUAD, round_up
-from .memory import Arena
+from .layout import CHUNK, GROUP, PAGE, PANEL, QUAD, round_up
+from .memory import Arena, room
 from .program import KvState
 from .quant import packed_shapes
 
@@ -29,13 +29,12 @@ KV_TYPES: dict[str, np.dtype[Any]] = {
     "int8": np.dtype(np.int8),
 }
 """What a page's numbers are; those of int8 have scales."""
-_FIRST_SLAB = (2 << 20) - (64 << 10)  # less than a huge page: a short context would leave most of one empty
 _SLAB = 32 << 20  # addresses, not memory: that comes as pages are written
 _LIMIT = np.float32(127)
 
 
 def page_bytes(state: KvState, kv_type: str) -> int:
-    """Bytes of one page of a state: keys and values of 64 positions, and their scales."""
+    """Bytes of one page of a state: keys and values of 256 positions, and their scales."""
     return state.kv_heads * _head_bytes(state, kv_type)
 
 
@@ -52,17 +51,17 @@ class _Floats:
     def __init__(self, page: Page, state: KvState, kv_type: str) -> None:
         heads, dim = state.kv_heads, state.head_dim
         halves = page.view(KV_TYPES[kv_type]).reshape(heads, 2, PAGE * dim)
-        self._keys = halves[:, 0].reshape(heads, PAGE // LANES, dim, LANES)
+        self._keys = halves[:, 0].reshape(heads, PAGE // CHUNK, dim, CHUNK)
         self._values = halves[:, 1].reshape(heads, PAGE, dim)
 
     def read(self) -> tuple[F32, F32, None]:
-        """Two arrays f32 `[kv_heads, 64, head_dim]`."""
+        """Two arrays f32 `[kv_heads, 256, head_dim]`."""
         keys = self._keys.transpose(0, 1, 3, 2).reshape(self._values.shape)
         return keys.astype(np.float32), self._values.astype(np.float32), None
 
     def write(self, at: int, keys: F32, values: F32) -> None:
         """Keys and values f32 `[kv_heads, head_dim]` of the page's position `at`."""
-        self._keys[:, at // LANES, :, at % LANES] = keys
+        self._keys[:, at // CHUNK, :, at % CHUNK] = keys
         self._values[:, at] = values
 
 
@@ -72,35 +71,40 @@ class _Int8:
     def __init__(self, page: Page, state: KvState) -> None:
         heads, self._dim = state.kv_heads, state.head_dim
         self._groups = round_up(self._dim, GROUP) // GROUP
-        (panels, quads, line), scales = packed_shapes(PAGE, self._dim)
-        sizes = [PAGE * self._groups * GROUP, PAGE * self._groups * 2, PAGE * self._dim]
-        parts = np.split(page.reshape(heads, -1), np.cumsum(sizes), axis=1)
-        self._keys = parts[0].view(np.int8).reshape(heads, panels, quads, PANEL, line // PANEL)
-        self._key_scales = parts[1].view(np.float16).reshape(heads, *scales)
-        (panels, quads, line), _ = packed_shapes(self._dim, PAGE)
-        self._values = parts[2].view(np.int8).reshape(heads, panels, quads, PANEL, line // PANEL)
-        self._value_scales = parts[3].view(np.float32)
+        shape = heads, PAGE // CHUNK
+        numbers = CHUNK * self._groups * GROUP, CHUNK * self._dim
+        of_keys, of_values = numbers[0] + CHUNK * self._groups * 2, numbers[1] + CHUNK * 4
+        halves = np.split(page.reshape(heads, -1), [shape[1] * of_keys], axis=1)
+        keys, key_scales = np.split(halves[0].reshape(*shape, of_keys), [numbers[0]], axis=2)
+        values, value_scales = np.split(halves[1].reshape(*shape, of_values), [numbers[1]], axis=2)
+        (panels, quads, line), scales = packed_shapes(CHUNK, self._dim)
+        self._keys = keys.view(np.int8).reshape(*shape, panels, quads, PANEL, line // PANEL)
+        self._key_scales = key_scales.view(np.float16).reshape(*shape, *scales)
+        (panels, quads, line), _ = packed_shapes(self._dim, CHUNK)
+        self._values = values.view(np.int8).reshape(*shape, panels, quads, PANEL, line // PANEL)
+        self._value_scales = value_scales.view(np.float32)
 
     def read(self) -> tuple[F32, F32, F32]:
-        """As of _Floats, but for the values' scales, which are the third: `[kv_heads, 64]`."""
+        """As of _Floats, but for the values' scales, which are the third: `[kv_heads, 256]`."""
         heads = len(self._keys)
-        keys = (
-            self._keys.transpose(0, 1, 3, 2, 4).reshape(heads, PAGE, self._groups, GROUP).astype(np.float32)
-        )
-        keys *= self._key_scales.transpose(0, 1, 3, 2).reshape(heads, PAGE, self._groups, 1)
-        values = self._values.transpose(0, 2, 4, 1, 3).reshape(heads, PAGE, self._dim).astype(np.float32)
-        return keys.reshape(heads, PAGE, -1)[:, :, : self._dim], values, self._value_scales
+        grouped = heads, PAGE, self._groups, GROUP
+        keys = self._keys.transpose(0, 1, 2, 4, 3, 5).reshape(grouped).astype(np.float32)
+        keys *= self._key_scales.transpose(0, 1, 2, 4, 3).reshape(*grouped[:3], 1)
+        values = self._values.transpose(0, 1, 3, 5, 2, 4).reshape(heads, PAGE, self._dim).astype(np.float32)
+        scales = self._value_scales.reshape(heads, PAGE)
+        return keys.reshape(heads, PAGE, -1)[:, :, : self._dim], values, scales
 
     def write(self, at: int, keys: F32, values: F32) -> None:
         """As of _Floats."""
-        heads, (panel, lane) = len(keys), divmod(at, PANEL)
+        heads, (chunk, at) = len(keys), divmod(at, CHUNK)
+        panel, lane = divmod(at, PANEL)
         groups = np.zeros((heads, self._groups * GROUP), np.float32)
         groups[:, : self._dim] = keys
         numbers, scales = _rounded(groups.reshape(heads, self._groups, GROUP))
-        self._keys[:, panel, :, lane] = numbers.reshape(heads, -1, QUAD)
-        self._key_scales[:, panel, :, lane] = scales
-        numbers, self._value_scales[:, at] = _rounded(values)
-        self._values[:, :, at // QUAD, :, at % QUAD] = numbers.reshape(heads, -1, PANEL)
+        self._keys[:, chunk, panel, :, lane] = numbers.reshape(heads, -1, QUAD)
+        self._key_scales[:, chunk, panel, :, lane] = scales
+        numbers, self._value_scales[:, chunk, at] = _rounded(values)
+        self._values[:, chunk, :, at // QUAD, :, at % QUAD] = numbers.reshape(heads, -1, PANEL)
 
 
 def _heads(page: Page, state: KvState, kv_type: str) -> _Floats | _Int8:
@@ -108,13 +112,17 @@ def _heads(page: Page, state: KvState, kv_type: str) -> _Floats | _Int8:
 
 
 class PagePool:
-    """Pages for all sequences of a stage, within `limit` bytes; freed pages are used again."""
+    """Pages for all sequences of a stage, within `limit` bytes; freed pages are used again.
 
-    def __init__(self, kv_type: str, limit: int | None = None) -> None:
+    The first one of each of `states` is in small pages of memory, so that a short context takes no more than
+    it fills."""
+
+    def __init__(self, kv_type: str, limit: int | None = None, states: Sequence[KvState] = ()) -> None:
         self.kv_type = kv_type
         self.limit = limit
         self.used = 0
         self._free: dict[int, list[Page]] = {}
+        self._first = room(page_bytes(state, kv_type) for state in states)
         self._slab: Arena | None = None
 
     def take(self, size: int) -> Page:
@@ -142,7 +150,8 @@ class PagePool:
                 return self._slab.take(size)
         except MemoryError:  # used up
             pass
-        self._slab = Arena(max(size, _FIRST_SLAB if self._slab is None else _SLAB))
+        first = self._slab is None
+        self._slab = Arena(max(size, self._first if first else _SLAB), huge=not first)
         return self._slab.take(size)
 
     def give(self, page: Page) -> None:

@@ -76,22 +76,24 @@ def room(sizes: Iterable[int]) -> int:
     return sum(round_up(size, _ALIGNMENT) for size in sizes)
 
 
-def _in_huge_pages(memory: mmap.mmap, first: int, nbytes: int) -> None:
-    """Asks for huge pages as far as these bytes fill them, and for none beyond: the rest would be wasted."""
+def _in_huge_pages(memory: mmap.mmap, first: int, huge: int) -> None:
+    """Asks for huge pages as far as `huge` bytes from `first` on fill them, and for none beyond: the rest
+    would be wasted."""
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        whole = nbytes // _HUGE_PAGE * _HUGE_PAGE
+        whole = huge // _HUGE_PAGE * _HUGE_PAGE
         with suppress(OSError):  # a kernel built without them
             if whole:
                 memory.madvise(mmap.MADV_HUGEPAGE, first, whole)
-            memory.madvise(mmap.MADV_NOHUGEPAGE, first + whole, _HUGE_PAGE)
+            memory.madvise(mmap.MADV_NOHUGEPAGE, first + whole)
 
 
 class Arena:
     """Private memory that is given out piece by piece, in huge pages where the system has them."""
 
-    def __init__(self, nbytes: int, *, pinned: bool = False) -> None:
+    def __init__(self, nbytes: int, *, pinned: bool = False, huge: bool = True) -> None:
         """Takes the addresses; memory comes as pieces are written. MemoryError: there is not so much.
 
+        Not `huge`: in small pages, of which only those are taken that are written to.
         `pinned` is for a device that keeps to a cap: files in it are not swapped, if the system lets us
         (Linux: RLIMIT_MEMLOCK), and the page cache forgets what was read, which a cap would count as well."""
         self._pinned = pinned
@@ -101,7 +103,7 @@ class Arena:
             raise MemoryError(f"no {nbytes / 1e6:.0f} MB of memory") from e
         addresses: NDArray[np.uint8] = np.frombuffer(memory, np.uint8)
         first = -addresses.ctypes.data % _HUGE_PAGE
-        _in_huge_pages(memory, first, nbytes)
+        _in_huge_pages(memory, first, nbytes if huge else 0)
         self._bytes = addresses[first : first + nbytes]
         self._at = 0
 

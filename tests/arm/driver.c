@@ -14,7 +14,7 @@
 #include <xmmintrin.h>
 #endif
 
-enum { MAX_OPS = 64, MAX_SEQUENCES = 3, MAX_PAGES = 6, POSITIONS = MAX_PAGES * SHOAL_PAGE, MAX_ROWS = 40 };
+enum { MAX_OPS = 64, MAX_SEQUENCES = 3, MAX_PAGES = 2, POSITIONS = MAX_PAGES * SHOAL_PAGE, MAX_ROWS = 40 };
 
 static uint64_t state;
 

@@ -8,6 +8,7 @@ import pytest
 from shoal.engine.batch import Run, Sampling, Want
 from shoal.engine.errors import ContextError, MissingDependencyError, ShoalError, UnsupportedModelError
 from shoal.engine.generate import check_prompt, generate
+from shoal.engine.layout import PAGE
 from shoal.engine.shards import Model
 from shoal.engine.stage import Stage, StageOptions
 
@@ -63,13 +64,14 @@ def test_a_middle_stage_needs_hidden_rows_of_its_width(tiny_int8: Model) -> None
 
 
 def test_a_cap_on_keys_and_values_holds(tiny_int8: Model) -> None:
-    page = 2 * 64 * 2 * 16 * 2  # keys and values, positions, kv heads, head_dim, bytes
+    page = 2 * PAGE * 2 * 16 * 2  # keys and values, positions, kv heads, head_dim, bytes
     with Stage(tiny_int8, 0, 5, StageOptions(kv_bytes=4 * page)) as stage:
-        stage.open(0, Sampling(), 128)
-        stage.run([Run(0, 0, [1] * 64, Want.NOTHING)])
+        stage.open(0, Sampling(), 2 * PAGE)
+        for first in range(0, PAGE, 64):
+            stage.run([Run(0, first, [1] * 64, Want.NOTHING)])
         assert stage.kv_bytes == 3 * page
         with pytest.raises(ContextError, match="promise more RAM"):
-            stage.run([Run(0, 64, [1], Want.TOKEN)])
+            stage.run([Run(0, PAGE, [1], Want.TOKEN)])
         stage.close_sequence(0)
         assert stage.kv_bytes == 0
         stage.open(1, Sampling(), 64)

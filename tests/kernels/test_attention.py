@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from .harness import Program, Rows, everywhere
-from .weights import GROUP, LANES, PAGE, floats
+from .weights import CHUNK, GROUP, LANES, PAGE, floats
 
 
 def program(heads, kv_heads, dim, kind, max_rows=400, extra=0):
@@ -117,11 +117,14 @@ def test_over_pages_and_blocks(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kv_heads", "kind"), [(1, "F16"), (2, "F32"), (3, "Q8"), (5, "F16")])
-def test_a_row_whose_blocks_several_threads_share(kv_heads, kind):
-    """Single rows before, at and after the ends of blocks; heads go whole or in blocks."""
+@pytest.mark.parametrize(
+    ("kv_heads", "group", "kind"),
+    [(1, 2, "F16"), (2, 2, "F32"), (3, 3, "F16"), (3, 2, "Q8"), (5, 1, "F16"), (2, 5, "Q8"), (1, 11, "F16")],
+)
+def test_a_row_whose_blocks_several_threads_share(kv_heads, group, kind):
+    """Single rows before, at and after the ends of blocks, of heads that are taken together or not."""
     rng = np.random.default_rng(kv_heads)
-    heads, dim = 2 * kv_heads, 64
+    heads, dim = group * kv_heads, 64
     p = program(heads, kv_heads, dim, kind)
     x = floats(rng, 1290, p.buffers[0][1])
     rows = [255, 256, 257, 511, 512, 513, 700, 1023, 1024, 1279, 1280, 1289]
@@ -138,7 +141,7 @@ def test_a_row_whose_blocks_several_threads_share(kv_heads, kind):
             at = row + 1
         return got
 
-    got = everywhere(p, work, threads=(2, 3, 8))
+    got = everywhere(p, work, threads=(1, 2, 3, 8))
     expected = [part[rows] for part in oracle(x, heads, kv_heads, dim, kind)]
     assert_near(np.concatenate(got), expected, rtol=2e-5, atol=2e-6)
 
@@ -152,14 +155,14 @@ def test_pages_hold_what_the_header_says():
         x[0, heads * dim :] = 1e-6  # subnormal in f16
 
         def pages(executor, x=x):
-            sequence = Rows(5, 62)
-            executor.run([sequence], [x], want=False)  # positions before 62 hold NaN here
+            sequence = Rows(5, PAGE - 2)
+            executor.run([sequence], [x], want=False)  # positions before hold NaN here
             return [np.stack(sequence.pages[0]).astype(np.float32)]
 
         got = everywhere(p, pages)[0].reshape(2, kv_heads, 2, PAGE * dim)
         keys = (
             got[:, :, 0]
-            .reshape(2, kv_heads, PAGE // LANES, dim, LANES)
+            .reshape(2, kv_heads, PAGE // CHUNK, dim, CHUNK)
             .transpose(0, 2, 4, 1, 3)
             .reshape(2 * PAGE, kv_heads, dim)
         )
@@ -170,10 +173,11 @@ def test_pages_hold_what_the_header_says():
             .reshape(2 * PAGE, kv_heads, dim)
         )
         stored = x[:, heads * dim :].astype(np.float16 if kind == "F16" else np.float32).astype(np.float32)
-        np.testing.assert_array_equal(keys[62:67].reshape(5, -1), stored[:, : kv_heads * dim])
-        np.testing.assert_array_equal(values[62:67].reshape(5, -1), stored[:, kv_heads * dim :])
+        written = slice(PAGE - 2, PAGE + 3)
+        np.testing.assert_array_equal(keys[written].reshape(5, -1), stored[:, : kv_heads * dim])
+        np.testing.assert_array_equal(values[written].reshape(5, -1), stored[:, kv_heads * dim :])
         untouched = np.ones(2 * PAGE, bool)
-        untouched[62:67] = False
+        untouched[written] = False
         assert np.isnan(keys[untouched]).all() and np.isnan(values[untouched]).all()
 
 
@@ -185,28 +189,31 @@ def test_int8_pages_hold_numbers_and_scales():
     x[2, heads * dim : heads * dim + dim] = 0
 
     def pages(executor):
-        sequence = Rows(5, 62)
+        sequence = Rows(5, PAGE - 2)
         executor.run([sequence], [x], want=False)
         return [np.stack(sequence.pages[0]).astype(np.float32)]
 
-    padded, groups = 64, 2
+    padded, groups, chunks = 64, 2, PAGE // CHUNK
+    shape = 2, kv_heads, chunks
     raw = everywhere(p, pages)[0].astype(np.int8).reshape(2, kv_heads, -1)
-    sizes = [PAGE * padded, PAGE * groups * 2, PAGE * dim]
-    keys, key_scales, values, value_scales = np.split(raw, np.cumsum(sizes), axis=2)
-    keys = keys.reshape(2, kv_heads, PAGE // LANES, padded // 4, LANES, 4).transpose(0, 2, 4, 1, 3, 5)
-    values = values.reshape(2, kv_heads, dim // LANES, PAGE // 4, LANES, 4).transpose(0, 3, 5, 1, 2, 4)
-    key_scales = key_scales.copy().view(np.float16).reshape(2, kv_heads, PAGE // LANES, groups, LANES)
-    key_scales = key_scales.transpose(0, 2, 4, 1, 3).reshape(2 * PAGE, kv_heads, groups)
-    value_scales = value_scales.copy().view(np.float32).transpose(0, 2, 1).reshape(2 * PAGE, kv_heads)
+    of_keys, of_values = np.split(raw, [chunks * CHUNK * (padded + groups * 2)], axis=2)
+    keys, key_scales = np.split(of_keys.reshape(*shape, -1), [CHUNK * padded], axis=3)
+    values, value_scales = np.split(of_values.reshape(*shape, -1), [CHUNK * dim], axis=3)
+    keys = keys.reshape(*shape, CHUNK // LANES, padded // 4, LANES, 4).transpose(0, 2, 3, 5, 1, 4, 6)
+    values = values.reshape(*shape, dim // LANES, CHUNK // 4, LANES, 4).transpose(0, 2, 4, 6, 1, 3, 5)
+    key_scales = key_scales.copy().view(np.float16).reshape(*shape, CHUNK // LANES, groups, LANES)
+    key_scales = key_scales.transpose(0, 2, 3, 5, 1, 4).reshape(2 * PAGE, kv_heads, groups)
+    value_scales = value_scales.copy().view(np.float32).transpose(0, 2, 3, 1).reshape(2 * PAGE, kv_heads)
     wanted_keys, wanted_values = x[:, heads * dim :].reshape(5, 2, kv_heads, dim).transpose(1, 0, 2, 3)
+    written = slice(PAGE - 2, PAGE + 3)
     for found, (q, _) in ((keys, by_groups(wanted_keys)), (values, rounded(wanted_values, dim))):
         np.testing.assert_array_equal(
-            found.reshape(2 * PAGE, kv_heads, -1)[62:67], q.reshape(5, kv_heads, -1)
+            found.reshape(2 * PAGE, kv_heads, -1)[written], q.reshape(5, kv_heads, -1)
         )
-    np.testing.assert_array_equal(key_scales[62:67], by_groups(wanted_keys)[1][..., 0].astype(np.float16))
-    np.testing.assert_array_equal(value_scales[62:67], rounded(wanted_values, dim)[1][..., 0, 0])
+    np.testing.assert_array_equal(key_scales[written], by_groups(wanted_keys)[1][..., 0].astype(np.float16))
+    np.testing.assert_array_equal(value_scales[written], rounded(wanted_values, dim)[1][..., 0, 0])
     for scales in (key_scales, value_scales):
-        assert np.isnan(scales[:62]).all() and np.isnan(scales[67:]).all()
+        assert np.isnan(scales[: written.start]).all() and np.isnan(scales[written.stop :]).all()
 
 
 def test_f16_rounds_to_nearest_even_on_every_set():

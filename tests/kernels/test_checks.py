@@ -24,7 +24,7 @@ from .harness import (
     pool,
 )
 from .test_programs import VOCAB, llama
-from .weights import ENUM, f32, f64
+from .weights import ENUM, PAGE, f32, f64
 
 BIG = 2**31 - 1
 
@@ -232,7 +232,7 @@ SEQUENCES = {
     "draws from nothing": ({"wanted": 0}, "wants no logits"),
     "sample": ({"sample": 2}, "draws"),
     "pages NULL": ({"pages": ffi.NULL}, "table of pages"),
-    "pages too few": ({"first": 64}, "table of pages"),
+    "pages too few": ({"first": PAGE}, "table of pages"),
     "stride": ({"pages_stride": 2**62}, "pages_stride"),
     "no history": ({"history": ffi.NULL}, "no history"),
 }

@@ -14,7 +14,9 @@ ENUM = {
     for enum in ("isa", "type", "domain", "activation", "op_kind", "status", "layout")
     for name, value in ffi.typeof(f"enum shoal_{enum}").relements.items()
 }
-PAGE, LANES, GROUP, PANEL, QUAD = (ENUM[name] for name in ("PAGE", "LANES", "GROUP", "PANEL", "QUAD"))
+PAGE, CHUNK, LANES, GROUP, PANEL, QUAD = (
+    ENUM[name] for name in ("PAGE", "CHUNK", "LANES", "GROUP", "PANEL", "QUAD")
+)
 
 
 @dataclass

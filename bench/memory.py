@@ -20,14 +20,14 @@ from pathlib import Path
 from bench import engines
 
 from shoal.engine.costs import unit_cost
-from shoal.engine.layout import PAGE
+from shoal.engine.layout import CHUNK
 from shoal.engine.shards import Model
 from shoal.store import resolve
 from shoal.text_table import table
 
-_HEADER = ("threads", "process", "peak MB", "shards", "a page of K and V", "the rest", "in MiB")
+_HEADER = ("threads", "process", "peak MB", "shards", "64 positions of K and V", "the rest", "in MiB")
 _PATIENCE_S = 60
-_TOKENS = 24  # of an answer that, after a short text, stays within a page of keys and values
+_TOKENS = 24  # of an answer that, after a short text, stays within a chunk of 64 positions
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,9 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def known(model: Model) -> tuple[int, int]:
-    """Bytes of a model's shards, and of a page of keys and values of all its layers."""
+    """Bytes of a model's shards, and of a chunk of keys and values in all its layers: a short context touches
+    no more of its pages."""
     shards = sum(entry.size for name, entry in model.index.files.items() if name.endswith(".safetensors"))
-    return shards, PAGE * sum(unit_cost(model, u).kv_bytes_per_token for u in range(model.n_units))
+    return shards, CHUNK * sum(unit_cost(model, u).kv_bytes_per_token for u in range(model.n_units))
 
 
 def node_peak(model: Path, threads: int) -> int:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from .backends import make_executor
 from .backends.base import Linked, Outcome, SequenceRows, WeightData
 from .batch import F32, Result, Run, Sampling, Want
-from .errors import ContextError
+from .errors import ContextError, MissingDependencyError
 from .kv import PagePool, SequenceKv
 from .memory import Arena, affordable, give_back, room
 from .shards import Model, Resident
@@ -81,6 +81,15 @@ class Stage:
     def linked(self) -> Linked:
         """The units' ops and the weights that they read, where they stand in memory."""
         return self._linked
+
+    def clock_ops(self) -> NDArray[np.uint64]:
+        """From now on, nanoseconds that each of `linked.ops` took in the latest run, `[ops]`.
+        MissingDependencyError: the backend has no such clock; the native one has."""
+        from .backends.native import NativeExecutor
+
+        if not isinstance(self._executor, NativeExecutor):
+            raise MissingDependencyError(f"{self.backend} does not time its operations: use --backend native")
+        return self._executor.clock_ops()
 
     @property
     def exact(self) -> bool:

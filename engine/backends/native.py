@@ -137,6 +137,12 @@ class NativeExecutor:
         self._batch.inputs, self._batch.outputs = ffi.cast("const float *const *", self._input), self._output
         self._cut = linked.program.buffer(linked.program.cut[0]).cols
 
+    def clock_ops(self) -> NDArray[np.uint64]:
+        """From now on, nanoseconds that each of `linked.ops` took in the latest run, `[ops]`."""
+        taken = np.zeros(len(self._linked.ops), np.uint64)
+        self._batch.op_ns = keep_buffer(self._keep, "uint64_t[]", taken)
+        return taken
+
     def close(self) -> None:
         """See base.Executor.close."""
         ffi.release(self._executor)

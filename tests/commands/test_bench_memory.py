@@ -9,6 +9,7 @@ from bench import memory
 
 from shoal.engine.convert import convert
 from shoal.engine.kv import page_bytes
+from shoal.engine.layout import CHUNK, PAGE
 from shoal.engine.shards import Model
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
@@ -20,10 +21,11 @@ def tiny(tmp_path: Path) -> Model:
     return Model.open(tmp_path / "tiny")
 
 
-def test_shards_and_a_page_of_keys_and_values_are_counted_to_the_byte(tiny: Model) -> None:
+def test_shards_and_a_chunk_of_keys_and_values_are_counted_to_the_byte(tiny: Model) -> None:
     shards = sum(path.stat().st_size for path in tiny.path.glob("*.safetensors"))
     states = [state for unit in tiny.program.units for state in unit.states]
-    assert memory.known(tiny) == (shards, sum(page_bytes(state, tiny.kv_dtype) for state in states))
+    page = sum(page_bytes(state, tiny.kv_dtype) for state in states)
+    assert memory.known(tiny) == (shards, page * CHUNK // PAGE)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import time
 from itertools import pairwise
 
 from shoal.arguments.kinds import positive
+from shoal.engine.layout import PAGE
 from shoal.planner import Cluster, Device, Link, Model, Stage, Unit, Workload
 from shoal.planner.scenario import Event, Rules, random_requests
 from shoal.planner.simulate import simulate
@@ -22,7 +23,7 @@ def chain(devices: int, seed: int) -> tuple[Model, Cluster, list[Stage]]:
     layer = Unit("layer", 480_000_000, 480_000_000, 855_000_000, 4096, 0, 32768, attend_macs=16384)
     table = Unit("embedding", 590_000_000, 4608, 0, 0, 0, 32768)
     head = Unit("head", 590_000_000, 590_000_000, 1_050_000_000, 0, 0, 4)
-    model = Model((table, *[layer] * (devices - 2), head), kv_page_tokens=64)
+    model = Model((table, *[layer] * (devices - 2), head), kv_page_tokens=PAGE)
     rows = tuple(
         Device(
             f"d{i}",

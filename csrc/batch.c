@@ -33,6 +33,8 @@ static int32_t check_pages(const shoal_program *p, const shoal_sequence *s, int3
     REFUSE("sequence %d: its table of pages does not reach position %d", index, s->first + s->rows - 1);
   if (s->pages_stride > INT64_MAX / 8 / p->n_states) REFUSE("sequence %d: pages_stride is too large", index);
   for (int32_t state = 0; state < p->n_states; state++) {
+    if (pages > INT32_MAX / p->states[state].kv_heads)
+      REFUSE("sequence %d: more pages of state %d than kv heads can be counted in", index, state);
     for (int64_t i = 0; i < pages; i++) {
       const uintptr_t page = (uintptr_t)s->pages[state * s->pages_stride + i];
       if (!page || page % 4)

@@ -77,8 +77,8 @@ typedef struct {
   int32_t kv_head, heads; /* kv heads [kv_head, kv_head + heads) */
   int32_t group;          /* query heads a kv head */
   int32_t first, rows;
-  /* Of one row: instead of out what each block gives, shoal_part_floats of a query, by block and query head. The work is
-   * pairs of a block and a kv head, in an order that the kernels know; these are [begin, end) of them. Or NULL. */
+  /* NULL, or of one row: what each block gives, shoal_part_floats a query, by block and query head, instead of out. The
+   * work is pairs of a block and a kv head then, in an order that the kernels know, and these are [begin, end) of them. */
   float *parts;
   int32_t begin, end;
   float scale;

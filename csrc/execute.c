@@ -164,7 +164,8 @@ static shoal_attention attend_of(const run *r, const shoal_op *op, const shoal_p
   return task;
 }
 
-/* Units are pairs, or kv heads of spans: one by one where a span has several rows, which pass the same keys. */
+/* Units are pairs, or kv heads of spans. Those of a span with one row go together as far as they were claimed together;
+ * several rows pass the same keys, so their heads go one by one. */
 static void run_attend(const run *r, const shoal_op *op, const shoal_places *at, int64_t unit, int64_t end) {
   const int32_t heads = r->e->program.states[op->state].kv_heads;
   if (pairs_of(r, op)) {

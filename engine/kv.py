@@ -114,27 +114,28 @@ def _heads(page: Page, state: KvState, kv_type: str) -> _Floats | _Int8:
 class PagePool:
     """Pages for all sequences of a stage, within `limit` bytes; freed pages are used again.
 
-    The first one of each of `states` is in small pages of memory, so that a short context takes no more than
-    it fills."""
+    A sequence's first pages are cut from memory in small pages, so that a short context takes no more of it
+    than it fills; `states` are what a sequence has."""
 
     def __init__(self, kv_type: str, limit: int | None = None, states: Sequence[KvState] = ()) -> None:
         self.kv_type = kv_type
         self.limit = limit
         self.used = 0
-        self._free: dict[int, list[Page]] = {}
-        self._first = room(page_bytes(state, kv_type) for state in states)
-        self._slab: Arena | None = None
+        self._free: dict[tuple[int, bool], list[Page]] = {}
+        self._slabs: dict[bool, Arena] = {}
+        self._slab_bytes = {True: room(page_bytes(state, kv_type) for state in states), False: _SLAB}
 
-    def take(self, size: int) -> Page:
-        """A page of `size` bytes, contents undefined. ContextError: the limit is reached."""
+    def take(self, size: int, *, first: bool) -> Page:
+        """A page of `size` bytes, contents undefined; `first` of a sequence's. ContextError: the limit is
+        reached."""
         if self.limit is not None and self.used + size > self.limit:
             raise ContextError(
                 f"keys and values have filled the {self.limit / 1e6:.0f} MB promised to them: "
                 "end another request, shorten the prompt, or promise more RAM"
             )
-        free = self._free.get(size)
+        free = self._free.get((size, first))
         try:
-            page = free.pop() if free else self._cut(size)
+            page = free.pop() if free else self._cut(size, first)
         except MemoryError:
             raise ContextError(
                 "out of memory for keys and values: end another request, or promise less"
@@ -142,22 +143,19 @@ class PagePool:
         self.used += size
         return page
 
-    def _cut(self, size: int) -> Page:
+    def _cut(self, size: int, first: bool) -> Page:
         """A new page of `size` bytes, cut from a slab: of huge pages but for the first, as attention walks
         over all of them."""
         try:
-            if self._slab is not None:
-                return self._slab.take(size)
-        except MemoryError:  # used up
-            pass
-        first = self._slab is None
-        self._slab = Arena(max(size, self._first if first else _SLAB), huge=not first)
-        return self._slab.take(size)
+            return self._slabs[first].take(size)
+        except (KeyError, MemoryError):  # none yet, or used up
+            self._slabs[first] = Arena(max(size, self._slab_bytes[first]), huge=not first)
+            return self._slabs[first].take(size)
 
-    def give(self, page: Page) -> None:
+    def give(self, page: Page, *, first: bool) -> None:
         """Takes a page back."""
         self.used -= page.nbytes
-        self._free.setdefault(page.nbytes, []).append(page)
+        self._free.setdefault((page.nbytes, first), []).append(page)
 
 
 class SequenceKv:
@@ -179,7 +177,7 @@ class SequenceKv:
         self._most = max(self._most, need)
         for s, state in enumerate(self.states):
             while len(self.pages[s]) < need:
-                page = self.pool.take(page_bytes(state, self.pool.kv_type))
+                page = self.pool.take(page_bytes(state, self.pool.kv_type), first=not self.pages[s])
                 self.table[s, len(self.pages[s])] = page.ctypes.data
                 self.pages[s].append(page)
         self._held = need
@@ -192,7 +190,7 @@ class SequenceKv:
         self._held, self._most = min(self._held, keep), keep
         for pages in self.pages:
             while len(pages) > keep:
-                self.pool.give(pages.pop())
+                self.pool.give(pages.pop(), first=len(pages) == 0)
 
     def keys_values(self, s: int, n: int) -> tuple[F32, F32, F32 | None]:
         """Keys and values of positions [0, n) of state s: two arrays f32 `[kv_heads, n, head_dim]`; of int8,

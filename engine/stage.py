@@ -61,8 +61,7 @@ class Stage:
         self._closed = False
         self._linked = link(model, first, last, options)
         self._executor = make_executor(self._linked, options.backend, options.isa, options.threads)
-        states = [state for unit in units[first:last] for state in unit.states]
-        self._pool = PagePool(model.kv_dtype, options.kv_bytes, states)
+        self._pool = PagePool(model.kv_dtype, options.kv_bytes, [state for _, state in self._linked.states])
 
     def __enter__(self) -> Self:
         return self

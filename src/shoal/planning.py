@@ -68,7 +68,7 @@ def scratch_bytes(model: Model, options: StageOptions) -> int:
     """What drawing tokens takes beside that, whichever units are held: three numbers a logit and thread, and
     one for every 64 (csrc/sample.c); and what several threads share of one attention (csrc/executor.h)."""
     padded = round_up(model.program.vocab, 64)
-    shared = 1 << 18 if options.threads > 1 else 0
+    shared = 1 << 20 if options.threads > 1 else 0
     return options.threads * round_up(padded * 12 + padded // 64 * 4, 64) + shared
 
 

@@ -16,6 +16,9 @@ from shoal.engine import memory, shards, stage
 from shoal.engine.backends.base import WeightData
 from shoal.engine.batch import Run, Want
 from shoal.engine.convert import convert
+from shoal.engine.kv import PagePool, SequenceKv
+from shoal.engine.layout import PAGE
+from shoal.engine.program import KvState
 from shoal.engine.safetensors_file import SafetensorsFile
 from shoal.engine.shards import Model, unit_file
 from shoal.engine.stage import Stage, StageOptions
@@ -84,6 +87,21 @@ def test_a_file_that_becomes_shorter_while_it_is_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x" * 50)
     with (tmp_path / "file").open("rb") as file, pytest.raises(OSError, match="became shorter"):
         memory.Arena(100).read(file, 100)
+
+
+def test_first_pages_of_sequences_are_in_small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(memory, "_in_huge_pages", lambda mapping, first, huge: asked.append(huge))
+    states = [KvState("kv", 2, 16)] * 3
+    pool = PagePool("f16", None, states)
+    one, other, third = (SequenceKv(pool, states, 3 * PAGE) for _ in range(3))
+    one.reserve(1)
+    other.reserve(PAGE + 1)
+    assert asked[:2] == [0, 0] and asked[2] > 0 and len(asked) == 3
+    first = {page.ctypes.data for (page,) in one.pages}
+    one.truncate(0)
+    third.reserve(1)
+    assert {page.ctypes.data for (page,) in third.pages} == first
 
 
 class Asked:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from .harness import Program, Rows, everywhere
+from .harness import Program, Rows, everywhere, isas, same
 from .weights import CHUNK, GROUP, LANES, PAGE, floats
 
 
@@ -119,12 +119,23 @@ def test_over_pages_and_blocks(kind):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kv_heads", "group", "kind"),
-    [(1, 2, "F16"), (2, 2, "F32"), (3, 3, "F16"), (3, 2, "Q8"), (5, 1, "F16"), (2, 5, "Q8"), (1, 11, "F16")],
+    [
+        (1, 2, "F16"),
+        (2, 2, "F32"),
+        (3, 3, "F16"),
+        (3, 2, "Q8"),
+        (5, 1, "F16"),
+        (2, 5, "Q8"),  # tiles of four queries and of one
+        (1, 11, "F16"),
+        (8, 4, "F16"),  # two sets of four heads
+        (6, 3, "Q8"),
+        (17, 1, "F32"),  # each head for itself
+    ],
 )
 def test_a_row_whose_blocks_several_threads_share(kv_heads, group, kind):
     """Single rows before, at and after the ends of blocks, of heads that are taken together or not."""
     rng = np.random.default_rng(kv_heads)
-    heads, dim = group * kv_heads, 64
+    heads, dim = group * kv_heads, 64 if kv_heads < 6 else 16
     p = program(heads, kv_heads, dim, kind)
     x = floats(rng, 1290, p.buffers[0][1])
     rows = [255, 256, 257, 511, 512, 513, 700, 1023, 1024, 1279, 1280, 1289]
@@ -144,6 +155,26 @@ def test_a_row_whose_blocks_several_threads_share(kv_heads, group, kind):
     got = everywhere(p, work, threads=(1, 2, 3, 8))
     expected = [part[rows] for part in oracle(x, heads, kv_heads, dim, kind)]
     assert_near(np.concatenate(got), expected, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("heads", [248, 280])
+def test_parts_of_a_row_that_just_fit_and_that_do_not(heads):
+    """Two blocks of so many heads take 1 MiB less 1,024 bytes, or an eighth more than 1 MiB (PART_BYTES)."""
+    dim = 512
+    p = program(heads, 1, dim, "F32", max_rows=16)
+    x = floats(np.random.default_rng(8), 257, p.buffers[0][1])
+
+    def work(executor):
+        sequence, got = Rows(0), []
+        for first in range(0, 257, 16):
+            sequence.first, sequence.rows = first, min(16, 257 - first)
+            got = executor.run([sequence], [x[first : first + sequence.rows]]).outputs
+        return got
+
+    isa = isas()[-1]
+    expected = work(p.open(isa))
+    for threads in (2, 3):
+        same(work(p.open(isa, threads))[0], expected[0])
 
 
 def test_pages_hold_what_the_header_says():

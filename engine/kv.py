@@ -54,10 +54,11 @@ class _Floats:
         self._keys = halves[:, 0].reshape(heads, PAGE // CHUNK, dim, CHUNK)
         self._values = halves[:, 1].reshape(heads, PAGE, dim)
 
-    def read(self) -> tuple[F32, F32, None]:
-        """Two arrays f32 `[kv_heads, 256, head_dim]`."""
-        keys = self._keys.transpose(0, 1, 3, 2).reshape(self._values.shape)
-        return keys.astype(np.float32), self._values.astype(np.float32), None
+    def read(self, n: int) -> tuple[F32, F32, None]:
+        """The page's first n positions: two arrays f32 `[kv_heads, n, head_dim]`."""
+        heads, _, dim = self._values.shape
+        keys = self._keys[:, : -(-n // CHUNK)].transpose(0, 1, 3, 2).reshape(heads, -1, dim)
+        return keys[:, :n].astype(np.float32), self._values[:, :n].astype(np.float32), None
 
     def write(self, at: int, keys: F32, values: F32) -> None:
         """Keys and values f32 `[kv_heads, head_dim]` of the page's position `at`."""
@@ -84,15 +85,16 @@ class _Int8:
         self._values = values.view(np.int8).reshape(*shape, panels, quads, PANEL, line // PANEL)
         self._value_scales = value_scales.view(np.float32)
 
-    def read(self) -> tuple[F32, F32, F32]:
-        """As of _Floats, but for the values' scales, which are the third: `[kv_heads, 256]`."""
-        heads = len(self._keys)
-        grouped = heads, PAGE, self._groups, GROUP
-        keys = self._keys.transpose(0, 1, 2, 4, 3, 5).reshape(grouped).astype(np.float32)
-        keys *= self._key_scales.transpose(0, 1, 2, 4, 3).reshape(*grouped[:3], 1)
-        values = self._values.transpose(0, 1, 3, 5, 2, 4).reshape(heads, PAGE, self._dim).astype(np.float32)
-        scales = self._value_scales.reshape(heads, PAGE)
-        return keys.reshape(heads, PAGE, -1)[:, :, : self._dim], values, scales
+    def read(self, n: int) -> tuple[F32, F32, F32]:
+        """As of _Floats, but for the values' scales, which are the third: `[kv_heads, n]`."""
+        heads, chunks = len(self._keys), -(-n // CHUNK)
+        grouped = heads, chunks * CHUNK, self._groups, GROUP
+        keys = self._keys[:, :chunks].transpose(0, 1, 2, 4, 3, 5).reshape(grouped).astype(np.float32)
+        keys *= self._key_scales[:, :chunks].transpose(0, 1, 2, 4, 3).reshape(*grouped[:3], 1)
+        values = self._values[:, :chunks].transpose(0, 1, 3, 5, 2, 4).reshape(heads, -1, self._dim)
+        scales = self._value_scales[:, :chunks].reshape(heads, -1)
+        keys = keys.reshape(heads, chunks * CHUNK, -1)[:, :n, : self._dim]
+        return keys, values[:, :n].astype(np.float32), scales[:, :n]
 
     def write(self, at: int, keys: F32, values: F32) -> None:
         """As of _Floats."""
@@ -196,9 +198,10 @@ class SequenceKv:
         """Keys and values of positions [0, n) of state s: two arrays f32 `[kv_heads, n, head_dim]`; of int8,
         the values are numbers and the third array their scales, `[kv_heads, n]`."""
         pages = [_heads(page, self.states[s], self.pool.kv_type) for page in self.pages[s][: -(-n // PAGE)]]
-        keys, values, scales = zip(*(page.read() for page in pages), strict=True)
+        parts = (page.read(min(n - i * PAGE, PAGE)) for i, page in enumerate(pages))
+        keys, values, scales = zip(*parts, strict=True)
         join = partial(np.concatenate, axis=1)
-        return join(keys)[:, :n], join(values)[:, :n], None if scales[0] is None else join(scales)[:, :n]
+        return join(keys), join(values), None if scales[0] is None else join(scales)
 
     def write(self, s: int, first: int, keys: F32, values: F32) -> None:
         """Writes keys and values f32 `[rows, kv_heads, head_dim]` at positions first, first + 1, …"""

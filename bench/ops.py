@@ -23,7 +23,7 @@ from shoal.engine.layout import PAGE
 from shoal.engine.program import Attend, Matmul
 from shoal.engine.shards import Model
 from shoal.engine.stage import Stage, StageOptions
-from shoal.peaks import peaks_of
+from shoal.peaks import arrays_of, peaks_of
 from shoal.text_table import table
 
 from .models import model_path
@@ -49,14 +49,13 @@ class Clocked:
 
     def weights(self, name: str) -> tuple[int, int]:
         """(bytes, numbers) of the weights of all operations of that name."""
-        arrays = [
+        weights = [
             self.stage.linked.weights[unit, weight]
             for unit, op in self.stage.linked.ops
             if isinstance(op, Matmul) and _name(op) == name
             for weight in op.weights
         ]
-        parts = [part for w in arrays for part in (w.data, w.scales, w.mins) if part is not None]
-        return sum(part.nbytes for part in parts), sum(w.rows * w.cols for w in arrays)
+        return sum(array.nbytes for array in arrays_of(weights)), sum(w.rows * w.cols for w in weights)
 
 
 def _name(op: object) -> str:

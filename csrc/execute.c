@@ -57,7 +57,7 @@ static int32_t pairs_of(const run *r, const shoal_op *op) {
   const shoal_state *s = &r->e->program.states[op->state];
   const int64_t blocks = (r->seen + SHOAL_PAGE - 1) / SHOAL_PAGE;
   const int64_t bytes = blocks * op->i[1] * (int64_t)(shoal_part_floats(s) * sizeof(float));
-  if (r->rows > 1 || blocks < 2 || bytes > PART_BYTES || small_attention(r, op)) return 0;
+  if (r->rows > 1 || blocks < 2 || bytes > SHOAL_PART_BYTES || small_attention(r, op)) return 0;
   return (int32_t)blocks * s->kv_heads;
 }
 

@@ -6,7 +6,7 @@
 
 #include <stdatomic.h>
 
-enum { SPAN_ROWS = 16, PART_BYTES = 1 << 20 };
+enum { SPAN_ROWS = 16 };
 
 /* Up to SPAN_ROWS rows of one sequence, which ATTEND and STORE take at a time. */
 typedef struct {

@@ -12,7 +12,8 @@ enum shoal_layout {
   SHOAL_PAGE = 256,   /* positions in a page of keys and values, and in one block of the softmax */
   SHOAL_CHUNK = 64,   /* positions of a page whose keys stand side by side */
   SHOAL_MAX_PARTS = 4, /* weights that one matmul joins into one output */
-  SHOAL_MAX_HEAD_DIM = 512 /* columns of an attention head */
+  SHOAL_MAX_HEAD_DIM = 512, /* columns of an attention head */
+  SHOAL_PART_BYTES = 1048576 /* what several threads leave of one row's attention until they have joined it, at most */
 };
 
 enum shoal_status {

@@ -76,7 +76,7 @@ static int32_t make_room(shoal_executor *e) {
   e->workspace_memory = malloc(workspace_bytes(e, p->max_rows, p->max_wanted) + HUGE_PAGE);
   e->scratch = malloc(e->scratch_bytes * (size_t)shoal_pool_threads(e->pool) + 1);
   const int32_t several = shoal_pool_threads(e->pool) > 1;
-  if (several) e->parts = malloc(PART_BYTES);
+  if (several) e->parts = malloc(SHOAL_PART_BYTES);
   if (!e->workspace_memory || !e->scratch || (several && !e->parts)) return SHOAL_E_MEMORY;
   e->workspace = (char *)SHOAL_UP((uintptr_t)e->workspace_memory, HUGE_PAGE);
   return SHOAL_OK;
@@ -108,7 +108,7 @@ int32_t shoal_open(const shoal_program *program, shoal_pool *pool, int32_t isa, 
 uint64_t shoal_workspace_bytes(const shoal_executor *e) {
   const shoal_program *p = &e->program;
   return workspace_bytes(e, p->max_rows, p->max_wanted) + e->scratch_bytes * (uint64_t)shoal_pool_threads(e->pool) +
-         (e->parts ? PART_BYTES : 0);
+         (e->parts ? SHOAL_PART_BYTES : 0);
 }
 
 /* Many rows are written in strides of pages: huge pages make a prompt 3 % quicker. Few would not fill one; what they have

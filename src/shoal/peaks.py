@@ -6,7 +6,7 @@ instruction set on registers (csrc/peak.c)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .engine.backends._abi import ffi
+from .engine.backends.base import WeightData
 from .engine.backends.native import available, library
 from .engine.errors import ShoalError
 from .engine.program import Matmul
@@ -87,6 +88,11 @@ class Peaks:
         return int(self._result[0]) / took * 1e9
 
 
+def arrays_of(weights: Iterable[WeightData]) -> list[NDArray[Any]]:
+    """Numbers, scales and mins of some weights, as many as there are."""
+    return [array for w in weights for array in (w.data, w.scales, w.mins) if array is not None]
+
+
 def peaks_of(stage: Stage) -> Peaks:
     """The peaks to hold a stage against: of the memory that its matmuls read, on as many threads."""
     weights = [
@@ -95,6 +101,5 @@ def peaks_of(stage: Stage) -> Peaks:
         if isinstance(op, Matmul)
         for name in op.weights
     ]
-    arrays = [array for w in weights for array in (w.data, w.scales, w.mins) if array is not None]
     backend, _, isa = stage.backend.partition(" ")
-    return Peaks(arrays, stage.options.threads, isa.strip("()") if backend == "native" else None)
+    return Peaks(arrays_of(weights), stage.options.threads, isa.strip("()") if backend == "native" else None)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from . import planner
 from .engine.costs import constant_bytes, tied_bytes, unit_cost
 from .engine.errors import NoPlanError, ShoalError
-from .engine.layout import GROUP, PAGE, round_up
+from .engine.layout import GROUP, PAGE, PART_BYTES, round_up
 from .engine.measure import Measured
 from .engine.program import Buffer, reads, written
 from .engine.shards import Model
@@ -66,9 +66,9 @@ def workspace_bytes(model: Model, options: StageOptions, first: int, last: int) 
 
 def scratch_bytes(model: Model, options: StageOptions) -> int:
     """What drawing tokens takes beside that, whichever units are held: three numbers a logit and thread, and
-    one for every 64 (csrc/sample.c); and what several threads share of one attention (csrc/executor.h)."""
+    one for every 64 (csrc/sample.c); and what several threads share of one attention."""
     padded = round_up(model.program.vocab, 64)
-    shared = 1 << 20 if options.threads > 1 else 0
+    shared = PART_BYTES if options.threads > 1 else 0
     return options.threads * round_up(padded * 12 + padded // 64 * 4, 64) + shared
 
 

@@ -7,31 +7,22 @@ from pathlib import Path
 import pytest
 from bench import memory
 
-from shoal.engine.convert import convert
 from shoal.engine.kv import page_bytes
 from shoal.engine.layout import CHUNK, PAGE
 from shoal.engine.shards import Model
 
-FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> Model:
-    convert(FIXTURES / "tiny-llama", tmp_path / "tiny")
-    return Model.open(tmp_path / "tiny")
-
-
-def test_shards_and_a_chunk_of_keys_and_values_are_counted_to_the_byte(tiny: Model) -> None:
-    shards = sum(path.stat().st_size for path in tiny.path.glob("*.safetensors"))
-    states = [state for unit in tiny.program.units for state in unit.states]
-    page = sum(page_bytes(state, tiny.kv_dtype) for state in states)
-    assert memory.known(tiny) == (shards, page * CHUNK // PAGE)
+def test_shards_and_a_chunk_of_keys_and_values_are_counted_to_the_byte(tiny_llama: Model) -> None:
+    shards = sum(path.stat().st_size for path in tiny_llama.path.glob("*.safetensors"))
+    states = [state for unit in tiny_llama.program.units for state in unit.states]
+    page = sum(page_bytes(state, tiny_llama.kv_dtype) for state in states)
+    assert memory.known(tiny_llama) == (shards, page * CHUNK // PAGE)
 
 
 @pytest.mark.slow
-def test_an_answer_that_fails_is_told(tiny: Model) -> None:
+def test_an_answer_that_fails_is_told(tiny_llama: Model) -> None:
     with pytest.raises(RuntimeError, match=r"no tokenizer\.json"):
-        memory.node_peak(tiny.path, 1)
+        memory.node_peak(tiny_llama.path, 1)
 
 
 @pytest.mark.slow

@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from bench import ops
 
 from shoal.engine.batch import Run, Sampling, Want
-from shoal.engine.convert import convert
 from shoal.engine.errors import MissingDependencyError
 from shoal.engine.shards import Model
 from shoal.engine.stage import Stage, StageOptions
 
-FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> Model:
-    convert(FIXTURES / "tiny-llama", tmp_path / "tiny")
-    return Model.open(tmp_path / "tiny")
-
-
-def test_every_operation_of_a_run_has_its_time_and_its_bytes(tiny: Model) -> None:
-    with Stage(tiny, 0, tiny.n_units, StageOptions(threads=1)) as stage:
-        clocked = ops.Clocked(stage, tiny)
+def test_every_operation_of_a_run_has_its_time_and_its_bytes(tiny_llama: Model) -> None:
+    with Stage(tiny_llama, 0, tiny_llama.n_units, StageOptions(threads=1)) as stage:
+        clocked = ops.Clocked(stage, tiny_llama)
         stage.open(0, Sampling(), 8)
         taken = clocked.run([Run(0, 0, [1, 2], Want.NOTHING), Run(0, 2, [3], Want.TOKEN)])
         assert list(taken) == list(dict.fromkeys(clocked.names))
         assert all(seconds > 0 for seconds in taken.values())
         found = {line[2]: line for line in ops.lines(clocked, "tg", [taken, taken], 1, 2, None)}
-        table = stage.linked.weights[tiny.n_units - 1, stage.linked.ops[-2][1].weights[0]]
+        table = stage.linked.weights[tiny_llama.n_units - 1, stage.linked.ops[-2][1].weights[0]]
         assert clocked.weights(clocked.names[-2]) == (
             table.data.nbytes + (0 if table.scales is None else table.scales.nbytes),
             table.rows * table.cols,
@@ -39,9 +28,9 @@ def test_every_operation_of_a_run_has_its_time_and_its_bytes(tiny: Model) -> Non
     assert not found["norm"][5]
 
 
-def test_another_backend_has_no_clock(tiny: Model) -> None:
+def test_another_backend_has_no_clock(tiny_llama: Model) -> None:
     with (
-        Stage(tiny, 0, tiny.n_units, StageOptions(backend="numpy")) as stage,
+        Stage(tiny_llama, 0, tiny_llama.n_units, StageOptions(backend="numpy")) as stage,
         pytest.raises(MissingDependencyError, match="--backend native"),
     ):
         stage.clock_ops()

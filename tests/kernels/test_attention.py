@@ -159,7 +159,7 @@ def test_a_row_whose_blocks_several_threads_share(kv_heads, group, kind):
 
 @pytest.mark.parametrize("heads", [248, 280])
 def test_parts_of_a_row_that_just_fit_and_that_do_not(heads):
-    """Two blocks of so many heads take 1 MiB less 1,024 bytes, or an eighth more than 1 MiB (PART_BYTES)."""
+    """Two blocks of so many heads take 1 KiB less than SHOAL_PART_BYTES, or an eighth more."""
     dim = 512
     p = program(heads, 1, dim, "F32", max_rows=16)
     x = floats(np.random.default_rng(8), 257, p.buffers[0][1])

@@ -46,7 +46,7 @@ def make_sdist(out: Path, tree: Path) -> None:
     build("--sdist", f"--outdir={out}", str(ROOT))
     (sdist,) = out.glob("*.tar.gz")
     with tempfile.TemporaryDirectory(dir=tree.parent) as folder:
-        shutil.unpack_archive(sdist, folder, filter="data")
+        shutil.unpack_archive(sdist, folder)  # just made; Python 3.11 before 3.11.4 knows no filter
         next(Path(folder).iterdir()).rename(tree)
 
 

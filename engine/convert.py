@@ -20,7 +20,7 @@ from .calibrate import F64, TEXT, Calibration, pseudo_tokens
 from .checkpoint import F32, Checkpoint, open_checkpoint
 from .config import Config, parse_config
 from .equalise import equalise as equalise_unit
-from .errors import ModelFileError, ShoalError, UnsupportedModelError
+from .errors import ModelFileError, ShoalError, UnsupportedModelError, Warn, ignore
 from .index import (
     CHAT_TEMPLATE,
     COMMON,
@@ -69,12 +69,14 @@ def convert(
     equalise: bool = True,
     origin: str | None = None,
     progress: Progress | None = None,
+    warn: Warn = ignore,
 ) -> None:
     """Writes the model directory `target` from the checkpoint at `source`. With dtype int4 the head may be
     int8 (`head_dtype`), and groups may have minima. `kv_dtype`: f16 (f32 with dtype f32) unless given.
 
     `origin` is what the index says of the source (default: its name); equal origins, checkpoints and options
-    give equal model hashes. ShoalError: target exists. ModelFileError: the checkpoint is damaged.
+    give equal model hashes. `warn` is called with each thing that is odd about the checkpoint and does not
+    prevent its conversion. ShoalError: target exists. ModelFileError: the checkpoint is damaged.
     UnsupportedModelError: it is of a kind that is not here."""
     if dtype not in KV_DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(KV_DTYPES)}, not {dtype!r}")
@@ -87,7 +89,8 @@ def convert(
     options = _Options(dtype, head_dtype, has_min, kv_dtype, equalise, origin or source.name)
     if target.exists():
         raise ShoalError(f"{target} exists already: remove it, or choose another name")
-    checkpoint = open_checkpoint(source)
+    warn = _once(warn)
+    checkpoint = open_checkpoint(source, warn)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
@@ -99,6 +102,18 @@ def convert(
             shutil.rmtree(part, ignore_errors=True)
     except OSError as e:
         raise ShoalError(f"{target} could not be written: {e.strerror or e}") from e
+
+
+def _once(warn: Warn) -> Warn:
+    """`warn`, called once for each message: a checkpoint's properties may be read several times."""
+    said: set[str] = set()
+
+    def once(message: str) -> None:
+        if message not in said:
+            said.add(message)
+            warn(message)
+
+    return once
 
 
 def _write_directory(

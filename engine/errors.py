@@ -13,7 +13,16 @@ A message is one sentence for the person at the terminal: it names the culprit (
 option) and says what to do. Exceptions of libraries are translated once, where the library is called.
 """
 
+from collections.abc import Callable
 from typing import ClassVar
+
+Warn = Callable[[str], None]
+"""A function that is called with a warning: one sentence about something odd that does not end the work. The
+command line prints it as `shoal: warning: …`."""
+
+
+def ignore(message: str) -> None:
+    """The Warn of a caller that wants no warnings."""
 
 
 class ShoalError(Exception):

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ModelFileError
+from ..errors import ModelFileError, Warn, ignore
 
 F32 = NDArray[np.float32]
 
@@ -42,14 +42,16 @@ class Checkpoint(Protocol):
         """A `tokenizer.json` for the `tokenizers` package; None when the checkpoint has no tokenizer."""
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, warn: Warn = ignore) -> Checkpoint:
     """Opens a directory with config.json and safetensors, or a .gguf file (or a directory with one of
-    those). ModelFileError: neither, or damaged; UnsupportedModelError: of a kind that is not here."""
+    those). `warn` is called with what is odd about it, here or when a property is read.
+
+    ModelFileError: neither, or damaged. UnsupportedModelError: of a kind that is not here."""
     if path.is_dir():
         if (path / "config.json").exists():
             from .hugging_face import HuggingFaceCheckpoint
 
-            return HuggingFaceCheckpoint(path)
+            return HuggingFaceCheckpoint(path, warn)
         found = sorted(path.glob("*.gguf"))
         if len(found) != 1:
             raise ModelFileError(
@@ -61,4 +63,4 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise ModelFileError(f"{path} is missing")
     from .gguf_checkpoint import GgufCheckpoint
 
-    return GgufCheckpoint(path)
+    return GgufCheckpoint(path, warn)

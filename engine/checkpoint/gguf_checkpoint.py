@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ModelFileError, UnsupportedModelError
+from ..errors import ModelFileError, UnsupportedModelError, Warn, ignore
 from . import F32
 from .gguf_file import GgufFile
 from .gguf_names import END_OF_TURN, PAIRED_ROPE, hugging_face_name
@@ -21,8 +21,8 @@ _FREQUENCY_FACTORS = "rope_freqs.weight"
 class GgufCheckpoint:
     """See Checkpoint."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, warn: Warn = ignore) -> None:
+        self.path, self._warn = path, warn
         self._file = GgufFile(path)
         self._gguf_names = {hugging_face_name(name): name for name in self._file.tensors}
         self._factors = self._gguf_names.pop(_FREQUENCY_FACTORS, None)

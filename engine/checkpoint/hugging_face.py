@@ -9,21 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ..errors import ModelFileError, UnsupportedModelError
+from ..errors import ModelFileError, UnsupportedModelError, Warn, ignore
 from ..files import read_bytes, read_text
 from ..safetensors_file import SafetensorsFile, open_file
 from . import F32
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_FLOATS = ("F64", "F32", "F16", "BF16")  # F64 is rounded to f32, as transformers does
+_ROWS = 1024  # rows of a table that are compared at once
 
 
 class HuggingFaceCheckpoint:
     """See Checkpoint."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, warn: Warn = ignore) -> None:
+        self.path, self._warn = path, warn
         self.config = _json_object(path / "config.json")
         # The tokens that end an answer often stand in generation_config.json only, or there as a longer list.
         generation = path / "generation_config.json"
@@ -34,6 +38,12 @@ class HuggingFaceCheckpoint:
             self.config["eos_token_id"] = _joined(self._eos_token(), self.config.get("eos_token_id"))
         self._file_of = _weight_map(path)
         self._open: dict[str, SafetensorsFile] = {}
+        if self.config.get("tie_word_embeddings") and self._has_own_head():
+            self.config["tie_word_embeddings"] = False
+            warn(
+                f"{path}: config.json says tie_word_embeddings, and {_HEAD} differs from {_EMBEDDING}: "
+                f"{_HEAD} is used, as by transformers; set tie_word_embeddings to false if that is right"
+            )
 
     def _eos_token(self) -> int | None:
         """The id of the end token that tokenizer_config.json names."""
@@ -46,6 +56,18 @@ class HuggingFaceCheckpoint:
         tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
         ids = [token.get("id") for token in tokens if token.get("content") == text]
         return ids[0] if ids and type(ids[0]) is int else None
+
+    def _has_own_head(self) -> bool:
+        """Whether the files hold an LM head whose values are not those of the embedding."""
+        if _HEAD not in self._file_of or _EMBEDDING not in self._file_of:
+            return _HEAD in self._file_of
+        (head, head_type), (table, table_type) = map(self._stored, (_HEAD, _EMBEDDING))
+        if head.shape != table.shape or head.ndim != 2:
+            return True
+        rows = range(0, len(head), _ROWS)
+        return head_type != table_type or any(
+            not np.array_equal(head[i : i + _ROWS], table[i : i + _ROWS]) for i in rows
+        )
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -74,16 +96,28 @@ class HuggingFaceCheckpoint:
         return template if isinstance(template, str) else None
 
     def tensor(self, name: str) -> F32:
-        file = self._file(name)
-        info, values = file.tensors.get(name), file.tensor(name)
-        if info is None or info.dtype not in ("F32", "F16", "BF16"):
+        values, dtype = self._stored(name)
+        if dtype not in _FLOATS:
             raise UnsupportedModelError(
-                f"{file.path}: tensor {name!r} is {info.dtype if info else 'unknown'}; F32, F16 and BF16 can "
-                "be converted"
+                f"{self.path / self._file_of[name]}: tensor {name!r} is {dtype}; {', '.join(_FLOATS)} can be "
+                "converted"
             )
-        if info.dtype == "BF16":  # the upper half of an f32
+        if dtype == "BF16":  # the upper half of an f32
             return (values.astype(np.uint32) << 16).view(np.float32)
-        return values.astype(np.float32, copy=False)
+        with np.errstate(over="ignore"):
+            rounded = values.astype(np.float32, copy=False)
+        if dtype == "F64" and np.any(np.isinf(rounded) & np.isfinite(values)):
+            raise UnsupportedModelError(
+                f"{self.path / self._file_of[name]}: tensor {name!r} is F64 with values beyond the range of "
+                "f32, to which F64 is rounded"
+            )
+        return rounded
+
+    def _stored(self, name: str) -> tuple[NDArray[Any], str]:
+        """A tensor as its file holds it, and its type."""
+        file = self._file(name)
+        values = file.tensor(name)
+        return values, file.tensors[name].dtype
 
     def tokenizer_json(self) -> bytes | None:
         file = self.path / "tokenizer.json"

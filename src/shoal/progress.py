@@ -41,10 +41,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None:
-        if self._width:
-            self._stream.write("\n")
-            self._stream.flush()
-            self._width = 0
+        self.end_line()
 
     def update(self, done: int, total: int) -> None:
         """Says that `done` of `total` are there now."""
@@ -62,6 +59,19 @@ class Progress:
             self._tenth = 10 * done // self.total
             self._stream.write(f"{self.label}: {self._text(done)}\n")
             self._stream.flush()
+
+    def warn(self, message: str) -> None:
+        """Prints a warning on a line of its own; the bar goes on below it."""
+        self.end_line()
+        self._stream.write(f"shoal: warning: {message}\n")
+        self._stream.flush()
+
+    def end_line(self) -> None:
+        """Ends the line of the bar, if one is drawn."""
+        if self._width:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._width = 0
 
     def _draw(self, done: int) -> None:
         text = self._text(done)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+from tests.weights.checkpoints import HEAD, change_config, rewrite, tensors
 from tests.weights.conftest import TINY
 
 from shoal.cli import main
@@ -21,32 +22,17 @@ from shoal.engine.errors import ModelFileError, ShoalError, UnsupportedModelErro
 from shoal.engine.quant import unpack_q4
 from shoal.engine.shards import Model
 
-HEAD = "lm_head.weight"
-
-
-def tensors(directory: Path) -> dict[str, np.ndarray]:
-    """The checkpoint's tensors as f32."""
-    checkpoint = open_checkpoint(directory)
-    return {name: checkpoint.tensor(name) for name in checkpoint.names}
-
-
-def rewrite(directory: Path, values: dict[str, np.ndarray]) -> None:
-    safetensors.numpy.save_file(values, directory / "model.safetensors")
-
-
-def change_config(directory: Path, **changes: object) -> None:
-    path = directory / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
 
 def weights(model: Path) -> dict[tuple[int, str], np.ndarray]:
     opened = Model.open(model)
     return {(u, n): t.data for u in range(opened.n_units) for n, t in opened.unit_weights(u).items()}
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
 def test_every_float_type_of_a_checkpoint_is_read(checkpoint_dir: Path, dtype: type) -> None:
     values = {name: w.astype(dtype) for name, w in tensors(TINY).items()}
+    if dtype is np.float64:
+        values[HEAD] += 2.0**-40  # which f32 cannot hold
     rewrite(checkpoint_dir, values)
     convert(checkpoint_dir, checkpoint_dir / "out", dtype="f32")
     model = Model.open(checkpoint_dir / "out")
@@ -128,9 +114,20 @@ def test_bad_checkpoints_are_refused_named_and_leave_nothing(
             r"q_proj\.bias' has no place in this family",
         ),
         ({**good, HEAD: good[HEAD].T.copy()}, {}, ModelFileError, r"has the shape \(72, 267\)"),
+        (
+            {**good, HEAD: good[HEAD].astype(np.float64) * 1e300},
+            {},
+            UnsupportedModelError,
+            "F64 .* beyond the range of f32",
+        ),
         ({**good, HEAD: nan}, {}, ModelFileError, r"'lm_head\.weight' holds NaN or infinity"),
         ({**good, HEAD: good[HEAD] * np.float32(1e8)}, {}, UnsupportedModelError, "too large for int8"),
-        ({**good, HEAD: good[HEAD].astype(np.int32)}, {}, UnsupportedModelError, "is I32; F32, F16 and BF16"),
+        (
+            {**good, HEAD: good[HEAD].astype(np.int32)},
+            {},
+            UnsupportedModelError,
+            "is I32; F64, F32, F16, BF16 can",
+        ),
         (
             good,
             {"model_type": "mystery"},

@@ -315,6 +315,19 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(len(line.rstrip("\n")) < 80 for line in lines)
 
 
+def test_a_warning_is_a_line_of_its_own_beside_a_bar() -> None:
+    for stream in (Terminal(), io.StringIO()):
+        with Progress("model", unit="units", stream=stream, clock=lambda: 0.0) as bar:
+            bar.update(0, 2)
+            bar.warn("an odd thing")
+            bar.update(2, 2)
+        said = stream.getvalue().split("\n")
+        assert said[1] == "shoal: warning: an odd thing"
+        assert len(said) == 4
+        assert "0/2 units" in said[0]
+        assert "2/2 units" in said[2]
+
+
 def test_a_line_per_tenth_elsewhere() -> None:
     now, stream = [0.0], io.StringIO()
     with Progress("model", stream=stream, clock=lambda: now[0]) as bar:

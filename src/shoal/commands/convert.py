@@ -20,6 +20,7 @@ def run(args: argparse.Namespace) -> int:
             kv_dtype=args.kv_dtype,
             equalise=args.equalise,
             progress=bar.update,
+            warn=bar.warn,
         )
     print(args.destination)
     return 0

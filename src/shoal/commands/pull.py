@@ -63,6 +63,7 @@ def pull(
                     kv_dtype=kv_dtype,
                     origin=origin,
                     progress=bar.update,
+                    warn=bar.warn,
                 )
     return target
 

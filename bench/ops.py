@@ -36,7 +36,7 @@ class Clocked:
 
     def __init__(self, stage: Stage, model: Model) -> None:
         self.stage, self.model = stage, model
-        self.names = [_name(op) for _, op in stage.linked.ops]
+        self.names = [_name(op) for _, op in stage.bound.ops]
         self._taken = stage.clock_ops()
 
     def run(self, runs: Sequence[Run]) -> dict[str, float]:
@@ -50,8 +50,8 @@ class Clocked:
     def weights(self, name: str) -> tuple[int, int]:
         """(bytes, numbers) of the weights of all operations of that name."""
         weights = [
-            self.stage.linked.weights[unit, weight]
-            for unit, op in self.stage.linked.ops
+            self.stage.bound.weights[unit, weight]
+            for unit, op in self.stage.bound.ops
             if isinstance(op, Matmul) and _name(op) == name
             for weight in op.weights
         ]
@@ -74,13 +74,13 @@ def lines(
     """Of the table, for work that is a step at `depth` or a prompt of `rows` tokens; slowest first."""
     medians = {name: statistics.median(sample[name] for sample in samples) for name in samples[0]}
     everything = sum(medians.values())
-    states = [state for _, state in clocked.stage.linked.states]
+    states = [state for _, state in clocked.stage.bound.states]
     result = []
     for name, seconds in sorted(medians.items(), key=lambda item: -item[1]):
         read = macs = 0.0
         if name.startswith(Matmul.__name__.lower()):
             read, numbers = clocked.weights(name)
-            last = _name(clocked.stage.linked.ops[-2][1]) == name  # logits, which only the last row wants
+            last = _name(clocked.stage.bound.ops[-2][1]) == name  # logits, which only the last row wants
             macs = numbers * (1 if last else rows)
         elif name == Attend.__name__.lower() and rows == 1:
             per_page = sum(page_bytes(state, clocked.model.kv_dtype) for state in states)
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Stage(model, 0, model.n_units, StageOptions(threads=threads)) as stage, peaks_of(stage) as peaks:
             clocked, most = Clocked(stage, model), stage.options.max_rows
             for depth in args.depths:
-                stage.open(0, Sampling(), depth + 1)
+                stage.open_sequence(0, Sampling(), depth + 1)
                 for run in prompt_runs(0, 0, tokens[:depth], most):
                     stage.run([run])
                 step = Run(0, depth, tokens[:1], Want.TOKEN)
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 stage.close_sequence(0)
             samples = []
             for _ in range(max(args.repetitions // 5, 1) if args.prompt else 0):
-                stage.open(0, Sampling(), args.prompt)
+                stage.open_sequence(0, Sampling(), args.prompt)
                 samples.append(clocked.run(list(prompt_runs(0, 0, tokens[: args.prompt], most))))
                 stage.close_sequence(0)
             if samples:

@@ -127,7 +127,7 @@ def windows(tokens: Sequence[int], positions: int, window: int) -> Iterator[Sequ
 
 def all_logits(stage: Stage, tokens: Sequence[int]) -> F32:
     """Logits of every position of one window."""
-    stage.open(0, Sampling(), len(tokens))
+    stage.open_sequence(0, Sampling(), len(tokens))
     chunk = min(stage.options.max_rows, stage.options.max_wanted)
     runs = [Run(0, at, tokens[at : at + chunk], Want.LOGITS) for at in range(0, len(tokens), chunk)]
     parts = [stage.run([run])[0].logits for run in runs]

@@ -12,5 +12,5 @@ from shoal.engine.stage import Stage, StageOptions
 
 model = Model.open(Path(sys.argv[1]))
 with Stage(model, 0, model.n_units, StageOptions(threads=int(sys.argv[2]))) as stage:
-    stage.open(0, Sampling(), int(sys.argv[3]))
+    stage.open_sequence(0, Sampling(), int(sys.argv[3]))
     print(stage.run([Run(0, 0, [1, 2, 3, 4], Want.TOKEN)])[0].token)

@@ -28,7 +28,7 @@ def model() -> Model:
 def stage(request: pytest.FixtureRequest, model: Model) -> Iterator[Stage]:
     options = StageOptions(backend="native", threads=request.param, max_rows=PREFILL)
     with Stage(model, 0, len(model.program.units), options) as stage:
-        stage.open(0, context=256)
+        stage.open_sequence(0, context=256)
         yield stage
 
 

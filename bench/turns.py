@@ -37,7 +37,7 @@ class _Turn:
         self._stage, self._first, self._depth = stage, first, depth
         self._tokens = [int(t) for t in rng.integers(0, stage.model.program.vocab, max(depth, STEPS))]
         for sequence in range(first, first + self.count):
-            stage.open(sequence, Sampling(), depth + STEPS)
+            stage.open_sequence(sequence, Sampling(), depth + STEPS)
             for run in prompt_runs(sequence, 0, self._tokens[:depth], stage.options.max_rows):
                 stage.run([run])
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends.base import Linked, SequenceRows, WeightData
+from .backends.base import BoundProgram, SequenceRows, WeightData
 from .backends.numpy_backend import NumpyExecutor
 from .batch import F32, Sampling
 from .kv import PagePool, SequenceKv
@@ -70,16 +70,16 @@ class Calibration:
         """Runs unit u, which must follow the unit of the last call; for each matmul, by its weights' names,
         the root mean square of every column of its input. The last unit's logits are not computed."""
         unit, last = self.program.units[u], u == len(self.program.units) - 1
-        linked_weights: dict[tuple[int, str], WeightData] = {
+        bound_weights: dict[tuple[int, str], WeightData] = {
             (u, w.name): _Float(weights[w.name], w.rows, w.cols) for w in unit.weights if w.name in weights
         }
         for name, values in self._constants.items():
-            linked_weights[-1, name] = _Float(values, 1, values.size)
+            bound_weights[-1, name] = _Float(values, 1, values.size)
         ops = tuple(self.program.ops(u, u + 1))
-        linked = Linked(
+        bound = BoundProgram(
             program=self.program,
             ops=ops,
-            weights=linked_weights,
+            weights=bound_weights,
             states=tuple((u, state) for state in unit.states),
             kv_type="f32",
             reads_tokens=u == 0,
@@ -87,7 +87,7 @@ class Calibration:
             max_rows=len(self._tokens),
             max_wanted=len(self._tokens),
         )
-        executor = _Recorder(linked)
+        executor = _Recorder(bound)
         rows = len(self._tokens)
         nothing = SequenceKv(PagePool("f32"), (), 0)
         sequence = SequenceRows(nothing, self._tokens, Sampling(), rows, 0, rows if last else 0, False)
@@ -98,8 +98,8 @@ class Calibration:
 class _Recorder(NumpyExecutor):
     """The numpy backend in float64, with keys and values kept as they are computed."""
 
-    def __init__(self, linked: Linked) -> None:
-        super().__init__(linked)
+    def __init__(self, bound: BoundProgram) -> None:
+        super().__init__(bound)
         self.sizes: dict[tuple[str, ...], F64] = {}
         self._kept: dict[str, tuple[F64, F64]] = {}
 
@@ -123,7 +123,7 @@ class _Recorder(NumpyExecutor):
         return out
 
     def store(self, unit: int, op: Store) -> None:
-        state = self.linked.states[self.state_rows[unit, op.state]][1]
+        state = self.bound.states[self.state_rows[unit, op.state]][1]
         x, width = self.buffers[op.x], state.kv_heads * state.head_dim
 
         def heads(at: int) -> F64:
@@ -134,7 +134,7 @@ class _Recorder(NumpyExecutor):
         self._kept[op.state] = heads(op.key), heads(op.value)
 
     def attend(self, unit: int, op: Attend) -> None:
-        state = self.linked.states[self.state_rows[unit, op.state]][1]
+        state = self.bound.states[self.state_rows[unit, op.state]][1]
         x, group = self.buffers[op.x], op.heads // state.kv_heads
         queries = x[:, : op.heads * state.head_dim].reshape(-1, state.kv_heads, group, state.head_dim)
         queries = np.ascontiguousarray(queries.transpose(1, 2, 0, 3))

@@ -51,7 +51,7 @@ def generate(
     not fit."""
     context = stage.model.config.context if context is None else context
     check_prompt(prompt, context)
-    stage.open(sequence, sampling, context)
+    stage.open_sequence(sequence, sampling, context)
     try:
         runs = prompt_runs(sequence, 0, prompt, stage.options.max_rows)
         position = len(prompt)

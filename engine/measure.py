@@ -173,7 +173,7 @@ class _Steps:
         width = stage.model.program.buffer(stage.model.program.cut[0]).cols
         values = _values(stage.options.max_rows * width).reshape(-1, width)
         self._stage, self._watch, self._sequence = stage, watch, sequence
-        stage.open(sequence, Sampling(), depth + rows)
+        stage.open_sequence(sequence, Sampling(), depth + rows)
         at = 0
         while at <= depth:  # the last one warms up
             count = rows if at == depth else min(depth - at, stage.options.max_rows)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .backends import make_executor
-from .backends.base import Linked, Outcome, SequenceRows, WeightData
+from .backends.base import BoundProgram, Outcome, SequenceRows, WeightData
 from .batch import F32, Result, Run, Sampling, Want
 from .errors import ContextError, MissingDependencyError
 from .kv import PagePool, SequenceKv
@@ -59,9 +59,9 @@ class Stage:
         self.model, self.first, self.last, self.options = model, first, last, options
         self._sequences: dict[int, _Sequence] = {}
         self._closed = False
-        self._linked = link(model, first, last, options)
-        self._executor = make_executor(self._linked, options.backend, options.isa, options.threads)
-        self._pool = PagePool(model.kv_dtype, options.kv_bytes, [state for _, state in self._linked.states])
+        self._bound = bind(model, first, last, options)
+        self._executor = make_executor(self._bound, options.backend, options.isa, options.threads)
+        self._pool = PagePool(model.kv_dtype, options.kv_bytes, [state for _, state in self._bound.states])
 
     def __enter__(self) -> Self:
         return self
@@ -77,12 +77,12 @@ class Stage:
         return self._executor.name
 
     @property
-    def linked(self) -> Linked:
+    def bound(self) -> BoundProgram:
         """The units' ops and the weights that they read, where they stand in memory."""
-        return self._linked
+        return self._bound
 
     def clock_ops(self) -> NDArray[np.uint64]:
-        """From now on, nanoseconds that each of `linked.ops` took in the latest run, `[ops]`.
+        """From now on, nanoseconds that each of `bound.ops` took in the latest run, `[ops]`.
         MissingDependencyError: the backend has no such clock; the native one has."""
         from .backends.native import NativeExecutor
 
@@ -100,7 +100,9 @@ class Stage:
         """Bytes of keys and values held now."""
         return 0 if self._closed else self._pool.used
 
-    def open(self, sequence: int, sampling: Sampling = Sampling(), context: int | None = None) -> None:
+    def open_sequence(
+        self, sequence: int, sampling: Sampling = Sampling(), context: int | None = None
+    ) -> None:
         """Starts a sequence of at most `context` positions. ValueError: the number is taken. ContextError:
         context is too long."""
         if self._closed:
@@ -112,7 +114,7 @@ class Stage:
             raise ContextError(
                 f"a context of {context} tokens was asked for; the model's is {self.model.config.context}"
             )
-        kv = SequenceKv(self._pool, [state for _, state in self._linked.states], context)
+        kv = SequenceKv(self._pool, [state for _, state in self._bound.states], context)
         self._sequences[sequence] = _Sequence(kv, np.zeros(context, np.int32), 0, sampling)
 
     def truncate(self, sequence: int, position: int) -> None:
@@ -135,7 +137,7 @@ class Stage:
                 self.close_sequence(sequence)
             self._executor.close()
             # Weights and pages go now, not once nobody holds this object: the next stage needs the room.
-            del self._executor, self._linked, self._pool
+            del self._executor, self._bound, self._pool
             give_back()
 
     def run(self, batch: Sequence[Run]) -> list[Result]:
@@ -149,9 +151,9 @@ class Stage:
         if sum(len(run.tokens) for run in batch) > self.options.max_rows:
             raise ValueError(f"a batch may have at most {self.options.max_rows} rows")
         rows = [self._rows(run) for run in batch]
-        if sum(item.wanted for item in rows) > self._linked.max_wanted:
-            raise ValueError(f"a batch may want logits of at most {self._linked.max_wanted} rows")
-        hidden = None if self._linked.reads_tokens else _joined([run.hidden for run in batch])
+        if sum(item.wanted for item in rows) > self._bound.max_wanted:
+            raise ValueError(f"a batch may want logits of at most {self._bound.max_wanted} rows")
+        hidden = None if self._bound.reads_tokens else _joined([run.hidden for run in batch])
         outcome = self._executor.run(rows, hidden, any(run.want is Want.LOGITS for run in batch))
         for run in batch:
             self._sequences[run.sequence].length = run.first + len(run.tokens)
@@ -171,7 +173,7 @@ class Stage:
             raise ContextError(f"position {end} is beyond the context of {len(state.tokens)} tokens")
         if min(run.tokens) < 0 or max(run.tokens) >= self.model.program.vocab:
             raise ValueError(f"a token id is not in [0, {self.model.program.vocab})")
-        if not self._linked.reads_tokens:
+        if not self._bound.reads_tokens:
             width = self.model.program.buffer(self.model.program.cut[0]).cols
             if run.hidden is None or run.hidden.shape != (n, width):
                 raise ValueError(
@@ -181,7 +183,7 @@ class Stage:
         state.kv.truncate(run.first)
         state.kv.reserve(end)
         state.tokens[run.first : end] = run.tokens
-        want = run.want if self._linked.last else Want.NOTHING
+        want = run.want if self._bound.last else Want.NOTHING
         wanted = {Want.NOTHING: 0, Want.TOKEN: 1, Want.LOGITS: n}[want]
         return SequenceRows(state.kv, state.tokens, state.sampling, n, run.first, wanted, want is Want.TOKEN)
 
@@ -203,7 +205,7 @@ def _joined(parts: Sequence[F32 | None]) -> F32:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
-def link(model: Model, first: int, last: int, options: StageOptions) -> Linked:
+def bind(model: Model, first: int, last: int, options: StageOptions) -> BoundProgram:
     """The ops, weights and states of units [first, last), resolved."""
     program = model.program
     ops = tuple(program.ops(first, last))
@@ -219,7 +221,7 @@ def link(model: Model, first: int, last: int, options: StageOptions) -> Linked:
     for name, values in model.constants().items():
         if any(unit == -1 for unit, _ in ops):
             weights[-1, name] = _Constant(values)
-    return Linked(
+    return BoundProgram(
         program=program,
         ops=ops,
         weights=weights,

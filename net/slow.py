@@ -118,8 +118,8 @@ class SlowStage:
         self._stage, self._slowness, self._clock, self._turn = stage, slowness, clock, turn
         self._late = 0.0
 
-    def open(self, sequence: int, sampling: Sampling, context: int) -> None:
-        self._stage.open(sequence, sampling, context)
+    def open_sequence(self, sequence: int, sampling: Sampling, context: int) -> None:
+        self._stage.open_sequence(sequence, sampling, context)
 
     def run(self, batch: Sequence[Run]) -> list[Result]:
         """Runs the batch and sleeps. A step that ended late is made up for by the next one, as far as one

@@ -27,7 +27,7 @@ Answer = Open | Close | Step | Result | Failed
 class StageLike(Protocol):
     """What is needed of engine.stage.Stage."""
 
-    def open(self, sequence: int, sampling: Sampling, context: int) -> None:
+    def open_sequence(self, sequence: int, sampling: Sampling, context: int) -> None:
         """Begins a sequence."""
 
     def run(self, batch: Sequence[Run]) -> list[StageResult]:
@@ -90,7 +90,7 @@ class StageWork:
                 raise ValueError(f"session {notice.session} is open already")
             if len(self._sessions) >= MAX_SESSIONS:
                 raise ContextError(f"{MAX_SESSIONS} sessions are open, the most a node serves: end one")
-            self._stage.open(notice.session, notice.sampling, notice.context)
+            self._stage.open_sequence(notice.session, notice.sampling, notice.context)
         except STAGE_ERRORS as error:
             return [self._failed(notice.session, error)]
         self._sessions.add(notice.session)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ..errors import MissingDependencyError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from .base import Executor, Linked
+    from .base import BoundProgram, Executor
 
 NAMES = ("native", "numba", "numpy")
 
@@ -30,14 +30,16 @@ def choose(backend: str = "auto") -> tuple[str, str | None]:
     return ("numba" if find_spec("numba") else "numpy"), reason
 
 
-def make_executor(linked: Linked, backend: str = "auto", isa: str = "auto", threads: int = 1) -> Executor:
-    """An executor of `linked`. MissingDependencyError: the backend or instruction set asked for is not
+def make_executor(
+    bound: BoundProgram, backend: str = "auto", isa: str = "auto", threads: int = 1
+) -> Executor:
+    """An executor of `bound`. MissingDependencyError: the backend or instruction set asked for is not
     there."""
     name, _ = choose(backend)
     if name == "native":
         from .native import NativeExecutor
 
-        return NativeExecutor(linked, threads, isa)
+        return NativeExecutor(bound, threads, isa)
     if isa != "auto":
         raise MissingDependencyError(
             f"only the native backend has instruction sets to choose from, and {name} would run: leave out "
@@ -46,7 +48,7 @@ def make_executor(linked: Linked, backend: str = "auto", isa: str = "auto", thre
     if name == "numba":
         from .numba_backend import NumbaExecutor
 
-        return NumbaExecutor(linked, threads)
+        return NumbaExecutor(bound, threads)
     from .numpy_backend import NumpyExecutor
 
-    return NumpyExecutor(linked)
+    return NumpyExecutor(bound)

@@ -1,4 +1,4 @@
-"""What a backend is: something that links a range of units once and then runs batches through it."""
+"""What a backend is: it is made for a bound range of units, and runs batches through it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class WeightData(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Linked:
+class BoundProgram:
     """Units [first, last) of a program with their weights: all that a backend needs to know of a model."""
 
     program: Program
@@ -75,7 +75,7 @@ class Outcome:
 
 
 class Executor(Protocol):
-    """A linked range of units, ready to run. Not thread-safe: one batch at a time."""
+    """A bound range of units, ready to run. Not thread-safe: one batch at a time."""
 
     name: str
     """Backend and instruction set, as a person would say it: "native (avx512)"."""

@@ -19,7 +19,7 @@ from ..errors import MissingDependencyError, ShoalError
 from ..program import Angles, Attend, Embed, Gate, Matmul, Norm, Op, Quantise, Rope, Sample, Store
 from ..source_hash import source_hash
 from ._abi import ffi
-from .base import Linked, Outcome, SequenceRows, WeightData
+from .base import BoundProgram, Outcome, SequenceRows, WeightData
 
 _ERROR_BYTES = 512
 _ISA: dict[str, int] = {
@@ -102,13 +102,13 @@ def pinned(cores: Collection[int]) -> Iterator[None]:
 
 
 class NativeExecutor:
-    """A linked range of units behind one C executor and its threads."""
+    """A bound range of units behind one C executor and its threads."""
 
     exact = True
 
-    def __init__(self, linked: Linked, threads: int = 1, isa: str = "auto") -> None:
+    def __init__(self, bound: BoundProgram, threads: int = 1, isa: str = "auto") -> None:
         self._lib = lib = library()
-        self._linked = linked
+        self._bound = bound
         if isa not in _ISA or (isa != "auto" and not lib.shoal_isa_available(_ISA[isa])):
             raise MissingDependencyError(
                 f"this CPU or build has no {isa!r} kernels; it has: {', '.join(isa_names())}"
@@ -129,17 +129,17 @@ class NativeExecutor:
         self._input = ffi.new("float *[1]")
         self._output = ffi.new("float *[1]")
         # Tables of a batch, filled anew for each: little of Python's memory is still in a cache after a step.
-        self._described = ffi.new("shoal_sequence[]", linked.max_rows)
-        self._tokens, self._drawn = np.zeros((2, linked.max_rows), np.int32)
+        self._described = ffi.new("shoal_sequence[]", bound.max_rows)
+        self._tokens, self._drawn = np.zeros((2, bound.max_rows), np.int32)
         self._batch.sequences = self._described
         self._batch.tokens = keep_buffer(self._keep, "int32_t[]", self._tokens)
         self._batch.drawn = keep_buffer(self._keep, "int32_t[]", self._drawn)
         self._batch.inputs, self._batch.outputs = ffi.cast("const float *const *", self._input), self._output
-        self._cut = linked.program.buffer(linked.program.cut[0]).cols
+        self._cut = bound.program.buffer(bound.program.cut[0]).cols
 
     def clock_ops(self) -> NDArray[np.uint64]:
-        """From now on, nanoseconds that each of `linked.ops` took in the latest run, `[ops]`."""
-        taken = np.zeros(len(self._linked.ops), np.uint64)
+        """From now on, nanoseconds that each of `bound.ops` took in the latest run, `[ops]`."""
+        taken = np.zeros(len(self._bound.ops), np.uint64)
         self._batch.op_ns = keep_buffer(self._keep, "uint64_t[]", taken)
         return taken
 
@@ -150,7 +150,7 @@ class NativeExecutor:
 
     def run(self, sequences: Sequence[SequenceRows], hidden: F32 | None, want_logits: bool) -> Outcome:
         """See base.Executor.run."""
-        linked, batch, described = self._linked, self._batch, self._described
+        bound, batch, described = self._bound, self._batch, self._described
         keep: list[Any] = []
         row = wanted = 0
         for item, s in zip(described, sequences):  # noqa: B905 as many as there are
@@ -165,15 +165,15 @@ class NativeExecutor:
         if hidden is not None:
             self._input[0] = keep_buffer(keep, "float[]", np.ascontiguousarray(hidden, np.float32))
         out: F32 | None = None
-        if not linked.last:
+        if not bound.last:
             out = np.empty((row, self._cut), np.float32)
         elif want_logits:
-            out = np.empty((wanted, linked.program.vocab), np.float32)
+            out = np.empty((wanted, bound.program.vocab), np.float32)
         self._output[0] = ffi.NULL if out is None else keep_buffer(keep, "float[]", out)
         batch.n_sequences = len(sequences)
         self._check(self._lib.shoal_run(self._executor, batch, self._error, _ERROR_BYTES))
         drawn = self._drawn[: len(sequences)].copy()
-        return Outcome(out if not linked.last else None, out if linked.last else None, drawn)
+        return Outcome(out if not bound.last else None, out if bound.last else None, drawn)
 
     def _check(self, status: int) -> None:
         if status == _ENUMS["SHOAL_OK"]:
@@ -187,13 +187,11 @@ class NativeExecutor:
 
     def _program(self) -> Any:
         """The tables of a shoal_program."""
-        linked, keep = self._linked, self._keep
-        weight_rows = {key: row for row, key in enumerate(linked.weights)}
-        buffer_rows = {b.name: row for row, b in enumerate(linked.program.buffers)}
-        state_rows = {(unit, state.name): row for row, (unit, state) in enumerate(linked.states)}
-        ops = ffi.new(
-            "shoal_op[]", [_op(u, op, buffer_rows, weight_rows, state_rows) for u, op in linked.ops]
-        )
+        bound, keep = self._bound, self._keep
+        weight_rows = {key: row for row, key in enumerate(bound.weights)}
+        buffer_rows = {b.name: row for row, b in enumerate(bound.program.buffers)}
+        state_rows = {(unit, state.name): row for row, (unit, state) in enumerate(bound.states)}
+        ops = ffi.new("shoal_op[]", [_op(u, op, buffer_rows, weight_rows, state_rows) for u, op in bound.ops])
         buffers = ffi.new(
             "shoal_buffer[]",
             [
@@ -202,22 +200,22 @@ class NativeExecutor:
                     b.cols,
                     _ENUMS[f"SHOAL_{'ALL' if b.domain == 'rows' else 'WANTED'}_ROWS"],
                 )
-                for b in linked.program.buffers
+                for b in bound.program.buffers
             ],
         )
-        weights = ffi.new("shoal_weight[]", [_weight(w, keep) for w in linked.weights.values()])
-        kv_type = _ENUMS[_KV_TYPES[linked.kv_type]]
-        states = ffi.new("shoal_state[]", [(kv_type, s.kv_heads, s.head_dim) for _, s in linked.states])
-        cut = buffer_rows[linked.program.cut[0]]
-        inputs = ffi.new("int32_t[]", [] if linked.reads_tokens else [cut])
-        outputs = ffi.new("int32_t[]", [buffer_rows[linked.program.logits] if linked.last else cut])
+        weights = ffi.new("shoal_weight[]", [_weight(w, keep) for w in bound.weights.values()])
+        kv_type = _ENUMS[_KV_TYPES[bound.kv_type]]
+        states = ffi.new("shoal_state[]", [(kv_type, s.kv_heads, s.head_dim) for _, s in bound.states])
+        cut = buffer_rows[bound.program.cut[0]]
+        inputs = ffi.new("int32_t[]", [] if bound.reads_tokens else [cut])
+        outputs = ffi.new("int32_t[]", [buffer_rows[bound.program.logits] if bound.last else cut])
         keep += [ops, buffers, weights, states, inputs, outputs]
         program = ffi.new("shoal_program *")
         program.ops, program.buffers, program.weights = ops, buffers, weights
         program.states, program.inputs, program.outputs = states, inputs, outputs
         program.n_ops, program.n_buffers, program.n_weights = len(ops), len(buffers), len(weights)
         program.n_states, program.n_inputs, program.n_outputs = len(states), len(inputs), len(outputs)
-        program.max_rows, program.max_wanted = linked.max_rows, linked.max_wanted
+        program.max_rows, program.max_wanted = bound.max_rows, bound.max_wanted
         return program
 
 

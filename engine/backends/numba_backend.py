@@ -18,7 +18,7 @@ from ..errors import MissingDependencyError
 from ..layout import GROUP, PANEL, round_up
 from ..program import Gate, Matmul, Norm
 from ..quant import unpack
-from .base import Linked, WeightData
+from .base import BoundProgram, WeightData
 from .numpy_backend import NumpyExecutor
 
 try:
@@ -45,11 +45,11 @@ class NumbaExecutor(NumpyExecutor):
 
     name = "numba"
 
-    def __init__(self, linked: Linked, threads: int = 1) -> None:
+    def __init__(self, bound: BoundProgram, threads: int = 1) -> None:
         threads = min(threads, len(usable_cores()))
         numba.set_num_threads(threads)
         self._parallel = threads > 1
-        super().__init__(linked)
+        super().__init__(bound)
 
     def prepare(self, weight: WeightData) -> Any:
         """Numbers stay where they are; scales become f32, for Numba knows no f16."""

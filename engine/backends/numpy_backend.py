@@ -16,7 +16,7 @@ from ..layout import GROUP, round_up
 from ..program import Angles, Attend, Embed, Gate, Matmul, Norm, Op, Quantise, Rope, Sample, Store
 from ..quant import unpack
 from ..sampler import draw
-from .base import Linked, Outcome, SequenceRows, WeightData
+from .base import BoundProgram, Outcome, SequenceRows, WeightData
 
 
 def quantised(x: F32) -> F32:
@@ -38,12 +38,12 @@ class NumpyExecutor:
     name = "numpy"
     exact = False
 
-    def __init__(self, linked: Linked) -> None:
-        self.linked = linked
-        self.types = {b.name: b.type for b in linked.program.buffers}
-        self.domains = {b.name: b.domain for b in linked.program.buffers}
-        self.state_rows = {(unit, state.name): row for row, (unit, state) in enumerate(linked.states)}
-        self.weights = {key: self.prepare(weight) for key, weight in linked.weights.items()}
+    def __init__(self, bound: BoundProgram) -> None:
+        self.bound = bound
+        self.types = {b.name: b.type for b in bound.program.buffers}
+        self.domains = {b.name: b.domain for b in bound.program.buffers}
+        self.state_rows = {(unit, state.name): row for row, (unit, state) in enumerate(bound.states)}
+        self.weights = {key: self.prepare(weight) for key, weight in bound.weights.items()}
         self.buffers: dict[str, F32] = {}
         self.sequences: Sequence[SequenceRows] = ()
         self.drawn: NDArray[np.int32] = np.empty(0, np.int32)
@@ -59,16 +59,16 @@ class NumpyExecutor:
         self.sequences = sequences
         self.drawn = np.full(len(sequences), -1, np.int32)
         self.buffers = {}
-        program = self.linked.program
+        program = self.bound.program
         if hidden is not None:
             if not np.isfinite(hidden).all():
                 raise FloatingPointError("the activations that came in hold NaN or infinity")
             self.buffers[program.cut[0]] = hidden.copy()
         wanted = any(s.wanted for s in sequences)
-        for unit, op in self.linked.ops:
+        for unit, op in self.bound.ops:
             if wanted or not self._for_wanted_rows(op):
                 self.ops[type(op)](self, unit, op)
-        if not self.linked.last:
+        if not self.bound.last:
             return Outcome(self.buffers[program.cut[0]], None, self.drawn)
         return Outcome(None, self.buffers[program.logits] if want_logits and wanted else None, self.drawn)
 
@@ -128,7 +128,7 @@ class NumpyExecutor:
     def store(self, unit: int, op: Store) -> None:
         x, at = self.buffers[op.x], 0
         s = self.state_rows[unit, op.state]
-        state = self.linked.states[s][1]
+        state = self.bound.states[s][1]
         width = state.kv_heads * state.head_dim
         for sequence in self.sequences:
             rows = x[at : at + sequence.rows]
@@ -140,7 +140,7 @@ class NumpyExecutor:
     def attend(self, unit: int, op: Attend) -> None:
         x, at = self.buffers[op.x], 0
         s = self.state_rows[unit, op.state]
-        state = self.linked.states[s][1]
+        state = self.bound.states[s][1]
         group, outs = op.heads // state.kv_heads, []
         for sequence in self.sequences:
             n, total = sequence.rows, sequence.first + sequence.rows

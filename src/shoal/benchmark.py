@@ -156,7 +156,7 @@ def _on_one_stage(
     start = time.perf_counter_ns()
     model = Model.open(path)
     with Stage(model, 0, model.n_units, options) as stage:
-        stage.open(0, Sampling(), 1)
+        stage.open_sequence(0, Sampling(), 1)
         stage.run([Run(0, 0, [0], Want.TOKEN)])
         load = time.perf_counter_ns() - start
         stage.close_sequence(0)
@@ -219,7 +219,7 @@ def time_case(
     peaks: list[float] = []
     step = _prompt if case.prompt else _generate
     for sequence in range(case.sequences):
-        stage.open(sequence, Sampling(), case.context)
+        stage.open_sequence(sequence, Sampling(), case.context)
     try:
         for sequence in range(case.sequences):
             _fill(stage, sequence, 0, _tokens(stage, case.depth, random))

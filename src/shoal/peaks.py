@@ -96,8 +96,8 @@ def arrays_of(weights: Iterable[WeightData]) -> list[NDArray[Any]]:
 def peaks_of(stage: Stage) -> Peaks:
     """The peaks to hold a stage against: of the memory that its matmuls read, on as many threads."""
     weights = [
-        stage.linked.weights[unit, name]
-        for unit, op in stage.linked.ops
+        stage.bound.weights[unit, name]
+        for unit, op in stage.bound.ops
         if isinstance(op, Matmul)
         for name in op.weights
     ]

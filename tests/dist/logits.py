@@ -19,7 +19,7 @@ def computed(model: shoal.Model, isa: str) -> str:
     digest = hashlib.sha256()
     want = shoal.Want
     with shoal.Stage(model, 0, model.n_units, shoal.StageOptions(isa=isa, threads=2)) as stage:
-        stage.open(0, shoal.Sampling(temperature=0.8, seed=5))
+        stage.open_sequence(0, shoal.Sampling(temperature=0.8, seed=5))
         stage.run([shoal.Run(0, 0, PROMPT[:56], want.NOTHING)])
         for first, last in ((56, 60), (60, 61), (61, 62), (62, 63)):
             (result,) = stage.run([shoal.Run(0, first, PROMPT[first:last], want.LOGITS)])

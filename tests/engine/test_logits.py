@@ -14,7 +14,7 @@ from shoal.engine.backends.numba_backend import NumbaExecutor
 from shoal.engine.backends.numpy_backend import NumpyExecutor, quantised
 from shoal.engine.batch import F32, Run, Sampling, Want
 from shoal.engine.shards import Model
-from shoal.engine.stage import Stage, StageOptions, link
+from shoal.engine.stage import Stage, StageOptions, bind
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
@@ -30,7 +30,7 @@ def chain(
     edges = [0, *cuts, len(model.program.units)]
     stages = [Stage(model, a, b, o) for a, b in pairwise(edges)]
     for stage in stages:
-        stage.open(0, Sampling(), len(tokens))
+        stage.open_sequence(0, Sampling(), len(tokens))
     out, at, i = [], 0, 0
     while at < len(tokens):
         part = tokens[at : at + sizes[min(i, len(sizes) - 1)]]
@@ -74,10 +74,10 @@ def test_quantised_backends_agree(tiny_quantised: Model, oracle: dict[str, np.nd
 
 @pytest.mark.parametrize("name", ["q.weight", "down.weight"])
 def test_numba_matmul_equals_numpys(tiny_quantised: Model, name: str) -> None:
-    linked = link(tiny_quantised, 0, len(tiny_quantised.program.units), StageOptions())
-    weight = linked.weights[2, name]
+    bound = bind(tiny_quantised, 0, len(tiny_quantised.program.units), StageOptions())
+    weight = bound.weights[2, name]
     x = quantised(np.random.default_rng(0).standard_normal((5, weight.cols)).astype(np.float32))
-    numpy, numba = NumpyExecutor(linked), NumbaExecutor(linked)
+    numpy, numba = NumpyExecutor(bound), NumbaExecutor(bound)
     expected = numpy.product(x, numpy.weights[2, name])
     np.testing.assert_allclose(numba.product(x, numba.weights[2, name]), expected, atol=1e-5)
     ids = np.array([0, 15, 16, 30], np.int32)
@@ -109,7 +109,7 @@ def test_rows_of_several_sequences_do_not_touch_each_other(tiny: Model) -> None:
     alone = [chain(tiny, [], prompt, [256], options("native")) for prompt in prompts]
     with Stage(tiny, 0, n, options("native", 2)) as stage:
         for s, prompt in enumerate(prompts):
-            stage.open(s, Sampling(), len(prompt))
+            stage.open_sequence(s, Sampling(), len(prompt))
         at = [0] * len(prompts)
         got: list[list[F32]] = [[] for _ in prompts]
         while any(at[s] < len(p) for s, p in enumerate(prompts)):
@@ -129,7 +129,7 @@ def test_rows_of_several_sequences_do_not_touch_each_other(tiny: Model) -> None:
 def test_going_back_gives_the_same_bits(tiny: Model) -> None:
     tokens = list(range(100))
     with Stage(tiny, 0, len(tiny.program.units), options("native")) as stage:
-        stage.open(0, Sampling(), 200)
+        stage.open_sequence(0, Sampling(), 200)
         stage.run([Run(0, 0, tokens, Want.NOTHING)])
         (first,) = stage.run([Run(0, 70, tokens[70:], Want.LOGITS)])
         stage.run([Run(0, 64, [9, 8, 7], Want.NOTHING)])

@@ -50,7 +50,7 @@ def stage_of(clock: Clock) -> Any:
         def __exit__(self, *_: object) -> None:
             pass
 
-        def open(self, sequence: int, sampling: Sampling, context: int) -> None:
+        def open_sequence(self, sequence: int, sampling: Sampling, context: int) -> None:
             assert 0 < context <= self.model.config.context
 
         def close_sequence(self, sequence: int) -> None:

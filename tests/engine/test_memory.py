@@ -39,12 +39,12 @@ def mapped(model: Model, weight: WeightData) -> bool:
 @pytest.mark.parametrize("resident", [True, False])
 def test_resident_or_mapped(tiny_int8: Model, resident: bool) -> None:
     n = len(tiny_int8.program.units)
-    linked = stage.link(tiny_int8, 0, n, StageOptions(resident=resident))
-    assert all(mapped(tiny_int8, w) is not resident for (u, _), w in linked.weights.items() if u >= 0)
+    bound = stage.bind(tiny_int8, 0, n, StageOptions(resident=resident))
+    assert all(mapped(tiny_int8, w) is not resident for (u, _), w in bound.weights.items() if u >= 0)
     logits = []
     for option in (resident, not resident):
         with Stage(tiny_int8, 0, n, StageOptions(resident=option)) as whole:
-            whole.open(0)
+            whole.open_sequence(0)
             logits.append(whole.run([Run(0, 0, [3, 1, 4, 1, 5], Want.LOGITS)])[0].logits)
     np.testing.assert_array_equal(logits[0], logits[1])
 
@@ -53,8 +53,8 @@ def test_copied_only_where_there_is_room(tiny_int8: Model, monkeypatch: pytest.M
     n = len(tiny_int8.program.units)
     for available, copied in ((100, False), (0, False), (1 << 40, True)):
         monkeypatch.setattr(memory, "ram", lambda a=available: (1 << 41, a))
-        linked = stage.link(tiny_int8, 0, n, StageOptions())
-        weight = next(w for (unit, _), w in linked.weights.items() if unit == 1)
+        bound = stage.bind(tiny_int8, 0, n, StageOptions())
+        weight = next(w for (unit, _), w in bound.weights.items() if unit == 1)
         assert mapped(tiny_int8, weight) is not copied
 
 
@@ -66,8 +66,8 @@ def test_a_tied_table_is_copied_once(tmp_path: Path) -> None:
     model = Model.open(tmp_path / "model")
     units = model.program.units
     (name,) = units[-1].tied
-    linked = stage.link(model, 0, len(units), StageOptions(resident=True))
-    assert np.shares_memory(linked.weights[0, name].data, linked.weights[len(units) - 1, name].data)
+    bound = stage.bind(model, 0, len(units), StageOptions(resident=True))
+    assert np.shares_memory(bound.weights[0, name].data, bound.weights[len(units) - 1, name].data)
 
 
 @pytest.mark.parametrize("pinned", [False, True])
@@ -131,7 +131,7 @@ def test_files_are_read_ahead_in_the_order_of_their_use(
 
     monkeypatch.setattr(Model, "_open", opening)
     n = tiny_int8.n_units
-    stage.link(tiny_int8, 1, n, StageOptions(resident=resident))
+    stage.bind(tiny_int8, 1, n, StageOptions(resident=resident))
     names = [unit_file(unit) for unit in range(1, n)]
     ahead = {name: before for name, before in opened if name in names}
     assert list(ahead) == names
@@ -163,7 +163,7 @@ def test_a_system_that_takes_no_advice(
 
     monkeypatch.setattr(os, "posix_fadvise", refuse)
     memory.fetch_ahead(tmp_path / "missing")
-    stage.link(tiny_int8, 0, tiny_int8.n_units, StageOptions(resident=None if resident else False))
+    stage.bind(tiny_int8, 0, tiny_int8.n_units, StageOptions(resident=None if resident else False))
     monkeypatch.delattr(os, "posix_fadvise")
-    linked = stage.link(tiny_int8, 0, tiny_int8.n_units, StageOptions(resident=resident))
-    assert linked.weights
+    bound = stage.bind(tiny_int8, 0, tiny_int8.n_units, StageOptions(resident=resident))
+    assert bound.weights

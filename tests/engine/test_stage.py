@@ -19,7 +19,7 @@ def stage(tiny_int8: Model) -> Stage:
 
 
 def test_runs_that_do_not_fit_are_refused_and_nothing_is_lost(stage: Stage) -> None:
-    stage.open(1, Sampling(), 40)
+    stage.open_sequence(1, Sampling(), 40)
     (before,) = stage.run([Run(1, 0, [5, 6, 7], Want.TOKEN)])
     hidden = np.zeros((1, 3), np.float32)
     for run, error in (
@@ -42,7 +42,7 @@ def test_runs_that_do_not_fit_are_refused_and_nothing_is_lost(stage: Stage) -> N
 
 def test_after_an_error_positions_of_the_batch_hold_nothing(tiny_int8: Model) -> None:
     with Stage(tiny_int8, 0, len(tiny_int8.program.units), StageOptions(max_wanted=4)) as stage:
-        stage.open(0, Sampling(), 110)
+        stage.open_sequence(0, Sampling(), 110)
         stage.run([Run(0, 0, [1] * 101, Want.NOTHING)])
         with pytest.raises(ValueError, match="logits of at most 4 rows"):
             stage.run([Run(0, 5, [2] * 40, Want.LOGITS)])
@@ -52,7 +52,7 @@ def test_after_an_error_positions_of_the_batch_hold_nothing(tiny_int8: Model) ->
 
 def test_a_middle_stage_needs_hidden_rows_of_its_width(tiny_int8: Model) -> None:
     with Stage(tiny_int8, 1, 3) as middle:
-        middle.open(0, Sampling(), 10)
+        middle.open_sequence(0, Sampling(), 10)
         for hidden in (None, np.zeros((2, 72), np.float32), np.zeros((1, 71), np.float32)):
             with pytest.raises(ValueError, match="hidden rows of shape"):
                 middle.run([Run(0, 0, [1], Want.NOTHING, hidden)])
@@ -66,14 +66,14 @@ def test_a_middle_stage_needs_hidden_rows_of_its_width(tiny_int8: Model) -> None
 def test_a_cap_on_keys_and_values_holds(tiny_int8: Model) -> None:
     page = 2 * PAGE * 2 * 16 * 2  # keys and values, positions, kv heads, head_dim, bytes
     with Stage(tiny_int8, 0, 5, StageOptions(kv_bytes=4 * page)) as stage:
-        stage.open(0, Sampling(), 2 * PAGE)
+        stage.open_sequence(0, Sampling(), 2 * PAGE)
         stage.run([Run(0, 0, [1] * PAGE, Want.NOTHING)])
         assert stage.kv_bytes == 3 * page
         with pytest.raises(ContextError, match="promise more RAM"):
             stage.run([Run(0, PAGE, [1], Want.TOKEN)])
         stage.close_sequence(0)
         assert stage.kv_bytes == 0
-        stage.open(1, Sampling(), 64)
+        stage.open_sequence(1, Sampling(), 64)
         (result,) = stage.run([Run(1, 0, [1] * 64, Want.TOKEN)])
         assert result.token is not None
 

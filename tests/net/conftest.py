@@ -48,7 +48,7 @@ class FakeStage:
         self.batches: list[list[tuple[int, int, int]]] = []
         self.closed = False
 
-    def open(self, sequence: int, sampling: Sampling, context: int) -> None:
+    def open_sequence(self, sequence: int, sampling: Sampling, context: int) -> None:
         assert not self.closed
         if sequence in self.sequences:
             raise ValueError(f"sequence {sequence} is open already")
@@ -101,7 +101,7 @@ def oracle(
 ) -> list[int]:  # fmt: skip
     """The answer that one process gives, one row at a time."""
     stage, known = FakeStage(0, UNITS), list(prompt)
-    stage.open(0, sampling or Sampling(), context)
+    stage.open_sequence(0, sampling or Sampling(), context)
     for position, token in enumerate(known):
         want = Want.TOKEN if position >= len(prompt) - 1 else Want.NOTHING
         (result,) = stage.run([Run(0, position, [token], want)])

@@ -39,7 +39,7 @@ class Stage:
         self.time, self.seconds, self.waits = time, seconds, waits
         self.asked: list[str] = []
 
-    def open(self, sequence: int, sampling: Sampling, context: int) -> None:
+    def open_sequence(self, sequence: int, sampling: Sampling, context: int) -> None:
         self.asked.append(f"open {sequence} {context}")
 
     def run(self, batch: Sequence[Run]) -> list[Result]:
@@ -153,7 +153,7 @@ def test_all_else_is_the_stages_own() -> None:
     time = Time()
     inner = Stage(time, 0.002)
     stage = SlowStage(inner, Slowness(2.0), time.clock())
-    stage.open(3, Sampling(), 99)
+    stage.open_sequence(3, Sampling(), 99)
     stage.close_sequence(3)
     stage.close()
     assert inner.asked == ["open 3 99", "close 3", "close"]
@@ -169,7 +169,7 @@ def test_what_is_measured_is_the_device_that_is_played() -> None:
 
 def test_the_real_clock_sleeps_in_this_thread(lab: ModuleType) -> None:
     stage = SlowStage(lab.FakeStage(0, lab.UNITS), Slowness(3.0))
-    stage.open(1, Sampling(), 9)
+    stage.open_sequence(1, Sampling(), 9)
     (result,) = stage.run([Run(1, 0, (4,), Want.TOKEN)])
     assert result.token == lab.oracle([4], 1)[0]
 

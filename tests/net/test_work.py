@@ -74,7 +74,7 @@ def test_an_engine_error_keeps_its_code(lab: ModuleType) -> None:
 class NotFinite:
     """A stage that meets NaN."""
 
-    def open(self, sequence: int, sampling: Sampling, context: int) -> None:
+    def open_sequence(self, sequence: int, sampling: Sampling, context: int) -> None:
         pass
 
     def run(self, batch: Sequence[Run]) -> list[StageResult]:

@@ -9,8 +9,10 @@ from .. import __version__
 from .bench import bench
 from .models import convert, inspect, ls, pull, verify
 from .node import demo, node
+from .parser import Parser
 from .plan import plan, profile
 from .run import run
+from .shared import add_traceback
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -21,10 +23,8 @@ def build_parser() -> argparse.ArgumentParser:
         "`shoal COMMAND --help` explains each command.",
     )
     parser.add_argument("--version", action="version", version=f"shoal {__version__}")
-    parser.add_argument(
-        "--traceback", action="store_true", help="on an error show where in the code it arose"
-    )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    add_traceback(parser, default=False, text="on an error show where in the code it arose")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", parser_class=Parser)
     for add in (pull, ls, convert, verify, inspect, run, plan, profile, bench, node, demo):
         add(commands)
     return parser

@@ -4,8 +4,9 @@ import argparse
 from typing import TypeAlias
 
 from .kinds import addresses, positive
+from .parser import Parser
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 DTYPES = ("int8", "int4", "f32")
 BACKENDS = ("auto", "native", "numba", "numpy")
@@ -13,9 +14,16 @@ ISAS = ("auto", "scalar", "avx2", "avxvnni", "avx512", "neon", "neon_dot", "neon
 
 
 def command(commands: Commands, name: str, summary: str, more: str = "") -> argparse.ArgumentParser:
-    return commands.add_parser(
+    parser = commands.add_parser(
         name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.{' ' if more else ''}{more}"
     )
+    add_traceback(parser, default=argparse.SUPPRESS, text=argparse.SUPPRESS)
+    return parser
+
+
+def add_traceback(parser: argparse.ArgumentParser, *, default: object, text: str) -> None:
+    """Adds the option that `shoal` itself and each command have."""
+    parser.add_argument("--traceback", action="store_true", default=default, help=text)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

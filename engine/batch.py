@@ -80,3 +80,9 @@ class Result:
     hidden: F32 | None = None
     token: int | None = None
     logits: F32 | None = None
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """The number of token ids, counted from the first, that two sequences share."""
+    shorter = min(len(a), len(b))
+    return next((i for i in range(shorter) if a[i] != b[i]), shorter)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Generator, Iterator, Sequence
+from types import TracebackType
+from typing import Self
 
-from .batch import Run, Sampling, Want
+from .batch import Run, Sampling, Want, common_prefix
 from .errors import ContextError, UnsupportedModelError
 from .stage import Stage
 from .tokenizer import Detokenizer, StopBuffer, Tokenizer
@@ -35,6 +37,66 @@ def prompt_runs(sequence: int, first: int, tokens: Sequence[int], chunk: int) ->
         yield Run(sequence, first + at, part, want)
 
 
+class Session:
+    """A sequence of a stage that stays open from answer to answer; the stage holds all units of the model.
+
+        with Session(stage, sampling) as session:
+            for token in session.answer(prompt, max_tokens=64):
+                ...
+
+    Each answer computes what its prompt does not share with the prompt and answer before, and gives the
+    tokens that the whole prompt would give. An answer may be left in the middle, by closing its generator.
+    """
+
+    def __init__(
+        self, stage: Stage, sampling: Sampling = Sampling(), *, context: int | None = None, sequence: int = 0
+    ) -> None:
+        """Opens the sequence. ValueError: its number is taken; ContextError: the context is too long."""
+        self.stage, self.sequence = stage, sequence
+        self.context = stage.model.config.context if context is None else context
+        self._held: list[int] = []
+        """Token ids whose keys and values the stage has."""
+        stage.open_sequence(sequence, sampling, self.context)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees the sequence's pages."""
+        self.stage.close_sequence(self.sequence)
+
+    def answer(
+        self, prompt: Sequence[int], *, max_tokens: int = 256, end: Collection[int] = ()
+    ) -> Generator[int, None, None]:
+        """Token ids that follow `prompt`, one at a time; ends as `generate` does. ContextError: the prompt
+        does not fit."""
+        check_prompt(prompt, self.context)
+        first = min(common_prefix(self._held, prompt), len(prompt) - 1)
+        runs = prompt_runs(self.sequence, first, prompt[first:], self.stage.options.max_rows)
+        position = len(prompt)
+        for _ in range(max_tokens):
+            for run in runs:
+                token = self._run(run)
+            if token is None or token in end:
+                return
+            yield token
+            if position == self.context:
+                return
+            runs = iter([Run(self.sequence, position, [token], Want.TOKEN)])
+            position += 1
+
+    def _run(self, run: Run) -> int | None:
+        del self._held[run.first :]  # first: an error, or Ctrl-C, may leave nothing behind that position
+        (result,) = self.stage.run([run])
+        self._held += run.tokens
+        return result.token
+
+
 def generate(
     stage: Stage,
     prompt: Sequence[int],
@@ -49,25 +111,8 @@ def generate(
 
     Stops after `max_tokens`, at the context's end, or before a token of `end`. ContextError: the prompt does
     not fit."""
-    context = stage.model.config.context if context is None else context
-    check_prompt(prompt, context)
-    stage.open_sequence(sequence, sampling, context)
-    try:
-        runs = prompt_runs(sequence, 0, prompt, stage.options.max_rows)
-        position = len(prompt)
-        for _ in range(max_tokens):
-            for run in runs:
-                (result,) = stage.run([run])
-            token = result.token
-            if token is None or token in end:
-                return
-            yield token
-            if position == context:
-                return
-            runs = iter([Run(sequence, position, [token], Want.TOKEN)])
-            position += 1
-    finally:
-        stage.close_sequence(sequence)
+    with Session(stage, sampling, context=context, sequence=sequence) as session:
+        yield from session.answer(prompt, max_tokens=max_tokens, end=end)
 
 
 class TextStream:

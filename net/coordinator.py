@@ -43,7 +43,7 @@ from .messages import (
 from .pace import HeadPace
 from .placement import HEAD, NodeInfo, Placement, Plan, StageReport, fit_chunk
 from .probe import measure_peer
-from .session import Chain, Session
+from .session import Answer, Chain, Places, Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ class Head:
         self._events, self._inbound = trio.open_memory_channel[Event](64)
         self._chain: Chain | None = None
         self._changed = trio.Event()
-        self._places = trio.CapacityLimiter(options.max_sessions)
+        self._places = Places(options.max_sessions)
         self._numbers = count()
         self._tasks: trio.Nursery
 
@@ -159,6 +159,13 @@ class Head:
         """How often a lost node made a new chain necessary."""
         return self._state.epoch.counter - 1
 
+    def session(self, sampling: Sampling | None = None, *, context: int | None = None) -> Session:
+        """A sequence of at most `context` tokens (default: the model's) for one answer after another, each of
+        which computes only what is new in its prompt."""
+        most = self.shape.context if context is None else min(context, self.shape.context)
+        generation = Generation(0, sampling or Sampling(), most, self.shape.vocab)
+        return Session(self, generation, self._places, self._numbers)
+
     def generate(
         self,
         prompt: Sequence[int],
@@ -167,21 +174,11 @@ class Head:
         max_tokens: int,
         end: Collection[int] = (),
         context: int | None = None,
-    ) -> Session:
+    ) -> Answer:
         """The answer to a prompt of token ids, as engine.generate gives it: at most `max_tokens`, to the
-        context's end, or before a token of `end`.
-
-        ContextError: the prompt does not fit. ValueError: a token id that the vocabulary does not have."""
-        generation = Generation(
-            session=next(self._numbers),
-            prompt=prompt,
-            sampling=Sampling() if sampling is None else sampling,
-            max_tokens=max_tokens,
-            end=end,
-            context=self.shape.context if context is None else min(context, self.shape.context),
-            vocab=self.shape.vocab,
-        )
-        return Session(self, generation, self._places)
+        context's end, or before a token of `end`. Errors as for Session.answer."""
+        session = self.session(sampling, context=context)
+        return session.answer(prompt, max_tokens=max_tokens, end=end, keep=False)
 
     async def stats(self) -> tuple[StageReport, ...]:
         """What each stage of the chain has done under this epoch. NodeLostError: a node was lost over it."""

@@ -1,8 +1,9 @@
-"""One answer in the making, as the head sees it: pure bookkeeping of what was sent, and what came back.
+"""One session as the head sees it: pure bookkeeping of what was sent to the chain, and what came back.
 
-The head keeps the token ids. So when an epoch ends under an answer, recovery is no path of its own: under the
-next epoch everything known is sent again as a prompt, and the answer goes on with the same token, since a
-draw depends on history, parameters and position alone.
+A session gives one answer after another. The head keeps the token ids, so it knows what the chain holds:
+the next prompt is sent from where it parts from that. Recovery is no path of its own: under a new epoch the
+chain holds nothing, everything known is sent again as a prompt, and the answer goes on with the same token,
+since a draw depends on history, parameters and position alone.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from ..engine.batch import Sampling, Want
+from ..engine.batch import Sampling, Want, common_prefix
 from ..engine.errors import ContextError
 from .errors import RemoteProtocolError
 from .messages import Close, Epoch, Open, Result, Step
@@ -28,49 +29,69 @@ class Flow:
 
 @dataclass(slots=True)
 class Generation:
-    """State of one session. The answer ends after `max_tokens`, where the context ends, or before a token of
-    `end`; exactly as engine.generate does in one process.
-
-    ContextError: an empty prompt, or one that leaves no position for an answer."""
+    """State of one session. `ask` begins an answer, which ends after `max_tokens`, where the context ends, or
+    before a token of `end`; exactly as engine.generate does in one process."""
 
     session: int
-    prompt: Sequence[int]
     sampling: Sampling
-    max_tokens: int
-    end: Collection[int]
     context: int
     vocab: int
-    known: list[int] = field(init=False)
+    known: list[int] = field(init=False, default_factory=list)
     """Token ids by position: the prompt, then the answer so far."""
-    finished: bool = field(init=False)
+    finished: bool = field(init=False, default=True)
+    _last: int = field(init=False, default=0)
+    """Length of `known` with which the answer is complete."""
+    _end: Collection[int] = field(init=False, default=())
     _flow: Flow | None = field(init=False, default=None)
+    _carried: bool = field(init=False, default=False)
     _sent: int = field(init=False, default=0)
+    """The chain holds, or will hold once it has done all Steps in flight, known[:_sent]."""
     _in_flight: deque[Step] = field(init=False, default_factory=deque)
+    _old: int = field(init=False, default=0)
+    """Steps in flight, the first ones, that belong to an answer that was left."""
 
-    def __post_init__(self) -> None:
-        if not 0 < len(self.prompt) < self.context:
+    def check(self, prompt: Sequence[int]) -> None:
+        """ContextError: an empty prompt, or one that leaves no position for an answer. ValueError: a token id
+        that the vocabulary does not have."""
+        if not 0 < len(prompt) < self.context:
             raise ContextError(
-                f"the prompt has {len(self.prompt)} tokens and the context holds {self.context}, the answer "
+                f"the prompt has {len(prompt)} tokens and the context holds {self.context}, the answer "
                 "included: a prompt has at least one token, and leaves room for one"
             )
-        for token in self.prompt:
+        for token in prompt:
             if not 0 <= token < self.vocab:
                 raise ValueError(f"the prompt holds the token id {token}, which is not in [0, {self.vocab})")
-        self.known = list(self.prompt)
-        self.finished = self.max_tokens <= 0
+
+    def ask(self, prompt: Sequence[int], max_tokens: int, end: Collection[int] = ()) -> None:
+        """Begins an answer. What `prompt` shares with the tokens that the chain holds is not sent again, but
+        for its last token, whose row draws. Errors as for `check`."""
+        self.check(prompt)
+        self._old = len(self._in_flight)
+        self._sent = min(common_prefix(self.known[: self._sent], prompt), len(prompt) - 1)
+        self._carried = self._flow is not None
+        self.known, self._end = list(prompt), end
+        self._last = min(len(prompt) + max_tokens, self.context + 1)
+        self.finished = max_tokens <= 0
 
     def start(self, flow: Flow) -> Open:
         """Begins, or begins again, under an epoch: nothing counts as sent."""
-        self._flow, self._sent = flow, 0
-        self._in_flight.clear()
+        self._forget()
+        self._flow = flow
         return Open(self.session, flow.epoch, self.sampling, self.context)
+
+    @property
+    def carried(self) -> bool:
+        """The answer builds on what earlier answers left in the chain."""
+        return self._carried
 
     def due(self) -> list[Step]:
         """Steps to send now, within the window. The one that reaches the end of what is known wants a
         token."""
+        steps: list[Step] = []
+        if self.finished:
+            return steps
         assert self._flow is not None
-        steps = []
-        while not self.finished and self._sent < len(self.known) and len(self._in_flight) < self._flow.window:
+        while self._sent < len(self.known) and len(self._in_flight) < self._flow.window:
             tokens = tuple(self.known[self._sent : self._sent + self._flow.chunk_rows])
             last = self._sent + len(tokens) == len(self.known)
             step = Step(
@@ -82,8 +103,8 @@ class Generation:
         return steps
 
     def take(self, result: Result) -> int | None:
-        """Counts an answer; returns the token it adds to the answer, if any. RemoteProtocolError: not the
-        answer that was due."""
+        """Counts what came back for a Step; returns the token it adds to the answer, if any.
+        RemoteProtocolError: not what was due."""
         step = self._in_flight.popleft() if self._in_flight else None
         wanted = step is not None and step.want is Want.TOKEN
         if step is None or (result.first, result.rows, result.token is not None) != (
@@ -92,23 +113,33 @@ class Generation:
             raise RemoteProtocolError(
                 f"the last node answered {result.rows} rows from position {result.first}, which were not due"
             )
-        if result.token is None:
-            return None
-        if result.token >= self.vocab:
+        if result.token is not None and result.token >= self.vocab:
             raise RemoteProtocolError(f"the last node drew token {result.token} of {self.vocab}")
-        return self._append(result.token)
+        if self._old:
+            self._old -= 1
+            return None
+        return None if result.token is None else self._append(result.token)
+
+    def leave(self) -> Close | None:
+        """Forgets what the chain holds, and returns what frees it there under the session's epoch; None if
+        the session never began."""
+        flow = self._flow
+        self._forget()
+        return None if flow is None else Close(self.session, flow.epoch)
 
     def close(self) -> Close | None:
-        """What ends the session under its epoch; None if it never began."""
+        """Ends the answer and leaves the chain, see `leave`."""
         self.finished = True
-        return None if self._flow is None else Close(self.session, self._flow.epoch)
+        return self.leave()
+
+    def _forget(self) -> None:
+        self._flow, self._sent, self._old, self._carried = None, 0, 0, False
+        self._in_flight.clear()
 
     def _append(self, token: int) -> int | None:
-        if token in self.end:
+        if token in self._end:
             self.finished = True
             return None
-        position = len(self.known)
         self.known.append(token)
-        answered = len(self.known) - len(self.prompt)
-        self.finished = answered >= self.max_tokens or position >= self.context
+        self.finished = len(self.known) >= self._last
         return token

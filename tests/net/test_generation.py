@@ -16,7 +16,9 @@ FIRST, SECOND = Flow(Epoch(9, 1), 4, 3), Flow(Epoch(9, 2), 8, 2)
 def generation(
     prompt: int = 10, max_tokens: int = 5, end: tuple[int, ...] = (), context: int = 50
 ) -> Generation:
-    return Generation(3, list(range(prompt)), Sampling(seed=1), max_tokens, end, context, 100)
+    g = Generation(3, Sampling(seed=1), context, 100)
+    g.ask(list(range(prompt)), max_tokens, end)
+    return g
 
 
 def spans(steps: list[Step]) -> list[tuple[int, int, bool]]:
@@ -129,4 +131,94 @@ def test_a_prompt_that_leaves_no_room_is_refused(prompt: int, context: int) -> N
 
 def test_a_prompt_with_a_foreign_token_is_refused() -> None:
     with pytest.raises(ValueError, match="token id 100"):
-        Generation(1, [1, 100], Sampling(), 5, (), 50, 100)
+        Generation(1, Sampling(), 50, 100).ask([1, 100], 5)
+
+
+def sent(steps: list[Step]) -> list[tuple[int, tuple[int, ...]]]:
+    return [(step.first, step.tokens) for step in steps]
+
+
+def test_the_next_prompt_is_sent_from_where_it_parts_from_what_the_chain_holds() -> None:
+    g = generation(6, max_tokens=3)
+    g.start(FIRST)
+    assert drive(g, [50, 51, 52]) == [50, 51, 52]
+    # The chain has the prompt and all of the answer but its last token, which was never sent.
+    g.ask([*range(6), 50, 51, 52, 9, 8], 2)
+    assert sent(g.due()) == [(8, (52, 9, 8))]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "first"),
+    [
+        ([0, 1, 2, 7, 8, 9, 10], 3),  # another question in its place
+        ([0, 1, 2], 2),  # shorter: the last row draws, so it is computed again
+        ([0, 1, 2, 3, 4, 5], 5),  # the same
+        ([0, 1, 2, 3, 4, 5, 50, 51, 52], 8),
+        ([0, 1, 2, 3, 4, 5, 50, 51], 7),
+        ([0], 0),
+        ([9], 0),
+    ],
+)
+def test_how_much_of_a_prompt_is_new(prompt: list[int], first: int) -> None:
+    g = generation(6, max_tokens=3)
+    g.start(FIRST)
+    drive(g, [50, 51, 52])
+    g.ask(prompt, 5)
+    assert g.carried
+    steps = g.due()
+    assert [t for step in steps for t in step.tokens] == prompt[first:]
+    assert steps[0].first == first and steps[-1].want is Want.TOKEN
+
+
+def test_a_token_that_ended_the_answer_is_no_part_of_what_the_chain_holds() -> None:
+    g = generation(4, max_tokens=5, end=(60,))
+    g.start(FIRST)
+    assert drive(g, [50, 60]) == [50]
+    g.ask([0, 1, 2, 3, 50, 60, 9], 5)
+    assert sent(g.due()) == [(5, (60, 9))]
+
+
+def test_answers_to_steps_of_an_answer_that_was_left_are_passed_over() -> None:
+    g = generation(10, max_tokens=5)
+    g.start(FIRST)
+    left = g.due()  # all three are in flight when the answer is left
+    g.ask([*range(8), 70, 71], 5)
+    assert g.due() == []  # the window is full of old Steps
+    assert [g.take(answer(step, 66 if step.want is Want.TOKEN else None)) for step in left] == [None] * 3
+    (step,) = g.due()
+    assert (step.first, step.tokens, step.want) == (8, (70, 71), Want.TOKEN)
+    assert g.take(answer(step, 5)) == 5
+    assert g.known == [*range(8), 70, 71, 5]
+
+
+def test_a_new_epoch_between_answers_sends_everything_again() -> None:
+    g = generation(5, max_tokens=2)
+    g.start(FIRST)
+    drive(g, [50, 51])
+    g.ask([*range(5), 50, 51, 7], 2)
+    assert g.start(SECOND).epoch == SECOND.epoch
+    assert not g.carried
+    assert sent(g.due()) == [(0, (0, 1, 2, 3, 4, 50, 51, 7))]
+
+
+def test_a_session_that_left_the_chain_begins_with_nothing_there() -> None:
+    g = generation(5, max_tokens=2)
+    g.start(FIRST)
+    drive(g, [50, 51])
+    assert g.leave() == Close(3, FIRST.epoch)
+    assert g.leave() is None
+    g.ask([*range(5), 50], 2)
+    assert not g.carried
+    g.session = 4
+    assert g.start(FIRST).session == 4
+    assert sent(g.due()) == [(0, (0, 1, 2, 3)), (4, (4, 50))]
+
+
+def test_a_prompt_that_does_not_fit_leaves_the_session_as_it_was() -> None:
+    g = generation(5, max_tokens=2)
+    g.start(FIRST)
+    drive(g, [50, 51])
+    with pytest.raises(ContextError):
+        g.ask([1] * 50, 2)
+    g.ask([*range(5), 50, 9], 2)
+    assert sent(g.due()) == [(6, (9,))]

@@ -1,7 +1,7 @@
-/* Cosines and sines of rotary positions, in f64 and by our own code: libraries differ in the last bits. */
+/* Cosines and sines of rotary positions, computed in f64 by our own code, since C libraries differ in the last bits. */
 #include "common.h"
 
-/* pi / 2 in four parts of 22 bits: their products with a whole number below 2^31 are exact. */
+/* pi / 2 in four parts of 22 bits: their products with an integer below 2^31 are exact. */
 static const double PART[4] = {0x1.921fbp+0, 0x1.5110bp-22, 0x1.184698p-44, 0x1.3198ap-69};
 
 static double polynomial(const double *c, int32_t n, double z) {
@@ -10,7 +10,7 @@ static double polynomial(const double *c, int32_t n, double z) {
   return p;
 }
 
-/* Taylor series: on [-pi / 4, pi / 4] the first term left out is below 2^-57. */
+/* Taylor series: on [-pi / 4, pi / 4] the first omitted term is below 2^-57. */
 static double sine(double r) {
   static const double C[] = {-1.0 / 6,        1.0 / 120,        -1.0 / 5040,         1.0 / 362880,
                              -1.0 / 39916800, 1.0 / 6227020800, -1.0 / 1307674368000};

@@ -23,8 +23,9 @@
 
 enum { LINE = 64, AHEAD = 4096 };
 
-/* `halves` of a panel's 16 outputs, from its first or second 8 on, for up to 4 rows. abs(x) is the unsigned operand of
- * maddubs and w takes x's sign: with both in [-127, 127] a pair sums to at most 32258, which 16 bits hold. */
+/* Products of up to 4 rows with 8 * `halves` outputs of a panel, starting with its first or its second 8. abs(x) is the
+ * unsigned operand of maddubs and w takes the sign of x: with both in [-127, 127] a pair sums to at most 32258, which fits in
+ * 16 bits. */
 SHOAL_INLINE void half_dots(const int8_t *w, const uint16_t *scales, const shoal_q8_row *x, const int32_t rows,
                             const int32_t halves, __m256 *sum) {
   const int32_t groups = x[0].groups;
@@ -67,7 +68,7 @@ SHOAL_INLINE void half_dots(const int8_t *w, const uint16_t *scales, const shoal
 SHOAL_INLINE void q8_dots(const int8_t *w, const uint16_t *scales, const shoal_q8_row *x, const int32_t rows,
                           const int32_t panels, v16 *sums) {
   (void)panels;
-  if (rows <= 2) { /* whole lines, as they come from memory */
+  if (rows <= 2) { /* whole lines, in the order of memory */
     __m256 sum[4];
     half_dots(w, scales, x, rows, 2, sum);
     UNROLL(2)
@@ -75,7 +76,7 @@ SHOAL_INLINE void q8_dots(const int8_t *w, const uint16_t *scales, const shoal_q
     return;
   }
   UNROLL(2)
-  for (int32_t r = 0; r < rows; r += 4) { /* 16 registers hold 4 rows of 8 outputs; lines come twice, then from L1 */
+  for (int32_t r = 0; r < rows; r += 4) { /* 16 registers hold 4 rows of 8 outputs; the second half reads its lines from L1 */
     const int32_t n = rows - r < 4 ? rows - r : 4;
     __m256 low[4], high[4];
     half_dots(w, scales, x + r, n, 1, low);
@@ -91,8 +92,8 @@ SHOAL_INLINE __m256i quad(const int8_t *x) {
   return _mm256_set1_epi32(four);
 }
 
-/* The same of int4. Nibbles are unsigned: eight pairs sum to at most 30480, which 16 bits hold, so that 32-bit sums are
- * made once a group. A sixteenth of the bias takes the 8 of each nibble out, unless a min stands for it. */
+/* half_dots for int4. Nibbles are unsigned: eight pairs sum to at most 30480, which fits in 16 bits, so sums are widened to
+ * 32 bits once per group. A sixteenth of the bias subtracts the offset of 8, unless the group has a minimum. */
 SHOAL_INLINE void half_dots_q4(const uint8_t *w, const uint16_t *scales, const uint16_t *mins, const shoal_q8_row *x,
                                const int32_t rows, const int32_t halves, __m256 *sum) {
   const int32_t groups = x[0].groups, lines = SHOAL_GROUP / SHOAL_QUAD / 2;
@@ -146,7 +147,7 @@ SHOAL_INLINE void half_dots_q4(const uint8_t *w, const uint16_t *scales, const u
 
 SHOAL_INLINE void rows_q4(const uint8_t *w, const uint16_t *scales, const uint16_t *mins, const shoal_q8_row *x,
                           const int32_t rows, v16 *sums) {
-  if (rows <= 2) { /* whole lines, as they come from memory */
+  if (rows <= 2) { /* whole lines, in the order of memory */
     __m256 sum[4];
     half_dots_q4(w, scales, mins, x, rows, 2, sum);
     UNROLL(2)

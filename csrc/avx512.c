@@ -85,11 +85,11 @@ SHOAL_INLINE float v_largest(v16 a) {
 #define F32_TILE 4
 #define UNROLL SHOAL_UNROLL
 
-/* Prefetching. Up to two rows go as fast as memory: int8 by what the CPU fetches of its own accord (on Zen 4 lines fetched
- * to L1 slow it by a fifth, on Zen 5 a model's small matrices gain 3 % and large ones nothing); int4, whose loop looks less
- * far ahead, wants lines in L1 in time. Of short panels (fewer groups than LONG) more: on Zen 5 SmolLM2, most of whose
- * panels are 4.6 KiB, is a tenth quicker with 6 KiB than with 4, and 3 % more with 8; panels of 16 KiB are quickest with 4. More rows are half
- * arithmetic: their lines go to L2 long before, and to L1 shortly before. */
+/* Software prefetch distances in bytes. One or two rows are limited by memory. int8 then relies on the hardware prefetcher:
+ * software prefetch to L1 costs a fifth on Zen 4, and on Zen 5 gains 3 % for small matrices and nothing for large ones. int4,
+ * whose loop reads half as many bytes ahead, needs its lines in L1 in time, and further ahead in short panels (fewer groups
+ * than LONG): on Zen 5, SmolLM2 with panels of 4.6 KiB is a tenth faster with 6 KiB than with 4, and 3 % more with 8; panels
+ * of 16 KiB are fastest with 4. More rows are half arithmetic: their lines go to L2 early and to L1 shortly before use. */
 enum {
   LINE = 64,
   LONG = 64,
@@ -106,7 +106,7 @@ SHOAL_INLINE __m512i dot(__m512i sum, __m512i w, __m512i x) {
   return sum;
 }
 
-/* The same with x broadcast from memory on the way: for a quad that one panel alone uses. */
+/* A dot product with x broadcast from memory within the instruction: for a quad that a single panel uses. */
 SHOAL_INLINE __m512i dot_quad(__m512i sum, __m512i w, const int8_t *x) {
   __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*(const int32_t(*)[1])(const void *)x));
   return sum;
@@ -118,12 +118,12 @@ SHOAL_INLINE __m512i quad(const int8_t *x) {
   return _mm512_set1_epi32(four);
 }
 
-/* Sums of all rows and panels, with two chains each where there are few. */
+/* Sums of all rows and panels, in two dependency chains each where there are few rows. */
 typedef struct {
   __m512i even[Q8_ROWS * Q8_PANELS], odd[Q8_ROWS * Q8_PANELS];
 } chains;
 
-/* Quad `k` of the group at x + at times line w[p] of each panel; the weights are unsigned by now. */
+/* Adds the products of quad `k` of the group at x + at with line w[p] of each panel; the weights are unsigned here. */
 SHOAL_INLINE void dot_lines(chains *c, const __m512i *w, const shoal_q8_row *x, size_t at, const int32_t k,
                             const int32_t rows, const int32_t panels) {
   UNROLL(8)
@@ -158,8 +158,9 @@ SHOAL_INLINE void prefetch(const int32_t type, const uint8_t *line, const int32_
   _mm_prefetch((const char *)line + L1_AHEAD, _MM_HINT_T0);
 }
 
-/* int8: the unsigned operand of the product is w + 128, which the bias, -128 times the sum of x, takes out again.
- * int4: it is the nibble, and a sixteenth of the bias takes the 8 out, unless a min stands for it. */
+/* Products of `rows` rows with `panels` panels. int8: the unsigned operand is w + 128, and the bias, -128 times the sum of x,
+ * subtracts the excess. int4: the unsigned operand is the nibble; a sixteenth of the bias subtracts the offset of 8, unless
+ * the group has a minimum. */
 SHOAL_INLINE void panel_dots(const int32_t type, const uint8_t *w, const uint16_t *scales, const uint16_t *mins,
                              const shoal_q8_row *x, const int32_t rows, const int32_t panels, v16 *sums) {
   const int32_t groups = x[0].groups, lines = type == SHOAL_Q8 ? 8 : 4;

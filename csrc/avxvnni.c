@@ -23,9 +23,9 @@
 
 enum { LINE = 64, AHEAD = 4096 };
 
-/* sum + the products of w's unsigned with x's signed quads. Named outright: the same name without {vex} may become
- * AVX-512's instruction, and compilers know the intrinsic since gcc 11 and clang 12 only. The tests put another
- * definition in its place, to run this file on CPUs that have not the instruction. */
+/* sum + the products of w's unsigned with x's signed quads. Written as assembly, because the mnemonic without {vex} may
+ * assemble to AVX-512's instruction and compilers have the intrinsic only since gcc 11 and clang 12. The tests replace this
+ * definition to run the file on CPUs without the instruction. */
 #ifndef DPBUSD
 #define DPBUSD(sum, w, x) __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(w), "x"(x))
 #endif
@@ -36,16 +36,17 @@ SHOAL_INLINE __m256i quad(const int8_t *x) {
   return _mm256_set1_epi32(four);
 }
 
-/* 32 bytes of a line as they are, or the numbers in their lower and in their upper halves. */
+/* 32 bytes of a line of int8 weights, made unsigned; or of int4 weights the low and the high nibbles. */
 SHOAL_INLINE void numbers(const int32_t type, const uint8_t *w, __m256i *first, __m256i *second) {
   const __m256i both = _mm256_loadu_si256((const __m256i *)w), low = _mm256_set1_epi8(15);
   *first = type == SHOAL_Q8 ? _mm256_xor_si256(both, _mm256_set1_epi8((char)0x80)) : _mm256_and_si256(both, low);
   if (type != SHOAL_Q8) *second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
 }
 
-/* int8: the unsigned operand is w + 128; the bias, -128 times the sum of x, takes that out again. int4: it is the
- * nibble, and a sixteenth of the bias takes the 8 out, unless a min stands for it. The lines of one row's group go to
- * two sums in turn, as one row has too few to keep two multipliers busy. */
+/* Products of up to 4 rows with a panel. int8: the unsigned operand is w + 128, and the bias, -128 times the sum of x,
+ * subtracts the excess. int4: the unsigned operand is the nibble; a sixteenth of the bias subtracts the offset of 8, unless
+ * the group has a minimum. With a single row, lines alternate between two sums, since one chain cannot keep two multipliers
+ * busy. */
 SHOAL_INLINE void panel_dots(const int32_t type, const uint8_t *w, const uint16_t *scales, const uint16_t *mins,
                              const shoal_q8_row *x, const int32_t rows, v16 *sums) {
   const int32_t groups = x[0].groups, chains = rows == 1 ? 2 : 1;

@@ -1,4 +1,4 @@
-/* The one file that asks the CPU what it can do. */
+/* CPU detection: the only file that asks the CPU for its instruction sets. */
 #define _GNU_SOURCE
 #include "common.h"
 
@@ -20,7 +20,7 @@ static int32_t always(void) { return 1; }
 enum { LEAF1_FMA = 1 << 12, LEAF1_OSXSAVE = 1 << 27, LEAF1_F16C = 1 << 29, LEAF7_AVX2 = 1 << 5 };
 enum { XCR0_YMM = 0x6, XCR0_ZMM = 0xe6 };
 
-/* Whether leaf 7 has all of ebx and ecx, and the system saves the registers of `saved`. */
+/* Whether CPUID leaf 7 has all bits of ebx and ecx, and the operating system saves the registers in `saved`. */
 static int32_t has(uint32_t ebx, uint32_t ecx, uint32_t saved) {
   uint32_t a, b, c, d, low, high;
   const uint32_t leaf1 = LEAF1_FMA | LEAF1_OSXSAVE | LEAF1_F16C;
@@ -57,7 +57,7 @@ static int32_t has_neon_dot(void) { return (getauxval(AT_HWCAP) & HWCAP_SDOT) !=
 static int32_t has_neon_i8mm(void) { return has_neon_dot() && (getauxval(AT_HWCAP2) & HWCAP2_SMMLA) != 0; }
 #elif defined(__aarch64__)
 static int32_t never(void) { return 0; }
-#define has_neon_dot never /* only Linux is asked */
+#define has_neon_dot never /* detected on Linux only */
 #define has_neon_i8mm never
 #else
 #define has_neon_dot always
@@ -76,7 +76,7 @@ static int32_t never(void) { return 0; }
 #define SET_ARM_EXTENSION(kernels) NULL
 #endif
 
-/* By enum shoal_isa; among those that a CPU has, a later one is the quicker. */
+/* Indexed by enum shoal_isa; of the sets that a CPU supports, the last one is the fastest. */
 static const isa_row SETS[] = {
     [SHOAL_ISA_AUTO] = {"auto", NULL, always},
     [SHOAL_ISA_SCALAR] = {"scalar", &shoal_kernels_scalar, always},

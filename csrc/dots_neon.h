@@ -1,30 +1,30 @@
-/* Products of a panel by SDOT, for the sets that have it. Included below a target pragma and lanes_neon.h.
+/* Products with a panel by SDOT, for the kernel sets that have it. Included after a target pragma and lanes_neon.h.
  *
- * A line of weights is four registers of 4 outputs; one lane of 16 inputs is the quad that a line is multiplied with.
- * These loops wait for the vector units, so whatever else can do a thing does it:
- * - Converting an integer costs two of their turns. Sums therefore start from the bits of 1.5 * 2^23: such a sum, read as
- *   a float, is that number plus the dot product, exactly.
- * - Starts are loaded anew for each group, where the compiler would rather copy a register.
- * - int4 is multiplied as 0 to 15; the 8 that is too much comes off with the start. */
+ * A line of weights is four registers of 4 outputs; one lane of 16 inputs is the quad that a line is multiplied with. The
+ * vector units are the bottleneck of these loops, so work is moved elsewhere:
+ * - Converting an integer to float takes two vector instructions. So sums start from the bits of 1.5 * 2^23: such a sum, read
+ *   as a float, is that number plus the dot product, exactly.
+ * - The starting values are loaded for each group, where the compiler would copy a vector register.
+ * - int4 weights are multiplied as 0 to 15; the offset of 8 is subtracted together with the starting value. */
 
 #define START_BITS 0x4b400000
 #define FOUR_STARTS START_BITS, START_BITS, START_BITS, START_BITS
 static const int32_t START[32] = {FOUR_STARTS, FOUR_STARTS, FOUR_STARTS, FOUR_STARTS,
                                   FOUR_STARTS, FOUR_STARTS, FOUR_STARTS, FOUR_STARTS};
 
-/* Where to load starts from, hidden from the compiler. */
+/* The address of the starting values, hidden from the compiler. */
 SHOAL_INLINE const int32_t *starts(void) {
   const int32_t *at = START;
   __asm__ volatile("" : "+r"(at));
   return at;
 }
 
-/* What was summed since a start. */
+/* The sum accumulated since a starting value, as a float. */
 SHOAL_INLINE float32x4_t since(float32x4_t start, int32x4_t sum) {
   return vsubq_f32(vreinterpretq_f32_s32(sum), start);
 }
 
-/* A float that will multiply a register; without the detour clang broadcasts it first. */
+/* A float that multiplies a register by lane; without the empty assembly clang would broadcast it first. */
 SHOAL_INLINE float factor(float x) {
   __asm__("" : "+w"(x));
   return x;
@@ -45,12 +45,13 @@ SHOAL_INLINE int32x4_t dot_lane(int32x4_t sum, int8x16_t w, int8x16_t x, const i
 
 enum { LINE = 64, HALF = 8, EXPANDED = -1 };
 
-/* A panel from some group on. EXPANDED, whatever the weight's own type: int8 lines with scales and mins in f32. */
+/* A panel from some group on. The type EXPANDED means int8 lines with scales and minima in f32, whatever the weight's type
+ * is. */
 typedef struct {
   const void *lines, *scales, *mins;
 } panel_at;
 
-/* `groups` groups further, and from output `first` on. */
+/* The panel `groups` groups further, from output `first` on. */
 SHOAL_INLINE panel_at panel_from(panel_at w, const int32_t type, int32_t groups, int32_t first) {
   const size_t line = type == SHOAL_Q4 ? SHOAL_GROUP / 2 : SHOAL_GROUP;
   const size_t number = type == EXPANDED ? sizeof(float) : sizeof(uint16_t);
@@ -66,8 +67,8 @@ SHOAL_INLINE float32x4_t four_scales(const void *scales, const int32_t type, int
 SHOAL_INLINE int8x16_t low_nibbles(uint8x16_t both) { return vreinterpretq_s8_u8(vandq_u8(both, vdupq_n_u8(15))); }
 SHOAL_INLINE int8x16_t high_nibbles(uint8x16_t both) { return vreinterpretq_s8_u8(vshrq_n_u8(both, 4)); }
 
-/* Adds groups [first, end) to the sums of `rows` rows with `quads` quads of outputs, sum[row * quads + quad]. `w` is at
- * group `first`; `mins` says whether it has any. */
+/* Adds the products of groups [first, end) to the sums of `rows` rows and `quads` quads of outputs, sum[row * quads + quad].
+ * `w` starts at group `first`; `mins` is 1 if its groups have minima. */
 SHOAL_INLINE void sdot_groups(panel_at w, const int32_t type, const int32_t mins, const shoal_q8_row *x, int32_t first,
                               int32_t end, const int32_t rows, const int32_t quads, float32x4_t *sum) {
   const int32_t lines = type == SHOAL_Q4 ? 4 : 8;
@@ -101,7 +102,7 @@ SHOAL_INLINE void sdot_groups(panel_at w, const int32_t type, const int32_t mins
     }
     SHOAL_UNROLL(4)
     for (int32_t r = 0; r < rows; r++) {
-      float32x4_t start_was = vdupq_n_f32(0x1.8p23f); /* and with 8 times the inputs' sum, which is bias / -128 */
+      float32x4_t start_was = vdupq_n_f32(0x1.8p23f); /* plus 8 times the sum of the inputs, which is bias / -128 */
       if (type == SHOAL_Q4 && !mins) start_was = vreinterpretq_f32_s32(vdupq_n_s32(START_BITS - (x[r].bias[g] >> 4)));
       const float scale = factor(x[r].scale[g]);
       SHOAL_UNROLL(4)
@@ -117,8 +118,8 @@ SHOAL_INLINE void sdot_groups(panel_at w, const int32_t type, const int32_t mins
   }
 }
 
-/* The 16 outputs of a panel for up to 4 rows. Registers hold the sums of 2 rows; of more, the halves of a panel take
- * turns, so many groups at a time that the second half finds its lines in L1. */
+/* The 16 outputs of a panel for up to 4 rows. Registers hold the sums of 2 rows. For more rows the halves of a panel
+ * alternate every TURN groups, so that the second half finds its lines in L1. */
 SHOAL_INLINE void sdot_rows(panel_at w, const int32_t type, const int32_t mins, const shoal_q8_row *x,
                             const int32_t rows, v16 *sums) {
   enum { TURN = 16 };

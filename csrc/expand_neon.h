@@ -1,15 +1,15 @@
-/* A few groups of a panel with nibbles made int8 and scales f32, for tiles of many rows: once for all of them. Included
- * below lanes_neon.h. */
+/* Expands a few groups of a panel, nibbles to int8 and scales to f32, once for all tiles of many rows. Included after
+ * lanes_neon.h. */
 
 enum { PACKED_GROUPS = 8 };
 
 typedef struct {
-  const int8_t *lines; /* of the weight itself if it is int8 */
+  const int8_t *lines; /* int8: points into the weight itself */
   int8_t room[PACKED_GROUPS * SHOAL_GROUP * SHOAL_PANEL] __attribute__((aligned(64)));
   float scales[PACKED_GROUPS * SHOAL_PANEL], mins[PACKED_GROUPS * SHOAL_PANEL];
 } packed_panel;
 
-/* Both halves of a group's inputs, less 8 where the weight has no mins. */
+/* Expands both halves of a group's inputs, minus `less`: 8 where the weight has no minima. */
 SHOAL_INLINE void expand_group(int8_t *to, const uint8_t *from, int8x16_t less) {
   const int32_t half = SHOAL_GROUP / 2 * SHOAL_PANEL;
   for (int32_t i = 0; i < half; i += 16) {

@@ -1,5 +1,5 @@
-/* The floating-point environment that the definition asks for. A host application may have set flush-to-zero or
- * another rounding for its own threads: it gets that back. */
+/* The floating-point environment that docs/numerics.md defines. A host application may have set flush-to-zero or another
+ * rounding mode; its setting is restored afterwards. */
 #include "common.h"
 
 #if defined(__x86_64__)

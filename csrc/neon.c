@@ -17,9 +17,9 @@
 
 enum { LINE = 64, TURN = 16 };
 
-/* Sums of products for the 4 outputs of a register: outputs 0 and 1 in `low`, 2 and 3 in `high`. int8: 32-bit, of pairs,
- * two lanes an output. int4: 16-bit, four lanes an output, for a product of at most 15 * 127 eight times stays below 2^14
- * and twice that below 2^15. */
+/* Sums of products for the 4 outputs of a register: outputs 0 and 1 in `low`, 2 and 3 in `high`. int8 uses 32-bit sums of
+ * pairs, two lanes per output. int4 uses 16-bit sums, four lanes per output: eight products of at most 15 * 127 stay below
+ * 2^14, and twice that below 2^15. */
 typedef struct {
   int32x4_t low, high;
 } wide;
@@ -41,14 +41,14 @@ SHOAL_INLINE narrow add_products(narrow sum, int8x16_t w, int8x16_t x) {
   return (narrow){vmlal_s8(sum.low, vget_low_s8(w), vget_low_s8(x)), vmlal_high_s8(sum.high, w, x)};
 }
 
-/* (float)(dot + more) for |dot + more| < 2^22: the bits of 1.5 * 2^23 plus a number, read as a float, are 1.5 * 2^23 plus
- * that number. Converting would have to wait for the one unit that also multiplies. `start` holds those bits plus more. */
+/* (float)(dot + more) for |dot + more| < 2^22: the bits of 1.5 * 2^23 plus an integer, read as a float, are 1.5 * 2^23 plus
+ * that integer. A conversion would occupy the only unit that also multiplies. `start` holds those bits plus `more`. */
 enum { START = 0x4b400000 };
 SHOAL_INLINE float32x4_t exact(int32x4_t dot, int32x4_t start, float32x4_t zero) {
   return vsubq_f32(vreinterpretq_f32_s32(vaddq_s32(dot, start)), zero);
 }
 
-/* The dot products of a group of int8 with x: two lines at once, as two products of at most 16129 fit 16 bits. */
+/* The dot products of a group of int8 weights with x, two lines at once: two products of at most 16129 fit in 16 bits. */
 SHOAL_INLINE v16 q8_group(const int8_t *w, const int8_t *x) {
   wide sum[4];
   v16 dots;
@@ -64,14 +64,14 @@ SHOAL_INLINE v16 q8_group(const int8_t *w, const int8_t *x) {
     }
   }
   int32x4_t start = vdupq_n_s32(START);
-  __asm__("" : "+w"(start)); /* or clang keeps it twice, as whole numbers and as floats, and spills a sum */
+  __asm__("" : "+w"(start)); /* else clang keeps it twice, as integers and as floats, and spills a sum */
   UNROLL(4)
   for (int32_t q = 0; q < 4; q++)
     dots.val[q] = exact(vpaddq_s32(sum[q].low, sum[q].high), start, vreinterpretq_f32_s32(start));
   return dots;
 }
 
-/* The same of int4, multiplied as 0 to 15. */
+/* The dot products of a group of int4 weights, multiplied as 0 to 15, with x. */
 SHOAL_INLINE v16 q4_group(const uint8_t *w, const int8_t *x, int32_t more) {
   narrow sum[4];
   v16 dots;
@@ -93,7 +93,7 @@ SHOAL_INLINE v16 q4_group(const uint8_t *w, const int8_t *x, int32_t more) {
   return dots;
 }
 
-/* sum + groups [first, end) of a panel with one row. */
+/* sum + the products of groups [first, end) of a panel with one row. */
 SHOAL_INLINE v16 add_groups(v16 sum, const void *w, const int32_t type, const uint16_t *scales, const uint16_t *mins,
                             shoal_q8_row x, int32_t first, int32_t end) {
   for (int32_t g = first; g < end; g++) {
@@ -105,14 +105,14 @@ SHOAL_INLINE v16 add_groups(v16 sum, const void *w, const int32_t type, const ui
                          : q4_group((const uint8_t *)w + at * SHOAL_GROUP / 2, in, mins ? 0 : x.bias[g] >> 4);
     const v16 of_inputs = v_set1(x.scale[g]);
     sum = v_fma(dots, v_mul(scale, of_inputs), sum);
-    /* The inputs' sum is bias / -128; without mins, 8 of it came off the dot product. */
+    /* The sum of the inputs is bias / -128; without minima the offset of 8 was subtracted in the dot product. */
     if (mins) sum = v_fma(v_set1((float)-(x.bias[g] >> 7)), v_mul(v_load_f16(mins + at), of_inputs), sum);
   }
   return sum;
 }
 
-/* Rows take turns, so many groups at a time that all but the first find their lines in L1: it is the multiplier that they
- * wait for, not the loads. */
+/* Products of `rows` rows with a panel. Rows alternate every TURN groups, so that all but the first find their lines in L1.
+ * The multiplier is the bottleneck here, not the loads. */
 SHOAL_INLINE void dots(const void *w, const int32_t type, const uint16_t *scales, const uint16_t *mins,
                        const shoal_q8_row *x, const int32_t rows, v16 *sums) {
   const int32_t groups = x[0].groups, turn = rows > 1 ? TURN : groups;

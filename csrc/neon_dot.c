@@ -1,4 +1,4 @@
-/* NEON with SDOT, four products a lane: most phones since 2019, Raspberry Pi 5. */
+/* NEON with SDOT, which adds four products per lane: most phones since 2019, Raspberry Pi 5. */
 #include "common.h"
 
 #if defined(SHOAL_ARM_EXTENSIONS)
@@ -26,7 +26,7 @@
 
 #define PACKED_ROWS 4
 
-/* Inputs are read where they are. */
+/* Inputs are not packed: they are read in place. */
 typedef struct {
   shoal_q8_row row[PACKED_ROWS];
   int32_t first;
@@ -38,7 +38,7 @@ SHOAL_INLINE void pack_rows(packed_rows *to, const shoal_q8_row *x, int32_t firs
   to->first = first;
 }
 
-/* Registers hold the sums of 4 rows with half a panel. */
+/* Registers hold the sums of 4 rows and half a panel. */
 SHOAL_INLINE void packed_half(panel_at w, const int32_t mins, const packed_rows *x, int32_t groups, v16 *sums,
                               const int32_t half) {
   float32x4_t sum[2 * PACKED_ROWS];

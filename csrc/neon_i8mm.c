@@ -1,5 +1,5 @@
-/* NEON with SMMLA, the product of two 2 x 8 matrices: phones and servers since about 2021. Few rows have nobody to share
- * the packing with, and use SDOT. */
+/* NEON with SMMLA, the product of two 2 x 8 matrices: phones and servers since about 2021. Few rows use SDOT, since packing
+ * would not pay for itself. */
 #include "common.h"
 
 #if defined(SHOAL_ARM_EXTENSIONS)
@@ -27,8 +27,8 @@
 #define PACKED_ROWS 4
 enum { PACKED_GROUPS = 8, EIGHTS = SHOAL_GROUP / 8, ROW_PAIRS = PACKED_ROWS / 2, OUTPUT_PAIRS = HALF / 2 };
 
-/* One SMMLA multiplies a pair of rows with a pair of outputs, 8 inputs of each: [row 0 output 0, row 0 output 1, row 1
- * output 0, row 1 output 1]. Sums stay in this order to the end, so scales are packed to match it. */
+/* One SMMLA multiplies a pair of rows with a pair of outputs, 8 inputs each, and yields [row 0 output 0, row 0 output 1, row
+ * 1 output 0, row 1 output 1]. Sums keep this order to the end, so scales are packed to match it. */
 typedef struct {
   int8_t q[EIGHTS][ROW_PAIRS][16];
   float scale[ROW_PAIRS][4], sum[ROW_PAIRS][4];
@@ -44,7 +44,7 @@ typedef struct {
 } packed_rows;
 
 typedef struct {
-  output_group group[2][PACKED_GROUPS] __attribute__((aligned(64))); /* by half of the panel */
+  output_group group[2][PACKED_GROUPS] __attribute__((aligned(64))); /* indexed by half of the panel */
 } packed_panel;
 
 SHOAL_INLINE float32x4_t twice(float a, float b) { return vcombine_f32(vdup_n_f32(a), vdup_n_f32(b)); }
@@ -69,7 +69,7 @@ SHOAL_INLINE void pack_rows(packed_rows *to, const shoal_q8_row *x, int32_t firs
   }
 }
 
-/* 8 inputs of 4 outputs from two lines. */
+/* Rearranges 8 inputs of 4 outputs from two lines. */
 SHOAL_INLINE void pack_lines(int8_t (*to)[16], int8x16_t even, int8x16_t odd) {
   const int32x4_t a = vreinterpretq_s32_s8(even), b = vreinterpretq_s32_s8(odd);
   vst1q_s8(to[0], vreinterpretq_s8_s32(vzip1q_s32(a, b)));
@@ -86,7 +86,7 @@ SHOAL_INLINE void pack_panel(packed_panel *to, const int32_t type, const void *d
                              const uint16_t *mins, int32_t groups) {
   const uint8x16_t *line = data; /* [line][4 outputs] */
   const int8x16_t less = vdupq_n_s8(mins ? 0 : 8);
-  const int32_t pairs = type == SHOAL_Q8 ? EIGHTS : EIGHTS / 2; /* of lines */
+  const int32_t pairs = type == SHOAL_Q8 ? EIGHTS : EIGHTS / 2; /* pairs of lines */
   for (int32_t g = 0; g < groups; g++, scales += SHOAL_PANEL) {
     UNROLL(4)
     for (int32_t quad = 0; quad < 4; quad++) {
@@ -109,7 +109,7 @@ SHOAL_INLINE void pack_panel(packed_panel *to, const int32_t type, const void *d
   }
 }
 
-/* 4 rows with 8 outputs. */
+/* Products of 4 rows with 8 outputs. */
 SHOAL_INLINE void smmla_groups(const output_group *w, const input_group *x, int32_t groups, const int32_t mins,
                                float *sums) {
   enum { SUMS = ROW_PAIRS * OUTPUT_PAIRS };

@@ -1,6 +1,6 @@
-/* What this device reaches at most, for `shoal bench` to hold the engine against: a loop that only reads (with prefetches
- * and without: which is faster depends on the CPU and on its neighbours), and for each instruction set a loop of dot
- * products that only computes, on numbers that stay in registers. */
+/* Ceilings of this device, which `shoal bench` compares the engine with: a loop that only reads memory (with software
+ * prefetch and without, since which is faster depends on the CPU and its load), and for each instruction set a loop of dot
+ * products on registers. */
 #include "executor.h"
 
 enum { LINE = 64, AHEAD = 4096 };
@@ -10,7 +10,7 @@ typedef struct {
   const uint64_t *bytes;
   int32_t n;
   int32_t fetch;
-  uint64_t seen; /* so that the compiler must read */
+  uint64_t seen; /* a checksum, so that the compiler cannot drop the reads */
 } reading;
 
 typedef struct {
@@ -53,10 +53,10 @@ uint64_t shoal_read_peak(shoal_pool *pool, const char *const *data, const uint64
   return (uint64_t)(end - begin);
 }
 
-enum { SUMS = 12 }; /* independent, more than latency times throughput of any of these instructions */
+enum { SUMS = 12 }; /* independent sums: more than latency times throughput of any of these instructions */
 
 #if defined(__x86_64__)
-/* Registers are named outright, so that no target is needed: 0 to 11 are sums, 12 and 13 what is multiplied. */
+/* Registers are named explicitly, so that no target attribute is needed: 0 to 11 are sums, 12 and 13 are the operands. */
 #define TWELVE(x) x(0) x(1) x(2) x(3) x(4) x(5) x(6) x(7) x(8) x(9) x(10) x(11)
 #define NAMED "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11"
 #define LOOP(body)                                                        \
@@ -78,7 +78,7 @@ static void avx2(int64_t n) { LOOP(SIGNED); }
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 
-/* What is multiplied must look new each time, or the products would be taken out of the loop. */
+/* The operand must look new in each iteration, or the compiler would hoist the products out of the loop. */
 #define LOOP(one)                                             \
   int8x16_t w = vdupq_n_s8(3), x = vdupq_n_s8(5);             \
   int32x4_t sum[SUMS];                                        \
@@ -92,7 +92,7 @@ static void avx2(int64_t n) { LOOP(SIGNED); }
   }                                                           \
   for (int32_t i = 0; i < SUMS; i++) __asm__ volatile("" ::"w"(sum[i]))
 
-static void neon(int64_t n) { /* as neon.c: two lines at once, half a register at a time */
+static void neon(int64_t n) { /* as in neon.c: two lines at once, half a register at a time */
   LOOP(sum[i] =
            vpadalq_s16(sum[i], vmlal_s8(vmull_s8(vget_low_s8(w), vget_low_s8(x)), vget_low_s8(w), vget_low_s8(x))));
 }
@@ -108,7 +108,7 @@ __attribute__((target("arch=armv8.2-a+dotprod+i8mm"))) static void neon_i8mm(int
 #endif
 #endif
 
-/* Multiply-accumulates of one sum in one turn, and the turns. */
+/* Multiply-accumulates per sum and iteration, and the loop. */
 static const struct {
   int32_t macs;
   void (*turns)(int64_t n);

@@ -1,6 +1,7 @@
-/* Threads that share loops. Whoever is there takes the next part of a loop; the caller goes on when all parts are done,
- * and waits for no thread that has none: one that has lost its core to another program delays nobody. Who waits spins for
- * about 200 us and then sleeps in the kernel. No mutex, no condition variable: their sizes differ between C libraries. */
+/* The thread pool: parallel loops with dynamic scheduling. A thread that is free claims the next part of the loop. The caller
+ * returns when all parts are done and never waits for an idle thread, so one that has lost its core to another program delays
+ * nobody. Waiting threads spin for about 200 us, then sleep on a futex. There is no mutex and no condition variable, because
+ * their sizes differ between C libraries. */
 #define _GNU_SOURCE
 #include "common.h"
 
@@ -19,15 +20,15 @@
 enum { SPIN_NS = 200000, SPINS_A_LOOK = 64, MAX_THREADS = 256 };
 
 struct shoal_pool {
-  _Atomic uint64_t left; /* loop's number << 32 | units that nobody has taken: what waiters watch */
+  _Atomic uint64_t left; /* loop number << 32 | unclaimed units: what waiting threads watch */
   char apart0[56];
-  _Atomic uint32_t done; /* units of the loop that are done */
+  _Atomic uint32_t done; /* finished units of the loop */
   char apart1[60];
-  _Atomic uint32_t bell; /* rung for those asleep */
+  _Atomic uint32_t bell; /* the futex: incremented to wake sleeping threads */
   _Atomic int32_t asleep;
   _Atomic int32_t ended;
-  /* The loop. Written only when no unit of the one before is left or under way, so that a thread that has taken a part of
-   * a loop has read that loop's. */
+  /* The current loop. Written only when no unit of the previous loop is unclaimed or running, so a thread that has claimed a
+   * part has read the values of that loop. */
   _Atomic uint32_t units, claim, shares;
   void (*_Atomic body)(void *argument, int64_t first, int64_t last, int32_t thread);
   void *_Atomic argument;
@@ -55,15 +56,15 @@ static int64_t now_ns(void) {
   return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
-/* How many of the units that are left to take: with shares, a share of seven eighths at one stretch, then less and less, as
- * the threads' speeds differ from loop to loop. */
+/* How many of the unclaimed units to claim. Guided self-scheduling: with `shares`, the first 7/8 of the units are claimed in
+ * that many equal parts and the rest in shrinking ones, so that slow threads finish together with fast ones. */
 static uint32_t part(uint32_t units, uint32_t left, uint32_t claim, uint32_t shares) {
   uint32_t n = 0;
   if (shares) n = left > units / 8 ? (uint32_t)((uint64_t)units * 7 / 8 / shares) : left / (2 * shares);
   return SHOAL_MIN(SHOAL_MAX(claim, n), left);
 }
 
-/* Takes parts of the loop at hand until none is left. */
+/* Claims and runs parts of the current loop until none is left. */
 static void work(shoal_pool *pool, int32_t thread) {
   uint64_t left = atomic_load(&pool->left);
   while ((uint32_t)left) {
@@ -81,7 +82,7 @@ static void work(shoal_pool *pool, int32_t thread) {
   }
 }
 
-/* Sleeps until the bell has been rung since it was read. */
+/* Sleeps until the bell differs from the value `heard`. */
 static void sleep_until_rung(shoal_pool *pool, uint32_t heard) {
 #ifdef __linux__
   syscall(SYS_futex, &pool->bell, FUTEX_WAIT_PRIVATE, heard, NULL, NULL, 0);
@@ -110,7 +111,7 @@ static void wait_for_work(shoal_pool *pool) {
       pause_spin();
     }
   } while (now_ns() - begin < SPIN_NS);
-  atomic_fetch_add(&pool->asleep, 1); /* before the last look: a loop that begins after it rings */
+  atomic_fetch_add(&pool->asleep, 1); /* before the last check: a loop that starts after it rings the bell */
   const uint32_t heard = atomic_load(&pool->bell);
   if (nothing_to_do(pool)) sleep_until_rung(pool, heard);
   atomic_fetch_sub(&pool->asleep, 1);
@@ -140,9 +141,9 @@ void shoal_pool_run(shoal_pool *pool, void (*body)(void *argument, int64_t first
   if (atomic_load(&pool->asleep)) ring(pool);
   work(pool, 0);
   const int64_t begin = now_ns();
-  for (int32_t i = 1; atomic_load(&pool->done) != (uint32_t)units; i++) { /* the last parts are under way */
+  for (int32_t i = 1; atomic_load(&pool->done) != (uint32_t)units; i++) { /* other threads still run the last parts */
     pause_spin();
-    if (i % SPINS_A_LOOK == 0 && now_ns() - begin > SPIN_NS) sched_yield(); /* perhaps for want of this core */
+    if (i % SPINS_A_LOOK == 0 && now_ns() - begin > SPIN_NS) sched_yield(); /* one of them may be waiting for this core */
   }
 }
 
@@ -152,7 +153,7 @@ int32_t shoal_pool_take(shoal_pool *pool) { return !atomic_flag_test_and_set(&po
 
 void shoal_pool_give(shoal_pool *pool) { atomic_flag_clear(&pool->taken); }
 
-/* Ends threads 1 to started. */
+/* Joins threads 1 to `started` and frees the pool. */
 static void end(shoal_pool *pool, int32_t started) {
   atomic_store(&pool->ended, 1);
   ring(pool);

@@ -1,5 +1,6 @@
-/* Drawing one token: a pure function of logits, parameters, the tokens before it and (seed, position), so that a
- * replay, or another device, draws the same one. docs/numerics.md says it in words; engine/sampler.py is its oracle. */
+/* The sampler: draws one token as a pure function of the logits, the parameters, the previous tokens and (seed, position), so
+ * that a replay, or another device, draws the same token. docs/numerics.md defines it; engine/sampler.py is the test
+ * oracle. */
 #include "common.h"
 
 enum { RUN = 64 }; /* tokens that share one entry of run_largest */
@@ -7,8 +8,8 @@ enum { RUN = 64 }; /* tokens that share one entry of run_largest */
 typedef struct {
   const float *logits;
   float *p;           /* exp((logit - largest) / temperature) */
-  float *run_largest; /* of p */
-  int32_t *ids;       /* candidates: a heap, then in order */
+  float *run_largest; /* largest p in each run of RUN tokens */
+  int32_t *ids;       /* candidates: a heap, then sorted */
   int32_t vocab;
 } candidates;
 
@@ -24,7 +25,7 @@ static uint64_t mix(uint64_t z) {
   return z ^ z >> 31;
 }
 
-/* In [0, 1), 53 bits: SplitMix64's finaliser over the seed, then over the position. */
+/* A uniform number in [0, 1) with 53 bits: SplitMix64's finaliser over the seed, then over the position. */
 static double uniform(uint64_t seed, int32_t position) {
   const uint64_t golden = 0x9e3779b97f4a7c15u;
   return (double)(mix((mix(seed + golden) ^ (uint64_t)position) + golden) >> 11) * 0x1p-53;
@@ -45,8 +46,8 @@ static void sift(const candidates *c, int32_t at, int32_t n) {
   c->ids[at] = id;
 }
 
-/* Puts the first of the n candidates, in order, at the front of ids, until they are `most` or their p sum up to `mass`;
- * gives how many. */
+/* Moves the first of the n candidates, in order, to the front of ids, until there are `most` of them or their p sum to
+ * `mass`; returns their number. */
 static int32_t order(const candidates *c, int32_t n, int32_t most, double mass) {
   int32_t taken = 0;
   double sum = 0;
@@ -67,8 +68,8 @@ static int32_t order(const candidates *c, int32_t n, int32_t most, double mass) 
   return taken;
 }
 
-/* order() over all tokens with p >= floor. Few of them matter, so only p >= cut is looked at, and the cut falls
- * until that was enough: the outcome does not depend on it. */
+/* order() over all tokens with p >= floor. Few of them matter, so only those with p >= cut are examined, and the cut is
+ * lowered until they suffice; the outcome does not depend on the cut. */
 static int32_t select_first(const candidates *c, int32_t most, double mass, float floor) {
   for (float cut = 0x1p-5f;; cut *= 0x1p-5f) {
     if (cut < floor || cut < 0x1p-80f) cut = floor;
@@ -94,8 +95,8 @@ static double sum_of(const candidates *c, const int32_t *ids, int32_t n) {
   return sum;
 }
 
-/* Truncates to top_k, then to the least prefix that holds top_p of what is left, then to p >= min_p times the largest,
- * which is 1. Gives how many are left, in order, at the front of ids. */
+/* Truncates to top_k, then to the shortest prefix with the share top_p of the rest, then to p >= min_p times the largest p,
+ * which is 1. Returns how many candidates remain, in order, at the front of ids. */
 static int32_t truncate(const candidates *c, const shoal_sampling *s) {
   const int32_t k = s->top_k > 0 ? SHOAL_MIN(s->top_k, c->vocab) : c->vocab, some = k < c->vocab;
   const double all = (double)c->vocab * 2;
@@ -128,7 +129,7 @@ int32_t shoal_sample(const shoal_kernels *kernels, const float *logits, int32_t 
   if (!kernels->finite(logits, vocab)) return -1;
   if (s->repetition_penalty != 1.0f) {
     memcpy(changed, logits, (size_t)vocab * sizeof(float));
-    for (int32_t i = 0; i < position; i++) { /* from the logit as it was: a token seen twice is punished once */
+    for (int32_t i = 0; i < position; i++) { /* from the original logit: a token that occurs twice is penalised once */
       const float logit = logits[history[i]];
       changed[history[i]] = logit > 0 ? logit / s->repetition_penalty : logit * s->repetition_penalty;
     }

@@ -89,7 +89,7 @@ def lines(
         columns += [f"{read / seconds / 1e9:.1f}" if read and rows == 1 else ""]
         columns += [f"{macs / seconds / 1e9:.0f}" if macs and rows > 1 else ""]
         columns += [f"{macs / seconds / peak:.0%}" if macs and rows > 1 and peak else ""]
-        result.append([str(clocked.stage.options.threads), work, name, *columns])
+        result.append([str(clocked.stage.threads), work, name, *columns])
     return result
 
 

@@ -21,7 +21,7 @@ from bench.engines import LLAMA_CPP, Job
 from bench.models import SHAPES, checkpoint
 from bench.pairs import OURS, Reached, load, ratios, report, sample, save
 
-from shoal.engine.cores import usable_cores
+from shoal.engine.host import usable_cpus
 from shoal.engine.shards import Model
 from shoal.store import cache_directory
 
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "peer": LLAMA_CPP,
         "peer_type": args.type,
         "machine": platform.machine(),
-        "cpus": len(usable_cores()),
+        "cpus": len(usable_cpus()),
     }
     samples = load(args.output, what) if args.add else []
     jobs = _jobs(args, python, model.path, peer_model)
@@ -118,8 +118,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _counts(text: str) -> tuple[int, ...]:
     counts = tuple(int(part) for part in text.split(","))
-    if min(counts) < 1 or max(counts) > len(usable_cores()):
-        raise argparse.ArgumentTypeError(f"{text}: this process may use {len(usable_cores())} CPUs")
+    if min(counts) < 1 or max(counts) > len(usable_cpus()):
+        raise argparse.ArgumentTypeError(f"{text}: this process may use {len(usable_cpus())} CPUs")
     return counts
 
 

@@ -10,11 +10,11 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <time.h>
+#include <unistd.h>
 
 #ifdef __linux__
 #include <linux/futex.h>
 #include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 enum { SPIN_NS = 200000, SPINS_A_LOOK = 64, MAX_THREADS = 256 };
@@ -34,6 +34,7 @@ struct shoal_pool {
   void *_Atomic argument;
   atomic_flag taken;
   int32_t threads;
+  int32_t process; /* that started the threads: a process forked from it has none of them */
   pthread_t handles[];
 };
 
@@ -157,7 +158,7 @@ void shoal_pool_give(shoal_pool *pool) { atomic_flag_clear(&pool->taken); }
 static void end(shoal_pool *pool, int32_t started) {
   atomic_store(&pool->ended, 1);
   ring(pool);
-  for (int32_t t = 0; t < started; t++) pthread_join(pool->handles[t], NULL);
+  for (int32_t t = 0; t < started && getpid() == pool->process; t++) pthread_join(pool->handles[t], NULL);
   free(pool);
 }
 
@@ -167,6 +168,7 @@ shoal_pool *shoal_pool_open(int32_t threads) {
   if (!pool) return NULL;
   atomic_flag_clear(&pool->taken);
   pool->threads = threads;
+  pool->process = getpid();
   for (int32_t t = 1; t < threads; t++) {
     member *m = malloc(sizeof *m);
     if (m) *m = (member){pool, t};

@@ -1,7 +1,9 @@
-"""Files of models and checkpoints, read whole: what goes wrong names the file."""
+"""Files of models and checkpoints, read whole, where errors name the file; and the directory of everything
+that can be fetched or made again."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from .errors import ModelFileError
@@ -21,3 +23,10 @@ def read_text(path: Path) -> str:
         return read_bytes(path).decode("utf-8")
     except UnicodeDecodeError as e:
         raise ModelFileError(f"{path} is no UTF-8 text: {e}") from e
+
+
+def cache_directory() -> Path:
+    """`$XDG_CACHE_HOME/shoal`, or `~/.cache/shoal`. RuntimeError: there is no home directory."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG rules say that a relative path is to be ignored.
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "shoal"

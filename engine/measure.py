@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from .batch import Run, Sampling, Want
 from .costs import unit_cost
-from .memory import ram
 from .shards import Model
 from .stage import Stage, StageOptions
 
@@ -53,8 +52,6 @@ class Measured:
     """A step outside its layers."""
     idle_overhead_s: float
     """What a step takes more after a nap."""
-    ram_total: int
-    ram_free: int
 
 
 Watch = Callable[[Callable[[], object]], float]
@@ -90,7 +87,7 @@ def measure(
         Stage(model, first, first + count, options) as many,
     ):
         reading, overhead, idle = _reading(many, none, (len(READING_ROWS) + 6) * share, watch)
-        backend, exact = many.backend, many.exact
+        backend, exact, threads = many.backend, many.exact, many.threads
     with Stage(model, first, first + few, options) as small:
         computing = _by_rows(small, COMPUTING_ROWS, len(COMPUTING_ROWS) * share, watch)
         decode, prefill = _attend_rates(small, 2 * share, watch)
@@ -99,11 +96,10 @@ def measure(
     for times, layers in ((reading, count), (computing, few)):
         macs = sum(unit_cost(model, u).macs for u in range(first, first + layers))
         rates += [(rows, macs * rows / max(t - overhead, t / 2)) for rows, t in times.items()]
-    total, free = ram()
     return Measured(
         backend=backend,
         exact=exact,
-        threads=options.threads,
+        threads=threads,
         read_bytes_per_s=_read_bytes(model, first, count) / (reading[1] - overhead),
         macs_per_s=rates[-1][1],
         row_rates=tuple(rates),
@@ -111,8 +107,6 @@ def measure(
         prefill_attend_macs_per_s=prefill or rates[-1][1],
         step_overhead_s=overhead,
         idle_overhead_s=idle,
-        ram_total=total,
-        ram_free=free,
     )
 
 

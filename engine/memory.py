@@ -1,4 +1,4 @@
-"""RAM: how much there is, and weights read into it.
+"""RAM that weights are read into.
 
 Decoding reads every weight once a token, and a mapping of 4 KiB pages is read 10-35 % slower than huge pages
 are. A mapping in its turn costs nothing to load and can be dropped when memory runs short: that is what a
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from .host import ram
 from .layout import round_up
 
 _HUGE_PAGE = 2 << 20
@@ -25,24 +26,10 @@ _ALIGNMENT = 64
 _CHUNK = 4 << 20
 
 
-def ram() -> tuple[int, int]:
-    """(total, available) bytes of RAM; available is what the kernel would give without swapping, 0 where
-    unknown."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    total = page * os.sysconf("SC_PHYS_PAGES")
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return total, int(line.split()[1]) * 1024
-    except OSError:  # not every Android allows it
-        pass
-    return total, 0
-
-
-def affordable(nbytes: int) -> bool:
-    """Whether copies of so many bytes take no more than half of the RAM that is available."""
-    return nbytes <= ram()[1] // 2
+def affordable() -> int:
+    """Bytes that copies of files may take: half of the RAM that is available; none where the system does not
+    say how much that is."""
+    return (ram().available or 0) // 2
 
 
 def give_back() -> None:

@@ -19,7 +19,7 @@ from . import families
 from .config import Config, read_config
 from .errors import ModelFileError
 from .index import COMMON, CONFIG, INDEX, Index, UnitEntry, read_index
-from .memory import Arena, fetch_ahead, ram
+from .memory import Arena, affordable, fetch_ahead
 from .program import Program, Unit, Weight, WeightType, typed
 from .quant import packed_shapes, packed_shapes_q4
 from .safetensors_file import PAD, SafetensorsFile, TensorInfo, open_file
@@ -109,7 +109,7 @@ class Model:
     def fetch_ahead(self, first: int, last: int) -> None:
         """Lets the system begin to read the files of units [first, last), in order; waits for none. No more
         than half of the RAM that is available: further ones would push out the first before they are used."""
-        left = ram()[1] // 2
+        left = affordable()
         for name in dict.fromkeys(name for unit in self.index.units[first:last] for name in unit.files):
             left -= self.index.files[name].size
             if left < 0:

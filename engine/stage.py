@@ -7,20 +7,21 @@ through.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends import make_executor
+from .backends import choose, make_executor
 from .backends.base import BoundProgram, Outcome, SequenceRows, WeightData
 from .batch import F32, Result, Run, Sampling, Want
 from .errors import ContextError, MissingDependencyError
 from .kv import PagePool, SequenceKv
 from .memory import Arena, affordable, give_back, room
 from .shards import Model, Resident
+from .threads import chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,9 @@ class StageOptions:
 
     backend: str = "auto"
     isa: str = "auto"
-    threads: int = 1
+    threads: int | None = None
+    """None: as many as `shoal profile` found fastest here, else one a big core within the CPU quota, four at
+    most (`Stage.threads` says how many). The results are the same bits for any number."""
     max_rows: int = 256
     max_wanted: int = 32
     kv_bytes: int | None = None
@@ -56,11 +59,13 @@ class Stage:
         units = model.program.units
         if not 0 <= first < last <= len(units):
             raise ValueError(f"units [{first}, {last}) are not a range of this model's {len(units)} units")
-        self.model, self.first, self.last, self.options = model, first, last, options
+        threads, _ = chosen(options.threads, choose(options.backend)[0], options.isa)
+        options = replace(options, threads=threads)
+        self.model, self.first, self.last, self.options, self.threads = model, first, last, options, threads
         self._sequences: dict[int, _Sequence] = {}
         self._closed = False
         self._bound = bind(model, first, last, options)
-        self._executor = make_executor(self._bound, options.backend, options.isa, options.threads)
+        self._executor = make_executor(self._bound, options.backend, options.isa, threads)
         self._pool = PagePool(model.kv_dtype, options.kv_bytes, [state for _, state in self._bound.states])
 
     def __enter__(self) -> Self:
@@ -238,7 +243,7 @@ def _resident(model: Model, first: int, last: int, wanted: bool | None) -> Resid
     """Room for the files of the units, if they are to be read into memory."""
     names = {name for unit in model.index.units[first:last] for name in unit.files}
     sizes = [model.index.files[name].size for name in names]
-    if wanted is False or (wanted is None and not affordable(room(sizes))):
+    if wanted is False or (wanted is None and room(sizes) > affordable()):
         return None
     return Resident(Arena(room(sizes), pinned=wanted is True))
 

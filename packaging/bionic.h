@@ -15,6 +15,7 @@ unsigned long getauxval(unsigned long type);
 int madvise(void *memory, size_t size, int advice);
 long syscall(long number, ...);
 int sched_yield(void);
+int getpid(void);
 
 struct timespec {
   long tv_sec, tv_nsec;

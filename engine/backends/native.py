@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..batch import F32
-from ..cores import big_cores
 from ..errors import MissingDependencyError, ShoalError
+from ..host import big_cores
 from ..program import Angles, Attend, Embed, Gate, Matmul, Norm, Op, Quantise, Rope, Sample, Store
 from ..source_hash import source_hash
 from ._abi import ffi

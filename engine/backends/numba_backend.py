@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..batch import F32
-from ..cores import usable_cores
 from ..errors import MissingDependencyError
+from ..host import usable_cpus
 from ..layout import GROUP, PANEL, round_up
 from ..program import Gate, Matmul, Norm
 from ..quant import unpack
@@ -46,7 +46,7 @@ class NumbaExecutor(NumpyExecutor):
     name = "numba"
 
     def __init__(self, bound: BoundProgram, threads: int = 1) -> None:
-        threads = min(threads, len(usable_cores()))
+        threads = min(threads, len(usable_cpus()))
         numba.set_num_threads(threads)
         self._parallel = threads > 1
         super().__init__(bound)

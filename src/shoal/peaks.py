@@ -102,4 +102,4 @@ def peaks_of(stage: Stage) -> Peaks:
         for name in op.weights
     ]
     backend, _, isa = stage.backend.partition(" ")
-    return Peaks(arrays_of(weights), stage.options.threads, isa.strip("()") if backend == "native" else None)
+    return Peaks(arrays_of(weights), stage.threads, isa.strip("()") if backend == "native" else None)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from . import planner
 from .engine.costs import constant_bytes, tied_bytes, unit_cost
 from .engine.errors import NoPlanError, ShoalError
+from .engine.host import Ram
 from .engine.layout import GROUP, PAGE, PART_BYTES, round_up
 from .engine.measure import Measured
 from .engine.program import Buffer, reads, written
@@ -64,12 +65,12 @@ def workspace_bytes(model: Model, options: StageOptions, first: int, last: int) 
     return sum(_row_bytes(buffer) * rows[buffer.domain] for buffer in buffers)
 
 
-def scratch_bytes(model: Model, options: StageOptions) -> int:
+def scratch_bytes(model: Model, threads: int) -> int:
     """What drawing tokens takes beside that, whichever units are held: three numbers a logit and thread, and
     one for every 64 (csrc/sample.c); and what several threads share of one attention."""
     padded = round_up(model.program.vocab, 64)
-    shared = PART_BYTES if options.threads > 1 else 0
-    return options.threads * round_up(padded * 12 + padded // 64 * 4, 64) + shared
+    shared = PART_BYTES if threads > 1 else 0
+    return threads * round_up(padded * 12 + padded // 64 * 4, 64) + shared
 
 
 def _row_bytes(buffer: Buffer) -> int:
@@ -112,8 +113,13 @@ def device_of(name: str, offer: Device) -> planner.Device:
     )
 
 
-def device_profile(name: str, measured: Measured) -> planner.DeviceProfile:
-    """A measurement as the planner's profile row."""
+def device_profile(name: str, measured: Measured, ram: Ram) -> planner.DeviceProfile:
+    """A measurement as the planner's profile row. ShoalError: the system does not say how much RAM it has."""
+    if ram.total is None or ram.estimate is None:
+        raise ShoalError(
+            "this system does not say how much RAM it has, so there is no profile of it: describe the device "
+            "in a .toml file with its ram_mb"
+        )
     backend, _, isa = measured.backend.partition(" ")
     return planner.DeviceProfile(
         name=name,
@@ -122,8 +128,8 @@ def device_profile(name: str, measured: Measured) -> planner.DeviceProfile:
         threads=measured.threads,
         read_bytes_per_s=measured.read_bytes_per_s,
         macs_per_s=measured.macs_per_s,
-        ram_total=measured.ram_total,
-        ram_free=min(measured.ram_free, measured.ram_total),
+        ram_total=ram.total,
+        ram_free=ram.estimate,
         step_overhead_s=measured.step_overhead_s,
         idle_overhead_s=measured.idle_overhead_s,
         row_rates=measured.row_rates,

@@ -6,7 +6,6 @@ The directory follows the XDG rules: `$XDG_CACHE_HOME/shoal`, or `~/.cache/shoal
 from __future__ import annotations
 
 import fcntl
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -14,16 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .engine.errors import ModelFileError, ShoalError
+from .engine.files import cache_directory as cache_directory
 from .engine.index import INDEX
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-
-def cache_directory() -> Path:
-    """The directory of everything that can be fetched or made again."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG rules say that a relative path is to be ignored.
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "shoal"
 
 
 def models_directory() -> Path:

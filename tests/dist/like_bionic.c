@@ -21,6 +21,7 @@ AS(void *, memset, (void *to, int byte, size_t n), (to, byte, n));
 AS(unsigned long, getauxval, (unsigned long type), (type));
 AS(int, madvise, (void *memory, size_t n, int advice), (memory, n, advice));
 AS(int, sched_yield, (void), ());
+AS(pid_t, getpid, (void), ());
 AS(int, clock_gettime, (clockid_t clock, struct timespec *now), (clock, now));
 AS(int, pthread_create, (pthread_t * thread, const pthread_attr_t *with, void *(*body)(void *), void *argument),
    (thread, with, body, argument));

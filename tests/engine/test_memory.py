@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shoal.engine import memory, shards, stage
+from shoal.engine import memory, stage
 from shoal.engine.backends.base import WeightData
 from shoal.engine.batch import Run, Want
 from shoal.engine.convert import convert
+from shoal.engine.host import Ram
 from shoal.engine.kv import PagePool, SequenceKv
 from shoal.engine.layout import PAGE
 from shoal.engine.program import KvState
@@ -51,8 +52,8 @@ def test_resident_or_mapped(tiny_int8: Model, resident: bool) -> None:
 
 def test_copied_only_where_there_is_room(tiny_int8: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     n = len(tiny_int8.program.units)
-    for available, copied in ((100, False), (0, False), (1 << 40, True)):
-        monkeypatch.setattr(memory, "ram", lambda a=available: (1 << 41, a))
+    for available, copied in ((100, False), (0, False), (None, False), (1 << 40, True)):
+        monkeypatch.setattr(memory, "ram", lambda a=available: Ram(1 << 41, a))
         bound = stage.bind(tiny_int8, 0, n, StageOptions())
         weight = next(w for (unit, _), w in bound.weights.items() if unit == 1)
         assert mapped(tiny_int8, weight) is not copied
@@ -145,11 +146,12 @@ def test_no_more_is_read_ahead_than_stays_in_ram(tiny_int8: Model, monkeypatch: 
     asked = Asked(monkeypatch)
     sizes = [tiny_int8.index.files[unit_file(unit)].size for unit in (0, 1)]
     for available, names in (
+        (None, []),
         (2 * sum(sizes), [unit_file(0), unit_file(1)]),
         (2 * sum(sizes) - 2, [unit_file(0)]),
     ):
         asked.names.clear()
-        monkeypatch.setattr(shards, "ram", lambda a=available: (1 << 41, a))
+        monkeypatch.setattr(memory, "ram", lambda a=available: Ram(1 << 41, a))
         tiny_int8.fetch_ahead(0, tiny_int8.n_units)
         assert asked.names == names
 

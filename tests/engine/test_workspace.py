@@ -30,7 +30,7 @@ def test_no_stage_takes_more_than_promised(tiny_int8: Model, edges: tuple[int, i
     first, last = edges[0] % tiny_int8.n_units, edges[1] or tiny_int8.n_units
     options = replace(OPTIONS, threads=threads)
     shared = PART_BYTES if threads > 1 else 0
-    drawing = scratch_bytes(tiny_int8, options) - shared if last == tiny_int8.n_units else 0
+    drawing = scratch_bytes(tiny_int8, threads) - shared if last == tiny_int8.n_units else 0
     with Stage(tiny_int8, first, last, options) as stage:
         taken = stage._executor.workspace_bytes
         assert shared + drawing < taken

@@ -16,6 +16,7 @@ from shoal.arguments import build_parser
 from shoal.cli import main
 from shoal.commands import node
 from shoal.engine.errors import ShoalError
+from shoal.engine.host import Ram
 from shoal.net.errors import NetError
 
 TINY = Path(__file__).resolve().parents[1] / "fixtures" / "tiny-llama"
@@ -43,8 +44,42 @@ def test_a_factor_below_one_is_refused() -> None:
         node.run(parse("nowhere --slow 0.5"))
 
 
-def test_resident_bytes_are_those_of_a_python_process() -> None:
-    assert 5e6 < node.resident_bytes() < 5e9
+GB = 1 << 30
+CONTAINER = Ram(400 << 20, 300 << 20, "that this container may use (the memory limit of its control group)")
+
+
+@pytest.mark.parametrize(
+    ("ram", "promised"),
+    [
+        (Ram(16 * GB, 8 * GB), 6 * GB + 50),
+        (CONTAINER, (225 << 20) + 50),
+        (Ram(16 * GB, 0), 50),
+        (Ram(40, 40), 40),  # its files are in memory that is counted elsewhere
+        (Ram(16 * GB, None), 4 * GB + 50),
+    ],
+)
+def test_a_node_offers_a_share_of_what_is_available(
+    ram: Ram, promised: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert node.promised_bytes(None, 50, ram) == pytest.approx(promised, abs=1)
+    said = capsys.readouterr().err
+    assert ("a third of the 17180 MB that this machine has counts as available" in said) is (
+        ram.available is None
+    )
+
+
+def test_a_node_that_knows_nothing_asks() -> None:
+    with pytest.raises(ShoalError, match=r"how much this node may use with --ram MB"):
+        node.promised_bytes(None, 50, Ram(None, None))
+    assert node.promised_bytes(300, 50, Ram(None, None)) == 300_000_000
+
+
+def test_a_promise_that_would_get_the_node_killed_is_refused() -> None:
+    assert node.promised_bytes(420, 50, CONTAINER) == 420_000_000  # a limit in whole pages may be below
+    with pytest.raises(ShoalError, match=r"--ram 421 is more than the 419 MB that this container may use"):
+        node.promised_bytes(421, 50, CONTAINER)
+    with pytest.raises(ShoalError, match=r"--ram 17181 is more than the 17180 MB that this machine has"):
+        node.promised_bytes(17181, 50, Ram(16 * GB, None))
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +191,7 @@ def test_a_plan_that_just_fits_opens_whatever_the_threads(model: Path, threads: 
 
     opened, options = Model.open(model), StageOptions(threads=threads)
     args = parse(f"{model} --ram 300 --measure-seconds 0.01")
-    offered = node._offer(args, opened, options, 10**6, 0.0, node.stopwatch)
+    offered = node._offer(args, opened, options, 10**6, 300 * 10**6, 0.0, node.stopwatch)
     rows = planner_model(opened, StageOptions())
     device = planner.Device("d", 10**9, 1e9, 1e9, base_bytes=offered.base_bytes)
     needed = range_ram_bytes(rows, device, planner.Workload(context=128), 0, opened.n_units)

@@ -16,8 +16,8 @@ from dataclasses import asdict
 from ..benchmark import Row, check, measure, plan
 from ..engine.backends import choose
 from ..engine.shards import Model
+from ..engine.threads import chosen
 from ..store import resolve
-from ..threads import chosen
 
 # Heads of the table and the least width of their columns.
 _COLUMNS = {

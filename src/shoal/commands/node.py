@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import errno
 import ipaddress
-import os
 import platform
 import secrets
 import signal
@@ -22,10 +21,12 @@ from .. import __version__
 from ..engine.backends import choose
 from ..engine.costs import constant_bytes, tied_bytes, unit_cost
 from ..engine.errors import NoPlanError, ShoalError
+from ..engine.host import Ram, ram, resident_bytes
 from ..engine.measure import Watch, measure, median, stopwatch
-from ..engine.memory import large_apart, ram
+from ..engine.memory import large_apart
 from ..engine.shards import Model
 from ..engine.stage import Stage, StageOptions
+from ..engine.threads import chosen
 from ..net.errors import AddressInUseError, NetError
 from ..net.identity import identity_of
 from ..net.messages import Device, RowRate
@@ -41,7 +42,6 @@ from ..planning import (
     workspace_bytes,
 )
 from ..store import resolve
-from ..threads import chosen
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,12 +60,12 @@ def run(args: argparse.Namespace) -> int:
         _log(f"shoal: running on {backend}: {reason}")
     model = Model.open(resolve(args.model))
     base = resident_bytes()
-    trio.run(_main, args, host, port, model, base, slowness)
+    trio.run(_main, args, host, port, model, base, promised_bytes(args.ram, base, ram()), slowness)
     return 0
 
 
 async def _main(
-    args: argparse.Namespace, host: str, port: int, model: Model, base: int, slowness: Slowness
+    args: argparse.Namespace, host: str, port: int, model: Model, base: int, promised: int, slowness: Slowness
 ) -> None:
     listeners = await _listen(host, port)
     address = _shown(listeners[0])
@@ -76,7 +76,7 @@ async def _main(
         turns: Turn = nullcontext if args.slow_turns is None else partial(turn, args.slow_turns)
         plays = args.slow_file is not None or slowness.factor() > 1
         watch = SlowWatch(slowness, turn=turns) if plays else stopwatch
-        device = await trio.to_thread.run_sync(_offer, args, model, options, base, hop, watch)
+        device = await trio.to_thread.run_sync(_offer, args, model, options, base, promised, hop, watch)
         opener = StageOpener(model, options, device)
         parts = NodeParts(
             identity=identity_of(model, args.name or platform.node(), secrets.randbits(64), __version__),
@@ -129,12 +129,40 @@ async def _hop_seconds() -> float:
     return median(times)
 
 
+def promised_bytes(asked_mb: int | None, base: int, ram: Ram) -> int:
+    """The RAM that this node offers, its process with `base` bytes included. ShoalError: `--ram` is more than
+    there is, or is needed because the system does not say how much RAM there is."""
+    if asked_mb is not None:
+        if ram.total is not None and asked_mb > -(-ram.total // MB):
+            raise ShoalError(
+                f"--ram {asked_mb} is more than the {ram.total / MB:.0f} MB {ram.bound}, and a node that "
+                "takes more is killed in the middle of an answer: give a smaller number"
+            )
+        return asked_mb * MB
+    if ram.total is None or ram.estimate is None:
+        raise ShoalError(
+            "this system does not say how much RAM it has: say how much this node may use with --ram MB"
+        )
+    promised = min(int(ram.estimate * FREE_SHARE) + base, ram.total)
+    if ram.available is None:
+        _log(
+            f"shoal: this system does not say how much RAM is available, so a third of the "
+            f"{ram.total / MB:.0f} MB {ram.bound} counts as available; --ram MB sets another limit"
+        )
+    return promised
+
+
 def _offer(
-    args: argparse.Namespace, model: Model, options: StageOptions, base: int, hop: float, watch: Watch
+    args: argparse.Namespace,
+    model: Model,
+    options: StageOptions,
+    base: int,
+    promised: int,
+    hop: float,
+    watch: Watch,
 ) -> Device:
     """What this device does for a model, measured with `watch` (the way into the thread is not slowed)."""
-    promised = args.ram * MB if args.ram is not None else int(ram()[1] * FREE_SHARE) + base
-    scratch = scratch_bytes(model, options)
+    scratch = scratch_bytes(model, chosen(options.threads, choose(options.backend)[0], options.isa)[0])
     workspace = workspace_bytes(model, options, 0, model.n_units)
     room = promised - base - scratch - constant_bytes(model.program) - workspace
     measured = measure(model, options, seconds=args.measure_seconds, room=room, watch=watch)
@@ -185,15 +213,6 @@ def bare_bytes(path: str) -> int:
     large_apart()
     measure(Model.open(path), StageOptions(resident=True), seconds=0.1, room=0)
     return resident_bytes()
-
-
-def resident_bytes() -> int:
-    """Bytes of RAM that this process holds; 0 where the system does not say."""
-    try:
-        fields = Path("/proc/self/statm").read_text(encoding="ascii").split()
-    except OSError:  # no procfs: not Linux
-        return 0
-    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _is_loopback(host: str) -> bool:

@@ -15,9 +15,9 @@ from ..engine.chat import Chat, Message
 from ..engine.errors import ContextError, ShoalError
 from ..engine.shards import Model
 from ..engine.stage import Stage, StageOptions
+from ..engine.threads import chosen
 from ..engine.tokenizer import Tokenizer
 from ..store import resolve
-from ..threads import chosen
 
 _SHORT = 16
 """Tokens. Of an answer that is no longer, reading the weights into memory first takes more time than it saves

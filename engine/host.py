@@ -1,0 +1,249 @@
+"""The host: how much RAM and how many CPUs this process may use. In a container that is less than the machine
+has, and a process that takes more is killed or stopped.
+
+RAM is bounded by the machine, by every control group from the process's own up to the topmost that can be
+seen (cgroup v1 and v2, also both at once), and by the limits of the process (`ulimit -v`, `ulimit -d`). CPUs
+are bounded by the affinity mask (taskset, cpusets) and by the control groups' quotas. The functions take the
+root of the file system, so that tests can give them files of other systems.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import sys
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+_ROOT = Path("/")
+_BIG = 0.7
+"""Least speed of a big core, as a share of the fastest: middle cores have 0.75 to 0.9 of it, small ones 0.5
+to 0.65."""
+_MOST_THREADS = 4
+"""More threads share one memory, and heat a phone."""
+_UNKNOWN = 3
+"""Where the system does not say how much RAM is available, 1/_UNKNOWN of all of it counts as available."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ram:
+    """Bytes of RAM that this process may use. None: the system does not say."""
+
+    total: int | None
+    """The most that it can ever have."""
+    available: int | None
+    """What it can have now without swapping: unused RAM, and pages of files that can be dropped."""
+    bound: str = "that this machine has"
+    """What sets `total`, in words that follow a number of MB."""
+
+    @property
+    def estimate(self) -> int | None:
+        """`available`, or a third of `total` where the system does not say. None: nothing is known."""
+        if self.available is None and self.total is not None:
+            return self.total // _UNKNOWN
+        return self.available
+
+
+def ram(root: Path = _ROOT) -> Ram:
+    """The RAM that this process may use: the least of all bounds."""
+    machine = _machine(root)
+    bounds = [machine, *_group_bounds(root), *_process_bounds(root)]
+    totals = [(bound.total, bound.bound) for bound in bounds if bound.total is not None]
+    if not totals:
+        return Ram(None, None)
+    total, name = min(totals, key=lambda item: item[0])
+    if machine.available is None:  # the bounds of containers and processes say nothing about other programs
+        return Ram(total, None, name)
+    return Ram(total, min(total, *(b.available for b in bounds if b.available is not None)), name)
+
+
+def resident_bytes() -> int:
+    """Bytes of RAM that this process holds; the most that it ever held where only that is known."""
+    sizes = _statm(_ROOT)
+    if sizes is not None:
+        return sizes[1]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def usable_cpus() -> frozenset[int]:
+    """CPUs that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return frozenset(os.sched_getaffinity(0))
+    return frozenset(range(os.cpu_count() or 1))
+
+
+def big_cores(usable: Collection[int] | None = None, root: Path = _ROOT) -> frozenset[int]:
+    """Those of the usable CPUs (default: all that this process may run on) that are nearly as fast as the
+    fastest, since small cores slow down the big ones, which wait for them. All where the system does not say
+    how fast they are."""
+    usable = usable_cpus() if usable is None else usable
+    for name in ("cpu_capacity", "cpufreq/cpuinfo_max_freq"):
+        speeds = {cpu: _number(root / f"sys/devices/system/cpu/cpu{cpu}" / name) for cpu in usable}
+        known = [speed for speed in speeds.values() if speed is not None]
+        if len(known) == len(speeds):
+            return frozenset(cpu for cpu, speed in speeds.items() if (speed or 0) >= _BIG * max(known))
+    return frozenset(usable)
+
+
+def cpu_quota(root: Path = _ROOT) -> float | None:
+    """CPU seconds that this process and its control groups' other members may use in a second; None: no
+    quota."""
+    shares = []
+    for group in _groups(root, "cpu"):
+        v2 = (_text(group / "cpu.max") or "").split()  # such as "max 100000" or "150000 100000"
+        quota, period = map(_whole, v2 if len(v2) == 2 else ("", ""))
+        if not v2:  # v1; -1: no quota
+            quota, period = _number(group / "cpu.cfs_quota_us"), _number(group / "cpu.cfs_period_us")
+        if quota and period and quota > 0:
+            shares.append(quota / period)
+    return min(shares, default=None)
+
+
+def most_threads(root: Path = _ROOT) -> int:
+    """The most threads that compute at the same time: one a big core, and no more than a CPU quota keeps
+    running, since a thread that the system stops keeps the others waiting."""
+    quota = cpu_quota(root)
+    cores = len(big_cores(root=root))
+    return cores if quota is None else max(1, min(cores, int(quota)))
+
+
+def default_threads(root: Path = _ROOT) -> int:
+    """The number of threads to run with where nothing was measured: `most_threads`, and four at most."""
+    return min(_MOST_THREADS, most_threads(root))
+
+
+def _machine(root: Path) -> Ram:
+    """The RAM of the machine."""
+    found = _fields(root / "proc/meminfo", 1024)
+    total, available = found.get("MemTotal"), found.get("MemAvailable")
+    if total is None:  # no procfs, as on macOS, or an Android that hides it
+        try:
+            page, pages = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES")
+        except (ValueError, OSError):
+            page = pages = -1
+        total = page * pages if min(page, pages) > 0 else None
+    files = ("MemFree", "Active(file)", "Inactive(file)")
+    if available is None and all(name in found for name in files):  # Linux before 3.14
+        available = sum(found[name] for name in files)
+    return Ram(total, available)
+
+
+def _group_bounds(root: Path) -> Iterator[Ram]:
+    """What each memory control group allows. Clean pages of files count as available, since the kernel drops
+    them before it kills a process."""
+    for group in _groups(root, "memory"):
+        stat = _fields(group / "memory.stat")
+        limits = [_number(group / f"memory.{name}") for name in ("max", "high", "limit_in_bytes")]
+        limits.append(stat.get("hierarchical_memory_limit"))  # v1: of groups above that cannot be seen, too
+        limit = min((limit for limit in limits if limit is not None), default=None)
+        used = _number(group / "memory.current")
+        if used is None:
+            used = _number(group / "memory.usage_in_bytes")
+        if limit is None:
+            continue
+        available = None
+        if used is not None:
+            # v1 counts members of groups below under names with "total_"; v2 always counts them.
+            part = {name.removeprefix("total_"): n for name, n in sorted(stat.items(), key=_total_last)}
+            clean = part.get("inactive_file", 0) + part.get("active_file", 0)
+            for name in ("dirty", "file_dirty", "writeback", "file_writeback"):
+                clean -= part.get(name, 0)
+            available = max(0, limit - used + max(0, clean))
+        yield Ram(limit, available, "that this container may use (the memory limit of its control group)")
+
+
+def _total_last(item: tuple[str, int]) -> bool:
+    return item[0].startswith("total_")
+
+
+def _process_bounds(root: Path) -> Iterator[Ram]:
+    """What the limits of the process itself allow."""
+    sizes = _statm(root)
+    for kind, column, option in ((resource.RLIMIT_AS, 0, "-v"), (resource.RLIMIT_DATA, 5, "-d")):
+        limit = resource.getrlimit(kind)[0]
+        if limit != resource.RLIM_INFINITY:
+            available = None if sizes is None else max(0, limit - sizes[column])
+            yield Ram(limit, available, f"that this process may use (ulimit {option})")
+
+
+def _groups(root: Path, controller: str) -> Iterator[Path]:
+    """Directories of the control groups that this process is a member of and that may limit what `controller`
+    does: in each hierarchy its own first, then those above as far as they are mounted."""
+    paths: dict[bool, str] = {}
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if not controllers or controller in controllers.split(","):
+            paths[not controllers] = path  # True: the one hierarchy of v2
+    mounts: dict[bool, dict[Path, str]] = {
+        True: {},
+        False: {},
+    }  # a later mount at the same place hides the first
+    for line in _lines(root / "proc/self/mountinfo"):
+        place, _, filesystem = line.partition(" - ")
+        kind, _, options = filesystem.partition(" ")
+        options = options.rpartition(" ")[2]
+        if kind == "cgroup2" or (kind == "cgroup" and controller in options.split(",")):
+            of, at = (_unescaped(field) for field in place.split(" ")[3:5])
+            mounts[kind == "cgroup2"][root / at.lstrip("/")] = of
+    for version, path in paths.items():
+        below = {top: _below(path, of) for top, of in mounts[version].items()}
+        shown = {top: way for top, way in below.items() if way is not None}
+        # Where no mount shows the process's own group, what is mounted is a group above it, as containers see
+        # it: its limits apply as well.
+        for top, way in (shown or dict.fromkeys(below, "")).items():
+            group = top / way
+            while group != top:
+                yield group
+                group = group.parent
+            yield top
+
+
+def _below(path: str, top: str) -> str | None:
+    """The way from one control group down to another; None: it does not lead there."""
+    if ".." in path.split("/") or ".." in top.split("/"):  # outside of this process's namespace
+        return None
+    prefix = top.rstrip("/") + "/"
+    return path[len(prefix) :] if f"{path}/".startswith(prefix) else None
+
+
+def _unescaped(field: str) -> str:
+    """A path of mountinfo, which has spaces and such in octal."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), field)
+
+
+def _statm(root: Path) -> list[int] | None:
+    """Sizes of this process in bytes: virtual, resident, shared, text, 0, data. None: unknown."""
+    text = _text(root / "proc/self/statm")
+    return None if text is None else [int(pages) * os.sysconf("SC_PAGE_SIZE") for pages in text.split()]
+
+
+def _fields(path: Path, unit: int = 1) -> dict[str, int]:
+    """Numbers by name of a file such as meminfo or memory.stat; none if it cannot be read."""
+    rows = [line.replace(":", " ").split() for line in _lines(path)]
+    return {row[0]: int(row[1]) * unit for row in rows if len(row) > 1 and row[1].isdecimal()}
+
+
+def _number(path: Path) -> int | None:
+    """The number that a file holds; None: no number, such as "max", or unreadable, as many phones have it."""
+    return _whole(_text(path) or "")
+
+
+def _whole(text: str) -> int | None:
+    try:
+        return int(text)
+    except ValueError:
+        return None
+
+
+def _lines(path: Path) -> list[str]:
+    return (_text(path) or "").splitlines()
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:
+        return None

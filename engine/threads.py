@@ -1,0 +1,74 @@
+"""The number of threads to compute with where nobody says: what `shoal profile` found fastest here, else one
+a big core.
+
+What was found is kept in the cache directory under what it depends on: the backend, the instruction set and
+build of the C library, and the CPUs that this process may use."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from .files import cache_directory
+from .host import cpu_quota, default_threads, most_threads, usable_cpus
+
+
+def chosen(given: int | None, backend: str, isa: str) -> tuple[int, str]:
+    """The number of threads, and in words how it was found ("" if it was given)."""
+    if given is not None:
+        return given, ""
+    kept = _read().get(_key(backend, isa))
+    if type(kept) is int and 1 <= kept <= most_threads():
+        return kept, "the fastest by shoal profile"
+    threads, quota = default_threads(), cpu_quota()
+    limited = quota is not None and quota < threads + 1
+    return threads, f"by the CPU quota of {quota:g}" if limited else "by the number of cores"
+
+
+def keep(threads: int, backend: str, isa: str) -> bool:
+    """Remembers the number that is fastest here; False if the cache directory cannot be written."""
+    try:
+        path = _path()
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(json.dumps({**_read(), _key(backend, isa): threads}, indent=1), encoding="utf-8")
+            part.replace(path)
+        except OSError:
+            with suppress(OSError):
+                part.unlink()
+            raise
+    except (
+        OSError,
+        RuntimeError,
+    ):  # a profile is worth printing with a full disk, or without a home
+        return False
+    return True
+
+
+def _path() -> Path:
+    return cache_directory() / "threads.json"
+
+
+def _key(backend: str, isa: str) -> str:
+    parts = [backend, isa]
+    if backend == "native":
+        from .backends.native import build_hash
+
+        parts.append(build_hash())
+    parts += ["on", ",".join(map(str, sorted(usable_cpus())))]
+    quota = cpu_quota()
+    if quota is not None:
+        parts.append(f"with a quota of {quota:g}")
+    return " ".join(parts)
+
+
+def _read() -> dict[str, object]:
+    """What was kept; nothing where it cannot be read, since it only saves time."""
+    try:
+        values = json.loads(_path().read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, RuntimeError):  # RuntimeError: no home
+        return {}
+    return values if isinstance(values, dict) else {}

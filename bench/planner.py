@@ -18,13 +18,14 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+from bench.scenario import Request
+from bench.simulator import simulate
+
 from shoal.arguments.kinds import positive
 from shoal.planner import Cluster, Device, Link, Model, Plan, Unit, Workload, milp, orders, plan
 from shoal.planner.dp import best_chain, cheapest, value
 from shoal.planner.goal import Goal, goals
 from shoal.planner.rows import OBJECTIVES
-from shoal.planner.scenario import Request
-from shoal.planner.simulate import simulate
 from shoal.planner.tables import TimeTables
 from shoal.planner.tabulate import decode_tables, prompt_tables
 

@@ -10,11 +10,12 @@ import random
 import time
 from itertools import pairwise
 
+from bench.scenario import Event, Rules, random_requests
+from bench.simulator import simulate
+
 from shoal.arguments.kinds import positive
 from shoal.engine.layout import PAGE
 from shoal.planner import Cluster, Device, Link, Model, Stage, Unit, Workload
-from shoal.planner.scenario import Event, Rules, random_requests
-from shoal.planner.simulate import simulate
 
 
 def chain(devices: int, seed: int) -> tuple[Model, Cluster, list[Stage]]:

@@ -6,7 +6,7 @@ MILP is really solved, so that a phone can plan with the standard library alone.
     check     single values
     rows      the questions: units, devices, links, workload; and the answers: plan, or infeasible
     cost      every formula, once
-    constraints  what a plan must keep to beside caps; the assignment that runs
+    constraints  what a plan must keep to beside caps
     goal      what a plan makes least: one formula per objective
     tables    one problem's times and room, and the searches' common step; tabulate fills them, kinds
     dp        exact for a fixed order of devices
@@ -15,11 +15,10 @@ MILP is really solved, so that a phone can plan with the standard library alone.
     solve     plan(): picks the method
     streams   how several streams gather in shared calls, and what a token then takes
     judge     which chain is best in the end
-    evaluation  the figures of given stages; copies says which layers spare RAM can hold twice
+    evaluation  the figures of given stages
     explain   why each device is in or out, and what is missing, in words
     profile   measured rows as JSON, and the devices and links made of them
     refresh   rows that follow what is measured while they run
-    simulate  discrete events over the same cost model: a scenario in, its outcome out
     report    a plan as text and as JSON
 
 What only a head needs is imported when it is first asked for: a node, which only follows its own pace, keeps
@@ -32,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 if not __name__.startswith("shoal."):
     raise ImportError(f"import this package as shoal.planner, not as {__name__}")
 
-from .constraints import Constraints, Running
+from .constraints import Constraints
 from .profile import DeviceProfile, LinkProfile, Profile, cluster_from, device_row, link_row
 from .profile import dumps as dump_profile
 from .profile import loads as load_profile
@@ -81,7 +80,6 @@ __all__ = [
     "Plan",
     "Profile",
     "Reason",
-    "Running",
     "SolverMissing",
     "Stage",
     "Unit",

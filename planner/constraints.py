@@ -1,10 +1,10 @@
-"""What a plan must keep to beside the RAM caps, and the assignment that runs while another is looked for."""
+"""What a plan must keep to beside the RAM caps."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .check import check_name, check_whole
-from .rows import Cluster, Model, Stage
+from .check import check_whole
+from .rows import Cluster, Model
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,29 +68,3 @@ class Constraints:
     def allowed(self, name: str) -> bool:
         """Whether a device may get anything."""
         return name not in self.exclude and self.layers.get(name) != 0
-
-
-@dataclass(frozen=True, slots=True)
-class Running:
-    """An assignment that runs, and for how long another one has to pay off.
-
-    Moving a unit to another device costs the bytes of its weights, unless the device `keeps` a copy, and of
-    the state of all sequences, over the link from the unit's holder; if that one is gone, or there is no
-    link, weights come from the head, and the state by replay, which is not counted. Transfers are counted one
-    after another, and their sum is shared by the next `horizon_tokens`.
-    """
-
-    stages: tuple[Stage, ...]
-    horizon_tokens: int
-    positions: int = 0  # of state, of all sequences together
-    keeps: Mapping[str, frozenset[int]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        check_whole("the horizon in tokens", self.horizon_tokens, 1)
-        check_whole("the positions that run", self.positions)
-        for name in self.keeps:
-            check_name("a device that keeps copies", name)
-
-    def holder(self, unit: int) -> str | None:
-        """The device that has the unit."""
-        return next((stage.device for stage in self.stages if stage.first <= unit < stage.last), None)

@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-from .constraints import Running
 from .rows import TOKEN_BYTES, Cluster, Device, Link, Model, Objective, Stage, Unit, Workload
 
 
@@ -101,21 +100,6 @@ def stage_prefill_seconds(
     return seconds
 
 
-def stage_joules(
-    model: Model, device: Device, workload: Workload, first: int, last: int, batch: float = 1
-) -> float:
-    """Energy of a decoded row through units [first, last), in a call of `batch` rows, as far as the device
-    reports it."""
-    units = sum(unit_joules(unit, device, workload, batch) for unit in model.units[first:last])
-    return device.joules_per_step / batch + units
-
-
-def unit_joules(unit: Unit, device: Device, workload: Workload, batch: float = 1) -> float:
-    """One decoded row's part in one unit, without the step's own: of weights its share of the call's."""
-    weights = min(unit.bytes, batch * unit.read_bytes) / batch
-    return (weights + state_bytes_read(unit, workload.decode_depth)) * device.joules_per_byte
-
-
 def sequence_state_bytes(model: Model, unit: Unit, context: int) -> int:
     """State that one sequence of `context` positions holds in one unit, in whole pages."""
     pages = -(-context // model.kv_page_tokens)
@@ -173,36 +157,6 @@ def chain_hops(model: Model, cluster: Cluster, stages: Sequence[Stage]) -> list[
             raise ValueError(f"there is no link {source} -> {target}")
         hops.append((link, size))
     return hops
-
-
-def move_seconds(model: Model, cluster: Cluster, running: Running, name: str) -> list[float]:
-    """How long each unit takes to get from where it runs to a device."""
-    keeps = running.keeps.get(name, frozenset())
-    there = {device.name for device in cluster.devices}
-    ends = (0, len(model.units) - 1)
-    seconds = []
-    for index, unit in enumerate(model.units):
-        holder = running.holder(index)
-        if holder == name:
-            seconds.append(0.0)
-            continue
-        weights = 0 if index in keeps else unit.bytes
-        if index in ends and running.holder(ends[ends[0] == index]) == name:
-            weights = max(0, weights - model.tied_bytes)
-        state = running.positions * unit.kv_bytes_per_token
-        link = cluster.link(holder, name) if holder in there and holder is not None else None
-        if link is None:
-            link, state = _way_in(cluster, name), 0
-        # Without any way in no chain leads through the device either.
-        seconds.append(hop_seconds(link, weights + state) if link and weights + state else 0.0)
-    return seconds
-
-
-def _way_in(cluster: Cluster, name: str) -> Link | None:
-    """The link from the head, or else the quickest that leads there."""
-    link = cluster.link(cluster.head, name)
-    others = (link for (_, target), link in cluster.links.items() if target == name)
-    return link or max(others, key=lambda link: link.bytes_per_s, default=None)
 
 
 def per_second(seconds: float) -> float:

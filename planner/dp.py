@@ -6,7 +6,6 @@ be in the state because the next hop's cost depends on the pair. `best_chain`: t
 looks at the slowest place, by searching for the limit on places under which the cheapest chain is best.
 """
 
-import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,7 +13,7 @@ from itertools import pairwise
 from .goal import Goal
 from .tables import INF, Tables, TimeTables
 
-SEARCHES = 400  # of one goal, where fees or a prompt's chunks leave no simple bisection
+SEARCHES = 400  # of one goal, along its trade-off of round and slowest place
 SAME = 1e-9  # relative: below it nothing is gained
 
 
@@ -93,8 +92,8 @@ def reached(ends: Sequence[float]) -> range:
     return range(finite[0], finite[-1] + 1) if finite else range(0)
 
 
-def parts(tables: TimeTables, chain: Chain) -> tuple[float, float, float]:
-    """Of a chain: seconds of a round and of its slowest place, and its fees."""
+def parts(tables: TimeTables, chain: Chain) -> tuple[float, float]:
+    """Of a chain: seconds of a round and of its slowest place."""
     stages = chain.stages
     ends = (stages[0][0], stages[-1][0])
     round_s = tables.enter[ends[0]] + tables.leave[ends[1]] + sum(tables.stage(*stage) for stage in stages)
@@ -108,18 +107,12 @@ def parts(tables: TimeTables, chain: Chain) -> tuple[float, float, float]:
         assert hop is not None and busy is not None, "a chain only uses links that are there"
         round_s += hop[last]
         slowest = max(slowest, busy[last])
-    return round_s, slowest, sum(tables.fee(*stage) for stage in stages)
+    return round_s, slowest
 
 
 def value(tables: TimeTables, goal: Goal, chain: Chain) -> float:
     """What `best_chain` makes least."""
     return goal.value(*parts(tables, chain))
-
-
-def bounded(tables: TimeTables, goal: Goal) -> bool:
-    """Whether a goal is a question of bounds alone: is there a chain whose places and round keep within one?
-    So it is for throughput where nothing has a price."""
-    return goal.objective == "throughput" and not tables.fee_step
 
 
 def best_chain(tables: TimeTables, goal: Goal, search: Search) -> Chain | None:
@@ -128,14 +121,14 @@ def best_chain(tables: TimeTables, goal: Goal, search: Search) -> Chain | None:
 
 
 def best_proved(tables: TimeTables, goal: Goal, search: Search) -> tuple[Chain | None, bool]:
-    """The best chain, and whether it is proved best as far as `search` is exact: always but for throughput
-    with fees, and for more than SEARCHES steps."""
-    free = search(tables.folded(goal.fee_weight))
+    """The best chain, and whether it is proved best as far as `search` is exact: always but after SEARCHES
+    steps of a prompt in chunks."""
+    free = search(tables)
     if free is None or not goal.looks_at_places:
         return free, True
-    if bounded(tables, goal):
+    if goal.objective == "throughput":
         return _least_period(tables, goal, free, search), True
-    return _branch(tables, goal, free, search)
+    return _trade(tables, goal, free, search)
 
 
 class _Best:
@@ -154,15 +147,15 @@ class _Best:
             self.chain, self._rank = chain, self._ranked(chain)
 
     def _ranked(self, chain: Chain) -> tuple[float, float]:
-        round_s, slowest, fee = parts(self._tables, chain)
-        return self._goal.value(round_s, slowest, fee), round_s
+        round_s, slowest = parts(self._tables, chain)
+        return self._goal.value(round_s, slowest), round_s
 
 
 def _least_period(tables: TimeTables, goal: Goal, free: Chain, search: Search) -> Chain:
     """Let f(T) be the cheapest round with all places within T: it falls as T grows. The best period is either
     at the least T that is no less than f(T)'s share, or f's share just below it. T needs trying only where a
     place has that time."""
-    round_s, slowest, _ = parts(tables, free)
+    round_s, slowest = parts(tables, free)
     calls = goal.streams / goal.batch  # in flight
     if slowest <= round_s / calls:
         return free
@@ -180,44 +173,32 @@ def _least_period(tables: TimeTables, goal: Goal, free: Chain, search: Search) -
     return best.chain
 
 
-def _branch(tables: TimeTables, goal: Goal, free: Chain, search: Search) -> tuple[Chain, bool]:
-    """Branch and bound over the time of the slowest place. Of all chains with it in [low, high] none has a
-    round and fees below the cheapest within `high`, nor a slowest place below `low`."""
-    sums = tables.folded(goal.fee_weight)
-    only_fees = tables.folded(1.0, 0.0) if goal.objective == "throughput" else None
-    best = _Best(tables, goal, free)
-    # A place that takes longer than this alone makes a chain no better than `free`.
-    longest = best.value * goal.batch if goal.objective == "throughput" else parts(tables, free)[1]
-    limits = tables.limits(0.0, longest)
+def _trade(tables: TimeTables, goal: Goal, free: Chain, search: Search) -> tuple[Chain, bool]:
+    """Down the trade-off of round and slowest place: each next chain has the quickest round of all whose
+    places are quicker than those of the chain before. It ends where no quicker place can make up for the
+    round: none is quicker than the quickest that any chain can have."""
+    best, at = _Best(tables, goal, free), free
+    least = max(_quickest_place(tables, parts(tables, free)[1], search), 0.0)
+    for _ in range(SEARCHES):
+        round_s, slowest = parts(tables, at)
+        if goal.value(round_s, least) >= best.value * (1 - SAME):
+            return best.chain, True
+        following = search(tables.within(slowest * (1 - SAME)))
+        if following is None:
+            return best.chain, True
+        best.offer(following)
+        at = following
+    return best.chain, False
 
-    def bound(low: int, cost: float, fees: float) -> float:
-        if goal.objective == "first_token":
-            return cost + (goal.chunks - 1) * limits[low]
-        return max(cost / goal.streams, limits[low] / goal.batch + fees)
 
-    def look(at: int) -> tuple[float, float]:
-        """The cheapest cost and fees with places within limits[at]."""
-        chain = search(sums.within(limits[at]))
-        best.offer(chain)
-        least = search(only_fees.within(limits[at])) if only_fees is not None else None
-        best.offer(least)
-        return (INF if chain is None else chain.total), (0.0 if least is None else least.total)
-
-    top = (free.total, look(len(limits) - 1)[1]) if only_fees is not None else (free.total, 0.0)
-    queue = [(bound(0, *top), 0, len(limits) - 1, *top)]
-    searches, unproved = 0, INF
-    while queue and searches < SEARCHES:
-        least, low, high, cost, fees = heapq.heappop(queue)
-        if least >= best.value * (1 - SAME):
-            queue = []
-            break
-        if low == high:  # its two sums are least in different chains
-            unproved = min(unproved, least)
-            continue
+def _quickest_place(tables: TimeTables, most: float, search: Search) -> float:
+    """The least time that the slowest place of any chain can have."""
+    limits = tables.limits(0.0, most)
+    low, high = 0, len(limits) - 1
+    while low < high:
         middle = (low + high) // 2
-        left = look(middle)
-        searches += 1
-        if left[0] < INF:
-            heapq.heappush(queue, (bound(low, *left), low, middle, *left))
-        heapq.heappush(queue, (bound(middle + 1, cost, fees), middle + 1, high, cost, fees))
-    return best.chain, not queue and unproved >= best.value * (1 - SAME)
+        if search(tables.within(limits[middle])) is None:
+            low = middle + 1
+        else:
+            high = middle
+    return limits[low]

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from . import cost
-from .constraints import Running
-from .copies import spare_copies
 from .rows import Alone, Cluster, Model, Objective, Plan, Stage, Workload
 from .streams import Steady, Streams
 
@@ -82,7 +80,6 @@ def evaluate(
     stages: Sequence[Stage],
     objective: Objective = "latency",
     *,
-    running: Running | None = None,
     streams: Streams | None = None,
 ) -> Plan:
     """What given stages would do, whether or not they fit the caps: for a split made by hand or an equal one.
@@ -117,19 +114,6 @@ def evaluate(
         method="given stages",
         optimal=False,
         batch=times.batch,
-        joules_per_token=joules(model, cluster, workload, stages, times.rows),
-        move_seconds=0.0 if running is None else move_seconds(model, cluster, running, stages),
-        copies=spare_copies(model, cluster, workload, stages, times.stages),
-    )
-
-
-def joules(
-    model: Model, cluster: Cluster, workload: Workload, stages: Sequence[Stage], rows: Sequence[float]
-) -> float:
-    """Energy of a token, where calls of each stage have so many rows."""
-    return sum(
-        cost.stage_joules(model, cluster.device(stage.device), workload, stage.first, stage.last, count)
-        for stage, count in zip(stages, rows, strict=True)
     )
 
 
@@ -150,11 +134,3 @@ def alone(
     except ValueError:  # no way from the head or back
         return Alone(name, None, ram, missing)
     return Alone(name, cost.per_second(times.step), ram, missing)
-
-
-def move_seconds(model: Model, cluster: Cluster, running: Running, stages: Sequence[Stage]) -> float:
-    """How long the units take to get from where they run to such stages."""
-    return sum(
-        sum(cost.move_seconds(model, cluster, running, stage.device)[stage.first : stage.last])
-        for stage in stages
-    )

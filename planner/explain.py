@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 
 from . import cost
 from .alternatives import QUICK_EXACT, Case, Search, with_it, without
-from .dp import parts
 from .judge import Found, Judge
 from .rows import Cluster, Model, Plan, Reason, Stage, Workload
 
@@ -54,19 +53,19 @@ def give_reasons(
 
 
 def _instead(plan: Plan, judge: Judge, cases: Sequence[Case], search: Search) -> str | None:
-    """What the best chain that a search finds would give, and what the plan gives, prices aside; None when it
-    finds none. Where no plan is proved, this search may find a better."""
-    best, price = math.inf, 0.0
+    """What the best chain that a search finds would give, and what the plan gives; None when it finds
+    none. Where no plan is proved, this search may find a better."""
+    best = math.inf
     for tables, goal in cases:
         chain = search(tables, goal)
         if chain is not None:
-            best, price = min((best, price), (judge.seconds(tables, goal, chain), parts(tables, chain)[2]))
+            best = min(best, judge.value(tables, goal, chain))
     if best == math.inf:
         return None
     if plan.objective == "first_token":
         return f"first token after {best * 1e3:.0f} ms instead of {plan.first_token_seconds * 1e3:.0f}"
     text = f"{cost.per_second(best):.2f} tokens/s instead of {plan.tokens_per_s:.2f}"
-    if plan.optimal or price > 0 or cost.per_second(best) <= plan.tokens_per_s * NOTABLE:
+    if plan.optimal or cost.per_second(best) <= plan.tokens_per_s * NOTABLE:
         return text
     return f"{text}: more, which the search did not see"
 

@@ -21,18 +21,13 @@ class Goal:
     batch: int = 1
     chunks: int = 1
 
-    def value(self, round_s: float, slowest: float, fee: float = 0.0) -> float:
-        """Of a chain: seconds of a round, of its slowest place, and prices that were added."""
+    def value(self, round_s: float, slowest: float) -> float:
+        """Of a chain: seconds of a round and of its slowest place."""
         if self.objective == "latency":
-            return round_s + fee
+            return round_s
         if self.objective == "throughput":
-            return max(round_s / self.streams, slowest / self.batch) + fee
-        return round_s + (self.chunks - 1) * slowest + fee
-
-    @property
-    def fee_weight(self) -> float:
-        """What a fee counts beside a round in `value`, where the slowest place is fixed."""
-        return float(self.streams) if self.objective == "throughput" else 1.0
+            return max(round_s / self.streams, slowest / self.batch)
+        return round_s + (self.chunks - 1) * slowest
 
     @property
     def looks_at_places(self) -> bool:

@@ -34,12 +34,10 @@ def stages_of(cluster: Cluster, chain: Chain) -> list[Stage]:
 
 @dataclass(frozen=True, slots=True)
 class Following:
-    """What gives the seconds of a chain where no formula does, and its prices where they differ from the
-    tables' as well; and what it follows, in words."""
+    """What gives the seconds of a chain where no formula does, and what it follows, in words."""
 
     what: str
     seconds: Callable[[Sequence[Stage]], float]
-    price: Callable[[Sequence[Stage]], float] | None = None
 
 
 class Judge:
@@ -49,22 +47,14 @@ class Judge:
         self._cluster, self._following = cluster, following
         self._known: dict[tuple[tuple[int, int, int], ...], float] = {}
 
-    def seconds(self, tables: TimeTables, goal: Goal, chain: Chain) -> float:
-        """Of a token, or until the first one; without prices."""
+    def value(self, tables: TimeTables, goal: Goal, chain: Chain) -> float:
+        """Seconds of a token, or until the first one."""
         if self._following is None:
-            round_s, slowest, _ = parts(tables, chain)
-            return goal.value(round_s, slowest)
+            return goal.value(*parts(tables, chain))
         if chain.stages not in self._known:
             stages = stages_of(self._cluster, chain)
             self._known[chain.stages] = self._following.seconds(stages)
         return self._known[chain.stages]
-
-    def value(self, tables: TimeTables, goal: Goal, chain: Chain) -> float:
-        """With prices."""
-        following = self._following
-        if following is None or following.price is None or not tables.fee_step:
-            return self.seconds(tables, goal, chain) + parts(tables, chain)[2]
-        return self.seconds(tables, goal, chain) + following.price(stages_of(self._cluster, chain))
 
     def best(self, found: Sequence[Found]) -> Found:
         """The best of the answers to a question's goals: where it follows something, after each had its

@@ -7,11 +7,10 @@ path; layers flow along the arcs and each device takes its n, so that a ring off
 devices take layers that never arrive, is impossible and the relaxation stays tight. All costs and room come
 from the same tables as the DP's.
 
-What is known already bounds the problem: no chain counts that does not better it. For throughput (unless
-something has a price) that bound stands in for the slowest place, which is no variable: the quickest round in
-which all places keep within the bound is a new bound, until there is none. Each of those few problems solves
-like one for latency, where one with the variable, whose relaxation splits layers to make places equal, took
-ten times as long at worst.
+What is known already bounds the problem: no chain counts that does not better it. For throughput that bound
+stands in for the slowest place, which is no variable: the quickest round in which all places keep within the
+bound is a new bound, until there is none. Each of those few problems solves like one for latency, where one
+with the variable, whose relaxation splits layers to make places equal, took ten times as long at worst.
 
 PuLP is imported when a problem is solved, not before: phones plan without it.
 """
@@ -137,7 +136,7 @@ def best_chain(
     """The best chain over `devices` in any order (or in the given order, any left out), and whether that is
     proved.
 
-    The model's layers must be alike, and so their fees. `known`: a chain to be bettered, and the answer where
+    The model's layers must be alike. `known`: a chain to be bettered, and the answer where
     none does. Gap 0; after `time_limit` seconds the best so far, unproved. (None, True): there is no chain.
     """
     if len(tables.pins) > sum(j in tables.pins for j in devices):
@@ -151,10 +150,10 @@ def best_chain(
         )
         if chain is None:
             return best, proved
-        round_s, slowest, fee = dp.parts(tables, chain)
-        if goal.value(round_s, slowest, fee) > bound:  # by the solver's tolerances alone it was within
+        round_s, slowest = dp.parts(tables, chain)
+        if goal.value(round_s, slowest) > bound:  # by the solver's tolerances alone it was within
             return best, proved
-        if not dp.bounded(tables, goal) or not proved or round_s * goal.batch >= slowest * goal.streams:
+        if goal.objective != "throughput" or not proved or round_s * goal.batch >= slowest * goal.streams:
             return chain, proved  # as quick as any round can be here
         order = [j for j, _, _ in chain.stages]
         best = dp.best_chain(tables, goal, partial(dp.cheapest, order=order))
@@ -279,12 +278,9 @@ class _Program:
         each = self.devices
         rounds = [scale * self._sums(j, tables.overhead[j], tables.prefix[j], tables.relief[j]) for j in each]
         busy: list[Any] = []
-        slowest_counts = goal.looks_at_places and not dp.bounded(tables, goal)
+        slowest_counts = goal.objective == "first_token" and goal.chunks > 1
         if slowest_counts:
             busy = [scale * self._sums(j, tables.place_overhead[j], tables.place_prefix[j]) for j in each]
-        fee: Any = 0
-        if tables.fee_step:
-            fee = sum_of(scale * self._sums(j, tables.fee_step[j], tables.fee_prefix[j]) for j in each)
         for j in self.devices:
             ends = (
                 (tables.enter[j], tables.busy_enter[j], self.first[j] + self.sole[j]),
@@ -302,16 +298,13 @@ class _Program:
             rounds.append(scale * hop[BOUNDARY] * arc)
             busy += [scale * taken_by[BOUNDARY] * arc] if taken_by[BOUNDARY] else []
         if not slowest_counts:
-            self._make_least(sum_of(rounds) + fee, scale * bound * goal.fee_weight)
+            tokens = goal.streams if goal.objective == "throughput" else 1
+            self._make_least(sum_of(rounds), scale * bound * tokens)
             return
         longest = self._add("longest", 0)
         for seconds in busy:
             self.problem += seconds <= longest
-        if goal.objective == "throughput":
-            self.problem += sum_of(rounds) * goal.batch <= goal.streams * longest
-            self._make_least(longest * (1 / goal.batch) + fee, scale * bound)
-        else:
-            self._make_least(sum_of(rounds) + (goal.chunks - 1) * longest + fee, scale * bound)
+        self._make_least(sum_of(rounds) + (goal.chunks - 1) * longest, scale * bound)
 
     def _make_least(self, what: Any, bound: float) -> None:
         self.problem += what

@@ -126,33 +126,11 @@ def _summary(plan: Plan, measured: Measured) -> list[str]:
 
 
 def _extras(plan: Plan) -> list[str]:
-    """What is not in every plan: shared calls, energy, moving, copies."""
+    """What is not in every plan: shared calls."""
     lines = []
     if plan.batch > 1:
         lines.append(f"Streams that wait share a call, {plan.batch} of them by this prediction.")
-    if plan.joules_per_token:
-        lines.append(f"Energy {plan.joules_per_token:.3g} J a token, as far as devices report it.")
-    if plan.move_seconds:
-        lines.append(f"Moving there takes {plan.move_seconds:.1f} s.")
-    held = [
-        f"{stage.device} {_layers(units)}"
-        for stage, units in zip(plan.stages, plan.copies, strict=False)
-        if units
-    ]
-    if held:
-        lines.append(f"Spare RAM can hold copies of neighbours' layers: {', '.join(held)}.")
     return lines
-
-
-def _layers(units: Sequence[int]) -> str:
-    """Units in words, a run at a time."""
-    runs: list[list[int]] = []
-    for unit in units:
-        if runs and runs[-1][1] == unit:
-            runs[-1][1] = unit + 1
-        else:
-            runs.append([unit, unit + 1])
-    return " and ".join(units_text(first, last, last + 1) for first, last in runs)
 
 
 def _alone(plan: Plan, measured: Measured) -> list[str]:

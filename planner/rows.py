@@ -75,8 +75,6 @@ class Device:
     row_rates: tuple[tuple[int, float], ...] = ()  # (rows of a call, MAC/s), ascending; none: macs_per_s
     attend_macs_per_s: float = math.inf  # attention of one row of a sequence
     prefill_attend_macs_per_s: float = math.inf  # and of many
-    joules_per_step: float = 0.0
-    joules_per_byte: float = 0.0  # of weights and state that are read
 
     def __post_init__(self) -> None:
         check_name("a device", self.name)
@@ -84,7 +82,7 @@ class Device:
         check_whole(f"device {self.name}: base_bytes", self.base_bytes)
         check_real(f"device {self.name}: read_bytes_per_s", self.read_bytes_per_s, above=0)
         check_real(f"device {self.name}: macs_per_s", self.macs_per_s, above=0)
-        for field in ("step_overhead_s", "idle_overhead_s", "joules_per_step", "joules_per_byte"):
+        for field in ("step_overhead_s", "idle_overhead_s"):
             check_real(f"device {self.name}: {field}", getattr(self, field))
         for field in ("attend_macs_per_s", "prefill_attend_macs_per_s"):
             check_real(f"device {self.name}: {field}", getattr(self, field), above=0, endless=True)
@@ -248,9 +246,6 @@ class Plan:
     method: str  # how it was found, in words
     optimal: bool  # proved best over all orders and cuts (of those allowed)
     batch: int = 1  # streams that share a call where most do, in the mean
-    joules_per_token: float = 0.0  # as far as devices report it
-    move_seconds: float = 0.0  # until it runs, from the assignment that runs now
-    copies: tuple[tuple[int, ...], ...] = ()  # per stage, units of its neighbours that spare RAM can hold too
 
     @property
     def best_alone(self) -> Alone | None:

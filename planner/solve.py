@@ -9,8 +9,8 @@ from typing import Literal
 
 from . import cost, dp, milp, orders
 from .alternatives import QUICK_EXACT, Case, Search, with_it, without
-from .constraints import Constraints, Running
-from .evaluation import evaluate, joules, move_seconds
+from .constraints import Constraints
+from .evaluation import evaluate
 from .explain import give_reasons, say_lack
 from .goal import Goal, goals
 from .judge import BETTER, Following, Found, Judge, stages_of
@@ -31,8 +31,6 @@ def plan(
     order: Sequence[str] | None = None,
     *,
     constraints: Constraints = ANYTHING,
-    running: Running | None = None,
-    seconds_per_joule: float = 0.0,
     method: Method = "auto",
     explain: bool = True,
     time_limit: float = 10.0,
@@ -42,8 +40,7 @@ def plan(
     `order` fixes the order (and leaves out devices that it does not name): exact DP. Otherwise `method`
     "milp" solves a MILP, at most `time_limit` seconds; "dp" searches orders without a solver; "auto" takes
     the MILP where PuLP and a solver are there and the layers are alike, else the DP, and the plan's `method`
-    says which and why. `running`: what moving from there costs counts, too. `seconds_per_joule`: what saving
-    a joule a token may cost. `explain` fills `reasons` (some more searches). SolverMissing: method "milp"
+    says which and why.  `explain` fills `reasons` (some more searches). SolverMissing: method "milp"
     without PuLP or solver. ValueError: an unknown objective, method or device, constraints that contradict
     the model, or method "milp" for layers that differ.
     """
@@ -53,24 +50,22 @@ def plan(
         raise ValueError(f"unknown method {method!r}; there are auto, milp, dp")
     if method == "milp" and not milp.layers_alike(model):
         raise ValueError("the MILP counts layers, and this model's layers differ: use method auto or dp")
-    if method == "milp" and running is not None:
-        raise ValueError("the MILP counts layers, and each costs its own to move: use method auto or dp")
     constraints.check(model, cluster, order)
     devices = [j for j in _places(cluster, order) if constraints.allowed(cluster.devices[j].name)]
     shared = objective == "throughput" and workload.streams > 1
     streams = Streams(model, cluster, workload) if shared else None
-    following = _following(model, cluster, workload, objective, streams, seconds_per_joule, running)
+    following = _following(model, cluster, workload, objective, streams)
     judge = Judge(cluster, following)
     found: list[Found] = []
     cases: list[Case] = []
     for goal in goals(objective, workload):
-        tables = _tables(model, cluster, workload, constraints, goal, seconds_per_joule, running)
+        tables = _tables(model, cluster, workload, constraints, goal)
         cases.append((tables, goal))
         if order is not None:
             chain, optimal = dp.best_proved(tables, goal, lambda t: dp.cheapest(t, devices))
             how = "exact DP for the given order"
         else:
-            why = _why_no_milp(model, running, method)
+            why = _why_no_milp(model, method)
             chain, optimal, how = _search(tables, devices, goal, method, why, time_limit)
         if chain is not None:
             found.append(Found(tables, goal, chain, how, optimal, judge.value(tables, goal, chain)))
@@ -80,7 +75,7 @@ def plan(
     if following is not None and order is None and len(devices) <= orders.EXACT_DEVICES:
         best = _other_devices(best, judge, cases, devices)
     stages = stages_of(cluster, best.chain)
-    answer = evaluate(model, cluster, workload, stages, objective, running=running, streams=streams)
+    answer = evaluate(model, cluster, workload, stages, objective, streams=streams)
     answer = replace(answer, method=best.how, optimal=best.optimal)
     if not explain:
         return answer
@@ -95,8 +90,6 @@ def _following(
     workload: Workload,
     objective: Objective,
     streams: Streams | None,
-    seconds_per_joule: float,
-    running: Running | None,
 ) -> Following | None:
     """What chains are judged by where the goals' formulas are not what they come to."""
     if streams is not None:
@@ -104,14 +97,7 @@ def _following(
         def seconds(stages: Sequence[Stage]) -> float:
             return streams.steady(stages).seconds
 
-        def price(stages: Sequence[Stage]) -> float:
-            energy = joules(model, cluster, workload, stages, streams.steady(stages).rows)
-            if running is None:
-                return seconds_per_joule * energy
-            moves = move_seconds(model, cluster, running, stages)
-            return seconds_per_joule * energy + moves / running.horizon_tokens
-
-        return Following("the streams", seconds, price)
+        return Following("the streams", seconds)
     if objective == "first_token" and len(cost.chunks(workload)) > 1:
         return Following("the prompt's chunks", partial(cost.first_token_seconds, model, cluster, workload))
     return None
@@ -135,13 +121,9 @@ def _tables(
     workload: Workload,
     constraints: Constraints,
     goal: Goal,
-    seconds_per_joule: float,
-    running: Running | None,
 ) -> TimeTables:
     if goal.objective == "first_token":
-        return prompt_tables(
-            model, cluster, workload, constraints, seconds_per_joule=seconds_per_joule, running=running
-        )
+        return prompt_tables(model, cluster, workload, constraints)
     return decode_tables(
         model,
         cluster,
@@ -149,17 +131,13 @@ def _tables(
         constraints,
         batch=goal.batch,
         idle=cost.stages_pause(goal.objective, workload),
-        seconds_per_joule=seconds_per_joule,
-        running=running,
     )
 
 
-def _why_no_milp(model: Model, running: Running | None, method: Method) -> str:
+def _why_no_milp(model: Model, method: Method) -> str:
     """Why the DP has to do; empty where the MILP can."""
     if method == "dp":
         return "asked for"
-    if running is not None:
-        return "each layer costs its own to move"
     return "" if milp.layers_alike(model) else "the layers differ"
 
 

@@ -47,8 +47,8 @@ class TimeTables:
     a chunk of a prompt. Infinite where there is no link or no room.
 
     A *round* is the sum over stages and hops; the *places* are what each stage and link is taken for by one
-    call of many. The two differ by what happens once: pauses, a prompt's one row of logits. Fees are prices
-    in seconds a token: energy, moving. All prefixes are [j][u]: units [0, u) on device j.
+    call of many. The two differ by what happens once: pauses, a prompt's one row of logits. All prefixes
+    are [j][u]: units [0, u) on device j.
     """
 
     units: int
@@ -64,8 +64,6 @@ class TimeTables:
     place_prefix: Sequence[Sequence[float]]
     first_fit: Sequence[Sequence[int]]  # [j][c]: the least b such that [b, c) fits on j; c when none does
     relief: Sequence[float]  # what a round saves when the device holds everything: it never pauses then
-    fee_step: Sequence[float] = ()  # both empty when nothing has a price
-    fee_prefix: Sequence[Sequence[float]] = ()
     pins: Mapping[int, int] = field(default_factory=dict)  # devices that hold exactly so many layers
 
     def stage(self, j: int, first: int, last: int) -> float:
@@ -76,12 +74,6 @@ class TimeTables:
     def place(self, j: int, first: int, last: int) -> float:
         """Seconds for which one call takes units [first, last) on device j."""
         return self.place_overhead[j] + (self.place_prefix[j][last] - self.place_prefix[j][first])
-
-    def fee(self, j: int, first: int, last: int) -> float:
-        """The price of units [first, last) on device j."""
-        if not self.fee_step:
-            return 0.0
-        return self.fee_step[j] + (self.fee_prefix[j][last] - self.fee_prefix[j][first])
 
     def fits(self, j: int, first: int, last: int) -> bool:
         """Whether device j may hold units [first, last)."""
@@ -117,31 +109,6 @@ class TimeTables:
         if fit[units] == 0 and arrive[0] + self.stage(j, 0, units) < ends[units]:
             ends[units], starts[units] = arrive[0] + self.stage(j, 0, units), 0
         return ends, starts
-
-    def folded(self, weight: float, keep: float = 1.0) -> "TimeTables":
-        """The same problem where a round is `keep` of its seconds and `weight` times its fees, fees gone."""
-        if not self.fee_step and keep == 1.0:
-            return self
-        count = len(self.overhead)
-        step, fees = self.fee_step or [0.0] * count, self.fee_prefix or [[0.0] * (self.units + 1)] * count
-
-        def scaled(values: Sequence[float]) -> list[float]:
-            return [keep * value if value < INF else INF for value in values]
-
-        return replace(
-            self,
-            enter=scaled(self.enter),
-            leave=scaled(self.leave),
-            hop=[[None if line is None else scaled(line) for line in lines] for lines in self.hop],
-            overhead=[keep * own + weight * fee for own, fee in zip(self.overhead, step, strict=True)],
-            prefix=[
-                [keep * own + weight * fee for own, fee in zip(line, fee_line, strict=True)]
-                for line, fee_line in zip(self.prefix, fees, strict=True)
-            ],
-            relief=scaled(self.relief),
-            fee_step=(),
-            fee_prefix=(),
-        )
 
     def within(self, limit: float) -> "TimeTables":
         """The same problem where no place may be taken for more than `limit` seconds."""

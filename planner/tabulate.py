@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 from . import cost
-from .constraints import Constraints, Running
+from .constraints import Constraints
 from .kinds import Kinds
 from .rows import TOKEN_BYTES, Cluster, Device, Link, Model, Workload
 from .tables import INF, Hops, LackTables, TimeTables
@@ -27,8 +27,6 @@ def decode_tables(
     *,
     batch: int = 1,
     idle: bool = True,
-    seconds_per_joule: float = 0.0,
-    running: Running | None = None,
 ) -> TimeTables:
     """Calls of one decoded row of each of `batch` sequences; `idle`: stages pause between calls."""
     kinds = Kinds(model)
@@ -44,9 +42,8 @@ def decode_tables(
         for device, pause in zip(cluster.devices, pauses, strict=True)
     ]
     rounds = [place + pause for place, pause in zip(places, pauses, strict=True)]
-    fees = _fees(model, cluster, workload, kinds, seconds_per_joule, running, batch)
     return _time_tables(
-        model, cluster, workload, constraints, batch, (rounds, prefix), (places, prefix), relief, fees
+        model, cluster, workload, constraints, batch, (rounds, prefix), (places, prefix), relief
     )
 
 
@@ -55,9 +52,6 @@ def prompt_tables(
     cluster: Cluster,
     workload: Workload,
     constraints: Constraints = ANYTHING,
-    *,
-    seconds_per_joule: float = 0.0,
-    running: Running | None = None,
 ) -> TimeTables:
     """Calls of one chunk of the prompt, the mean one: a later chunk attends to more."""
     kinds, pieces = Kinds(model), cost.chunks(workload)
@@ -78,10 +72,9 @@ def prompt_tables(
     steps = [device.step_overhead_s for device in cluster.devices]
     first = [device.step_overhead_s + device.idle_overhead_s for device in cluster.devices]
     rows = workload.prompt_tokens / len(pieces)
-    fees = _fees(model, cluster, workload, kinds, seconds_per_joule, running)
     none = [0.0] * len(lines)
     return _time_tables(
-        model, cluster, workload, constraints, rows, (first, rounds), (steps, places), none, fees, back=1
+        model, cluster, workload, constraints, rows, (first, rounds), (steps, places), none, back=1
     )
 
 
@@ -122,7 +115,6 @@ def _time_tables(
     rounds: tuple[list[float], list[list[float]]],
     places: tuple[list[float], list[list[float]]],
     relief: list[float],
-    fees: tuple[list[float], list[list[float]]],
     back: float | None = None,
 ) -> TimeTables:
     """Adds links, room and constraints; a call passes `rows` rows along each link, and `back` of them return
@@ -144,8 +136,6 @@ def _time_tables(
         place_prefix=places[1],
         first_fit=_first_fits(model, cluster, workload),
         relief=relief,
-        fee_step=fees[0],
-        fee_prefix=fees[1],
         pins=_pins(cluster, constraints),
     )
 
@@ -233,29 +223,3 @@ def _first_fits(model: Model, cluster: Cluster, workload: Workload) -> list[list
             fit.append(b)
         fits.append(fit)
     return fits
-
-
-def _fees(
-    model: Model,
-    cluster: Cluster,
-    workload: Workload,
-    kinds: Kinds,
-    seconds_per_joule: float,
-    running: Running | None,
-    batch: int = 1,
-) -> tuple[list[float], list[list[float]]]:
-    """Prices of a step of `batch` rows and of units, in seconds a token; empty when nothing has one."""
-    if not seconds_per_joule and running is None:
-        return [], []
-    steps = [seconds_per_joule * device.joules_per_step / batch for device in cluster.devices]
-    lines = []
-    for device in cluster.devices:
-        line = [
-            seconds_per_joule * joules
-            for joules in kinds.each(lambda u, d=device: cost.unit_joules(u, d, workload, batch))  # type: ignore[misc]
-        ]
-        if running is not None:
-            moves = cost.move_seconds(model, cluster, running, device.name)
-            line = [fee + move / running.horizon_tokens for fee, move in zip(line, moves, strict=True)]
-        lines.append(_prefix(line))
-    return steps, lines

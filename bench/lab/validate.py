@@ -19,6 +19,8 @@ from typing import Any
 
 import trio
 from bench.models import model_path
+from bench.scenario import Request, Rules
+from bench.simulator import simulate
 
 from shoal import planner
 from shoal.distributed import survey_cluster
@@ -26,8 +28,6 @@ from shoal.engine.errors import ShoalError
 from shoal.engine.shards import Model
 from shoal.engine.stage import StageOptions
 from shoal.planner.rows import Objective
-from shoal.planner.scenario import Request, Rules
-from shoal.planner.simulate import simulate
 from shoal.planning import plan_or_error, planner_model
 
 from .lab import Lab

@@ -186,7 +186,7 @@ def _cluster(body: dict[str, Any]) -> planner.Cluster:
 
 
 _LARGEST = 1e15
-_EXTRA = {"base_mb", "step_overhead_ms", "idle_overhead_ms", "joules_per_step", "joules_per_gb"}
+_EXTRA = {"base_mb", "step_overhead_ms", "idle_overhead_ms"}
 
 
 def _device(row: Any) -> planner.Device:
@@ -202,8 +202,6 @@ def _device(row: Any) -> planner.Device:
         base_bytes=int(number["base_mb"] * MB) if "base_mb" in number else BASE_BYTES,
         step_overhead_s=number.get("step_overhead_ms", 0.1) / 1e3,
         idle_overhead_s=number.get("idle_overhead_ms", 0.0) / 1e3,
-        joules_per_step=number.get("joules_per_step", 0.0),
-        joules_per_byte=number.get("joules_per_gb", 0.0) / 1e9,
     )
 
 

@@ -64,11 +64,6 @@ def test_fewer_rows_than_were_measured_compute_at_the_least_count() -> None:
     assert cost.work_seconds(replace(DEVICE, row_rates=((4, 200.0),)), 2, 100) == 1.0
 
 
-def test_energy_is_steps_and_bytes() -> None:
-    device = replace(DEVICE, joules_per_step=3.0, joules_per_byte=0.01)
-    assert cost.stage_joules(MODEL, device, LOAD, 0, 2) == pytest.approx(3 + 0.01 * (10 + 1000 + 260))
-
-
 def test_the_depth_is_the_middle_of_the_answer_unless_given() -> None:
     assert Workload(context=100, prompt_tokens=10).decode_depth == 55
     assert LOAD.decode_depth == 40
@@ -113,11 +108,6 @@ def test_latency_is_a_round_and_throughput_its_share_or_the_slowest_place() -> N
     assert Goal("throughput", 100).value(10.0, 6.0) == 6.0
     assert Goal("throughput", 100, batch=4).value(10.0, 6.0) == 1.5
     assert Goal("first_token", chunks=4).value(10.0, 6.0) == 28.0
-
-
-def test_a_fee_is_added_to_whatever_is_made_least() -> None:
-    for goal in (Goal("latency"), Goal("throughput", 2), Goal("first_token", chunks=3)):
-        assert goal.value(3.0, 2.0, 0.5) == goal.value(3.0, 2.0) + 0.5
 
 
 def test_a_goal_per_number_of_streams_in_a_call() -> None:

@@ -53,7 +53,6 @@ laptop     layers 4-6 + head            3     7.5     8.0  7.00
 
 Predicted 54.04 tokens/s (one stream). First token of the prompt after 19 ms.
 Found by exact DP over all orders (asked for), proved best.
-Spare RAM can hold copies of neighbours' layers: phone layer 4.
 
 One device alone: phone 40.80 tokens/s, slower than this plan (54.04).
   laptop  99.99 tokens/s, but it needs 10.5 MB, 2.5 MB over its cap

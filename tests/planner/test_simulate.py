@@ -8,13 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from bench.scenario import Event, Outcome, Request, Rules, random_requests
 from bench.simulate import main
+from bench.simulator import simulate
 
 from shoal.planner import cost
 from shoal.planner.evaluation import evaluate
 from shoal.planner.rows import Cluster, Device, Link, Model, Stage, Unit, Workload
-from shoal.planner.scenario import Event, Outcome, Request, Rules, random_requests
-from shoal.planner.simulate import simulate
 from shoal.planner.stagecost import StageCost
 
 LAYER = Unit("layer", 1_000_000, 1_000_000, 1_000_000, 0, 0, 1000)

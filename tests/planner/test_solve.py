@@ -205,7 +205,7 @@ def test_no_ring_of_quick_devices_computes_beside_the_chain(objective: Any) -> N
 
 
 def test_what_the_dp_finds_along_the_milps_order_may_be_worse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With prices the DP is not exact for several streams."""
+    """The DP is not exact along an order for a prompt in chunks, where it gives up."""
     tables = solve.decode_tables(MODEL, cluster(FAST, SLOW), LOAD)
     fast, slow = (Chain(((j, 0, 8),), 0.0) for j in range(2))
     monkeypatch.setattr(solve.milp, "best_chain", lambda *args, **options: (fast, True))

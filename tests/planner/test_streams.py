@@ -7,11 +7,11 @@ import random
 from dataclasses import replace
 
 import pytest
+from bench.scenario import Request
+from bench.simulator import simulate
 
 from shoal.planner.evaluation import evaluate
 from shoal.planner.rows import Cluster, Device, Infeasible, Link, Model, Stage, Unit, Workload
-from shoal.planner.scenario import Request
-from shoal.planner.simulate import simulate
 from shoal.planner.solve import plan
 from shoal.planner.streams import Streams, Way, settle
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .kinds import names, non_negative, positive, wholes
+from .kinds import names, positive, wholes
 from .shared import Commands, add_engine, add_json, add_model, add_nodes, command
 
 
@@ -38,13 +38,6 @@ def plan(commands: Commands) -> None:
     )
     parser.add_argument(
         "--prompt", type=positive, default=128, metavar="N", help="tokens of a prompt (default 128)"
-    )
-    parser.add_argument(
-        "--seconds-per-joule",
-        type=non_negative,
-        default=0.0,
-        metavar="S",
-        help="how much longer a token may take to save a joule, where devices say what they use (default 0)",
     )
     _constraints(parser)
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw one token, and several, as an SVG")

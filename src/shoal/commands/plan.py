@@ -38,7 +38,6 @@ def run(args: argparse.Namespace) -> int:
         args.objective.replace("-", "_"),
         order=order,
         constraints=constraints,
-        seconds_per_joule=args.seconds_per_joule,
     )
     if args.svg is not None:
         _write(args.svg, draw(plan))

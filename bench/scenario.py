@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .check import check_name, check_real, check_whole
-from .rows import Cluster, Stage
+from shoal.planner.check import check_name, check_real, check_whole
+from shoal.planner.rows import Cluster, Stage
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,27 +1,37 @@
-"""Chat messages to the text that a model was trained on, by the model's own Jinja template.
+"""Chat messages as the token ids that a model was trained on, by the model's own Jinja template.
 
-Templates come with models, so they run in Jinja's immutable sandbox. The functions that templates expect
-(`raise_exception`, `strftime_now`, `tojson`) are those of Hugging Face transformers
-(`utils/chat_template_utils.py`)."""
+The content of messages is data: a control token, such as the one that ends a turn, is recognised only where
+the template wrote it. Where a message spells one, its ids are those of the spelling as text. All other
+messages have the ids of Hugging Face transformers' `apply_chat_template`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from .config import read_config
-from .errors import MissingDependencyError, ShoalError, UnsupportedModelError
+from .errors import MissingDependencyError, ModelFileError, ShoalError, UnsupportedModelError
 from .files import read_text
-from .index import CHAT_TEMPLATE, CONFIG, INDEX, read_index
+from .index import CHAT_TEMPLATE, CONFIG, INDEX, SPECIAL_TOKENS, read_index
 from .stamps import Stamps
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    import jinja2
+    from .chat_template import Traced
+
+_ANSWERING = frozenset({"assistant", "model"})
+_ASKING = frozenset({"system", "developer", "user", "human", "context", "documents", "critic"})
+_TOOLS = frozenset({"tool", "tool_response", "function", "ipython", "environment", "observation"})
+_ROLES = _ANSWERING | _ASKING | _TOOLS
+"""Names of roles, of which templates may make control tokens: '<|' + role + '|>'. Others are data."""
+_MARKER = re.compile(r"[<\[][|\uff5c]\S+?[|\uff5c][>\]]|</?(?:start|end)_of_\w+>")
+"""Spelling of a token that begins or ends a turn."""
+_TAG = re.compile(r"</?\w+>")
+"""Spelling of a token that a model writes around a part of its answer: `<think>`, `</tool_call>`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +42,24 @@ class Message:
     content: str
 
 
+Messages = Sequence[Message | Mapping[str, Any]]
+"""A mapping may have more than a role and a content: what the template at hand reads, such as tool_calls."""
+
+
 class Chat:
     """The template of a model directory with its tokenizer. Without a template, messages are plain text."""
 
-    def __init__(self, tokenizer: Tokenizer, template: str | None, special: dict[str, str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, template: str | None, special: Mapping[str, str]) -> None:
+        """`special`: spellings of the special tokens that templates name (`bos_token`, `eos_token`, …)."""
         self.tokenizer = tokenizer
+        self.special = dict(special)
         self._template = None if template is None else _compile(template)
-        self._special = special
+        words = _literals(template)
+        self._control = frozenset(
+            i
+            for i, (content, hidden) in tokenizer.added_tokens.items()
+            if hidden or _MARKER.fullmatch(content) or (content.strip() and content in words)
+        )
 
     @classmethod
     def open(cls, directory: Path | str, tokenizer: Tokenizer | None = None) -> Chat:
@@ -46,75 +67,143 @@ class Chat:
         UnsupportedModelError: a template that does not compile."""
         directory = Path(directory)
         index, _ = read_index(directory / INDEX)
-        template = None
-        if CHAT_TEMPLATE in index.files:
-            Stamps(directory).check(directory / CHAT_TEMPLATE, index.files[CHAT_TEMPLATE])
-            template = read_text(directory / CHAT_TEMPLATE)
+
+        def text(name: str) -> str | None:
+            if name not in index.files:
+                return None
+            Stamps(directory).check(directory / name, index.files[name])
+            return read_text(directory / name)
+
         tokenizer = tokenizer or Tokenizer.open(directory)
         config = read_config(directory / CONFIG)
-        ids = {"bos_token": config.bos, "eos_token": config.eos[0] if config.eos else None}
-        special = {key: "" if i is None else tokenizer.token(i) or "" for key, i in ids.items()}
-        return cls(tokenizer, template, special)
+        special = special_tokens(tokenizer, config.bos, config.eos)
+        named = text(SPECIAL_TOKENS)
+        if named is not None:
+            special |= _parse_special(named, directory / SPECIAL_TOKENS)
+        return cls(tokenizer, text(CHAT_TEMPLATE), special)
 
     @property
     def has_template(self) -> bool:
         """Whether the model was made for chats."""
         return self._template is not None
 
-    def render(self, messages: Sequence[Message], *, generation_prompt: bool = True) -> str:
+    def render(self, messages: Messages, *, generation_prompt: bool = True, **variables: Any) -> str:
         """The text of the messages; with `generation_prompt`, up to where the assistant's answer begins.
+        `variables` are what else the template reads: tools, documents, enable_thinking, date_string.
 
         ShoalError: the template refuses the messages."""
+        return "".join(self._render(messages, generation_prompt, variables)[0])
+
+    def encode(self, messages: Messages, *, generation_prompt: bool = True, **variables: Any) -> list[int]:
+        """Token ids of the rendered messages. Control tokens that messages or variables spell are encoded as
+        text."""
+        text, data = self._render(messages, generation_prompt, variables)
         if self._template is None:
-            return "\n\n".join(message.content for message in messages)
+            return self.tokenizer.encode(text, control=False)
+        from .chat_template import ANSWER, TEMPLATE, UNKNOWN, origins
+
+        origin = origins(text)
+        tokens = self.tokenizer.added_tokens
+
+        def genuine(token: int, first: int, last: int) -> bool:
+            wrote = set(origin[first:last])
+            if wrote == {ANSWER}:
+                content, hidden = tokens[token]
+                return not hidden and _TAG.fullmatch(content) is not None
+            spelling = text[first:last]
+            return wrote == {TEMPLATE} or (
+                wrote <= {TEMPLATE, UNKNOWN} and not any(spelling in said for said in _strings(data))
+            )
+
+        return self.tokenizer.encode_where("".join(text), self._control, genuine)
+
+    def _render(
+        self, messages: Messages, generation_prompt: bool, variables: Mapping[str, Any]
+    ) -> tuple[Traced | str, list[Any]]:
+        """The rendered text, and all that is data in it."""
+        plain = [asdict(message) if isinstance(message, Message) else dict(message) for message in messages]
+        plain = [{key: value for key, value in message.items() if value is not None} for message in plain]
+        data = [*plain, dict(variables)]
+        if self._template is None:
+            return "\n\n".join(str(message.get("content", "")) for message in plain), data
         from jinja2 import TemplateError
 
+        from .chat_template import DATA, TEMPLATE, traced
+
+        given = {
+            "tools": None,
+            "documents": None,
+            **traced(self.special, TEMPLATE),
+            **traced(variables, DATA),
+            "messages": [_traced_message(message) for message in plain],
+            "add_generation_prompt": generation_prompt,
+        }
         try:
-            return self._template.render(
-                messages=[asdict(message) for message in messages],
-                add_generation_prompt=generation_prompt,
-                tools=None,
-                documents=None,
-                **self._special,
-            )
-        except (TemplateError, TypeError, ValueError, OverflowError, RecursionError) as e:
+            return self._template(**given), data
+        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
             raise ShoalError(f"the model's chat template refuses these messages: {e}") from e
-
-    def encode(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of the rendered messages, up to where the answer begins."""
-        return self.tokenizer.encode(self.render(messages), special=not self.has_template)
+        except RecursionError as e:
+            raise ShoalError("the model's chat template recurses without end on these messages") from e
 
 
-def _compile(template: str) -> jinja2.Template:
+def special_tokens(tokenizer: Tokenizer, bos: int | None, eos: Sequence[int]) -> dict[str, str]:
+    """The special tokens that a template may name, where only a configuration's ids are known."""
+    ids = {"bos_token": bos, "eos_token": eos[0] if eos else None}
+    spelled = {key: tokenizer.token(i) for key, i in ids.items() if i is not None}
+    return {key: token for key, token in spelled.items() if token is not None}
+
+
+def _parse_special(text: str, path: Path) -> dict[str, str]:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise ModelFileError(f"{path} cannot be read as JSON: {e}") from e
+    if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
+        raise ModelFileError(f"{path} must hold an object of strings: pull or convert the model again")
+    return values
+
+
+def _traced_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message for the template, with origins. The name of a usual role may be part of a control token."""
+    from .chat_template import ANSWER, DATA, TEMPLATE, traced
+
+    role = message.get("role")
+    made: dict[str, Any] = traced(message, ANSWER if role in _ANSWERING else DATA)
+    if "role" in message:
+        made["role"] = traced(role, TEMPLATE if role in _ROLES else DATA)
+    return made
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All strings in JSON-like data."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for pair in value.items():
+            yield from _strings(pair)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)
+
+
+def _literals(template: str | None) -> str:
+    if template is None:
+        return ""
+    from .chat_template import literals
+
+    return literals(template)
+
+
+def _compile(template: str) -> Callable[..., str]:
     try:
         import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as e:
         raise MissingDependencyError(
             f"chat templates need the jinja2 package ({e}): pip install jinja2, or give `--raw`"
         ) from e
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
+    from .chat_template import compile_template
+
     try:
-        return environment.from_string(template)
-    except jinja2.TemplateError as e:
+        return compile_template(template)
+    except (jinja2.TemplateError, RecursionError) as e:
         raise UnsupportedModelError(f"the model's chat template does not compile: {e}; give `--raw`") from e
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    """Unlike Jinja's own filter, nothing is escaped for HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().astimezone().strftime(form)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    import jinja2
-
-    raise jinja2.TemplateError(message)

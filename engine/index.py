@@ -22,6 +22,7 @@ INDEX = "index.json"
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+SPECIAL_TOKENS = "special_tokens_map.json"
 COMMON = "common.safetensors"
 KV_DTYPES = {"int8": "f16", "int4": "f16", "f32": "f32"}
 """Type of keys and values, by type of weights."""

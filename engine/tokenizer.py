@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .control_tokens import Genuine, PlainTwins, find, never
 from .errors import MissingDependencyError, ModelFileError
 from .files import read_bytes
 from .index import TOKENIZER, read_index
@@ -26,8 +27,9 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
-        added = backend.get_added_tokens_decoder()
-        self._special = frozenset(i for i, token in added.items() if token.special)
+        self._twins = PlainTwins(backend)
+        self._added = backend.get_added_tokens_decoder()
+        self._special = frozenset(i for i, token in self._added.items() if token.special)
 
     @classmethod
     def open(cls, directory: Path | str) -> Tokenizer:
@@ -55,10 +57,30 @@ class Tokenizer:
         except Exception as e:  # the library raises plain Exception
             raise ModelFileError(f"{where} is not a tokenizer that `tokenizers` reads: {e}") from e
 
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Ids of a text. `special`: with the begin and end tokens the model asks for (a rendered chat
-        template has its own). Special tokens that stand in the text are recognised either way."""
-        return list(self._backend.encode(text, add_special_tokens=special).ids)
+    def encode(self, text: str, *, special: bool = True, control: bool = True) -> list[int]:
+        """Ids of a text. `special`: with the begin and end tokens that the model asks for (a rendered chat
+        template has its own). `control`: special tokens that are spelled in the text are recognised, as a raw
+        prompt wants; otherwise their spelling is text like any other, as for text that others wrote."""
+        if control:
+            return list(self._backend.encode(text, add_special_tokens=special).ids)
+        return self.encode_where(text, self._special, never, special=special)
+
+    def encode_where(
+        self, text: str, control: frozenset[int], genuine: Genuine, *, special: bool = False
+    ) -> list[int]:
+        """Ids of a text. Each of the tokens `control`, which are added tokens, is recognised only where it is
+        `genuine`; elsewhere its spelling is text like any other."""
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        spelled = {i: self._added[i] for i in control}
+        if not all(genuine(*found) for found in find(encoding, text, spelled)):
+            encoding = self._twins.encode(text, encoding, spelled, genuine)
+        return list(self._backend.post_process(encoding, None, special).ids)
+
+    @property
+    def added_tokens(self) -> dict[int, tuple[str, bool]]:
+        """Spellings of the tokens that are matched whole, before the text is cut into words, and whether each
+        is special: its id is shown to nobody."""
+        return {i: (token.content, token.special) for i, token in self._added.items()}
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of ids. Bytes that are no UTF-8 come out as U+FFFD."""

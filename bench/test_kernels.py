@@ -62,8 +62,8 @@ def test_attention(benchmark: Any, isa: str, shape: Shape, depth: int) -> None:
     p = Program(max_rows=depth or 1)
     x = p.input(cols)
     state = p.state(shape.kv_heads, shape.head_dim, "F16")
-    p.op("STORE", -1, x, state=state, i=[width, width + shape.kv_heads * shape.head_dim])
-    out = p.op("ATTEND", p.buffer(width), x, state=state, i=[0, shape.heads], f=[shape.head_dim**-0.5])
+    p.op("STORE", -1, x, state=state, key=width, value=width + shape.kv_heads * shape.head_dim)
+    out = p.op("ATTEND", p.buffer(width), x, state=state, heads=shape.heads, scale=shape.head_dim**-0.5)
     p.output(out)
     executor, filled = p.open(isa), Rows(depth)
     if depth:
@@ -82,11 +82,11 @@ def test_rows(benchmark: Any, isa: str, shape: Shape, op: str, rows: int) -> Non
     if op == "rope":
         frequencies = 10000.0 ** -(np.arange(shape.head_dim // 2) / (shape.head_dim // 2))
         angles = p.op("ANGLES", p.buffer(shape.head_dim), -1, p.weight(f64(frequencies)))
-        p.op("ROPE", x, -1, angles=angles, i=[shape.heads, shape.head_dim])
+        p.op("ROPE", x, -1, angles=angles, heads=shape.heads, head_dim=shape.head_dim)
         p.output(x)
     elif op == "norm":
         norm = p.weight(f32(np.ones(shape.hidden)))
-        p.output(p.op("NORM", p.buffer(shape.hidden), x, norm, f=[1e-5]))
+        p.output(p.op("NORM", p.buffer(shape.hidden), x, norm, epsilon=1e-5))
     else:
         quantised = p.op("QUANTISE", p.buffer(shape.hidden, "Q8"), x)
         column = p.weight(random_weight("Q8", rng, 16, shape.hidden))

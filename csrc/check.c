@@ -21,16 +21,21 @@ typedef struct {
 } checker;
 
 #define REFUSE(c, ...) return shoal_fail((c)->error, (c)->error_bytes, SHOAL_E_PROGRAM, __VA_ARGS__)
-/* Reports op and reason unless `holds`. */
-#define NEED(c, holds, reason)                                                                  \
-  do {                                                                                          \
-    if (!(holds)) REFUSE(c, "op %d (kind %d): %s", (c)->op, (c)->p->ops[(c)->op].kind, reason); \
+/* Reports the op's number, its kind and the reason unless `holds`. */
+#define NEED(c, holds, reason)                                                     \
+  do {                                                                             \
+    if (!(holds)) REFUSE(c, "op %d (%s): %s", (c)->op, kind_name(c), reason);      \
   } while (0)
 #define TRY(call)                          \
   do {                                     \
     const int32_t status = (call);         \
     if (status != SHOAL_OK) return status; \
   } while (0)
+
+static const char *kind_name(const checker *c) {
+  const shoal_op_info *info = shoal_op_info_of(c->p->ops[c->op].kind);
+  return info ? info->name : "unknown";
+}
 
 static const shoal_buffer *buffer(const checker *c, int32_t id) {
   return id >= 0 && id < c->p->n_buffers ? &c->p->buffers[id] : NULL;
@@ -96,7 +101,8 @@ static int32_t check_weight(const checker *c, int32_t i) {
     REFUSE(c, "weight %d: %u bytes of scales, its shape needs %u", i, w->scales_bytes, scales);
   if (w->mins_bytes != mins || (w->mins && !mins))
     REFUSE(c, "weight %d: %u bytes of mins, its shape and type need %u", i, w->mins_bytes, mins);
-  if ((uintptr_t)w->data % align || (uintptr_t)w->scales % 2 || (uintptr_t)w->mins % 2) REFUSE(c, "weight %d is not aligned", i);
+  if ((uintptr_t)w->data % align || (uintptr_t)w->scales % 2 || (uintptr_t)w->mins % 2)
+    REFUSE(c, "weight %d is not aligned", i);
   if (w->type == SHOAL_F64)
     for (uint64_t k = 0; k < rows * cols; k++) {
       const double f = ((const double *)w->data)[k];
@@ -117,123 +123,102 @@ static int32_t check_states(const checker *c) {
   return SHOAL_OK;
 }
 
-/* Weights of an op: all of one type, as many columns each. */
-static int32_t check_op_weights(const checker *c, int32_t least, int32_t most, int32_t type, int32_t cols) {
-  const shoal_op *op = &c->p->ops[c->op];
-  NEED(c, op->n_weights >= least && op->n_weights <= most, "number of weights");
-  for (int32_t i = 0; i < op->n_weights; i++) {
+static int32_t has(int32_t set, int32_t member) { return set >> member & 1; }
+
+/* The parts of an op that its row of the table describes. */
+static int32_t check_buffers_of(const checker *c, const shoal_op *op, const shoal_op_info *info) {
+  const shoal_buffer *in = buffer(c, op->in), *out = buffer(c, op->out), *angles = buffer(c, op->angles);
+  const int32_t reads = info->flags & SHOAL_READS_IN, writes = info->flags & SHOAL_WRITES_OUT;
+  NEED(c, !(info->flags & SHOAL_ACCUMULATES) || op->accumulate == 0 || op->accumulate == 1,
+       "accumulate is neither 0 nor 1");
+  NEED(c, !reads || (in && c->written[op->in]), "reads no buffer, or one that was not written");
+  NEED(c, !reads || has(info->in_types, in->type), "the type of the input does not fit");
+  NEED(c, !reads || has(info->domains, in->domain), "the rows that the input holds do not fit");
+  NEED(c, !writes || out, "writes no buffer");
+  NEED(c, !reads || !writes || op->in != op->out, "reads what it writes");
+  NEED(c, !writes || has(info->out_types, out->type), "the type of the output does not fit");
+  NEED(c, !writes || has(info->domains, out->domain), "the rows that the output holds do not fit");
+  NEED(c, !writes || !shoal_keeps_out(op) || c->written[op->out], "changes a buffer that was not written");
+  NEED(c,
+       !reads || !writes || in->domain == out->domain ||
+           ((info->flags & SHOAL_GATHERS) && out->domain == SHOAL_WANTED_ROWS),
+       "rows of input and output differ");
+  if (info->flags & SHOAL_READS_ANGLES)
+    NEED(c,
+         angles && c->written[op->angles] && op->angles != op->out && angles->type == SHOAL_F32 &&
+             angles->domain == out->domain,
+         "no angles, or not written, or their type or rows do not fit");
+  NEED(c, !(info->flags & SHOAL_HAS_STATE) || (op->state >= 0 && op->state < c->p->n_states), "no such state");
+  NEED(c, !info->most_weights || (op->n_weights >= info->least_weights && op->n_weights <= info->most_weights),
+       "number of weights");
+  for (int32_t i = 0; info->most_weights && i < op->n_weights; i++) {
     NEED(c, op->weights[i] >= 0 && op->weights[i] < c->p->n_weights, "no such weight");
-    const shoal_weight *w = &c->p->weights[op->weights[i]];
-    NEED(c, type < 0 || w->type == type || (type == SHOAL_Q8 && w->type == SHOAL_Q4),
-         "the weight's type does not fit the input's");
-    NEED(c, cols < 0 || w->cols == cols, "the weight's columns do not fit");
+    NEED(c, has(info->weight_types, c->p->weights[op->weights[i]].type), "the type of a weight does not fit");
   }
   return SHOAL_OK;
 }
 
 static int32_t check_matmul(const checker *c, const shoal_op *op, const shoal_buffer *in, const shoal_buffer *out) {
   int64_t rows = 0;
-  TRY(check_op_weights(c, 1, SHOAL_MAX_PARTS, in->type, in->cols));
-  for (int32_t i = 0; i < op->n_weights; i++) rows += c->p->weights[op->weights[i]].rows;
-  NEED(c, out->type == SHOAL_F32 && rows == out->cols, "the weights' rows are not the columns of an f32 output");
-  NEED(c, op->i[0] == 0 || op->i[0] == 1, "i0 is neither 0 nor 1");
-  NEED(c, op->i[0] == 0 || c->written[op->out], "adds to a buffer that was not written");
-  return SHOAL_OK;
-}
-
-static int32_t check_rope(const checker *c, const shoal_op *op, const shoal_buffer *out) {
-  const shoal_buffer *angles = buffer(c, op->angles);
-  NEED(c, angles && c->written[op->angles] && op->angles != op->out, "no angles, or not written");
-  NEED(c, angles->type == SHOAL_F32 && angles->cols % 2 == 0 && angles->domain == out->domain,
-       "the angles' type, columns or rows");
-  NEED(c, out->type == SHOAL_F32 && c->written[op->out], "rotates a buffer that is not f32 or was not written");
-  NEED(c, op->i[0] >= 1 && op->i[1] >= angles->cols && (int64_t)op->i[0] * op->i[1] <= out->cols,
-       "heads do not fit the columns");
-  return SHOAL_OK;
-}
-
-static int32_t check_store(const checker *c, const shoal_op *op, const shoal_buffer *in, const shoal_state *s) {
-  const int32_t width = s->kv_heads * s->head_dim;
-  NEED(c, in->type == SHOAL_F32 && in->domain == SHOAL_ALL_ROWS, "reads a buffer that is not f32 of all rows");
-  for (int32_t k = 0; k < 2; k++)
-    NEED(c, op->i[k] >= 0 && (int64_t)op->i[k] + width <= in->cols, "keys or values beyond the columns");
+  for (int32_t i = 0; i < op->n_weights; i++) {
+    const shoal_weight *w = &c->p->weights[op->weights[i]];
+    NEED(c, (w->type == SHOAL_F32) == (in->type == SHOAL_F32), "the type of a weight does not fit the input's");
+    NEED(c, w->cols == in->cols, "a weight's columns are not those of the input");
+    rows += w->rows;
+  }
+  NEED(c, rows == out->cols, "the weights' rows are not the columns of the output");
   return SHOAL_OK;
 }
 
 static int32_t check_attend(const checker *c, const shoal_op *op, const shoal_buffer *in, const shoal_buffer *out,
                             const shoal_state *s) {
-  const int64_t width = (int64_t)op->i[1] * s->head_dim;
-  NEED(c, in->type == SHOAL_F32 && in->domain == SHOAL_ALL_ROWS, "reads a buffer that is not f32 of all rows");
-  NEED(c, out->type == SHOAL_F32 && out->domain == SHOAL_ALL_ROWS, "writes a buffer that is not f32 of all rows");
-  NEED(c, op->i[1] >= 1 && op->i[1] % s->kv_heads == 0, "query heads are no multiple of kv heads");
-  NEED(c, op->i[0] >= 0 && op->i[0] + width <= in->cols && width == out->cols, "query heads do not fit the columns");
-  NEED(c, shoal_is_finite(op->f[0]), "the scale is not finite");
+  const int64_t width = (int64_t)op->heads * s->head_dim;
+  NEED(c, op->heads >= 1 && op->heads % s->kv_heads == 0, "query heads are no multiple of kv heads");
+  NEED(c, op->column >= 0 && op->column + width <= in->cols && width == out->cols,
+       "query heads do not fit the columns");
+  NEED(c, shoal_is_finite(op->scale), "the scale is not finite");
   return SHOAL_OK;
 }
 
-/* Buffers that each kind has; whether out may differ in rows from in. */
-enum { HAS_IN = 1, HAS_OUT = 2, HAS_STATE = 4, IN_PLACE = 8 };
-static const uint8_t SHAPE[] = {
-    [SHOAL_OP_EMBED] = HAS_OUT,
-    [SHOAL_OP_ANGLES] = HAS_OUT,
-    [SHOAL_OP_NORM] = HAS_IN | HAS_OUT,
-    [SHOAL_OP_QUANTISE] = HAS_IN | HAS_OUT,
-    [SHOAL_OP_MATMUL] = HAS_IN | HAS_OUT,
-    [SHOAL_OP_ROPE] = HAS_OUT | IN_PLACE,
-    [SHOAL_OP_STORE] = HAS_IN | HAS_STATE,
-    [SHOAL_OP_ATTEND] = HAS_IN | HAS_OUT | HAS_STATE,
-    [SHOAL_OP_GATE] = HAS_IN | HAS_OUT,
-    [SHOAL_OP_SAMPLE] = HAS_IN,
-};
-
 static int32_t check_op(const checker *c) {
   const shoal_op *op = &c->p->ops[c->op];
-  NEED(c, op->kind >= 0 && op->kind < (int32_t)sizeof SHAPE, "no such kind");
-  const int32_t has = SHAPE[op->kind];
-  const shoal_buffer *in = buffer(c, op->in), *out = buffer(c, op->out);
-  NEED(c, !(has & HAS_IN) || (in && c->written[op->in]), "reads no buffer, or one that was not written");
-  NEED(c, !(has & HAS_OUT) || out, "writes no buffer");
-  NEED(c, (has & (HAS_IN | HAS_OUT)) != (HAS_IN | HAS_OUT) || op->in != op->out, "reads what it writes");
-  NEED(c, !(has & HAS_STATE) || (op->state >= 0 && op->state < c->p->n_states), "no such state");
-  NEED(c,
-       (has & (HAS_IN | HAS_OUT)) != (HAS_IN | HAS_OUT) || in->domain == out->domain ||
-           (op->kind == SHOAL_OP_NORM && out->domain == SHOAL_WANTED_ROWS),
-       "rows of input and output differ");
+  const shoal_op_info *info = shoal_op_info_of(op->kind);
+  NEED(c, info, "no such kind");
+  TRY(check_buffers_of(c, op, info));
+  const shoal_buffer *in = buffer(c, op->in), *out = buffer(c, op->out), *angles = buffer(c, op->angles);
+  const shoal_state *s = info->flags & SHOAL_HAS_STATE ? &c->p->states[op->state] : NULL;
+  const shoal_weight *w = info->most_weights ? &c->p->weights[op->weights[0]] : NULL;
   switch (op->kind) {
-    case SHOAL_OP_EMBED: {
-      TRY(check_op_weights(c, 1, 1, -1, out->cols));
-      NEED(c, c->p->weights[op->weights[0]].type != SHOAL_F64, "a table of f64");
-      NEED(c, out->type == SHOAL_F32 && out->domain == SHOAL_ALL_ROWS, "writes a buffer that is not f32 of all rows");
-      break;
-    }
+    case SHOAL_OP_EMBED: NEED(c, w->cols == out->cols, "the table's columns are not those of the output"); break;
     case SHOAL_OP_ANGLES:
-      TRY(check_op_weights(c, 1, 1, SHOAL_F64, -1));
-      NEED(c, out->type == SHOAL_F32 && out->domain == SHOAL_ALL_ROWS, "writes a buffer that is not f32 of all rows");
-      NEED(c, c->p->weights[op->weights[0]].rows == 1 && c->p->weights[op->weights[0]].cols * 2 == out->cols,
-           "twice the frequencies are not the columns");
+      NEED(c, w->rows == 1 && w->cols * 2 == out->cols, "twice the frequencies are not the columns of the output");
       break;
     case SHOAL_OP_NORM:
-      TRY(check_op_weights(c, 1, 1, SHOAL_F32, in->cols));
-      NEED(c, c->p->weights[op->weights[0]].rows == 1 && in->type == SHOAL_F32 && in->cols == out->cols,
-           "types or columns do not fit");
-      NEED(c, shoal_is_finite(op->f[0]) && op->f[0] >= 0, "epsilon is negative or not finite");
+      NEED(c, in->cols == out->cols && w->rows == 1 && w->cols == out->cols,
+           "the columns of input, weight and output differ");
+      NEED(c, shoal_is_finite(op->epsilon) && op->epsilon >= 0, "epsilon is negative or not finite");
       break;
-    case SHOAL_OP_QUANTISE:
-      NEED(c, in->type == SHOAL_F32 && out->type == SHOAL_Q8 && in->cols == out->cols, "types or columns do not fit");
-      break;
+    case SHOAL_OP_QUANTISE: NEED(c, in->cols == out->cols, "the columns of input and output differ"); break;
     case SHOAL_OP_MATMUL: TRY(check_matmul(c, op, in, out)); break;
-    case SHOAL_OP_ROPE: TRY(check_rope(c, op, out)); break;
-    case SHOAL_OP_STORE: TRY(check_store(c, op, in, &c->p->states[op->state])); break;
-    case SHOAL_OP_ATTEND: TRY(check_attend(c, op, in, out, &c->p->states[op->state])); break;
-    case SHOAL_OP_GATE:
-      NEED(c, in->type == SHOAL_F32 && in->cols == 2 * out->cols, "the input has not twice the output's columns");
-      NEED(c, op->i[0] == SHOAL_SILU || op->i[0] == SHOAL_GELU_TANH, "no such activation");
+    case SHOAL_OP_ROPE:
+      NEED(c, angles->cols % 2 == 0 && op->heads >= 1 && op->head_dim >= angles->cols &&
+               (int64_t)op->heads * op->head_dim <= out->cols,
+           "heads do not fit the columns");
       break;
-    default:
-      NEED(c, in->type == SHOAL_F32 && in->domain == SHOAL_WANTED_ROWS,
-           "draws from a buffer that is not f32 of wanted rows");
+    case SHOAL_OP_STORE: {
+      const int64_t width = (int64_t)s->kv_heads * s->head_dim;
+      NEED(c, op->key >= 0 && op->key + width <= in->cols && op->value >= 0 && op->value + width <= in->cols,
+           "keys or values beyond the columns");
+      break;
+    }
+    case SHOAL_OP_ATTEND: TRY(check_attend(c, op, in, out, s)); break;
+    case SHOAL_OP_GATE:
+      NEED(c, in->cols == 2 * out->cols, "the input has not twice the output's columns");
+      NEED(c, op->activation == SHOAL_SILU || op->activation == SHOAL_GELU_TANH, "no such activation");
+      break;
+    default: break; /* SAMPLE: any logits */
   }
-  if (has & HAS_OUT) c->written[op->out] = 1;
+  if (info->flags & SHOAL_WRITES_OUT) c->written[op->out] = 1;
   return SHOAL_OK;
 }
 

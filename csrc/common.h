@@ -130,6 +130,36 @@ size_t shoal_sample_scratch(int32_t vocab);
 int32_t shoal_sample(const shoal_kernels *kernels, const float *logits, int32_t vocab, const shoal_sampling *sampling,
                      const int32_t *history, int32_t position, void *scratch);
 
+/* ops.c: one row a kind of op. The checks, the workspace plan and the executor read what is common to kinds from it; only
+ * what one kind alone has (a formula, a limit on its parameters) is in their code. */
+enum {
+  SHOAL_READS_IN = 1,      /* the buffer `in` */
+  SHOAL_READS_ANGLES = 2,  /* the buffer `angles`: f32, in rows like out */
+  SHOAL_WRITES_OUT = 4,    /* the buffer `out`, anew unless shoal_keeps_out */
+  SHOAL_IN_PLACE = 8,      /* `out` is read and changed */
+  SHOAL_ACCUMULATES = 16,  /* with accumulate = 1 the result is added to `out` */
+  SHOAL_GATHERS = 32,      /* `out` may hold the wanted rows of an `in` that holds all rows */
+  SHOAL_HAS_STATE = 64     /* uses the pages of `state` */
+};
+
+/* How an op's work is shared out over threads. */
+typedef enum { SHOAL_BY_ROWS, SHOAL_BY_PANELS, SHOAL_BY_SPANS, SHOAL_BY_KV_HEADS, SHOAL_BY_SEQUENCES } shoal_split;
+
+typedef struct {
+  const char *name;
+  int32_t flags;
+  int32_t in_types, out_types;       /* sets of enum shoal_type: bits 1 << type */
+  int32_t domains;                   /* set of enum shoal_domain that `in` and `out` may have */
+  int32_t least_weights, most_weights;
+  int32_t weight_types;              /* set of enum shoal_type */
+  shoal_split split;
+} shoal_op_info;
+
+/* NULL: no such kind. */
+const shoal_op_info *shoal_op_info_of(int32_t kind);
+/* 1: `out` was written before this op, which changes it. */
+int32_t shoal_keeps_out(const shoal_op *op);
+
 /* check.c and batch.c: SHOAL_OK, or a status whose reason stands in error. */
 int32_t shoal_check_program(const shoal_program *program, char *error, int32_t error_bytes);
 int32_t shoal_check_batch(const shoal_program *program, const shoal_batch *batch, char *error, int32_t error_bytes);

@@ -49,39 +49,37 @@ static cut cut_matmul(const run *r, const shoal_op *op) {
 
 static int32_t small_attention(const run *r, const shoal_op *op) {
   return shoal_pool_threads(r->e->pool) == 1 ||
-         r->seen * op->i[1] * r->e->program.states[op->state].head_dim < SMALL_ATTENTION;
+         r->seen * op->heads * r->e->program.states[op->state].head_dim < SMALL_ATTENTION;
 }
 
 /* How many pairs of a block and a kv head one row's attention is shared out by; 0: by kv heads, or not at all. */
 static int32_t pairs_of(const run *r, const shoal_op *op) {
   const shoal_state *s = &r->e->program.states[op->state];
   const int64_t blocks = (r->seen + SHOAL_PAGE - 1) / SHOAL_PAGE;
-  const int64_t bytes = blocks * op->i[1] * (int64_t)(shoal_part_floats(s) * sizeof(float));
+  const int64_t bytes = blocks * op->heads * (int64_t)(shoal_part_floats(s) * sizeof(float));
   if (r->rows > 1 || blocks < 2 || bytes > SHOAL_PART_BYTES || small_attention(r, op)) return 0;
   return (int32_t)blocks * s->kv_heads;
 }
 
 static cut cut_op(const run *r, const shoal_op *op) {
   const shoal_program *p = &r->e->program;
-  switch (op->kind) {
-    case SHOAL_OP_MATMUL: return cut_matmul(r, op);
-    case SHOAL_OP_ATTEND: {
+  switch (shoal_op_info_of(op->kind)->split) {
+    case SHOAL_BY_PANELS: return cut_matmul(r, op);
+    case SHOAL_BY_KV_HEADS: {
       const shoal_state *s = &p->states[op->state];
       const int64_t pairs = pairs_of(r, op), stretches = 2 * shoal_pool_threads(r->e->pool);
       if (pairs) return (cut){pairs, (pairs + stretches - 1) / stretches, 0}; /* each begins with a wait for memory */
       const int64_t units = (int64_t)r->n_spans * s->kv_heads;
       return (cut){units, small_attention(r, op) ? units : 1, 0};
     }
-    case SHOAL_OP_STORE: {
+    case SHOAL_BY_SPANS: {
       const shoal_state *s = &p->states[op->state];
       return (cut){r->n_spans, SHOAL_MAX(SMALL_WORK / (2 * SPAN_ROWS * s->kv_heads * s->head_dim), 1), 0};
     }
-    case SHOAL_OP_SAMPLE: return (cut){r->batch->n_sequences, 1, 0};
-    default: {
-      const int64_t cols = p->buffers[op->out].cols;
-      return (cut){rows_of(r, op->out), SHOAL_MAX(SMALL_WORK / cols, 1), 0};
-    }
+    case SHOAL_BY_SEQUENCES: return (cut){r->batch->n_sequences, 1, 0};
+    case SHOAL_BY_ROWS: break;
   }
+  return (cut){rows_of(r, op->out), SHOAL_MAX(SMALL_WORK / p->buffers[op->out].cols, 1), 0};
 }
 
 static int32_t position_of(const run *r, int32_t row) {
@@ -115,7 +113,7 @@ static void run_matmul(const run *r, const shoal_op *op, const shoal_places *at,
         .row1 = SHOAL_MIN(rows, (block + 1) * ROW_BLOCK),
         .panel0 = panel,
         .panel1 = panel + n,
-        .add = op->i[0],
+        .add = op->accumulate,
     };
     if (w->type == SHOAL_Q8)
       r->e->kernels->matmul_q8(&task);
@@ -127,12 +125,13 @@ static void run_matmul(const run *r, const shoal_op *op, const shoal_places *at,
   }
 }
 
-/* What STORE and ATTEND have in common. */
-static shoal_attention attention_of(const run *r, const shoal_op *op, const shoal_places *at, const shoal_span *span) {
+/* What STORE and ATTEND have in common; `column` is where their input begins. */
+static shoal_attention attention_of(const run *r, const shoal_op *op, const shoal_places *at, const shoal_span *span,
+                                    int32_t column) {
   const shoal_program *p = &r->e->program;
   const shoal_sequence *sequence = &r->batch->sequences[span->sequence];
   return (shoal_attention){
-      .in = shoal_row(r, at->in, op->in, span->base + span->row) + op->i[0] * sizeof(float),
+      .in = shoal_row(r, at->in, op->in, span->base + span->row) + column * sizeof(float),
       .in_stride = shoal_row_bytes(&p->buffers[op->in]),
       .pages = sequence->pages + op->state * sequence->pages_stride,
       .state = &p->states[op->state],
@@ -143,8 +142,8 @@ static shoal_attention attention_of(const run *r, const shoal_op *op, const shoa
 
 static void run_store(const run *r, const shoal_op *op, const shoal_places *at, int64_t unit, int64_t end) {
   for (; unit < end; unit++) {
-    shoal_attention task = attention_of(r, op, at, &r->e->spans[unit]);
-    task.values = task.in + (op->i[1] - op->i[0]) * (int64_t)sizeof(float);
+    shoal_attention task = attention_of(r, op, at, &r->e->spans[unit], op->key);
+    task.values = task.in + (op->value - op->key) * (int64_t)sizeof(float);
     r->e->kernels->store(&task);
   }
 }
@@ -152,15 +151,15 @@ static void run_store(const run *r, const shoal_op *op, const shoal_places *at, 
 /* Attention of kv heads [head, head + n). */
 static shoal_attention attend_of(const run *r, const shoal_op *op, const shoal_places *at, const shoal_span *span,
                                  int32_t head, int32_t n) {
-  shoal_attention task = attention_of(r, op, at, span);
+  shoal_attention task = attention_of(r, op, at, span, op->column);
   task.kv_head = head;
   task.heads = n;
-  task.group = op->i[1] / task.state->kv_heads;
+  task.group = op->heads / task.state->kv_heads;
   const size_t column = (size_t)head * task.group * task.state->head_dim * sizeof(float);
   task.in += column;
   task.out = shoal_row(r, at->out, op->out, span->base + span->row) + column;
   task.out_stride = shoal_row_bytes(&r->e->program.buffers[op->out]);
-  task.scale = op->f[0];
+  task.scale = op->scale;
   return task;
 }
 
@@ -221,42 +220,40 @@ static void run_row(const run *r, const shoal_op *op, const shoal_places *at, in
   const shoal_weight *w = &p->weights[op->weights[0]];
   const shoal_buffer *to = &p->buffers[op->out];
   char *out = shoal_row(r, at->out, op->out, row);
-  int32_t from = row;
-  if (op->kind == SHOAL_OP_NORM && p->buffers[op->in].domain != to->domain) from = r->e->wanted[row];
-  const float *in = op->in >= 0 && op->kind > SHOAL_OP_ANGLES && op->kind != SHOAL_OP_ROPE
-                        ? (const float *)shoal_row(r, at->in, op->in, from)
-                        : NULL;
+  const float *in = NULL;
+  if (shoal_op_info_of(op->kind)->flags & SHOAL_READS_IN) /* of an op that gathers, the row that is wanted */
+    in = (const float *)shoal_row(r, at->in, op->in, p->buffers[op->in].domain == to->domain ? row : r->e->wanted[row]);
   switch (op->kind) {
     case SHOAL_OP_EMBED: k->embed(w, r->batch->tokens[row], (float *)out); break;
     case SHOAL_OP_ANGLES: shoal_angles(position_of(r, row), w->data, w->cols, (float *)out); break;
     case SHOAL_OP_NORM:
       if (to->type == SHOAL_Q8)
-        k->norm_q8(in, w->data, to->cols, op->f[0], out);
+        k->norm_q8(in, w->data, to->cols, op->epsilon, out);
       else
-        k->norm(in, w->data, to->cols, op->f[0], (float *)out);
+        k->norm(in, w->data, to->cols, op->epsilon, (float *)out);
       break;
     case SHOAL_OP_QUANTISE: k->quantise(in, to->cols, out); break;
     case SHOAL_OP_ROPE:
-      k->rope((float *)out, (const float *)shoal_row(r, at->angles, op->angles, row), op->i[0], op->i[1],
+      k->rope((float *)out, (const float *)shoal_row(r, at->angles, op->angles, row), op->heads, op->head_dim,
               p->buffers[op->angles].cols / 2);
       break;
-    default:
+    case SHOAL_OP_GATE:
       if (to->type == SHOAL_Q8)
-        k->gate_q8(in, to->cols, op->i[0], out);
+        k->gate_q8(in, to->cols, op->activation, out);
       else
-        k->gate(in, to->cols, op->i[0], (float *)out);
+        k->gate(in, to->cols, op->activation, (float *)out);
   }
 }
 
 static void run_units(run *r, int32_t index, int64_t unit, int64_t end, int32_t thread) {
   const shoal_op *op = &r->e->program.ops[index];
   const shoal_places *at = &r->e->at[index];
-  switch (op->kind) {
-    case SHOAL_OP_MATMUL: run_matmul(r, op, at, unit, end); break;
-    case SHOAL_OP_STORE: run_store(r, op, at, unit, end); break;
-    case SHOAL_OP_ATTEND: run_attend(r, op, at, unit, end); break;
-    case SHOAL_OP_SAMPLE: run_sample(r, op, at, unit, end, thread); break;
-    default:
+  switch (shoal_op_info_of(op->kind)->split) {
+    case SHOAL_BY_PANELS: run_matmul(r, op, at, unit, end); break;
+    case SHOAL_BY_SPANS: run_store(r, op, at, unit, end); break;
+    case SHOAL_BY_KV_HEADS: run_attend(r, op, at, unit, end); break;
+    case SHOAL_BY_SEQUENCES: run_sample(r, op, at, unit, end, thread); break;
+    case SHOAL_BY_ROWS:
       for (; unit < end; unit++) run_row(r, op, at, (int32_t)unit);
   }
 }

@@ -18,7 +18,7 @@ enum shoal_layout {
 
 enum shoal_status {
   SHOAL_OK = 0,
-  SHOAL_E_PROGRAM = 1,   /* the program or the batch does not hold together: shoal_error() says where */
+  SHOAL_E_PROGRAM = 1,   /* the program or the batch is inconsistent: the message says where */
   SHOAL_E_MEMORY = 2,    /* out of memory */
   SHOAL_E_NONFINITE = 3, /* NaN or infinity among the inputs or in the logits */
   SHOAL_E_CANCELLED = 4, /* the caller's flag was set between two ops */
@@ -43,17 +43,19 @@ enum shoal_domain { SHOAL_ALL_ROWS = 0, SHOAL_WANTED_ROWS = 1 };
 
 enum shoal_activation { SHOAL_SILU = 0, SHOAL_GELU_TANH = 1 };
 
-/* in/out are buffers; w are weights; i and f are the parameters named here. */
+/* in, out, angles and state are those of shoal_op, w0 to w3 its weights; other lower-case names are its parameters. What a
+ * kind reads and writes, and what it allows, is one row of the table in ops.c. */
 enum shoal_op_kind {
   SHOAL_OP_EMBED = 0,    /* out f32[cols] = w0[token] */
   SHOAL_OP_ANGLES = 1,   /* out f32[2 * half] = cos, then sin, of position * w0 (f64[half]) */
-  SHOAL_OP_NORM = 2,     /* out (f32 or q8) = rms_norm(in) * w0; f0 = epsilon; gathers when out holds wanted rows only */
+  SHOAL_OP_NORM = 2,     /* out (f32 or q8) = rms_norm(in, epsilon) * w0; gathers when out holds wanted rows only */
   SHOAL_OP_QUANTISE = 3, /* out q8 = in f32 */
-  SHOAL_OP_MATMUL = 4,   /* out f32 = in @ [w0; w1; ...]^T; i0 = 1: added to what out holds */
-  SHOAL_OP_ROPE = 5,     /* out f32 is rotated in place by in (angles): i0 heads of i1 columns, the first 2 * half of each */
-  SHOAL_OP_STORE = 6,    /* keys at column i0 of in, values at column i1, into the pages of the state */
-  SHOAL_OP_ATTEND = 7,   /* out f32 = attention of the i1 query heads at column i0 of in; f0 = scale of the scores */
-  SHOAL_OP_GATE = 8,     /* out (f32 or q8) = act(in[:cols]) * in[cols:]; i0 = activation */
+  SHOAL_OP_MATMUL = 4,   /* out f32 = in @ [w0; w1; ...]^T; accumulate = 1: added to what out holds */
+  SHOAL_OP_ROPE = 5,     /* in place: each of the first `heads` heads of head_dim columns of out f32 is rotated by angles,
+                          * the first 2 * half columns of the head */
+  SHOAL_OP_STORE = 6,    /* keys at column `key` of in, values at column `value`, into the pages of the state */
+  SHOAL_OP_ATTEND = 7,   /* out f32 = attention of the `heads` query heads at `column` of in; scores times `scale` */
+  SHOAL_OP_GATE = 8,     /* out (f32 or q8) = activation(in[:cols]) * in[cols:] */
   SHOAL_OP_SAMPLE = 9    /* draws one token a sequence from in (logits, wanted rows) */
 };
 
@@ -90,16 +92,20 @@ typedef struct {
   int32_t head_dim; /* a multiple of 16 */
 } shoal_state;
 
+/* One operation. Parameters that its kind does not name above are ignored. */
 typedef struct {
   int32_t kind;
-  int32_t out;   /* buffer, or -1 */
-  int32_t in;    /* buffer, or -1 */
-  int32_t angles; /* buffer, or -1: ROPE only */
-  int32_t state; /* state, or -1 */
+  int32_t out;    /* buffer, or -1 */
+  int32_t in;     /* buffer, or -1 */
+  int32_t angles; /* buffer, or -1 */
+  int32_t state;  /* state, or -1 */
   int32_t n_weights;
   int32_t weights[4];
-  int32_t i[2];
-  float f[1];
+  int32_t accumulate; /* 0 or 1 */
+  int32_t activation; /* enum shoal_activation */
+  int32_t column, heads, head_dim;
+  int32_t key, value;
+  float epsilon, scale;
 } shoal_op;
 
 typedef struct {
@@ -142,7 +148,7 @@ typedef struct {
   const float *const *inputs; /* per input buffer: [rows][cols], dense */
   float *const *outputs;      /* per output buffer: [rows or wanted rows][cols], dense; an entry may be NULL */
   int32_t *drawn;             /* [n_sequences]: the drawn token, or -1 */
-  const volatile int32_t *cancel; /* may be NULL */
+  const volatile int32_t *cancel; /* the run ends between two ops once this is not 0; may be NULL */
   uint64_t *op_ns;            /* [n_ops] nanoseconds, or NULL */
 } shoal_batch;
 

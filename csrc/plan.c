@@ -24,17 +24,6 @@ static int32_t begin_version(const shoal_program *p, version *versions, int32_t 
   return (*n)++;
 }
 
-/* In place, or added to: what the buffer held goes on. */
-static int32_t keeps(const shoal_op *op) {
-  return op->kind == SHOAL_OP_ROPE || (op->kind == SHOAL_OP_MATMUL && op->i[0]);
-}
-
-static int32_t writes(const shoal_op *op) { return op->kind != SHOAL_OP_STORE && op->kind != SHOAL_OP_SAMPLE; }
-
-static int32_t reads(const shoal_op *op) {
-  return op->kind != SHOAL_OP_EMBED && op->kind != SHOAL_OP_ANGLES && op->kind != SHOAL_OP_ROPE;
-}
-
 /* Versions are in the order of their beginning: each goes to the lowest place that those of its domain which are still
  * alive leave free. How many bytes a row that takes. */
 static uint64_t place(version *versions, int32_t n, int32_t domain, int32_t *alive) {
@@ -70,10 +59,11 @@ static void follow(const shoal_program *p, version *versions, int32_t *n, int32_
     entering[i] = now[p->inputs[i]] = begin_version(p, versions, n, p->inputs[i], -1);
   for (int32_t i = 0; i < p->n_ops; i++) {
     const shoal_op *op = &p->ops[i];
-    if (reads(op)) versions[used[i].in = now[op->in]].end = i;
-    if (op->kind == SHOAL_OP_ROPE) versions[used[i].angles = now[op->angles]].end = i;
-    if (!writes(op)) continue;
-    if (!keeps(op)) now[op->out] = begin_version(p, versions, n, op->out, i);
+    const int32_t flags = shoal_op_info_of(op->kind)->flags;
+    if (flags & SHOAL_READS_IN) versions[used[i].in = now[op->in]].end = i;
+    if (flags & SHOAL_READS_ANGLES) versions[used[i].angles = now[op->angles]].end = i;
+    if (!(flags & SHOAL_WRITES_OUT)) continue;
+    if (!shoal_keeps_out(op)) now[op->out] = begin_version(p, versions, n, op->out, i);
     versions[used[i].out = now[op->out]].end = i;
   }
   for (int32_t i = 0; i < p->n_outputs; i++) versions[now[p->outputs[i]]].end = p->n_ops;

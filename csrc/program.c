@@ -14,9 +14,8 @@ static void *copy(const void *rows, int32_t n, size_t size) {
 
 /* Fields that an op's kind does not use may hold anything: they are cleared, so that none can be used as an index. */
 static void clear_unused(shoal_op *op) {
-  const int32_t kind = op->kind, used = kind == SHOAL_OP_EMBED || kind == SHOAL_OP_ANGLES || kind == SHOAL_OP_NORM ||
-                                        kind == SHOAL_OP_MATMUL;
-  for (int32_t i = used ? SHOAL_MAX(op->n_weights, 0) : 0; i < SHOAL_MAX_PARTS; i++) op->weights[i] = 0;
+  if (!shoal_op_info_of(op->kind)->most_weights) op->n_weights = 0;
+  for (int32_t i = op->n_weights; i < SHOAL_MAX_PARTS; i++) op->weights[i] = 0;
 }
 
 static int32_t copy_tables(shoal_executor *e, const shoal_program *p) {

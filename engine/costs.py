@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .kv import page_bytes
-from .layout import GROUP, PAGE, PANEL, round_up
-from .program import Attend, Embed, Matmul, Op, Program, Unit, Weight
+from .layout import PAGE
+from .program import Program
 from .shards import Model
 
-_F16, _F32, _F64 = 2, 4, 8
+_F32, _F64 = 4, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +35,6 @@ class UnitCost:
     """Bytes of one row that cross to the next unit; of the last unit, one token id."""
 
 
-def weight_bytes(weight: Weight) -> int:
-    """Bytes of a weight as our files hold it (padding of panels and groups included)."""
-    if weight.type == "f32":
-        return weight.rows * weight.cols * _F32
-    rows, cols = round_up(weight.rows, PANEL), round_up(weight.cols, GROUP)
-    per_group = {"q8": GROUP + _F16, "q4": GROUP // 2 + _F16, "q4_min": GROUP // 2 + 2 * _F16}
-    return rows * (cols // GROUP) * per_group[weight.type]
-
-
 def unit_cost(model: Model, u: int) -> UnitCost:
     """The costs of unit u of a model."""
     program = model.program
@@ -51,10 +42,10 @@ def unit_cost(model: Model, u: int) -> UnitCost:
     last = u == len(program.units) - 1
     return UnitCost(
         name=unit.name,
-        bytes=sum(weight_bytes(w) for w in unit.weights),
-        read_bytes=sum(op_read_bytes(op, unit) for op in unit.ops),
-        macs=sum(op_macs(op, unit) for op in unit.ops),
-        attend_macs=sum(op_attend_macs(op, unit) for op in unit.ops),
+        bytes=sum(w.bytes for w in unit.weights),
+        read_bytes=sum(op.read_bytes(unit) for op in unit.ops),
+        macs=sum(op.macs(unit) for op in unit.ops),
+        attend_macs=sum(op.attend_macs(unit) for op in unit.ops),
         kv_bytes_per_token=sum(page_bytes(s, model.kv_dtype) // PAGE for s in unit.states),
         fixed_state_bytes=0,
         cut_bytes=4 if last else sum(program.buffer(name).cols * _F32 for name in program.cut),
@@ -64,38 +55,7 @@ def unit_cost(model: Model, u: int) -> UnitCost:
 def tied_bytes(model: Model) -> int:
     """Bytes of the last unit that are unit 0's too: a device with both holds them once."""
     last = model.program.units[-1]
-    return sum(weight_bytes(last.weight(name)) for name in last.tied)
-
-
-def op_weights(op: Op, unit: Unit) -> list[Weight]:
-    """The unit's weights that an op reads."""
-    match op:
-        case Embed(table=name):
-            names: tuple[str, ...] = (name,)
-        case Matmul(weights=names):
-            pass
-        case _:
-            names = (op.weight,) if hasattr(op, "weight") else ()
-    return [unit.weight(name) for name in names]
-
-
-def op_read_bytes(op: Op, unit: Unit) -> int:
-    """Weight bytes that one row makes an op read: one table row for an embedding, everything else whole."""
-    total = sum(weight_bytes(w) for w in op_weights(op, unit))
-    return total // unit.weight(op.table).rows if isinstance(op, Embed) else total
-
-
-def op_macs(op: Op, unit: Unit) -> int:
-    """Multiply-accumulates of a matmul per row; 0 for other ops."""
-    return sum(w.rows * w.cols for w in op_weights(op, unit)) if isinstance(op, Matmul) else 0
-
-
-def op_attend_macs(op: Op, unit: Unit) -> int:
-    """Multiply-accumulates of attention per row and position: one with the key, one with the value, in every
-    query head. 0 for other ops."""
-    if not isinstance(op, Attend):
-        return 0
-    return 2 * op.heads * next(state.head_dim for state in unit.states if state.name == op.state)
+    return sum(last.weight(name).bytes for name in last.tied)
 
 
 def constant_bytes(program: Program) -> int:

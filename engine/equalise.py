@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .batch import F32
-from .program import Attend, Gate, KvState, Matmul, Norm, Op, Rope, Store, Unit, reads, written
+from .program import Attend, Gate, Matmul, Norm, Op, Store, Unit
 
 F64 = NDArray[np.float64]
 _RANGE = 64.0  # no channel moves by more
@@ -53,7 +53,7 @@ def equalise(unit: Unit, weights: dict[str, F32], sizes: dict[tuple[str, ...], F
 
 def _fold_values(unit: Unit, op: Attend, part: str, weights: dict[str, F32], size: F64, largest: F64) -> F64:
     """Folds into the values' rows; the query heads of a group share the values, so they share the scales."""
-    state = _state(unit, op)
+    state = unit.state(op.state)
     shape = (state.kv_heads, op.heads // state.kv_heads, state.head_dim)
     s = _scales(size.reshape(shape).max(axis=1).ravel(), largest.reshape(shape).max(axis=1).ravel())
     weights[part] = (weights[part] / s[:, None]).astype(np.float32)
@@ -73,11 +73,11 @@ def _scales(size: F64, largest: F64) -> F64:
 
 def _readers(ops: tuple[Op, ...], i: int) -> Iterator[Op]:
     """Ops that read what op i writes, before it is written anew."""
-    name = written(ops[i])
+    name = ops[i].writes()
     for op in ops[i + 1 :]:
-        if name and name in reads(op):
+        if name in op.reads():
             yield op
-        if name and written(op) == name:
+        if name is not None and op.writes() == name:
             return
 
 
@@ -85,9 +85,10 @@ def _part(unit: Unit, i: int, buffer: str, first: int) -> str | None:
     """The weight whose rows make the columns from `first` on of a buffer that op i reads; None unless exactly
     one does, and nothing else has touched those columns."""
     for op in reversed(unit.ops[:i]):
-        if isinstance(op, Rope) and op.x == buffer and op.heads * op.head_dim <= first:
-            continue
-        if written(op) == buffer:
+        if op.writes() == buffer:
+            changed = op.changes()
+            if changed is not None and changed[1] <= first:
+                continue
             if not isinstance(op, Matmul) or op.accumulate:
                 return None
             at = 0
@@ -108,7 +109,3 @@ def _value_part(unit: Unit, i: int, attend: Attend) -> str | None:
         return None
     j, store = stores[0]
     return _part(unit, j, store.x, store.value)
-
-
-def _state(unit: Unit, op: Attend) -> KvState:
-    return next(state for state in unit.states if state.name == op.state)

@@ -7,6 +7,7 @@
     ├── NoPlanError               6   no assignment of layers meets the devices' limits
     ├── DownloadError            11   a model could not be fetched
     ├── MissingDependencyError   12   an optional package is not installed
+    ├── CancelledRunError        15   a run was ended by Stage.cancel
     └── NetError                 13   see net/errors.py
 
 A message is one sentence for the person at the terminal: it names the culprit (the file, the device, the
@@ -47,6 +48,12 @@ class ContextError(ShoalError):
     """The prompt, or the prompt and the tokens asked for, do not fit the context."""
 
     exit_code = 5
+
+
+class CancelledRunError(ShoalError):
+    """A run was ended by `Stage.cancel`: the positions of its batch hold nothing."""
+
+    exit_code = 15
 
 
 class NoPlanError(ShoalError):

@@ -1,5 +1,4 @@
-"""Layout constants and the op table, read from csrc/kernels.h (through the generated cffi module): every fact
-once.
+"""Layout constants, read from csrc/kernels.h through the generated cffi module.
 
 Works without the C library: only the parsed header is needed.
 """

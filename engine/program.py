@@ -6,9 +6,12 @@ bytes and MACs off it, and a cut between two units is the list of buffers in `Pr
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Literal
+
+from .layout import GROUP, PANEL, round_up
 
 BufferType = Literal["f32", "q8"]
 WeightType = Literal["f32", "q8", "q4", "q4_min"]
@@ -41,6 +44,14 @@ class Weight:
     vector: bool = False
     type: WeightType = "f32"
 
+    @property
+    def bytes(self) -> int:
+        """Bytes as our files hold it (padding of panels and groups included)."""
+        if self.type == "f32":
+            return self.rows * self.cols * 4
+        groups = round_up(self.rows, PANEL) * round_up(self.cols, GROUP) // GROUP
+        return groups * {"q8": GROUP + 2, "q4": GROUP // 2 + 2, "q4_min": GROUP // 2 + 4}[self.type]
+
 
 @dataclass(frozen=True, slots=True)
 class KvState:
@@ -51,24 +62,90 @@ class KvState:
     head_dim: int
 
 
+class Op:
+    """One operation of a program. A subclass is a frozen dataclass whose fields are called as in `shoal_op`
+    (csrc/kernels.h; `x` is its `in`), which is how the native backend passes them on. Costs, equalisation,
+    calibration and `shoal inspect` ask its methods, and nothing else, what it reads, writes and needs."""
+
+    __slots__ = ()
+
+    @property
+    def kind(self) -> str:
+        """Its name in small letters: "matmul"."""
+        return re.sub("(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
+
+    def reads(self) -> tuple[str, ...]:
+        """Names of the buffers that it reads."""
+        return ()
+
+    def writes(self) -> str | None:
+        """Name of the buffer that it writes; None if it writes a state or draws tokens."""
+        return None
+
+    def changes(self) -> tuple[int, int] | None:
+        """The columns [first, last) of its output that an op in place changes; None: it writes all anew."""
+        return None
+
+    def reads_state(self) -> str | None:
+        """Name of the state that it reads."""
+        return None
+
+    def writes_state(self) -> str | None:
+        """Name of the state that it writes."""
+        return None
+
+    def weight_names(self) -> tuple[str, ...]:
+        """Names of the weights of its unit (of an op in the prologue: of the constants) that it reads."""
+        return ()
+
+    def read_bytes(self, unit: Unit) -> int:
+        """Bytes of weights that one row makes it read."""
+        return sum(unit.weight(name).bytes for name in self.weight_names())
+
+    def macs(self, unit: Unit) -> int:
+        """Multiply-accumulates of matrix products, a row."""
+        return 0
+
+    def attend_macs(self, unit: Unit) -> int:
+        """Multiply-accumulates of attention, a row and position of the state."""
+        return 0
+
+
 @dataclass(frozen=True, slots=True)
-class Embed:
+class Embed(Op):
     """out = the rows of the table that the tokens name."""
 
     out: str
     table: str
 
+    def writes(self) -> str:
+        return self.out
+
+    def weight_names(self) -> tuple[str, ...]:
+        return (self.table,)
+
+    def read_bytes(self, unit: Unit) -> int:
+        """One row of the table."""
+        table = unit.weight(self.table)
+        return table.bytes // table.rows
+
 
 @dataclass(frozen=True, slots=True)
-class Angles:
+class Angles(Op):
     """out = cos then sin of position x inverse frequency; `[rows, 2 * half]`."""
 
     out: str
     inv_freq: str
 
+    def writes(self) -> str:
+        return self.out
+
+    def weight_names(self) -> tuple[str, ...]:
+        return (self.inv_freq,)
+
 
 @dataclass(frozen=True, slots=True)
-class Norm:
+class Norm(Op):
     """out = RMS norm of x, times weight; quantised when out is q8; gathers wanted rows when out holds
     those."""
 
@@ -77,17 +154,32 @@ class Norm:
     weight: str
     epsilon: float
 
+    def reads(self) -> tuple[str, ...]:
+        return (self.x,)
+
+    def writes(self) -> str:
+        return self.out
+
+    def weight_names(self) -> tuple[str, ...]:
+        return (self.weight,)
+
 
 @dataclass(frozen=True, slots=True)
-class Quantise:
+class Quantise(Op):
     """out (q8) = x (f32), int8 with one scale a row and group."""
 
     out: str
     x: str
 
+    def reads(self) -> tuple[str, ...]:
+        return (self.x,)
+
+    def writes(self) -> str:
+        return self.out
+
 
 @dataclass(frozen=True, slots=True)
-class Matmul:
+class Matmul(Op):
     """out = x @ [weights stacked by rows]^T, added to what out holds if `accumulate`."""
 
     out: str
@@ -95,20 +187,41 @@ class Matmul:
     weights: tuple[str, ...]
     accumulate: bool = False
 
+    def reads(self) -> tuple[str, ...]:
+        return (self.x, self.out) if self.accumulate else (self.x,)
+
+    def writes(self) -> str:
+        return self.out
+
+    def weight_names(self) -> tuple[str, ...]:
+        return self.weights
+
+    def macs(self, unit: Unit) -> int:
+        return sum(w.rows * w.cols for w in map(unit.weight, self.weights))
+
 
 @dataclass(frozen=True, slots=True)
-class Rope:
-    """Rotates `heads` heads of `head_dim` columns at the start of x in place (first half against second
+class Rope(Op):
+    """Rotates `heads` heads of `head_dim` columns at the start of out in place (first half against second
     half)."""
 
-    x: str
+    out: str
     angles: str
     heads: int
     head_dim: int
 
+    def reads(self) -> tuple[str, ...]:
+        return (self.out, self.angles)
+
+    def writes(self) -> str:
+        return self.out
+
+    def changes(self) -> tuple[int, int]:
+        return 0, self.heads * self.head_dim
+
 
 @dataclass(frozen=True, slots=True)
-class Store:
+class Store(Op):
     """Writes keys (from column `key`) and values (from column `value`) of x into the state, at the rows'
     positions."""
 
@@ -117,9 +230,15 @@ class Store:
     key: int
     value: int
 
+    def reads(self) -> tuple[str, ...]:
+        return (self.x,)
+
+    def writes_state(self) -> str:
+        return self.state
+
 
 @dataclass(frozen=True, slots=True)
-class Attend:
+class Attend(Op):
     """out = causal attention of `heads` query heads at the start of x over the state."""
 
     out: str
@@ -128,24 +247,43 @@ class Attend:
     heads: int
     scale: float
 
+    def reads(self) -> tuple[str, ...]:
+        return (self.x,)
+
+    def writes(self) -> str:
+        return self.out
+
+    def reads_state(self) -> str:
+        return self.state
+
+    def attend_macs(self, unit: Unit) -> int:
+        """One with the key, one with the value, in every query head and column."""
+        return 2 * self.heads * unit.state(self.state).head_dim
+
 
 @dataclass(frozen=True, slots=True)
-class Gate:
+class Gate(Op):
     """out = activation(first half of x) * second half of x; quantised when out is q8."""
 
     out: str
     x: str
     activation: Literal["silu", "gelu_tanh"]
 
+    def reads(self) -> tuple[str, ...]:
+        return (self.x,)
+
+    def writes(self) -> str:
+        return self.out
+
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(Op):
     """Draws the next token of every sequence that asked for one from x (logits)."""
 
     x: str
 
-
-Op = Embed | Angles | Norm | Quantise | Matmul | Rope | Store | Attend | Gate | Sample
+    def reads(self) -> tuple[str, ...]:
+        return (self.x,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +302,13 @@ class Unit:
         for weight in self.weights:
             if weight.name == name:
                 return weight
+        raise KeyError(name)
+
+    def state(self, name: str) -> KvState:
+        """The state of that name. KeyError: no such state."""
+        for state in self.states:
+            if state.name == name:
+                return state
         raise KeyError(name)
 
 
@@ -194,8 +339,8 @@ class Program:
         """(unit, op) of a stage that runs units [first, last), in order; the prologue's ops come with unit
         -1."""
         body = [(u, op) for u in range(first, last) for op in self.units[u].ops]
-        read = {name for _, op in body for name in reads(op)}
-        yield from ((-1, op) for op in self.prologue if written(op) in read)
+        read = {name for _, op in body for name in op.reads()}
+        yield from ((-1, op) for op in self.prologue if op.writes() in read)
         yield from body
 
 
@@ -217,16 +362,3 @@ def typed(program: Program, matrices: WeightType, head: WeightType) -> Program:
             for u, unit in enumerate(program.units)
         ),
     )
-
-
-def reads(op: Op) -> tuple[str, ...]:
-    """Names of the buffers that an op reads."""
-    names = tuple(getattr(op, f.name) for f in fields(op) if f.name in ("x", "angles"))
-    return (*names, op.out) if isinstance(op, Matmul) and op.accumulate else names
-
-
-def written(op: Op) -> str:
-    """Name of the buffer that an op writes; empty if it writes a state or draws tokens."""
-    if isinstance(op, Rope):
-        return op.x
-    return getattr(op, "out", "")

@@ -145,12 +145,18 @@ class Stage:
             del self._executor, self._bound, self._pool
             give_back()
 
+    def cancel(self) -> None:
+        """Ends the run that is under way, if any, within one op: `run` raises CancelledRunError. To be called
+        from another thread."""
+        self._executor.cancel()
+
     def run(self, batch: Sequence[Run]) -> list[Result]:
         """Runs a batch of rows of distinct sequences; the results stand in the batch's order.
 
         ValueError: a run that does not fit the sequences or this stage. ContextError: a sequence outgrows its
-        context, or the pages are used up. FloatingPointError: NaN or infinity. After an error the positions
-        of the batch hold nothing; everything before them is kept."""
+        context, or the pages are used up. FloatingPointError: NaN or infinity. CancelledRunError: `cancel`
+        was called meanwhile. After an error the positions of the batch hold nothing; everything before them
+        is kept."""
         if len({run.sequence for run in batch}) != len(batch):
             raise ValueError("a sequence stands twice in one batch")
         if sum(len(run.tokens) for run in batch) > self.options.max_rows:

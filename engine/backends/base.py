@@ -13,6 +13,8 @@ from ..batch import F32, Sampling
 from ..kv import SequenceKv
 from ..program import KvState, Op, Program
 
+CANCELLED = "the run was cancelled: its positions hold nothing, those before them are kept"
+
 
 class WeightData(Protocol):
     """A weight in memory, as `shards` opens it: f32 (or f64) row-major, or packed int8 or int4
@@ -85,8 +87,13 @@ class Executor(Protocol):
     def run(self, sequences: Sequence[SequenceRows], hidden: F32 | None, want_logits: bool) -> Outcome:
         """Runs a batch. `hidden` is the cut `[rows, hidden]`, None when the range starts with the embedding.
 
-        FloatingPointError: NaN or infinity among the inputs or in the logits.
+        FloatingPointError: NaN or infinity among the inputs or in the logits. CancelledRunError: `cancel` was
+        called meanwhile.
         """
+
+    def cancel(self) -> None:
+        """Ends the run that is under way, if any, before its next op: `run` raises CancelledRunError. May be
+        called from any thread."""
 
     def close(self) -> None:
         """Gives up threads and memory; harmless when repeated."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..batch import F32
-from ..errors import MissingDependencyError, ShoalError
+from ..errors import CancelledRunError, MissingDependencyError, ShoalError
 from ..host import big_cores
-from ..program import Angles, Attend, Embed, Gate, Matmul, Norm, Op, Quantise, Rope, Sample, Store
+from ..program import Op
 from ..source_hash import source_hash
 from ._abi import ffi
-from .base import BoundProgram, Outcome, SequenceRows, WeightData
+from .base import CANCELLED, BoundProgram, Outcome, SequenceRows, WeightData
 
 _ERROR_BYTES = 512
 _ISA: dict[str, int] = {
@@ -32,7 +33,7 @@ _ENUMS = {
     for name, value in ffi.typeof(f"enum shoal_{enum}").relements.items()
 }
 _KV_TYPES = {"f32": "SHOAL_F32", "f16": "SHOAL_F16", "int8": "SHOAL_Q8"}
-_OP_FIELDS = {"out": -1, "in": -1, "angles": -1, "state": -1, "weights": [], "i": [0, 0], "f": [0.0]}
+_OP_FIELDS = frozenset(name for name, _ in ffi.typeof("shoal_op").fields)
 
 
 def library_path() -> Path:
@@ -134,6 +135,8 @@ class NativeExecutor:
         self._batch.sequences = self._described
         self._batch.tokens = keep_buffer(self._keep, "int32_t[]", self._tokens)
         self._batch.drawn = keep_buffer(self._keep, "int32_t[]", self._drawn)
+        self._cancel = ffi.new("int32_t *")
+        self._batch.cancel = self._cancel
         self._batch.inputs, self._batch.outputs = ffi.cast("const float *const *", self._input), self._output
         self._cut = bound.program.buffer(bound.program.cut[0]).cols
 
@@ -142,6 +145,10 @@ class NativeExecutor:
         taken = np.zeros(len(self._bound.ops), np.uint64)
         self._batch.op_ns = keep_buffer(self._keep, "uint64_t[]", taken)
         return taken
+
+    def cancel(self) -> None:
+        """See base.Executor.cancel."""
+        self._cancel[0] = 1
 
     def close(self) -> None:
         """See base.Executor.close."""
@@ -171,6 +178,7 @@ class NativeExecutor:
             out = np.empty((wanted, bound.program.vocab), np.float32)
         self._output[0] = ffi.NULL if out is None else keep_buffer(keep, "float[]", out)
         batch.n_sequences = len(sequences)
+        self._cancel[0] = 0
         self._check(self._lib.shoal_run(self._executor, batch, self._error, _ERROR_BYTES))
         drawn = self._drawn[: len(sequences)].copy()
         return Outcome(out if not bound.last else None, out if bound.last else None, drawn)
@@ -179,6 +187,8 @@ class NativeExecutor:
         if status == _ENUMS["SHOAL_OK"]:
             return
         message = ffi.string(self._error).decode(errors="replace")
+        if status == _ENUMS["SHOAL_E_CANCELLED"]:
+            raise CancelledRunError(CANCELLED)
         if status == _ENUMS["SHOAL_E_NONFINITE"]:
             raise FloatingPointError(message)
         if status == _ENUMS["SHOAL_E_MEMORY"]:
@@ -246,39 +256,19 @@ def _op(
     weights: dict[tuple[int, str], int],
     states: dict[tuple[int, str], int],
 ) -> dict[str, Any]:
-    """One row of the op table: field names and meanings as in kernels.h."""
-
-    def row(kind: str, **values: Any) -> dict[str, Any]:
-        values["weights"] = [weights[unit, name] for name in values.get("weights", ())]
-        return {
-            **_OP_FIELDS,
-            **values,
-            "kind": _ENUMS[f"SHOAL_OP_{kind}"],
-            "n_weights": len(values["weights"]),
-        }
-
-    match op:
-        case Embed(out, table):
-            return row("EMBED", out=buffers[out], weights=[table])
-        case Angles(out, inv_freq):
-            return row("ANGLES", out=buffers[out], weights=[inv_freq])
-        case Norm(out, x, weight, epsilon):
-            return row("NORM", out=buffers[out], **{"in": buffers[x]}, weights=[weight], f=[epsilon])
-        case Quantise(out, x):
-            return row("QUANTISE", out=buffers[out], **{"in": buffers[x]})
-        case Matmul(out, x, names, accumulate):
-            return row(
-                "MATMUL", out=buffers[out], **{"in": buffers[x]}, weights=names, i=[int(accumulate), 0]
-            )
-        case Rope(x, angles, heads, head_dim):
-            return row("ROPE", out=buffers[x], angles=buffers[angles], i=[heads, head_dim])
-        case Store(x, state, key, value):
-            return row("STORE", **{"in": buffers[x]}, state=states[unit, state], i=[key, value])
-        case Attend(out, x, state, heads, scale):
-            places = {"out": buffers[out], "in": buffers[x], "state": states[unit, state]}
-            return row("ATTEND", **places, i=[0, heads], f=[scale])
-        case Gate(out, x, activation):
-            activation_row = _ENUMS[f"SHOAL_{activation.upper()}"]
-            return row("GATE", out=buffers[out], **{"in": buffers[x]}, i=[activation_row, 0])
-        case Sample(x):
-            return row("SAMPLE", **{"in": buffers[x]})
+    """One row of the op table. The fields of `op` are those of `shoal_op`, but for `x`, which is its `in`,
+    and names of weights."""
+    names = op.weight_names()
+    row: dict[str, Any] = dict.fromkeys(("out", "in", "angles", "state"), -1)
+    row |= {"weights": [weights[unit, name] for name in names], "n_weights": len(names)}
+    for field in fields(op):  # type: ignore[arg-type]
+        name, value = field.name, getattr(op, field.name)
+        if name in ("out", "x", "angles"):
+            row["in" if name == "x" else name] = buffers[value]
+        elif name == "state":
+            row[name] = states[unit, value]
+        elif name == "activation":
+            row[name] = _ENUMS[f"SHOAL_{value.upper()}"]
+        elif name in _OP_FIELDS and name not in row:
+            row[name] = value
+    return {**row, "kind": _ENUMS[f"SHOAL_OP_{op.kind.upper()}"]}

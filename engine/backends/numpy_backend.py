@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..batch import F32
+from ..errors import CancelledRunError
 from ..layout import GROUP, round_up
 from ..program import Angles, Attend, Embed, Gate, Matmul, Norm, Op, Quantise, Rope, Sample, Store
 from ..quant import unpack
 from ..sampler import draw
-from .base import BoundProgram, Outcome, SequenceRows, WeightData
+from .base import CANCELLED, BoundProgram, Outcome, SequenceRows, WeightData
 
 
 def quantised(x: F32) -> F32:
@@ -47,6 +48,7 @@ class NumpyExecutor:
         self.buffers: dict[str, F32] = {}
         self.sequences: Sequence[SequenceRows] = ()
         self.drawn: NDArray[np.int32] = np.empty(0, np.int32)
+        self._cancelled = False
 
     def prepare(self, weight: WeightData) -> Any:
         """A weight in the form that this backend's ops read: here f32 (or f64) `[rows, cols]`."""
@@ -59,6 +61,7 @@ class NumpyExecutor:
         self.sequences = sequences
         self.drawn = np.full(len(sequences), -1, np.int32)
         self.buffers = {}
+        self._cancelled = False
         program = self.bound.program
         if hidden is not None:
             if not np.isfinite(hidden).all():
@@ -66,17 +69,23 @@ class NumpyExecutor:
             self.buffers[program.cut[0]] = hidden.copy()
         wanted = any(s.wanted for s in sequences)
         for unit, op in self.bound.ops:
+            if self._cancelled:
+                raise CancelledRunError(CANCELLED)
             if wanted or not self._for_wanted_rows(op):
                 self.ops[type(op)](self, unit, op)
         if not self.bound.last:
             return Outcome(self.buffers[program.cut[0]], None, self.drawn)
         return Outcome(None, self.buffers[program.logits] if want_logits and wanted else None, self.drawn)
 
+    def cancel(self) -> None:
+        """See base.Executor.cancel."""
+        self._cancelled = True
+
     def close(self) -> None:
         """Nothing to give up."""
 
     def _for_wanted_rows(self, op: Op) -> bool:
-        return self.domains[op.x if isinstance(op, Sample | Rope | Store) else op.out] == "wanted"
+        return self.domains[op.writes() or op.reads()[0]] == "wanted"
 
     def _write(self, name: str, value: F32) -> None:
         self.buffers[name] = quantised(value) if self.types[name] == "q8" else value
@@ -118,7 +127,7 @@ class NumpyExecutor:
         return y
 
     def rope(self, unit: int, op: Rope) -> None:
-        x, angles = self.buffers[op.x], self.buffers[op.angles]
+        x, angles = self.buffers[op.out], self.buffers[op.angles]
         half = angles.shape[1] // 2
         heads = x[:, : op.heads * op.head_dim].reshape(len(x), op.heads, op.head_dim)
         cos, sin = angles[:, None, :half], angles[:, None, half:]

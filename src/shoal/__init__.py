@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .engine.batch import Run as Run
     from .engine.batch import Sampling as Sampling
     from .engine.batch import Want as Want
+    from .engine.errors import CancelledRunError as CancelledRunError
     from .engine.errors import ContextError as ContextError
     from .engine.errors import DownloadError as DownloadError
     from .engine.errors import MissingDependencyError as MissingDependencyError
@@ -41,6 +42,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "AddressInUseError": "net.errors",
+    "CancelledRunError": "engine.errors",
     "ContextError": "engine.errors",
     "DownloadError": "engine.errors",
     "LocalProtocolError": "net.errors",

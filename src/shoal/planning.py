@@ -16,7 +16,7 @@ from .engine.errors import NoPlanError, ShoalError
 from .engine.host import Ram
 from .engine.layout import GROUP, PAGE, PART_BYTES, round_up
 from .engine.measure import Measured
-from .engine.program import Buffer, reads, written
+from .engine.program import Buffer
 from .engine.shards import Model
 from .engine.stage import StageOptions
 from .planner.stagecost import PAUSE_SECONDS, StageCost
@@ -59,7 +59,7 @@ def workspace_bytes(model: Model, options: StageOptions, first: int, last: int) 
     rows = {"rows": options.max_rows, "wanted": min(options.max_rows, options.max_wanted)}
     names = [buffer.name for buffer in program.buffers]
     if not any(unit.states for unit in program.units[first:last]):
-        touched = {name for _, op in program.ops(first, last) for name in (*reads(op), written(op))}
+        touched = {name for _, op in program.ops(first, last) for name in (*op.reads(), op.writes())}
         names = [*program.cut, *(name for name in names if name in touched)]
     buffers = [program.buffer(name) for name in names]
     return sum(_row_bytes(buffer) * rows[buffer.domain] for buffer in buffers)

@@ -104,10 +104,10 @@ static shoal_op *op(int32_t kind, int32_t out, int32_t in, int32_t n_weights) {
   return o;
 }
 
-static int32_t step(int32_t kind, int32_t out, int32_t in, int32_t w, float f) {
+static int32_t step(int32_t kind, int32_t out, int32_t in, int32_t w, float epsilon) {
   shoal_op *o = op(kind, out, in, w >= 0);
   if (w >= 0) o->weights[0] = w;
-  o->f[0] = f;
+  o->epsilon = epsilon;
   return out;
 }
 
@@ -132,24 +132,24 @@ static int32_t make_program(void) {
     o->weights[1] = weight(matrix, kv_heads * dim, hidden, 0.2f);
     o->weights[2] = weight(matrix, kv_heads * dim, hidden, 0.2f);
     o = op(SHOAL_OP_ROPE, qkv, -1, 0);
-    o->angles = angles, o->i[0] = heads + kv_heads, o->i[1] = dim;
+    o->angles = angles, o->heads = heads + kv_heads, o->head_dim = dim;
     o = op(SHOAL_OP_STORE, -1, qkv, 0);
-    o->state = program.n_states, o->i[0] = heads * dim, o->i[1] = (heads + kv_heads) * dim;
+    o->state = program.n_states, o->key = heads * dim, o->value = (heads + kv_heads) * dim;
     int32_t b = buffer(SHOAL_F32, heads * dim, SHOAL_ALL_ROWS);
     o = op(SHOAL_OP_ATTEND, b, qkv, 0);
-    o->state = program.n_states++, o->i[1] = heads, o->f[0] = 0.25f;
+    o->state = program.n_states++, o->heads = heads, o->scale = 0.25f;
     if (q8) b = step(SHOAL_OP_QUANTISE, buffer(SHOAL_Q8, heads * dim, SHOAL_ALL_ROWS), b, -1, 0);
     step(SHOAL_OP_MATMUL, x, b, weight(matrix, hidden, heads * dim, 0.1f), 0);
-    ops[program.n_ops - 1].i[0] = 1;
+    ops[program.n_ops - 1].accumulate = 1;
     a = step(SHOAL_OP_NORM, buffer(act, hidden, SHOAL_ALL_ROWS), x, weight(SHOAL_F32, 1, hidden, 1), 1e-5f);
     const int32_t both = buffer(SHOAL_F32, 2 * inner, SHOAL_ALL_ROWS);
     o = op(SHOAL_OP_MATMUL, both, a, 2);
     o->weights[0] = weight(matrix, inner, hidden, 0.5f);
     o->weights[1] = weight(matrix, inner, hidden, 0.2f);
     b = step(SHOAL_OP_GATE, buffer(act, inner, SHOAL_ALL_ROWS), both, -1, 0);
-    ops[program.n_ops - 1].i[0] = below(2) ? SHOAL_SILU : SHOAL_GELU_TANH;
+    ops[program.n_ops - 1].activation = below(2) ? SHOAL_SILU : SHOAL_GELU_TANH;
     step(SHOAL_OP_MATMUL, x, b, weight(matrix, hidden, inner, 0.1f), 0);
-    ops[program.n_ops - 1].i[0] = 1;
+    ops[program.n_ops - 1].accumulate = 1;
   }
   const int32_t last =
       step(SHOAL_OP_NORM, buffer(act, hidden, SHOAL_WANTED_ROWS), x, weight(SHOAL_F32, 1, hidden, 1), 1e-5f);

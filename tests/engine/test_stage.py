@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 
 from shoal.engine.batch import Run, Sampling, Want
-from shoal.engine.errors import ContextError, MissingDependencyError, ShoalError, UnsupportedModelError
+from shoal.engine.errors import (
+    CancelledRunError,
+    ContextError,
+    MissingDependencyError,
+    ShoalError,
+    UnsupportedModelError,
+)
 from shoal.engine.generate import check_prompt, generate
 from shoal.engine.layout import PAGE
 from shoal.engine.shards import Model
@@ -21,7 +29,6 @@ def stage(tiny_int8: Model) -> Stage:
 def test_runs_that_do_not_fit_are_refused_and_nothing_is_lost(stage: Stage) -> None:
     stage.open_sequence(1, Sampling(), 40)
     (before,) = stage.run([Run(1, 0, [5, 6, 7], Want.TOKEN)])
-    hidden = np.zeros((1, 3), np.float32)
     for run, error in (
         (Run(2, 0, [1], Want.TOKEN), "not open"),
         (Run(1, 4, [1], Want.TOKEN), "holds 3 positions"),
@@ -35,7 +42,6 @@ def test_runs_that_do_not_fit_are_refused_and_nothing_is_lost(stage: Stage) -> N
         stage.run([Run(1, 3, [1] * 38, Want.TOKEN)])
     with pytest.raises(ValueError, match="twice"):
         stage.run([Run(1, 3, [1], Want.TOKEN), Run(1, 3, [1], Want.TOKEN)])
-    assert hidden.shape == (1, 3)
     (after,) = stage.run([Run(1, 2, [7], Want.TOKEN)])
     assert after.token == before.token
 
@@ -96,6 +102,37 @@ def test_generation_stops_where_it_should(stage: Stage) -> None:
     drawn = list(generate(stage, [1, 2, 3], seeded, max_tokens=20))
     assert drawn == list(generate(stage, [1, 2, 3], seeded, max_tokens=20))
     assert drawn != tokens
+
+
+def many_runs(stage: Stage) -> None:
+    for _ in range(1000):
+        stage.run([Run(0, 100, [2] * 200, Want.TOKEN)])
+
+
+@pytest.mark.parametrize("backend", ["native", "numpy", "numba"])
+def test_a_run_can_be_cancelled_from_another_thread_and_repeated(tiny_int8: Model, backend: str) -> None:
+    with Stage(tiny_int8, 0, len(tiny_int8.program.units), StageOptions(backend=backend)) as stage:
+        stage.cancel()  # no run is under way: nothing happens
+        stage.open_sequence(0, Sampling(), 512)
+        (before,) = stage.run([Run(0, 0, [1] * 100, Want.TOKEN)])
+        stop = threading.Event()
+
+        def cancel() -> None:
+            while not stop.is_set():
+                stage.cancel()
+
+        thread = threading.Thread(target=cancel)
+        thread.start()
+        try:
+            with pytest.raises(CancelledRunError, match="cancelled"):
+                many_runs(stage)  # a cancellation that comes between two runs ends none
+        finally:
+            stop.set()
+            thread.join()
+        with pytest.raises(ValueError, match="holds 100 positions"):
+            stage.run([Run(0, 101, [1], Want.TOKEN)])
+        (after,) = stage.run([Run(0, 99, [1], Want.TOKEN)])
+        assert after.token == before.token
 
 
 def test_unknown_kernels_are_named(tiny_int8: Model) -> None:

@@ -72,10 +72,8 @@ def change(rng: np.random.Generator, row: Any, name: str) -> None:
             "seed",
         )
         setattr(row, name, abs(value(rng, min(old, 2**31 - 1))) if unsigned else value(rng, old))
-    elif name in ("weights", "i"):
+    elif ffi.typeof(old).kind == "array":
         old[rng.integers(len(old))] = value(rng, old[0])
-    elif name == "f":
-        old[0] = FLOATS[rng.integers(len(FLOATS))]
     elif rng.random() < 0.3:
         setattr(row, name, ffi.NULL)
 

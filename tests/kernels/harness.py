@@ -156,8 +156,6 @@ class Program:
             "in": x,
             "angles": -1,
             "state": -1,
-            "i": [0, 0],
-            "f": [0.0],
         }
         self.ops.append({**row, "weights": list(weights), "n_weights": len(weights), **fields})
         return out

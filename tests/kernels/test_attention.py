@@ -14,8 +14,10 @@ def program(heads, kv_heads, dim, kind, max_rows=400, extra=0):
     p = Program(max_rows=max_rows)
     x = p.input(extra + (heads + 2 * kv_heads) * dim)
     state = p.state(kv_heads, dim, kind)
-    p.op("STORE", -1, x, state=state, i=[extra + heads * dim, extra + (heads + kv_heads) * dim])
-    p.output(p.op("ATTEND", p.buffer(heads * dim), x, state=state, i=[extra, heads], f=[dim**-0.5]))
+    p.op("STORE", -1, x, state=state, key=extra + heads * dim, value=extra + (heads + kv_heads) * dim)
+    p.output(
+        p.op("ATTEND", p.buffer(heads * dim), x, state=state, column=extra, heads=heads, scale=dim**-0.5)
+    )
     return p
 
 

@@ -42,11 +42,8 @@ def op(name, **fields):
     def change(p):
         row = first(p, name)
         for field, value in fields.items():
-            if field in ("w", "i0", "i1", "f"):
-                array, at = {"w": (row.weights, 0), "i0": (row.i, 0), "i1": (row.i, 1), "f": (row.f, 0)}[
-                    field
-                ]
-                array[at] = value
+            if field == "w":
+                row.weights[0] = value
             else:
                 setattr(row, {"x": "in"}.get(field, field), value)
 
@@ -123,41 +120,41 @@ PROGRAMS = {
     "no weights": (op("MATMUL", n_weights=0), "number of weights"),
     "five weights": (op("MATMUL", n_weights=5), "number of weights"),
     "negative weights": (op("NORM", n_weights=-1), "number of weights"),
-    "embed into q8": (op("EMBED", out=2), "f32"),
-    "embed from f64": (op("EMBED", w=1, out=1), "columns|f64"),
+    "embed into q8": (op("EMBED", out=2), "type of the output"),
+    "embed from f64": (op("EMBED", w=1, out=1), "type of a weight"),
     "embed other columns": (op("EMBED", out=4), "columns"),
     "angles of another width": (op("ANGLES", out=0), "columns"),
-    "angles of f32": (op("ANGLES", w=2), "type"),
-    "norm by a matrix": (op("NORM", w=0), "type"),
-    "norm epsilon": (op("NORM", f=float("nan")), "epsilon"),
-    "norm negative epsilon": (op("NORM", f=-1.0), "epsilon"),
+    "angles of f32": (op("ANGLES", w=2), "type of a weight"),
+    "norm by a matrix": (op("NORM", w=0), "type of a weight"),
+    "norm epsilon": (op("NORM", epsilon=float("nan")), "epsilon"),
+    "norm negative epsilon": (op("NORM", epsilon=-1.0), "epsilon"),
     "norm into other columns": (op("NORM", out=3), "columns"),
-    "norm scatters": (row("buffers", 0, domain=1), "f32 of all rows"),
+    "norm scatters": (row("buffers", 0, domain=1), "rows that the output holds"),
     "matmul parts too many rows": (op("MATMUL", n_weights=2), "rows"),
-    "matmul of f32 by q8": (op("MATMUL", x=0), "type"),
-    "matmul adds to nothing": (op("MATMUL", i0=1), "adds"),
-    "matmul i0": (op("MATMUL", i0=2), "i0"),
+    "matmul of f32 by q8": (op("MATMUL", x=0), "does not fit the input's"),
+    "matmul adds to nothing": (op("MATMUL", accumulate=1), "was not written"),
+    "matmul accumulates twice": (op("MATMUL", accumulate=2), "neither 0 nor 1"),
     "rope without angles": (op("ROPE", angles=-1), "no angles"),
     "rope by itself": (op("ROPE", angles=4), "no angles"),
-    "rope of too many heads": (op("ROPE", i0=999), "heads"),
-    "rope heads overflow": (op("ROPE", i0=BIG, i1=BIG), "heads"),
-    "rope of narrow heads": (op("ROPE", i1=16), "heads"),
-    "rope of nothing": (op("ROPE", out=5), "not f32 or was not written"),
+    "rope of too many heads": (op("ROPE", heads=999), "heads"),
+    "rope heads overflow": (op("ROPE", heads=BIG, head_dim=BIG), "heads"),
+    "rope of narrow heads": (op("ROPE", head_dim=16), "heads"),
+    "rope of nothing": (op("ROPE", out=5), "was not written"),
     "state beyond": (op("STORE", state=2), "no such state"),
     "state negative": (op("ATTEND", state=-1), "no such state"),
-    "keys beyond": (op("STORE", i0=300), "beyond"),
-    "values beyond": (op("STORE", i1=BIG), "beyond"),
-    "keys negative": (op("STORE", i0=-1), "beyond"),
-    "queries beyond": (op("ATTEND", i0=200), "query heads"),
-    "queries no multiple": (op("ATTEND", i1=5), "query heads"),
-    "no queries": (op("ATTEND", i1=0), "query heads"),
-    "queries overflow": (op("ATTEND", i1=BIG - 1), "query heads"),
-    "attend scale": (op("ATTEND", f=float("inf")), "scale"),
+    "keys beyond": (op("STORE", key=300), "beyond"),
+    "values beyond": (op("STORE", value=BIG), "beyond"),
+    "keys negative": (op("STORE", key=-1), "beyond"),
+    "queries beyond": (op("ATTEND", column=200), "query heads"),
+    "queries no multiple": (op("ATTEND", heads=5), "query heads"),
+    "no queries": (op("ATTEND", heads=0), "query heads"),
+    "queries overflow": (op("ATTEND", heads=BIG - 1), "query heads"),
+    "attend scale": (op("ATTEND", scale=float("inf")), "scale"),
     "attend into itself": (op("ATTEND", out=4), "reads what it writes"),
-    "quantise into f32": (op("QUANTISE", out=0), "types or columns"),
+    "quantise into f32": (op("QUANTISE", out=0), "type of the output"),
     "gate of odd columns": (op("GATE", x=6), "twice"),
-    "gate activation": (op("GATE", i0=7), "activation"),
-    "sample of all rows": (op("SAMPLE", x=0), "draws"),
+    "gate activation": (op("GATE", activation=7), "activation"),
+    "sample of all rows": (op("SAMPLE", x=0), "rows that the input holds"),
     "input of q8": (listed("inputs", 2), "input 0"),
     "input beyond": (listed("inputs", 99), "input 0"),
     "input twice": (listed("inputs", 6, 6), "twice"),
@@ -308,7 +305,7 @@ def test_a_history_must_fit_every_sampler():
     hidden = p.buffers[0][1]
     assert hidden < VOCAB
     few = p.buffer(hidden, "F32", "WANTED_ROWS")
-    p.op("SAMPLE", -1, p.op("NORM", few, 0, p.weight(f32(np.ones(hidden))), f=[1e-5]))
+    p.op("SAMPLE", -1, p.op("NORM", few, 0, p.weight(f32(np.ones(hidden))), epsilon=1e-5))
     executor = p.open()
     batch, _keep = batch_of(p)
     executor.run_raw(batch)

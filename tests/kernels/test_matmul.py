@@ -21,7 +21,7 @@ def program(kind, parts, cols, rng, accumulate=False):
     weights = [random_weight(kind, rng, n, cols) for n in parts]
     inputs = x if kind == "F32" else p.op("QUANTISE", p.buffer(cols, "Q8"), x)
     out = p.input(sum(parts)) if accumulate else p.buffer(sum(parts))
-    p.op("MATMUL", out, inputs, *map(p.weight, weights), i=[int(accumulate), 0])
+    p.op("MATMUL", out, inputs, *map(p.weight, weights), accumulate=int(accumulate))
     p.output(out)
     return p, np.concatenate([w.dense for w in weights])
 

@@ -82,12 +82,12 @@ def test_norm(cols):
     wide = x.astype(np.float64)
     expected = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + 1e-5) * w
     for rows in (1, 3, 64):
-        got = run_rows(one_op(cols, "NORM", f32(w), f=[1e-5]), x[:rows])
+        got = run_rows(one_op(cols, "NORM", f32(w), epsilon=1e-5), x[:rows])
         np.testing.assert_allclose(got, expected[:rows], rtol=2e-6)
     if cols <= 100:
-        plain = run_rows(one_op(cols, "NORM", f32(w), f=[1e-5]), x)
+        plain = run_rows(one_op(cols, "NORM", f32(w), epsilon=1e-5), x)
         same(
-            run_rows(one_op(cols, "NORM", f32(w), out_kind="Q8", f=[1e-5]), x),
+            run_rows(one_op(cols, "NORM", f32(w), out_kind="Q8", epsilon=1e-5), x),
             dequantised(plain) + np.float32(0),
         )
 
@@ -96,7 +96,9 @@ def test_norm_gathers_the_wanted_rows():
     rng = np.random.default_rng(1)
     p = Program(max_rows=64)
     x = p.input(40)
-    out = p.output(p.op("NORM", p.buffer(40, "F32", "WANTED_ROWS"), x, p.weight(f32(np.ones(40))), f=[0.0]))
+    out = p.output(
+        p.op("NORM", p.buffer(40, "F32", "WANTED_ROWS"), x, p.weight(f32(np.ones(40))), epsilon=0.0)
+    )
     assert out == 1
     data = floats(rng, 20, 40)
     batch = [Rows(5), Rows(1, wanted=1), Rows(7, wanted=1), Rows(7, wanted=7)]
@@ -108,7 +110,7 @@ def test_norm_gathers_the_wanted_rows():
 def test_nothing_wanted_is_nothing_done():
     p = Program(max_rows=8)
     x = p.input(40)
-    normed = p.op("NORM", p.buffer(40, "F32", "WANTED_ROWS"), x, p.weight(f32(np.ones(40))), f=[0.0])
+    normed = p.op("NORM", p.buffer(40, "F32", "WANTED_ROWS"), x, p.weight(f32(np.ones(40))), epsilon=0.0)
     logits = p.output(
         p.op("MATMUL", p.buffer(7, "F32", "WANTED_ROWS"), normed, p.weight(f32(np.ones((7, 40)))))
     )
@@ -131,11 +133,13 @@ def test_gate(cols, activation):
     z = a if activation == "SILU" else 2 * np.sqrt(2 / np.pi) * (a + 0.044715 * a**3)
     with np.errstate(over="ignore"):
         expected = a / (1 + np.exp(-z)) * up
-    got = run_rows(one_op(2 * cols, "GATE", out_cols=cols, i=[ENUM[activation], 0]), x)
+    got = run_rows(one_op(2 * cols, "GATE", out_cols=cols, activation=ENUM[activation]), x)
     # Relative to the factors: where exp(-z) is large, an error of z shows in the result by as much.
     np.testing.assert_allclose(got, expected, rtol=1e-5 if activation == "GELU_TANH" else 1e-6, atol=1e-35)
     if cols <= 100:
-        rounded = run_rows(one_op(2 * cols, "GATE", out_cols=cols, out_kind="Q8", i=[ENUM[activation], 0]), x)
+        rounded = run_rows(
+            one_op(2 * cols, "GATE", out_cols=cols, out_kind="Q8", activation=ENUM[activation]), x
+        )
         same(rounded, dequantised(got) + np.float32(0))
 
 
@@ -167,7 +171,7 @@ def test_rope(heads, head_dim, half):
     cols = heads * head_dim + 5
     p = Program(max_rows=64)
     x, angles = p.input(cols), p.input(2 * half)
-    p.op("ROPE", x, -1, angles=angles, i=[heads, head_dim])
+    p.op("ROPE", x, -1, angles=angles, heads=heads, head_dim=head_dim)
     p.output(x)
     data, turn = floats(rng, 17, cols), floats(rng, 17, 2 * half)
     got = everywhere(p, lambda e: e.run([Rows(17)], [data, turn]).outputs)[0]

@@ -32,7 +32,7 @@ def llama(kind, heads=6, kv_heads=2, dim=32, hidden=97, inner=160, max_rows=300)
     attended, attended_q8 = p.buffer(heads * dim), p.buffer(heads * dim, "Q8")
     for _ in range(2):
         norm, state = p.weight(f32(rng.uniform(0.5, 1.5, hidden))), p.state(kv_heads, dim, kind)
-        p.op("NORM", normed, x, norm, f=[1e-5])
+        p.op("NORM", normed, x, norm, epsilon=1e-5)
         p.op(
             "MATMUL",
             qkv,
@@ -41,16 +41,16 @@ def llama(kind, heads=6, kv_heads=2, dim=32, hidden=97, inner=160, max_rows=300)
             weight(kv_heads * dim, hidden),
             weight(kv_heads * dim, hidden),
         )
-        p.op("ROPE", qkv, -1, angles=angles, i=[heads + kv_heads, dim])
-        p.op("STORE", -1, qkv, state=state, i=[heads * dim, (heads + kv_heads) * dim])
-        p.op("ATTEND", attended, qkv, state=state, i=[0, heads], f=[dim**-0.5])
+        p.op("ROPE", qkv, -1, angles=angles, heads=heads + kv_heads, head_dim=dim)
+        p.op("STORE", -1, qkv, state=state, key=heads * dim, value=(heads + kv_heads) * dim)
+        p.op("ATTEND", attended, qkv, state=state, heads=heads, scale=dim**-0.5)
         p.op("QUANTISE", attended_q8, attended)
-        p.op("MATMUL", x, attended_q8, weight(hidden, heads * dim), i=[1, 0])
-        p.op("NORM", normed, x, norm, f=[1e-5])
+        p.op("MATMUL", x, attended_q8, weight(hidden, heads * dim), accumulate=1)
+        p.op("NORM", normed, x, norm, epsilon=1e-5)
         p.op("MATMUL", both, normed, weight(inner, hidden), weight(inner, hidden))
         p.op("GATE", gated, both)
-        p.op("MATMUL", x, gated, weight(hidden, inner), i=[1, 0])
-    last = p.op("NORM", p.buffer(hidden, "Q8", "WANTED_ROWS"), x, norm, f=[1e-5])
+        p.op("MATMUL", x, gated, weight(hidden, inner), accumulate=1)
+    last = p.op("NORM", p.buffer(hidden, "Q8", "WANTED_ROWS"), x, norm, epsilon=1e-5)
     logits = p.op("MATMUL", p.output(p.buffer(VOCAB, "F32", "WANTED_ROWS")), last, table)
     p.op("SAMPLE", -1, logits)
     return p
@@ -108,7 +108,7 @@ def test_buffers_that_never_live_together_share_memory():
     p = Program(max_rows=64)
     x = p.input(64)
     for _ in range(50):
-        x = p.op("NORM", p.buffer(64), x, p.weight(f32(np.ones(64))), f=[0.0])
+        x = p.op("NORM", p.buffer(64), x, p.weight(f32(np.ones(64))), epsilon=0.0)
     p.output(x)
     executor = p.open()
     assert executor.workspace_bytes() == 2 * 64 * 64 * 4
@@ -129,7 +129,7 @@ def test_few_rows_touch_little_of_a_large_workspace():
     p = Program(max_rows=4096)
     x, weight = p.input(16), p.weight(f32(np.ones(16)))
     for _ in range(1200):
-        p.output(p.op("NORM", p.buffer(16), x, weight, f=[0.0]))
+        p.output(p.op("NORM", p.buffer(16), x, weight, epsilon=0.0))
     warm, executor = p.open(), p.open()
     assert executor.workspace_bytes() == 1201 * 4096 * 16 * 4
     few = floats(np.random.default_rng(0), 2, 16)

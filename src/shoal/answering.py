@@ -1,27 +1,22 @@
 """Answers as text: tokens drawn here or on nodes, given out as characters, and timed.
 
-Used by `shoal run` and `shoal demo`; where the tokens come from is behind `Engine`. Imports no event loop: an
-answer of this process needs none.
+Used by `shoal run` and `shoal demo`. Where tokens come from is a `Session`: of this process
+(engine.generate), or of nodes (distributed). Imports no event loop: an answer of this process needs none.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Protocol
 
 from .engine.batch import Sampling
-from .engine.generate import TextStream, check_prompt, generate
+from .engine.generate import Session as LocalSession
+from .engine.generate import TextStream, check_prompt
 from .engine.stage import Stage
 from .engine.tokenizer import Tokenizer
-
-T = TypeVar("T")
-
-
-async def _go_on() -> None:
-    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +41,7 @@ class Answer:
     text: str = ""
     first_s: float = 0.0
     last_s: float = 0.0
+    interrupted: bool = False
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -63,54 +59,48 @@ class Answer:
         )
 
 
-class Engine(Protocol):
-    """Where tokens come from: this process, or nodes."""
+class Session(Protocol):
+    """Where tokens come from; its sequence stays open from answer to answer, so that each computes only what
+    its prompt does not share with the prompt and answer before."""
 
     def answer(
-        self, prompt: Sequence[int], settings: Settings, max_tokens: int
-    ) -> AbstractAsyncContextManager[AsyncIterator[int]]: ...
+        self, prompt: Sequence[int], *, max_tokens: int, end: Collection[int]
+    ) -> Generator[int, None, None]:
+        """Token ids that follow a prompt, as engine.generate gives them; closing it ends the answer."""
+
+    def close(self) -> None:
+        """Frees the sequence's state."""
+
+
+class Engine(Protocol):
+    """What opens sessions: this process, or nodes."""
+
+    def session(self, settings: Settings) -> Session:
+        """A sequence of its own."""
 
 
 class LocalEngine:
-    """All units in this process. Within an event loop `pause`, called after each token, gives the others
-    their turn."""
+    """A stage of this process that holds all units of a model, as Engine. It opens one session at a time."""
 
-    def __init__(self, stage: Stage, pause: Callable[[], Awaitable[None]] = _go_on) -> None:
-        self.stage, self._pause = stage, pause
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
 
-    @asynccontextmanager
-    async def answer(
-        self, prompt: Sequence[int], settings: Settings, max_tokens: int
-    ) -> AsyncIterator[AsyncIterator[int]]:
+    def session(self, settings: Settings) -> LocalSession:
         """See Engine."""
-        tokens = generate(
-            self.stage,
-            prompt,
-            settings.sampling,
-            max_tokens=max_tokens,
-            end=settings.end,
-            context=settings.context,
-        )
-
-        async def one_by_one() -> AsyncIterator[int]:
-            for token in tokens:
-                yield token
-                await self._pause()
-
-        try:
-            yield one_by_one()
-        finally:
-            tokens.close()
+        return LocalSession(self.stage, settings.sampling, context=settings.context)
 
 
-async def answer(
-    engine: Engine,
+def answer(
+    session: Session,
     tokenizer: Tokenizer,
     prompt: Sequence[int],
     settings: Settings,
     show: Callable[[str], None] = lambda text: None,
+    *,
+    interruptible: bool = False,
 ) -> Answer:
-    """The answer to a prompt; `show` gets the text piece by piece. ContextError, UnsupportedModelError: see
+    """The answer to a prompt; `show` gets the text piece by piece. With `interruptible`, KeyboardInterrupt
+    ends the answer, of which the part so far is returned. ContextError, UnsupportedModelError: see
     check_prompt."""
     check_prompt(prompt, settings.context, settings.vocab)
     stream, made = TextStream(tokenizer, settings.stops), Answer(len(prompt))
@@ -123,25 +113,19 @@ async def answer(
         if text:
             show(text)
 
-    async with engine.answer(prompt, settings, max_tokens) as tokens:
-        async for token in tokens:
-            made.last_s = time.perf_counter() - start
-            if not made.tokens:
-                made.first_s = made.last_s
-            made.tokens.append(token)
-            give(stream.push(token))
-            if stream.stopped:
-                break
+    try:
+        with closing(session.answer(prompt, max_tokens=max_tokens, end=settings.end)) as tokens:
+            for token in tokens:
+                made.last_s = time.perf_counter() - start
+                if not made.tokens:
+                    made.first_s = made.last_s
+                made.tokens.append(token)
+                give(stream.push(token))
+                if stream.stopped:
+                    break
+    except KeyboardInterrupt:
+        if not interruptible:
+            raise
+        made.interrupted = True
     give(stream.flush())
     return made
-
-
-def finish(work: Coroutine[Any, Any, T]) -> T:
-    """The result of a coroutine that never waits, without an event loop. RuntimeError: it waited."""
-    try:
-        work.send(None)
-    except StopIteration as done:
-        result: T = done.value
-        return result
-    work.close()
-    raise RuntimeError("it waited for something: run it in an event loop")

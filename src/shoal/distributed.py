@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import platform
 import secrets
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -19,10 +19,12 @@ from .engine.stage import StageOptions
 from .net.coordinator import Head
 from .net.identity import Identity, identity_of, shape_of
 from .net.placement import HEAD, Links, NodeInfo, Placement, StageRange, StageReport
+from .net.session import Session
 from .net.survey import survey
 from .planner.refresh import slowed
 from .planner.rows import Objective
 from .planning import device_of, plan_or_error, planner_model
+from .portal import Portal, open_portal
 
 CALL_SECONDS = 0.1
 """How long one call with rows of a prompt should last at most: others, and a cancel, wait that long."""
@@ -105,31 +107,63 @@ def measured_of(
     )
 
 
-class NetworkEngine:
-    """Nodes in a chain, as answering.Engine."""
+class NodeSession:
+    """A session on nodes, as answering.Session."""
 
-    def __init__(self, head: Head) -> None:
-        self._head = head
+    def __init__(self, portal: Portal[Head], session: Session) -> None:
+        self._portal, self._session = portal, session
 
-    @asynccontextmanager
-    async def answer(
-        self, prompt: Sequence[int], settings: Settings, max_tokens: int
-    ) -> AsyncIterator[AsyncIterator[int]]:
-        """See answering.Engine."""
-        session = self._head.generate(
-            prompt, settings.sampling, max_tokens=max_tokens, end=settings.end, context=settings.context
-        )
-        async with session as tokens:
-            yield tokens
+    def answer(
+        self, prompt: Sequence[int], *, max_tokens: int, end: Collection[int]
+    ) -> Generator[int, None, None]:
+        """See answering.Session. NodeLostError: a node is lost, and the others cannot hold the model."""
+
+        async def feed(put: Callable[[int], None]) -> None:
+            async with self._session.answer(prompt, max_tokens=max_tokens, end=end) as tokens:
+                async for token in tokens:
+                    put(token)
+
+        return self._portal.stream(feed)
+
+    def close(self) -> None:
+        """Frees the session's state on all nodes."""
+        self._portal.tell(self._session.close)
 
 
-@asynccontextmanager
-async def open_chain(
-    model: Model, addresses: Sequence[tuple[str, int]], context: int
-) -> AsyncIterator[tuple[NetworkEngine, str]]:
-    """Nodes that run the model, and their plan as text. NoPlanError: they cannot hold it; NetError: one
-    cannot be reached."""
-    plans = NetworkPlanner(model, planner.Workload(context=context))
-    async with Head.open(addresses, head_identity(model), shape_of(model), plans) as head:
-        assert plans.plan is not None, "a head that is open has planned"
-        yield NetworkEngine(head), planner.render(plans.plan)
+class Nodes:
+    """Nodes in a chain, behind plain calls: what the network does runs in an event loop of its own thread."""
+
+    def __init__(self, portal: Portal[Head], plans: NetworkPlanner) -> None:
+        self._portal, self._plans = portal, plans
+
+    @property
+    def plan(self) -> planner.Plan:
+        """Who holds what, and what was predicted of it."""
+        assert self._plans.plan is not None, "nodes that serve were planned for"
+        return self._plans.plan
+
+    def session(self, settings: Settings) -> NodeSession:
+        """A sequence on the nodes."""
+        head = self._portal.opened
+        return NodeSession(self._portal, head.session(settings.sampling, context=settings.context))
+
+    def stats(self) -> tuple[Sequence[StageReport], planner.Plan]:
+        """What each stage has done, and what the plan's stages should do by what is known of nodes and links
+        now. NodeLostError: a node was lost over it."""
+
+        async def ask() -> tuple[Sequence[StageReport], planner.Plan]:
+            head = self._portal.opened
+            return await head.stats(), self._plans.now(head.nodes, head.links)
+
+        return self._portal.call(ask)
+
+
+@contextmanager
+def open_nodes(
+    model: Model, addresses: Sequence[tuple[str, int]], workload: planner.Workload
+) -> Iterator[Nodes]:
+    """Nodes that run the model. NoPlanError: they cannot hold it; NetError: one cannot be reached."""
+    plans = NetworkPlanner(model, workload)
+    opening = partial(Head.open, addresses, head_identity(model), shape_of(model), plans)
+    with open_portal(opening) as portal:
+        yield Nodes(portal, plans)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tests.models import smollm2_dir
 
-from shoal.answering import LocalEngine, finish
+from shoal.answering import LocalEngine
 from shoal.arguments import build_parser
 from shoal.cli import main
 from shoal.commands import run
@@ -43,13 +43,9 @@ def smollm2() -> Path:
 )
 def test_a_short_answer_maps_the_weights(line: str, resident: bool | None, tiny: Path) -> None:
     args = build_parser().parse_args(["run", str(tiny), *line.split()])
-
-    async def chosen() -> bool | None:
-        async with run.open_engine(args, Model.open(tiny), 64) as engine:
-            assert isinstance(engine, LocalEngine)
-            return engine.stage.options.resident
-
-    assert finish(chosen()) is resident
+    with run.open_engine(args, Model.open(tiny), 64) as (engine, _):
+        assert isinstance(engine, LocalEngine)
+        assert engine.stage.options.resident is resident
 
 
 @pytest.mark.slow
@@ -80,25 +76,11 @@ def test_a_conversation_ends_with_the_input(
     assert next(lines, None) is None
 
 
-def test_what_waits_needs_an_event_loop() -> None:
-    class Wait:
-        def __await__(self):  # type: ignore[no-untyped-def]
-            yield
-
-    async def wait() -> None:
-        await Wait()
-
-    with pytest.raises(RuntimeError, match="event loop"):
-        finish(wait())
-
-
 @pytest.mark.parametrize("backend", ["numba", "numpy"])
 def test_an_instruction_set_is_not_ignored(backend: str, tiny: Path) -> None:
     args = build_parser().parse_args(["run", str(tiny), "text", "--backend", backend, "--isa", "avx2"])
-
-    async def open_it() -> None:
-        async with run.open_engine(args, Model.open(tiny), 64):
-            pass
-
-    with pytest.raises(MissingDependencyError, match=f"{backend} would run: leave out --isa avx2"):
-        finish(open_it())
+    with (
+        pytest.raises(MissingDependencyError, match=f"{backend} would run: leave out --isa avx2"),
+        run.open_engine(args, Model.open(tiny), 64),
+    ):
+        pass

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from shoal.answering import finish
 from shoal.arguments import build_parser
 from shoal.cli import main
 from shoal.commands import profile, run
@@ -147,12 +146,9 @@ def test_a_profile_is_kept_and_named_by_run(
     monkeypatch.setattr(profile, "best_threads", best)
     line = ["run", model, "text", "--stats", "--backend", "numpy"]
 
-    async def start() -> None:
-        async with run.open_engine(build_parser().parse_args(line), Model.open(model), 64):
-            pass
-
     for least, said in ((1 << 40, "by the number of cores"), (1, "2 threads (the fastest by shoal profile)")):
         monkeypatch.setattr(profile, "_TELLING", least)
         assert main(["profile", model, "--backend", "numpy"]) == 0
-        finish(start())
+        with run.open_engine(build_parser().parse_args(line), Model.open(model), 64):
+            pass
         assert said in capsys.readouterr().err

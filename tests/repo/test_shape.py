@@ -22,9 +22,9 @@ WITH_TRIO = [
     "net/node.py",
     "net/probe.py",
     "net/session.py",
-    "src/shoal/answering.py",
     "src/shoal/distributed.py",
-    "src/shoal/commands/*.py",
+    "src/shoal/portal.py",
+    "src/shoal/commands/node.py",
 ]
 # The GGUF format calls some of its tokenizers and tensors after families; its names are kept in one table.
 NAMES_OF_GGUF = Path("engine/checkpoint/gguf_names.py")

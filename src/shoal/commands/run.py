@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 
-from ..answering import Engine, LocalEngine, Settings, answer, finish
+from ..answering import Engine, LocalEngine, Settings, answer
 from ..engine.backends import choose
 from ..engine.batch import Sampling
 from ..engine.chat import Chat, Message
 from ..engine.errors import ContextError, ShoalError
+from ..engine.generate import check_prompt
 from ..engine.shards import Model
 from ..engine.stage import Stage, StageOptions
 from ..engine.threads import chosen
@@ -25,7 +26,7 @@ _SHORT = 16
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0 when every prompt was answered."""
+    """Exit code 0 when the prompt was answered, or the chat was left."""
     model = Model.open(resolve(args.model))
     interactive = args.prompt is None and sys.stdin.isatty()
     prompt = args.prompt
@@ -35,48 +36,50 @@ def run(args: argparse.Namespace) -> int:
         raise ShoalError("there is no prompt: give one as an argument, or on standard input")
     if len(set(args.nodes)) < len(args.nodes):
         raise ShoalError("--nodes names an address twice: give each node once")
-    if args.nodes:
-        import trio
-
-        async def ask() -> str:
-            # Abandoned on Ctrl-C: a thread that waits for a line cannot be called back.
-            return await trio.to_thread.run_sync(input, "> ", abandon_on_cancel=True)
-
-        trio.run(_run, args, model, prompt, ask)
+    tokenizer = Tokenizer.open(model.path)
+    template = None if args.raw else Chat.open(model.path, tokenizer)
+    settings = settings_of(args, model)
+    if prompt is None:
+        _chat(args, model, tokenizer, template, settings)
     else:
-        # No event loop, no network, no planner: importing them takes longer than a short answer.
-        finish(_run(args, model, prompt, _ask))
+        _answer(args, model, tokenizer, _encoded(args, tokenizer, template, _checked(prompt)), settings)
     return 0
 
 
-async def _run(
-    args: argparse.Namespace, model: Model, prompt: str | None, ask: Callable[[], Awaitable[str]]
+def _encoded(args: argparse.Namespace, tokenizer: Tokenizer, template: Chat | None, prompt: str) -> list[int]:
+    if template is None:
+        return tokenizer.encode(prompt)
+    system = [Message("system", args.system)] if args.system else []
+    return template.encode([*system, Message("user", prompt)])
+
+
+def _answer(
+    args: argparse.Namespace, model: Model, tokenizer: Tokenizer, prompt: Sequence[int], settings: Settings
 ) -> None:
-    tokenizer = Tokenizer.open(model.path)
-    chat = None if args.raw else Chat.open(model.path, tokenizer)
-    messages = [Message("system", args.system)] if args.system else []
-    settings = settings_of(args, model)
-    async with open_engine(args, model, settings.context) as engine:
-        while True:
-            text = prompt if prompt is not None else await _line(ask)
-            if text is None:
-                return
-            messages.append(Message("user", _checked(text)))
-            tokens = tokenizer.encode(text) if chat is None else chat.encode(messages)
-            try:
-                made = await answer(engine, tokenizer, tokens, settings, show)
-            except ContextError as error:
-                if prompt is not None:
-                    raise
-                print(f"{error}; the conversation begins anew", file=sys.stderr)
-                del messages[1 if args.system else 0 :]
-                continue
-            print(flush=True)
-            messages.append(Message("assistant", made.text))
-            if args.stats:
-                print(f"[{made.summary()}]", file=sys.stderr)
-            if prompt is not None:
-                return
+    check_prompt(prompt, settings.context, settings.vocab)
+    with (
+        open_engine(args, model, settings.context) as (engine, _),
+        closing(engine.session(settings)) as session,
+    ):
+        made = answer(session, tokenizer, prompt, settings, show)
+    print(flush=True)
+    if args.stats:
+        print(f"[{made.summary()}]", file=sys.stderr)
+
+
+def _chat(
+    args: argparse.Namespace, model: Model, tokenizer: Tokenizer, template: Chat | None, settings: Settings
+) -> None:
+    from ..conversation import Conversation, say
+    from ..terminal import Terminal
+
+    with (
+        open_engine(args, model, settings.context) as (engine, where),
+        closing(engine.session(settings)) as session,
+    ):
+        terminal = Terminal()
+        say(f"{model.path.name} on {where}; /help lists the commands, Ctrl-D or /exit leaves")
+        Conversation(session, tokenizer, template, settings, show, args.system, args.stats).run(terminal.ask)
 
 
 def settings_of(args: argparse.Namespace, model: Model) -> Settings:
@@ -99,16 +102,18 @@ def settings_of(args: argparse.Namespace, model: Model) -> Settings:
     return Settings(context, sampling, args.max_tokens, model.config.eos, stops, vocab)
 
 
-@asynccontextmanager
-async def open_engine(args: argparse.Namespace, model: Model, context: int) -> AsyncIterator[Engine]:
-    """The nodes that the command line names, or this process."""
+@contextmanager
+def open_engine(args: argparse.Namespace, model: Model, context: int) -> Iterator[tuple[Engine, str]]:
+    """The nodes that the command line names, or this process; and which it is, in words."""
     if args.nodes:
-        from ..distributed import open_chain
+        from .. import planner
+        from ..distributed import open_nodes
 
-        async with open_chain(model, args.nodes, context) as (engine, plan):
+        with open_nodes(model, args.nodes, planner.Workload(context=context)) as nodes:
             if args.stats:
-                print(plan, file=sys.stderr)
-            yield engine
+                print(planner.render(nodes.plan), file=sys.stderr)
+            names = [stage.device for stage in nodes.plan.stages]
+            yield nodes, f"{len(names)} node{'s' if len(names) > 1 else ''}, {', '.join(names)}"
         return
     backend, reason = choose(args.backend)
     if reason is not None:
@@ -119,10 +124,10 @@ async def open_engine(args: argparse.Namespace, model: Model, context: int) -> A
         resident = False
     options = StageOptions(args.backend, args.isa, threads, resident=resident)
     with Stage(model, 0, model.n_units, options) as stage:
+        where = f"{stage.backend}, {threads} thread{'s' if threads > 1 else ''}"
         if args.stats:
-            plural, by = "s" if threads > 1 else "", f" ({why})" if why else ""
-            print(f"[{stage.backend}, {threads} thread{plural}{by}]", file=sys.stderr)
-        yield LocalEngine(stage)
+            print(f"[{where}{f' ({why})' if why else ''}]", file=sys.stderr)
+        yield LocalEngine(stage), where
 
 
 def _checked(text: str) -> str:
@@ -137,18 +142,3 @@ def _checked(text: str) -> str:
 def show(text: str) -> None:
     """Text as it comes."""
     print(text, end="", flush=True)
-
-
-async def _ask() -> str:
-    return input("> ")  # noqa: ASYNC250 there is no event loop that it could block
-
-
-async def _line(ask: Callable[[], Awaitable[str]]) -> str | None:
-    """A line that says something, from the terminal; None at its end."""
-    while True:
-        try:
-            line = await ask()
-        except EOFError:
-            return None
-        if line.strip():
-            return line

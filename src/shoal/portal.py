@@ -1,0 +1,163 @@
+"""A trio event loop in a thread: async code behind plain calls.
+
+The network is async; whoever asks it for answers need not be. A portal keeps an async context manager open in
+a loop of its own, runs async functions there, and hands what they give to the caller's thread one by one. An
+error comes out where the caller waits; a caller that stops waiting, by Ctrl-C or by closing a generator,
+cancels what it waited for.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Awaitable, Callable, Generator, Iterator
+from concurrent.futures import Future
+from contextlib import AbstractAsyncContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Generic, TypeVar
+
+import trio
+
+T = TypeVar("T")
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """What a stream ends with; neither `complete` nor an error: the loop itself was ending."""
+
+    complete: bool
+    error: Exception | None = None
+
+
+class Portal(Generic[T]):
+    """A running loop; `opened` is what its context manager gave. Made by `open_portal`."""
+
+    def __init__(self, manager: Callable[[], AbstractAsyncContextManager[T]]) -> None:
+        self._manager = manager
+        self._ready: Future[T] = Future()
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._nursery: trio.Nursery
+        self._scope = trio.CancelScope()
+        self._closing = False
+        self._error: BaseException | None = None
+        # A daemon: a program that ends without closing the portal must not wait for the network.
+        self._thread = threading.Thread(target=self._run, name="shoal network", daemon=True)
+
+    def open(self) -> None:
+        """Starts the loop and waits until the context manager is entered, whose errors are raised."""
+        self._thread.start()
+        self.opened = self._ready.result()
+
+    def close(self) -> None:
+        """Cancels whatever runs, leaves the context manager, and waits for the end of the loop."""
+        self._closing = True  # for a loop that has only begun to start
+        self.tell(self._scope.cancel)
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def check(self) -> None:
+        """Raises what the closed loop ended with, if that was an error."""
+        if self._error is not None:
+            raise self._error
+
+    def tell(self, call: Callable[[], object]) -> bool:
+        """Runs a call in the loop's thread, without waiting for it; False if the loop has ended."""
+        try:
+            if self._token is not None:
+                self._token.run_sync_soon(call)
+        except trio.RunFinishedError:
+            return False
+        return self._token is not None
+
+    def call(self, function: Callable[[], Awaitable[Item]]) -> Item:
+        """Runs an async function and returns its result."""
+
+        async def feed(put: Callable[[Item], None]) -> None:
+            put(await function())
+
+        (result,) = self.stream(feed)
+        return result
+
+    def stream(
+        self, feed: Callable[[Callable[[Item], None]], Awaitable[None]]
+    ) -> Generator[Item, None, None]:
+        """What an async function hands to the `put` that it is given, one at a time. Closing the generator
+        cancels the function and waits for its end. A loop that has ended raises what it ended with."""
+        items: SimpleQueue[tuple[Item] | _End] = SimpleQueue()
+        scope = trio.CancelScope()
+
+        async def work() -> None:
+            end = _End(complete=False)
+            try:
+                with scope:
+                    await feed(lambda item: items.put((item,)))
+                end = _End(complete=True)
+            except Exception as error:  # the caller's, not the loop's
+                end = _End(complete=False, error=error)
+            finally:
+                items.put(end)
+
+        def begin() -> None:
+            try:
+                self._nursery.start_soon(work)
+            except RuntimeError:  # it takes no more tasks: the loop is ending
+                items.put(_End(complete=False))
+
+        end = None if self.tell(begin) else _End(complete=False)
+        try:
+            while end is None:
+                item = items.get()
+                if isinstance(item, _End):
+                    end = item
+                else:
+                    yield item[0]
+        finally:
+            if end is None:
+                self.tell(scope.cancel)
+                _drain(items)
+        if end.error is not None:
+            raise end.error
+        if not end.complete:
+            self._thread.join()
+            self.check()
+            raise RuntimeError("the event loop has been closed")
+
+    def _run(self) -> None:
+        try:
+            trio.run(self._main)
+        except BaseException as error:
+            self._error = error
+        if not self._ready.done():
+            self._ready.set_exception(self._error or RuntimeError("the event loop has been closed"))
+
+    async def _main(self) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        with self._scope:
+            if self._closing:
+                self._scope.cancel()
+            async with self._manager() as opened, trio.open_nursery() as self._nursery:
+                self._ready.set_result(opened)
+                await trio.sleep_forever()
+
+
+def _drain(items: SimpleQueue[tuple[Item] | _End]) -> None:
+    """Waits for the end of what was cancelled. It comes at once, so another Ctrl-C meanwhile says nothing
+    new."""
+    while True:
+        with suppress(KeyboardInterrupt):
+            if isinstance(items.get(), _End):
+                return
+
+
+@contextmanager
+def open_portal(manager: Callable[[], AbstractAsyncContextManager[T]]) -> Iterator[Portal[T]]:
+    """A portal within which `manager()` is entered; its errors, then and later, are raised here or where a
+    caller waits."""
+    portal = Portal(manager)
+    try:
+        portal.open()
+        yield portal
+    finally:
+        portal.close()
+    portal.check()

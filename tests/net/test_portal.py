@@ -1,0 +1,230 @@
+"""Async code behind plain calls: what is given, what is raised where, and what is cancelled."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+
+from shoal.portal import Portal, open_portal
+
+log: list[str] = []
+
+
+@asynccontextmanager
+async def quiet() -> AsyncIterator[str]:
+    log.append("in")
+    try:
+        yield "opened"
+    finally:
+        log.append("out")
+
+
+@asynccontextmanager
+async def doomed() -> AsyncIterator[trio.Event]:
+    """Something that ends with an error of its own once the event is set, whoever waits for it."""
+    event = trio.Event()
+
+    async def fail() -> None:
+        await event.wait()
+        raise OSError("the house is on fire")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(fail)
+        yield event
+
+
+@pytest.fixture(autouse=True)
+def ends_its_thread() -> None:
+    log.clear()
+
+
+def running() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "shoal network"]
+
+
+async def count(put: Callable[[int], None]) -> None:
+    for number in range(5):
+        await trio.lowlevel.checkpoint()
+        put(number)
+
+
+async def count_for_ever(put: Callable[[int], None]) -> None:
+    try:
+        put(0)
+        await trio.sleep_forever()
+    finally:
+        log.append("cancelled")
+
+
+def test_items_come_in_order_and_the_manager_is_left_in_the_end() -> None:
+    with open_portal(quiet) as portal:
+        assert portal.opened == "opened"
+        assert list(portal.stream(count)) == [0, 1, 2, 3, 4]
+        assert list(portal.stream(count)) == [0, 1, 2, 3, 4]
+        assert log == ["in"]
+    assert log == ["in", "out"]
+    assert running() == []
+
+
+def test_a_call_returns_or_raises_what_the_function_does() -> None:
+    async def six() -> int:
+        await trio.lowlevel.checkpoint()
+        return 6
+
+    async def no() -> int:
+        raise KeyError("no")
+
+    with open_portal(quiet) as portal:
+        assert portal.call(six) == 6
+        with pytest.raises(KeyError, match="no"):
+            portal.call(no)
+        assert portal.call(six) == 6
+
+
+def test_an_error_in_a_stream_comes_after_its_items_and_ends_nothing_else() -> None:
+    async def breaks(put: Callable[[int], None]) -> None:
+        put(1)
+        raise ValueError("halfway")
+
+    with open_portal(quiet) as portal:
+        stream = portal.stream(breaks)
+        assert next(stream) == 1
+        with pytest.raises(ValueError, match="halfway"):
+            next(stream)
+        assert list(portal.stream(count)) == [0, 1, 2, 3, 4]
+
+
+def test_closing_a_stream_cancels_it_and_waits_for_its_end() -> None:
+    with open_portal(quiet) as portal:
+        stream = portal.stream(count_for_ever)
+        assert next(stream) == 0
+        stream.close()
+        assert log == ["in", "cancelled"]
+        assert list(portal.stream(count)) == [0, 1, 2, 3, 4]
+        portal.stream(count_for_ever).close()  # never begun
+    assert log == ["in", "cancelled", "out"]
+
+
+def test_leaving_the_portal_ends_a_stream_that_nobody_closed() -> None:
+    with open_portal(quiet) as portal:
+        stream = portal.stream(count_for_ever)
+        assert next(stream) == 0
+    assert log == ["in", "cancelled", "out"]
+    with pytest.raises(RuntimeError, match="has been closed"):
+        next(stream)
+    with pytest.raises(RuntimeError, match="has been closed"):
+        portal.call(trio.lowlevel.checkpoint)
+    assert not portal.tell(log.clear)
+
+
+def test_an_opening_that_fails_raises_its_error_and_leaves_no_thread() -> None:
+    @asynccontextmanager
+    async def broken() -> AsyncIterator[None]:
+        await trio.lowlevel.checkpoint()
+        raise OSError("nobody there")
+        yield
+
+    with pytest.raises(OSError, match="nobody there"), open_portal(broken):
+        pass
+    assert running() == []
+
+
+def fire(portal: Portal[trio.Event]) -> None:
+    portal.tell(portal.opened.set)
+
+
+def test_a_loop_that_fails_ends_who_waits_with_its_error() -> None:
+    def wait() -> None:
+        with open_portal(doomed) as portal:
+            stream = portal.stream(count_for_ever)
+            assert next(stream) == 0
+            fire(portal)
+            next(stream)
+
+    with pytest.raises(ExceptionGroup) as caught:
+        wait()
+    assert "on fire" in str(caught.value.exceptions[0])
+    assert log == ["cancelled"]
+
+
+def test_a_loop_that_failed_meanwhile_says_so_to_the_next_and_at_the_end() -> None:
+    def fail() -> None:
+        with open_portal(doomed) as portal:
+            fire(portal)
+            while running():
+                time.sleep(0.001)
+            with pytest.raises(ExceptionGroup):
+                list(portal.stream(count))
+            with pytest.raises(ExceptionGroup):
+                portal.call(trio.lowlevel.checkpoint)
+
+    with pytest.raises(ExceptionGroup):
+        fail()
+
+
+def test_an_error_of_the_caller_is_not_hidden_by_the_loops() -> None:
+    def divide() -> None:
+        with open_portal(doomed) as portal:
+            fire(portal)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        divide()
+
+
+INTERRUPTED = """
+import os, signal, sys, threading, time
+from contextlib import asynccontextmanager
+import trio
+from shoal.portal import open_portal
+
+def ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
+
+@asynccontextmanager
+async def slow():
+    if "opening" in sys.argv:
+        threading.Timer(0.05, ctrl_c).start()
+        try:
+            await trio.sleep_forever()
+        finally:
+            print("cancelled")
+    yield
+
+async def wait(put):
+    threading.Timer(0.05, ctrl_c).start()
+    try:
+        await trio.sleep_forever()
+    finally:
+        print("cancelled")
+
+async def six():
+    return 6
+
+try:
+    with open_portal(slow) as portal:
+        try:
+            list(portal.stream(wait))
+        except KeyboardInterrupt:
+            print("interrupted", portal.call(six))
+except KeyboardInterrupt:
+    print("left")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("when", "said"), [("opening", "cancelled\nleft\n"), ("later", "cancelled\ninterrupted 6\n")]
+)
+def test_ctrl_c_cancels_what_the_main_thread_waits_for(when: str, said: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, when], capture_output=True, text=True, timeout=60
+    )
+    assert (done.stdout, done.stderr, done.returncode) == (said, "", 0)

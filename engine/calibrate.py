@@ -91,7 +91,7 @@ class Calibration:
         rows = len(self._tokens)
         nothing = SequenceKv(PagePool("f32"), (), 0)
         sequence = SequenceRows(nothing, self._tokens, Sampling(), rows, 0, rows if last else 0, False)
-        self.hidden = executor.run([sequence], self.hidden, False).hidden
+        self.hidden = executor.run([sequence], self.hidden, False, np.zeros(1, np.int32)).hidden
         return executor.sizes
 
 

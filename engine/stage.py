@@ -1,13 +1,16 @@
-"""A stage: a contiguous range of a model's units, with its weights, and the state of the sequences that pass
-through.
+"""A stage: a contiguous range of a model's units, with its weights, and the state of the sequences that
+pass through.
 
-`Stage(model, 0, n)` is the engine that other programs embed; the network is stages in a chain.
-"""
+`Stage(model, 0, n)` is the engine that other programs embed; the network is stages in a chain."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import os
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
 
@@ -17,7 +20,8 @@ from numpy.typing import NDArray
 from .backends import choose, make_executor
 from .backends.base import BoundProgram, Outcome, SequenceRows, WeightData
 from .batch import F32, Result, Run, Sampling, Want
-from .errors import ContextError, MissingDependencyError
+from .errors import CancelledRunError, ContextError, MissingDependencyError, ShoalError
+from .fair_lock import FairLock
 from .kv import PagePool, SequenceKv
 from .memory import Arena, affordable, give_back, room
 from .shards import Model, Resident
@@ -26,8 +30,8 @@ from .threads import chosen
 
 @dataclass(frozen=True, slots=True)
 class StageOptions:
-    """How a stage runs. `kv_bytes` caps keys and values. One batch has at most `max_rows` rows, and logits of
-    at most `max_wanted` of them: both size the workspace."""
+    """How a stage runs. `kv_bytes` caps keys and values. One batch has at most `max_rows` rows, and
+    logits of at most `max_wanted` of them: both size the workspace."""
 
     backend: str = "auto"
     isa: str = "auto"
@@ -38,9 +42,9 @@ class StageOptions:
     max_wanted: int = 32
     kv_bytes: int | None = None
     resident: bool | None = None
-    """Weights read into memory (quicker) and, if True, locked there as far as the system lets us; or in maps
-    of the files (can be dropped when memory runs short). None: read into memory if that takes no more than
-    half of the RAM that is available."""
+    """Weights read into memory (quicker) and, if True, locked there as far as the system lets us; or in
+    maps of the files (can be dropped when memory runs short). None: read into memory if that takes no
+    more than half of the RAM that is available."""
 
 
 @dataclass(slots=True)
@@ -52,8 +56,21 @@ class _Sequence:
     sampling: Sampling
 
 
+@dataclass(slots=True, eq=False)
+class _Call:
+    """A call of `run`, from before it waits for its turn until it returns."""
+
+    sequences: frozenset[int]
+    cancel: NDArray[np.int32] = field(default_factory=lambda: np.zeros(1, np.int32))
+    """1 once the call is cancelled; the backend reads it between two operations."""
+
+
 class Stage:
-    """Units [first, last) of a model, ready to run batches. Not thread-safe: one call at a time."""
+    """Units [first, last) of a model, ready to run batches.
+
+    Any number of threads may use one stage: it does one thing at a time, and calls wait for their turn in
+    the order in which they came. A stage belongs to the process that opened it: after a fork, the child's
+    calls are refused."""
 
     def __init__(self, model: Model, first: int, last: int, options: StageOptions = StageOptions()) -> None:
         units = model.program.units
@@ -62,7 +79,14 @@ class Stage:
         threads, _ = chosen(options.threads, choose(options.backend)[0], options.isa)
         options = replace(options, threads=threads)
         self.model, self.first, self.last, self.options, self.threads = model, first, last, options, threads
+        self._process = os.getpid()
+        self._lock = FairLock()
+        self._busy = False  # a call is between its begin and its end; read and written by the lock's holder
+        self._calls_lock = threading.RLock()  # of the next two; held for moments, never while a batch runs
+        self._calls: list[_Call] = []
+        self._cancelled: set[int] = set()
         self._sequences: dict[int, _Sequence] = {}
+        self._ended: deque[int] = deque()  # sequences to be closed
         self._closed = False
         self._bound = bind(model, first, last, options)
         self._executor = make_executor(self._bound, options.backend, options.isa, threads)
@@ -91,9 +115,12 @@ class Stage:
         MissingDependencyError: the backend has no such clock; the native one has."""
         from .backends.native import NativeExecutor
 
-        if not isinstance(self._executor, NativeExecutor):
-            raise MissingDependencyError(f"{self.backend} does not time its operations: use --backend native")
-        return self._executor.clock_ops()
+        with self._alone():
+            if not isinstance(self._executor, NativeExecutor):
+                raise MissingDependencyError(
+                    f"{self.backend} does not time its operations: use --backend native"
+                )
+            return self._executor.clock_ops()
 
     @property
     def exact(self) -> bool:
@@ -106,66 +133,159 @@ class Stage:
         return 0 if self._closed else self._pool.used
 
     def open_sequence(
-        self, sequence: int, sampling: Sampling = Sampling(), context: int | None = None
-    ) -> None:
-        """Starts a sequence of at most `context` positions. ValueError: the number is taken. ContextError:
-        context is too long."""
-        if self._closed:
-            raise ValueError("the stage has been closed")
-        if sequence in self._sequences:
-            raise ValueError(f"sequence {sequence} is open already")
-        context = self.model.config.context if context is None else context
-        if not 0 < context <= self.model.config.context:
-            raise ContextError(
-                f"a context of {context} tokens was asked for; the model's is {self.model.config.context}"
-            )
-        kv = SequenceKv(self._pool, [state for _, state in self._bound.states], context)
-        self._sequences[sequence] = _Sequence(kv, np.zeros(context, np.int32), 0, sampling)
+        self, sequence: int | None, sampling: Sampling = Sampling(), context: int | None = None
+    ) -> int:
+        """Starts a sequence of at most `context` positions and returns its number; None takes a number
+        that is free. ValueError: the number is taken. ContextError: the model's context is shorter."""
+        with self._alone():
+            if sequence is None:
+                sequence = min(0, *self._sequences, 0) - 1  # below those that callers choose
+            if sequence in self._sequences:
+                raise ValueError(
+                    f"sequence {sequence} is open already: answers at the same time need numbers of their own"
+                )
+            longest = self.model.config.context
+            context = longest if context is None else context
+            if not 0 < context <= longest:
+                raise ContextError(f"a context of {context} tokens was asked for; the model's is {longest}")
+            kv = SequenceKv(self._pool, [state for _, state in self._bound.states], context)
+            self._forget_cancel([sequence])
+            self._sequences[sequence] = _Sequence(kv, np.zeros(context, np.int32), 0, sampling)
+            return sequence
 
     def truncate(self, sequence: int, position: int) -> None:
         """Forgets what the sequence holds from `position` on. KeyError: no such sequence."""
-        state = self._sequences[sequence]
-        state.length = min(state.length, position)
-        state.kv.truncate(state.length)
+        with self._alone():
+            state = self._sequences[sequence]
+            state.length = min(state.length, position)
+            state.kv.truncate(state.length)
 
     def close_sequence(self, sequence: int) -> None:
-        """Ends a sequence and frees its pages; harmless when it is not open."""
-        state = self._sequences.pop(sequence, None)
-        if state is not None:
-            state.kv.truncate(0)
+        """Ends a sequence and frees its pages; harmless when it is not open, and when the stage is
+        closed."""
+        self._ended.append(sequence)
+        if self._process != os.getpid():
+            return
+        with self._lock:
+            # Busy: the garbage collector has ended a generator of answers in the middle of this thread's
+            # own call.
+            if not self._busy:
+                self._close_ended()
 
     def close(self) -> None:
-        """Ends all sequences and gives up threads and memory."""
-        if not self._closed:
+        """Waits for the calls that came before, ends all sequences, and gives up threads and memory."""
+        if self._closed or self._process != os.getpid():
+            return
+        with self._lock:
+            if self._closed:
+                return
             self._closed = True
-            for sequence in list(self._sequences):
-                self.close_sequence(sequence)
+            self._ended.extend(self._sequences)
+            self._close_ended()
             self._executor.close()
             # Weights and pages go now, not once nobody holds this object: the next stage needs the room.
             del self._executor, self._bound, self._pool
             give_back()
 
-    def cancel(self) -> None:
-        """Ends the run that is under way, if any, within one op: `run` raises CancelledRunError. To be called
-        from another thread."""
-        self._executor.cancel()
+    def cancel(self, sequence: int | None = None) -> None:
+        """Ends runs early, from another thread: those with this sequence, or all; those that wait for
+        their turn too. `run` and `generate` raise CancelledRunError then. What a sequence held before the
+        run, it still holds. Does not wait, and does nothing where nothing runs."""
+        with self._calls_lock:
+            self._cancelled.update(list(self._sequences) if sequence is None else [sequence])
+            for call in self._calls:
+                if sequence is None or sequence in call.sequences:
+                    call.cancel[0] = 1
+
+    def cancelled(self, sequence: int) -> bool:
+        """Whether `cancel` has named the sequence since it was opened or this was asked: for loops of
+        runs, which may have been between two of them then."""
+        with self._calls_lock:
+            named = sequence in self._cancelled
+            self._cancelled.discard(sequence)
+            return named
 
     def run(self, batch: Sequence[Run]) -> list[Result]:
-        """Runs a batch of rows of distinct sequences; the results stand in the batch's order.
+        """Runs a batch of rows of distinct sequences, when it is its turn; the results are in the batch's
+        order.
 
-        ValueError: a run that does not fit the sequences or this stage. ContextError: a sequence outgrows its
-        context, or the pages are used up. FloatingPointError: NaN or infinity. CancelledRunError: `cancel`
-        was called meanwhile. After an error the positions of the batch hold nothing; everything before them
-        is kept."""
-        if len({run.sequence for run in batch}) != len(batch):
-            raise ValueError("a sequence stands twice in one batch")
+        ValueError: a run that does not fit the sequences or this stage, or a sequence that another thread
+        is running. ContextError: a sequence outgrows its context, or the pages are used up.
+        FloatingPointError: NaN or infinity. CancelledRunError: see `cancel`. After an error the sequences
+        hold what they held before the batch's positions, and nothing from there on."""
+        call = self._announce(batch)
+        try:
+            with self._alone():
+                return self._run(batch, call.cancel)
+        except CancelledRunError:
+            self._forget_cancel(call.sequences)
+            raise
+        finally:
+            with self._calls_lock:
+                self._calls.remove(call)
+
+    def _announce(self, batch: Sequence[Run]) -> _Call:
+        """Notes that a call will run these sequences. ValueError: one of them is in two runs."""
+        call = _Call(frozenset(run.sequence for run in batch))
+        if len(call.sequences) != len(batch):
+            raise ValueError("a sequence is in one batch twice")
+        with self._calls_lock:
+            for other in self._calls:
+                for sequence in call.sequences & other.sequences:
+                    raise ValueError(
+                        f"sequence {sequence} is being run by another thread: use a number of your own"
+                    )
+            self._calls.append(call)
+        return call
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Waits for this thread's turn to use the stage. ValueError: the stage has been closed.
+        ShoalError: it belongs to another process."""
+        if self._process != os.getpid():
+            raise ShoalError(
+                f"this stage and its threads belong to process {self._process}, which was forked: "
+                "open a stage in each process"
+            )
+        with self._lock:
+            if self._busy:
+                raise RuntimeError("a stage was called in the middle of a call by the same thread")
+            if self._closed:
+                raise ValueError("the stage has been closed")
+            self._busy = True
+            try:
+                self._close_ended()
+                yield
+            finally:
+                self._close_ended()
+                self._busy = False
+
+    def _close_ended(self) -> None:
+        while self._ended:
+            sequence = self._ended.popleft()
+            state = self._sequences.pop(sequence, None)
+            if state is not None:
+                state.kv.truncate(0)
+
+    def _forget_cancel(self, sequences: Iterable[int]) -> None:
+        with self._calls_lock:
+            self._cancelled.difference_update(sequences)
+
+    def _run(self, batch: Sequence[Run], cancel: NDArray[np.int32]) -> list[Result]:
         if sum(len(run.tokens) for run in batch) > self.options.max_rows:
             raise ValueError(f"a batch may have at most {self.options.max_rows} rows")
-        rows = [self._rows(run) for run in batch]
-        if sum(item.wanted for item in rows) > self._bound.max_wanted:
-            raise ValueError(f"a batch may want logits of at most {self._bound.max_wanted} rows")
-        hidden = None if self._bound.reads_tokens else _joined([run.hidden for run in batch])
-        outcome = self._executor.run(rows, hidden, any(run.want is Want.LOGITS for run in batch))
+        try:
+            rows = [self._rows(run) for run in batch]
+            if sum(item.wanted for item in rows) > self._bound.max_wanted:
+                raise ValueError(f"a batch may want logits of at most {self._bound.max_wanted} rows")
+            hidden = None if self._bound.reads_tokens else _joined([run.hidden for run in batch])
+            logits = any(run.want is Want.LOGITS for run in batch)
+            outcome = self._executor.run(rows, hidden, logits, cancel)
+        except BaseException:
+            for run in batch:
+                if state := self._sequences.get(run.sequence):
+                    state.kv.truncate(state.length)
+            raise
         for run in batch:
             self._sequences[run.sequence].length = run.first + len(run.tokens)
         return self._results(batch, rows, outcome)

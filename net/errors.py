@@ -15,6 +15,7 @@ A message names the peer at fault. An error crosses the wire as its exit code an
 from __future__ import annotations
 
 from ..engine.errors import (
+    CancelledRunError,
     ContextError,
     DownloadError,
     MissingDependencyError,
@@ -68,8 +69,8 @@ _BY_CODE: dict[int, type[ShoalError]] = {
     kind.exit_code: kind
     for kind in (
         ShoalError, ModelFileError, UnsupportedModelError, ContextError, NoPlanError, DownloadError,
-        MissingDependencyError, NetError, MismatchError, AddressInUseError, RemoteProtocolError,
-        NodeLostError, LocalProtocolError,
+        MissingDependencyError, CancelledRunError, NetError, MismatchError, AddressInUseError,
+        RemoteProtocolError, NodeLostError, LocalProtocolError,
     )
 }  # fmt: skip
 

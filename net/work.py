@@ -27,7 +27,7 @@ Answer = Open | Close | Step | Result | Failed
 class StageLike(Protocol):
     """What is needed of engine.stage.Stage."""
 
-    def open_sequence(self, sequence: int, sampling: Sampling, context: int) -> None:
+    def open_sequence(self, sequence: int, sampling: Sampling, context: int) -> object:
         """Begins a sequence."""
 
     def run(self, batch: Sequence[Run]) -> list[StageResult]:

@@ -84,16 +84,18 @@ class Executor(Protocol):
     exact: bool
     """True when results are the same bits everywhere (docs/numerics.md)."""
 
-    def run(self, sequences: Sequence[SequenceRows], hidden: F32 | None, want_logits: bool) -> Outcome:
+    def run(
+        self,
+        sequences: Sequence[SequenceRows],
+        hidden: F32 | None,
+        want_logits: bool,
+        cancel: NDArray[np.int32],
+    ) -> Outcome:
         """Runs a batch. `hidden` is the cut `[rows, hidden]`, None when the range starts with the embedding.
+        Another thread may set `cancel[0]` to 1, which ends the run after the operation under way.
 
-        FloatingPointError: NaN or infinity among the inputs or in the logits. CancelledRunError: `cancel` was
-        called meanwhile.
+        FloatingPointError: NaN or infinity among the inputs or in the logits. CancelledRunError: cancelled.
         """
-
-    def cancel(self) -> None:
-        """Ends the run that is under way, if any, before its next op: `run` raises CancelledRunError. May be
-        called from any thread."""
 
     def close(self) -> None:
         """Gives up threads and memory; harmless when repeated."""

@@ -102,6 +102,21 @@ def pinned(cores: Collection[int]) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
+def open_pool(threads: int) -> Any:
+    """A pool of threads in C. They end with the object, or by `ffi.release`; in a forked child, which has
+    none of them, neither waits for them. ShoalError: the system starts no more."""
+    lib, process, current = library(), os.getpid(), os.getpid
+
+    def end(pool: Any) -> None:
+        if current() == process:
+            lib.shoal_pool_close(pool)
+
+    pool = lib.shoal_pool_open(threads)
+    if pool == ffi.NULL:
+        raise ShoalError(f"cannot start {threads} threads: ask for fewer with --threads")
+    return ffi.gc(pool, end)
+
+
 class NativeExecutor:
     """A bound range of units behind one C executor and its threads."""
 
@@ -116,9 +131,7 @@ class NativeExecutor:
             )
         self.name = f"native ({ffi.string(lib.shoal_isa_name(_ISA[isa] or lib.shoal_isa_best())).decode()})"
         with pinned(big_cores()):  # threads keep to the cores of the one that started them
-            self._pool = ffi.gc(lib.shoal_pool_open(threads), lib.shoal_pool_close)
-        if self._pool == ffi.NULL:
-            raise ShoalError(f"cannot start {threads} threads: ask for fewer with --threads")
+            self._pool = open_pool(threads)
         self._error = ffi.new("char[]", _ERROR_BYTES)
         self._keep: list[Any] = []  # what the C side points at
         handle = ffi.new("shoal_executor **")
@@ -135,8 +148,6 @@ class NativeExecutor:
         self._batch.sequences = self._described
         self._batch.tokens = keep_buffer(self._keep, "int32_t[]", self._tokens)
         self._batch.drawn = keep_buffer(self._keep, "int32_t[]", self._drawn)
-        self._cancel = ffi.new("int32_t *")
-        self._batch.cancel = self._cancel
         self._batch.inputs, self._batch.outputs = ffi.cast("const float *const *", self._input), self._output
         self._cut = bound.program.buffer(bound.program.cut[0]).cols
 
@@ -146,16 +157,18 @@ class NativeExecutor:
         self._batch.op_ns = keep_buffer(self._keep, "uint64_t[]", taken)
         return taken
 
-    def cancel(self) -> None:
-        """See base.Executor.cancel."""
-        self._cancel[0] = 1
-
     def close(self) -> None:
         """See base.Executor.close."""
         ffi.release(self._executor)
         ffi.release(self._pool)
 
-    def run(self, sequences: Sequence[SequenceRows], hidden: F32 | None, want_logits: bool) -> Outcome:
+    def run(
+        self,
+        sequences: Sequence[SequenceRows],
+        hidden: F32 | None,
+        want_logits: bool,
+        cancel: NDArray[np.int32],
+    ) -> Outcome:
         """See base.Executor.run."""
         bound, batch, described = self._bound, self._batch, self._described
         keep: list[Any] = []
@@ -177,8 +190,7 @@ class NativeExecutor:
         elif want_logits:
             out = np.empty((wanted, bound.program.vocab), np.float32)
         self._output[0] = ffi.NULL if out is None else keep_buffer(keep, "float[]", out)
-        batch.n_sequences = len(sequences)
-        self._cancel[0] = 0
+        batch.n_sequences, batch.cancel = len(sequences), keep_buffer(keep, "int32_t[]", cancel)
         self._check(self._lib.shoal_run(self._executor, batch, self._error, _ERROR_BYTES))
         drawn = self._drawn[: len(sequences)].copy()
         return Outcome(out if not bound.last else None, out if bound.last else None, drawn)

@@ -5,7 +5,8 @@ it is the backend."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ from ..host import usable_cpus
 from ..layout import GROUP, PANEL, round_up
 from ..program import Gate, Matmul, Norm
 from ..quant import unpack
-from .base import BoundProgram, WeightData
+from .base import BoundProgram, Outcome, SequenceRows, WeightData
 from .numpy_backend import NumpyExecutor
 
 try:
@@ -27,6 +28,10 @@ try:
     from . import numba_kernels as kernels
 except ImportError as e:
     raise MissingDependencyError("the numba backend needs numba: pip install 'shoal[numba]'") from e
+
+
+_ONE_AT_A_TIME = threading.Lock()
+"""Some of the thread pools that Numba finds end the process when two threads use them at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +52,21 @@ class NumbaExecutor(NumpyExecutor):
 
     def __init__(self, bound: BoundProgram, threads: int = 1) -> None:
         threads = min(threads, len(usable_cpus()))
-        numba.set_num_threads(threads)
+        self._threads = threads
         self._parallel = threads > 1
         super().__init__(bound)
+
+    def run(
+        self,
+        sequences: Sequence[SequenceRows],
+        hidden: F32 | None,
+        want_logits: bool,
+        cancel: NDArray[np.int32],
+    ) -> Outcome:
+        """See base.Executor.run."""
+        with _ONE_AT_A_TIME:
+            numba.set_num_threads(self._threads)  # a setting of the calling thread
+            return super().run(sequences, hidden, want_logits, cancel)
 
     def prepare(self, weight: WeightData) -> Any:
         """Numbers stay where they are; scales become f32, for Numba knows no f16."""

@@ -48,7 +48,6 @@ class NumpyExecutor:
         self.buffers: dict[str, F32] = {}
         self.sequences: Sequence[SequenceRows] = ()
         self.drawn: NDArray[np.int32] = np.empty(0, np.int32)
-        self._cancelled = False
 
     def prepare(self, weight: WeightData) -> Any:
         """A weight in the form that this backend's ops read: here f32 (or f64) `[rows, cols]`."""
@@ -56,12 +55,17 @@ class NumpyExecutor:
             return weight.data
         return unpack(weight.data, weight.scales, weight.mins, weight.rows, weight.cols)
 
-    def run(self, sequences: Sequence[SequenceRows], hidden: F32 | None, want_logits: bool) -> Outcome:
+    def run(
+        self,
+        sequences: Sequence[SequenceRows],
+        hidden: F32 | None,
+        want_logits: bool,
+        cancel: NDArray[np.int32],
+    ) -> Outcome:
         """See base.Executor.run."""
         self.sequences = sequences
         self.drawn = np.full(len(sequences), -1, np.int32)
         self.buffers = {}
-        self._cancelled = False
         program = self.bound.program
         if hidden is not None:
             if not np.isfinite(hidden).all():
@@ -69,17 +73,13 @@ class NumpyExecutor:
             self.buffers[program.cut[0]] = hidden.copy()
         wanted = any(s.wanted for s in sequences)
         for unit, op in self.bound.ops:
-            if self._cancelled:
+            if cancel[0]:
                 raise CancelledRunError(CANCELLED)
             if wanted or not self._for_wanted_rows(op):
                 self.ops[type(op)](self, unit, op)
         if not self.bound.last:
             return Outcome(self.buffers[program.cut[0]], None, self.drawn)
         return Outcome(None, self.buffers[program.logits] if want_logits and wanted else None, self.drawn)
-
-    def cancel(self) -> None:
-        """See base.Executor.cancel."""
-        self._cancelled = True
 
     def close(self) -> None:
         """Nothing to give up."""

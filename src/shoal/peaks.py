@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from .engine.backends._abi import ffi
 from .engine.backends.base import WeightData
-from .engine.backends.native import available, library
-from .engine.errors import ShoalError
+from .engine.backends.native import available, library, open_pool
 from .engine.program import Matmul
 from .engine.stage import Stage
 
@@ -44,9 +43,7 @@ class Peaks:
         self._sizes = ffi.new("uint64_t[]", [piece.nbytes for piece in pieces])
         self._isa = None if isa is None else getattr(lib, f"SHOAL_ISA_{isa.upper()}")
         self._result = ffi.new("uint64_t *")
-        self._pool = ffi.gc(lib.shoal_pool_open(threads), lib.shoal_pool_close)
-        if self._pool == ffi.NULL:
-            raise ShoalError(f"cannot start {threads} threads: ask for fewer with --threads")
+        self._pool = open_pool(threads)
 
     def __enter__(self) -> Self:
         return self

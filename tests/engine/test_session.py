@@ -137,3 +137,13 @@ def test_a_session_survives_pages_that_are_used_up(model: Model) -> None:
 )
 def test_common_prefix(a: tuple[int, ...], b: tuple[int, ...], n: int) -> None:
     assert common_prefix(a, b) == common_prefix(b, a) == n
+
+
+def test_an_answer_that_goes_on_after_another_has_begun_is_refused(stage: Stage) -> None:
+    with Session(stage) as session:
+        first = session.answer([1, 2, 3], max_tokens=9, end=())
+        next(first)
+        second = list(session.answer([1, 2, 3, 4, 5, 6, 7], max_tokens=9, end=()))
+        with pytest.raises(ValueError, match="another answer of this session has begun"):
+            next(first)
+        assert list(session.answer([1, 2, 3, 4, 5, 6, 7], max_tokens=9, end=())) == second

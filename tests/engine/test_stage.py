@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from copy import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from shoal.engine.errors import (
     ShoalError,
     UnsupportedModelError,
 )
-from shoal.engine.generate import check_prompt, generate
+from shoal.engine.generate import Session, check_prompt, generate
 from shoal.engine.layout import PAGE
 from shoal.engine.shards import Model
 from shoal.engine.stage import Stage, StageOptions
@@ -133,6 +135,28 @@ def test_a_run_can_be_cancelled_from_another_thread_and_repeated(tiny_int8: Mode
             stage.run([Run(0, 101, [1], Want.TOKEN)])
         (after,) = stage.run([Run(0, 99, [1], Want.TOKEN)])
         assert after.token == before.token
+
+
+@pytest.mark.parametrize("end", [None, [], [4], {2, 4}])
+def test_an_answer_ends_at_the_models_end_tokens_unless_told_otherwise(
+    stage: Stage, end: list[int] | None
+) -> None:
+    tokens = list(generate(stage, [1, 2, 3], max_tokens=20, end=()))
+    assert len(tokens) == 20
+    stage.model = copy(stage.model)
+    stage.model.config = replace(stage.model.config, eos=(tokens[2], tokens[6]))
+    wanted = stage.model.config.eos if end is None else [tokens[i] for i in end]
+    answer = list(generate(stage, [1, 2, 3], max_tokens=20, end=None if end is None else wanted))
+    stops = [i for i, token in enumerate(tokens) if token in wanted]
+    assert answer == tokens[: stops[0] if stops else None]
+    with Session(stage) as session:
+        assert list(session.answer([1, 2, 3], max_tokens=20, end=None if end is None else wanted)) == answer
+
+
+@pytest.mark.parametrize("units", [(0, 4), (1, 5), (2, 3)])
+def test_an_answer_needs_all_units(tiny_int8: Model, units: tuple[int, int]) -> None:
+    with Stage(tiny_int8, *units) as part, pytest.raises(ValueError, match="an answer needs all 5"):
+        next(generate(part, [1, 2, 3]))
 
 
 def test_unknown_kernels_are_named(tiny_int8: Model) -> None:

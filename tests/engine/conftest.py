@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+from tests.weights.checkpoints import HEAD, change_config, rewrite, tensors
 
 from shoal.engine.convert import convert
 from shoal.engine.shards import Model
@@ -31,6 +33,18 @@ def tiny_int8(tmp_path_factory: pytest.TempPathFactory) -> Model:
 @pytest.fixture(scope="session", params=["int8", "int4", "int4-min", "int8-kv"])
 def tiny_quantised(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     return _tiny(request.param, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def tiny_tied(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """The tiny Llama in int8 with its embedding as LM head."""
+    source = shutil.copytree(FIXTURES / "tiny-llama", tmp_path_factory.mktemp("tied") / "source")
+    values = tensors(source)
+    del values[HEAD]
+    rewrite(source, values)
+    change_config(source, tie_word_embeddings=True)
+    convert(source, source / "model", dtype="int8")
+    return Model.open(source / "model")
 
 
 def _tiny(types: str, factory: pytest.TempPathFactory) -> Model:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ import pytest
 from shoal.engine import memory, stage
 from shoal.engine.backends.base import WeightData
 from shoal.engine.batch import Run, Want
-from shoal.engine.convert import convert
 from shoal.engine.host import Ram
 from shoal.engine.kv import PagePool, SequenceKv
 from shoal.engine.layout import PAGE
@@ -23,8 +20,6 @@ from shoal.engine.program import KvState
 from shoal.engine.safetensors_file import SafetensorsFile
 from shoal.engine.shards import Model, unit_file
 from shoal.engine.stage import Stage, StageOptions
-
-FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 def mapped(model: Model, weight: WeightData) -> bool:
@@ -59,15 +54,10 @@ def test_copied_only_where_there_is_room(tiny_int8: Model, monkeypatch: pytest.M
         assert mapped(tiny_int8, weight) is not copied
 
 
-def test_a_tied_table_is_copied_once(tmp_path: Path) -> None:
-    source = shutil.copytree(FIXTURES / "tiny-llama", tmp_path / "source")
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
-    convert(source, tmp_path / "model", dtype="int8")
-    model = Model.open(tmp_path / "model")
-    units = model.program.units
+def test_a_tied_table_is_copied_once(tiny_tied: Model) -> None:
+    units = tiny_tied.program.units
     (name,) = units[-1].tied
-    bound = stage.bind(model, 0, len(units), StageOptions(resident=True))
+    bound = stage.bind(tiny_tied, 0, len(units), StageOptions(resident=True))
     assert np.shares_memory(bound.weights[0, name].data, bound.weights[len(units) - 1, name].data)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tests.models import smollm2_dir
 
+import shoal
 from shoal.arguments import build_parser
 from shoal.planning import read_devices
 
@@ -17,13 +18,22 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
-def test_the_program_for_embedding_runs() -> None:
-    (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert '"path/to/model"' in program
+@pytest.mark.parametrize("page", ["README.md", "docs/library.md"])
+def test_the_python_of_a_page_runs_from_top_to_bottom(page: str) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    program = "\n".join(blocks)
+    assert program.count('"path/to/model"') == 1
     program = program.replace('"path/to/model"', repr(str(smollm2_dir())))
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-W", "error", "-c", program]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
     assert len(result.stdout.split()) > 10
+
+
+def test_the_library_page_tells_of_every_public_name() -> None:
+    page = (ROOT / "docs/library.md").read_text(encoding="utf-8")
+    names = [name for name in shoal.__all__ if name.isidentifier() and not name.endswith(("Error", "__"))]
+    assert [name for name in names if not re.search(rf"^##.*\b{name}\b", page, re.MULTILINE)] == []
 
 
 def test_the_devices_can_be_read(tmp_path: Path) -> None:
@@ -33,10 +43,11 @@ def test_the_devices_can_be_read(tmp_path: Path) -> None:
     assert [device.name for device in read_devices(path).devices] == ["laptop", "phone"]
 
 
-def test_every_link_leads_somewhere() -> None:
-    links = re.findall(r"\]\(([^)#:]+)\)", README)
-    assert len(links) >= 5
-    assert [link for link in links if not (ROOT / link).is_file()] == []
+@pytest.mark.parametrize("page", ["README.md", "docs/library.md"])
+def test_every_link_leads_somewhere(page: str) -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text(encoding="utf-8"))
+    assert len(links) >= 2
+    assert [link for link in links if not (ROOT / page).parent.joinpath(link).is_file()] == []
 
 
 def test_every_command_line_parses() -> None:

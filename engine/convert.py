@@ -42,6 +42,8 @@ from .shards import tensors_of, unit_file, units_of
 from .stamps import Stamps, file_sha256
 from .tokenizer import Tokenizer
 
+_WITH_HEAD = ("ForCausalLM", "LMHeadModel")  # how transformers' classes with an LM head end
+
 Progress = Callable[[int, int], None]
 """Called with units done and units in all."""
 
@@ -95,7 +97,7 @@ def convert(
         target.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
         try:
-            _write_directory(checkpoint, part, options, progress)
+            _write_directory(checkpoint, part, options, progress, warn)
             part.chmod(0o755)
             part.rename(target)
         finally:
@@ -117,9 +119,9 @@ def _once(warn: Warn) -> Warn:
 
 
 def _write_directory(
-    checkpoint: Checkpoint, part: Path, options: _Options, progress: Progress | None
+    checkpoint: Checkpoint, part: Path, options: _Options, progress: Progress | None, warn: Warn
 ) -> None:
-    config = parse_config(checkpoint.config, str(checkpoint.path))
+    config = parse_config(checkpoint.config, str(checkpoint.path), warn)
     try:
         program = families.build(config, quantised=options.dtype != "f32")
     except UnsupportedModelError as e:
@@ -216,12 +218,12 @@ def _load(checkpoint: Checkpoint, unit: Unit) -> dict[str, F32]:
         if values.shape != expected:
             raise ModelFileError(
                 f"{checkpoint.path}: tensor {weight.source!r} has the shape {values.shape} and its "
-                f"configuration says {expected}: fetch the checkpoint again"
+                f"configuration says {expected}: they belong to different models"
             )
         if not np.isfinite(values).all():
             raise ModelFileError(
-                f"{checkpoint.path}: tensor {weight.source!r} holds NaN or infinity: "
-                "fetch the checkpoint again"
+                f"{checkpoint.path}: tensor {weight.source!r} holds NaN or infinity: the file was damaged on "
+                "its way, or the training failed"
             )
     return weights
 
@@ -280,7 +282,7 @@ def _check_names(checkpoint: Checkpoint, program: Program) -> None:
     if missing:
         raise ModelFileError(
             f"{checkpoint.path}: the tensor {missing[0]!r} is missing ({len(missing)} in all): "
-            "fetch the checkpoint again"
+            f"{_why_missing(missing, checkpoint.config)}"
         )
     tied = any(unit.tied for unit in program.units)
     for name in sorted(set(checkpoint.names) - used):
@@ -289,3 +291,15 @@ def _check_names(checkpoint: Checkpoint, program: Program) -> None:
             raise UnsupportedModelError(
                 f"{checkpoint.path}: the tensor {name!r} has no place in this family's program"
             )
+
+
+def _why_missing(names: list[str], config: dict[str, Any]) -> str:
+    if names != ["lm_head.weight"]:
+        return "the checkpoint is incomplete, or its configuration is another model's"
+    kinds = config.get("architectures")
+    if isinstance(kinds, list) and kinds and not any(str(kind).endswith(_WITH_HEAD) for kind in kinds):
+        return f"it is of the kind {kinds[0]}, which has no LM head and generates no text"
+    return (
+        "its configuration does not tie the LM head to the embedding; if the two are one table, set "
+        "tie_word_embeddings to true in config.json; otherwise the checkpoint is incomplete"
+    )

@@ -1,5 +1,5 @@
-"""Files of models and checkpoints, read whole, where errors name the file; and the directory of everything
-that can be fetched or made again."""
+"""Files of models and checkpoints, read whole, where errors name the file; names that others gave files; and
+the directory of everything that can be fetched or made again."""
 
 from __future__ import annotations
 
@@ -7,6 +7,32 @@ import os
 from pathlib import Path
 
 from .errors import ModelFileError
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def is_inside(name: object) -> bool:
+    """Whether `name`, which a file or a server gave, names a file inside a directory: a relative path without
+    `..`, that no shell or terminal reads as anything else."""
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and "\\" not in name
+        and not {"", ".", ".."} & set(name.split("/"))
+    )
+
+
+def refuse_pointer(path: Path) -> None:
+    """ModelFileError: in the file's place there is what Git keeps of it."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_POINTER))
+    except OSError:
+        return  # said by whoever reads it
+    if start == _POINTER:
+        raise ModelFileError(
+            f"{path} is a pointer of Git LFS and not the file itself: run `git lfs pull` there"
+        )
 
 
 def read_bytes(path: Path) -> bytes:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ModelFileError, Warn, ignore
+from .gguf_names import models_of
 
 F32 = NDArray[np.float32]
 
@@ -42,25 +43,41 @@ class Checkpoint(Protocol):
         """A `tokenizer.json` for the `tokenizers` package; None when the checkpoint has no tokenizer."""
 
 
+_SAFETENSORS = (".safetensors", ".safetensors.index.json")
+
+
 def open_checkpoint(path: Path, warn: Warn = ignore) -> Checkpoint:
     """Opens a directory with config.json and safetensors, or a .gguf file (or a directory with one of
     those). `warn` is called with what is odd about it, here or when a property is read.
 
     ModelFileError: neither, or damaged. UnsupportedModelError: of a kind that is not here."""
     if path.is_dir():
-        if (path / "config.json").exists():
+        names = [file.name for file in path.iterdir()]
+        found = models_of(names)
+        if "config.json" in names and (not found or any(name.endswith(_SAFETENSORS) for name in names)):
             from .hugging_face import HuggingFaceCheckpoint
 
             return HuggingFaceCheckpoint(path, warn)
-        found = sorted(path.glob("*.gguf"))
         if len(found) != 1:
-            raise ModelFileError(
-                f"{path} has no config.json and {len(found)} .gguf files: name a directory with config.json "
-                "and *.safetensors, or one .gguf file"
-            )
-        path = found[0]
+            raise ModelFileError(f"{path} {_no_checkpoint(names, list(found))}")
+        (parts,) = found.values()
+        path /= next(name for name in parts if name in names)
     if not path.exists():
         raise ModelFileError(f"{path} is missing")
+    if path.name.endswith((*_SAFETENSORS, ".json")):
+        raise ModelFileError(f"{path} is one file of a checkpoint: name the directory that it is in")
     from .gguf_checkpoint import GgufCheckpoint
 
     return GgufCheckpoint(path, warn)
+
+
+def _no_checkpoint(names: list[str], models: list[str]) -> str:
+    """Why a directory is not opened, as the end of a sentence that it begins."""
+    if models:
+        return f"has {len(models)} .gguf files ({', '.join(models)}): name one of them"
+    if "adapter_config.json" in names:
+        return "is an adapter (LoRA) and no whole model: merge it into its base model, and convert that"
+    return (
+        "has no config.json and 0 .gguf files: name a directory with config.json and *.safetensors, or one "
+        ".gguf file"
+    )

@@ -11,8 +11,8 @@ import numpy as np
 
 from ..errors import ModelFileError, UnsupportedModelError, Warn, ignore
 from . import F32
-from .gguf_file import GgufFile
 from .gguf_names import END_OF_TURN, PAIRED_ROPE, hugging_face_name
+from .gguf_parts import GgufParts
 from .gguf_tokenizer import CONTROL, tokenizer_json
 
 _FREQUENCY_FACTORS = "rope_freqs.weight"
@@ -23,12 +23,12 @@ class GgufCheckpoint:
 
     def __init__(self, path: Path, warn: Warn = ignore) -> None:
         self.path, self._warn = path, warn
-        self._file = GgufFile(path)
+        self._file = GgufParts(path)
         self._gguf_names = {hugging_face_name(name): name for name in self._file.tensors}
         self._factors = self._gguf_names.pop(_FREQUENCY_FACTORS, None)
         arch = self._file.values.get("general.architecture")
         if not isinstance(arch, str):
-            raise ModelFileError(f"{path}: general.architecture is missing; fetch the file again")
+            raise ModelFileError(f"{path}: general.architecture is missing, as in a file that is no model")
         self._arch = arch
 
     @property
@@ -63,7 +63,7 @@ class GgufCheckpoint:
             "intermediate_size": self._number("feed_forward_length"),
             "num_hidden_layers": self._number("block_count"),
             "num_attention_heads": heads,
-            "num_key_value_heads": self._value("attention.head_count_kv") or heads,
+            "num_key_value_heads": self._number("attention.head_count_kv", heads),
             "head_dim": head_dim,
             "vocab_size": self._vocab(),
             "max_position_embeddings": self._number("context_length"),
@@ -78,7 +78,7 @@ class GgufCheckpoint:
 
     def tensor(self, name: str) -> F32:
         if name not in self._gguf_names:
-            raise ModelFileError(f"{self.path}: the tensor {name!r} is missing; fetch the file again")
+            raise ModelFileError(f"{self.path}: the tensor {name!r} is missing")
         w = self._file.tensor(self._gguf_names[name])
         if self._arch in PAIRED_ROPE and name.endswith((".q_proj.weight", ".k_proj.weight")):
             key = "num_attention_heads" if ".q_proj." in name else "num_key_value_heads"
@@ -91,8 +91,15 @@ class GgufCheckpoint:
     def _value(self, key: str) -> Any:
         return self._file.values.get(f"{self._arch}.{key}")
 
-    def _number(self, key: str) -> int:
+    def _number(self, key: str, default: int | None = None) -> int:
         value = self._value(key)
+        value = default if value is None else value
+        if isinstance(value, list):  # one for each layer
+            if len(set(value)) != 1:
+                raise UnsupportedModelError(
+                    f"{self.path}: {self._arch}.{key} differs among layers, which is not supported"
+                )
+            value = value[0]
         if type(value) is not int or not 0 < value < 1 << 32:
             raise ModelFileError(f"{self.path}: {self._arch}.{key} must be a count, not {value!r}")
         return value
@@ -101,7 +108,10 @@ class GgufCheckpoint:
         """Rows of the embedding, which is what the program needs; the metadata may omit it."""
         table = self._file.tensors.get(self._gguf_names.get("model.embed_tokens.weight", ""))
         if table is None:
-            raise ModelFileError(f"{self.path}: the token embedding is missing; fetch the file again")
+            raise ModelFileError(
+                f"{self.path}: the token embedding (token_embd.weight) is missing, as in a file of "
+                "a vocabulary, an adapter or an image encoder alone"
+            )
         return table.shape[0]
 
     def _end_tokens(self) -> list[int]:
@@ -120,6 +130,11 @@ class GgufCheckpoint:
         kind = self._value("rope.scaling.type") or "linear"  # the default, and in old files the only one
         factor = self._value("rope.scaling.factor") or self._value("rope.scale_linear")
         if self._factors is not None:
+            if kind != "none" and factor not in (None, 0.0, 1.0):
+                raise UnsupportedModelError(
+                    f"{self.path} scales rotary positions twice, by rope_freqs and by rope.scaling.factor "
+                    f"{factor!r}, which is not supported"
+                )
             return self._stretched(self._file.tensor(self._factors), head_dim)
         if kind == "none" or (kind == "linear" and factor in (None, 0.0, 1.0)):
             return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,9 +19,19 @@ from typing import Any
 import numpy as np
 
 from ..errors import MissingDependencyError, ModelFileError, UnsupportedModelError
+from ..files import refuse_pointer
 from . import F32
 
 _VERSIONS = (2, 3)
+_OLDER = (b"lmgg", b"fmgg", b"tjgg", b"algg")  # GGML, GGMF, GGJT and GGLA, before GGUF
+_CUT = re.compile(r"\.gguf[._-](split|part)", re.IGNORECASE)
+_REMOVED = {  # types that llama.cpp once wrote, and what holds the same numbers today
+    4: ("Q4_2", "Q4_0"),
+    5: ("Q4_3", "Q4_1"),
+    **{31 + i: (f"Q4_0_{rows}", "Q4_0") for i, rows in enumerate(("4_4", "4_8", "8_8"))},
+    **{36 + i: (f"IQ4_NL_{rows}", "IQ4_NL") for i, rows in enumerate(("4_4", "4_8", "8_8"))},
+}
+_F64 = 28
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MIN_ENTRY, _MIN_TENSOR = 13, 24  # bytes that the shortest key-value pair and tensor description take
@@ -55,6 +66,9 @@ class GgufFile:
         kind = gguf.GGMLQuantizationType(info.type)
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         data = np.frombuffer(self._memory, np.uint8, info.nbytes, info.begin)
+        if info.type == _F64:  # of which the package makes nothing
+            with np.errstate(over="ignore"):
+                return data.view("<f8").astype(np.float32).reshape(info.shape)
         flat = np.empty(math.prod(info.shape), np.float32)
         step = _CHUNK // block
         blocks = data.reshape(-1, block_bytes)
@@ -84,6 +98,7 @@ def import_gguf() -> ModuleType:
 
 
 def _map(path: Path) -> mmap.mmap:
+    refuse_pointer(path)
     try:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size < 24:
@@ -100,14 +115,32 @@ class _Header:
         self.memory, self.where, self.at = memory, where, 0
 
     def refuse(self, what: str) -> ModelFileError:
+        if _CUT.search(self.where):
+            return ModelFileError(
+                f"{self.where} {what}: it is a piece of a file; join the pieces with `cat`, in order"
+            )
         return ModelFileError(f"{self.where} {what}: the file is damaged, fetch it again")
 
     def read(self) -> tuple[Mapping[str, Any], Mapping[str, GgufTensor]]:
-        if self.take(4) != b"GGUF":
+        magic = self.take(4)
+        if magic in _OLDER:
+            raise UnsupportedModelError(
+                f"{self.where} is a GGML file from before GGUF, which is not read: fetch it as GGUF"
+            )
+        if magic != b"GGUF":
             raise ModelFileError(f"{self.where} is no GGUF file")
         version = self.scalar("I")
+        if version and version % (1 << 16) == 0:
+            raise UnsupportedModelError(
+                f"{self.where} is big-endian: `gguf-convert-endian {self.where} little` (from the "
+                "gguf package) turns it round"
+            )
         if version not in _VERSIONS:
-            raise UnsupportedModelError(f"{self.where} is GGUF version {version}; {_VERSIONS} can be read")
+            readable = " and ".join(map(str, _VERSIONS))
+            raise UnsupportedModelError(
+                f"{self.where} is GGUF version {version}; versions {readable} can be read: fetch the "
+                "model in one of these"
+            )
         tensors = self.count(_MIN_TENSOR, "tensors")
         entries = self.count(_MIN_ENTRY, "key-value pairs")
         values: dict[str, Any] = {}
@@ -193,10 +226,15 @@ class _Header:
     def nbytes(self, name: str, shape: tuple[int, ...], kind: int) -> int:
         gguf = import_gguf()
         sizes = {int(t): size for t, size in gguf.GGML_QUANT_SIZES.items()}
+        if kind in _REMOVED:
+            old, new = _REMOVED[kind]
+            raise UnsupportedModelError(
+                f"{self.where}: tensor {name!r} is {old}, a type that was given up: fetch the model as {new}"
+            )
         if kind not in sizes:
             raise UnsupportedModelError(
-                f"{self.where}: tensor {name!r} has type {kind}, which the gguf package does not know: "
-                "pip install --upgrade gguf"
+                f"{self.where}: tensor {name!r} has type {kind}, which this gguf package does not know: a "
+                "newer one may (pip install --upgrade gguf)"
             )
         block, block_bytes = sizes[kind]
         if shape[-1] % block:

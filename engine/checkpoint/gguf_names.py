@@ -6,6 +6,28 @@ those of Hugging Face transformers, integrations/gguf/gguf_tokenizer_mapping.py.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+_BESIDE = re.compile(r"(^|[/._-])(mmproj|imatrix)([._-]|$)", re.IGNORECASE)
+"""Files that accompany a model: the image encoder, and what was measured for its quantisation."""
+
+
+def part_names(name: str) -> list[str]:
+    """Names of all parts of the checkpoint that a file belongs to, in order. A file not named as a part is
+    the only one."""
+    match = _PART.fullmatch(name)
+    if match is None or not 1 <= int(match[2]) <= int(match[3]):
+        return [name]
+    return [f"{match[1]}-{number:05d}-of-{match[3]}.gguf" for number in range(1, int(match[3]) + 1)]
+
+
+def models_of(names: Iterable[str]) -> dict[str, list[str]]:
+    """The models among files, sorted: all parts of each, by the name of its first part, whichever of them are
+    there."""
+    parts = (part_names(name) for name in names if name.endswith(".gguf") and not _BESIDE.search(name))
+    return dict(sorted({listed[0]: listed for listed in parts}.items()))
+
 
 PAIRED_ROPE = frozenset({"llama"})
 """Architectures whose q and k rows GGUF reorders, so that the two columns that rotate together are

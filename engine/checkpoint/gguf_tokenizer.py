@@ -70,7 +70,11 @@ class _Metadata:
     def vocabulary(self) -> dict[str, int]:
         vocabulary = {token: i for i, token in enumerate(self.tokens)}
         if len(vocabulary) != len(self.tokens):
-            raise ModelFileError(f"{self.where}: a token stands twice in tokenizer.ggml.tokens")
+            twice, first = next((i, t) for i, t in enumerate(self.tokens) if vocabulary[t] != i)[::-1]
+            raise ModelFileError(
+                f"{self.where}: the token {twice!r} has two ids, {first} and {vocabulary[twice]}, so that "
+                "text has no single encoding: use another conversion of the model to GGUF, or its safetensors"
+            )
         return vocabulary
 
     def merges(self) -> list[list[str]]:

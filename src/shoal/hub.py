@@ -1,0 +1,171 @@
+"""Checkpoints in repositories on Hugging Face: which files of a repository make one, and their download."""
+
+from __future__ import annotations
+
+import glob
+import io
+import json
+import re
+import sys
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from .engine.checkpoint.gguf_names import models_of
+from .engine.checkpoint.hugging_face import INDEX, SINGLE, shard_names
+from .engine.errors import DownloadError, MissingDependencyError
+from .engine.files import is_inside
+
+_BESIDE_WEIGHTS = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    "README.md",
+    INDEX,
+]
+
+
+def fetch_hugging_face(source: str) -> tuple[Path, str]:
+    """The checkpoint of a repository, in huggingface_hub's own cache, and the revision that was fetched.
+
+    `source` is ORG/NAME; of several GGUF files ORG/NAME:CHOICE names one, by its file name or by its type
+    (Q4_K_M). The path is a directory, or a GGUF file (the first part of a split one).
+
+    MissingDependencyError: no huggingface_hub. DownloadError: no network, no such repository, or nothing in
+    it that can be read."""
+    try:
+        import huggingface_hub
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+        from tqdm.auto import tqdm  # type: ignore[import-untyped]
+    except ImportError as e:
+        raise MissingDependencyError(
+            f"hf: models need the huggingface_hub package ({e}): pip install huggingface_hub"
+        ) from e
+    repository, _, choice = source.partition(":")
+
+    def snapshot(patterns: list[str], revision: str | None, bar: Any) -> Path:
+        return Path(
+            huggingface_hub.snapshot_download(
+                repository, revision=revision, allow_patterns=patterns, tqdm_class=bar
+            )
+        )
+
+    try:
+        directory = snapshot(_BESIDE_WEIGHTS, None, _silent(tqdm))
+        revision = directory.name
+        unlisted: Exception | None = None
+        try:
+            names = huggingface_hub.HfApi().list_repo_files(repository, revision=revision)
+        except Exception as e:  # without a network: of requests or of httpx, by the library's version
+            unlisted = e
+            names = [str(path.relative_to(directory)) for path in directory.rglob("*")]
+        try:
+            weights = _weights(repository, names, choice, directory)
+        except DownloadError:
+            if unlisted is not None:
+                raise _failed(repository, unlisted) from unlisted
+            raise
+        bar = tqdm if sys.stderr.isatty() else _lines(tqdm)
+        snapshot([glob.escape(name) for name in weights], revision, bar)
+    except HFValidationError as e:
+        raise DownloadError(f"hf:{repository} is no repository's name: use hf:ORG/NAME") from e
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+        raise _failed(repository, e) from e
+    return (directory / weights[0] if weights[0].endswith(".gguf") else directory), revision
+
+
+def _failed(repository: str, error: Exception) -> DownloadError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return DownloadError(
+        f"hf:{repository} could not be fetched: {reason}; check the name and the network "
+        "(models behind a licence need `hf auth login`), and repeat the command"
+    )
+
+
+def _weights(repository: str, names: Collection[str], choice: str, directory: Path) -> list[str]:
+    """The files with weights that are to be fetched; in `directory` is the index if there is one."""
+    if not choice and SINGLE in names:
+        return [SINGLE]
+    if not choice and INDEX in names:
+        shards = _shards(directory / INDEX)
+        if missing := [name for name in shards if name not in names]:
+            raise DownloadError(f"hf:{repository} has no {missing[0]}, which its own {INDEX} names")
+        return shards
+    return choose_gguf(repository, names, choice)
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        return shard_names(json.loads(index.read_text(encoding="utf-8")), str(index))
+    except (ValueError, RecursionError) as e:
+        raise DownloadError(f"{index} cannot be read as JSON: {e}") from e
+
+
+def choose_gguf(repository: str, names: Collection[str], choice: str) -> list[str]:
+    """The GGUF file, or all parts of it, that `choice` means; "" where there is only one.
+
+    DownloadError: none, or several."""
+    models = models_of(filter(is_inside, names))
+    listed = ", ".join(
+        first if len(parts) == 1 else f"{first} ({len(parts)} parts)" for first, parts in models.items()
+    )
+    if not models:
+        raise DownloadError(f"hf:{repository} has neither {SINGLE} nor {INDEX} nor a GGUF file for a model")
+    found = [parts for parts in models.values() if not choice or _is_named(parts, choice)]
+    found = found or [parts for parts in models.values() if _has_type(parts[0], choice)]
+    if len(found) != 1:
+        what = f"{len(found) or 'no'} GGUF files" + (f" that {choice!r} could mean" if choice else "")
+        raise DownloadError(
+            f"hf:{repository} has {what}; name one, as in hf:{repository}:{next(iter(models))}; it has "
+            f"{listed}"
+        )
+    if missing := [name for name in found[0] if name not in names]:
+        raise DownloadError(f"hf:{repository} has {found[0][0]} in parts, and {missing[0]} is not among them")
+    return found[0]
+
+
+def _is_named(parts: list[str], choice: str) -> bool:
+    """Whether a model is called so: a path, a file name, or what the names of its parts begin with."""
+    known = {*parts, re.sub(r"-\d{5}-of-\d{5}\.gguf$", ".gguf", parts[0])}
+    known |= {name.rsplit("/", 1)[-1] for name in known}
+    return choice.lower().removesuffix(".gguf") in {name.lower().removesuffix(".gguf") for name in known}
+
+
+def _has_type(name: str, choice: str) -> bool:
+    """Whether a file's path has `choice`, its type, as a word: Q4_K in …-Q4_K.gguf, not in …-Q4_K_M.gguf."""
+    return re.search(rf"(?<![a-z0-9]){re.escape(choice.lower())}(?![a-z0-9_])", name.lower()) is not None
+
+
+def _silent(tqdm: Any) -> Any:
+    """A tqdm that prints nothing, for files that are fetched in no time."""
+
+    class Silent(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+    return Silent
+
+
+def _lines(tqdm: Any) -> Any:
+    """A tqdm that prints a line per 10 % of the bytes instead of a bar."""
+
+    class Lines(tqdm):  # type: ignore[misc]
+        tenth = -1
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "file": io.StringIO()})
+
+        def display(self, *args: Any, **kwargs: Any) -> None:
+            if self.unit == "B" and self.total and 10 * self.n // self.total > self.tenth:
+                self.tenth = 10 * self.n // self.total
+                amount = f"{self.n / 1e6:.1f}/{self.total / 1e6:.1f} MB"
+                print(f"{self.desc}: {100 * self.n // self.total:3d} %  {amount}", file=sys.stderr)
+
+    return Lines

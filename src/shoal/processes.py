@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from .arguments.kinds import address
 from .engine.errors import ShoalError
 
 _PR_SET_PDEATHSIG = 1
@@ -106,8 +107,7 @@ def _wait(
             ended = f"did not listen within {seconds:.0f} s" if code is None else f"ended with code {code}"
             raise ShoalError(f"the node {spec.name} {ended}; its last words: {log[-500:] or 'none'}")
         time.sleep(_POLL_S)
-    host, _, port = port_file.read_text(encoding="ascii").strip().rpartition(":")
-    return host, int(port)
+    return address(port_file.read_text(encoding="ascii").strip())
 
 
 def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:

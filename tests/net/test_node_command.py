@@ -39,6 +39,17 @@ def test_loopback_needs_none(host: str, tmp_path: Path) -> None:
     assert "nowhere" in str(caught.value)
 
 
+def test_a_name_is_judged_by_all_of_its_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def both(*_: object, **__: object) -> list[tuple[int, int, int, str, tuple[str, int]]]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, 0)) for a in ("127.0.0.1", "192.168.1.20")]
+
+    monkeypatch.setattr(socket, "getaddrinfo", both)
+    with pytest.raises(NetError, match=r"box \(192\.168\.1\.20\) can be reached by others.*--insecure"):
+        node.run(parse("nowhere --listen box:0"))
+    with pytest.raises(ShoalError, match="nowhere"):
+        node.run(parse("nowhere --listen box:0 --insecure"))
+
+
 def test_a_factor_below_one_is_refused() -> None:
     with pytest.raises(ShoalError, match=r"--slow 0\.5 would be faster"):
         node.run(parse("nowhere --slow 0.5"))

@@ -19,6 +19,7 @@ MAY_IMPORT = {
 WITH_TRIO = [
     "net/coordinator.py",
     "net/link.py",
+    "net/listen.py",
     "net/node.py",
     "net/probe.py",
     "net/session.py",

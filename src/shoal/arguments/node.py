@@ -19,7 +19,8 @@ def node(commands: Commands) -> None:
         type=address,
         default=("127.0.0.1", 0),
         metavar="HOST:PORT",
-        help="where to listen; port 0 takes a free one and says which (default 127.0.0.1:0)",
+        help="where to listen: all addresses of HOST, [::] for all of this device; port 0 takes a free one "
+        "and says which (default 127.0.0.1:0)",
     )
     parser.add_argument("--name", help="what to call this device in plans (default: its host name)")
     parser.add_argument(
@@ -59,7 +60,7 @@ def node(commands: Commands) -> None:
         action="store_true",
         help="listen on an address that others can reach, without encryption",
     )
-    parser.add_argument("--port-file", type=Path, metavar="FILE", help="write the port there once listening")
+    parser.add_argument("--port-file", type=Path, metavar="FILE", help="write HOST:PORT there once listening")
     add_engine(parser)
 
 

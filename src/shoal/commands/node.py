@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import errno
-import ipaddress
 import platform
 import secrets
 import signal
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -27,8 +26,9 @@ from ..engine.memory import large_apart
 from ..engine.shards import Model
 from ..engine.stage import Stage, StageOptions
 from ..engine.threads import chosen
-from ..net.errors import AddressInUseError, NetError
+from ..net.errors import NetError
 from ..net.identity import identity_of
+from ..net.listen import addresses, listen, named, reachable
 from ..net.messages import Device, RowRate
 from ..net.node import Node, NodeParts
 from ..net.slow import Slowness, SlowStage, SlowWatch, Turn, turn
@@ -50,9 +50,12 @@ def run(args: argparse.Namespace) -> int:
     large_apart()
     host, port = args.listen
     slowness = Slowness(args.slow, args.slow_file)
-    if not args.insecure and not _is_loopback(host):
+    hosts = addresses(host)
+    others = reachable(hosts)
+    if others is not None and not args.insecure:
+        what = host if host == others else f"{host} ({others})"
         raise NetError(
-            f"{host} can be reached by others, and connections are not encrypted yet: listen on 127.0.0.1, "
+            f"{what} can be reached by others, and connections are not encrypted yet: listen on 127.0.0.1, "
             "or say --insecure if you trust everybody on that network"
         )
     backend, reason = choose(args.backend)
@@ -60,15 +63,28 @@ def run(args: argparse.Namespace) -> int:
         _log(f"shoal: running on {backend}: {reason}")
     model = Model.open(resolve(args.model))
     base = resident_bytes()
-    trio.run(_main, args, host, port, model, base, promised_bytes(args.ram, base, ram()), slowness)
+    trio.run(
+        _main,
+        args,
+        partial(listen, host, hosts, port),
+        model,
+        base,
+        promised_bytes(args.ram, base, ram()),
+        slowness,
+    )
     return 0
 
 
 async def _main(
-    args: argparse.Namespace, host: str, port: int, model: Model, base: int, promised: int, slowness: Slowness
+    args: argparse.Namespace,
+    open_listeners: Callable[[], Awaitable[list[trio.SocketListener]]],
+    model: Model,
+    base: int,
+    promised: int,
+    slowness: Slowness,
 ) -> None:
-    listeners = await _listen(host, port)
-    address = _shown(listeners[0])
+    listeners = await open_listeners()  # before anything slow is done: a port in use is said at once
+    found = named(listeners)
     try:
         threads, why = chosen(args.threads, choose(args.backend)[0], args.isa)  # as `shoal run` takes
         options = StageOptions(args.backend, args.isa, threads, resident=args.resident)
@@ -91,11 +107,11 @@ async def _main(
             async with trio.open_nursery() as nursery:
                 await nursery.start(Node(parts).serve, listeners)
                 if args.port_file is not None:
-                    _write(args.port_file, address)
+                    _write(args.port_file, found[0])
                 plural, by = "s" if device.threads > 1 else "", f" ({why})" if why else ""
                 print(
-                    f"listening on {address} as {parts.identity.name}: {device.backend}, {device.threads} "
-                    f"thread{plural}{by}, {device.ram_bytes / MB:.0f} MB",
+                    f"listening on {', '.join(found)} as {parts.identity.name}: {device.backend}, "
+                    f"{device.threads} thread{plural}{by}, {device.ram_bytes / MB:.0f} MB",
                     flush=True,
                 )
                 async for _ in signals:
@@ -104,19 +120,6 @@ async def _main(
     finally:
         for listener in listeners:
             await trio.aclose_forcefully(listener)
-
-
-async def _listen(host: str, port: int) -> list[trio.SocketListener]:
-    """Listening before anything slow is done, so that a port in use is said at once."""
-    try:
-        return (await trio.open_tcp_listeners(port, host=host))[:1]
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise AddressInUseError(
-                f"port {port} of {host} is in use: stop what listens there, or choose another port "
-                "(port 0 takes a free one)"
-            ) from error
-        raise NetError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
 
 
 async def _hop_seconds() -> float:
@@ -213,18 +216,6 @@ def bare_bytes(path: str) -> int:
     large_apart()
     measure(Model.open(path), StageOptions(resident=True), seconds=0.1, room=0)
     return resident_bytes()
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _shown(listener: trio.SocketListener) -> str:
-    host, port = listener.socket.getsockname()[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _write(path: Path, text: str) -> None:

@@ -21,6 +21,7 @@ from .checkpoint import F32, Checkpoint, open_checkpoint
 from .config import Config, parse_config
 from .equalise import equalise as equalise_unit
 from .errors import ModelFileError, ShoalError, UnsupportedModelError, Warn, ignore
+from .host import ram
 from .index import (
     CHAT_TEMPLATE,
     COMMON,
@@ -46,6 +47,10 @@ _WITH_HEAD = ("ForCausalLM", "LMHeadModel")  # how transformers' classes with an
 
 Progress = Callable[[int, int], None]
 """Called with units done and units in all."""
+
+
+_BESIDE_BYTES = 40_000_000
+"""What converting holds beside the weights of a unit: a tokenizer, and activations of the calibration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +146,7 @@ def _write_directory(
     )
     program = typed(program, *index.types)
     _check_names(checkpoint, program)
+    _check_room(checkpoint, program)
     files = index.files
 
     def put(name: str, data: bytes | None) -> None:
@@ -273,6 +279,20 @@ def _packed_q4(values: F32, size: F64 | None, *, table: bool, has_min: bool) -> 
     yield from (packed, scales)
     if mins is not None:
         yield mins
+
+
+def _check_room(checkpoint: Checkpoint, program: Program) -> None:
+    """ShoalError: less RAM is available than converting takes. It is better said now than by a kill later."""
+    counts = [[w.rows * w.cols for w in unit.weights if w.name not in unit.tied] for unit in program.units]
+    # A unit as float32, and its largest matrix packed.
+    needed = max(sum(unit) * 4 + max(unit, default=0) for unit in counts) + _BESIDE_BYTES
+    found = ram()
+    if found.total is not None and found.available is not None and found.available < needed:
+        takes, here, all_of_it = (f"{n / 1e6:.0f} MB" for n in (needed, found.available, found.total))
+        raise ShoalError(
+            f"converting {checkpoint.path} takes {takes} of RAM, and {here} are available of the {all_of_it} "
+            f"{found.bound}: convert it on a device with more, and copy the model directory"
+        )
 
 
 def _check_names(checkpoint: Checkpoint, program: Program) -> None:

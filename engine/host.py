@@ -92,7 +92,7 @@ def cpu_quota(root: Path = _ROOT) -> float | None:
     """CPU seconds that this process and its control groups' other members may use in a second; None: no
     quota."""
     shares = []
-    for group in _groups(root, "cpu"):
+    for group in control_groups("cpu", root):
         v2 = (_text(group / "cpu.max") or "").split()  # such as "max 100000" or "150000 100000"
         quota, period = map(_whole, v2 if len(v2) == 2 else ("", ""))
         if not v2:  # v1; -1: no quota
@@ -115,6 +115,47 @@ def default_threads(root: Path = _ROOT) -> int:
     return min(_MOST_THREADS, most_threads(root))
 
 
+def control_groups(controller: str, root: Path = _ROOT) -> Iterator[Path]:
+    """Directories of the control groups that this process is a member of and that may limit what `controller`
+    does: in each hierarchy its own first, then those above as far as they are mounted."""
+    paths: dict[bool, str] = {}
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if not controllers or controller in controllers.split(","):
+            paths[not controllers] = path  # True: the one hierarchy of v2
+    mounts: dict[bool, dict[Path, str]] = {
+        True: {},
+        False: {},
+    }  # a later mount at the same place hides the first
+    for line in _lines(root / "proc/self/mountinfo"):
+        place, _, filesystem = line.partition(" - ")
+        kind, _, options = filesystem.partition(" ")
+        options = options.rpartition(" ")[2]
+        if kind == "cgroup2" or (kind == "cgroup" and controller in options.split(",")):
+            of, at = (_unescaped(field) for field in place.split(" ")[3:5])
+            mounts[kind == "cgroup2"][root / at.lstrip("/")] = of
+    for version, path in paths.items():
+        below = {top: _below(path, of) for top, of in mounts[version].items()}
+        shown = {top: way for top, way in below.items() if way is not None}
+        # Where no mount shows the process's own group, what is mounted is a group above it, as containers see
+        # it: its limits apply as well.
+        for top, way in (shown or dict.fromkeys(below, "")).items():
+            group = top / way
+            while group != top:
+                yield group
+                group = group.parent
+            yield top
+
+
+def limit_libraries() -> None:
+    """Tells the libraries that multiply matrices for NumPy how many threads a CPU quota keeps running.
+
+    They count CPUs otherwise, and their threads wait for each other without sleeping. It has an effect only
+    before NumPy is imported; a number that the environment holds already stays."""
+    if cpu_quota() is not None:
+        os.environ.setdefault("OMP_NUM_THREADS", str(most_threads()))
+
+
 def _machine(root: Path) -> Ram:
     """The RAM of the machine."""
     found = _fields(root / "proc/meminfo", 1024)
@@ -134,7 +175,7 @@ def _machine(root: Path) -> Ram:
 def _group_bounds(root: Path) -> Iterator[Ram]:
     """What each memory control group allows. Clean pages of files count as available, since the kernel drops
     them before it kills a process."""
-    for group in _groups(root, "memory"):
+    for group in control_groups("memory", root):
         stat = _fields(group / "memory.stat")
         limits = [_number(group / f"memory.{name}") for name in ("max", "high", "limit_in_bytes")]
         limits.append(stat.get("hierarchical_memory_limit"))  # v1: of groups above that cannot be seen, too
@@ -167,38 +208,6 @@ def _process_bounds(root: Path) -> Iterator[Ram]:
         if limit != resource.RLIM_INFINITY:
             available = None if sizes is None else max(0, limit - sizes[column])
             yield Ram(limit, available, f"that this process may use (ulimit {option})")
-
-
-def _groups(root: Path, controller: str) -> Iterator[Path]:
-    """Directories of the control groups that this process is a member of and that may limit what `controller`
-    does: in each hierarchy its own first, then those above as far as they are mounted."""
-    paths: dict[bool, str] = {}
-    for line in _lines(root / "proc/self/cgroup"):
-        _, controllers, path = line.split(":", 2)
-        if not controllers or controller in controllers.split(","):
-            paths[not controllers] = path  # True: the one hierarchy of v2
-    mounts: dict[bool, dict[Path, str]] = {
-        True: {},
-        False: {},
-    }  # a later mount at the same place hides the first
-    for line in _lines(root / "proc/self/mountinfo"):
-        place, _, filesystem = line.partition(" - ")
-        kind, _, options = filesystem.partition(" ")
-        options = options.rpartition(" ")[2]
-        if kind == "cgroup2" or (kind == "cgroup" and controller in options.split(",")):
-            of, at = (_unescaped(field) for field in place.split(" ")[3:5])
-            mounts[kind == "cgroup2"][root / at.lstrip("/")] = of
-    for version, path in paths.items():
-        below = {top: _below(path, of) for top, of in mounts[version].items()}
-        shown = {top: way for top, way in below.items() if way is not None}
-        # Where no mount shows the process's own group, what is mounted is a group above it, as containers see
-        # it: its limits apply as well.
-        for top, way in (shown or dict.fromkeys(below, "")).items():
-            group = top / way
-            while group != top:
-                yield group
-                group = group.parent
-            yield top
 
 
 def _below(path: str, top: str) -> str | None:

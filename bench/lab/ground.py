@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from shoal.engine.errors import ShoalError
+from shoal.engine.host import control_groups
 
 _RUN = Path("/run")
 LOCK = (_RUN if os.access(_RUN, os.W_OK) else Path(tempfile.gettempdir())) / "shoal-lab.lock"
@@ -27,7 +28,6 @@ BRIDGE = "shoal-lab"
 HOST = "10.197.77.1"
 """Of the bridge: where the head's connections come from, and where the air listens for every device."""
 NODE_PORT = 7000
-_MEMORY = Path("/sys/fs/cgroup/memory")
 _CLONE_NEWNET = 0x40000000
 _PR_SET_PDEATHSIG = 1
 _QUEUE = "1mb"
@@ -75,17 +75,17 @@ def lacks_namespaces() -> str | None:
     return made and f"network namespaces: {made}"
 
 
-def lacks_cgroups() -> str | None:
-    """None when memory can be capped here, else the reason why not."""
-    above = _own_cgroup()
+def lacks_cgroups(controller: str = "memory") -> str | None:
+    """None when a resource (default: memory) can be capped here, else the reason why not."""
+    above = own_cgroup(controller)
     if above is None:
-        return "memory caps: no memory controller of cgroup v1 is mounted"
+        return f"{controller} caps: no {controller} controller of cgroup v1 is mounted"
     probe = above / f"{BRIDGE}-try"
     try:
         probe.mkdir(exist_ok=True)
         probe.rmdir()
     except OSError as error:
-        return f"memory caps: {probe}: {error.strerror}"
+        return f"{controller} caps: {probe}: {error.strerror}"
     return None
 
 
@@ -111,7 +111,7 @@ def remove_leftovers() -> None:
 
 def lay_out(count: int, directory: Path, *, namespaces: bool, cgroups: bool) -> Ground:
     """The ground of so many devices. Call with the lock held. ShoalError: the system refuses."""
-    above = _own_cgroup() if cgroups else None
+    above = own_cgroup() if cgroups else None
     ground = Ground(count if namespaces else 0, "" if above is None else str(above / BRIDGE), str(directory))
     LOCK.write_text(json.dumps(asdict(ground)), encoding="ascii")
     if ground.cgroup:
@@ -198,18 +198,10 @@ def forget_peaks(cgroup: str) -> None:
         (Path(cgroup) / f"memory.{name}").write_text("0", encoding="ascii")
 
 
-def _own_cgroup() -> Path | None:
-    """This process's own memory cgroup: the lab stays within whatever limits it was put under."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if "memory" in controllers.split(","):
-            own = _MEMORY / path.lstrip("/")
-            return own if (own / "memory.limit_in_bytes").exists() else None
-    return None
+def own_cgroup(controller: str = "memory") -> Path | None:
+    """This process's own cgroup (v1) of a controller: what is made below it stays within whatever limits this
+    process was put under. None: no such controller is mounted."""
+    return next((group for group in control_groups(controller) if (group / "tasks").exists()), None)
 
 
 def _remove_cgroups(above: Path) -> None:

@@ -9,7 +9,6 @@ when the lab opened.
 
 from __future__ import annotations
 
-import os
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,8 @@ from contextlib import AbstractContextManager, contextmanager
 from itertools import cycle
 
 import numpy as np
+
+from shoal.engine.host import usable_cpus
 
 _BYTES, _PARTS = 32_000_000, 6  # a part that is read again has left every cache meanwhile
 _PAUSE_SECONDS = 0.1
@@ -37,7 +38,7 @@ while True:
 @contextmanager
 def awake() -> Iterator[list[int]]:
     """No core sleeps meanwhile; the ids of the processes that see to it."""
-    processes = [subprocess.Popen([sys.executable, "-c", _SPIN]) for _ in range(os.cpu_count() or 1)]
+    processes = [subprocess.Popen([sys.executable, "-c", _SPIN]) for _ in usable_cpus()]
     try:
         yield [process.pid for process in processes]
     finally:

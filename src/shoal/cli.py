@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from .arguments import build_parser
 from .deferred import deferred
 from .engine.errors import ShoalError
+from .engine.host import limit_libraries
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,6 +38,7 @@ def run(argv: Sequence[str] | None) -> int:
         return 0
     # trio imports these, a node that is told addresses uses neither, and they take 1.5 MB of a small device.
     unused = ("ssl", "idna") if args.command == "node" else ()
+    limit_libraries()  # the command is about to import NumPy
     collecting = gc.isenabled()
     gc.disable()  # imports leave nothing to collect, and looking for it takes 10 ms
     with deferred(*unused):

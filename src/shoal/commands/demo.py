@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         with (
             tempfile.TemporaryDirectory(prefix="shoal-demo-") as directory,
             _sigterm(),
-            nodes(path, _specs(model), Path(directory)) as running,
+            nodes(path, specs(model, DEVICES, CONTEXT), Path(directory)) as running,
         ):
             for node in running:
                 print("   " + (Path(directory) / f"{node.spec.name}.log").read_text().strip())
@@ -91,16 +91,17 @@ def _once(
         return answer(session, tokenizer, prompt, settings, show)
 
 
-def _specs(model: Model) -> list[NodeSpec]:
-    """The nodes, with caps by what this machine's Python takes before it holds any layer."""
+def specs(model: Model, devices: Sequence[tuple[str, float, float]], context: int) -> list[NodeSpec]:
+    """Nodes for rows like those of DEVICES, with caps by what this machine's Python takes before it holds any
+    layer."""
     rows = planner_model(model, StageOptions())
     layer, table = rows.units[1], max(rows.units[0].bytes, rows.units[-1].bytes)
     layers = len(rows.units) - 2
-    held = layer.bytes + layer.kv_bytes_per_token * CONTEXT
+    held = layer.bytes + layer.kv_bytes_per_token * context
     fixed = bare_node_bytes(model.path) + layer.workspace_bytes + table
     return [
         NodeSpec(name, ram_mb=-(-int(fixed + share * layers * held) // MB), slow=slow)
-        for name, slow, share in DEVICES
+        for name, slow, share in devices
     ]
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tests.weights.checkpoints import EMBEDDING, HEAD, change_config, rewrite, tensors
 from tests.weights.conftest import TINY
+from tests.weights.rope_cases import CASES
 
 from shoal.cli import main
+from shoal.engine import families
+from shoal.engine.config import parse_config
 from shoal.engine.convert import convert
+from shoal.engine.errors import ModelFileError, ShoalError, UnsupportedModelError
 from shoal.engine.shards import Model
 
 
@@ -26,7 +31,7 @@ def test_a_head_of_its_own_is_used_though_the_config_says_tied(
     (warning,) = warnings
     assert "tie_word_embeddings" in warning
     assert f"{HEAD} differs from {EMBEDDING}" in warning
-    assert main(["convert", str(checkpoint_dir), str(checkpoint_dir / "again")]) == 0
+    assert main(["convert", str(checkpoint_dir), str(checkpoint_dir / "f32"), "--dtype", "f32"]) == 0
     assert f"shoal: warning: {warning}" in capsys.readouterr().err.splitlines()
 
 
@@ -45,3 +50,72 @@ def test_a_tied_table_that_is_stored_twice_is_no_head_of_its_own(
     convert(checkpoint_dir, checkpoint_dir / "out", dtype="f32", warn=warnings.append)
     assert Model.open(checkpoint_dir / "out").config.tied == (row is None)
     assert len(warnings) == (row is not None)
+
+
+def test_a_tied_model_may_have_its_table_under_either_name(checkpoint_dir: Path) -> None:
+    values = tensors(TINY)
+    values[HEAD] = values.pop(EMBEDDING)
+    rewrite(checkpoint_dir, values)
+    change_config(checkpoint_dir, tie_word_embeddings=True)
+    warnings: list[str] = []
+    convert(checkpoint_dir, checkpoint_dir / "out", dtype="f32", warn=warnings.append)
+    model = Model.open(checkpoint_dir / "out")
+    assert model.config.tied
+    np.testing.assert_array_equal(model.unit_weights(0)["embed.weight"].data, values[HEAD])
+    assert warnings == []
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rotary_positions_that_are_spelled_in_several_ways(checkpoint_dir: Path, case: str) -> None:
+    changes, expected, odd = CASES[case]
+    change_config(checkpoint_dir, rope_parameters=None)
+    change_config(checkpoint_dir, **changes)
+    warnings: list[str] = []
+    convert(checkpoint_dir, checkpoint_dir / "out", dtype="f32", warn=warnings.append)
+    config = Model.open(checkpoint_dir / "out").config
+    assert {"rope_theta": config.rope_theta, **dict(config.rope_scaling)} == expected
+    assert [odd in warning for warning in warnings if odd] == ([True] if odd else [])
+    assert all(str(checkpoint_dir) in warning for warning in warnings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        (
+            {"rope_scaling": {"rope_type": "mystery", "factor": 2.0}},
+            UnsupportedModelError,
+            "'mystery' is not supp",
+        ),
+        (
+            {"rope_scaling": {"rope_type": None, "factor": 2.0}},
+            UnsupportedModelError,
+            "None is not supported",
+        ),
+        (
+            {"rope_scaling": {"rope_type": ["linear"], "factor": 2.0}},
+            UnsupportedModelError,
+            "is not supported",
+        ),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            UnsupportedModelError,
+            "'dynamic' is not supported",
+        ),
+        (
+            {"rope_scaling": {"type": "linear"}},
+            UnsupportedModelError,
+            "factor must be a positive number, not None",
+        ),
+        ({"rope_scaling": [2.0]}, ModelFileError, r"rope_scaling must be an object, not \[2\.0\]"),
+        ({"rope_parameters": "linear"}, ModelFileError, "rope_parameters must be an object"),
+        ({"rope_parameters": {"full": {"rope_theta": 1e4}}}, UnsupportedModelError, "differs among layers"),
+        ({"partial_rotary_factor": 0.5}, UnsupportedModelError, "partial_rotary_factor is 0.5"),
+        ({"rope_theta": None}, ModelFileError, "rope_theta must be a positive number, not None"),
+    ],
+)
+def test_rotary_positions_that_are_not_here_are_refused(
+    changes: dict[str, object], kind: type[ShoalError], message: str
+) -> None:
+    values = json.loads((TINY / "config.json").read_text())
+    with pytest.raises(kind, match=message):
+        families.build(parse_config({**values, "rope_parameters": None, **changes}, "x"), quantised=False)

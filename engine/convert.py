@@ -5,8 +5,6 @@ One unit's tensors are in memory at a time. The directory appears under its name
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +34,13 @@ from .index import (
 from .kv import KV_TYPES
 from .layout import GROUP, PANEL, round_up
 from .nibbles import quantise_q4
+from .os_errors import check_space, translated
 from .program import Program, Unit, Weight, typed
 from .quant import pack_q4, pack_q8, unpack_q4
 from .safetensors_file import TensorInfo, write
 from .shards import tensors_of, unit_file, units_of
 from .stamps import Stamps, file_sha256
+from .temporary import new_directory, remove_leavings
 from .tokenizer import Tokenizer
 
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel")  # how transformers' classes with an LM head end
@@ -75,6 +75,8 @@ def convert(
     kv_dtype: str | None = None,
     equalise: bool = True,
     origin: str | None = None,
+    replace: bool = False,
+    finish: Callable[[Path], None] | None = None,
     progress: Progress | None = None,
     warn: Warn = ignore,
 ) -> None:
@@ -82,9 +84,11 @@ def convert(
     int8 (`head_dtype`), and groups may have minima. `kv_dtype`: f16 (f32 with dtype f32) unless given.
 
     `origin` is what the index says of the source (default: its name); equal origins, checkpoints and options
-    give equal model hashes. `warn` is called with each thing that is odd about the checkpoint and does not
-    prevent its conversion. ShoalError: target exists. ModelFileError: the checkpoint is damaged.
-    UnsupportedModelError: it is of a kind that is not here."""
+    give equal model hashes. `replace`: the new directory takes the place of one that has the name. `finish`
+    is called with the directory before it gets its name. `warn` is called with each thing that is odd about
+    the checkpoint and does not prevent its conversion. ShoalError: target exists. ModelFileError: the
+    checkpoint is damaged. UnsupportedModelError: it is of a kind that is not here. OperatingSystemError: the
+    disk is full, or the place cannot be written."""
     if dtype not in KV_DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(KV_DTYPES)}, not {dtype!r}")
     head_dtype = None if head_dtype == dtype else head_dtype
@@ -94,21 +98,21 @@ def convert(
     if kv_dtype not in KV_TYPES:
         raise ValueError(f"kv_dtype must be one of {', '.join(KV_TYPES)}, not {kv_dtype!r}")
     options = _Options(dtype, head_dtype, has_min, kv_dtype, equalise, origin or source.name)
-    if target.exists():
+    if target.exists() and not replace:
         raise ShoalError(f"{target} exists already: remove it, or choose another name")
     warn = _once(warn)
     checkpoint = open_checkpoint(source, warn)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
-        try:
+        remove_leavings(target.parent, target.name)
+        with new_directory(target, replace=replace) as part:
             _write_directory(checkpoint, part, options, progress, warn)
-            part.chmod(0o755)
-            part.rename(target)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+            if finish is not None:
+                finish(part)
     except OSError as e:
-        raise ShoalError(f"{target} could not be written: {e.strerror or e}") from e
+        refused = translated(e, target, "could not be written")
+        if refused is None:
+            raise
+        raise refused from e
 
 
 def _once(warn: Warn) -> Warn:
@@ -147,6 +151,7 @@ def _write_directory(
     program = typed(program, *index.types)
     _check_names(checkpoint, program)
     _check_room(checkpoint, program)
+    check_space(part, _bytes(program), "the model")
     files = index.files
 
     def put(name: str, data: bytes | None) -> None:
@@ -170,6 +175,12 @@ def _write_directory(
             progress(done, len(program.units))
     (part / INDEX).write_bytes(index.to_json())
     Stamps(part).trust(files)
+
+
+def _bytes(program: Program) -> int:
+    """Bytes of all weights, each counted once."""
+    own = (weight for unit in program.units for weight in unit.weights if weight.name not in unit.tied)
+    return sum(info.nbytes for weight in own for info in tensors_of(weight))
 
 
 def _write_units(

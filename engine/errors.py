@@ -8,7 +8,8 @@
     ├── DownloadError            11   a model could not be fetched
     ├── MissingDependencyError   12   an optional package is not installed
     ├── CancelledRunError        15   a run was ended by Stage.cancel
-    └── NetError                 13   see net/errors.py
+    ├── NetError                 13   see net/errors.py
+    └── OperatingSystemError     16   a full disk, a permission, no memory: see engine/os_errors.py
 
 A message is one sentence for the person at the terminal: it names the culprit (the file, the device, the
 option) and says what to do. Exceptions of libraries are translated once, where the library is called.
@@ -72,3 +73,14 @@ class MissingDependencyError(ShoalError):
     """An optional package is needed and not installed; the message is the one line that installs it."""
 
     exit_code = 12
+
+
+class OperatingSystemError(ShoalError):
+    """The operating system refused something: space on a disk, access to a file, memory. `place` is the file
+    or directory, if another would not have been refused."""
+
+    exit_code = 16
+
+    def __init__(self, message: str, *, place: object = None) -> None:
+        super().__init__(message)
+        self.place = place

@@ -21,6 +21,7 @@ from ..engine.errors import (
     MissingDependencyError,
     ModelFileError,
     NoPlanError,
+    OperatingSystemError,
     ShoalError,
     UnsupportedModelError,
 )
@@ -69,8 +70,8 @@ _BY_CODE: dict[int, type[ShoalError]] = {
     kind.exit_code: kind
     for kind in (
         ShoalError, ModelFileError, UnsupportedModelError, ContextError, NoPlanError, DownloadError,
-        MissingDependencyError, CancelledRunError, NetError, MismatchError, AddressInUseError,
-        RemoteProtocolError, NodeLostError, LocalProtocolError,
+        MissingDependencyError, CancelledRunError, OperatingSystemError, NetError, MismatchError,
+        AddressInUseError, RemoteProtocolError, NodeLostError, LocalProtocolError,
     )
 }  # fmt: skip
 

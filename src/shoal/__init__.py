@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .engine.errors import MissingDependencyError as MissingDependencyError
     from .engine.errors import ModelFileError as ModelFileError
     from .engine.errors import NoPlanError as NoPlanError
+    from .engine.errors import OperatingSystemError as OperatingSystemError
     from .engine.errors import ShoalError as ShoalError
     from .engine.errors import UnsupportedModelError as UnsupportedModelError
     from .engine.generate import TextStream as TextStream
@@ -53,6 +54,7 @@ _EXPORTS = {
     "NetError": "net.errors",
     "NoPlanError": "engine.errors",
     "NodeLostError": "net.errors",
+    "OperatingSystemError": "engine.errors",
     "RemoteProtocolError": "net.errors",
     "Result": "engine.batch",
     "Run": "engine.batch",

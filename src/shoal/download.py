@@ -9,14 +9,16 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from .engine.errors import DownloadError
+from .engine.errors import DownloadError, OperatingSystemError
+from .engine.os_errors import check_space, translated
 
 _CHUNK = 1 << 16
 _TIMEOUT = 30  # seconds without a byte
 _TRIES = 5  # in a row without progress
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO, errno.EFBIG)
 _PAUSE = 1.0  # seconds before the second try; doubles with each
 
 
@@ -31,7 +33,8 @@ def download(
 ) -> None:
     """Fetches `url` to `target`, by way of `target`.part, which a later call takes up again.
 
-    DownloadError: no connection after several tries, or other bytes than the hash says."""
+    DownloadError: no connection after several tries, or other bytes than the hash says.
+    OperatingSystemError: too little space on the disk."""
     part = target.with_name(target.name + ".part")
     target.parent.mkdir(parents=True, exist_ok=True)
     failures = 0
@@ -40,8 +43,13 @@ def download(
             part.unlink()
             continue
         try:
+            check_space(target.parent, size - have, f"the rest of {target.name}" if have else target.name)
             _fetch(url, part, have, size, progress)
+        except OperatingSystemError as e:
+            raise _with_part(e, part) from None
         except (urllib.error.URLError, http.client.HTTPException, OSError) as e:
+            if isinstance(e, OSError) and e.errno in _DISK and (refused := translated(e, target.parent)):
+                raise _with_part(refused, part) from e
             failures = 1 if part.exists() and part.stat().st_size > have else failures + 1
             if failures >= _TRIES or _final(e):
                 raise DownloadError(
@@ -76,15 +84,23 @@ def _fetch(url: str, part: Path, have: int, size: int, progress: Callable[[int, 
         raise http.client.IncompleteRead(b"", size - have)
 
 
+def _with_part(error: OperatingSystemError, part: Path) -> OperatingSystemError:
+    """The error, with what has arrived and where it is; part of a file that is empty is removed."""
+    with suppress(OSError):
+        if size := part.stat().st_size:
+            kept = f"{size / 1e6:.1f} MB that have arrived are kept in {part} for the next try"
+            return OperatingSystemError(f"{error}, or remove what has arrived: {kept}", place=error.place)
+        part.unlink()
+    return error
+
+
 def _starts_at(content_range: str | None, have: int) -> bool:
     return (content_range or "").startswith(f"bytes {have}-")
 
 
 def _final(error: Exception) -> bool:
-    """A server that says no will say so again, and so will a disk."""
-    if isinstance(error, urllib.error.HTTPError):
-        return 400 <= error.code < 500 and error.code != 429
-    return isinstance(error, OSError) and error.errno in _DISK
+    """A server that says no will say so again."""
+    return isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500 and error.code != 429
 
 
 def _reason(error: Exception) -> str:

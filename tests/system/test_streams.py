@@ -1,0 +1,138 @@
+"""Standard streams that are closed, full, or in an encoding that lacks a character."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.system.conftest import environment, shell
+
+from shoal.streams import standard_streams
+
+NO_SPACE = b"shoal: error: standard output: No space left on device: send the output elsewhere\n"
+CLOSED = b"shoal: error: standard output: it is closed: send the output elsewhere\n"
+NO_PROMPT = b"shoal: error: there is no prompt: give one as an argument, or on standard input\n"
+RUN = "$S run tiny hi -n 2 --raw"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize(
+    ("line", "unbuffered", "code", "errors"),
+    [
+        ("$S ls >/dev/full", "", 16, NO_SPACE),
+        ("$S ls >/dev/full", "1", 16, NO_SPACE),
+        ("$S --help >/dev/full", "", 16, NO_SPACE),
+        ("$S ls --help >/dev/full", "1", 16, NO_SPACE),
+        (f"{RUN} >/dev/full", "", 16, NO_SPACE),
+        ("$S ls >&-", "", 16, CLOSED),
+        (f"{RUN} >&-", "", 16, CLOSED),
+        ("$S --version >&-", "", 16, CLOSED),
+        ("$S ls </dev/null >&- 2>&-", "", 16, b""),
+        ("$S run tiny <&-", "", 1, NO_PROMPT),
+        ("$S pull nothing 2>/dev/full", "", 11, b""),
+        ("$S pull nothing 2>/dev/full", "1", 11, b""),
+        ("$S pull nothing 2>&-", "", 11, b""),
+        ("$S fly 2>/dev/full", "", 2, b""),
+        ("$S ls | true", "", 0, b""),
+    ],
+)
+def test_no_traceback_and_the_right_code(
+    line: str, unbuffered: str, code: int, errors: bytes, cache_home: Path
+) -> None:
+    done = shell(line, XDG_CACHE_HOME=str(cache_home), PYTHONUNBUFFERED=unbuffered)
+    assert (done.returncode, done.stderr, done.stdout) == (code, errors, b"")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("redirect", ["2>/dev/full", "2>&-", "<&-", "<&- 2>&-"])
+def test_an_answer_needs_neither_messages_nor_input(redirect: str, cache_home: Path) -> None:
+    said = [
+        shell(f"{RUN} --stats {how}", XDG_CACHE_HOME=str(cache_home)) for how in ("2>/dev/null", redirect)
+    ]
+    assert [done.returncode for done in said] == [0, 0]
+    assert said[0].stdout == said[1].stdout != b""
+    assert shell("$S verify tiny", XDG_CACHE_HOME=str(cache_home)).returncode == 0  # no file was written to
+
+
+PRINTING = """
+import sys, types
+from shoal.cli import main
+sys.modules["shoal.commands.ls"] = types.SimpleNamespace(run=lambda args: {body} or 0)
+sys.exit(main(["ls"]))
+"""
+
+
+def printing(body: str, **changes: str | None) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-c", PRINTING.replace("{body}", body)],
+        env=environment(**changes),
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize(
+    ("encoding", "printed"),
+    [
+        ("latin-1", b"\xfc ? \xff\n"),
+        ("latin-1:strict", b"\xfc ? \xff\n"),
+        ("ascii", b"? ? \xff\n"),
+        ("ascii:surrogateescape", b"? ? \xff\n"),
+        ("utf-8", b"\xc3\xbc \xe3\x81\x93 \xff\n"),
+        ("ascii:backslashreplace", b"\\xfc \\u3053 \\udcff\n"),  # chosen, and never fails
+        ("ascii:xmlcharrefreplace", b"&#252; &#12371; &#56575;\n"),
+    ],
+)
+def test_output_never_fails_because_of_a_character(encoding: str, printed: bytes) -> None:
+    done = printing(r"print('\u00fc \u3053 \udcff')", PYTHONIOENCODING=encoding)
+    assert (done.returncode, done.stdout, done.stderr) == (0, printed, b"")
+
+
+def test_a_locale_without_any_other_character() -> None:
+    done = printing(r"print('\u3053')", LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"?\n", b"")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "utf-8", "ascii:strict"])
+@pytest.mark.parametrize("terminal", [True, False])
+def test_half_a_character_typed_is_no_error_of_the_stream(encoding: str, terminal: bool) -> None:
+    ours, theirs = os.openpty() if terminal else os.pipe()[::-1]
+    process = subprocess.Popen(
+        [sys.executable, "-c", PRINTING.replace("{body}", "print(ascii(input()))")],
+        env=environment(PYTHONIOENCODING=encoding),
+        stdin=theirs,
+        stdout=theirs if terminal else subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    os.write(ours, b"caf\xc3\n")
+    if terminal:
+        code, said = process.wait(60), b""
+        while b"'\r\n" not in said:
+            said += os.read(ours, 1000)
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+        process.stderr.close()
+    else:
+        said, errors = process.communicate(timeout=60)
+        code = process.returncode
+        assert errors == b""
+    os.close(ours)
+    os.close(theirs)
+    assert code == 0
+    assert rb"'caf\udcc3'" in said
+
+
+def test_the_old_streams_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = sys.stdin, sys.stdout, sys.stderr
+    monkeypatch.setattr(sys, "stdin", io.StringIO("typed"))
+    with standard_streams():
+        assert sys.stdin.read() == "typed"
+        assert sys.stdout is not before[1]
+    monkeypatch.undo()
+    assert (sys.stdin, sys.stdout, sys.stderr) == before

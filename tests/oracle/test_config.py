@@ -37,6 +37,20 @@ def test_rotary_positions(case: str) -> None:
     np.testing.assert_allclose(inverse_frequencies(parse_config(values, "x")), theirs, rtol=1e-5)
 
 
+def test_defaults() -> None:
+    from transformers import LlamaConfig
+
+    needed = {"hidden_size": 128, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 4}
+    theirs = LlamaConfig(**needed, vocab_size=99)
+    ours = parse_config({**needed, "vocab_size": 99, "model_type": "llama"}, "x")
+    assert ours.head_dim == theirs.head_dim
+    assert ours.kv_heads == theirs.num_key_value_heads
+    assert ours.context == theirs.max_position_embeddings
+    assert ours.norm_epsilon == theirs.rms_norm_eps
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.tied == theirs.tie_word_embeddings
+
+
 @pytest.mark.parametrize("stored", ["head of its own", "equal head", "head alone", "embedding alone"])
 def test_a_tied_table(stored: str, tmp_path: Path) -> None:
     import torch

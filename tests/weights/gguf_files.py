@@ -79,6 +79,8 @@ def write_tiny(
             writer.add_string(full, value)
         elif isinstance(value, float):
             writer.add_float32(full, value)
+        elif isinstance(value, list):
+            writer.add_array(full, value)
         elif value is not None:
             writer.add_uint32(full, value)
     writer.add_uint32("tokenizer.ggml.bos_token_id", 1)

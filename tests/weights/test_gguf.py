@@ -174,6 +174,22 @@ def test_metadata_that_lie_are_refused(
     assert str(error.value) in capsys.readouterr().err
 
 
+def test_counts_may_be_listed_by_layer_where_they_are_equal(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "a.gguf", attention__head_count_kv=[2, 2, 2], feed_forward_length=[104] * 3)
+    assert parse_config(open_checkpoint(path).config, "x").kv_heads == 2
+    path = write_tiny(tmp_path / "b.gguf", attention__head_count_kv=[2, 1, 2])
+    with pytest.raises(UnsupportedModelError, match="head_count_kv differs among layers"):
+        _ = open_checkpoint(path).config
+
+
+@pytest.mark.parametrize("name", ["x.gguf-split-a", "x.gguf.part1of2", "x.gguf.part-00"])
+def test_a_piece_of_a_file_that_was_cut_is_named(tmp_path: Path, name: str) -> None:
+    write_tiny(tmp_path / "x.gguf")
+    (tmp_path / name).write_bytes((tmp_path / "x.gguf").read_bytes()[:-4000])
+    with pytest.raises(ModelFileError, match="a piece of a file; join the pieces with `cat`, in order"):
+        open_checkpoint(tmp_path / name)
+
+
 ONE = tensor("a", [4], F32, 0)
 HOSTILE: dict[str, tuple[bytes, str]] = {
     "no magic": (header(magic=b"GGML"), "is no GGUF file"),

@@ -52,6 +52,31 @@ def test_a_tied_table_that_is_stored_twice_is_no_head_of_its_own(
     assert len(warnings) == (row is not None)
 
 
+def test_optional_keys_may_be_missing() -> None:
+    """The defaults are those of transformers; the files themselves name the types of the weights."""
+    values = json.loads((TINY / "config.json").read_text())
+    full = parse_config(values, "x")
+    values |= {
+        "num_attention_heads": 4,
+        "hidden_size": 64,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 2048,
+    }
+    needed = ["model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    least = parse_config({key: values[key] for key in [*needed, "vocab_size"]}, "x")
+    assert (least.head_dim, least.kv_heads, least.context) == (16, 4, 2048)
+    assert (least.norm_epsilon, least.rope_theta, least.rope_scaling, least.tied) == (
+        1e-6,
+        10000.0,
+        (),
+        False,
+    )
+    assert least.vocab == full.vocab
+    for key in [*needed, "vocab_size"]:
+        with pytest.raises(ModelFileError, match=f"x: {key} must "):
+            parse_config({k: v for k, v in values.items() if k != key}, "x")
+
+
 def test_a_tied_model_may_have_its_table_under_either_name(checkpoint_dir: Path) -> None:
     values = tensors(TINY)
     values[HEAD] = values.pop(EMBEDDING)

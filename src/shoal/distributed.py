@@ -23,7 +23,7 @@ from .net.session import Session
 from .net.survey import survey
 from .planner.refresh import slowed
 from .planner.rows import Objective
-from .planning import device_of, plan_or_error, planner_model
+from .planning import device_of, plan_that_fits, planner_model
 from .portal import Portal, open_portal
 
 CALL_SECONDS = 0.1
@@ -56,19 +56,31 @@ def survey_cluster(model: Model, addresses: Sequence[tuple[str, int]]) -> planne
 
 class NetworkPlanner:
     """Plans for whatever nodes are there, each time the head asks; remembers the last plan for the report.
+    With `shrink`, a context that does not fit becomes the largest that does: `workload` is what was planned
+    for.
 
     NoPlanError: the nodes cannot hold the model.
     """
 
-    def __init__(self, model: Model, workload: planner.Workload, objective: Objective = "latency") -> None:
+    def __init__(
+        self,
+        model: Model,
+        workload: planner.Workload,
+        objective: Objective = "latency",
+        *,
+        shrink: bool = False,
+    ) -> None:
         self._rows = planner_model(model, StageOptions())
-        self._workload, self._objective = workload, objective
+        self._asked, self._objective, self._shrink = workload, objective, shrink
+        self.workload = workload
         self.plan: planner.Plan | None = None
 
     def __call__(self, nodes: Sequence[NodeInfo], links: Links) -> Placement:
         """The Plan that a Head is given (net/placement.py)."""
         cluster = cluster_of(nodes, links)
-        plan = plan_or_error(self._rows, cluster, self._workload, self._objective)
+        plan, self.workload = plan_that_fits(
+            self._rows, cluster, self._asked, self._objective, shrink=self._shrink
+        )
         self.plan = plan
         stages = tuple(StageRange(stage.device, stage.first, stage.last) for stage in plan.stages)
         return Placement(stages, self._chunk_rows(plan, cluster))
@@ -78,7 +90,7 @@ class NetworkPlanner:
         and `links`), while its nodes are there."""
         assert self.plan is not None, "something was planned"
         found = planner.evaluate(
-            self._rows, cluster_of(nodes, links), self._workload, self.plan.stages, self._objective
+            self._rows, cluster_of(nodes, links), self.workload, self.plan.stages, self._objective
         )
         return replace(found, method=self.plan.method, optimal=self.plan.optimal, reasons=self.plan.reasons)
 
@@ -142,6 +154,11 @@ class Nodes:
         assert self._plans.plan is not None, "nodes that serve were planned for"
         return self._plans.plan
 
+    @property
+    def context(self) -> int:
+        """Tokens of a sequence that the nodes have room for."""
+        return self._plans.workload.context
+
     def session(self, settings: Settings) -> NodeSession:
         """A sequence on the nodes."""
         head = self._portal.opened
@@ -160,10 +177,11 @@ class Nodes:
 
 @contextmanager
 def open_nodes(
-    model: Model, addresses: Sequence[tuple[str, int]], workload: planner.Workload
+    model: Model, addresses: Sequence[tuple[str, int]], workload: planner.Workload, *, shrink: bool = False
 ) -> Iterator[Nodes]:
-    """Nodes that run the model. NoPlanError: they cannot hold it; NetError: one cannot be reached."""
-    plans = NetworkPlanner(model, workload)
+    """Nodes that run the model; `shrink` as for NetworkPlanner. NoPlanError: they cannot hold it; NetError:
+    one cannot be reached."""
+    plans = NetworkPlanner(model, workload, shrink=shrink)
     opening = partial(Head.open, addresses, head_identity(model), shape_of(model), plans)
     with open_portal(opening) as portal:
         yield Nodes(portal, plans)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from .net.messages import Device
 
 MB = 1_000_000
+USUAL_TOKENS = 2048
+"""Positions that a conversation fills, where nobody says how many it may."""
 BASE_BYTES = 60 * MB
 """What a node's process holds before its first unit, when nobody measured it."""
 
@@ -250,3 +253,46 @@ def plan_or_error(
     if isinstance(answer, planner.Infeasible):
         raise NoPlanError(planner.render_infeasible(answer).strip())
     return answer
+
+
+def default_workload(context: int, *, given: bool, prompt: int = 1, streams: int = 1) -> planner.Workload:
+    """What `shoal run` and `shoal plan` ask a plan for. Unless the context was `given`, speed is that of the
+    middle of a conversation of usual length, not of half of what the model could hold."""
+    prompt = min(prompt, context)
+    depth = None if given else (prompt + min(context, USUAL_TOKENS)) // 2
+    return planner.Workload(context, sequences=streams, prompt_tokens=prompt, streams=streams, depth=depth)
+
+
+def plan_that_fits(
+    model: planner.Model,
+    cluster: planner.Cluster,
+    workload: planner.Workload,
+    objective: Any,
+    *,
+    shrink: bool,
+    **wishes: Any,
+) -> tuple[planner.Plan, planner.Workload]:
+    """The best plan for the workload; where its context does not fit the devices' RAM and may `shrink`, for
+    the largest that does. Errors as for plan_or_error."""
+    try:
+        return plan_or_error(model, cluster, workload, objective, **wishes), workload
+    except NoPlanError:
+        if not shrink or workload.context <= PAGE:
+            raise
+
+    def of(pages: int) -> planner.Workload:
+        context = pages * PAGE
+        depth = None if workload.depth is None else min(workload.depth, context)
+        prompt = min(workload.prompt_tokens, context)
+        return replace(workload, context=context, depth=depth, prompt_tokens=prompt)
+
+    def fits(pages: int) -> bool:
+        answer = planner.plan(model, cluster, of(pages), objective, **wishes, method="dp", explain=False)
+        return not isinstance(answer, planner.Infeasible)
+
+    # The least that does not fit lies above `low`; one page is tried in the end, whether it fits or not.
+    low, high = 1, -(-workload.context // PAGE)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return plan_or_error(model, cluster, of(low), objective, **wishes), of(low)

@@ -43,7 +43,8 @@ def smollm2() -> Path:
 )
 def test_a_short_answer_maps_the_weights(line: str, resident: bool | None, tiny: Path) -> None:
     args = build_parser().parse_args(["run", str(tiny), *line.split()])
-    with run.open_engine(args, Model.open(tiny), 64) as (engine, _):
+    model = Model.open(tiny)
+    with run.open_engine(args, model, run.settings_of(args, model)) as (engine, _, _):
         assert isinstance(engine, LocalEngine)
         assert engine.stage.options.resident is resident
 
@@ -79,8 +80,9 @@ def test_a_conversation_ends_with_the_input(
 @pytest.mark.parametrize("backend", ["numba", "numpy"])
 def test_an_instruction_set_is_not_ignored(backend: str, tiny: Path) -> None:
     args = build_parser().parse_args(["run", str(tiny), "text", "--backend", backend, "--isa", "avx2"])
+    model = Model.open(tiny)
     with (
         pytest.raises(MissingDependencyError, match=f"{backend} would run: leave out --isa avx2"),
-        run.open_engine(args, Model.open(tiny), 64),
+        run.open_engine(args, model, run.settings_of(args, model)),
     ):
         pass

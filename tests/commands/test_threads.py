@@ -149,6 +149,7 @@ def test_a_profile_is_kept_and_named_by_run(
     for least, said in ((1 << 40, "by the number of cores"), (1, "2 threads (the fastest by shoal profile)")):
         monkeypatch.setattr(profile, "_TELLING", least)
         assert main(["profile", model, "--backend", "numpy"]) == 0
-        with run.open_engine(build_parser().parse_args(line), Model.open(model), 64):
+        args, opened = build_parser().parse_args(line), Model.open(model)
+        with run.open_engine(args, opened, run.settings_of(args, opened)):
             pass
         assert said in capsys.readouterr().err

@@ -53,7 +53,7 @@ def running(model: Model, tmp_path: Path) -> Iterator[list[RunningNode]]:
 
 
 def fresh(stage: Stage, prompt: list[int], count: int) -> list[int]:
-    return list(generate(stage, prompt, LIVELY, max_tokens=count, context=200, sequence=1))
+    return list(generate(stage, prompt, LIVELY, max_tokens=count, end=(), context=200))
 
 
 def rows(engine: Nodes) -> int:

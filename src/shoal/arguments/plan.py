@@ -22,9 +22,8 @@ def plan(commands: Commands) -> None:
     parser.add_argument(
         "--context",
         type=positive,
-        default=2048,
         metavar="N",
-        help="tokens of context to make room for (default 2048)",
+        help="tokens of context to make room for (default: the model's, or the most that fits)",
     )
     parser.add_argument(
         "--streams", type=positive, default=1, metavar="N", help="requests at the same time (default 1)"

@@ -34,7 +34,7 @@ def run(commands: Commands) -> None:
         "--context",
         type=positive,
         metavar="N",
-        help="tokens of prompt and answer to make room for (default: the model's)",
+        help="tokens of prompt and answer to make room for (default: the model's, or the most that fits)",
     )
     sampling = parser.add_argument_group("sampling (default: always the likeliest token)")
     sampling.add_argument(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from .. import planner
+from ..contexts import context_of, notice
 from ..engine.errors import ShoalError
 from ..engine.shards import Model
 from ..engine.stage import StageOptions
 from ..plan_svg import draw
-from ..planning import plan_or_error, planner_model, read_devices
+from ..planning import default_workload, plan_that_fits, planner_model, read_devices
 from ..store import resolve
 
 
@@ -23,22 +25,22 @@ def run(args: argparse.Namespace) -> int:
         cluster = survey_cluster(model, args.nodes)
     else:
         cluster = read_devices(args.devices)
-    context = min(args.context, model.config.context)
-    workload = planner.Workload(
-        context,
-        sequences=args.streams,
-        streams=args.streams,
-        prompt_tokens=min(args.prompt, context),
+    context = context_of(args.context, model)
+    workload = default_workload(
+        context, given=args.context is not None, prompt=args.prompt, streams=args.streams
     )
     constraints, order = _constraints(args, cluster)
-    plan = plan_or_error(
+    plan, planned = plan_that_fits(
         planner_model(model, StageOptions()),
         cluster,
         workload,
         args.objective.replace("-", "_"),
+        shrink=args.context is None,
         order=order,
         constraints=constraints,
     )
+    if planned.context < context:
+        print(notice(planned.context, context), file=sys.stderr)
     if args.svg is not None:
         _write(args.svg, draw(plan))
     print(planner.to_json(plan) if args.json else planner.render(plan), end="")

@@ -7,13 +7,16 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 
 from ..answering import Engine, LocalEngine, Settings, answer
+from ..contexts import context_of, fitting, notice
 from ..engine.backends import choose
 from ..engine.batch import Sampling
 from ..engine.chat import Chat, Message
-from ..engine.errors import ContextError, ShoalError
+from ..engine.errors import ShoalError
 from ..engine.generate import check_prompt
+from ..engine.host import ram
 from ..engine.shards import Model
 from ..engine.stage import Stage, StageOptions
 from ..engine.threads import chosen
@@ -58,7 +61,7 @@ def _answer(
 ) -> None:
     check_prompt(prompt, settings.context, settings.vocab)
     with (
-        open_engine(args, model, settings.context) as (engine, _),
+        open_engine(args, model, settings) as (engine, settings, _),
         closing(engine.session(settings)) as session,
     ):
         made = answer(session, tokenizer, prompt, settings, show)
@@ -74,7 +77,7 @@ def _chat(
     from ..terminal import Terminal
 
     with (
-        open_engine(args, model, settings.context) as (engine, where),
+        open_engine(args, model, settings) as (engine, settings, where),
         closing(engine.session(settings)) as session,
     ):
         terminal = Terminal()
@@ -95,25 +98,31 @@ def settings_of(args: argparse.Namespace, model: Model) -> Settings:
         )
     except ValueError as error:
         raise ShoalError(str(error)) from None
-    context = model.config.context if args.context is None else args.context
-    if context > model.config.context:
-        raise ContextError(f"--context {context} is more than the model's {model.config.context} tokens")
     stops, vocab = tuple(args.stop), model.config.vocab
-    return Settings(context, sampling, args.max_tokens, model.config.eos, stops, vocab)
+    return Settings(
+        context_of(args.context, model), sampling, args.max_tokens, model.config.eos, stops, vocab
+    )
 
 
 @contextmanager
-def open_engine(args: argparse.Namespace, model: Model, context: int) -> Iterator[tuple[Engine, str]]:
-    """The nodes that the command line names, or this process; and which it is, in words."""
+def open_engine(
+    args: argparse.Namespace, model: Model, settings: Settings
+) -> Iterator[tuple[Engine, Settings, str]]:
+    """The nodes that the command line names, or this process; the settings with a context that fits there,
+    and where it is, in words."""
+    free = args.context is None
     if args.nodes:
         from .. import planner
         from ..distributed import open_nodes
+        from ..planning import default_workload
 
-        with open_nodes(model, args.nodes, planner.Workload(context=context)) as nodes:
+        workload = default_workload(settings.context, given=not free)
+        with open_nodes(model, args.nodes, workload, shrink=free) as nodes:
             if args.stats:
                 print(planner.render(nodes.plan), file=sys.stderr)
             names = [stage.device for stage in nodes.plan.stages]
-            yield nodes, f"{len(names)} node{'s' if len(names) > 1 else ''}, {', '.join(names)}"
+            where = f"{len(names)} node{'s' if len(names) > 1 else ''}, {', '.join(names)}"
+            yield nodes, _with_context(settings, nodes.context), where
         return
     backend, reason = choose(args.backend)
     if reason is not None:
@@ -123,11 +132,19 @@ def open_engine(args: argparse.Namespace, model: Model, context: int) -> Iterato
     if resident is None and args.prompt is not None and args.max_tokens <= _SHORT:
         resident = False
     options = StageOptions(args.backend, args.isa, threads, resident=resident)
+    if free:
+        settings = _with_context(settings, fitting(model, settings.context, ram()))
     with Stage(model, 0, model.n_units, options) as stage:
         where = f"{stage.backend}, {threads} thread{'s' if threads > 1 else ''}"
         if args.stats:
             print(f"[{where}{f' ({why})' if why else ''}]", file=sys.stderr)
-        yield LocalEngine(stage), where
+        yield LocalEngine(stage), settings, where
+
+
+def _with_context(settings: Settings, context: int) -> Settings:
+    if context < settings.context:
+        print(notice(context, settings.context), file=sys.stderr)
+    return replace(settings, context=context)
 
 
 def _checked(text: str) -> str:

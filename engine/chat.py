@@ -28,7 +28,7 @@ _ASKING = frozenset({"system", "developer", "user", "human", "context", "documen
 _TOOLS = frozenset({"tool", "tool_response", "function", "ipython", "environment", "observation"})
 _ROLES = _ANSWERING | _ASKING | _TOOLS
 """Names of roles, of which templates may make control tokens: '<|' + role + '|>'. Others are data."""
-_MARKER = re.compile(r"[<\[][|\uff5c]\S+?[|\uff5c][>\]]|</?(?:start|end)_of_\w+>")
+MARKER = re.compile(r"[<\[][|\uff5c]\S+?[|\uff5c][>\]]|</?(?:start|end)_of_\w+>")
 """Spelling of a token that begins or ends a turn."""
 _TAG = re.compile(r"</?\w+>")
 """Spelling of a token that a model writes around a part of its answer: `<think>`, `</tool_call>`."""
@@ -49,16 +49,17 @@ Messages = Sequence[Message | Mapping[str, Any]]
 class Chat:
     """The template of a model directory with its tokenizer. Without a template, messages are plain text."""
 
-    def __init__(self, tokenizer: Tokenizer, template: str | None, special: Mapping[str, str]) -> None:
-        """`special`: spellings of the special tokens that templates name (`bos_token`, `eos_token`, …)."""
+    def __init__(self, tokenizer: Tokenizer, template: str | None, special: Mapping[str, str | None]) -> None:
+        """`special`: spellings of the special tokens that templates name (`bos_token`, `eos_token`, …); None:
+        the model has no such token."""
         self.tokenizer = tokenizer
-        self.special = dict(special)
+        self.special = {name: token for name, token in special.items() if token is not None}
         self._template = None if template is None else _compile(template)
         words = _literals(template)
-        self._control = frozenset(
+        self.control = frozenset(  # tokens that messages cannot write
             i
             for i, (content, hidden) in tokenizer.added_tokens.items()
-            if hidden or _MARKER.fullmatch(content) or (content.strip() and content in words)
+            if hidden or MARKER.fullmatch(content) or (content.strip() and content in words)
         )
 
     @classmethod
@@ -76,7 +77,7 @@ class Chat:
 
         tokenizer = tokenizer or Tokenizer.open(directory)
         config = read_config(directory / CONFIG)
-        special = special_tokens(tokenizer, config.bos, config.eos)
+        special: dict[str, str | None] = dict(special_tokens(tokenizer, config.bos, config.eos))
         named = text(SPECIAL_TOKENS)
         if named is not None:
             special |= _parse_special(named, directory / SPECIAL_TOKENS)
@@ -115,7 +116,7 @@ class Chat:
                 wrote <= {TEMPLATE, UNKNOWN} and not any(spelling in said for said in _strings(data))
             )
 
-        return self.tokenizer.encode_where("".join(text), self._control, genuine)
+        return self.tokenizer.encode_where("".join(text), self.control, genuine)
 
     def _render(
         self, messages: Messages, generation_prompt: bool, variables: Mapping[str, Any]
@@ -153,13 +154,15 @@ def special_tokens(tokenizer: Tokenizer, bos: int | None, eos: Sequence[int]) ->
     return {key: token for key, token in spelled.items() if token is not None}
 
 
-def _parse_special(text: str, path: Path) -> dict[str, str]:
+def _parse_special(text: str, path: Path) -> dict[str, str | None]:
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as e:
         raise ModelFileError(f"{path} cannot be read as JSON: {e}") from e
-    if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
-        raise ModelFileError(f"{path} must hold an object of strings: pull or convert the model again")
+    if not isinstance(values, dict) or not all(isinstance(value, str | None) for value in values.values()):
+        raise ModelFileError(
+            f"{path} must hold an object of strings and nulls: pull or convert the model again"
+        )
     return values
 
 

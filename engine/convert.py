@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from . import families
 from .calibrate import F64, TEXT, Calibration, pseudo_tokens
+from .chat_check import chat_parts
 from .checkpoint import F32, Checkpoint, open_checkpoint
 from .config import Config, parse_config
 from .equalise import equalise as equalise_unit
@@ -26,6 +27,7 @@ from .index import (
     CONFIG,
     INDEX,
     KV_DTYPES,
+    SPECIAL_TOKENS,
     TOKENIZER,
     FileEntry,
     Index,
@@ -159,16 +161,19 @@ def _write_directory(
             (part / name).write_bytes(data)
             files[name] = FileEntry(len(data), file_sha256(part / name))
 
-    put(CONFIG, (json.dumps(checkpoint.config, indent=1, sort_keys=True) + "\n").encode())
-    tokenizer = checkpoint.tokenizer_json()
-    put(TOKENIZER, tokenizer)
-    template = checkpoint.chat_template
-    put(CHAT_TEMPLATE, None if template is None else template.encode())
+    chat = chat_parts(checkpoint, config, warn)
+    values = dict(checkpoint.config)
+    if (chat.bos, chat.eos) != (config.bos, config.eos):
+        values |= {"bos_token_id": chat.bos, "eos_token_id": list(chat.eos)}
+    put(CONFIG, (json.dumps(values, indent=1, sort_keys=True) + "\n").encode())
+    put(TOKENIZER, chat.tokenizer)
+    put(CHAT_TEMPLATE, None if chat.template is None else chat.template.encode())
+    put(SPECIAL_TOKENS, chat.special)
     constants = {name: np.array(values, np.float64) for name, values in program.constants}
     infos = [TensorInfo(name, "F64", values.shape) for name, values in constants.items()]
     files[COMMON] = FileEntry(*write(part / COMMON, infos, constants.values()))
     calibrated = options.dtype == "int4" or (options.dtype == "int8" and options.equalise)
-    calibration = _calibration(checkpoint, config, tokenizer) if calibrated else None
+    calibration = _calibration(checkpoint, config, chat.tokenizer) if calibrated else None
     for done, (u, entry) in enumerate(_write_units(checkpoint, program, part, options, calibration), 1):
         files[unit_file(u)] = entry
         if progress is not None:

@@ -35,6 +35,10 @@ class Checkpoint(Protocol):
     def license(self) -> str | None: ...
     @property
     def chat_template(self) -> str | None: ...
+    @property
+    def special_tokens(self) -> dict[str, str | None]:
+        """Spellings of special tokens by the names that templates use, such as bos_token, where they are
+        given by spelling and not by id; None: the model has no such token."""
 
     def tensor(self, name: str) -> F32:
         """A tensor as float32. ModelFileError: no such tensor, or its file is damaged."""

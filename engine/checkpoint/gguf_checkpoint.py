@@ -14,6 +14,7 @@ from . import F32
 from .gguf_names import END_OF_TURN, PAIRED_ROPE, hugging_face_name
 from .gguf_parts import GgufParts
 from .gguf_tokenizer import CONTROL, tokenizer_json
+from .hugging_face_chat import default_template
 
 _FREQUENCY_FACTORS = "rope_freqs.weight"
 
@@ -42,11 +43,20 @@ class GgufCheckpoint:
 
     @property
     def chat_template(self) -> str | None:
-        value = self._file.values.get("tokenizer.chat_template")
-        return value if isinstance(value, str) else None
+        prefix = "tokenizer.chat_template"
+        value = self._file.values.get(prefix)
+        if isinstance(value, str):
+            return value
+        keys = [key for key in self._file.values if key.startswith(f"{prefix}.")]
+        named = {key.removeprefix(f"{prefix}."): self._file.values[key] for key in keys}
+        return default_template(named, str(self.path), self._warn)
+
+    @property
+    def special_tokens(self) -> dict[str, str | None]:
+        return {}
 
     def tokenizer_json(self) -> bytes | None:
-        return tokenizer_json(self._file.values, str(self.path))
+        return tokenizer_json(self._file.values, str(self.path), self._warn)
 
     @cached_property
     def config(self) -> dict[str, Any]:

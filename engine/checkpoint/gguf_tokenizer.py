@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import ModelFileError, UnsupportedModelError
+from ..errors import ModelFileError, UnsupportedModelError, Warn, ignore
 from .gguf_names import BYTE_LEVEL, PRE_TOKENIZERS, SENTENCEPIECE
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
@@ -17,16 +17,17 @@ UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 _SPACE = "\u2581"
 
 
-def tokenizer_json(values: Mapping[str, Any], where: str) -> bytes | None:
-    """tokenizer.json of the metadata of the file `where`; None when they hold no tokenizer.
+def tokenizer_json(values: Mapping[str, Any], where: str, warn: Warn = ignore) -> bytes | None:
+    """tokenizer.json of the metadata of the file `where`; None, with a warning, if they hold no tokenizer.
 
     UnsupportedModelError: a kind of tokenizer that is not here. ModelFileError: contradictory metadata."""
     kind = values.get("tokenizer.ggml.model")
     if kind is None or kind == "none":
+        warn(f"{where} has no tokenizer: the model will take token ids, and no text")
         return None
     metadata = _Metadata(values, where)
     if kind == BYTE_LEVEL:
-        parts = _byte_level(metadata)
+        parts = _byte_level(metadata, warn)
     elif kind == SENTENCEPIECE:
         parts = _sentencepiece(metadata)
     else:
@@ -138,9 +139,15 @@ class _Metadata:
         }
 
 
-def _byte_level(metadata: _Metadata) -> dict[str, Any]:
+def _byte_level(metadata: _Metadata, warn: Warn) -> dict[str, Any]:
     """BPE over bytes that are spelled as printable characters."""
-    pre = metadata.values.get("tokenizer.ggml.pre", "default")
+    pre = metadata.values.get("tokenizer.ggml.pre")
+    if pre is None:
+        pre = "default"
+        warn(
+            f"{metadata.where}: tokenizer.ggml.pre names no pre-tokenizer, so that words are cut as GPT-2 "
+            "cuts them; if answers look wrong, use a newer conversion of the model to GGUF"
+        )
     if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
         raise UnsupportedModelError(
             f"{metadata.where}: its pre-tokenizer is {pre!r}; there are: {', '.join(sorted(PRE_TOKENIZERS))}"

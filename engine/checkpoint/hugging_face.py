@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ModelFileError, UnsupportedModelError, Warn, ignore
-from ..files import is_inside, read_bytes, read_text, refuse_pointer
+from ..files import is_inside, refuse_pointer
 from ..safetensors_file import SafetensorsFile, open_file
-from . import F32
+from . import F32, hugging_face_chat
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _HEAD, _EMBEDDING, _PREFIX = "lm_head.weight", "model.embed_tokens.weight", "model."
@@ -30,13 +30,11 @@ class HuggingFaceCheckpoint:
         self.path, self._warn = path, warn
         self.config = _json_object(path / "config.json")
         _check_quantisation(path, self.config)
-        # The tokens that end an answer often stand in generation_config.json only, or there as a longer list.
+        # The tokens that end an answer are often in generation_config.json only, or there as a longer list.
         generation = path / "generation_config.json"
         if generation.exists():
             eos = _json_object(generation).get("eos_token_id")
             self.config["eos_token_id"] = _joined(self.config.get("eos_token_id"), eos)
-        if "eos_token" in (self.chat_template or ""):  # the template's is the first of them
-            self.config["eos_token_id"] = _joined(self._eos_token(), self.config.get("eos_token_id"))
         stored = _stored(path, warn)
         self._stored = {_full_name(name, stored): (file, name) for name, file in stored.items()}
         if self.config.get("tie_word_embeddings") is True:
@@ -60,18 +58,6 @@ class HuggingFaceCheckpoint:
             np.array_equal(a[i : i + _ROWS], b[i : i + _ROWS]) for i in range(0, len(a), _ROWS)
         )
 
-    def _eos_token(self) -> int | None:
-        """The id of the end token that tokenizer_config.json names."""
-        settings, tokenizer = self.path / "tokenizer_config.json", self.path / "tokenizer.json"
-        if not (settings.exists() and tokenizer.exists()):
-            return None
-        text = _json_object(settings).get("eos_token")
-        text = text.get("content") if isinstance(text, dict) else text
-        added = _json_object(tokenizer).get("added_tokens")
-        tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
-        ids = [token.get("id") for token in tokens if token.get("content") == text]
-        return ids[0] if ids and type(ids[0]) is int else None
-
     @cached_property
     def names(self) -> frozenset[str]:
         return frozenset(self._stored)
@@ -86,17 +72,13 @@ class HuggingFaceCheckpoint:
         match = re.match(r"---\n(?:.*\n)*?license: *(\S+)\n", head)
         return match.group(1) if match else None
 
-    @property
+    @cached_property
     def chat_template(self) -> str | None:
-        file = self.path / "chat_template.jinja"
-        if file.exists():
-            return read_text(file)
-        settings = self.path / "tokenizer_config.json"
-        template = _json_object(settings).get("chat_template") if settings.exists() else None
-        if isinstance(template, list):  # several, by name
-            named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-            template = named.get("default")
-        return template if isinstance(template, str) else None
+        return hugging_face_chat.chat_template(self.path, _json_object, self._warn)
+
+    @property
+    def special_tokens(self) -> dict[str, str | None]:
+        return hugging_face_chat.special_tokens(self.path, _json_object)
 
     def tensor(self, name: str) -> F32:
         values, dtype = self._values(name)
@@ -126,8 +108,7 @@ class HuggingFaceCheckpoint:
         return f"{file.path}: tensor {stored!r}"
 
     def tokenizer_json(self) -> bytes | None:
-        file = self.path / "tokenizer.json"
-        return read_bytes(file) if file.exists() else None
+        return hugging_face_chat.tokenizer_json(self.path, self._warn)
 
 
 def _check_quantisation(path: Path, config: Mapping[str, Any]) -> None:

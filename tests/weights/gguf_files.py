@@ -52,11 +52,13 @@ def write_tiny(
     split: int = 0,
     small_first: bool = False,
     tokenizer: Mapping[str, Any] = MappingProxyType({}),
+    templates: Mapping[str, str] = MappingProxyType({}),
     **metadata: Any,
 ) -> Path:
     """The tiny checkpoint as a GGUF in f32. `metadata` overrides keys (dots as __); None removes one.
-    `tokenizer` holds what stands under tokenizer.ggml. `split`: into parts of that many tensors, named after
-    `path`; `small_first`: the first of them with metadata only. Returns the (first) file."""
+    `tokenizer` has the keys under tokenizer.ggml, `templates` those under tokenizer.chat_template. `split`:
+    into parts of that many tensors, named after `path`; `small_first`: the first of them with metadata only.
+    Returns the (first) file."""
     config = json.loads((TINY / "config.json").read_text())
     values = {
         "block_count": config["num_hidden_layers"],
@@ -88,6 +90,8 @@ def write_tiny(
     writer.add_string("general.license", "mit")
     for key, value in tokenizer.items():
         writer.add_key_value(f"tokenizer.ggml.{key}", value, *_gguf_type(value))
+    for name, template in templates.items():
+        writer.add_string(f"tokenizer.chat_template{name}", template)
     source = open_checkpoint(TINY)
     if rope_freqs:
         writer.add_tensor("rope_freqs.weight", np.array(rope_freqs, np.float32))

@@ -65,19 +65,6 @@ def test_what_ends_an_answer_may_stand_in_the_generation_config(checkpoint_dir: 
     assert Model.open(checkpoint_dir / "out").config.eos == (2, 3, 7)
 
 
-@pytest.mark.parametrize("text", ["</s>", {"content": "</s>", "special": True}])
-def test_a_template_gets_the_end_token_that_the_tokenizer_names(checkpoint_dir: Path, text: object) -> None:
-    change_config(checkpoint_dir, eos_token_id=[3, 7])
-    added = [{"id": 1, "content": "<s>"}, {"id": 7, "content": "</s>"}]
-    (checkpoint_dir / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
-    settings = {"eos_token": text, "chat_template": "{{ messages }}"}
-    (checkpoint_dir / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert open_checkpoint(checkpoint_dir).config["eos_token_id"] == [3, 7]
-    settings["chat_template"] = "{{ messages }}{{ eos_token }}"
-    (checkpoint_dir / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert open_checkpoint(checkpoint_dir).config["eos_token_id"] == [7, 3]
-
-
 def test_licence_and_template_are_taken_along(checkpoint_dir: Path) -> None:
     (checkpoint_dir / "README.md").write_text("---\nlanguage: en\nlicense: mit\n---\n# Tiny\n")
     (checkpoint_dir / "tokenizer_config.json").write_text('{"chat_template": "{{ messages[0].content }}"}')

@@ -30,29 +30,27 @@ def never(token: int, first: int, last: int) -> bool:
     return False
 
 
-def find(
-    encoding: tokenizers.Encoding, text: str, spelled: Mapping[int, tokenizers.AddedToken]
-) -> Iterator[tuple[int, int, int]]:
-    """Ids and characters of the tokens `spelled` in an encoding of the text."""
-    for token, (first, last) in zip(encoding.ids, encoding.offsets, strict=True):
-        if token not in spelled:
-            continue
-        content = spelled[token].content
-        at = text.find(content, first, last)  # white space around it may belong to the token
-        if at >= 0:
-            yield token, at, at + len(content)
-        elif spelled[token].normalized:  # its spelling in the text is another
-            part = text[first:last]
-            yield token, first + len(part) - len(part.lstrip()), first + len(part.rstrip())
-        # Otherwise the text does not spell it: it is the token for what the vocabulary lacks.
-
-
 class PlainTwins:
-    """The twins of a tokenizer, made when they are needed."""
+    """The twins of a tokenizer, made when they are needed, and what they are needed for."""
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
         self._twin: tuple[str, frozenset[str], tokenizers.Tokenizer] | None = None
+
+    def find(
+        self, encoding: tokenizers.Encoding, text: str, spelled: Mapping[int, tokenizers.AddedToken]
+    ) -> Iterator[tuple[int, int, int]]:
+        """Ids and characters of the tokens `spelled` in the backend's encoding of a text. The token for what
+        the vocabulary lacks is among them only where the text spells it."""
+        for token, (first, last) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token not in spelled:
+                continue
+            content, part = spelled[token].content, text[first:last]
+            at = part.find(content)  # white space around it may belong to the token
+            if at >= 0:
+                yield token, first + at, first + at + len(content)
+            elif spelled[token].normalized and self._normalised(content) in self._normalised(part):
+                yield token, first + len(part) - len(part.lstrip()), first + len(part.rstrip())
 
     def encode(
         self,
@@ -66,7 +64,7 @@ class PlainTwins:
         contents = {token.content: i for i, token in spelled.items()}
         names = {content: chr(_PRIVATE + n) for n, content in enumerate(sorted(contents))}
         mark = self._mark(text)
-        meant = [found for found in find(encoding, text, spelled) if genuine(*found)]
+        meant = [found for found in self.find(encoding, text, spelled) if genuine(*found)]
         # A spelling that is not meant may have swallowed the beginning of one that is.
         meant += [found for found in _search(text, contents) if genuine(*found)]
         pieces, at = [], 0
@@ -76,6 +74,10 @@ class PlainTwins:
                 at = last
         twin = self._named(mark, names)
         return twin.encode("".join([*pieces, text[at:]]), add_special_tokens=False)
+
+    def _normalised(self, text: str) -> str:
+        normalizer = self._backend.normalizer
+        return text if normalizer is None else normalizer.normalize_str(text)
 
     def _mark(self, text: str) -> str:
         """A character that the text lacks; that of the last twin, if possible."""

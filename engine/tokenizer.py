@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .control_tokens import Genuine, PlainTwins, find, never
+from .control_tokens import Genuine, PlainTwins, never
 from .errors import MissingDependencyError, ModelFileError
 from .files import read_bytes
 from .index import TOKENIZER, read_index
@@ -18,6 +18,7 @@ from .stamps import Stamps
 if TYPE_CHECKING:
     import tokenizers
 
+_SPACE = "\u2581"
 _REPLACEMENT = "\ufffd"
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
@@ -72,7 +73,7 @@ class Tokenizer:
         `genuine`; elsewhere its spelling is text like any other."""
         encoding = self._backend.encode(text, add_special_tokens=False)
         spelled = {i: self._added[i] for i in control}
-        if not all(genuine(*found) for found in find(encoding, text, spelled)):
+        if not all(genuine(*found) for found in self._twins.find(encoding, text, spelled)):
             encoding = self._twins.encode(text, encoding, spelled, genuine)
         return list(self._backend.post_process(encoding, None, special).ids)
 
@@ -86,6 +87,22 @@ class Tokenizer:
         """Text of ids. Bytes that are no UTF-8 come out as U+FFFD."""
         text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special)
         return text
+
+    @property
+    def kind(self) -> str:
+        """How it cuts text: its model, and what the model's symbols are."""
+        model = type(self._backend.model).__name__
+        steps = f"{self._backend.normalizer} {self._backend.pre_tokenizer}"
+        if "ByteLevel" in steps:
+            return f"{model} over bytes"
+        return (
+            f"{model} over characters, spaces as {_SPACE}" if _SPACE in steps else f"{model} over characters"
+        )
+
+    @property
+    def size(self) -> int:
+        """Number of tokens, added ones included."""
+        return int(self._backend.get_vocab_size())
 
     def token(self, i: int) -> str | None:
         """Spelling of a token in the vocabulary; None: no such token."""

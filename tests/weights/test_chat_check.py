@@ -12,39 +12,16 @@ from typing import Any
 import pytest
 from tests.weights.conftest import TINY
 from tests.weights.gguf_files import write_tiny
+from tests.weights.small_vocabulary import TURNS, metadata, tokenizer_file
 
 from shoal.cli import main
 from shoal.engine.chat import Chat, Message
-from shoal.engine.checkpoint.gguf_tokenizer import tokenizer_json
 from shoal.engine.convert import convert
 from shoal.engine.errors import ModelFileError, UnsupportedModelError
 from shoal.engine.index import SPECIAL_TOKENS
 from shoal.engine.shards import Model
 
-SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-TURNS = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 NAMED = "{{ bos_token }}[{{ messages[0].content }}]{{ messages[-1].content if messages[1:] }}{{ eos_token }}"
-
-
-def metadata(**values: Any) -> dict[str, Any]:
-    """GGUF keys, under tokenizer.ggml, of a vocabulary: the special tokens (0 to 3) and the 256 bytes."""
-    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = [*map(chr, kept), *(chr(256 + i) for i in range(256 - len(kept)))]
-    tokens = [*SPECIAL, *letters]
-    known = {"model": "gpt2", "pre": "smollm", "tokens": tokens, "token_type": [3] * 4 + [1] * 256}
-    made = {**known, "merges": ["h e"], **values}
-    made["tokens"] = [*made["tokens"], "he"]
-    made["token_type"] = [*made["token_type"], 1]
-    return {key: value for key, value in made.items() if value is not None}
-
-
-def tokenizer_file() -> bytes:
-    data = tokenizer_json({f"tokenizer.ggml.{key}": value for key, value in metadata().items()}, "x")
-    assert data is not None
-    return data
 
 
 Write = Callable[..., Path]

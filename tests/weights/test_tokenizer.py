@@ -227,48 +227,10 @@ def test_more_tokens_than_rows_of_the_table(tmp_path: Path) -> None:
     assert main(["convert", str(tmp_path / "x.gguf"), str(tmp_path / "m")]) == 3
 
 
-@pytest.mark.parametrize(
-    ("module", "action"),
-    [
-        ("tokenizers", lambda: Tokenizer.parse(b"{}", "x")),
-        ("jinja2", lambda: Chat(BYTES, "{{ x }}", {})),
-    ],
-)
-def test_a_missing_package_is_named(module: str, action: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, module, None)
-    with pytest.raises(MissingDependencyError, match=f"pip install {module}"):
-        action()
-
-
-def test_chat_templates_have_what_transformers_gives_them() -> None:
-    template = (
-        "{{ bos_token }}{% for m in messages %}{% if m.role == 'x' %}{{ raise_exception('no x') }}{% endif %}"
-        "{{ m | tojson }}{% if loop.index == 2 %}{% break %}{% endif %}\n{% endfor %}"
-        "{% if add_generation_prompt %}>{{ strftime_now('%Y')[:2] }}{% endif %}"
-    )
-    chat = Chat(BYTES, template, {"bos_token": "<|end|>"})
-    hello = Message("user", "<b>é&")
-    assert chat.render([hello]) == '<|end|>{"role": "user", "content": "<b>é&"}>20'
-    assert chat.render([hello] * 3, generation_prompt=False).count("user") == 2
-    assert chat.encode([hello])[0] == 259
-    with pytest.raises(ShoalError, match="refuses these messages: no x"):
-        chat.render([Message("x", "")])
-    for attack in (
-        "{{ ''.__class__.__mro__ }}",
-        "{{ messages.append(1) }}",
-        "{{ cycler.__init__.__globals__ }}",
-    ):
-        with pytest.raises(ShoalError, match="refuses these messages"):
-            Chat(BYTES, attack, {}).render([hello])
-    with pytest.raises(UnsupportedModelError, match="does not compile"):
-        Chat(BYTES, "{% for %}", {})
-
-
-def test_without_a_template_messages_are_plain_text() -> None:
-    chat = Chat(BYTES, None, {})
-    assert not chat.has_template
-    assert chat.render([Message("system", "a"), Message("user", "b")]) == "a\n\nb"
-    assert chat.encode([Message("user", " the")]) == [258]
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
+    with pytest.raises(MissingDependencyError, match="pip install tokenizers"):
+        Tokenizer.parse(b"{}", "x")
 
 
 @pytest.mark.slow

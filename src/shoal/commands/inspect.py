@@ -1,4 +1,5 @@
-"""`shoal inspect`: a model as the table of its program: each op, its shapes, bytes and MACs, unit by unit."""
+"""`shoal inspect`: a model's tokenizer and chat as they will be used, and the table of its program: each op,
+its shapes, bytes and MACs, unit by unit."""
 
 from __future__ import annotations
 
@@ -8,9 +9,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..engine.chat import Chat, Message
 from ..engine.costs import constant_bytes, tied_bytes, unit_cost
+from ..engine.errors import MissingDependencyError, ShoalError, UnsupportedModelError
+from ..engine.index import CHAT_TEMPLATE, TOKENIZER
 from ..engine.program import Op, Unit
 from ..engine.shards import Model
+from ..engine.tokenizer import Tokenizer
 from ..store import resolve
 from ..text_table import table
 
@@ -49,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
         f"keys and values {kv_bytes / 1e3:.1f} kB a token ({model.kv_dtype}); "
         f"{costs[0].cut_bytes / 1e3:.1f} kB a token cross a cut"
     )
+    print("\n".join(_text_lines(_text(model))))
     print(f"model hash {model.hash}\n")
     header = ("op", "reads", "weights [rows, cols]", "writes", "bytes read", "MACs")
     rows: list[tuple[str, ...]] = [_cells(_row(model, None, op)) for op in program.prologue]
@@ -64,6 +70,62 @@ def run(args: argparse.Namespace) -> int:
         )
         print(f"{title}\n{table(header, lines)}\n")
     return 0
+
+
+def _text(model: Model) -> dict[str, Any] | None:
+    """How text becomes tokens and where an answer ends, as in `shoal run`; None: there is no tokenizer."""
+    if TOKENIZER not in model.index.files:
+        return None
+    try:
+        tokenizer = Tokenizer.open(model.path)
+        chat = Chat.open(model.path, tokenizer)
+    except (MissingDependencyError, UnsupportedModelError) as e:
+        return {"error": str(e)}
+    added = tokenizer.added_tokens
+
+    def token(i: int) -> dict[str, Any]:
+        return {"id": i, "token": tokenizer.token(i), "special": i in added and added[i][1]}
+
+    bos = tokenizer.token_id(chat.special.get("bos_token", ""))
+    return {
+        "tokenizer": {"kind": tokenizer.kind, "tokens": tokenizer.size, "added": len(added)},
+        "around_raw_text": [token(i) for i in tokenizer.encode("")],
+        "bos": None if bos is None else token(bos),
+        "end": [token(i) for i in model.config.eos],
+        "chat_template": _template(chat) if chat.has_template else None,
+    }
+
+
+def _template(chat: Chat) -> dict[str, Any]:
+    """The file of the chat template, and what it makes of a message."""
+    message = Message("user", "Hi")
+    try:
+        example, tokens = chat.render([message]), len(chat.encode([message]))
+    except ShoalError as e:
+        return {"file": CHAT_TEMPLATE, "error": str(e)}
+    return {"file": CHAT_TEMPLATE, "example": example, "example_tokens": tokens}
+
+
+def _text_lines(text: dict[str, Any] | None) -> list[str]:
+    if text is None:
+        return ["no tokenizer: token ids in, token ids out"]
+    if "error" in text:
+        return [text["error"]]
+
+    def named(tokens: list[dict[str, Any]]) -> str:
+        return ", ".join(f"{token['token']!r} ({token['id']})" for token in tokens) or "none"
+
+    tokenizer, template = text["tokenizer"], text["chat_template"]
+    counts = f"{tokenizer['tokens']:,} tokens, {tokenizer['added']:,} of them added"
+    chat = "no chat template: messages are plain text"
+    if template is not None:
+        shown = template.get("error") or f"{template['example']!r}, {template['example_tokens']} tokens"
+        chat = f"chat template {template['file']}: {shown}"
+    return [
+        f"tokenizer: {tokenizer['kind']}, {counts}; around raw text: {named(text['around_raw_text'])}",
+        f"bos token: {named([text['bos']] if text['bos'] else [])}; end tokens: {named(text['end'])}",
+        chat,
+    ]
 
 
 def _row(model: Model, unit: Unit | None, op: Op) -> _Row:
@@ -112,5 +174,6 @@ def _json(model: Model) -> dict[str, Any]:
         "has_min": model.index.has_min,
         "config": asdict(model.config),
         "tied_bytes": tied_bytes(model),
+        "text": _text(model),
         "units": units,
     }

@@ -57,7 +57,9 @@ def expected(model: Model, prompts: list[list[int]]) -> Callable[[Sampling], lis
     def answers(sampling: Sampling) -> list[list[int]]:
         if sampling not in known:
             with Stage(model, 0, model.n_units) as stage:
-                known[sampling] = [list(generate(stage, p, sampling, max_tokens=TOKENS)) for p in prompts]
+                known[sampling] = [
+                    list(generate(stage, p, sampling, max_tokens=TOKENS, end=())) for p in prompts
+                ]
         return known[sampling]
 
     return answers
@@ -121,9 +123,9 @@ def test_threads_do_not_change_an_answer(
 ) -> None:
     with Stage(model, 0, model.n_units, StageOptions(threads=2)) as stage:
         for sampling in (GREEDY, SEEDED):
-            assert [list(generate(stage, p, sampling, max_tokens=TOKENS)) for p in prompts] == expected(
-                sampling
-            )
+            assert [
+                list(generate(stage, p, sampling, max_tokens=TOKENS, end=())) for p in prompts
+            ] == expected(sampling)
 
 
 def test_an_answer_survives_the_death_of_a_node(

@@ -39,7 +39,7 @@ THREE = LabSpec(tuple(DeviceSpec(name, 0.5, WIFI) for name in ("a", "b", "c")))
 def expected(smollm2: Model) -> list[int]:
     """What one process says."""
     with Stage(smollm2, 0, smollm2.n_units) as stage:
-        return list(generate(stage, PROMPT, max_tokens=TOKENS))
+        return list(generate(stage, PROMPT, max_tokens=TOKENS, end=()))
 
 
 async def ask(

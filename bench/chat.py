@@ -27,6 +27,7 @@ from shoal.commands.demo import specs
 from shoal.engine.batch import Result, Run, Sampling
 from shoal.engine.shards import Model
 from shoal.engine.stage import Stage, StageOptions
+from shoal.plan_report import render
 from shoal.processes import nodes
 from shoal.text_table import table
 
@@ -119,7 +120,7 @@ def over_nodes(model: Model, context: int) -> Iterator[tuple[Engine, Callable[[]
         nodes(model.path, specs(model, DEVICES, context), Path(directory)) as running,
         open_nodes(model, [node.address for node in running], planner.Workload(context)) as engine,
     ):
-        print(planner.render(engine.plan), file=sys.stderr)
+        print(render(engine.plan), file=sys.stderr)
 
         def rows() -> int:
             work = [(report.stats.prefill.rows, report.stats.decode.rows) for report in engine.stats()[0]]

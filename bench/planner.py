@@ -18,23 +18,31 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-from bench.scenario import Request
-from bench.simulator import simulate
+from bench.simulator import Request, simulate
 
 from shoal.arguments.kinds import positive
-from shoal.planner import Cluster, Device, Link, Model, Plan, Unit, Workload, milp, orders, plan
-from shoal.planner.dp import best_chain, cheapest, value
-from shoal.planner.goal import Goal, goals
+from shoal.planner import (
+    Cluster,
+    Device,
+    LinkSpeed,
+    ModelCosts,
+    Plan,
+    Question,
+    Unit,
+    Workload,
+    milp,
+    plan,
+    search,
+)
 from shoal.planner.rows import OBJECTIVES
-from shoal.planner.tables import TimeTables
-from shoal.planner.tabulate import decode_tables, prompt_tables
+from shoal.planner.tables import Goal, goals, tables_of
 
 PARTS = ("agreement", "orders", "prediction", "milp", "dp", "simulator")
 SAME = 1e-6
 NEAR = 1.03
 
 
-def problem(seed: int, devices: int, layers: int) -> tuple[Model, Cluster, Workload]:
+def problem(seed: int, devices: int, layers: int) -> Question:
     """Phones, boards and laptops on one network: speeds over a factor of 30, caps that hold a part each,
     links from Wi-Fi's worst to a cable."""
     rng = random.Random(seed)
@@ -69,16 +77,9 @@ def problem(seed: int, devices: int, layers: int) -> tuple[Model, Cluster, Workl
     for a in names:
         for b in names:
             if a != b:
-                links[a, b] = Link(10 ** rng.uniform(-3.5, -2), 10 ** rng.uniform(6, 8))
-    model = Model(units, table, 64)
-    return model, Cluster(tuple(rows), links, "head"), Workload(512, 4, 128, 4, 64)
-
-
-def tables_of(case: tuple[Model, Cluster, Workload], goal: Goal) -> TimeTables:
-    """The tables of a goal."""
-    if goal.objective == "first_token":
-        return prompt_tables(*case)
-    return decode_tables(*case, batch=goal.batch, idle=goal.objective == "latency" or goal.streams == 1)
+                links[a, b] = LinkSpeed(10 ** rng.uniform(-3.5, -2), 10 ** rng.uniform(6, 8))
+    cluster = Cluster(tuple(rows), links, "head")
+    return Question(ModelCosts(units, table, 64), cluster, Workload(512, 4, 128, 4, 64))
 
 
 def oracle() -> ModuleType:
@@ -98,17 +99,17 @@ def agreement(problems: int) -> str:
     brute, solver = oracle(), milp.load_solver()
     worst, agree, feasible = 0.0, 0, 0
     for seed in range(problems):
-        case, objective = brute.random_problem(100_000 + seed), OBJECTIVES[seed % len(OBJECTIVES)]
-        truth = brute.brute(case, objective, any_order=True)
-        devices = list(range(len(case[1].devices)))
+        question = replace(brute.random_problem(100_000 + seed), objective=OBJECTIVES[seed % len(OBJECTIVES)])
+        truth = brute.brute(question, any_order=True)
+        devices = question.devices
         by_dp = by_milp = math.inf
-        for goal in goals(objective, case[2]):
-            tables = tables_of(case, goal)
-            chain = best_chain(tables, goal, lambda t, d=devices: orders.cheapest_any_order(t, d))
-            by_dp = min(by_dp, brute.value(chain, case, objective))
-            quick = orders.first_guess(tables, devices, goal)
-            chain, proved = milp.best_chain(tables, devices, goal, solver, known=quick)
-            by_milp = min(by_milp, brute.value(chain, case, objective) if proved else -math.inf)
+        for goal in goals(question):
+            tables = tables_of(question, goal)
+            chain, _ = search.search_orders(tables, devices)
+            by_dp = min(by_dp, brute.value(chain, question))
+            quick = search.first_guess(tables, devices)
+            chain, proved = milp.best_chain(tables, devices, solver, known=quick)
+            by_milp = min(by_milp, brute.value(chain, question) if proved else -math.inf)
         feasible += truth < math.inf
         off = max(_off(by_dp, truth), _off(by_milp, truth))
         worst, agree = max(worst, off), agree + (off <= SAME)
@@ -128,16 +129,14 @@ def order_gap(problems: int) -> str:
     """Local search over orders of 8 devices against all orders."""
     gaps = {objective: [] for objective in ("latency", "throughput")}
     for seed in range(problems):
-        case = problem(seed, 8, 24)
-        objective = ("latency", "throughput")[seed % 2]
-        goal = Goal("latency") if objective == "latency" else Goal("throughput", 4)
-        tables, devices = tables_of(case, goal), list(range(8))
-        exact, _ = orders.search_orders(tables, devices, goal)
+        goal = (Goal("latency"), Goal("throughput", 4))[seed % 2]
+        tables, devices = tables_of(problem(seed, 8, 24), goal), list(range(8))
+        exact, _ = search.search_orders(tables, devices)
         if exact is None:
             continue
-        found, _ = orders.search_orders(tables, devices, goal, exact_devices=1)
-        gaps[objective].append(
-            math.inf if found is None else value(tables, goal, found) / value(tables, goal, exact)
+        found, _ = search.search_orders(tables, devices, exact_devices=1)
+        gaps[goal.objective].append(
+            math.inf if found is None else search.value(tables, found) / search.value(tables, exact)
         )
     every = [gap for found in gaps.values() for gap in found]
     lines = [
@@ -157,8 +156,8 @@ def milp_time(problems: int) -> str:
         for seed in range(problems):
             tables, devices = tables_of(problem(seed, 8, 32), goal), range(8)
             start = time.perf_counter()
-            quick = orders.first_guess(tables, devices, goal)
-            _, proved = milp.best_chain(tables, devices, goal, solver, known=quick)
+            quick = search.first_guess(tables, devices)
+            _, proved = milp.best_chain(tables, devices, solver, known=quick)
             assert proved
             times.append(time.perf_counter() - start)
         lines.append(
@@ -177,7 +176,7 @@ def dp_time(problems: int = 20) -> str:
             start = time.perf_counter()
             tables = tables_of(case, goal)
             tabling.append(time.perf_counter() - start)
-            best_chain(tables, goal, lambda t: cheapest(t, range(32)))
+            search.best_chain(tables, lambda t: search.cheapest(t, range(32)))
             times.append(time.perf_counter() - start)
         lines.append(
             f"{goal.objective} median {statistics.median(times) * 1e3:.1f} ms, max {max(times) * 1e3:.1f} "
@@ -192,11 +191,15 @@ def prediction(problems: int = 60) -> str:
     for streams in (1, 2, 4, 8):
         off = []
         for seed in range(problems):
-            model, cluster, load = problem(seed, 4, 24)
-            load = replace(load, streams=streams, sequences=max(streams, 4), prompt_tokens=1, depth=150)
-            found = plan(model, cluster, load, "latency" if streams == 1 else "throughput", explain=False)
+            question = problem(seed, 4, 24)
+            load = replace(
+                question.workload, streams=streams, sequences=max(streams, 4), prompt_tokens=1, depth=150
+            )
+            objective = "latency" if streams == 1 else "throughput"
+            question = replace(question, workload=load, objective=objective)
+            found = plan(question, explain=False)
             if isinstance(found, Plan):
-                run = simulate(model, cluster, load, found.stages, [Request(0.0, 1, 300)] * streams)
+                run = simulate(question, found.stages, [Request(0.0, 1, 300)] * streams)
                 off.append(found.tokens_per_s / run.tokens_per_s - 1)
         median, worst = statistics.median(off), max(off, key=abs)
         lines.append(f"{streams}: median {median:+.1%}, worst {worst:+.1%}")

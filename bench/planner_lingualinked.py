@@ -17,25 +17,26 @@ from dataclasses import replace
 from bench.planner import problem
 
 from shoal.planner import (
+    Assignment,
     Cluster,
     Constraints,
     Device,
     Infeasible,
-    Link,
-    Model,
+    LinkSpeed,
+    ModelCosts,
+    Objective,
     Plan,
-    Stage,
+    Question,
     Workload,
     evaluate,
     plan,
 )
-from shoal.planner.rows import Objective
 
 RAM_SHARE = 0.7
 UNIT_ERROR = 1000
 
 
-def stages(model: Model, cluster: Cluster) -> tuple[Stage, ...] | None:
+def stages(model: ModelCosts, cluster: Cluster) -> tuple[Assignment, ...] | None:
     """What it would assign; None where the weights do not fit. Its quadratic program is ours with other
     rows: exact by all orders and cuts."""
     units = tuple(
@@ -48,22 +49,21 @@ def stages(model: Model, cluster: Cluster) -> tuple[Stage, ...] | None:
         Device(device.name, int(RAM_SHARE * device.ram_bytes), 1e18, device.macs_per_s)
         for device in cluster.devices
     )
-    names = {cluster.head, *(device.name for device in devices)}
+    names = {cluster.coordinator, *(device.name for device in devices)}
     links = {
-        (a, b): Link(0.0, UNIT_ERROR * link.bytes_per_s)
+        (a, b): LinkSpeed(0.0, UNIT_ERROR * link.bytes_per_s)
         for (a, b), link in cluster.links.items()
         if {a, b} <= names
     }
-    first = cluster.head if cluster.head in {device.name for device in devices} else None
-    answer = plan(
-        Model(units, model.tied_bytes, model.kv_page_tokens),
-        Cluster(devices, links, cluster.head),
+    first = cluster.coordinator if cluster.coordinator in {device.name for device in devices} else None
+    question = Question(
+        ModelCosts(units, model.tied_bytes, model.kv_page_tokens),
+        Cluster(devices, links, cluster.coordinator),
         Workload(context=1),  # it knows neither context nor streams
         constraints=Constraints(first=first),
-        method="dp",
-        explain=False,
     )
-    return None if isinstance(answer, Infeasible) else answer.stages
+    answer = plan(question, method="dp", explain=False)
+    return None if isinstance(answer, Infeasible) else answer.assignments
 
 
 def main() -> None:
@@ -76,14 +76,16 @@ def main() -> None:
         gains: list[float] = []
         over = neither = 0
         for seed in range(args.problems):
-            model, cluster, workload = problem(seed, 4, 24)
-            cluster = Cluster(cluster.devices, _with_head(cluster), cluster.devices[0].name)
-            ours = plan(model, cluster, workload, objective, explain=False)
-            theirs = stages(model, cluster)
+            question = problem(seed, 4, 24)
+            cluster = question.cluster
+            cluster = Cluster(cluster.devices, _with_coordinator(cluster), cluster.devices[0].name)
+            question = replace(question, cluster=cluster, objective=objective)
+            ours = plan(question, explain=False)
+            theirs = stages(question.model, cluster)
             if isinstance(ours, Infeasible) or theirs is None:
                 neither += 1
                 continue
-            their_plan = evaluate(model, cluster, workload, theirs, objective)
+            their_plan = evaluate(question, theirs)
             if _breaks_a_cap(their_plan):
                 over += 1
             gains.append(ours.tokens_per_s / their_plan.tokens_per_s)
@@ -96,12 +98,12 @@ def main() -> None:
 
 
 def _breaks_a_cap(found: Plan) -> bool:
-    return any(ram > cap for ram, cap in zip(found.ram_bytes, found.cap_bytes, strict=True))
+    return any(stage.ram_bytes > stage.cap_bytes for stage in found.stages)
 
 
-def _with_head(cluster: Cluster) -> dict[tuple[str, str], Link]:
-    """The links without those of the head apart: the first device is the head, as its phones have it."""
-    return {ends: link for ends, link in cluster.links.items() if cluster.head not in ends}
+def _with_coordinator(cluster: Cluster) -> dict[tuple[str, str], LinkSpeed]:
+    """The links without those of a coordinator apart: the first device is that, as its phones have it."""
+    return {ends: link for ends, link in cluster.links.items() if cluster.coordinator not in ends}
 
 
 if __name__ == "__main__":

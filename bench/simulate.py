@@ -10,21 +10,20 @@ import random
 import time
 from itertools import pairwise
 
-from bench.scenario import Event, Rules, random_requests
-from bench.simulator import simulate
+from bench.simulator import Event, Rules, random_requests, simulate
 
 from shoal.arguments.kinds import positive
 from shoal.engine.layout import PAGE
-from shoal.planner import Cluster, Device, Link, Model, Stage, Unit, Workload
+from shoal.planner import Assignment, Cluster, Device, LinkSpeed, ModelCosts, Question, Unit, Workload
 
 
-def chain(devices: int, seed: int) -> tuple[Model, Cluster, list[Stage]]:
+def chain(devices: int, seed: int) -> tuple[Question, list[Assignment]]:
     """A model with layers of a 70B one (int4), a device per unit, all of their own speed, on Wi-Fi."""
     rng = random.Random(seed)
     layer = Unit("layer", 480_000_000, 480_000_000, 855_000_000, 4096, 0, 32768, attend_macs=16384)
     table = Unit("embedding", 590_000_000, 4608, 0, 0, 0, 32768)
     head = Unit("head", 590_000_000, 590_000_000, 1_050_000_000, 0, 0, 4)
-    model = Model((table, *[layer] * (devices - 2), head), kv_page_tokens=PAGE)
+    model = ModelCosts((table, *[layer] * (devices - 2), head), kv_page_tokens=PAGE)
     rows = tuple(
         Device(
             f"d{i}",
@@ -41,8 +40,9 @@ def chain(devices: int, seed: int) -> tuple[Model, Cluster, list[Stage]]:
     names = ["head", *(row.name for row in rows)]
     links = {}
     for a, b in [*pairwise(names), (names[-1], names[0])]:
-        links[a, b] = Link(rng.uniform(0.001, 0.008), rng.uniform(5e6, 40e6))
-    return model, Cluster(rows, links, "head"), [Stage(row.name, i, i + 1) for i, row in enumerate(rows)]
+        links[a, b] = LinkSpeed(rng.uniform(0.001, 0.008), rng.uniform(5e6, 40e6))
+    question = Question(model, Cluster(rows, links, "head"), Workload(512))
+    return question, [Assignment(row.name, i, i + 1) for i, row in enumerate(rows)]
 
 
 def main() -> None:
@@ -56,12 +56,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.devices < 2:
         parser.error("--devices: two at least, for the embedding and for the head")
-    model, cluster, stages = chain(args.devices, args.seed)
+    question, stages = chain(args.devices, args.seed)
     lengths = [(max(1, mean // 2), mean * 3 // 2) for mean in (args.prompt, args.answer)]
     requests = random_requests(args.seed, args.requests, 5.0, *lengths)
-    hot = [Event(30.0, cluster.devices[args.devices // 2].name, "slow", 2.5)]
+    hot = [Event(30.0, question.cluster.devices[args.devices // 2].name, "slow", 2.5)]
     start = time.perf_counter()
-    found = simulate(model, cluster, Workload(512), stages, requests, hot, Rules())
+    found = simulate(question, stages, requests, hot, Rules())
     seconds = time.perf_counter() - start
     print(
         f"{args.devices} devices x {args.requests} requests: {seconds:.1f} s for {found.seconds:.0f} s "

@@ -1,44 +1,122 @@
 """A simulator: discrete events over the planner's own cost model, for what no machine here can hold.
 
-Requests arrive at the head, prompts go in chunks, a stage that is free takes what waits as one call, links
-carry one message at a time, answers grow token by token. Devices get slower or die at given times; a dead one
-means a new plan on the others, and a replay of everything known; a slow one loses boundary layers to a
-neighbour that holds copies. Nothing is random but what scenario.random_requests draws from its seed.
-
-A message is queued at its receiver at once, with the time when it will be there: queues stay in order, since
-each has one sender, and the heap holds one event per call instead of one per message.
+Requests arrive at the coordinator, prompts go in chunks, a stage that is free takes what waits as one call,
+links carry one message at a time, answers grow token by token (the planner's walker). Devices get slower or
+die at given times; a dead one means a new plan on the others, and a replay of everything known; a slow one
+loses boundary layers to a neighbour. Nothing is random but what random_requests draws from its seed.
 """
 
 import heapq
+import random
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Literal
 
-from bench.scenario import Event, Outcome, Request, Rules
-
-from shoal.planner import cost
+from shoal.planner import Assignment, Cluster, Question
+from shoal.planner.cost import StageCost, hop_seconds
 from shoal.planner.evaluation import check_stages
-from shoal.planner.refresh import slowed
-from shoal.planner.rows import TOKEN_BYTES, Cluster, Model, Stage, Workload
-from shoal.planner.stagecost import CALL_STEPS, PAUSE_SECONDS, StageCost, Step
+from shoal.planner.moves import Move, best_move
+from shoal.planner.rows import check_name, check_real, check_seconds, check_whole
+from shoal.planner.streams import Follower, Message, Walker
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt of so many tokens that arrives at a time, and the tokens of its answer."""
+
+    at: float
+    prompt: int
+    answer: int
+
+    def __post_init__(self) -> None:
+        check_seconds("a request's arrival", self.at)
+        check_whole("a request's prompt", self.prompt, 1)
+        check_whole("a request's answer", self.answer, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happens to a device: it takes `factor` times as long as at the start, or it dies."""
+
+    at: float
+    device: str
+    kind: Literal["slow", "die"]
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_seconds("an event's time", self.at)
+        check_name("an event's device", self.device)
+        if self.kind not in ("slow", "die"):
+            raise ValueError(f"an event is of kind slow or die, not {self.kind!r}")
+        check_real("an event's factor", self.factor, above=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How the system behaves. `replan` gives the stages for the devices that are left; `recover_s` passes
+    between a death and the new assignment. `steal_every_s`: how often neighbours compare themselves; 0 never.
+    A layer moves when the slower of the two gains at least `steal_gain`."""
+
+    chunk_rows: int = 128
+    window: int = 4  # chunks of one prompt in flight
+    recover_s: float = 1.0
+    replan: Callable[[Cluster], Sequence[Assignment]] | None = None
+    steal_every_s: float = 0.0
+    steal_gain: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_whole("chunk_rows", self.chunk_rows, 1)
+        check_whole("window", self.window, 1)
+        check_seconds("recover_s", self.recover_s)
+        check_seconds("steal_every_s", self.steal_every_s)
+        check_seconds("steal_gain", self.steal_gain)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What happened. Lists go by request; a time is None where it never came."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    first_token_at: list[float | None] = field(default_factory=list)
+    done_at: list[float | None] = field(default_factory=list)
+    steals: int = 0
+    recoveries: int = 0
+    calls: int = 0
+    stages: tuple[Assignment, ...] = ()
+
+    @property
+    def tokens_per_s(self) -> float:
+        """All answers together, over the whole time."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+def random_requests(
+    seed: int, count: int, per_s: float, prompt: tuple[int, int], answer: tuple[int, int]
+) -> list[Request]:
+    """Requests that arrive as a Poisson process, lengths uniform within the bounds."""
+    rng, at, requests = random.Random(seed), 0.0, []
+    for _ in range(count):
+        at += rng.expovariate(per_s)
+        requests.append(Request(at, rng.randint(*prompt), rng.randint(*answer)))
+    return requests
+
 
 USUAL = Rules()
 
 
 def simulate(
-    model: Model,
-    cluster: Cluster,
-    workload: Workload,
-    stages: Sequence[Stage],
+    question: Question,
+    stages: Sequence[Assignment],
     requests: Sequence[Request],
     events: Sequence[Event] = (),
     rules: Rules = USUAL,
 ) -> Outcome:
-    """Runs until every answer is complete. `workload` sizes RAM for copies; ValueError: stages that are no
-    plan of the model, also those of `replan`; links that are not there; a device that dies without one."""
-    return _Run(model, cluster, workload, stages, requests, events, rules).run()
+    """Runs until every answer is complete. ValueError: stages that are no plan of the question's model, also
+    those of `replan`; links that are not there; a device that dies without one."""
+    return _Run(question, stages, requests, events, rules).run()
 
 
 @dataclass(slots=True)
@@ -53,78 +131,89 @@ class _Session:
     flying: int = 0
 
 
+class _Chain(Walker):
+    """The stages of one epoch. What comes back is `heard` at its time."""
+
+    def __init__(self, question: Question, stages: Sequence[Assignment], now: float, run: "_Run") -> None:
+        super().__init__(Follower(question).way(stages), idle_since=now, chunk_rows=run.rules.chunk_rows)
+        self._run = run
+        self.dead: dict[int, float] = {}  # stages whose device died, with the time
+
+    def die(self, at: int, now: float) -> None:
+        """A stage is gone: what it had not finished never leaves it."""
+        self.dead[at] = now
+        if at + 1 < len(self.stages):
+            late = now + self._latency[at + 1]
+            kept = [
+                one for one in zip(self.arrivals[at + 1], self.waiting[at + 1], strict=True) if one[0] <= late
+            ]
+            self.arrivals[at + 1] = deque(arrival for arrival, _ in kept)
+            self.waiting[at + 1] = deque(message for _, message in kept)
+            self._chunks[at + 1] = sum(rows > 1 or not wants for _, (rows, _, wants, _) in kept)
+        self._heap = [call for call in self._heap if call[2] != at]
+        heapq.heapify(self._heap)
+        self._scheduled[at] = True  # so that nothing that arrives there begins a call
+
+    def returned(self, message: Message, at: float, left: float) -> None:
+        self._run.at(at, self._heard, message, left)
+
+    def _heard(self, message: Message, left: float) -> None:
+        if self._run.chain is self and left <= self.dead.get(len(self.stages) - 1, left):
+            self._run.answer(message)
+
+
 class _Run:
     """State of one simulation; times in seconds, `now` the current one."""
 
     def __init__(
         self,
-        model: Model,
-        cluster: Cluster,
-        workload: Workload,
-        stages: Sequence[Stage],
+        question: Question,
+        stages: Sequence[Assignment],
         requests: Sequence[Request],
         events: Sequence[Event],
         rules: Rules,
     ) -> None:
-        self.model, self.start, self.workload, self.rules = model, cluster, workload, rules
-        self.cluster = cluster
-        self.requests = requests
+        self.start = self.question = question
+        self.rules, self.requests = rules, requests
         self.sessions: list[_Session | None] = [None] * len(requests)
         self.left = len(requests)
         self.outcome = Outcome(first_token_at=[None] * self.left, done_at=[None] * self.left)
-        self.heap: list[tuple[float, int, int, Any]] = []  # stage and epoch of a call; or -1 and what to do
+        self.heap: list[tuple[float, int, Callable[[], None]]] = []
         self.count = 0
-        self.epoch = 0
         self.now = 0.0
         self.moving = False
         self._assign(stages)
         for index, request in enumerate(requests):
-            self._at(request.at, self._arrive, index)
+            self.at(request.at, self._arrive, index)
         for event in events:
-            self._at(event.at, self._happen, event)
+            self.at(event.at, self._happen, event)
         if rules.steal_every_s:
-            self._at(rules.steal_every_s, self._balance)
+            self.at(rules.steal_every_s, self._balance)
 
     def run(self) -> Outcome:
-        heap, pop = self.heap, heapq.heappop
+        heap = self.heap
         while self.left:
-            self.now, _, stage, act = pop(heap)
-            if stage >= 0:
-                self._call(stage, act)
-            else:
+            if heap and heap[0][0] <= self.chain.next_call:
+                self.now, _, act = heapq.heappop(heap)
                 act()
+            else:
+                self.chain.call()
+                self.outcome.calls += 1
         self.outcome.seconds = self.now
         self.outcome.stages = self.stages
         return self.outcome
 
-    def _at(self, when: float, act: Callable[..., None], *what: object) -> None:
+    def at(self, when: float, act: Callable[..., None], *what: object) -> None:
         self.count += 1
-        heapq.heappush(self.heap, (when, self.count, -1, partial(act, *what)))
+        heapq.heappush(self.heap, (when, self.count, partial(act, *what)))
 
-    def _call_at(self, when: float, stage: int) -> None:
-        self.count += 1
-        heapq.heappush(self.heap, (when, self.count, stage, self.epoch))
-
-    def _assign(self, stages: Sequence[Stage]) -> None:
+    def _assign(self, stages: Sequence[Assignment]) -> None:
         """A new epoch: these stages, empty queues and links."""
-        check_stages(self.model, self.cluster, stages)
-        self.epoch += 1
+        check_stages(self.question, stages)
         self.stages = tuple(stages)
-        self.costs = [StageCost(self.model, self.cluster.device(s.device), s.first, s.last) for s in stages]
-        hops = cost.chain_hops(self.model, self.cluster, stages)
-        self.latency = [link.latency_s for link, _ in hops]
-        self.row_busy = [size / link.bytes_per_s for link, size in hops]
-        self.token_busy = TOKEN_BYTES / hops[-1][0].bytes_per_s
-        count = len(stages)
-        self.link_free = [0.0] * (count + 1)
-        self.queues: list[deque[Step]] = [deque() for _ in stages]
-        self.free = [self.now] * count
-        self.scheduled = [False] * count
-        self.chunks = [0] * count  # of prompts, in each queue
-        self.last = count - 1
-        self.dead: dict[int, float] = {}  # stages whose device died, with the time
+        self.chain = _Chain(self.question, stages, self.now, self)
 
-    # The head.
+    # The coordinator.
 
     def _arrive(self, index: int) -> None:
         request = self.requests[index]
@@ -139,12 +228,13 @@ class _Run:
             rows = min(self.rules.chunk_rows, session.known - session.sent)
             first, session.sent = session.sent, session.sent + rows
             session.flying += 1
-            self._send(0, index, rows, first, session.sent == session.known, self.now)
+            self.chain.send(0, ((rows, first, session.sent == session.known, index),), self.now)
 
-    def _answer(self, index: int, rows: int, token: bool, left: float, epoch: int) -> None:
-        """A result is back at the head, `left` when the last stage had it."""
+    def answer(self, message: Message) -> None:
+        """A result is back at the coordinator."""
+        rows, _, token, index = message
         session = self.sessions[index]
-        if session is None or epoch != self.epoch or left > self.dead.get(self.last, left):
+        if session is None:
             return
         session.acked += rows
         session.flying -= 1
@@ -160,131 +250,40 @@ class _Run:
                 return
         self._feed(index)
 
-    # Links and stages.
-
-    def _send(self, to: int, index: int, rows: int, first: int, wants: bool, left: float) -> None:
-        """Queues a message at stage `to`, sent at `left`."""
-        self._pass_on(to, [(left, index, rows, first, wants)], left)
-
-    def _pass_on(self, to: int, steps: Sequence[Step], left: float) -> None:
-        """Queues messages at stage `to`, sent one after another from `left` on."""
-        start, busy, latency = self.link_free[to], self.row_busy[to], self.latency[to]
-        if left > start:
-            start = left
-        if not self.scheduled[to]:
-            self.scheduled[to] = True
-            first, free = start + steps[0][2] * busy + latency, self.free[to]
-            self._call_at(first if first > free else free, to)
-        append = self.queues[to].append
-        for _, index, rows, position, wants in steps:
-            start += rows * busy
-            append((start + latency, index, rows, position, wants))
-            if rows > 1:
-                self.chunks[to] += 1
-        self.link_free[to] = start
-
-    def _call(self, at: int, epoch: int) -> None:
-        """A stage that is free takes what waits as one call. The inner loop."""
-        if epoch != self.epoch or at in self.dead:
-            return
-        now, queue, cost_of = self.now, self.queues[at], self.costs[at]
-        steps: list[Step]
-        if self.chunks[at]:
-            steps = self._take(queue)
-            self.chunks[at] -= sum(step[2] > 1 for step in steps)
-            done = now + cost_of.call_seconds(steps)
-        else:
-            steps = []
-            depth = 0
-            while queue and queue[0][0] <= now and len(steps) < CALL_STEPS:
-                step = queue.popleft()
-                depth += step[3]
-                steps.append(step)
-            done = now + cost_of.rows[len(steps)] + depth * cost_of.position
-        if not steps:  # what it was to take never left a device that has died
-            self.scheduled[at] = False
-            return
-        if now - self.free[at] > PAUSE_SECONDS:
-            done += cost_of.pause
-        self.free[at] = done
-        self.outcome.calls += 1
-        if at < self.last:
-            self._pass_on(at + 1, steps, done)
-        else:
-            self._give_back(steps, done)
-        if queue:
-            there = queue[0][0]
-            self._call_at(there if there > done else done, at)
-        else:
-            self.scheduled[at] = False
-
-    def _give_back(self, steps: Sequence[Step], done: float) -> None:
-        """Sends the last stage's results to the head."""
-        start = max(done, self.link_free[-1])
-        for _, index, rows, _, wants in steps:
-            start += self.token_busy
-            self._at(start + self.latency[-1], self._answer, index, rows, wants, done, self.epoch)
-        self.link_free[-1] = start
-
-    def _take(self, queue: deque[Step]) -> list[Step]:
-        """What is here by now and goes into one call: a step of each session, one chunk of prompts."""
-        now, prompt = self.now, 0
-        steps: list[Step] = []
-        kept: list[Step] = []
-        served: set[int] = set()
-        while queue and queue[0][0] <= now and len(steps) < CALL_STEPS:
-            step = queue.popleft()
-            rows = step[2]
-            if rows > 1:
-                crowded = steps and prompt + rows > self.rules.chunk_rows
-                if crowded or step[1] in served:
-                    kept.append(step)
-                    served.add(step[1])
-                    continue
-                prompt += rows
-            elif served and step[1] in served:
-                kept.append(step)
-                continue
-            if rows > 1:
-                served.add(step[1])
-            steps.append(step)
-        queue.extendleft(reversed(kept))
-        return steps
-
     # What happens to devices.
 
     def _happen(self, event: Event) -> None:
-        names = [device.name for device in self.cluster.devices]
-        if event.device not in names:
+        cluster = self.question.cluster
+        if event.device not in [device.name for device in cluster.devices]:
             return
         where = [at for at, stage in enumerate(self.stages) if stage.device == event.device]
         if event.kind == "slow":
-            hot = slowed(self.start.device(event.device), event.factor)
-            devices = tuple(hot if d.name == hot.name else d for d in self.cluster.devices)
-            self.cluster = replace(self.cluster, devices=devices)
+            hot = self.start.cluster.device(event.device).slowed(event.factor)
+            self._change(
+                replace(cluster, devices=tuple(hot if d.name == hot.name else d for d in cluster.devices))
+            )
             for at in where:
                 stage = self.stages[at]
-                self.costs[at] = StageCost(self.model, hot, stage.first, stage.last)
+                self.chain.stages[at] = StageCost(self.question.model, hot, stage.first, stage.last)
             return
-        devices = tuple(d for d in self.cluster.devices if d.name != event.device)
-        links = {ends: link for ends, link in self.cluster.links.items() if event.device not in ends}
+        devices = tuple(d for d in cluster.devices if d.name != event.device)
+        links = {ends: link for ends, link in cluster.links.items() if event.device not in ends}
         if not devices or (where and self.rules.replan is None):
             raise ValueError(f"{event.device} dies, and there is nobody to take over")
-        self.cluster = Cluster(devices, links, self.cluster.head)
+        self._change(Cluster(devices, links, cluster.coordinator))
         for at in where:
-            self.dead[at] = self.now
-            if at + 1 < len(self.queues):  # what it had not finished never leaves it
-                late = self.now + self.latency[at + 1]
-                kept = deque(step for step in self.queues[at + 1] if step[0] <= late)
-                self.queues[at + 1], self.chunks[at + 1] = kept, sum(step[2] > 1 for step in kept)
-            self._at(self.now + self.rules.recover_s, self._recover, self.epoch)
+            self.chain.die(at, self.now)
+            self.at(self.now + self.rules.recover_s, self._recover, self.chain)
 
-    def _recover(self, epoch: int) -> None:
+    def _change(self, cluster: Cluster) -> None:
+        self.question = replace(self.question, cluster=cluster)
+
+    def _recover(self, chain: _Chain) -> None:
         """The survivors' plan, unless another death has brought it; everything known is sent again."""
-        if epoch != self.epoch:
+        if chain is not self.chain:
             return
         assert self.rules.replan is not None, "checked when the device died"
-        self._assign(self.rules.replan(self.cluster))
+        self._assign(self.rules.replan(self.question.cluster))
         self.outcome.recoveries += 1
         self.moving = False
         self._resend(replay=True)
@@ -297,92 +296,29 @@ class _Run:
                 self._feed(index)
 
     def _balance(self) -> None:
-        """Moves the boundary layer that helps most, if any does; its state travels first."""
-        self._at(self.now + self.rules.steal_every_s, self._balance)
-        if self.moving or self.dead:
+        """Moves the boundary layer that helps most, if any helps enough; its state travels first."""
+        self.at(self.now + self.rules.steal_every_s, self._balance)
+        if self.moving or self.chain.dead:
             return
-        seconds = [cost_of.rows[1] for cost_of in self.costs]
-        copies = spare_copies(self.model, self.cluster, self.workload, self.stages, seconds)
-        best: tuple[float, int, int, int] | None = None
-        for taker, units in enumerate(copies):
-            stage = self.stages[taker]
-            for giver, unit in ((taker - 1, stage.first - 1), (taker + 1, stage.last)):
-                if unit not in units or seconds[giver] <= seconds[taker]:
-                    continue
-                other = self.stages[giver]
-                rest = replace(other, last=unit) if giver < taker else replace(other, first=unit + 1)
-                more = replace(stage, first=unit) if giver < taker else replace(stage, last=unit + 1)
-                slower = max(self._alone_seconds(rest), self._alone_seconds(more))
-                gain = 1 - slower / seconds[giver]
-                if gain >= self.rules.steal_gain and (best is None or gain > best[0]):
-                    best = (gain, giver, taker, unit)
-        if best is None:
+        live = [session for session in self.sessions if session is not None]
+        if not live:
             return
-        _, giver, taker, unit = best
-        link = self.cluster.link(self.stages[giver].device, self.stages[taker].device)
-        positions = sum(session.acked for session in self.sessions if session is not None)
-        size = positions * self.model.units[unit].kv_bytes_per_token
+        depth = min(self.question.workload.context, max(session.acked for session in live))
+        load = replace(self.question.workload, sequences=len(live), streams=len(live), depth=depth)
+        asked = replace(self.question, workload=load, objective="throughput")
+        move = best_move(asked, self.stages, most_units=1)
+        if move is None or move.gain < self.rules.steal_gain * (move.seconds + move.gain):
+            return
+        link = asked.cluster.link(move.giver, move.taker)
         if link is not None:
             self.moving = True
-            self._at(self.now + cost.hop_seconds(link, size), self._steal, giver, taker, unit, self.epoch)
+            self.at(self.now + hop_seconds(link, move.state_bytes), self._steal, move, self.chain)
 
-    def _alone_seconds(self, stage: Stage) -> float:
-        cost_of = StageCost(self.model, self.cluster.device(stage.device), stage.first, stage.last)
-        return cost_of.rows[1]
-
-    def _steal(self, giver: int, taker: int, unit: int, epoch: int) -> None:
+    def _steal(self, move: Move, chain: _Chain) -> None:
         """The layer's state is there: a new epoch, steps in flight are sent again."""
         self.moving = False
-        if epoch != self.epoch or self.dead:
+        if chain is not self.chain or self.chain.dead:
             return
-        stages = list(self.stages)
-        if giver < taker:
-            stages[giver] = replace(stages[giver], last=unit)
-            stages[taker] = replace(stages[taker], first=unit)
-        else:
-            stages[giver] = replace(stages[giver], first=unit + 1)
-            stages[taker] = replace(stages[taker], last=unit + 1)
-        self._assign(stages)
+        self._assign(move.stages)
         self.outcome.steals += 1
         self._resend(replay=False)
-
-
-def spare_copies(
-    model: Model, cluster: Cluster, workload: Workload, stages: Sequence[Stage], seconds: Sequence[float]
-) -> tuple[tuple[int, ...], ...]:
-    """Per stage, the units of its neighbours that its spare RAM can hold beside its own, with their state,
-    ascending. `seconds`: what each stage takes.
-
-    Layers only, from the boundary inwards, at most half of a neighbour's (beyond, that one would be the idle
-    one); from the slower neighbour first, in turn. An end of the model stays where it is.
-    """
-    copies = []
-    for at, stage in enumerate(stages):
-        device = cluster.device(stage.device)
-        sides = [
-            (-seconds[other], _boundary(model, stages[other], before=other < at))
-            for other in (at - 1, at + 1)
-            if 0 <= other < len(stages)
-        ]
-        lines = [list(line) for _, line in sorted(sides)]
-        first, last, taken = stage.first, stage.last, []
-        while any(lines):
-            for line in lines:
-                if not line:
-                    continue
-                unit = line.pop(0)
-                low, high = min(first, unit), max(last, unit + 1)
-                if cost.range_ram_bytes(model, device, workload, low, high) > device.ram_bytes:
-                    line.clear()
-                    continue
-                first, last = low, high
-                taken.append(unit)
-        copies.append(tuple(sorted(taken)))
-    return tuple(copies)
-
-
-def _boundary(model: Model, stage: Stage, *, before: bool) -> list[int]:
-    """The layers of a neighbour that lie nearest, nearest first; `before`: it is the one before."""
-    layers = list(range(max(stage.first, 1), min(stage.last, len(model.units) - 1)))
-    nearest = layers[::-1] if before else layers
-    return nearest[: len(layers) // 2]

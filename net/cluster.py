@@ -101,7 +101,7 @@ class Cluster:
     def holders(self) -> tuple[int, ...]:
         """Members of the placement, in the chain's order, lost ones too."""
         labels = [member.label for member in self.members]
-        return tuple(labels.index(stage.node) for stage in self.placement.stages)
+        return tuple(labels.index(stage.device) for stage in self.placement.stages)
 
 
 Outcome = tuple[Cluster, tuple[Command, ...]]
@@ -141,7 +141,7 @@ def check_placement(state: Cluster, placement: Placement) -> None:
         or edges[-1] != state.units
     ):
         raise LocalProtocolError(f"the plan's stages {edges} do not cover units 0 to {state.units} in order")
-    names = [stage.node for stage in placement.stages]
+    names = [stage.device for stage in placement.stages]
     there = {state.members[i].label for i in state.alive()}
     if len(set(names)) < len(names) or not set(names) <= there:
         raise LocalProtocolError(f"the plan names {names}; each must be one of {sorted(there)}, once")
@@ -163,7 +163,7 @@ def _joined(state: Cluster, event: Joined, now: float) -> Outcome:
     if state.phase != "gathering" or any(member.hello is None for member in state.members):
         return state, ()
     state = replace(state, members=_labelled(state.members))
-    exact = {hello.device.exact: member for member, hello in _devices(state) if hello.device}
+    exact = {hello.offer.exact: member for member, hello in _devices(state) if hello.offer}
     if len(exact) == 2 and not state.approximate:
         first, second = exact[True], exact[False]
         return _fail(

@@ -16,6 +16,7 @@ import trio
 
 from ..engine.batch import Sampling
 from ..engine.errors import ShoalError
+from ..planner import LinkSpeed
 from . import events
 from .cluster import Cluster, Member, peer_of, step
 from .errors import NodeLostError, RemoteProtocolError, from_wire
@@ -29,7 +30,6 @@ from .messages import (
     Error,
     Failed,
     GetStats,
-    LinkMeasure,
     Loaded,
     Measure,
     Measured,
@@ -103,7 +103,7 @@ class Head:
         if not addresses or len(set(addresses)) < len(addresses):
             raise ValueError("a head needs at least one address, and each once")
         self.identity, self.shape, self.options = identity, shape, options
-        self.links: dict[tuple[str, str], LinkMeasure] = {}
+        self.links: dict[tuple[str, str], LinkSpeed] = {}
         self._plan = plan
         self._state = Cluster(
             members=tuple(Member(host, port) for host, port in addresses),
@@ -187,9 +187,9 @@ class Head:
             answer = await self._ask(member, GetStats(), Stats)
             loaded = self._peers[member].loaded
             if loaded is None:
-                raise NodeLostError(f"{stage.node} is loading layers that a lost node held: ask again")
+                raise NodeLostError(f"{stage.device} is loading layers that a lost node held: ask again")
             reports.append(
-                StageReport(stage.node, stage.first, stage.last, loaded.seconds, loaded.ram_bytes, answer)
+                StageReport(stage.device, stage.first, stage.last, loaded.seconds, loaded.ram_bytes, answer)
             )
         return tuple(reports)
 
@@ -217,7 +217,7 @@ class Head:
                     options.open_stream, where.host, where.port, self.identity, "control",
                     seconds=options.timing.handshake,
                 ) as (link, hello):  # fmt: skip
-                    if hello.device is None:
+                    if hello.offer is None:
                         raise RemoteProtocolError(f"{link.peer} is no node: it offers no device")
                     peer.link = link
                     await self._events.send(events.Joined(member, hello))
@@ -392,6 +392,6 @@ class Head:
 
     def _info(self, member: int) -> NodeInfo:
         where = self._state.members[member]
-        assert where.hello is not None and where.hello.device is not None
+        assert where.hello is not None and where.hello.offer is not None
         slower = self._pace.slower(where.label)
-        return NodeInfo(where.label, where.host, where.port, where.hello.device, slower)
+        return NodeInfo(where.label, where.host, where.port, where.hello.offer, slower)

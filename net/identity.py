@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..engine.layout import NUMERICS_VERSION
 from .errors import MismatchError, NodeLostError, printable
-from .messages import Device, Hello, Peer, Purpose
+from .messages import Hello, Offer, Peer, Purpose
 
 if TYPE_CHECKING:
     from ..engine.shards import Model
@@ -23,9 +23,9 @@ class Identity:
     numerics: int
     model: str
 
-    def hello(self, purpose: Purpose, device: Device | None = None) -> Hello:
+    def hello(self, purpose: Purpose, offer: Offer | None = None) -> Hello:
         """What this process says first on a connection."""
-        return Hello(purpose, self.name, self.incarnation, self.engine, self.numerics, self.model, device)
+        return Hello(purpose, self.name, self.incarnation, self.engine, self.numerics, self.model, offer)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from .errors import (
     to_wire,
 )
 from .identity import Identity, check_hello, check_peer
-from .messages import Device, Error, Hello, Message, Peer, Purpose
+from .messages import Error, Hello, Message, Offer, Peer, Purpose
 from .wire import Connection, Signal
 
 READ_BYTES = 256 * 1024
@@ -238,7 +238,7 @@ async def dial(
 
 
 async def greet(
-    link: Link, me: Identity, device: Device, *, seconds: float, admit: Callable[[Hello], Awaitable[None]]
+    link: Link, me: Identity, offer: Offer, *, seconds: float, admit: Callable[[Hello], Awaitable[None]]
 ) -> Hello:
     """The side that was dialled: hears who is there, checks, and answers, if `admit` does not object.
 
@@ -248,7 +248,7 @@ async def greet(
         link.peer = f"{hello.name} ({link.peer})"
         check_hello(me, hello, link.peer)
         await admit(hello)
-        await link.send(me.hello(hello.purpose, device))
+        await link.send(me.hello(hello.purpose, offer))
         return hello
     raise NodeLostError(f"{link.peer} connected and did not greet within {seconds:g} s")
 

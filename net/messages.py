@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from ..engine.batch import F32, Sampling, Want
-from .strict import AtMost, Between, Printable
+from ..engine.strict import Between, Printable
+from ..planner import Device, LinkSpeed
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised by every change that an older process would not understand; it stands in each frame's header."""
 
 CONTROL_LIMIT = 64 * 1024
@@ -32,7 +33,6 @@ Rows = Annotated[int, Between(1, 4096)]
 Position = Annotated[int, Between(0, (1 << 31) - 1)]
 Port = Annotated[int, Between(1, 65535)]
 Bytes = Annotated[int, Between(0, 1 << 60)]
-Rate = Annotated[float, Between(1e-3, 1e18)]
 Seconds = Annotated[float, Between(0, 1e9)]
 Name = Annotated[str, Printable(1, 64)]
 Host = Annotated[str, Printable(1, 253)]
@@ -55,40 +55,21 @@ class Epoch:
 
 
 @dataclass(frozen=True, slots=True)
-class RowRate:
-    """MAC/s of the matmuls of a call of so many rows."""
+class Offer:
+    """What a node offers: the device as measured (a factor by which it plays a slower one is in the numbers),
+    and how it computes."""
 
-    rows: Rows
-    macs_per_s: Rate
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """What a node offers, as measured; a factor by which it plays a slower device is in the numbers."""
-
-    ram_bytes: Bytes
-    """Promised: all that the process may take, `base_bytes` included."""
-    base_bytes: Bytes
-    """Taken before any unit is loaded."""
+    device: Device
     max_rows: Rows
     threads: Annotated[int, Between(1, 4096)]
     backend: Name
     exact: bool
     """Results are the same bits as on every other exact device."""
-    read_bytes_per_s: Rate
-    macs_per_s: Rate
-    step_overhead_s: Seconds
-    idle_overhead_s: Seconds = 0.0
-    """What a step after a pause takes more than one right after another."""
-    attend_macs_per_s: Rate = 1e18
-    """Attention of one row; then of many."""
-    prefill_attend_macs_per_s: Rate = 1e18
-    row_rates: Annotated[tuple[RowRate, ...], AtMost(64)] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """Who speaks, for what purpose, and what must agree. `device` is stated by nodes that answer."""
+    """Who speaks, for what purpose, and what must agree. `offer` is stated by nodes that answer."""
 
     purpose: Purpose
     name: Name
@@ -96,7 +77,7 @@ class Hello:
     engine: Name
     numerics: U32
     model: Hash
-    device: Device | None
+    offer: Offer | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,23 +96,13 @@ class Ping:
 
 
 @dataclass(frozen=True, slots=True)
-class LinkMeasure:
-    """A link as measured, one direction: a message of n bytes arrives after latency_s + n / bytes_per_s, in
-    half of all cases; in 95 % of them the latency is at most `latency_p95_s` (0: not measured)."""
-
-    latency_s: Seconds
-    bytes_per_s: Rate
-    latency_p95_s: Seconds = 0.0
-
-
-@dataclass(frozen=True, slots=True)
 class Pace:
     """How a node keeps up under an epoch: its steps take `slower` times as long as it offered, and `onward`
     is the link to the next node as its rows find it."""
 
     epoch: Epoch
     slower: Annotated[float, Between(1e-6, 1e6)]
-    onward: LinkMeasure | None
+    onward: LinkSpeed | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +174,7 @@ class Measured:
     """The link to the node of that incarnation; without a measure, `problem` says why."""
 
     peer: U64
-    link: LinkMeasure | None
+    link: LinkSpeed | None
     problem: Text
 
 

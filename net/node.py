@@ -16,6 +16,7 @@ from functools import partial
 import trio
 
 from ..engine.errors import ShoalError
+from ..planner import LinkSpeed
 from .errors import MismatchError, NetError, NodeLostError, RemoteProtocolError, to_wire
 from .events import DEFAULT_TIMING, Timing
 from .identity import Identity
@@ -37,15 +38,14 @@ from .messages import (
     Broken,
     Close,
     Data,
-    Device,
     Failed,
     GetStats,
     Hello,
-    LinkMeasure,
     Loaded,
     Measure,
     Measured,
     Message,
+    Offer,
     Open,
     Pace,
     Peer,
@@ -75,7 +75,7 @@ class NodeParts:
     call) and `open_stream`. `expect(first, last)` is what calls of such a stage should take by the offer."""
 
     identity: Identity
-    device: Device
+    offer: Offer
     units: int
     open_stage: Callable[[int, int], StageLike]
     resident: Callable[[], int]
@@ -97,7 +97,7 @@ class Node:
         self._last: _Assignment | None = None
         """The assignment that was begun last; it may be ending."""
         self._pace = NodePace()
-        self._links: dict[int, LinkMeasure] = {}
+        self._links: dict[int, LinkSpeed] = {}
         """To other nodes, by incarnation, as measured for this head."""
         self._connections = trio.CapacityLimiter(MAX_CONNECTIONS)
         self._steps: set[trio.CancelScope] = set()
@@ -136,7 +136,7 @@ class Node:
         hello = await greet(
             link,
             parts.identity,
-            parts.device,
+            parts.offer,
             seconds=parts.timing.handshake,
             admit=partial(self._admit, link),
         )
@@ -243,11 +243,11 @@ class _Assignment:
     """One stage at work under one epoch."""
 
     def __init__(
-        self, parts: NodeParts, head: Link, assign: Assign, pace: NodePace, links: dict[int, LinkMeasure]
+        self, parts: NodeParts, head: Link, assign: Assign, pace: NodePace, links: dict[int, LinkSpeed]
     ) -> None:
         self._parts, self._head, self._assign, self._pace = parts, head, assign, pace
         self._onward = Onward(None if assign.next is None else links.get(assign.next.incarnation))
-        self._inbox = Inbox(assign.epoch, parts.device.max_rows, assign.chunk_rows)
+        self._inbox = Inbox(assign.epoch, parts.offer.max_rows, assign.chunk_rows)
         self._arrived, self._taken = trio.Event(), trio.Event()
         self._scope, self._ended = trio.CancelScope(), trio.Event()
         self._work: StageWork | None = None

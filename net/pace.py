@@ -11,11 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from ..planner import Link, refreshed_link
-from ..planner.refresh import refreshed_factor
+from ..planner import LinkSpeed, refreshed_factor
 from .cluster import Cluster
 from .inbox import Batch
-from .messages import LinkMeasure, Pace, Pong, Step
+from .messages import Pace, Pong, Step
 from .placement import HEAD
 
 Expect = Callable[[Sequence[tuple[int, int, bool]], float], float]
@@ -55,7 +54,7 @@ class NodePace:
 class Onward:
     """The link to the next node as rows find it, from what was measured before; None: nothing was."""
 
-    def __init__(self, measured: LinkMeasure | None) -> None:
+    def __init__(self, measured: LinkSpeed | None) -> None:
         self.measured = measured
         self._pinged = -PING_SECONDS
         self._size = 0
@@ -81,18 +80,15 @@ def row_bytes(step: Step) -> int:
     return 64 + 4 * len(step.tokens) + (0 if step.hidden is None else step.hidden.nbytes)
 
 
-def after(measured: LinkMeasure, size: int, seconds: float) -> LinkMeasure:
-    """A link after a message of `size` bytes that took so long."""
-    link = Link(measured.latency_s, measured.bytes_per_s)
-    link = refreshed_link(link, size, max(seconds, 1e-6))
-    late = measured.latency_p95_s * (link.latency_s / measured.latency_s if measured.latency_s else 1.0)
-    return LinkMeasure(link.latency_s, min(link.bytes_per_s, 1e18), late)
+def after(link: LinkSpeed, size: int, seconds: float) -> LinkSpeed:
+    """A link after a message of `size` bytes that took so long, or no time that a clock shows."""
+    return link.refreshed(size, max(seconds, 1e-6))
 
 
 class HeadPace:
     """What a head hears of its nodes, by label; it keeps `links` true."""
 
-    def __init__(self, links: dict[tuple[str, str], LinkMeasure]) -> None:
+    def __init__(self, links: dict[tuple[str, str], LinkSpeed]) -> None:
         self._links = links
         self._slower: dict[str, float] = {}
         self._pinged: dict[int, tuple[int, float]] = {}
@@ -117,7 +113,7 @@ class HeadPace:
             for ends in ((HEAD, label), (label, HEAD)):
                 if ends in self._links:
                     self._links[ends] = after(self._links[ends], 0, (now - sent) / 2)
-        labels = [stage.node for stage in state.placement.stages]
+        labels = [stage.device for stage in state.placement.stages]
         if pong.pace is not None and pong.pace.epoch == state.epoch and label in labels:
             self._told(label, dict(pairwise(labels)).get(label), pong.pace)
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..engine.errors import NoPlanError
-from .messages import Device, LinkMeasure, Stats
+from ..planner import Assignment, LinkSpeed
+from .messages import Offer, Stats
 from .wire import max_step_rows
 
 HEAD = "head"
@@ -24,25 +25,17 @@ class NodeInfo:
     label: str
     host: str
     port: int
-    device: Device
+    offer: Offer
     slower: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class StageRange:
-    """Units [first, last) on the node of that label."""
-
-    node: str
-    first: int
-    last: int
-
-
-@dataclass(frozen=True, slots=True)
 class Placement:
-    """A plan: stages in the chain's order, and the most prompt rows of one call. A call ought to last no
-    longer than 100 ms by profile, so that other answers, and the end of this one, get their turn."""
+    """A plan: assignments to nodes by label, in the chain's order, and the most prompt rows of one call. A
+    call ought to last no longer than 100 ms by profile, so that other answers, and the end of this one, get
+    their turn."""
 
-    stages: tuple[StageRange, ...]
+    stages: tuple[Assignment, ...]
     chunk_rows: int = 128
 
 
@@ -58,7 +51,7 @@ class StageReport:
     stats: Stats
 
 
-Links = Mapping[tuple[str, str], LinkMeasure]
+Links = Mapping[tuple[str, str], LinkSpeed]
 Plan = Callable[[Sequence[NodeInfo], Links], Placement]
 """Chooses a placement for the nodes that are there, called in a worker thread; links go from label to label,
 one missing where it could not be measured. Raises NoPlanError if there is none."""
@@ -73,12 +66,12 @@ def plan_at(edges: Sequence[int], chunk_rows: int = 128) -> Plan:
                 f"the cuts {list(edges)} need {len(edges) - 1} nodes, and there are {len(nodes)}"
             )
         ranges = zip(nodes, edges, edges[1:], strict=False)
-        return Placement(tuple(StageRange(n.label, first, last) for n, first, last in ranges), chunk_rows)
+        return Placement(tuple(Assignment(n.label, first, last) for n, first, last in ranges), chunk_rows)
 
     return plan
 
 
 def fit_chunk(placement: Placement, nodes: Sequence[NodeInfo], cut_cols: int) -> Placement:
     """The placement with chunks that every node takes and every frame carries."""
-    limits = [node.device.max_rows for node in nodes] + [max_step_rows(cut_cols)]
+    limits = [node.offer.max_rows for node in nodes] + [max_step_rows(cut_cols)]
     return replace(placement, chunk_rows=min(placement.chunk_rows, *limits))

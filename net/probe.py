@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import trio
 
+from ..planner import LinkSpeed
 from .errors import NodeLostError
 from .identity import Identity
 from .link import Link, OpenStream, dial
-from .messages import BULK_LIMIT, Data, LinkMeasure, Peer, Ping, Pong
+from .messages import BULK_LIMIT, Data, Peer, Ping, Pong
 
 PINGS, FEWEST, PING_SECONDS = 20, 8, 0.2  # so many, or as many as go into that time, and never too few
 PAUSE_SECONDS = 0.004  # between them, as between a chain's tokens: who has rested answers later
@@ -18,7 +19,7 @@ ENOUGH_SECONDS = 0.05
 MOST_BYTES = 4 * 1024 * 1024
 
 
-async def measure_peer(open_stream: OpenStream, me: Identity, peer: Peer, seconds: float) -> LinkMeasure:
+async def measure_peer(open_stream: OpenStream, me: Identity, peer: Peer, seconds: float) -> LinkSpeed:
     """The link from here to a node, over a connection of its own, made and measured within `seconds` each.
 
     Errors as for `dial`."""
@@ -30,7 +31,7 @@ async def measure_peer(open_stream: OpenStream, me: Identity, peer: Peer, second
     )
 
 
-async def measure(link: Link) -> LinkMeasure:
+async def measure(link: Link) -> LinkSpeed:
     """The link from here to the peer, which answers pings (a connection for `probe`).
 
     Takes some round trips, and about 0.1 s of the line's time, or one frame's on a line slower than that.
@@ -45,7 +46,7 @@ async def measure(link: Link) -> LinkMeasure:
         seconds = await _round_trip(link, PINGS + size, size)
         if seconds - trip >= ENOUGH_SECONDS or size >= MOST_BYTES:
             rate = size / max(seconds - trip, 1e-6)
-            return LinkMeasure(latency_s=trip / 2, bytes_per_s=rate, latency_p95_s=late / 2)
+            return LinkSpeed(latency_s=trip / 2, bytes_per_s=rate, latency_p95_s=late / 2)
         size *= 2
 
 

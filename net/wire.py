@@ -16,8 +16,8 @@ from enum import Enum, auto
 
 import numpy as np
 
+from ..engine import strict
 from ..engine.batch import Want
-from . import strict
 from .errors import LocalProtocolError, MismatchError, NetError, RemoteProtocolError
 from .messages import (
     BY_CODE,

@@ -1,22 +1,50 @@
-"""Every formula of the cost model, once: the searches, the reports and the answers all read these functions.
+"""The cost model: every formula once. The searches, the reports, the walker and a node that watches its own
+pace all read these functions.
 
-A unit takes the longer of reading its weights and computing, and then attention takes the longer of reading
-the state and computing; a stage is its units plus a fixed overhead a step; a hop is a latency plus bytes over
-a rate. RAM is weights, state, workspace and the process itself. Sums over units are plain, so a stage's time
-is additive in its units: the searches rely on that, and on a longer range never taking less RAM or time than
-a range inside it. docs/planner.md has the formulas with their reasons.
+A unit takes the longer of reading its weights and computing its matmuls, and then its attention takes the
+longer of reading the state and computing; a stage is its units plus a fixed overhead a call; a hop is a
+latency plus bytes over a rate. RAM is weights, state, workspace and the process itself. Sums over units are
+plain, so a stage's time is additive in its units: the searches rely on that, and on a longer range never
+taking less RAM or time than a range inside it. docs/planner.md has the formulas with their reasons.
 """
 
 import math
-from collections.abc import Sequence
-from itertools import pairwise
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import accumulate, pairwise
+from operator import add, attrgetter
 
-from .rows import TOKEN_BYTES, Cluster, Device, Link, Model, Objective, Stage, Unit, Workload
+from .rows import Assignment, Cluster, Device, LinkSpeed, ModelCosts, Unit, Workload
+
+TOKEN_BYTES = 4  # a token id on its way from the coordinator to the first device, or from the last one back
+CALL_STEPS = 32  # steps of one call at most, as a node takes them
+PAUSE_SECONDS = 0.0005  # a stage that waited longer starts as after a pause
+Step = tuple[int, int, bool]  # rows of one sequence, their first position, whether a token is wanted
+
+unit_costs = attrgetter(
+    "bytes", "read_bytes", "macs", "kv_bytes_per_token", "fixed_state_bytes", "attend_macs"
+)
+
+
+class Kinds:
+    """The units of a model by what they cost: most layers cost the same, so a value is computed once a kind
+    and not once a unit."""
+
+    def __init__(self, model: ModelCosts) -> None:
+        keys = [unit_costs(unit) for unit in model.units]
+        self._unit = dict(zip(keys, model.units, strict=True))
+        self._keys = keys
+
+    def each(self, value: Callable[[Unit], float]) -> list[float]:
+        """The value of every unit."""
+        values = {key: value(unit) for key, unit in self._unit.items()}
+        return [values[key] for key in self._keys]
 
 
 def work_seconds(device: Device, rows: int, macs: int) -> float:
-    """The matmuls of a call of `rows` rows, `macs` a row: between measured row counts along a line, below the
-    least and beyond the largest at their rates."""
+    """The multiplications of a call of `rows` rows, `macs` a row: between measured row counts along a line,
+    below the least and beyond the largest at their rates."""
     rates = device.row_rates
     if not rates:
         return rows * macs / device.macs_per_s
@@ -31,124 +59,148 @@ def work_seconds(device: Device, rows: int, macs: int) -> float:
     return rows * macs / rate
 
 
-def unit_decode_seconds(unit: Unit, device: Device, workload: Workload, batch: int = 1) -> float:
-    """One row of each of `batch` sequences through one unit, in one call: weights are read once (of a table,
-    a row each), state once a sequence."""
-    read = min(unit.bytes, batch * unit.read_bytes)
-    matmuls = max(read / device.read_bytes_per_s, work_seconds(device, batch, unit.macs))
-    depth = workload.decode_depth
-    attention = max(
-        state_bytes_read(unit, depth) / device.read_bytes_per_s,
-        depth * unit.attend_macs / device.attend_macs_per_s,
-    )
-    return matmuls + batch * attention
-
-
-def unit_prefill_seconds(unit: Unit, device: Device, rows: int, position: int) -> float:
-    """One chunk of `rows` prompt rows from `position` on through one unit.
-
-    It reads each weight once (a table: one row a token) and the state up to its end; a row attends to what is
-    before it.
-    """
+def matmul_seconds(unit: Unit, device: Device, rows: int) -> float:
+    """The matmuls of `rows` rows in one call, which reads the weights once (of a table, a row each)."""
     read = min(unit.bytes, rows * unit.read_bytes)
-    matmuls = max(read / device.read_bytes_per_s, work_seconds(device, rows, unit.macs))
-    attention = max(
-        state_bytes_read(unit, position + rows) / device.read_bytes_per_s,
-        rows * (position + (rows + 1) / 2) * unit.attend_macs / device.prefill_attend_macs_per_s,
-    )
-    return matmuls + attention
+    return max(read / device.read_bytes_per_s, work_seconds(device, rows, unit.macs))
 
 
-def state_bytes_read(unit: Unit, depth: int) -> int:
-    """State that one call reads for one sequence at that depth."""
-    return unit.kv_bytes_per_token * depth + unit.fixed_state_bytes
+def position_seconds(unit: Unit, device: Device) -> float:
+    """The attention of one row to one position."""
+    return max(unit.kv_bytes_per_token / device.read_bytes_per_s, unit.attend_macs / device.attend_macs_per_s)
 
 
-def stage_decode_seconds(
-    model: Model,
-    device: Device,
-    workload: Workload,
-    first: int,
-    last: int,
-    *,
-    batch: int = 1,
-    idle: bool = False,
-) -> float:
-    """One decode step of a row of each of `batch` sequences through units [first, last); `idle`: after a
-    pause."""
-    overhead = device.step_overhead_s + (device.idle_overhead_s if idle else 0.0)
-    return overhead + sum(
-        unit_decode_seconds(unit, device, workload, batch) for unit in model.units[first:last]
-    )
+def attention_seconds(unit: Unit, device: Device, rows: int, position: int) -> float:
+    """The attention of `rows` rows of one sequence from `position` on. One row attends to the `position` rows
+    before it; a chunk reads the state up to its end, and each of its rows attends to what is before it. State
+    of a fixed size belongs to an operation of its own, which reads it once."""
+    read = device.read_bytes_per_s
+    if rows == 1:
+        growing = position * position_seconds(unit, device)
+    else:
+        macs = rows * (position + (rows + 1) / 2) * unit.attend_macs
+        growing = max(
+            unit.kv_bytes_per_token * (position + rows) / read, macs / device.prefill_attend_macs_per_s
+        )
+    return unit.fixed_state_bytes / read + growing
 
 
-def stages_pause(objective: Objective, workload: Workload) -> bool:
-    """Whether stages wait between calls: with one stream each does while the others have their turn."""
-    return objective != "throughput" or workload.streams == 1
+def decode_seconds(unit: Unit, device: Device, rows: int, depth: int) -> float:
+    """One row of each of `rows` sequences at that depth through one unit, in one call."""
+    return matmul_seconds(unit, device, rows) + rows * attention_seconds(unit, device, 1, depth)
 
 
-def stage_prefill_seconds(
-    model: Model, device: Device, first: int, last: int, rows: int, position: int, wanted: int
-) -> float:
-    """One chunk of `rows` prompt rows from `position` on through units [first, last). The model's last unit
-    runs only on the `wanted` rows whose logits somebody wants."""
-    seconds = device.step_overhead_s
-    for index in range(first, last):
-        run = rows if index < len(model.units) - 1 else wanted
-        if run:
-            seconds += unit_prefill_seconds(model.units[index], device, run, position)
-    return seconds
+def chunk_seconds(unit: Unit, device: Device, rows: int, position: int) -> float:
+    """A chunk of `rows` prompt rows from `position` on through one unit."""
+    return matmul_seconds(unit, device, rows) + attention_seconds(unit, device, rows, position)
 
 
-def sequence_state_bytes(model: Model, unit: Unit, context: int) -> int:
+class _ByRows(dict[int, float]):
+    """Seconds by the rows of a call, computed when first asked for."""
+
+    def __init__(self, seconds: Callable[[int], float]) -> None:
+        self._seconds = seconds
+
+    def __missing__(self, rows: int) -> float:
+        value = self[rows] = self._seconds(rows)
+        return value
+
+
+class StageCost:
+    """What calls of units [first, last) of a model take on a device.
+
+    `rows[n]`: seconds of a call of n decoded rows without the positions that they attend to; `position`: of
+    one position that one row attends to; `pause`: what a call after a pause takes more. The model's last unit
+    runs only on rows whose token is wanted.
+    """
+
+    def __init__(self, model: ModelCosts, device: Device, first: int, last: int) -> None:
+        units = model.units[first:last]
+        self._device = device
+        self._end = units[-1:] if last == len(model.units) else ()
+        body = units[:-1] if self._end else units
+        kinds = {unit_costs(unit): unit for unit in body}
+        self._kinds = [(kinds[key], count) for key, count in Counter(map(unit_costs, body)).items()]
+        every = [*self._kinds, *((unit, 1) for unit in self._end)]
+        fixed = sum(count * attention_seconds(unit, device, 1, 0) for unit, count in every)
+        self.position = sum(count * position_seconds(unit, device) for unit, count in every)
+        self.pause = device.idle_overhead_s
+        self._matmuls = cache(self._matmul_seconds)
+        self.rows = _ByRows(lambda n: device.step_overhead_s + n * fixed + self._matmuls(n, n))
+
+    def decode_seconds(self, rows: int, depth: int) -> float:
+        """A call of one row of each of `rows` sequences at that depth, right after another call."""
+        return self.rows[rows] + rows * depth * self.position
+
+    def call_seconds(self, steps: Sequence[Step]) -> float:
+        """A call of any mixture of decoded rows and chunks, right after another call."""
+        rows = wanted = 0
+        seconds = self._device.step_overhead_s
+        for count, position, wants in steps:
+            rows += count
+            for unit, units in self._kinds:
+                seconds += units * attention_seconds(unit, self._device, count, position)
+            if wants:
+                wanted += 1
+                for unit in self._end:
+                    seconds += attention_seconds(unit, self._device, 1, position + count - 1)
+        return seconds + self._matmuls(rows, wanted)
+
+    def _matmul_seconds(self, rows: int, wanted: int) -> float:
+        seconds = sum(count * matmul_seconds(unit, self._device, rows) for unit, count in self._kinds)
+        return seconds + sum(matmul_seconds(unit, self._device, wanted) for unit in self._end)
+
+
+def sequence_state_bytes(model: ModelCosts, unit: Unit, context: int) -> int:
     """State that one sequence of `context` positions holds in one unit, in whole pages."""
     pages = -(-context // model.kv_page_tokens)
     return unit.kv_bytes_per_token * pages * model.kv_page_tokens + unit.fixed_state_bytes
 
 
-def unit_held_bytes(model: Model, unit: Unit, workload: Workload) -> int:
+def unit_held_bytes(model: ModelCosts, unit: Unit, workload: Workload) -> int:
     """Weights and all sequences' state of one unit."""
     return unit.bytes + sequence_state_bytes(model, unit, workload.context) * workload.sequences
 
 
-def held_bytes_from(model: Model, workload: Workload, first: int) -> list[int]:
-    """RAM of units [first, last) without the process itself, for every last > first: entry 0 is last = first
-    + 1.
-
-    Weights, a tied table once, state, and the largest workspace.
-    """
-    held, total, workspace = [], 0, 0
-    for unit in model.units[first:]:
-        total += unit_held_bytes(model, unit, workload)
-        workspace = max(workspace, unit.workspace_bytes)
-        held.append(total + workspace)
-    if first == 0:
-        held[-1] -= model.tied_bytes
-    return held
+def held_bytes(model: ModelCosts, workload: Workload) -> list[list[int]]:
+    """RAM of units [b, c) without the process itself, as [b][c - b - 1]: weights, a tied table once, state,
+    and the largest workspace."""
+    held = [unit_held_bytes(model, unit, workload) for unit in model.units]
+    scratch = [unit.workspace_bytes for unit in model.units]
+    table = [
+        list(map(add, accumulate(held[b:]), accumulate(scratch[b:], max))) for b in range(len(model.units))
+    ]
+    table[0][-1] -= model.tied_bytes
+    return table
 
 
-def range_ram_bytes(model: Model, device: Device, workload: Workload, first: int, last: int) -> int:
+def range_ram_bytes(model: ModelCosts, device: Device, workload: Workload, first: int, last: int) -> int:
     """RAM that the device takes with units [first, last): its base, and what it holds."""
-    return device.base_bytes + held_bytes_from(model, workload, first)[last - first - 1]
+    units = model.units[first:last]
+    held = sum(unit_held_bytes(model, unit, workload) for unit in units)
+    tied = model.tied_bytes if len(units) == len(model.units) else 0
+    return device.base_bytes + held - tied + max(unit.workspace_bytes for unit in units)
 
 
-def link_busy_seconds(link: Link, size: int) -> float:
+def link_busy_seconds(link: LinkSpeed, size: float) -> float:
     """How long a message takes the link itself; the latency overlaps with other messages."""
     return size / link.bytes_per_s
 
 
-def hop_seconds(link: Link, size: int) -> float:
+def hop_seconds(link: LinkSpeed, size: float) -> float:
     """From sending a message of `size` bytes to having it all."""
     return link.latency_s + link_busy_seconds(link, size)
 
 
-def chain_hops(model: Model, cluster: Cluster, stages: Sequence[Stage]) -> list[tuple[Link, int]]:
-    """The links of a chain with the bytes of one row on each: head to first, between neighbours, last to
-    head.
+def chain_hops(
+    model: ModelCosts, cluster: Cluster, stages: Sequence[Assignment]
+) -> list[tuple[LinkSpeed, int]]:
+    """The links of a chain with the bytes of one row on each: coordinator to first, between neighbours, last
+    to coordinator.
 
     ValueError names a pair without a link.
     """
-    nodes = [cluster.head, *(stage.device for stage in stages), cluster.head]
+    nodes = [cluster.coordinator, *(stage.device for stage in stages), cluster.coordinator]
     cuts = [model.units[stage.last - 1].cut_bytes for stage in stages[:-1]]
     hops = []
     for (source, target), size in zip(pairwise(nodes), [TOKEN_BYTES, *cuts, TOKEN_BYTES], strict=True):
@@ -162,37 +214,3 @@ def chain_hops(model: Model, cluster: Cluster, stages: Sequence[Stage]) -> list[
 def per_second(seconds: float) -> float:
     """Tokens/s of a token that takes so long."""
     return 1.0 / seconds if seconds else math.inf
-
-
-def chunks(workload: Workload) -> list[tuple[int, int]]:
-    """(first position, rows) of the prompt's chunks."""
-    size, end = workload.chunk_tokens, workload.prompt_tokens
-    return [(position, min(size, end - position)) for position in range(0, end, size)]
-
-
-def first_token_seconds(model: Model, cluster: Cluster, workload: Workload, stages: Sequence[Stage]) -> float:
-    """From the prompt's arrival at the head to its first token there, its chunks pipelined along the chain.
-
-    A chunk enters a stage when it has arrived and the chunk before has left; a link carries one chunk at a
-    time; the first chunk finds every stage after a pause.
-    """
-    hops = chain_hops(model, cluster, stages)
-    devices = [cluster.device(stage.device) for stage in stages]
-    place_free = [0.0] * len(stages)
-    link_free = [0.0] * len(stages)
-    done = 0.0
-    for position, rows in chunks(workload):
-        wanted = int(position + rows == workload.prompt_tokens)
-        done = 0.0
-        for i, (stage, device) in enumerate(zip(stages, devices, strict=True)):
-            link, size = hops[i]
-            link_free[i] = max(done, link_free[i]) + link_busy_seconds(link, size * rows)
-            arrived = link_free[i] + link.latency_s
-            place_free[i] = max(arrived, place_free[i]) + stage_prefill_seconds(
-                model, device, stage.first, stage.last, rows, position, wanted
-            )
-            if position == 0:
-                place_free[i] += device.idle_overhead_s
-            done = place_free[i]
-    back, size = hops[-1]
-    return done + hop_seconds(back, size)

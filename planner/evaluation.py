@@ -1,136 +1,191 @@
-"""What given stages would do: the plan's figures, straight from the formulas, whoever chose the stages."""
+"""Plans: who holds what, and the figures of given stages, straight from the cost model, whoever chose
+them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from . import cost
-from .rows import Alone, Cluster, Model, Objective, Plan, Stage, Workload
-from .streams import Steady, Streams
+from .rows import Assignment, Objective, Question
+from .streams import Follower
 
 
 @dataclass(frozen=True, slots=True)
-class Timing:
-    """Seconds of a decode call of `batch` streams' rows along a chain, and of a token; and the mean rows of
-    each stage's calls."""
+class Hop:
+    """A message between two nodes of a chain."""
 
-    batch: int
-    rows: tuple[float, ...]
-    stages: tuple[float, ...]
-    hops: tuple[float, ...]
-    busy: tuple[float, ...]
-    step: float
+    seconds: float
+    busy_seconds: float  # how long the link itself is taken
+    bytes: int  # a token
 
 
-def check_stages(model: Model, cluster: Cluster, stages: Sequence[Stage]) -> None:
+@dataclass(frozen=True, slots=True)
+class PlannedStage(Assignment):
+    """An assignment with its figures; `hop` leads to it from the node before."""
+
+    seconds: float
+    ram_bytes: int
+    cap_bytes: int
+    hop: Hop
+
+
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """What one device would do with the whole model: its tokens/s whether or not it fits (None: no way to the
+    coordinator), and the bytes it lacks to hold it."""
+
+    device: str
+    tokens_per_s: float | None
+    ram_bytes: int
+    missing_bytes: int
+
+    @property
+    def possible(self) -> bool:
+        """The device reaches the coordinator and holds the model under its cap."""
+        return self.tokens_per_s is not None and self.missing_bytes == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why a device is in the plan or out of it, in words."""
+
+    device: str
+    used: bool
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Who holds what, and what that should give.
+
+    Times of stages and hops are of one decode call, which has a row of each of `batch` sequences; `back` is
+    the hop from the last stage to the coordinator. `step_seconds` is seconds a token: of several sequences
+    together what following them gives, else one lap of one sequence through all stages and hops.
+    """
+
+    objective: Objective
+    streams: int
+    units: int
+    stages: tuple[PlannedStage, ...]
+    back: Hop
+    step_seconds: float
+    tokens_per_s: float  # of all sequences together for throughput, else of one
+    first_token_seconds: float  # from the prompt's arrival to its first token
+    alone: tuple[Alone, ...]
+    reasons: tuple[Reason, ...] = ()
+    method: str = "given stages"  # how it was found, in words
+    optimal: bool = False  # proved best over all orders and cuts (of those allowed)
+    batch: int = 1  # sequences that share a call where most do, in the mean
+
+    @property
+    def assignments(self) -> tuple[Assignment, ...]:
+        """The stages without their figures."""
+        return tuple(Assignment(stage.device, stage.first, stage.last) for stage in self.stages)
+
+    @property
+    def hops(self) -> tuple[Hop, ...]:
+        """Coordinator to first, between neighbours, last to coordinator."""
+        return (*(stage.hop for stage in self.stages), self.back)
+
+    @property
+    def best_alone(self) -> Alone | None:
+        """The fastest device that could do it all by itself under its cap."""
+        able = [alone for alone in self.alone if alone.possible]
+        return max(able, key=lambda alone: alone.tokens_per_s or 0.0, default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Infeasible:
+    """No plan exists. `missing_bytes`: the least RAM that the caps lack in total, zero when RAM is not what
+    is missing; `exact` when no smaller amount would do."""
+
+    missing_bytes: int
+    reason: str
+    exact: bool = True
+
+
+def check_stages(question: Question, stages: Sequence[Assignment]) -> None:
     """ValueError: stages that do not cover the units in order, that name an unknown device or one twice."""
-    edges = [0, *(stage.last for stage in stages)]
-    if not stages or [stage.first for stage in stages] != edges[:-1] or edges[-1] != len(model.units):
-        raise ValueError(
-            f"the stages must cover units 0 to {len(model.units)} in order, without gap or overlap"
-        )
+    edges, units = [0, *(stage.last for stage in stages)], len(question.model.units)
+    if not stages or [stage.first for stage in stages] != edges[:-1] or edges[-1] != units:
+        raise ValueError(f"the stages must cover units 0 to {units} in order, without gap or overlap")
     names = [stage.device for stage in stages]
     if len(set(names)) < len(names):
         raise ValueError("a device may have one stage only")
     for name in names:
-        cluster.device(name)
+        question.cluster.device(name)
 
 
-def timing(
-    model: Model,
-    cluster: Cluster,
-    workload: Workload,
-    stages: Sequence[Stage],
-    objective: Objective,
-    streams: Streams,
-) -> Timing:
-    """The times of stages that cover the model. ValueError: a link is not there."""
-    links = cost.chain_hops(model, cluster, stages)
-    steady: Steady | None = None
-    if objective == "throughput" and workload.streams > 1:
-        steady = streams.steady(stages)
+@dataclass(frozen=True, slots=True)
+class _Timing:
+    """Seconds of a decode call of `batch` rows along a chain, and of a token."""
+
+    batch: int
+    stages: tuple[float, ...]
+    hops: tuple[Hop, ...]
+    token: float
+
+
+def _timing(question: Question, stages: Sequence[Assignment], follower: Follower) -> _Timing:
+    links = cost.chain_hops(question.model, question.cluster, stages)
+    steady = follower.steady(stages) if question.shares_calls else None
     batch = 1 if steady is None else max(1, round(max(steady.rows)))
-    alone_at_head = len(stages) == 1 and not any(cost.hop_seconds(link, size) for link, size in links)
-    times = tuple(
-        cost.stage_decode_seconds(
-            model,
-            cluster.device(stage.device),
-            workload,
-            stage.first,
-            stage.last,
-            batch=batch,
-            idle=steady is None and not alone_at_head,
-        )
-        for stage in stages
+    alone = len(stages) == 1 and not any(cost.hop_seconds(link, size) for link, size in links)
+    pauses, depth = steady is None and not alone, question.workload.decode_depth
+    costs = [follower.cost(stage) for stage in stages]
+    seconds = tuple(one.decode_seconds(batch, depth) + (one.pause if pauses else 0.0) for one in costs)
+    hops = tuple(
+        Hop(cost.hop_seconds(link, size * batch), cost.link_busy_seconds(link, size * batch), size)
+        for link, size in links
     )
-    hops = tuple(cost.hop_seconds(link, size * batch) for link, size in links)
-    return Timing(
-        batch=batch,
-        rows=(1.0,) * len(stages) if steady is None else steady.rows,
-        stages=times,
-        hops=hops,
-        busy=tuple(cost.link_busy_seconds(link, size * batch) for link, size in links),
-        step=sum(times) + sum(hops) if steady is None else steady.seconds,
-    )
+    lap = sum(seconds) + sum(hop.seconds for hop in hops)
+    return _Timing(batch, seconds, hops, lap if steady is None else steady.seconds)
 
 
-def evaluate(
-    model: Model,
-    cluster: Cluster,
-    workload: Workload,
-    stages: Sequence[Stage],
-    objective: Objective = "latency",
-    *,
-    streams: Streams | None = None,
-) -> Plan:
+def token_seconds(question: Question, stages: Sequence[Assignment], follower: Follower) -> float:
+    """What the question's objective makes least: seconds of a token on such stages, or until the first one.
+    ValueError: a link is not there."""
+    if question.objective == "first_token":
+        return follower.first_token(stages)
+    return _timing(question, stages, follower).token
+
+
+def evaluate(question: Question, stages: Sequence[Assignment], follower: Follower | None = None) -> Plan:
     """What given stages would do, whether or not they fit the caps: for a split made by hand or an equal one.
 
     ValueError when the stages do not cover the units in order, name an unknown device or one twice, or need a
-    link that is not there. `streams` are tables of the same question that others made.
+    link that is not there. `follower`: one of the same question, which keeps what it computed.
     """
-    stages = tuple(stages)
-    check_stages(model, cluster, stages)
-    devices = [cluster.device(stage.device) for stage in stages]
-    streams = streams or Streams(model, cluster, workload)
-    times = timing(model, cluster, workload, stages, objective, streams)
-    held = list(zip(stages, devices, strict=True))
+    check_stages(question, stages)
+    model, cluster, load = question.model, question.cluster, question.workload
+    follower = follower or Follower(question)
+    times = _timing(question, stages, follower)
+
+    def planned(stage: Assignment, seconds: float, hop: Hop) -> PlannedStage:
+        device = cluster.device(stage.device)
+        ram = cost.range_ram_bytes(model, device, load, stage.first, stage.last)
+        return PlannedStage(stage.device, stage.first, stage.last, seconds, ram, device.ram_bytes, hop)
+
     return Plan(
-        objective=objective,
-        streams=workload.streams,
+        objective=question.objective,
+        streams=load.streams,
         units=len(model.units),
-        stages=stages,
-        stage_seconds=times.stages,
-        hop_seconds=times.hops,
-        link_busy_seconds=times.busy,
-        link_bytes=tuple(size for _, size in cost.chain_hops(model, cluster, stages)),
-        step_seconds=times.step,
-        tokens_per_s=cost.per_second(times.step),
-        first_token_seconds=cost.first_token_seconds(model, cluster, workload, stages),
-        ram_bytes=tuple(cost.range_ram_bytes(model, d, workload, s.first, s.last) for s, d in held),
-        cap_bytes=tuple(device.ram_bytes for device in devices),
-        alone=tuple(
-            alone(model, cluster, workload, device.name, objective, streams) for device in cluster.devices
-        ),
-        reasons=(),
-        method="given stages",
-        optimal=False,
+        stages=tuple(map(planned, stages, times.stages, times.hops)),
+        back=times.hops[-1],
+        step_seconds=times.token,
+        tokens_per_s=cost.per_second(times.token),
+        first_token_seconds=follower.first_token(stages),
+        alone=tuple(_alone(question, device.name, follower) for device in cluster.devices),
         batch=times.batch,
     )
 
 
-def alone(
-    model: Model,
-    cluster: Cluster,
-    workload: Workload,
-    name: str,
-    objective: Objective,
-    streams: Streams,
-) -> Alone:
+def _alone(question: Question, name: str, follower: Follower) -> Alone:
     """What one device would do with the whole model."""
-    device, units = cluster.device(name), len(model.units)
-    ram = cost.range_ram_bytes(model, device, workload, 0, units)
+    model, device, units = question.model, question.cluster.device(name), len(question.model.units)
+    ram = cost.range_ram_bytes(model, device, question.workload, 0, units)
     missing = max(0, ram - device.ram_bytes)
     try:
-        times = timing(model, cluster, workload, [Stage(name, 0, units)], objective, streams)
-    except ValueError:  # no way from the head or back
+        token = _timing(question, [Assignment(name, 0, units)], follower).token
+    except ValueError:  # no way from the coordinator or back
         return Alone(name, None, ram, missing)
-    return Alone(name, cost.per_second(times.step), ram, missing)
+    return Alone(name, cost.per_second(token), ram, missing)

@@ -1,12 +1,17 @@
-"""Why each device is in a plan or out of it, and what a problem without a plan lacks, in words."""
+"""Why each device is in a plan or out of it, and what a question without a plan lacks, in words."""
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from . import cost
-from .alternatives import QUICK_EXACT, Case, Search, with_it, without
-from .judge import Found, Judge
-from .rows import Cluster, Model, Plan, Reason, Stage, Workload
+from .evaluation import Plan, Reason
+from .rows import Assignment, Question
+from .tables import TimeTables
+
+if TYPE_CHECKING:
+    from .search import Chain
+    from .solve import Found, Planning
 
 MB = 1e6
 NOTABLE = 1.005  # more tokens/s than that are more
@@ -22,44 +27,52 @@ def units_text(first: int, last: int, units: int) -> str:
     elif low < high:
         parts.append(f"layers {low}-{high}")
     if last == units:
-        parts.append("head")
+        parts.append("LM head")
     return " + ".join(parts)
 
 
-def give_reasons(
-    plan: Plan,
-    cluster: Cluster,
-    found: Found,
-    judge: Judge,
-    cases: Sequence[Case],
-    devices: Sequence[int],
-    fixed: bool,
-    why_none: Callable[[Sequence[int]], str],
-) -> tuple[Reason, ...]:
-    """A reason for every device of the cluster, in its order. `cases`: all that were searched; `devices`:
-    those that the plan could choose from, `fixed`: in this order; `why_none`: why there is no plan with some
-    of them, in words."""
+def give_reasons(planning: "Planning", plan: Plan, found: "Found") -> tuple[Reason, ...]:
+    """A reason for every device of the cluster, in its order."""
     used = {j for j, _, _ in found.chain.stages}
     reasons = []
-    for j, device in enumerate(cluster.devices):
+    for j, device in enumerate(planning.question.cluster.devices):
         if j in used:
-            text = _why_in(plan, judge, cases, j, devices, fixed, why_none)
-        elif j not in devices:
+            text = _why_in(planning, plan, j)
+        elif j not in planning.devices:
             text = "left out by the order or the constraints given"
         else:
-            text = _why_out(plan, cluster, found, judge, cases, j, devices, fixed)
+            text = _why_out(planning, plan, found, j)
         reasons.append(Reason(device.name, j in used, text))
     return tuple(reasons)
 
 
-def _instead(plan: Plan, judge: Judge, cases: Sequence[Case], search: Search) -> str | None:
-    """What the best chain that a search finds would give, and what the plan gives; None when it finds
-    none. Where no plan is proved, this search may find a better."""
-    best = math.inf
-    for tables, goal in cases:
-        chain = search(tables, goal)
-        if chain is not None:
-            best = min(best, judge.value(tables, goal, chain))
+def _why_in(planning: "Planning", plan: Plan, j: int) -> str:
+    others = [i for i in planning.devices if i != j]
+    if not others:
+        return "the only device"
+    if j in planning.tables[0].pins:
+        return "its layers are given"
+    text = _instead(planning, plan, lambda tables: planning.without(tables, j))
+    return f"needed: without it {planning.why_none(others)}" if text is None else f"without it: {text}"
+
+
+def _why_out(planning: "Planning", plan: Plan, found: "Found", j: int) -> str:
+    device = planning.question.cluster.devices[j]
+    if all(fit == c for c, fit in enumerate(found.tables.first_fit[j])):
+        return f"its cap of {device.ram_bytes / MB:.1f} MB has no room for any unit"
+    text = _instead(planning, plan, lambda tables: planning.with_it(tables, j, found.chain))
+    if text is None:
+        return f"no chain with room {'leads' if planning.thorough else 'was found'} through it"
+    return f"with it: {text}"
+
+
+def _instead(
+    planning: "Planning", plan: Plan, chain_of: "Callable[[TimeTables], Chain | None]"
+) -> str | None:
+    """What the best chain that a search finds would give, and what the plan gives; None when it finds none.
+    Where no plan is proved, this search may find a better."""
+    chains = [(tables, chain_of(tables)) for tables in planning.tables]
+    best = min((planning.value(t, chain) for t, chain in chains if chain is not None), default=math.inf)
     if best == math.inf:
         return None
     if plan.objective == "first_token":
@@ -70,62 +83,21 @@ def _instead(plan: Plan, judge: Judge, cases: Sequence[Case], search: Search) ->
     return f"{text}: more, which the search did not see"
 
 
-def _why_in(
-    plan: Plan,
-    judge: Judge,
-    cases: Sequence[Case],
-    j: int,
-    devices: Sequence[int],
-    fixed: bool,
-    why_none: Callable[[Sequence[int]], str],
-) -> str:
-    others = [i for i in devices if i != j]
-    if not others:
-        return "the only device"
-    if j in cases[0][0].pins:
-        return "its layers are given"
-
-    text = _instead(plan, judge, cases, without(j, devices, fixed))
-    return f"needed: without it {why_none(others)}" if text is None else f"without it: {text}"
-
-
-def _why_out(
-    plan: Plan,
-    cluster: Cluster,
-    found: Found,
-    judge: Judge,
-    cases: Sequence[Case],
-    j: int,
-    devices: Sequence[int],
-    fixed: bool,
-) -> str:
-    device = cluster.devices[j]
-    if all(fit == c for c, fit in enumerate(found.tables.first_fit[j])):
-        return f"its cap of {device.ram_bytes / MB:.1f} MB has no room for any unit"
-    text = _instead(plan, judge, cases, with_it(j, found.chain, devices, fixed))
-    if text is None:
-        proved = fixed or len(devices) <= QUICK_EXACT
-        return f"no chain with room {'leads' if proved else 'was found'} through it"
-    return f"with it: {text}"
-
-
-def say_lack(
-    model: Model, cluster: Cluster, workload: Workload, stages: Sequence[Stage], missing: int, exact: bool
-) -> str:
+def say_lack(question: Question, stages: Sequence[Assignment], missing: int, exact: bool) -> str:
     """How many MB the caps are short of, and which caps, in the split that lacks least."""
-    lacks = []
+    model, lacks = question.model, []
     for stage in stages:
-        device = cluster.device(stage.device)
-        ram = cost.range_ram_bytes(model, device, workload, stage.first, stage.last)
-        what = f"{mb_up(ram)} for {units_text(stage.first, stage.last, len(model.units))}"
-        text = f"{device.name} promises {mb_up(device.ram_bytes)} and would need {what}"
+        device = question.cluster.device(stage.device)
+        ram = cost.range_ram_bytes(model, device, question.workload, stage.first, stage.last)
+        what = f"{_mb_up(ram)} for {units_text(stage.first, stage.last, len(model.units))}"
+        text = f"{device.name} promises {_mb_up(device.ram_bytes)} and would need {what}"
         lacks.append((ram - device.ram_bytes, text))
     short = [text for lack, text in sorted(lacks, key=lambda entry: -entry[0]) if lack > 0]
     more = f"; and {len(short) - NAMED} more" if len(short) > NAMED else ""
     bound = "" if exact else "up to "
-    return f"the RAM caps are {bound}{mb_up(missing)} short in total: {'; '.join(short[:NAMED])}{more}"
+    return f"the RAM caps are {bound}{_mb_up(missing)} short in total: {'; '.join(short[:NAMED])}{more}"
 
 
-def mb_up(size: int) -> str:
+def _mb_up(size: int) -> str:
     """Bytes as MB, rounded up, so that what is asked for suffices."""
     return f"{math.ceil(size / MB * 10) / 10:.1f} MB"

@@ -1,37 +1,35 @@
-"""The exact plan over devices, their order and their layer counts, as a mixed-integer linear program in PuLP.
+"""The exact plan over devices, their order and their layers, as a mixed-integer linear program in PuLP.
 
-Made for models whose layers are alike: a device then needs only a *number* of layers, not a yes or no per
-layer, and eight devices solve in milliseconds. Each used device has one role: first (embedding and n >= 0
-layers), middle (n >= 1), last (n >= 0 and the head), or sole (everything). Binary arcs join the roles to a
-path; layers flow along the arcs and each device takes its n, so that a ring off the path, whose middle
-devices take layers that never arrive, is impossible and the relaxation stays tight. All costs and room come
-from the same tables as the DP's.
+Where layers are alike, a device needs only a *number* of layers, and eight devices solve in milliseconds
+(`_Counts`). Where they are not, one binary says for each device and range of units that fits whether the
+device holds it, and one for each pair and boundary whether a chain passes there: a path through a graph that
+never goes back, which each device joins once (`_Path`). All costs and room come from the same tables as the
+other searches'.
 
 What is known already bounds the problem: no chain counts that does not better it. For throughput that bound
-stands in for the slowest place, which is no variable: the quickest round in which all places keep within the
-bound is a new bound, until there is none. Each of those few problems solves like one for latency, where one
-with the variable, whose relaxation splits layers to make places equal, took ten times as long at worst.
+stands in for the busiest resource, which is no variable: the quickest lap in which all resources keep within
+the bound is a new bound, until there is none. Each of those few problems solves like one for latency, where
+one with the variable, whose relaxation splits layers to make resources equal, took ten times as long at
+worst.
 
 PuLP is imported when a problem is solved, not before: phones plan without it.
 """
 
 import importlib
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from typing import Any
 
-from . import dp
-from .dp import Chain
-from .goal import Goal
-from .rows import Model
+from . import search
+from .search import Chain
 from .tables import INF, TimeTables
 
 SCALE = 1000.0  # the objective's size in the solver's units, far above its absolute tolerances of 1e-6
 BETTER = 1 - 1e-9  # of what is known: a chain within that is no better
-BOUNDARY = 1  # any cut stands for all: layers_alike
+ANY = 1  # any boundary: they are alike
 TALKATIVE = ("1.16.0",)  # versions of HiGHS that print a banner, into an answer that goes down a pipe
 
 
@@ -116,17 +114,9 @@ def _adder(problem: Any, pulp: Any) -> Any:
     return getattr(problem, "add_variable", pulp.LpVariable)
 
 
-def layers_alike(model: Model) -> bool:
-    """Whether counts say everything: all layers have the same costs, and any two boundaries pass the same
-    bytes."""
-    costs = {replace(unit, name="layer", cut_bytes=0) for unit in model.units[1:-1]}
-    return len(costs) <= 1 and len({unit.cut_bytes for unit in model.units[:-1]}) == 1
-
-
 def best_chain(
     tables: TimeTables,
     devices: Sequence[int],
-    goal: Goal,
     solver: Solver,
     *,
     ordered: bool = False,
@@ -136,80 +126,140 @@ def best_chain(
     """The best chain over `devices` in any order (or in the given order, any left out), and whether that is
     proved.
 
-    The model's layers must be alike. `known`: a chain to be bettered, and the answer where
-    none does. Gap 0; after `time_limit` seconds the best so far, unproved. (None, True): there is no chain.
+    `known`: a chain to be bettered, and the answer where none does. Gap 0; after `time_limit` seconds the
+    best so far, unproved. (None, True): there is no chain.
     """
     if len(tables.pins) > sum(j in tables.pins for j in devices):
         return None, True
+    goal = tables.goal
     until, best, bound = time.monotonic() + time_limit, known, INF
     while True:
         if best is not None:
-            bound = dp.value(tables, goal, best) * BETTER
-        chain, proved = _solve(
-            tables, devices, goal, solver, ordered, bound, max(0.0, until - time.monotonic())
-        )
+            bound = search.value(tables, best) * BETTER
+        left = max(0.0, until - time.monotonic())
+        chain, proved = _solve(tables, devices, solver, ordered, bound, left)
         if chain is None:
             return best, proved
-        round_s, slowest = dp.parts(tables, chain)
-        if goal.value(round_s, slowest) > bound:  # by the solver's tolerances alone it was within
+        lap, busiest = search.parts(tables, chain)
+        if goal.value(lap, busiest) > bound:  # by the solver's tolerances alone it was within
             return best, proved
-        if goal.objective != "throughput" or not proved or round_s * goal.batch >= slowest * goal.streams:
-            return chain, proved  # as quick as any round can be here
+        if goal.objective != "throughput" or not proved or lap * goal.batch >= busiest * goal.streams:
+            return chain, proved  # as quick as any lap can be here
         order = [j for j, _, _ in chain.stages]
-        best = dp.best_chain(tables, goal, partial(dp.cheapest, order=order))
+        best, _ = search.best_chain(tables, partial(search.cheapest, order=order))
         assert best is not None, "the MILP's own chain is one of those that the DP sees"
 
 
 def _solve(
     tables: TimeTables,
     devices: Sequence[int],
-    goal: Goal,
     solver: Solver,
     ordered: bool,
     bound: float,
     time_limit: float,
 ) -> tuple[Chain | None, bool]:
-    """The best chain of a value below `bound`, or that with the quickest round of those; and whether that,
-    or that there is none, is proved."""
+    """The best chain of a value below `bound`, or that with the quickest lap of those; and whether that, or
+    that there is none, is proved."""
+    pulp, goal = solver.pulp, tables.goal
     if goal.objective == "throughput" and bound < INF:
         tables = tables.within(bound * goal.batch)
-    program = _Program(tables, devices, goal, solver.pulp, ordered, bound)
-    pulp = solver.pulp
+    program = (_Counts if tables.alike else _Path)(tables, devices, pulp, ordered, bound)
     try:
         status = program.problem.solve(solver.make(time_limit))
     except pulp.PulpSolverError as error:
         raise SolverMissing(f"{solver.name} failed: {error}") from error
-    if status == pulp.LpStatusOptimal:
-        chain = program.chain()
-        return chain, program.problem.sol_status == pulp.LpSolutionOptimal
-    return None, status == pulp.LpStatusInfeasible
+    if status != pulp.LpStatusOptimal:
+        return None, status == pulp.LpStatusInfeasible
+    stages = tuple(program.stages())
+    lap, _ = search.parts(tables, Chain(stages, 0.0))
+    return Chain(stages, lap), program.problem.sol_status == pulp.LpSolutionOptimal
 
 
 class _Program:
-    """The variables and constraints of one problem."""
+    """One problem: what its formulations share."""
 
     def __init__(
-        self,
-        tables: TimeTables,
-        devices: Sequence[int],
-        goal: Goal,
-        pulp: Any,
-        ordered: bool,
-        bound: float,
+        self, tables: TimeTables, devices: Sequence[int], pulp: Any, ordered: bool, bound: float
     ) -> None:
-        self.tables, self.devices, self.pulp = tables, devices, pulp
-        self.layers = tables.units - 2
+        self.tables, self.devices, self.pulp, self.bound = tables, devices, pulp, bound
+        self.place = {j: at for at, j in enumerate(devices)} if ordered else dict.fromkeys(devices, 0)
+        self.ordered = ordered
         self.problem = pulp.LpProblem("plan", pulp.LpMinimize)
-        self._add = _adder(self.problem, pulp)
-        self._roles()
-        self._path(ordered)
-        self._cost(goal, bound)
+        self.add = _adder(self.problem, pulp)
+        self.terms: list[Any] = []  # of the lap, each scaled
+        self.resources: list[Any] = []  # of each stage and link, where the goal looks at them
+        times = sorted(tables.stage(j, 0, tables.units) for j in devices)
+        self.scale = SCALE / (times[len(times) // 2] or 1.0)  # roughly the size of the objective
+        self.looks = tables.goal.objective == "first_token" and tables.goal.chunks > 1
+        self.build()
+        self.minimise()
 
-    def _binary(self, name: str, possible: bool = True) -> Any:
-        return self._add(name, 0, int(possible), self.pulp.LpInteger)
+    def build(self) -> None:
+        """Adds variables, constraints and costs."""
+        raise NotImplementedError
+
+    def stages(self) -> Iterable[tuple[int, int, int]]:
+        """The chain of the solved program."""
+        raise NotImplementedError
+
+    def binary(self, name: str, possible: bool = True) -> Any:
+        return self.add(name, 0, int(possible), self.pulp.LpInteger)
+
+    def on(self, variable: Any) -> bool:
+        return bool(round(variable.value()))
+
+    def follows(self, i: int, j: int) -> bool:
+        """Whether j may come after i in the chain, however far."""
+        return i != j and (not self.ordered or self.place[i] < self.place[j])
+
+    def cost(self, seconds: float, taken: float, used: Any) -> None:
+        """What an expression of 0 or 1 adds to the lap, and takes of a resource of its own."""
+        if seconds == INF:
+            self.problem += used == 0
+            return
+        self.terms.append(self.scale * seconds * used)
+        if self.looks and taken:
+            self.resources.append(self.scale * taken * used)
+
+    def minimise(self) -> None:
+        goal, what = self.tables.goal, self.pulp.lpSum(self.terms)
+        most = self.scale * self.bound * (goal.streams if goal.objective == "throughput" else 1)
+        if self.looks:
+            longest = self.add("longest", 0)
+            for seconds in self.resources:
+                self.problem += seconds <= longest
+            what += (goal.chunks - 1) * longest
+        self.problem += what
+        if self.bound < INF:
+            self.problem += what <= most
+
+
+class _Counts(_Program):
+    """Layers that are alike: each used device has one role, first (embedding and n >= 0 layers), middle (n >=
+    1), last (n >= 0 and the LM head) or sole (everything). Arcs join the roles to a path; layers flow along
+    the arcs and each device takes its n, so that a ring off the path, whose middle devices take layers that
+    never arrive, is impossible and the relaxation stays tight."""
+
+    def build(self) -> None:
+        self.layers = self.tables.units - 2
+        self._roles()
+        self._path()
+        lap, busy = self.tables.lap, self.tables.busy
+        for j in self.devices:
+            self.terms.append(
+                self.scale * self._sums(j, lap.overhead[j], lap.prefix[j], self.tables.relief[j])
+            )
+            if self.looks:
+                self.resources.append(self.scale * self._sums(j, busy.overhead[j], busy.prefix[j]))
+            self.cost(lap.enter[j], busy.enter[j], self.first[j] + self.sole[j])
+            self.cost(lap.leave[j], busy.leave[j], self.last[j] + self.sole[j])
+        for (i, j), arc in self.arc.items():
+            hop, taken = lap.hop[i][j], busy.hop[i][j]
+            assert hop is not None and taken is not None, "arcs are made only where there is a link"
+            self.cost(hop[ANY], taken[ANY], arc)
 
     def _most_layers(self, j: int, first: bool, last: bool) -> int:
-        """How many layers device j has room for, beside the embedding (first) or the head (last); -1: not
+        """How many layers device j has room for, beside the embedding (first) or the LM head (last); -1: not
         even those.
 
         Read off the same windows as the DP's; more layers never take less room.
@@ -228,13 +278,13 @@ class _Program:
             room_first = self._most_layers(j, True, False)
             room_last = self._most_layers(j, False, True)
             room = self._most_layers(j, False, False)
-            fits_all = self.tables.first_fit[j][self.tables.units] == 0
-            self.first[j] = self._binary(f"first_{j}", room_first >= 0)
-            self.last[j] = self._binary(f"last_{j}", room_last >= 0)
-            self.middle[j] = self._binary(f"middle_{j}", room >= 1)
-            self.sole[j] = self._binary(f"sole_{j}", fits_all)
-            most = max(0, room_first, room_last, room)
-            self.count[j] = self._add(f"layers_{j}", 0, most, self.pulp.LpInteger)
+            self.first[j] = self.binary(f"first_{j}", room_first >= 0)
+            self.last[j] = self.binary(f"last_{j}", room_last >= 0)
+            self.middle[j] = self.binary(f"middle_{j}", room >= 1)
+            self.sole[j] = self.binary(f"sole_{j}", self.tables.first_fit[j][self.tables.units] == 0)
+            self.count[j] = self.add(
+                f"layers_{j}", 0, max(0, room_first, room_last, room), self.pulp.LpInteger
+            )
             used = self.first[j] + self.middle[j] + self.last[j] + self.sole[j]
             if j in self.tables.pins:
                 problem += used == 1
@@ -250,19 +300,18 @@ class _Program:
         problem += sum_of(self.last.values()) + alone == 1
         problem += sum_of(self.count.values()) + self.layers * alone == self.layers
 
-    def _path(self, ordered: bool) -> None:
+    def _path(self) -> None:
         """Arcs between used devices, and the layers still to be placed flowing along them."""
         sum_of, problem = self.pulp.lpSum, self.problem
-        place = {j: at for at, j in enumerate(self.devices)}
         self.arc, flow = {}, {}
         for i in self.devices:
             for j in self.devices:
-                hop = self.tables.hop[i][j]
+                hop = self.tables.lap.hop[i][j]
                 # Cuts are alike, so one boundary tells whether the link is there and quick enough.
-                if hop is None or hop[BOUNDARY] == INF or (ordered and place[i] >= place[j]):
+                if hop is None or hop[ANY] == INF or not self.follows(i, j):
                     continue
-                self.arc[i, j] = self._binary(f"arc_{i}_{j}")
-                flow[i, j] = self._add(f"flow_{i}_{j}", 0, self.layers)
+                self.arc[i, j] = self.binary(f"arc_{i}_{j}")
+                flow[i, j] = self.add(f"flow_{i}_{j}", 0, self.layers)
                 problem += flow[i, j] <= self.layers * self.arc[i, j]
         for j in self.devices:
             out = [(i, k) for i, k in self.arc if i == j]
@@ -271,45 +320,6 @@ class _Program:
             problem += sum_of(self.arc[a] for a in into) == self.last[j] + self.middle[j]
             entering = self.layers * self.first[j] + sum_of(flow[a] for a in into)
             problem += entering - sum_of(flow[a] for a in out) == self.count[j]
-
-    def _cost(self, goal: Goal, bound: float) -> None:
-        tables, sum_of = self.tables, self.pulp.lpSum
-        scale = SCALE / self._guess()
-        each = self.devices
-        rounds = [scale * self._sums(j, tables.overhead[j], tables.prefix[j], tables.relief[j]) for j in each]
-        busy: list[Any] = []
-        slowest_counts = goal.objective == "first_token" and goal.chunks > 1
-        if slowest_counts:
-            busy = [scale * self._sums(j, tables.place_overhead[j], tables.place_prefix[j]) for j in each]
-        for j in self.devices:
-            ends = (
-                (tables.enter[j], tables.busy_enter[j], self.first[j] + self.sole[j]),
-                (tables.leave[j], tables.busy_leave[j], self.last[j] + self.sole[j]),
-            )
-            for seconds, taken, used in ends:
-                if seconds == INF:
-                    self.problem += used == 0
-                else:
-                    rounds.append(scale * seconds * used)
-                    busy += [scale * taken * used] if taken else []
-        for (i, j), arc in self.arc.items():
-            hop, taken_by = tables.hop[i][j], tables.busy[i][j]
-            assert hop is not None and taken_by is not None, "arcs are made only where there is a link"
-            rounds.append(scale * hop[BOUNDARY] * arc)
-            busy += [scale * taken_by[BOUNDARY] * arc] if taken_by[BOUNDARY] else []
-        if not slowest_counts:
-            tokens = goal.streams if goal.objective == "throughput" else 1
-            self._make_least(sum_of(rounds), scale * bound * tokens)
-            return
-        longest = self._add("longest", 0)
-        for seconds in busy:
-            self.problem += seconds <= longest
-        self._make_least(sum_of(rounds) + (goal.chunks - 1) * longest, scale * bound)
-
-    def _make_least(self, what: Any, bound: float) -> None:
-        self.problem += what
-        if bound < INF:
-            self.problem += what <= bound
 
     def _sums(self, j: int, step: float, prefix: Sequence[float], relief: float = 0.0) -> Any:
         """What device j takes, as an expression of its roles and layers: `step` and the units it holds, less
@@ -324,34 +334,69 @@ class _Program:
             + (step + prefix[units] - relief) * self.sole[j]
         )
 
-    def _guess(self) -> float:
-        """The size of the objective, roughly: the whole model and its hops on a middling device."""
-        tables = self.tables
-        times = sorted(tables.stage(j, 0, tables.units) for j in self.devices)
-        return times[len(times) // 2] or 1.0
-
-    def chain(self) -> Chain:
-        """The chain of the solved program, its round summed afresh from the tables."""
-
-        def on(variable: Any) -> bool:
-            return bool(round(variable.value()))
-
-        tables, units = self.tables, self.tables.units
-        stages: list[tuple[int, int, int]] = []
-        j, first = next(j for j in self.devices if on(self.first[j]) or on(self.sole[j])), 0
-        if on(self.sole[j]):
-            return Chain(((j, 0, units),), tables.enter[j] + tables.stage(j, 0, units) + tables.leave[j])
-        total = tables.enter[j]
+    def stages(self) -> Iterable[tuple[int, int, int]]:
+        j, first = next(j for j in self.devices if self.on(self.first[j]) or self.on(self.sole[j])), 0
+        if self.on(self.sole[j]):
+            return [(j, 0, self.tables.units)]
+        stages = []
         while True:
-            at_end = on(self.last[j])
+            at_end = self.on(self.last[j])
             last = max(first, 1) + round(self.count[j].value()) + at_end
             stages.append((j, first, last))
-            total += tables.stage(j, first, last)
             if at_end:
-                assert last == units, "the layers of all roles add up along the path"
-                return Chain(tuple(stages), total + tables.leave[j])
-            following = next(k for (i, k), arc in self.arc.items() if i == j and on(arc))
-            hop = tables.hop[j][following]
-            assert hop is not None, "arcs are made only where there is a link"
-            total += hop[last]
-            j, first = following, last
+                assert last == self.tables.units, "the layers of all roles add up along the path"
+                return stages
+            j, first = next(k for (i, k), arc in self.arc.items() if i == j and self.on(arc)), last
+
+
+class _Path(_Program):
+    """Any layers: a path along ranges of units that devices hold and hops between them."""
+
+    def build(self) -> None:
+        tables, sum_of, units = self.tables, self.pulp.lpSum, self.tables.units
+        self.holds = {
+            (j, b, c): self.binary(f"holds_{j}_{b}_{c}")
+            for j in self.devices
+            for c in range(1, units + 1)
+            for b in range(tables.first_fit[j][c], c)
+            if tables.fits(j, b, c)
+        }
+        starts: dict[tuple[int, int], list[Any]] = {}
+        ends: dict[tuple[int, int], list[Any]] = {}
+        for (j, b, c), held in self.holds.items():
+            starts.setdefault((j, b), []).append(held)
+            ends.setdefault((j, c), []).append(held)
+            self.terms.append(self.scale * tables.stage(j, b, c) * held)
+        into: dict[tuple[int, int], list[Any]] = {}
+        out: dict[tuple[int, int], list[Any]] = {}
+        for i, c in ends:
+            for j in self.devices:
+                hop, taken = tables.lap.hop[i][j], tables.busy.hop[i][j]
+                if (j, c) not in starts or not self.follows(i, j) or hop is None or taken is None:
+                    continue
+                if hop[c] < INF:
+                    passes = self.binary(f"hop_{i}_{j}_{c}")
+                    self.cost(hop[c], taken[c], passes)
+                    out.setdefault((i, c), []).append(passes)
+                    into.setdefault((j, c), []).append(passes)
+        for key, held in starts.items():
+            if key[1] > 0:
+                self.problem += sum_of(held) == sum_of(into.get(key, []))
+        for key, held in ends.items():
+            if key[1] < units:
+                self.problem += sum_of(held) == sum_of(out.get(key, []))
+        for j in self.devices:
+            own = [(part, held) for part, held in self.holds.items() if part[0] == j]
+            used = sum_of(held for _, held in own)
+            self.problem += used == 1 if j in tables.pins else used <= 1
+            self.cost(tables.lap.enter[j], tables.busy.enter[j], sum_of(starts.get((j, 0), [])))
+            self.cost(tables.lap.leave[j], tables.busy.leave[j], sum_of(ends.get((j, units), [])))
+            if self.looks:
+                self.resources.append(
+                    self.scale * sum_of(tables.busy.stage(*part) * held for part, held in own)
+                )
+        first = [held for (_, b, _), held in self.holds.items() if b == 0]
+        self.problem += sum_of(first) == 1
+
+    def stages(self) -> Iterable[tuple[int, int, int]]:
+        return sorted((part for part, held in self.holds.items() if self.on(held)), key=lambda part: part[1])

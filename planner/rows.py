@@ -1,25 +1,89 @@
-"""The planner's rows: what it is asked (units, devices, links, workload) and what it answers (a plan, or why
-none).
+"""The planner's rows: what it is asked. Units, devices, links, a workload, constraints, and the question that
+holds them all; and assignments, of which an answer is made (plans are in evaluation.py).
 
-Frozen, plain, and checked when made: a row that exists is a row that can be planned with. Ranges of units are
-half-open. Bytes are whole bytes, times are seconds, rates are per second; a MAC is one multiply-add.
+Frozen, plain, and checked when made: a row that exists is a row that can be planned with. Devices and links
+are the same rows from the measurement through the network to the plan, so the checks also bound what a
+stranger may send. Ranges of units are half-open. Bytes are whole bytes, times are seconds, rates are per
+second; a MAC is one multiply-accumulate.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
-
-from .check import check_name, check_real, check_row_rates, check_whole
 
 Objective = Literal["latency", "throughput", "first_token"]
 OBJECTIVES: tuple[Objective, ...] = ("latency", "throughput", "first_token")
-TOKEN_BYTES = 4  # a token id on its way from the head to the first device, or from the last one back
+
+MOST_BYTES = 1 << 60
+MOST_SECONDS = 1e9
+SLOWEST, FASTEST = 1e-3, 1e18  # rates
+MOST_ROWS = 4096  # of one call
+MOST_RATES = 64  # row counts at which a device was measured
+WEIGHT = 0.1  # of one measurement of something at work: about the last twenty count
+MOST_CHANGE = 4.0  # times quicker or slower that one such measurement may look
+
+
+def check_whole(what: str, value: object, least: int = 0, most: int = MOST_BYTES) -> None:
+    """A whole number (no bool) within [least, most]."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{what} must be a whole number >= {least}, not {value!r:.60}")
+    if value > most:
+        raise ValueError(f"{what} is larger than {most}")
+
+
+def check_real(what: str, value: object, *, above: float = -math.inf, most: float = math.inf) -> None:
+    """A finite number (no bool), > `above` and <= `most`."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise ValueError(f"{what} must be a number, not {value!r:.60}")
+    if not math.isfinite(value):
+        raise ValueError(f"{what} must be finite, not {value!r}")
+    if value <= above:
+        raise ValueError(f"{what} must be > {above:g}, not {value!r:.60}")
+    if value > most:
+        raise ValueError(f"{what} is larger than {most:g}")
+
+
+def check_seconds(what: str, value: object) -> None:
+    """A number within [0, MOST_SECONDS]."""
+    check_real(what, value, most=MOST_SECONDS)
+    if value < 0:  # type: ignore[operator]
+        raise ValueError(f"{what} must be >= 0, not {value!r:.60}")
+
+
+def check_rate(what: str, value: object) -> None:
+    """A number > 0 within [SLOWEST, FASTEST]."""
+    check_real(what, value, above=0, most=FASTEST)
+    if value < SLOWEST:  # type: ignore[operator]
+        raise ValueError(f"{what} must be >= {SLOWEST:g}, not {value!r:.60}")
+
+
+def check_name(what: str, value: object) -> None:
+    """A string of 1 to 100 characters that can be printed."""
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{what} needs a name that is not empty, not {value!r:.60}")
+    if not value.isprintable():
+        raise ValueError(f"{what} has a name that cannot be printed: {value!r:.60}")
+    if len(value) > 100:
+        raise ValueError(f"{what} has a name of {len(value)} characters, more than 100")
+
+
+def _check_row_rates(owner: str, rates: object) -> None:
+    if not isinstance(rates, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in rates):
+        raise ValueError(f"{owner}: row_rates must be a tuple of (rows, MAC/s) pairs, not {rates!r:.60}")
+    if len(rates) > MOST_RATES:
+        raise ValueError(f"{owner}: row_rates has {len(rates)} pairs, more than {MOST_RATES}")
+    before = 0
+    for rows, rate in rates:
+        check_whole(f"{owner}: rows of row_rates", rows, before + 1, MOST_ROWS)
+        check_rate(f"{owner}: MAC/s at {rows} rows", rate)
+        before = rows
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One unit of a model: the embedding, a layer, or the final norm and head."""
+    """The costs of one unit of a model: the embedding, a layer, or the final norm with the LM head."""
 
     name: str
     bytes: int  # resident weights
@@ -33,17 +97,17 @@ class Unit:
 
     def __post_init__(self) -> None:
         check_name("a unit", self.name)
-        for field in ("bytes", "read_bytes", "macs", "kv_bytes_per_token", "fixed_state_bytes", "cut_bytes",
-                      "workspace_bytes", "attend_macs"):  # fmt: skip
-            check_whole(f"unit {self.name}: {field}", getattr(self, field))
+        for key in ("bytes", "read_bytes", "macs", "kv_bytes_per_token", "fixed_state_bytes", "cut_bytes",
+                    "workspace_bytes", "attend_macs"):  # fmt: skip
+            check_whole(f"unit {self.name}: {key}", getattr(self, key))
         if self.read_bytes > self.bytes:
             raise ValueError(f"unit {self.name}: read_bytes {self.read_bytes} exceed its bytes {self.bytes}")
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
-    """Units in order: embedding, layers, head. `tied_bytes` of the last unit are also unit 0's: a device that
-    has both holds them once. State is allocated in pages of `kv_page_tokens` positions."""
+class ModelCosts:
+    """A model's units in order: embedding, layers, LM head. `tied_bytes` of the last unit are also unit 0's:
+    a device that has both holds them once. State is allocated in pages of `kv_page_tokens` positions."""
 
     units: tuple[Unit, ...]
     tied_bytes: int = 0
@@ -51,7 +115,7 @@ class Model:
 
     def __post_init__(self) -> None:
         if not isinstance(self.units, tuple) or len(self.units) < 2:
-            raise ValueError("a model needs a tuple of at least two units, an embedding and a head")
+            raise ValueError("a model needs a tuple of at least two units, an embedding and an LM head")
         check_whole("the model's tied_bytes", self.tied_bytes)
         check_whole("the model's kv_page_tokens", self.kv_page_tokens, 1)
         ends = min(self.units[0].bytes, self.units[-1].bytes)
@@ -63,70 +127,123 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One device as measured, and the RAM it promises. What nobody measured costs nothing."""
+    """What one device offers: the RAM that it promises, and its rates and overheads as measured with the real
+    kernels. The defaults, for what nobody measured, cost nothing."""
 
     name: str
     ram_bytes: int  # the cap: all that the node may take, its own base included
-    read_bytes_per_s: float  # weights and state, by the real kernels
+    read_bytes_per_s: float  # weights and state
     macs_per_s: float  # matmuls of many rows
     base_bytes: int = 0  # the process before it holds a unit
-    step_overhead_s: float = 0.0  # per step, whatever the stage holds
-    idle_overhead_s: float = 0.0  # what a step after a pause takes more than one right after another
+    step_overhead_s: float = 0.0  # per call, whatever the stage holds
+    idle_overhead_s: float = 0.0  # what a call after a pause takes more than one right after another
     row_rates: tuple[tuple[int, float], ...] = ()  # (rows of a call, MAC/s), ascending; none: macs_per_s
-    attend_macs_per_s: float = math.inf  # attention of one row of a sequence
-    prefill_attend_macs_per_s: float = math.inf  # and of many
+    attend_macs_per_s: float = FASTEST  # attention of one row of a sequence
+    prefill_attend_macs_per_s: float = FASTEST  # and of many
 
     def __post_init__(self) -> None:
         check_name("a device", self.name)
-        check_whole(f"device {self.name}: ram_bytes", self.ram_bytes)
-        check_whole(f"device {self.name}: base_bytes", self.base_bytes)
-        check_real(f"device {self.name}: read_bytes_per_s", self.read_bytes_per_s, above=0)
-        check_real(f"device {self.name}: macs_per_s", self.macs_per_s, above=0)
-        for field in ("step_overhead_s", "idle_overhead_s"):
-            check_real(f"device {self.name}: {field}", getattr(self, field))
-        for field in ("attend_macs_per_s", "prefill_attend_macs_per_s"):
-            check_real(f"device {self.name}: {field}", getattr(self, field), above=0, endless=True)
-        check_row_rates(f"device {self.name}", self.row_rates)
+        for key in ("ram_bytes", "base_bytes"):
+            check_whole(f"device {self.name}: {key}", getattr(self, key))
+        for key in ("read_bytes_per_s", "macs_per_s", "attend_macs_per_s", "prefill_attend_macs_per_s"):
+            check_rate(f"device {self.name}: {key}", getattr(self, key))
+        for key in ("step_overhead_s", "idle_overhead_s"):
+            check_seconds(f"device {self.name}: {key}", getattr(self, key))
+        _check_row_rates(f"device {self.name}", self.row_rates)
+
+    def slowed(self, factor: float) -> "Device":
+        """The device with everything it does taking `factor` times as long (below 1: quicker): one that gets
+        hot, or shares its cores, is slower in all it does. ValueError: a factor that is not above 0."""
+        check_real(f"the slow factor of {self.name}", factor, above=0)
+
+        def slower(rate: float) -> float:
+            return _within(rate / factor) if rate < FASTEST else FASTEST  # the latter was never measured
+
+        return replace(
+            self,
+            read_bytes_per_s=slower(self.read_bytes_per_s),
+            macs_per_s=slower(self.macs_per_s),
+            step_overhead_s=min(MOST_SECONDS, self.step_overhead_s * factor),
+            idle_overhead_s=min(MOST_SECONDS, self.idle_overhead_s * factor),
+            row_rates=tuple((rows, slower(rate)) for rows, rate in self.row_rates),
+            attend_macs_per_s=slower(self.attend_macs_per_s),
+            prefill_attend_macs_per_s=slower(self.prefill_attend_macs_per_s),
+        )
+
+
+def _within(rate: float) -> float:
+    return min(FASTEST, max(SLOWEST, rate))
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
-    """One direction between two nodes: a message of n bytes arrives after latency_s + n / bytes_per_s."""
+class LinkSpeed:
+    """One direction between two nodes: a message of n bytes arrives after latency_s + n / bytes_per_s in half
+    of all cases; in 95 % of them the latency is at most `latency_p95_s` (0: not measured)."""
 
     latency_s: float
-    bytes_per_s: float  # infinite for a loop inside one process
+    bytes_per_s: float  # infinite within one process
+    latency_p95_s: float = 0.0
 
     def __post_init__(self) -> None:
-        check_real("a link's latency_s", self.latency_s)
-        check_real("a link's bytes_per_s", self.bytes_per_s, above=0, endless=True)
+        check_seconds("a link's latency_s", self.latency_s)
+        if self.bytes_per_s != math.inf:
+            check_rate("a link's bytes_per_s", self.bytes_per_s)
+        check_seconds("a link's latency_p95_s", self.latency_p95_s)
+
+    def refreshed(self, size: int, measured_s: float) -> "LinkSpeed":
+        """The link after a message of `size` bytes that took `measured_s` (see refreshed_factor). Latency and
+        rate share the blame by their parts in what was expected, so a small message moves the one and a large
+        one the other; the spread of the latency moves with it. ValueError: a time that is not above 0."""
+        check_real("the measured hop", measured_s, above=0)
+        busy = size / self.bytes_per_s
+        expected = self.latency_s + busy
+        if expected == 0:
+            return replace(self, latency_s=WEIGHT * measured_s)
+        change, share = refreshed_factor(1.0, expected, measured_s) - 1, busy / expected
+        later, rate = 1 + (1 - share) * change, self.bytes_per_s / (1 + share * change)
+        return LinkSpeed(
+            min(MOST_SECONDS, self.latency_s * later),
+            rate if rate == math.inf else _within(rate),
+            min(MOST_SECONDS, self.latency_p95_s * later),
+        )
 
 
-LOOPBACK = Link(0.0, math.inf)
+def refreshed_factor(factor: float, expected_s: float, measured_s: float) -> float:
+    """The factor by which something takes longer than its row says, after it took `measured_s` where the row
+    says `expected_s`: an exponentially weighted mean, in which a hiccup counts no more than MOST_CHANGE.
+    ValueError: values that are not above 0."""
+    for what, value in (("factor", factor), ("expected time", expected_s), ("measured time", measured_s)):
+        check_real(f"the {what}", value, above=0)
+    ratio = min(MOST_CHANGE, max(1 / MOST_CHANGE, measured_s / (factor * expected_s)))
+    return factor * (1 + WEIGHT * (ratio - 1))
+
+
+LOOPBACK = LinkSpeed(0.0, math.inf)
 
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Devices, the links between them, and `head`: the node where tokens enter and return.
+    """Devices, the links between them, and the coordinator: the node where tokens enter and return.
 
-    A pair without a link cannot be neighbours in a chain. The head may be one of the devices; its way to
-    itself is then free unless a link says otherwise.
+    A pair without a link cannot be neighbours in a chain. The coordinator may be one of the devices; its way
+    to itself is then free unless a link says otherwise.
     """
 
     devices: tuple[Device, ...]
-    links: Mapping[tuple[str, str], Link]
-    head: str
+    links: Mapping[tuple[str, str], LinkSpeed]
+    coordinator: str
 
     def __post_init__(self) -> None:
         if not isinstance(self.devices, tuple) or not self.devices:
             raise ValueError("a cluster needs a tuple of at least one device")
-        check_name("the head", self.head)
+        check_name("the coordinator", self.coordinator)
         names = [device.name for device in self.devices]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"device {twice[0]} is listed twice")
         for source, target in self.links:
             for end in (source, target):
-                if end != self.head and end not in names:
+                if end != self.coordinator and end not in names:
                     raise ValueError(f"link {source} -> {target}: there is no device {end}")
 
     def device(self, name: str) -> Device:
@@ -137,7 +254,7 @@ class Cluster:
         known = ", ".join(device.name for device in self.devices)
         raise ValueError(f"there is no device {name}; there are {known}")
 
-    def link(self, source: str, target: str) -> Link | None:
+    def link(self, source: str, target: str) -> LinkSpeed | None:
         """The link from node to node, None where there is none."""
         link = self.links.get((source, target))
         return LOOPBACK if link is None and source == target else link
@@ -158,8 +275,8 @@ class Workload:
     depth: int | None = None
 
     def __post_init__(self) -> None:
-        for field in ("context", "sequences", "prompt_tokens", "streams", "chunk_tokens"):
-            check_whole(f"workload: {field}", getattr(self, field), 1)
+        for key in ("context", "sequences", "prompt_tokens", "streams", "chunk_tokens"):
+            check_whole(f"workload: {key}", getattr(self, key), 1)
         if self.prompt_tokens > self.context:
             raise ValueError(
                 f"workload: a prompt of {self.prompt_tokens} exceeds the context of {self.context} tokens"
@@ -178,9 +295,15 @@ class Workload:
         """Positions whose state a decoded row reads."""
         return (self.prompt_tokens + self.context) // 2 if self.depth is None else self.depth
 
+    @property
+    def chunks(self) -> list[tuple[int, int]]:
+        """(first position, rows) of the prompt's chunks."""
+        size, end = self.chunk_tokens, self.prompt_tokens
+        return [(position, min(size, end - position)) for position in range(0, end, size)]
+
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class Assignment:
     """Units [first, last) on one device."""
 
     device: str
@@ -188,77 +311,107 @@ class Stage:
     last: int
 
     def __post_init__(self) -> None:
-        check_name("a stage's device", self.device)
-        check_whole(f"stage on {self.device}: first", self.first)
-        check_whole(f"stage on {self.device}: last", self.last, self.first + 1)
+        check_name("an assignment's device", self.device)
+        check_whole(f"assignment to {self.device}: first", self.first)
+        check_whole(f"assignment to {self.device}: last", self.last, self.first + 1)
 
 
 @dataclass(frozen=True, slots=True)
-class Alone:
-    """What one device would do with the whole model: its tokens/s whether or not it fits (None: no way to the
-    head), and the bytes it lacks to hold it."""
+class Constraints:
+    """What a plan must keep to beside the RAM caps. Devices by name. `layers`: exactly so many layers (the
+    embedding and the LM head are none); 0 leaves a device out. `first` holds the embedding, `last` the LM
+    head. `order`: the only devices to plan with, in this order; any may get nothing."""
 
-    device: str
-    tokens_per_s: float | None
-    ram_bytes: int
-    missing_bytes: int
+    exclude: frozenset[str] = frozenset()
+    layers: Mapping[str, int] = field(default_factory=dict)
+    first: str | None = None
+    last: str | None = None
+    order: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name, count in self.layers.items():
+            check_whole(f"the layers of {name}", count)
+            if count and name in self.exclude:
+                raise ValueError(f"{name} is excluded and has {count} layers as well")
+        for end in self._ends:
+            if end in self.exclude:
+                raise ValueError(f"{end} is excluded and holds an end of the model as well")
+            if self.layers.get(end) == 0:
+                raise ValueError(
+                    f"{end} gets no layers, which leaves it out, and an end of the model as well"
+                )
+        alone = self.first if self.first == self.last else None
+        for name in self._needed - {alone}:
+            if alone is not None:
+                raise ValueError(
+                    f"{alone} holds both ends, so all of the model, and {name} is to have layers"
+                )
 
     @property
-    def possible(self) -> bool:
-        """The device reaches the head and holds the model under its cap."""
-        return self.tokens_per_s is not None and self.missing_bytes == 0
-
-
-@dataclass(frozen=True, slots=True)
-class Reason:
-    """Why a device is in the plan or out of it, in words."""
-
-    device: str
-    used: bool
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Who holds what, and what that should give.
-
-    Times are of one decode call, which has a row of each of `batch` streams. `hop_seconds`,
-    `link_busy_seconds` and `link_bytes` have one more entry than `stages`: head to first, between neighbours,
-    last to head. `step_seconds` is seconds a token: of several streams together what following them gives,
-    else one round of one stream through all stages and hops.
-    """
-
-    objective: Objective
-    streams: int
-    units: int
-    stages: tuple[Stage, ...]
-    stage_seconds: tuple[float, ...]
-    hop_seconds: tuple[float, ...]
-    link_busy_seconds: tuple[float, ...]  # of each hop, how long the link itself is taken
-    link_bytes: tuple[int, ...]  # a token, on each hop
-    step_seconds: float
-    tokens_per_s: float  # of all streams together for throughput, else of one
-    first_token_seconds: float  # from the prompt's arrival to its first token
-    ram_bytes: tuple[int, ...]  # of each stage's device
-    cap_bytes: tuple[int, ...]
-    alone: tuple[Alone, ...]
-    reasons: tuple[Reason, ...]
-    method: str  # how it was found, in words
-    optimal: bool  # proved best over all orders and cuts (of those allowed)
-    batch: int = 1  # streams that share a call where most do, in the mean
+    def _ends(self) -> set[str]:
+        return {end for end in (self.first, self.last) if end is not None}
 
     @property
-    def best_alone(self) -> Alone | None:
-        """The fastest device that could do it all by itself under its cap."""
-        able = [alone for alone in self.alone if alone.possible]
-        return max(able, key=lambda alone: alone.tokens_per_s or 0.0, default=None)
+    def _needed(self) -> set[str]:
+        """Devices that have to be in the plan."""
+        return self._ends | {name for name, count in self.layers.items() if count}
+
+    def check(self, model: ModelCosts, cluster: Cluster) -> None:
+        """ValueError: a device that is not there, counts that cannot add up to the model's layers, or an
+        order that contradicts."""
+        for name in [*sorted(self.exclude | set(self.layers) | self._ends), *(self.order or ())]:
+            cluster.device(name)
+        layers, pinned = len(model.units) - 2, sum(self.layers.values())
+        free = [d.name for d in cluster.devices if d.name not in self.exclude and d.name not in self.layers]
+        if pinned > layers or (pinned < layers and not free):
+            raise ValueError(f"the given layers add up to {pinned}, and the model has {layers}")
+        if not any(self.allowed(device.name) for device in cluster.devices):
+            raise ValueError("all devices are left out")
+        if self.order is not None:
+            self._check_order(self.order)
+
+    def _check_order(self, order: Sequence[str]) -> None:
+        if not order:
+            raise ValueError("the order names no device")
+        place = {name: at for at, name in enumerate(order)}
+        if len(place) < len(order):
+            raise ValueError("the order names a device twice")
+        for name in sorted(self._needed):
+            if name not in place:
+                raise ValueError(f"{name} has to be in the plan, and the order leaves it out")
+            for end, other in ((self.first, name), (name, self.last)):
+                if end is not None and other is not None and place[end] > place[other]:
+                    raise ValueError(f"{end} comes after {other} in the order, and has to come before it")
+
+    def allowed(self, name: str) -> bool:
+        """Whether a device may get anything."""
+        return name not in self.exclude and self.layers.get(name) != 0
 
 
-@dataclass(frozen=True, slots=True)
-class Infeasible:
-    """No plan exists. `missing_bytes`: the least RAM that the caps lack in total, zero when RAM is not what
-    is missing; `exact` when no smaller amount would do."""
+@dataclass(frozen=True)
+class Question:
+    """All that a plan is made from. ValueError: an unknown objective, or constraints that contradict the
+    model or the cluster."""
 
-    missing_bytes: int
-    reason: str
-    exact: bool = True
+    model: ModelCosts
+    cluster: Cluster
+    workload: Workload
+    objective: Objective = "latency"
+    constraints: Constraints = Constraints()
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"unknown objective {self.objective!r}; there are {', '.join(OBJECTIVES)}")
+        self.constraints.check(self.model, self.cluster)
+
+    @cached_property
+    def devices(self) -> tuple[int, ...]:
+        """The devices to plan with, by index: all that are allowed, in the given order if there is one."""
+        names = [device.name for device in self.cluster.devices]
+        order = self.constraints.order or names
+        return tuple(names.index(name) for name in order if self.constraints.allowed(name))
+
+    @property
+    def shares_calls(self) -> bool:
+        """Whether several sequences decode at once, so that their rows share calls."""
+        return self.objective == "throughput" and self.workload.streams > 1

@@ -1,242 +1,261 @@
-"""plan(): one question in, one answer out. Picks the method, evaluates what it found, and says why in
-words."""
+"""plan(): one question in, one answer out. Picks the search, judges what it found, and says why in words.
 
-import math
+A chain is judged by its goal's formula; or, where several sequences gather in shared calls or a prompt comes
+in chunks, by following it (streams.py). No search can minimise the latter, so there the searches' answers are
+only starting points, whose boundaries and devices are changed as long as that helps.
+"""
+
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from . import cost, dp, milp, orders
-from .alternatives import QUICK_EXACT, Case, Search, with_it, without
-from .constraints import Constraints
-from .evaluation import evaluate
+from . import milp, search
+from .evaluation import Infeasible, Plan, evaluate, token_seconds
 from .explain import give_reasons, say_lack
-from .goal import Goal, goals
-from .judge import BETTER, Following, Found, Judge, stages_of
-from .rows import OBJECTIVES, Cluster, Infeasible, Link, Model, Objective, Plan, Stage, Workload
-from .streams import Streams
-from .tables import TimeTables
-from .tabulate import ANYTHING, decode_tables, lack_tables, prompt_tables
+from .rows import Assignment, Question
+from .search import Chain, cheapest, cheapest_any_order
+from .streams import Follower
+from .tables import TimeTables, goals, lack_tables, layers_alike, tables_of
 
 Method = Literal["auto", "milp", "dp"]
 SAME = 1e-6  # relative: what two exact methods may differ by
+BETTER = 1 - 1e-9
+TRIALS = 100  # chains that are followed for one plan
+MOVES = (1, -1, 2, -2, 4, -4)  # units that a boundary moves by
+QUICK_EXACT = 5  # devices up to which all orders are tried in some milliseconds
 
 
 def plan(
-    model: Model,
-    cluster: Cluster,
-    workload: Workload,
-    objective: Objective = "latency",
-    order: Sequence[str] | None = None,
-    *,
-    constraints: Constraints = ANYTHING,
-    method: Method = "auto",
-    explain: bool = True,
-    time_limit: float = 10.0,
+    question: Question, *, method: Method = "auto", explain: bool = True, time_limit: float = 10.0
 ) -> Plan | Infeasible:
     """The best assignment of the model's units to the cluster's devices, any of which may get nothing.
 
-    `order` fixes the order (and leaves out devices that it does not name): exact DP. Otherwise `method`
-    "milp" solves a MILP, at most `time_limit` seconds; "dp" searches orders without a solver; "auto" takes
-    the MILP where PuLP and a solver are there and the layers are alike, else the DP, and the plan's `method`
-    says which and why.  `explain` fills `reasons` (some more searches). SolverMissing: method "milp"
-    without PuLP or solver. ValueError: an unknown objective, method or device, constraints that contradict
-    the model, or method "milp" for layers that differ.
+    A given order is planned by exact DP. Otherwise `method` "dp" searches orders without a solver, "milp"
+    solves a MILP, at most `time_limit` seconds, and "auto" takes whichever is exact sooner: the DP up to
+    QUICK_EXACT devices (up to EXACT_DEVICES where layers differ), beyond them the MILP if PuLP and a solver
+    are there. The plan's `method` says what was taken. `explain` fills `reasons` (some more searches).
+    SolverMissing: method "milp" without PuLP or solver. ValueError: an unknown method.
     """
-    if objective not in OBJECTIVES:
-        raise ValueError(f"unknown objective {objective!r}; there are {', '.join(OBJECTIVES)}")
     if method not in ("auto", "milp", "dp"):
         raise ValueError(f"unknown method {method!r}; there are auto, milp, dp")
-    if method == "milp" and not milp.layers_alike(model):
-        raise ValueError("the MILP counts layers, and this model's layers differ: use method auto or dp")
-    constraints.check(model, cluster, order)
-    devices = [j for j in _places(cluster, order) if constraints.allowed(cluster.devices[j].name)]
-    shared = objective == "throughput" and workload.streams > 1
-    streams = Streams(model, cluster, workload) if shared else None
-    following = _following(model, cluster, workload, objective, streams)
-    judge = Judge(cluster, following)
-    found: list[Found] = []
-    cases: list[Case] = []
-    for goal in goals(objective, workload):
-        tables = _tables(model, cluster, workload, constraints, goal)
-        cases.append((tables, goal))
-        if order is not None:
-            chain, optimal = dp.best_proved(tables, goal, lambda t: dp.cheapest(t, devices))
-            how = "exact DP for the given order"
-        else:
-            why = _why_no_milp(model, method)
-            chain, optimal, how = _search(tables, devices, goal, method, why, time_limit)
+    planning = Planning(question)
+    solver, why = _solver(question, method)
+    found = []
+    for tables in planning.tables:
+        chain, optimal, how = _search(tables, question, solver, why, time_limit)
         if chain is not None:
-            found.append(Found(tables, goal, chain, how, optimal, judge.value(tables, goal, chain)))
+            found.append(Found(tables, chain, planning.value(tables, chain), how, optimal))
     if not found:
-        return _infeasible(model, cluster, workload, constraints, devices, order is not None)
-    best = judge.best(found)
-    if following is not None and order is None and len(devices) <= orders.EXACT_DEVICES:
-        best = _other_devices(best, judge, cases, devices)
-    stages = stages_of(cluster, best.chain)
-    answer = evaluate(model, cluster, workload, stages, objective, streams=streams)
+        return _infeasible(question)
+    best = planning.best(found)
+    answer = evaluate(question, planning.stages(best.chain), planning.follower)
     answer = replace(answer, method=best.how, optimal=best.optimal)
-    if not explain:
-        return answer
-    fixed, why_none = order is not None, partial(_why_none, model, cluster, workload, constraints)
-    reasons = give_reasons(answer, cluster, best, judge, cases, devices, fixed, why_none)
-    return replace(answer, reasons=reasons)
+    return replace(answer, reasons=give_reasons(planning, answer, best)) if explain else answer
 
 
-def _following(
-    model: Model,
-    cluster: Cluster,
-    workload: Workload,
-    objective: Objective,
-    streams: Streams | None,
-) -> Following | None:
-    """What chains are judged by where the goals' formulas are not what they come to."""
-    if streams is not None:
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A search's answer with the tables of its problem, and its value in the end."""
 
-        def seconds(stages: Sequence[Stage]) -> float:
-            return streams.steady(stages).seconds
-
-        return Following("the streams", seconds)
-    if objective == "first_token" and len(cost.chunks(workload)) > 1:
-        return Following("the prompt's chunks", partial(cost.first_token_seconds, model, cluster, workload))
-    return None
+    tables: TimeTables
+    chain: Chain
+    value: float
+    how: str
+    optimal: bool
 
 
-def _places(cluster: Cluster, order: Sequence[str] | None) -> list[int]:
-    """The devices to plan with, by index: all, or those of `order` in that order."""
-    if order is None:
-        return list(range(len(cluster.devices)))
-    if not order:
-        raise ValueError("the order names no device")
-    places = [cluster.devices.index(cluster.device(name)) for name in order]
-    if len(set(places)) < len(places):
-        raise ValueError("the order names a device twice")
-    return places
+class Planning:
+    """One question's tables, a set for each of its goals, and how chains are judged."""
+
+    def __init__(self, question: Question) -> None:
+        self.question, self.devices = question, question.devices
+        self.fixed = question.constraints.order is not None
+        self.follower = Follower(question)
+        self.tables = [tables_of(question, goal) for goal in goals(question)]
+        self._followed = ""  # what chains are judged by, where that is no formula
+        if question.shares_calls:
+            self._followed = "the concurrent sequences"
+        elif question.objective == "first_token" and len(question.workload.chunks) > 1:
+            self._followed = "the prompt's chunks"
+        self.thorough = self.fixed or len(self.devices) <= QUICK_EXACT  # `with_it` sees every chain
+        self._known: dict[tuple[tuple[int, int, int], ...], float] = {}
+
+    def stages(self, chain: Chain) -> list[Assignment]:
+        """A chain by device index as assignments."""
+        return stages_of(self.question, chain)
+
+    def value(self, tables: TimeTables, chain: Chain) -> float:
+        """Seconds of a token, or until the first one."""
+        if not self._followed:
+            return search.value(tables, chain)
+        if chain.stages not in self._known:
+            self._known[chain.stages] = token_seconds(self.question, self.stages(chain), self.follower)
+        return self._known[chain.stages]
+
+    def best(self, found: Sequence[Found]) -> Found:
+        """The best of the answers to a question's goals: where chains are followed, after each had its
+        boundaries moved as long as that helped, and the best its devices changed."""
+        if not self._followed:
+            return replace(min(found, key=lambda one: one.value), optimal=all(one.optimal for one in found))
+        best = self._moved_best(found)
+        if not self.fixed and len(self.devices) <= search.EXACT_DEVICES:
+            best = self._other_devices(best)
+        how = f"{best.how} and boundaries moved, by following {self._followed}"
+        return replace(best, how=how, optimal=False)
+
+    def _moved_best(self, found: Sequence[Found]) -> Found:
+        ranked = sorted(found, key=lambda one: one.value)
+        trials = TRIALS // len(ranked)
+        return min((self._improved(one, trials) for one in ranked), key=lambda one: one.value)
+
+    def _improved(self, found: Found, trials: int) -> Found:
+        moves = [(at, by) for at in range(len(found.chain.stages) - 1) for by in MOVES]
+        last = at = 0  # the move that helped last
+        while moves and at - last < len(moves) and at < trials:
+            moved = _moved(found, *moves[at % len(moves)])
+            at += 1
+            if moved is None:
+                continue
+            value = self.value(found.tables, moved)
+            if value < found.value * BETTER:
+                found, last = replace(found, chain=moved, value=value), at
+        return found
+
+    def _other_devices(self, best: Found) -> Found:
+        """As long as it gives more: does without a device, or lets one more in."""
+
+        def found(chains: Iterable[tuple[TimeTables, Chain | None]]) -> list[Found]:
+            return [
+                replace(best, tables=tables, chain=chain, value=self.value(tables, chain))
+                for tables, chain in chains
+                if chain is not None
+            ]
+
+        fewer: dict[int, list[Found]] = {}  # without each device: no matter what else is used
+        while True:
+            used = {j for j, _, _ in best.chain.stages}
+            fewer |= {j: found((t, self.without(t, j)) for t in self.tables) for j in used - fewer.keys()}
+            others = [one for j in used for one in fewer[j]]
+            for j in set(self.devices) - used:
+                others += found((t, self.with_it(t, j, best.chain)) for t in self.tables)
+            other = min(others, key=lambda one: one.value, default=best)
+            if other.value >= best.value * BETTER:
+                return best
+            best = self._moved_best([other])
+
+    # Chains that do without a device of a plan, or with one more.
+
+    def without(self, tables: TimeTables, j: int) -> Chain | None:
+        """The best chain of the other devices."""
+        others = [i for i in self.devices if i != j]
+        if self.fixed:
+            return search.best_chain(tables, partial(cheapest, order=others))[0]
+        return search.search_orders(tables, others, exact_devices=QUICK_EXACT, trials=0)[0]
+
+    def with_it(self, tables: TimeTables, j: int, chain: Chain) -> Chain | None:
+        """The best chain with device j. Of many devices: of a chain's devices in their order with j somewhere
+        among them, and of all in a few orders."""
+        devices = self.devices
+        if not self.fixed and len(devices) <= QUICK_EXACT:
+            return search.best_chain(tables, partial(cheapest_any_order, devices=devices, must=j))[0]
+        used = [i for i, _, _ in chain.stages]
+        orders: list[Sequence[int]] = [devices]
+        if not self.fixed:
+            orders = [[*used[:at], j, *used[at:]] for at in range(len(used) + 1)]
+            orders += search.seed_orders(tables, devices)
+        chains = (
+            search.best_chain(tables, partial(cheapest, order=order, must=list(order).index(j)))[0]
+            for order in orders
+        )
+        found = [chain for chain in chains if chain is not None]
+        return min(found, key=partial(search.value, tables), default=None)
+
+    def why_none(self, devices: Sequence[int]) -> str:
+        """Why no plan was found with these devices, in words: even with links everywhere it is too large for
+        them, or else."""
+        chain, exact = search.least_lack(lack_tables(self.question, joined=True), devices)
+        if chain is not None and chain.total > 0 and exact:
+            return "the model does not fit"
+        return "there is no plan" if len(devices) <= QUICK_EXACT else "none was found"
 
 
-def _tables(
-    model: Model,
-    cluster: Cluster,
-    workload: Workload,
-    constraints: Constraints,
-    goal: Goal,
-) -> TimeTables:
-    if goal.objective == "first_token":
-        return prompt_tables(model, cluster, workload, constraints)
-    return decode_tables(
-        model,
-        cluster,
-        workload,
-        constraints,
-        batch=goal.batch,
-        idle=cost.stages_pause(goal.objective, workload),
-    )
+def _moved(found: Found, at: int, by: int) -> Chain | None:
+    """The chain with the boundary after stage `at` moved, if that is possible and there is room."""
+    stages, tables = list(found.chain.stages), found.tables
+    (i, first, cut), (j, _, last) = stages[at : at + 2]
+    cut += by
+    if not first < cut < last or not (tables.fits(i, first, cut) and tables.fits(j, cut, last)):
+        return None
+    stages[at : at + 2] = [(i, first, cut), (j, cut, last)]
+    return Chain(tuple(stages), found.chain.total)
 
 
-def _why_no_milp(model: Model, method: Method) -> str:
-    """Why the DP has to do; empty where the MILP can."""
+def stages_of(question: Question, chain: Chain) -> list[Assignment]:
+    """A chain by device index as assignments."""
+    devices = question.cluster.devices
+    return [Assignment(devices[j].name, first, last) for j, first, last in chain.stages]
+
+
+def _solver(question: Question, method: Method) -> tuple[milp.Solver | None, str]:
+    """What solves the MILP; or None, and why there is none."""
     if method == "dp":
-        return "asked for"
-    return "" if milp.layers_alike(model) else "the layers differ"
+        return None, "asked for"
+    few = QUICK_EXACT if layers_alike(question.model) else search.EXACT_DEVICES
+    if question.constraints.order is not None or (method == "auto" and len(question.devices) <= few):
+        return None, ""
+    try:
+        return milp.load_solver(), ""
+    except milp.SolverMissing as missing:
+        if method == "milp":
+            raise
+        return None, str(missing)
 
 
 def _search(
-    tables: TimeTables,
-    devices: Sequence[int],
-    goal: Goal,
-    method: Method,
-    why: str,
-    time_limit: float,
-) -> tuple[dp.Chain | None, bool, str]:
-    """The best chain over orders, whether it is proved, and how it was found."""
-    if not why:
-        try:
-            solver = milp.load_solver()
-            chain, optimal = _by_milp(tables, devices, goal, solver, time_limit)
-        except milp.SolverMissing as missing:
-            if method == "milp":
-                raise
-            why = str(missing)
-        else:
-            return chain, optimal, f"MILP ({solver.name}, gap 0)" if optimal else f"MILP ({solver.name})"
-    chain, optimal = orders.search_orders(tables, devices, goal)
-    how = "exact DP over all orders" if len(devices) <= orders.EXACT_DEVICES else "DP over searched orders"
-    return chain, optimal, f"{how} ({why})"
+    tables: TimeTables, question: Question, solver: milp.Solver | None, why: str, time_limit: float
+) -> tuple[Chain | None, bool, str]:
+    """The best chain, whether it is proved, and how it was found."""
+    devices = question.devices
+    if question.constraints.order is not None:
+        chain, optimal = search.best_chain(tables, partial(cheapest, order=devices))
+        return chain, optimal, "exact DP for the given order"
+    if solver is not None:
+        chain, optimal = _by_milp(tables, devices, solver, time_limit)
+        return chain, optimal, f"MILP ({solver.name}, gap 0)" if optimal else f"MILP ({solver.name})"
+    chain, optimal = search.search_orders(tables, devices)
+    exact = len(devices) <= search.EXACT_DEVICES
+    how = "exact DP over all orders" if exact else "DP over searched orders"
+    return chain, optimal, f"{how} ({why})" if why else how
 
 
 def _by_milp(
-    tables: TimeTables,
-    devices: Sequence[int],
-    goal: Goal,
-    solver: milp.Solver,
-    time_limit: float,
-) -> tuple[dp.Chain | None, bool]:
+    tables: TimeTables, devices: Sequence[int], solver: milp.Solver, time_limit: float
+) -> tuple[Chain | None, bool]:
     """The MILP's chain, checked and smoothed by the DP along its order: among plans of one objective's value
-    the DP takes the quickest round, and it has no tolerances."""
-    quick = orders.first_guess(tables, devices, goal)
-    chain, optimal = milp.best_chain(tables, devices, goal, solver, known=quick, time_limit=time_limit)
+    the DP takes the quickest lap, and it has no tolerances."""
+    quick = search.first_guess(tables, devices)
+    chain, optimal = milp.best_chain(tables, devices, solver, known=quick, time_limit=time_limit)
     if chain is None:
         return quick, optimal and quick is None
     order = [j for j, _, _ in chain.stages]
-    checked = dp.best_chain(tables, goal, partial(dp.cheapest, order=order))
+    checked, _ = search.best_chain(tables, partial(cheapest, order=order))
     assert checked is not None, "the MILP's own chain is one of those that the DP sees"
-    best = min((checked, chain), key=partial(dp.value, tables, goal))
-    claimed, value = (dp.value(tables, goal, c) for c in (chain, best))
+    best = min((checked, chain), key=partial(search.value, tables))
+    claimed, value = (search.value(tables, one) for one in (chain, best))
     return best, optimal and value >= claimed * (1 - SAME)
 
 
-def _other_devices(best: Found, judge: Judge, cases: Sequence[Case], devices: Sequence[int]) -> Found:
-    """As long as it gives more: does without a device, or lets one more in. By following what the searches
-    cannot follow."""
-
-    def found(searches: Iterable[Search]) -> list[Found]:
-        chains = [(tables, goal, search(tables, goal)) for search in searches for tables, goal in cases]
-        return [
-            replace(best, tables=tables, goal=goal, chain=chain, value=judge.value(tables, goal, chain))
-            for tables, goal, chain in chains
-            if chain is not None
-        ]
-
-    fewer: dict[int, list[Found]] = {}  # without each device: no matter what else is used
-    while True:
-        used = {j for j, _, _ in best.chain.stages}
-        fewer |= {j: found([without(j, devices)]) for j in used - fewer.keys()}
-        others = [one for j in used for one in fewer[j]]
-        others += found(with_it(j, best.chain, devices) for j in devices if j not in used)
-        other = min(others, key=lambda one: one.value, default=best)
-        if other.value >= best.value * BETTER:
-            return best
-        best = judge.best([other])
-
-
-def _why_none(
-    model: Model, cluster: Cluster, workload: Workload, constraints: Constraints, devices: Sequence[int]
-) -> str:
-    """Why no plan was found with these devices, in words: even with links everywhere it is too large for
-    them, or else."""
-    ends = {cluster.head, *(device.name for device in cluster.devices)}
-    joined = replace(cluster, links={(a, b): Link(0.0, math.inf) for a in ends for b in ends if a != b})
-    chain, exact = orders.least_lack(lack_tables(model, joined, workload, constraints), devices)
-    if chain is not None and chain.total > 0 and exact:
-        return "the model does not fit"
-    return "there is no plan" if len(devices) <= QUICK_EXACT else "none was found"
-
-
-def _infeasible(
-    model: Model,
-    cluster: Cluster,
-    workload: Workload,
-    constraints: Constraints,
-    devices: Sequence[int],
-    fixed: bool,
-) -> Infeasible:
-    tables = lack_tables(model, cluster, workload, constraints)
-    chain, exact = (dp.cheapest(tables, devices), True) if fixed else orders.least_lack(tables, devices)
+def _infeasible(question: Question) -> Infeasible:
+    tables, devices = lack_tables(question), question.devices
+    if question.constraints.order is not None:
+        chain, exact = cheapest(tables, devices), True
+    else:
+        chain, exact = search.least_lack(tables, devices)
     if chain is None:
+        here = question.cluster.coordinator
         return Infeasible(
-            0, f"no chain of links leads from the head {cluster.head} through the devices and back"
+            0, f"no chain of links leads from the coordinator {here} through the devices and back"
         )
-    stages = stages_of(cluster, chain)
     missing = round(chain.total)
-    return Infeasible(missing, say_lack(model, cluster, workload, stages, missing, exact), exact)
+    return Infeasible(missing, say_lack(question, stages_of(question, chain), missing, exact), exact)

@@ -1,173 +1,284 @@
-"""Several streams under way in one chain: how they gather in shared calls, and what a token then takes.
+"""One walker of messages through the stages and links of a chain, and what follows from walking: what several
+concurrent sequences settle to, and when the first token of a prompt is there. plan_svg draws what it walks,
+and the simulator of bench/ adds requests that come and devices that change.
 
-A stage that is free takes what waits as one call and waits for nobody; a link carries one message at a time;
-the head sends a token's row at once. So streams form groups that split where a stage is idle and merge where
-one is busy, and no formula of a round and a slowest place says where that ends. It is simple to follow,
-though: nobody overtakes, so it soon repeats itself, and one repetition is the answer. simulate.py does the
-same for requests that come and go.
+A stage that is free takes what waits as one call and waits for nobody; a link carries one message at a time.
+So concurrent sequences form groups that split where a stage is idle and merge where one is busy, and no
+formula of a lap and a busiest resource says where that ends. It is simple to follow, though: nobody
+overtakes, so it soon repeats itself, and one repetition is the answer.
+
+A message is queued at its receiver at once, with the time when it arrives: queues stay in order, since each
+has one sender, and the heap holds one event per call instead of one per message.
 """
 
 import heapq
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 from . import cost
-from .kinds import Kinds
-from .rows import Cluster, Model, Stage, Workload
-from .stagecost import CALL_STEPS, PAUSE_SECONDS
+from .cost import CALL_STEPS, PAUSE_SECONDS, StageCost, Step
+from .rows import Assignment, Question
 
-STARTS = (0.0, 1.0)  # over which part of a round streams begin: at once, and evenly spread
-ROUNDS, ANSWERS = 64, 4096  # that a run lasts if nothing repeats before: of each stream, and of all
-ALIKE = 1e-7  # of a round: times that differ by less are the same
+STARTS = (0.0, 1.0)  # over which part of a lap sequences begin: at once, and evenly spread
+LAPS, ANSWERS = 64, 4096  # that a run lasts if nothing repeats before: of each sequence, and of all
+ALIKE = 1e-7  # of a lap: times that differ by less are the same
+Message = tuple[int, int, bool, int]  # a Step, and whose it is: rows, first position, wants a token, sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """Calls of decoded rows alone, at one depth, like a StageCost: seconds by their rows, entry 0 unused."""
+
+    rows: Sequence[float]
+    pause: float = 0.0
+    position: float = 0.0
+
+    def call_seconds(self, steps: Sequence[Step]) -> float:
+        """See StageCost."""
+        return self.rows[len(steps)]
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """A chain as a decoded row passes it. Of each stage: seconds of a call by its rows (entry 0 unused), and
-    what a call after a pause takes more. Of each hop, head to first and last to head included: its latency,
-    and for how long a row takes the link."""
+    """A chain as messages pass it. Of each stage what its calls take; of each hop, coordinator to first and
+    last to coordinator included, its latency, and for how long a row (on the last, a message) takes the
+    link."""
 
-    calls: Sequence[Sequence[float]]
-    pauses: Sequence[float]
+    stages: Sequence[StageCost | Fixed]
     latency: Sequence[float]
     busy: Sequence[float]
 
 
+class Walker:
+    """Messages on their way through a chain; a subclass says what happens when one is `returned`. Times in
+    seconds. `idle_since`: stages have been idle since then; `most`: steps of one call; `chunk_rows`: prompt
+    rows of one call, where chunks of several sequences wait."""
+
+    def __init__(
+        self, way: Way, idle_since: float = 0.0, most: int = CALL_STEPS, chunk_rows: int = 128
+    ) -> None:
+        count = len(way.stages)
+        self.stages = list(way.stages)
+        self._latency, self._busy = way.latency, way.busy
+        self._most, self._chunk_rows = most, chunk_rows
+        self.arrivals: list[deque[float]] = [deque() for _ in range(count)]  # of what waits at each stage
+        self.waiting: list[deque[Message]] = [deque() for _ in range(count)]
+        self.free = [idle_since] * count
+        self.link_free = [0.0] * (count + 1)
+        self._scheduled = [False] * count
+        self._chunks = [0] * count  # parts of prompts, in each queue
+        self._heap: list[tuple[float, int, int]] = []
+        self._count = 0
+
+    @property
+    def next_call(self) -> float:
+        """When the next call begins; infinite where nothing waits."""
+        return self._heap[0][0] if self._heap else math.inf
+
+    def send(self, to: int, messages: Sequence[Message], left: float) -> None:
+        """Queues messages at stage `to`, sent one after another from `left` on."""
+        start, busy, latency = self.link_free[to], self._busy[to], self._latency[to]
+        if left > start:
+            start = left
+        arrive = self.arrivals[to].append
+        if not self._scheduled[to]:
+            self._schedule(max(start + messages[0][0] * busy + latency, self.free[to]), to)
+        for rows, _, wants, _ in messages:
+            start += rows * busy
+            arrive(start + latency)
+            if rows > 1 or not wants:
+                self._chunks[to] += 1
+        self.waiting[to].extend(messages)
+        self.link_free[to] = start
+
+    def _schedule(self, when: float, at: int) -> None:
+        self._scheduled[at] = True
+        self._count += 1
+        heapq.heappush(self._heap, (when, self._count, at))
+
+    def call(self) -> tuple[int, float, float, Sequence[Message]]:
+        """The next call: a stage takes what is there. Which stage, from when to when, and what it took. The
+        inner loop."""
+        now, _, at = heapq.heappop(self._heap)
+        arrivals, waiting, times = self.arrivals[at], self.waiting[at], self.stages[at]
+        taken: list[Message]
+        if self._chunks[at]:
+            taken = self._take(at, now)
+            seconds = times.call_seconds([message[:3] for message in taken])
+        else:
+            taken, depth, most = [], 0, self._most
+            while arrivals and arrivals[0] <= now and len(taken) < most:
+                arrivals.popleft()
+                message = waiting.popleft()
+                depth += message[1]
+                taken.append(message)
+            seconds = times.rows[len(taken)] + depth * times.position
+        if not taken:  # what it was to take never left a device that has died
+            self._scheduled[at] = False
+            return at, now, now, taken
+        done = now + seconds
+        if now - self.free[at] > PAUSE_SECONDS:
+            done += times.pause
+        self.free[at] = done
+        if arrivals:
+            there = arrivals[0]
+            self._schedule(there if there > done else done, at)
+        else:
+            self._scheduled[at] = False
+        if at + 1 < len(self.stages):
+            self.send(at + 1, taken, done)
+        else:
+            self._give_back(taken, done)
+        return at, now, done, taken
+
+    def _take(self, at: int, now: float) -> list[Message]:
+        """What goes into one call where parts of prompts wait: one step of each sequence, and chunks up to
+        chunk_rows."""
+        arrivals, waiting, prompt = self.arrivals[at], self.waiting[at], 0
+        taken: list[Message] = []
+        kept: list[tuple[float, Message]] = []
+        served: set[int] = set()
+        while arrivals and arrivals[0] <= now and len(taken) < self._most:
+            arrived, message = arrivals.popleft(), waiting.popleft()
+            rows, _, _, sequence = message
+            crowded = rows > 1 and taken and prompt + rows > self._chunk_rows
+            if crowded or sequence in served:
+                kept.append((arrived, message))
+            else:
+                prompt += rows if rows > 1 else 0
+                taken.append(message)
+                self._chunks[at] -= rows > 1 or not message[2]
+            served.add(sequence)
+        for arrived, message in reversed(kept):
+            arrivals.appendleft(arrived)
+            waiting.appendleft(message)
+        return taken
+
+    def _give_back(self, messages: Sequence[Message], done: float) -> None:
+        start = max(done, self.link_free[-1])
+        for message in messages:
+            start += self._busy[-1]
+            self.returned(message, start + self._latency[-1], done)
+        self.link_free[-1] = start
+
+    def returned(self, message: Message, at: float, left: float) -> None:
+        """A result is back at the coordinator at that time; it left the last stage before."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, slots=True)
 class Steady:
-    """What streams settle to: seconds a token of all together, and the mean rows of each stage's calls."""
+    """What concurrent sequences settle to: seconds a token of all together, and the mean rows of each stage's
+    calls."""
 
     seconds: float
     rows: tuple[float, ...]
 
 
-class Streams:
-    """The streams of a workload on any chains of a cluster; formulas run once a device and kind of unit."""
+class _Decoding(Walker):
+    """Sequences that all decode: who gets a token sends the next row at once. They keep their order, so
+    answer n is of sequence n modulo their number."""
 
-    def __init__(self, model: Model, cluster: Cluster, workload: Workload) -> None:
-        self._model, self._cluster, self._workload = model, cluster, workload
-        self._kinds = Kinds(model)
-        self._prefixes: dict[str, list[list[float]]] = {}  # [rows - 1][u]: units [0, u) on that device
+    def __init__(self, way: Way, count: int, depth: int, spread: float) -> None:
+        super().__init__(way)
+        self.answers: list[float] = []
+        lap = sum(stage.rows[1] + depth * stage.position for stage in way.stages)
+        self.lap = lap + sum(way.latency) + sum(way.busy)
+        for at in range(count):
+            self.send(0, [(1, depth, True, at)], spread * self.lap * at / count)
 
-    def way(self, stages: Sequence[Stage]) -> Way:
+    def returned(self, message: Message, at: float, left: float) -> None:
+        self.answers.append(at)
+        self.send(0, (message,), at)
+
+
+def settle(way: Way, count: int, spread: float = 0.0, depth: int = 0) -> Steady:
+    """Follows `count` sequences at that depth that begin within `spread` laps, evenly, until their laps
+    repeat: when every sequence comes back to the coordinator as long after the first as some laps before,
+    twice in a row."""
+    run = _Decoding(way, count, depth, spread)
+    answers, made = run.answers, [0] * len(way.stages)
+    unit = ALIKE * run.lap or 1.0
+    marks: list[list[int]] = []  # calls of each stage until each lap
+    seen: dict[tuple[int, ...], int] = {}
+    before: tuple[int, ...] = ()
+    laps = max(8, min(LAPS, ANSWERS // count))
+    first = laps // 4
+    for lap in range(laps + 1):
+        while len(answers) < count * (lap + 1):
+            made[run.call()[0]] += 1
+        own = answers[lap * count : (lap + 1) * count]
+        behind = tuple([round((at - own[0]) / unit) for at in own])
+        marks.append(list(made))
+        if before and before + behind in seen:
+            first = seen[before + behind]
+            break
+        seen[before + behind] = lap
+        before = behind
+    passed = lap - first
+    calls = [now - then for now, then in zip(marks[lap], marks[first], strict=True)]
+    return Steady(
+        (answers[lap * count] - answers[first * count]) / passed / count,
+        tuple(passed * count / max(made, 1) for made in calls),
+    )
+
+
+class _Prompt(Walker):
+    """The chunks of one prompt, sent one after another; every stage was idle before."""
+
+    done = math.inf
+
+    def __init__(self, way: Way, chunks: Sequence[tuple[int, int]]) -> None:
+        super().__init__(way, idle_since=-math.inf)
+        end = sum(chunks[-1])
+        self.send(0, [(rows, at, at + rows == end, 0) for at, rows in chunks], 0.0)
+
+    def returned(self, message: Message, at: float, left: float) -> None:
+        if message[2]:
+            self.done = at
+
+
+class Follower:
+    """Follows a question's workload along chains. Stages keep their costs from chain to chain."""
+
+    def __init__(self, question: Question) -> None:
+        self._question = question
+        self._costs: dict[tuple[str, int, int], StageCost] = {}
+
+    def cost(self, stage: Assignment) -> StageCost:
+        """What calls of that stage take."""
+        key = (stage.device, stage.first, stage.last)
+        if key not in self._costs:
+            asked = self._question
+            self._costs[key] = StageCost(
+                asked.model, asked.cluster.device(stage.device), stage.first, stage.last
+            )
+        return self._costs[key]
+
+    def way(self, stages: Sequence[Assignment]) -> Way:
         """The chain of such stages. ValueError: a link is not there."""
-        hops = cost.chain_hops(self._model, self._cluster, stages)
+        hops = cost.chain_hops(self._question.model, self._question.cluster, stages)
         return Way(
-            calls=[self._calls(stage) for stage in stages],
-            pauses=[self._cluster.device(stage.device).idle_overhead_s for stage in stages],
+            stages=[self.cost(stage) for stage in stages],
             latency=[link.latency_s for link, _ in hops],
             busy=[cost.link_busy_seconds(link, size) for link, size in hops],
         )
 
-    def steady(self, stages: Sequence[Stage]) -> Steady:
-        """What the streams settle to on such stages: the mean of what they settle to from different starts,
-        since that can depend on the start for good. ValueError: a link is not there."""
-        way, count = self.way(stages), self._workload.streams
-        found = [settle(way, count, start) for start in STARTS]
+    def steady(self, stages: Sequence[Assignment]) -> Steady:
+        """What the concurrent sequences settle to on such stages: the mean of what they settle to from
+        different starts, since that can depend on the start for good. ValueError: a link is not there."""
+        way, load = self.way(stages), self._question.workload
+        found = [settle(way, load.streams, start, load.decode_depth) for start in STARTS]
         rate = sum(cost.per_second(one.seconds) for one in found) / len(found)
         rows = [sum(each) / len(found) for each in zip(*(one.rows for one in found), strict=True)]
         return Steady(1.0 / rate, tuple(rows))
 
-    def _calls(self, stage: Stage) -> list[float]:
-        device = self._cluster.device(stage.device)
-        if stage.device not in self._prefixes:
-            self._prefixes[stage.device] = [
-                list(
-                    accumulate(
-                        self._kinds.each(
-                            lambda u, rows=rows: cost.unit_decode_seconds(u, device, self._workload, rows)  # type: ignore[misc]
-                        ),
-                        initial=0.0,
-                    )
-                )
-                for rows in range(1, min(self._workload.streams, CALL_STEPS) + 1)
-            ]
-        lines, overhead = self._prefixes[stage.device], device.step_overhead_s
-        return [0.0, *(overhead + line[stage.last] - line[stage.first] for line in lines)]
-
-
-def settle(way: Way, streams: int, spread: float = 0.0) -> Steady:
-    """Follows streams that begin within `spread` rounds, evenly, until their rounds repeat: when every stream
-    comes back to the head as long after the first as some rounds before, twice in a row."""
-    return _Run(way, streams, spread).steady()
-
-
-class _Run:
-    """Times in seconds. Rows keep their order, so answer n is of stream n modulo their number."""
-
-    def __init__(self, way: Way, streams: int, spread: float) -> None:
-        self._way, self._streams = way, streams
-        count = len(way.calls)
-        self._queues: list[deque[float]] = [deque() for _ in range(count)]  # when each row is there
-        self._free = [0.0] * count
-        self._scheduled = [False] * count
-        self._link_free = [0.0] * (count + 1)
-        self._heap: list[tuple[float, int]] = []
-        self._answers: list[float] = []
-        self._made = [0] * count  # calls
-        round_s = sum(call[1] for call in way.calls) + sum(way.latency) + sum(way.busy)
-        self._unit = ALIKE * round_s or 1.0
-        self._pass_on(0, [spread * round_s * at / streams for at in range(streams)])
-
-    def steady(self) -> Steady:
-        streams, answers = self._streams, self._answers
-        marks: list[list[int]] = []  # calls until each round
-        seen: dict[tuple[int, ...], int] = {}
-        before: tuple[int, ...] = ()
-        rounds = max(8, min(ROUNDS, ANSWERS // streams))
-        first = rounds // 4
-        for turn in range(rounds + 1):
-            while len(answers) < streams * (turn + 1):
-                self._call()
-            own = answers[turn * streams : (turn + 1) * streams]
-            behind = tuple([round((at - own[0]) / self._unit) for at in own])
-            marks.append(list(self._made))
-            if before and before + behind in seen:
-                first = seen[before + behind]
-                break
-            seen[before + behind] = turn
-            before = behind
-        turns = turn - first
-        calls = [now - then for now, then in zip(marks[turn], marks[first], strict=True)]
-        return Steady(
-            (answers[turn * streams] - answers[first * streams]) / turns / streams,
-            tuple(turns * streams / max(count, 1) for count in calls),
-        )
-
-    def _pass_on(self, to: int, left: Sequence[float]) -> None:
-        """Queues rows at a stage, each sent when it left; beyond the last stage they are back at the head,
-        and each sends the next row of its stream."""
-        start, busy, latency = self._link_free[to], self._way.busy[to], self._way.latency[to]
-        there = []
-        for at in left:
-            start = (at if at > start else start) + busy
-            there.append(start + latency)
-        self._link_free[to] = start
-        if to == len(self._queues):
-            self._answers += there
-            self._pass_on(0, there)
-            return
-        if not self._scheduled[to]:
-            self._scheduled[to] = True
-            heapq.heappush(self._heap, (max(there[0], self._free[to]), to))
-        self._queues[to].extend(there)
-
-    def _call(self) -> None:
-        """The next call: a stage takes what is there."""
-        now, at = heapq.heappop(self._heap)
-        queue, rows = self._queues[at], 0
-        while queue and queue[0] <= now and rows < CALL_STEPS:
-            queue.popleft()
-            rows += 1
-        done = now + self._way.calls[at][rows]
-        if now - self._free[at] > PAUSE_SECONDS:
-            done += self._way.pauses[at]
-        self._free[at] = done
-        self._made[at] += 1
-        if queue:
-            heapq.heappush(self._heap, (max(queue[0], done), at))
-        else:
-            self._scheduled[at] = False
-        self._pass_on(at + 1, [done] * rows)
+    def first_token(self, stages: Sequence[Assignment]) -> float:
+        """Seconds from the prompt's arrival at the coordinator to its first token there, its chunks pipelined
+        along the chain. ValueError: a link is not there."""
+        walker = _Prompt(self.way(stages), self._question.workload.chunks)
+        while walker.done == math.inf:
+            walker.call()
+        return walker.done

@@ -1,36 +1,79 @@
-"""The cost formulas evaluated for one problem, in the shape that the searches step through.
+"""The cost model evaluated for one question and goal, in the shape that the searches step through.
 
 A search builds chains device by device. Its state is "the last used device ends at boundary c"; one step
 takes the cheapest arrivals at device j (`arrive[b]`: all of the chain before, the hop into j included, when j
 starts at unit b) and gives the cheapest ends (`ends[c]`) with the start of each. `TimeTables` counts seconds;
-`LackTables` counts the bytes that a chain lacks under the caps, for the answer to a problem that has no plan.
-tabulate.py fills them.
+`LackTables` counts the bytes that a chain lacks under the caps, for the answer to a question that has no
+plan.
+
+Formulas run once per kind of unit and device, not once per unit, and room is found by one sliding window per
+device: a re-plan of 32 devices and 80 layers takes milliseconds. Devices are known by their index.
 """
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+from . import cost
+from .cost import CALL_STEPS, TOKEN_BYTES, Kinds, unit_costs
+from .rows import LOOPBACK, Cluster, Device, LinkSpeed, ModelCosts, Objective, Question, Workload
 
 INF = math.inf
-Hops = Sequence[Sequence[Sequence[float] | None]]  # [i][j][b]: None where there is no link i -> j
 
 
-class Tables(Protocol):
-    """What a search needs: costs of entering, passing on and leaving, and the step. Devices by index."""
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """An objective with its numbers. Values are seconds: of a token, or until the first one.
 
-    @property
-    def units(self) -> int: ...
-    @property
-    def enter(self) -> Sequence[float]: ...
-    @property
-    def leave(self) -> Sequence[float]: ...
-    @property
-    def hop(self) -> Hops: ...
-    @property
-    def pins(self) -> Mapping[int, int]: ...
-    def extend(self, j: int, arrive: Sequence[float]) -> tuple[list[float], list[int]]: ...
+    latency: a lap of one sequence. throughput: `streams` tokens a lap, of which a stage takes `batch` in one
+    call; a resource that is taken longer than their share holds all of them up. first_token: a lap of one
+    chunk, and for every other of the prompt's `chunks` the time of the busiest resource.
+    """
+
+    objective: Objective
+    streams: int = 1
+    batch: int = 1
+    chunks: int = 1
+
+    def value(self, lap: float, busiest: float) -> float:
+        """Of a chain: from seconds of a lap and of its busiest resource."""
+        if self.objective == "latency":
+            return lap
+        if self.objective == "throughput":
+            return max(lap / self.streams, busiest / self.batch)
+        return lap + (self.chunks - 1) * busiest
+
+
+def goals(question: Question) -> list[Goal]:
+    """The goals whose best chains a plan chooses from. Sequences that wait share a call, so for throughput
+    there is one for each of some numbers of rows in a call; what they settle to is streams.py's to say."""
+    workload = question.workload
+    if question.objective == "latency":
+        return [Goal("latency")]
+    if question.objective == "first_token":
+        return [Goal("first_token", chunks=len(workload.chunks))]
+    largest = min(workload.streams, CALL_STEPS)
+    sizes = [size for size in (1, 2, 4, 8, 16) if size < largest]
+    return [Goal("throughput", workload.streams, batch) for batch in [*sizes, largest]]
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """What a chain is summed from: entering device j, hops from i to j before unit b (None: no link),
+    leaving, and of a stage its overhead and its units as prefix sums ([j][u]: units [0, u)). Infinite where
+    there is no way."""
+
+    enter: Sequence[float]
+    leave: Sequence[float]
+    hop: Sequence[Sequence[Sequence[float] | None]]
+    overhead: Sequence[float] = ()
+    prefix: Sequence[Sequence[float]] = ()
+
+    def stage(self, j: int, first: int, last: int) -> float:
+        """Units [first, last) on device j."""
+        return self.overhead[j] + (self.prefix[j][last] - self.prefix[j][first])
 
 
 def starts_of(units: int, layers: int, c: int) -> range:
@@ -43,37 +86,26 @@ def starts_of(units: int, layers: int, c: int) -> range:
 
 @dataclass(frozen=True, slots=True)
 class TimeTables:
-    """Seconds of one call that passes through the chain: a decoded row, a row of each of some sequences, or
-    a chunk of a prompt. Infinite where there is no link or no room.
+    """Seconds of one call that passes through the chain: a decoded row, a row of each of some sequences, or a
+    chunk of a prompt.
 
-    A *round* is the sum over stages and hops; the *places* are what each stage and link is taken for by one
-    call of many. The two differ by what happens once: pauses, a prompt's one row of logits. All prefixes
-    are [j][u]: units [0, u) on device j.
+    `lap` is summed over stages and hops; `busy` is what each resource, stage or link, is taken for by one
+    call of many. The two differ by what happens once: latencies, pauses, a prompt's one row of logits.
     """
 
     units: int
-    enter: Sequence[float]
-    leave: Sequence[float]
-    hop: Hops
-    busy_enter: Sequence[float]
-    busy_leave: Sequence[float]
-    busy: Hops
-    overhead: Sequence[float]  # of a stage, in a round
-    prefix: Sequence[Sequence[float]]
-    place_overhead: Sequence[float]
-    place_prefix: Sequence[Sequence[float]]
+    goal: Goal
+    lap: Sums
+    busy: Sums
     first_fit: Sequence[Sequence[int]]  # [j][c]: the least b such that [b, c) fits on j; c when none does
-    relief: Sequence[float]  # what a round saves when the device holds everything: it never pauses then
-    pins: Mapping[int, int] = field(default_factory=dict)  # devices that hold exactly so many layers
+    relief: Sequence[float]  # what a lap saves when the device holds everything: it never pauses then
+    pins: Mapping[int, int]  # devices that hold exactly so many layers
+    alike: bool  # all layers cost the same, and any two boundaries pass the same bytes
 
     def stage(self, j: int, first: int, last: int) -> float:
-        """Seconds of units [first, last) on device j in a round."""
-        seconds = self.overhead[j] + (self.prefix[j][last] - self.prefix[j][first])
+        """Seconds of units [first, last) on device j in a lap."""
+        seconds = self.lap.stage(j, first, last)
         return seconds - self.relief[j] if last - first == self.units else seconds
-
-    def place(self, j: int, first: int, last: int) -> float:
-        """Seconds for which one call takes units [first, last) on device j."""
-        return self.place_overhead[j] + (self.place_prefix[j][last] - self.place_prefix[j][first])
 
     def fits(self, j: int, first: int, last: int) -> bool:
         """Whether device j may hold units [first, last)."""
@@ -86,7 +118,8 @@ class TimeTables:
         """Cheapest ends and their starts. Room shrinks monotonically, so each end's starts are a sliding
         window, and `arrive[b] - prefix[b]` is all of the cost that depends on b: a queue of minima makes it
         linear."""
-        prefix, fit, overhead, units = self.prefix[j], self.first_fit[j], self.overhead[j], self.units
+        prefix, overhead = self.lap.prefix[j], self.lap.overhead[j]
+        fit, units = self.first_fit[j], self.units
         ends, starts = [INF] * (units + 1), [-1] * (units + 1)
         if j in self.pins:
             for c in range(1, units + 1):
@@ -111,37 +144,34 @@ class TimeTables:
         return ends, starts
 
     def within(self, limit: float) -> "TimeTables":
-        """The same problem where no place may be taken for more than `limit` seconds."""
+        """The same problem where no resource may be taken for more than `limit` seconds."""
         fits = []
         for j, fit in enumerate(self.first_fit):
             tight, b = list(fit), 0
-            line, room = self.place_prefix[j], limit - self.place_overhead[j]
+            line, room = self.busy.prefix[j], limit - self.busy.overhead[j]
             for c in range(1, self.units + 1):
                 b = max(b, fit[c])
                 while b < c and line[c] - line[b] > room:
                     b += 1
                 tight[c] = b
             fits.append(tight)
-        return replace(
-            self,
-            first_fit=fits,
-            enter=_cut(self.enter, self.busy_enter, limit),
-            leave=_cut(self.leave, self.busy_leave, limit),
-            hop=[
-                [
-                    None if hop is None or busy is None else _cut(hop, busy, limit)
-                    for hop, busy in zip(hops, busies, strict=True)
-                ]
-                for hops, busies in zip(self.hop, self.busy, strict=True)
-            ],
-        )
+        hop = [
+            [
+                None if hop is None or busy is None else _cut(hop, busy, limit)
+                for hop, busy in zip(hops, busies, strict=True)
+            ]
+            for hops, busies in zip(self.lap.hop, self.busy.hop, strict=True)
+        ]
+        enter = _cut(self.lap.enter, self.busy.enter, limit)
+        leave = _cut(self.lap.leave, self.busy.leave, limit)
+        return replace(self, first_fit=fits, lap=replace(self.lap, enter=enter, leave=leave, hop=hop))
 
     def limits(self, least: float, most: float) -> list[float]:
         """Every time that a stage with room or a link can be taken for within [least, most], and both,
         ascending; a hair more each, so that rounding leaves them allowed."""
         found = {least, most}
         for j, fit in enumerate(self.first_fit):
-            line, overhead = self.place_prefix[j], self.place_overhead[j]
+            line, overhead = self.busy.prefix[j], self.busy.overhead[j]
             for c in range(1, self.units + 1):
                 for b in range(c - 1, fit[c] - 1, -1):
                     seconds = overhead + (line[c] - line[b])
@@ -149,9 +179,9 @@ class TimeTables:
                         break
                     if seconds >= least:
                         found.add(seconds)
-        links = {*self.busy_enter, *self.busy_leave}
+        links = {*self.busy.enter, *self.busy.leave}
         links.update(
-            seconds for busies in self.busy for busy in busies if busy is not None for seconds in busy[1:]
+            seconds for busies in self.busy.hop for busy in busies if busy is not None for seconds in busy[1:]
         )
         found.update(seconds for seconds in links if least <= seconds <= most)
         return [seconds * (1 + 1e-12) for seconds in sorted(found)]
@@ -168,11 +198,9 @@ class LackTables:
     """Bytes over the caps; links count only by being there."""
 
     units: int
-    enter: Sequence[float]
-    leave: Sequence[float]
-    hop: Hops
+    lap: Sums
     lack: Sequence[Sequence[Sequence[int]]]  # [j][b][c - b - 1]
-    pins: Mapping[int, int] = field(default_factory=dict)
+    pins: Mapping[int, int]
 
     def extend(self, j: int, arrive: Sequence[float]) -> tuple[list[float], list[int]]:
         """Cheapest ends and their starts, over all starts: the part over a cap is not additive."""
@@ -185,3 +213,148 @@ class LackTables:
                     if allowed and before + lack < ends[c]:
                         ends[c], starts[c] = before + lack, b
         return ends, starts
+
+
+Tables = TimeTables | LackTables
+
+
+def tables_of(question: Question, goal: Goal) -> TimeTables:
+    """The tables of a question for one of its goals: of a chunk of the prompt, the mean one since a later
+    chunk attends to more, or of decoded rows."""
+    model, devices, load = question.model, question.cluster.devices, question.workload
+    kinds = Kinds(model)
+    steps = [device.step_overhead_s for device in devices]
+    pauses = [device.idle_overhead_s for device in devices]
+    if goal.objective == "first_token":
+        pieces = load.chunks
+        rows, back = load.prompt_tokens / len(pieces), 1.0
+
+        def mean(device: Device) -> list[float]:
+            return kinds.each(
+                lambda unit: (
+                    math.fsum(cost.chunk_seconds(unit, device, rows, at) for at, rows in pieces) / len(pieces)
+                )
+            )
+
+        lines = [mean(device) for device in devices]
+        at, end = load.prompt_tokens - 1, model.units[-1]
+        heads = [cost.chunk_seconds(end, device, 1, at) for device in devices]
+        busy = [_prefix([*line[:-1], 0.0]) for line in lines]
+        lap = [_prefix([*line[:-1], head]) for line, head in zip(lines, heads, strict=True)]
+        relief = [0.0] * len(devices)
+    else:
+        rows = back = goal.batch
+        if goal.objective == "throughput" and goal.streams > 1:
+            pauses = [0.0] * len(devices)  # stages that many sequences keep busy never pause
+
+        def decode(device: Device) -> list[float]:
+            depth = load.decode_depth
+            return kinds.each(lambda unit: cost.decode_seconds(unit, device, goal.batch, depth))
+
+        busy = lap = [_prefix(decode(device)) for device in devices]
+        at_once = [_at_once(question.cluster, device.name) for device in devices]
+        relief = [pause if free else 0.0 for pause, free in zip(pauses, at_once, strict=True)]
+    first = [step + pause for step, pause in zip(steps, pauses, strict=True)]
+    lap_links, busy_links = _links(question, rows, back)
+    return TimeTables(
+        units=len(model.units),
+        goal=goal,
+        lap=replace(lap_links, overhead=first, prefix=lap),
+        busy=replace(busy_links, overhead=steps, prefix=busy),
+        first_fit=_first_fits(model, devices, load),
+        relief=relief,
+        pins=_pins(question),
+        alike=layers_alike(model),
+    )
+
+
+def lack_tables(question: Question, joined: bool = False) -> LackTables:
+    """What each range lacks on each device; `joined`: as if every pair of nodes had a link."""
+    model, devices = question.model, question.cluster.devices
+    if joined:
+        ends = {question.cluster.coordinator, *(device.name for device in devices)}
+        links_of = {(a, b): LOOPBACK for a in ends for b in ends if a != b}
+        question = replace(question, cluster=replace(question.cluster, links=links_of))
+    held = cost.held_bytes(model, question.workload)
+    links, _ = _links(question, 1, 1)
+
+    def presence(seconds: Sequence[float]) -> list[float]:
+        return [INF if value == INF else 0.0 for value in seconds]
+
+    return LackTables(
+        units=len(model.units),
+        lap=Sums(
+            presence(links.enter),
+            presence(links.leave),
+            [[None if line is None else presence(line) for line in lines] for lines in links.hop],
+        ),
+        lack=[
+            [[max(0, device.base_bytes + size - device.ram_bytes) for size in line] for line in held]
+            for device in devices
+        ],
+        pins=_pins(question),
+    )
+
+
+def layers_alike(model: ModelCosts) -> bool:
+    """Whether counts say everything: all layers cost the same, and any two boundaries pass the same bytes."""
+    costs = {(*unit_costs(unit), unit.workspace_bytes) for unit in model.units[1:-1]}
+    return len(costs) <= 1 and len({unit.cut_bytes for unit in model.units[:-1]}) == 1
+
+
+def _prefix(values: Sequence[float]) -> list[float]:
+    return list(accumulate(values, initial=0.0))
+
+
+def _pins(question: Question) -> dict[int, int]:
+    names = [device.name for device in question.cluster.devices]
+    return {names.index(name): count for name, count in question.constraints.layers.items() if count}
+
+
+def _at_once(cluster: Cluster, name: str) -> bool:
+    """Whether the coordinator is the device itself, so that it never waits for a message when it holds all
+    units."""
+    link = cluster.link(name, name)
+    return name == cluster.coordinator and link is not None and cost.hop_seconds(link, TOKEN_BYTES) == 0.0
+
+
+def _links(question: Question, rows: float, back: float) -> tuple[Sums, Sums]:
+    """Hop and busy seconds where a call passes `rows` rows along each link, and `back` tokens return. The hop
+    before unit b has the cut of unit b - 1; that of b = 0 means nothing."""
+    cluster, ends = question.cluster, question.constraints
+    cuts = [unit.cut_bytes for unit in question.model.units[:-1]]
+    sizes = set(cuts)
+    names, here = [device.name for device in cluster.devices], cluster.coordinator
+    links = [[cluster.links.get((a, b)) if a != b else None for b in names] for a in names]
+
+    def line(link: LinkSpeed, way: Callable[[LinkSpeed, float], float]) -> Sequence[float]:
+        if len(sizes) == 1:
+            return [way(link, rows * cuts[0])] * (len(cuts) + 1)
+        by_size = {size: way(link, rows * size) for size in sizes}
+        return [0.0, *(by_size[size] for size in cuts)]
+
+    def sums(way: Callable[[LinkSpeed, float], float]) -> Sums:
+        def at_end(only: str | None, name: str, link: LinkSpeed | None, size: float) -> float:
+            return INF if link is None or only not in (None, name) else way(link, size)
+
+        return Sums(
+            [at_end(ends.first, n, cluster.link(here, n), TOKEN_BYTES * rows) for n in names],
+            [at_end(ends.last, n, cluster.link(n, here), TOKEN_BYTES * back) for n in names],
+            [[None if link is None else line(link, way) for link in row] for row in links],
+        )
+
+    return sums(cost.hop_seconds), sums(cost.link_busy_seconds)
+
+
+def _first_fits(model: ModelCosts, devices: Sequence[Device], workload: Workload) -> list[list[int]]:
+    """Per device, for every end c, the least start b whose range fits; it never moves back, since more units
+    never take less."""
+    held, fits = cost.held_bytes(model, workload), []
+    for device in devices:
+        room, fit, b = device.ram_bytes - device.base_bytes, [0], 0
+        for c in range(1, len(model.units) + 1):
+            while b < c and held[b][c - b - 1] > room:
+                b += 1
+            fit.append(b)
+        fits.append(fit)
+    return fits

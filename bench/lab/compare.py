@@ -18,7 +18,6 @@ from shoal.engine.errors import NoPlanError
 from shoal.engine.shards import Model
 from shoal.engine.stage import StageOptions
 from shoal.planner.cost import range_ram_bytes
-from shoal.planner.rows import Objective
 from shoal.planning import plan_or_error, planner_model
 
 from .lab import Lab
@@ -58,10 +57,11 @@ def compare(lab: Lab, model: Model, streams: Sequence[int], repeats: int, contex
     rows = planner_model(model, StageOptions())
     cluster = survey_cluster(model, lab.addresses)
     for count in streams:
-        objective: Objective = "latency" if count == 1 else "throughput"
+        objective: planner.Objective = "latency" if count == 1 else "throughput"
         workload = planner.Workload(context, sequences=count, streams=count, prompt_tokens=PROMPT)
-        ours = plan_or_error(rows, cluster, workload, objective)
-        equal = planner.evaluate(rows, cluster, workload, equal_split(rows, cluster, workload), objective)
+        question = planner.Question(rows, cluster, workload, objective)
+        ours = plan_or_error(question)
+        equal = planner.evaluate(question, equal_split(rows, cluster, workload))
         for name, plan in (("ours", ours), ("equal", equal)):
             tokens = tokens_for(plan.tokens_per_s, count, context)
             runs = trio.run(measure, lab, model, plan.stages, count, repeats, tokens)
@@ -69,16 +69,16 @@ def compare(lab: Lab, model: Model, streams: Sequence[int], repeats: int, contex
 
 
 def equal_split(
-    model: planner.Model, cluster: planner.Cluster, workload: planner.Workload
-) -> list[planner.Stage]:
+    model: planner.ModelCosts, cluster: planner.Cluster, workload: planner.Workload
+) -> list[planner.Assignment]:
     """As many layers on each device, in their order, as the caps allow: the counts' least sum of squares, and
     among equals more layers on earlier devices.
 
     The embedding is on the first device, the head on the last. NoPlanError: no such split fits."""
     units, devices = len(model.units), cluster.devices
-    best: dict[int, tuple[int, list[int], list[planner.Stage]]] = {0: (0, [], [])}
+    best: dict[int, tuple[int, list[int], list[planner.Assignment]]] = {0: (0, [], [])}
     for i, device in enumerate(devices):
-        longer: dict[int, tuple[int, list[int], list[planner.Stage]]] = {}
+        longer: dict[int, tuple[int, list[int], list[planner.Assignment]]] = {}
         for first, (squares, fewer, stages) in best.items():
             for last in [units] if i == len(devices) - 1 else range(first + 1, units):
                 if last <= first or range_ram_bytes(model, device, workload, first, last) > device.ram_bytes:
@@ -86,7 +86,7 @@ def equal_split(
                 layers = min(last, units - 1) - max(first, 1)
                 value = (squares + layers**2, [*fewer, -layers])
                 if last not in longer or value < longer[last][:2]:
-                    longer[last] = (*value, [*stages, planner.Stage(device.name, first, last)])
+                    longer[last] = (*value, [*stages, planner.Assignment(device.name, first, last)])
         best = longer
     if units not in best:
         raise NoPlanError(

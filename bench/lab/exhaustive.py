@@ -13,7 +13,8 @@ from itertools import combinations, permutations
 
 from shoal import planner
 from shoal.planner import cost
-from shoal.planner.rows import Objective
+from shoal.planner.cost import StageCost
+from shoal.planner.streams import Follower
 
 EVALUATED = 300
 """Plans for several streams that are evaluated in full."""
@@ -23,7 +24,7 @@ EVALUATED = 300
 class Candidate:
     """A plan and what it should give, tokens/s."""
 
-    stages: tuple[planner.Stage, ...]
+    stages: tuple[planner.Assignment, ...]
     tokens_per_s: float
 
     @property
@@ -32,20 +33,16 @@ class Candidate:
         return frozenset(stage.device for stage in self.stages)
 
 
-def every(
-    model: planner.Model, cluster: planner.Cluster, workload: planner.Workload, objective: Objective
-) -> tuple[list[Candidate], int]:
+def every(question: planner.Question) -> tuple[list[Candidate], int]:
     """Feasible plans, the best first, and how many there are in all. For several streams: the EVALUATED ones
     of the best bounds, and the best bound of each choice of devices."""
-    found = [Candidate(stages, bound) for stages, bound in _bounded(model, cluster, workload, objective)]
-    if objective == "latency":
+    found = [Candidate(stages, bound) for stages, bound in _bounded(question)]
+    if question.objective == "latency":
         return sorted(found, key=lambda candidate: -candidate.tokens_per_s), len(found)
     most = heapq.nlargest(EVALUATED, found, key=lambda candidate: candidate.tokens_per_s)
     kept = {candidate.stages: candidate for candidate in [*most, *shapes(found)]}
-    exact = [
-        Candidate(stages, planner.evaluate(model, cluster, workload, stages, objective).tokens_per_s)
-        for stages in kept
-    ]
+    follower = Follower(question)
+    exact = [Candidate(stages, planner.evaluate(question, stages, follower).tokens_per_s) for stages in kept]
     return sorted(exact, key=lambda candidate: -candidate.tokens_per_s), len(found)
 
 
@@ -58,11 +55,10 @@ def shapes(candidates: Sequence[Candidate]) -> list[Candidate]:
     return sorted(best.values(), key=lambda candidate: -candidate.tokens_per_s)
 
 
-def _bounded(
-    model: planner.Model, cluster: planner.Cluster, workload: planner.Workload, objective: Objective
-) -> Iterator[tuple[tuple[planner.Stage, ...], float]]:
+def _bounded(question: planner.Question) -> Iterator[tuple[tuple[planner.Assignment, ...], float]]:
     """Every feasible plan with its tokens/s (one stream) or a bound of it."""
-    units, streams = len(model.units), workload.streams if objective == "throughput" else 1
+    model, cluster, workload = question.model, question.cluster, question.workload
+    units, streams = len(model.units), workload.streams if question.objective == "throughput" else 1
     many = streams > 1
     seconds, room = _tables(model, cluster, workload, many)
     names = [device.name for device in cluster.devices]
@@ -73,7 +69,7 @@ def _bounded(
                 ranges = list(zip(order, edges, edges[1:], strict=False))
                 if not all(room[part] for part in ranges):
                     continue
-                stages = tuple(planner.Stage(*part) for part in ranges)
+                stages = tuple(planner.Assignment(*part) for part in ranges)
                 hops = cost.chain_hops(model, cluster, stages)
                 took = [seconds[part] for part in ranges]
                 round_s = sum(took) + sum(cost.hop_seconds(link, size) for link, size in hops)
@@ -85,16 +81,18 @@ def _bounded(
 
 
 def _tables(
-    model: planner.Model, cluster: planner.Cluster, workload: planner.Workload, many: bool
+    model: planner.ModelCosts, cluster: planner.Cluster, workload: planner.Workload, many: bool
 ) -> tuple[dict[tuple[str, int, int], float], dict[tuple[str, int, int], bool]]:
     """Seconds of one row, and whether it fits, of every range on every device."""
     seconds: dict[tuple[str, int, int], float] = {}
     room: dict[tuple[str, int, int], bool] = {}
+    held = cost.held_bytes(model, workload)
     for device in cluster.devices:
         for first in range(len(model.units)):
-            held = cost.held_bytes_from(model, workload, first)
             for last in range(first + 1, len(model.units) + 1):
                 key = (device.name, first, last)
-                room[key] = device.base_bytes + held[last - first - 1] <= device.ram_bytes
-                seconds[key] = cost.stage_decode_seconds(model, device, workload, first, last, idle=not many)
+                room[key] = device.base_bytes + held[first][last - first - 1] <= device.ram_bytes
+                stage = StageCost(model, device, first, last)
+                pause = 0.0 if many else stage.pause
+                seconds[key] = stage.decode_seconds(1, workload.decode_depth) + pause
     return seconds, room

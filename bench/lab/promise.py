@@ -27,7 +27,7 @@ from shoal.engine.shards import Model
 from shoal.engine.stage import StageOptions
 from shoal.net.coordinator import Head, HeadOptions
 from shoal.net.identity import shape_of
-from shoal.net.placement import Links, NodeInfo, Placement, StageRange
+from shoal.net.placement import Links, NodeInfo, Placement
 from shoal.planner.cost import range_ram_bytes
 from shoal.planning import MB, planner_model
 from shoal.processes import bare_node_bytes
@@ -51,7 +51,7 @@ _ANSWER = 8
 _CHUNK_ROWS = 256
 
 
-def devices(rng: random.Random, rows: planner.Model, bare: int, workload: planner.Workload) -> LabSpec:
+def devices(rng: random.Random, rows: planner.ModelCosts, bare: int, workload: planner.Workload) -> LabSpec:
     """2 to 4 devices whose caps hold the model together, with up to half as much room again."""
     count = rng.randint(2, 4)
     whole = sum(
@@ -66,14 +66,14 @@ def devices(rng: random.Random, rows: planner.Model, bare: int, workload: planne
 
 
 def feasible(
-    rng: random.Random, rows: planner.Model, cluster: planner.Cluster, workload: planner.Workload
-) -> list[planner.Stage]:
+    rng: random.Random, rows: planner.ModelCosts, cluster: planner.Cluster, workload: planner.Workload
+) -> list[planner.Assignment]:
     """A random plan: some of the devices in some order, cut anywhere, within all caps."""
     units = len(rows.units)
     while True:
         chosen = rng.sample(cluster.devices, rng.randint(1, len(cluster.devices)))
         cuts = [0, *sorted(rng.sample(range(1, units), len(chosen) - 1)), units]
-        stages = [planner.Stage(d.name, a, b) for d, a, b in zip(chosen, cuts, cuts[1:], strict=False)]
+        stages = [planner.Assignment(d.name, a, b) for d, a, b in zip(chosen, cuts, cuts[1:], strict=False)]
         if all(
             range_ram_bytes(rows, device, workload, stage.first, stage.last) <= device.ram_bytes
             for device, stage in zip(chosen, stages, strict=True)
@@ -82,13 +82,13 @@ def feasible(
 
 
 async def fill(
-    lab: Lab, model: Model, stages: Sequence[planner.Stage], workload: planner.Workload
+    lab: Lab, model: Model, stages: Sequence[planner.Assignment], workload: planner.Workload
 ) -> dict[str, int]:
     """All sequences at once to the end of their contexts, twice; major faults of each node in the second
     pass, by name."""
 
     def fixed(nodes: Sequence[NodeInfo], links: Links) -> Placement:
-        return Placement(tuple(StageRange(s.device, s.first, s.last) for s in stages), _CHUNK_ROWS)
+        return Placement(tuple(stages), _CHUNK_ROWS)
 
     options = HeadOptions(measure_links=False)
     async with Head.open(lab.addresses, head_identity(model), shape_of(model), fixed, options) as head:
@@ -132,10 +132,10 @@ def lab_of(seed: int) -> dict[str, Any]:
 def _taken(
     lab: Lab,
     model: Model,
-    rows: planner.Model,
+    rows: planner.ModelCosts,
     cluster: planner.Cluster,
     workload: planner.Workload,
-    stages: Sequence[planner.Stage],
+    stages: Sequence[planner.Assignment],
 ) -> list[dict[str, Any]]:
     promised = {}
     for stage in stages:

@@ -40,7 +40,7 @@ from .lab import Lab
 from .results import Results
 from .runs import measure, tokens_for
 from .spec import LabSpec, read_spec
-from .validate import CONTEXT, MEASURE_SECONDS, cluster_json, cluster_of_json, load
+from .validate import CONTEXT, MEASURE_SECONDS, asked, cluster_json, cluster_of_json
 
 BEST = 5
 RIVAL_ROUNDS = 2
@@ -49,15 +49,19 @@ MAIN = ("ours", "equal", "lingualinked")
 
 
 def plans(
-    rows: planner.Model, cluster: planner.Cluster, spec: LabSpec, streams: int
-) -> tuple[dict[str, list[planner.Stage]], dict[str, str]]:
+    rows: planner.ModelCosts, cluster: planner.Cluster, spec: LabSpec, streams: int
+) -> tuple[dict[str, list[planner.Assignment]], dict[str, str]]:
     """Stages by name, and what there is to say of plans by name."""
-    objective, workload = load(streams)
-    ours = plan_or_error(rows, cluster, workload, objective)
-    found = {"ours": list(ours.stages), "equal": equal_split(rows, cluster, workload)}
+    question = asked(rows, cluster, streams)
+    workload = question.workload
+    ours = plan_or_error(question)
+    found = {"ours": list(ours.assignments), "equal": equal_split(rows, cluster, workload)}
     said: dict[str, str] = {}
     theirs = lingualinked(
-        rows, replace(cluster, links=_without_head(cluster), head=spec.head or cluster.devices[0].name)
+        rows,
+        replace(
+            cluster, links=_without_coordinator(cluster), coordinator=spec.head or cluster.devices[0].name
+        ),
     )
     if theirs is None:
         said["lingualinked"] = "no plan: weights may take 0.7 of each cap"
@@ -70,8 +74,8 @@ def plans(
         said["alone"] = f"no device holds the model; missing: {lacks}"
     else:
         name = ours.best_alone.device
-        found[f"alone {name}"] = [planner.Stage(name, 0, len(rows.units))]
-    candidates, count = every(rows, cluster, workload, objective)
+        found[f"alone {name}"] = [planner.Assignment(name, 0, len(rows.units))]
+    candidates, count = every(question)
     said["best"] = f"of {count} feasible plans"
     for i, candidate in enumerate(candidates[:BEST]):
         found[f"best {i + 1}"] = list(candidate.stages)
@@ -80,16 +84,16 @@ def plans(
     return found, said
 
 
-def _without_head(cluster: planner.Cluster) -> dict[tuple[str, str], planner.Link]:
-    """Its head is one of the devices."""
-    return {ends: link for ends, link in cluster.links.items() if cluster.head not in ends}
+def _without_coordinator(cluster: planner.Cluster) -> dict[tuple[str, str], planner.LinkSpeed]:
+    """Its coordinator is one of the devices."""
+    return {ends: link for ends, link in cluster.links.items() if cluster.coordinator not in ends}
 
 
 def _over(
-    rows: planner.Model,
+    rows: planner.ModelCosts,
     cluster: planner.Cluster,
     workload: planner.Workload,
-    stages: Sequence[planner.Stage],
+    stages: Sequence[planner.Assignment],
 ) -> str:
     """Devices that would hold more than they promise, and by how much."""
     parts = []
@@ -101,7 +105,7 @@ def _over(
     return ", ".join(parts)
 
 
-def _units(stages: Sequence[planner.Stage]) -> str:
+def _units(stages: Sequence[planner.Assignment]) -> str:
     return ", ".join(f"{stage.device} {stage.last - stage.first}" for stage in stages)
 
 
@@ -110,7 +114,6 @@ def study(
 ) -> bool:
     """Adds rounds to a record, until there are enough; whether there are."""
     rows = planner_model(model, StageOptions())
-    objective, workload = load(streams)
     if key not in results.rows:
         cluster = survey_cluster(model, lab.addresses)
         found, said = plans(rows, cluster, lab.spec, streams)
@@ -130,8 +133,8 @@ def study(
                 continue
             if time.monotonic() > until:
                 return False
-            stages = [planner.Stage(*edge) for edge in edges]
-            predicted = planner.evaluate(rows, cluster, workload, stages, objective).tokens_per_s
+            stages = [planner.Assignment(*edge) for edge in edges]
+            predicted = planner.evaluate(asked(rows, cluster, streams), stages).tokens_per_s
             (run,) = trio.run(
                 measure, lab, model, stages, streams, 1, tokens_for(predicted, streams, CONTEXT)
             )

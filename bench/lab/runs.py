@@ -19,7 +19,7 @@ from shoal.distributed import head_identity
 from shoal.engine.shards import Model
 from shoal.net.coordinator import Head, HeadOptions
 from shoal.net.identity import shape_of
-from shoal.net.placement import Links, NodeInfo, Placement, StageRange
+from shoal.net.placement import Links, NodeInfo, Placement
 
 from .lab import Lab
 from .others import Others
@@ -59,12 +59,12 @@ async def quiet(once: Callable[[], Awaitable[Timed]]) -> Timed:
 
 
 async def measure(
-    lab: Lab, model: Model, stages: Sequence[planner.Stage], streams: int, repeats: int, tokens: int
+    lab: Lab, model: Model, stages: Sequence[planner.Assignment], streams: int, repeats: int, tokens: int
 ) -> list[Timed]:
     """So many quiet runs of `tokens` tokens a stream, after a short one to warm up."""
 
     def fixed(nodes: Sequence[NodeInfo], links: Links) -> Placement:
-        return Placement(tuple(StageRange(s.device, s.first, s.last) for s in stages), CHUNK_ROWS)
+        return Placement(tuple(stages), CHUNK_ROWS)
 
     options = HeadOptions(measure_links=False)
     async with Head.open(lab.addresses, head_identity(model), shape_of(model), fixed, options) as head:

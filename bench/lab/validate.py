@@ -19,15 +19,14 @@ from typing import Any
 
 import trio
 from bench.models import model_path
-from bench.scenario import Request, Rules
-from bench.simulator import simulate
+from bench.simulator import Request, Rules, simulate
 
 from shoal import planner
 from shoal.distributed import survey_cluster
 from shoal.engine.errors import ShoalError
 from shoal.engine.shards import Model
 from shoal.engine.stage import StageOptions
-from shoal.planner.rows import Objective
+from shoal.engine.strict import convert
 from shoal.planning import plan_or_error, planner_model
 
 from .lab import Lab
@@ -71,17 +70,11 @@ def _setup(name: Any = None, model: Any = None, **lab: Any) -> Setup:
     return Setup(name, model, spec_of({**lab, "turns": True}))
 
 
-def simulated(
-    rows: planner.Model,
-    cluster: planner.Cluster,
-    workload: planner.Workload,
-    stages: Sequence[planner.Stage],
-    tokens: int,
-) -> float:
+def simulated(question: planner.Question, stages: Sequence[planner.Assignment], tokens: int) -> float:
     """What the simulator says of the run that `measure` makes: all streams together, while all decode."""
-    requests = [Request(0.0, PROMPT, tokens)] * workload.streams
+    requests = [Request(0.0, PROMPT, tokens)] * question.workload.streams
     rules = Rules(chunk_rows=CHUNK_ROWS)
-    outcome = simulate(rows, cluster, workload, stages, requests, rules=rules)
+    outcome = simulate(question, stages, requests, rules=rules)
     first = [at for at in outcome.first_token_at if at is not None]
     done = [at for at in outcome.done_at if at is not None]
     # Between its first token and its last each stream's tokens come evenly.
@@ -123,12 +116,11 @@ def _record(setup: Setup, streams: int, repeats: int, most: int) -> tuple[float,
     """How many cores others took while the devices measured themselves, and what came after."""
     model = Model.open(model_path(setup.model))
     rows = planner_model(model, StageOptions())
-    objective, workload = load(streams)
     options = ("--measure-seconds", str(MEASURE_SECONDS))
     with Lab.open(setup.lab, model.path, context=CONTEXT, sequences=most, options=options) as lab:
         cluster = survey_cluster(model, lab.addresses)
         crowd = lab.others()
-        plan = plan_or_error(rows, cluster, workload, objective)
+        plan = plan_or_error(asked(rows, cluster, streams))
         tokens = tokens_for(plan.tokens_per_s, streams, CONTEXT)
         runs: list[Timed] = trio.run(measure, lab, model, plan.stages, streams, repeats, tokens)
     return crowd, {
@@ -142,39 +134,43 @@ def _record(setup: Setup, streams: int, repeats: int, most: int) -> tuple[float,
 
 
 def predictions(
-    rows: planner.Model, cluster: planner.Cluster, stages: Sequence[planner.Stage], streams: int
+    rows: planner.ModelCosts, cluster: planner.Cluster, stages: Sequence[planner.Assignment], streams: int
 ) -> dict[str, Any]:
     """What planner and simulator say of stages."""
-    objective, workload = load(streams)
-    plan = planner.evaluate(rows, cluster, workload, stages, objective)
+    question = asked(rows, cluster, streams)
+    plan = planner.evaluate(question, stages)
     tokens = tokens_for(plan.tokens_per_s, streams, CONTEXT)
     return {
         "predicted": plan.tokens_per_s,
-        "simulated": simulated(rows, cluster, workload, stages, tokens),
-        "stage_seconds": plan.stage_seconds,
-        "hop_seconds": plan.hop_seconds,
+        "simulated": simulated(question, stages, tokens),
+        "stage_seconds": [stage.seconds for stage in plan.stages],
+        "hop_seconds": [hop.seconds for hop in plan.hops],
     }
 
 
-def load(streams: int) -> tuple[Objective, planner.Workload]:
+def asked(rows: planner.ModelCosts, cluster: planner.Cluster, streams: int) -> planner.Question:
     """What is asked of the planner."""
     workload = planner.Workload(CONTEXT, sequences=streams, streams=streams, prompt_tokens=PROMPT)
-    return "latency" if streams == 1 else "throughput", workload
+    return planner.Question(rows, cluster, workload, "latency" if streams == 1 else "throughput")
 
 
 def cluster_json(cluster: planner.Cluster) -> dict[str, Any]:
     """For a file of results."""
     links = [[*ends, link.latency_s, link.bytes_per_s] for ends, link in cluster.links.items()]
-    return {"devices": [asdict(device) for device in cluster.devices], "links": links, "head": cluster.head}
+    return {
+        "devices": [asdict(device) for device in cluster.devices],
+        "links": links,
+        "head": cluster.coordinator,
+    }
 
 
 def cluster_of_json(body: dict[str, Any]) -> planner.Cluster:
     """What `cluster_json` gave."""
     devices = [
-        planner.Device(**{**device, "row_rates": tuple((rows, rate) for rows, rate in device["row_rates"])})
+        convert(planner.Device, device, "a device of the results", defaults=True)
         for device in body["devices"]
     ]
-    links = {(a, b): planner.Link(latency, rate) for a, b, latency, rate in body["links"]}
+    links = {(a, b): planner.LinkSpeed(latency, rate) for a, b, latency, rate in body["links"]}
     return planner.Cluster(tuple(devices), links, body["head"])
 
 
@@ -183,7 +179,7 @@ def predicted_again(record: dict[str, Any]) -> dict[str, Any]:
     rows = planner_model(Model.open(model_path(record["model"])), StageOptions())
 
     def again(row: dict[str, Any]) -> dict[str, Any]:
-        stages = [planner.Stage(*stage) for stage in row["stages"]]
+        stages = [planner.Assignment(*stage) for stage in row["stages"]]
         return {**row, **predictions(rows, cluster_of_json(row["cluster"]), stages, row["streams"])}
 
     return {**record, "streams": [again(row) for row in record["streams"]]}

@@ -18,12 +18,11 @@ from .engine.shards import Model
 from .engine.stage import StageOptions
 from .net.coordinator import Head
 from .net.identity import Identity, identity_of, shape_of
-from .net.placement import HEAD, Links, NodeInfo, Placement, StageRange, StageReport
+from .net.placement import HEAD, Links, NodeInfo, Placement, StageReport
 from .net.session import Session
 from .net.survey import survey
-from .planner.refresh import slowed
-from .planner.rows import Objective
-from .planning import device_of, plan_that_fits, planner_model
+from .plan_report import RunMeasurements
+from .planning import plan_that_fits, planner_model
 from .portal import Portal, open_portal
 
 CALL_SECONDS = 0.1
@@ -38,14 +37,11 @@ def head_identity(model: Model) -> Identity:
 
 def cluster_of(nodes: Sequence[NodeInfo], links: Links) -> planner.Cluster:
     """The planner's view of the nodes that answered and of the links between them, as they are by now."""
-    devices = tuple(slowed(device_of(node.label, node.device), node.slower) for node in nodes)
+    devices = tuple(replace(node.offer.device, name=node.label).slowed(node.slower) for node in nodes)
     there = {HEAD, *(node.label for node in nodes)}
-    rows = {
-        ends: planner.Link(link.latency_s, link.bytes_per_s)
-        for ends, link in links.items()
-        if there.issuperset(ends)
-    }
-    return planner.Cluster(devices, rows, HEAD)
+    return planner.Cluster(
+        devices, {ends: link for ends, link in links.items() if there.issuperset(ends)}, HEAD
+    )
 
 
 def survey_cluster(model: Model, addresses: Sequence[tuple[str, int]]) -> planner.Cluster:
@@ -66,7 +62,7 @@ class NetworkPlanner:
         self,
         model: Model,
         workload: planner.Workload,
-        objective: Objective = "latency",
+        objective: planner.Objective = "latency",
         *,
         shrink: bool = False,
     ) -> None:
@@ -78,21 +74,21 @@ class NetworkPlanner:
     def __call__(self, nodes: Sequence[NodeInfo], links: Links) -> Placement:
         """The Plan that a Head is given (net/placement.py)."""
         cluster = cluster_of(nodes, links)
-        plan, self.workload = plan_that_fits(
-            self._rows, cluster, self._asked, self._objective, shrink=self._shrink
-        )
+        question = self._question(cluster, self._asked)
+        plan, self.workload = plan_that_fits(question, shrink=self._shrink)
         self.plan = plan
-        stages = tuple(StageRange(stage.device, stage.first, stage.last) for stage in plan.stages)
-        return Placement(stages, self._chunk_rows(plan, cluster))
+        return Placement(plan.assignments, self._chunk_rows(plan, cluster))
 
     def now(self, nodes: Sequence[NodeInfo], links: Links) -> planner.Plan:
         """What the plan's stages should do by what nodes and links have turned out to be (a Head's `nodes`
         and `links`), while its nodes are there."""
         assert self.plan is not None, "something was planned"
-        found = planner.evaluate(
-            self._rows, cluster_of(nodes, links), self.workload, self.plan.stages, self._objective
-        )
+        question = self._question(cluster_of(nodes, links), self.workload)
+        found = planner.evaluate(question, self.plan.stages)
         return replace(found, method=self.plan.method, optimal=self.plan.optimal, reasons=self.plan.reasons)
+
+    def _question(self, cluster: planner.Cluster, workload: planner.Workload) -> planner.Question:
+        return planner.Question(self._rows, cluster, workload, self._objective)
 
     def _chunk_rows(self, plan: planner.Plan, cluster: planner.Cluster) -> int:
         """The most rows that every stage computes within CALL_SECONDS."""
@@ -108,9 +104,9 @@ def measured_of(
     reports: Sequence[StageReport],
     tokens_per_s: float | None,
     alone: dict[str, float] | None = None,
-) -> planner.Measured:
+) -> RunMeasurements:
     """What the stages did, for the report beside the prediction."""
-    return planner.Measured(
+    return RunMeasurements(
         tokens_per_s=tokens_per_s,
         stage_seconds={
             r.node: r.stats.decode.seconds / r.stats.decode.steps for r in reports if r.stats.decode.steps

@@ -3,11 +3,13 @@ several in flight. Plain SVG, written by hand: no package draws it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
 from .planner import Plan
+from .planner.streams import Fixed, Message, Walker, Way
 
 WIDTH, LABELS, LANE, BAR, TITLE, MARGIN = 960, 150, 34, 20, 34, 16
 COLOURS = ("#3b6ea5", "#c9692c", "#4d8f5b", "#8a5fa3", "#a8433f", "#5a7f8c", "#b0912f", "#6b6b6b")
@@ -35,31 +37,48 @@ class Hop:
     end: float
 
 
+class _Recorder(Walker):
+    """Draws what it walks. Each message is a call of its own, since calls that start together differ in
+    colour."""
+
+    def __init__(self, plan: Plan) -> None:
+        stages = [Fixed([0.0, stage.seconds]) for stage in plan.stages]
+        hops = plan.hops
+        latency = [hop.seconds - hop.busy_seconds for hop in hops]
+        super().__init__(Way(stages, latency, [hop.busy_seconds for hop in hops]), most=1)
+        self.drawn: list[Bar | Hop] = []
+
+    def send(self, to: int, messages: Sequence[Message], left: float) -> None:
+        for message in messages:
+            start = max(left, self.link_free[to])
+            super().send(to, (message,), left)
+            self.drawn.append(Hop(to, to + 1, message[3], start, self.arrivals[to][-1]))
+
+    def call(self) -> tuple[int, float, float, Sequence[Message]]:
+        at, start, end, messages = super().call()
+        self.drawn.append(Bar(at + 1, messages[0][3], start, end))
+        return at, start, end, messages
+
+    def returned(self, message: Message, at: float, left: float) -> None:
+        start = max(left, self.link_free[-1])
+        self.drawn.append(Hop(len(self.stages), 0, message[3], start, at))
+
+
 def schedule(plan: Plan, calls: int) -> list[Bar | Hop]:
     """What `calls` decode calls that start together do, each stage and link taking one at a time. Lane 0 is
-    the head's; the stages follow in their order."""
-    count = len(plan.stages)
-    stage_free, link_free = [0.0] * count, [0.0] * (count + 1)
-    drawn: list[Bar | Hop] = []
-    for call in range(calls):
-        at = 0.0
-        for hop in range(count + 1):
-            start = max(at, link_free[hop])
-            link_free[hop] = start + plan.link_busy_seconds[hop]
-            at = start + plan.hop_seconds[hop]
-            drawn.append(Hop(hop, (hop + 1) % (count + 1), call, start, at))
-            if hop < count:
-                start = max(at, stage_free[hop])
-                at = stage_free[hop] = start + plan.stage_seconds[hop]
-                drawn.append(Bar(hop + 1, call, start, at))
-    return drawn
+    the coordinator's; the stages follow in their order."""
+    walker = _Recorder(plan)
+    walker.send(0, [(1, 0, True, call) for call in range(calls)], 0.0)
+    while walker.next_call < math.inf:
+        walker.call()
+    return walker.drawn
 
 
 def draw(plan: Plan) -> str:
     """The picture as SVG text."""
     many = min(MOST_CALLS, max(2, len(plan.stages), -(-plan.streams // plan.batch)))
-    share = f" of {plan.batch} streams" if plan.batch > 1 else ""
-    # Of several streams a call finds stages busy and pays no pause, which one token by itself would.
+    share = f" of {plan.batch} sequences" if plan.batch > 1 else ""
+    # Of several sequences a call finds stages busy and pays no pause, which one token by itself would.
     one = f"one call{share}" if plan.objective == "throughput" and plan.streams > 1 else "one token"
     panels = [(one, 1), (f"{many} calls{share}", many)]
     lines: list[str] = []
@@ -84,7 +103,7 @@ def _panel(plan: Plan, title: str, calls: int, top: int) -> Iterator[str]:
         return top + TITLE + LANE * lane + LANE / 2
 
     yield f'<text x="{MARGIN}" y="{top + 14}" font-weight="bold">{title}: {end * 1e3:.2f} ms</text>'
-    for lane, name in enumerate(["head", *(stage.device for stage in plan.stages)]):
+    for lane, name in enumerate(["coordinator", *(stage.device for stage in plan.stages)]):
         yield f'<line x1="{LABELS}" x2="{WIDTH - MARGIN}" y1="{y(lane)}" y2="{y(lane)}" stroke="#ddd"/>'
         yield f'<text x="{MARGIN}" y="{y(lane) + 4}">{escape(_short(name))}</text>'
     for item in drawn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -85,7 +86,7 @@ def cluster(model: Model, *rooms: float) -> planner.Cluster:
         planner.Device(f"d{i}", int(share * whole) + fixed, 1e10, 1e11) for i, share in enumerate(rooms)
     )
     names = [device.name for device in devices]
-    links = {(a, b): planner.Link(1e-3, 1e8) for a in names for b in names if a != b}
+    links = {(a, b): planner.LinkSpeed(1e-3, 1e8) for a in names for b in names if a != b}
     return planner.Cluster(devices, links, names[0])
 
 
@@ -97,21 +98,22 @@ def test_a_plan_takes_the_largest_context_that_fits(
     rows, devices = planner_model(model, StageOptions()), cluster(model, *rooms)
     objective = "throughput" if streams > 1 else "latency"
     workload = default_workload(LONG, given=False, prompt=128, streams=streams)
-    plan, planned = plan_that_fits(rows, devices, workload, objective, shrink=True)
+    question = planner.Question(rows, devices, workload, objective)
+    plan, planned = plan_that_fits(question, shrink=True)
     assert PAGE <= planned.context < LONG and planned.context % PAGE == 0
     assert planned.streams == planned.sequences == streams
     assert plan.stages[-1].last == len(rows.units)
     more = default_workload(planned.context + PAGE, given=False, prompt=128, streams=streams)
     with pytest.raises(NoPlanError):
-        plan_or_error(rows, devices, more, objective)
+        plan_or_error(replace(question, workload=more))
     with pytest.raises(NoPlanError):
-        plan_that_fits(rows, devices, workload, objective, shrink=False)
+        plan_that_fits(question, shrink=False)
 
 
 def test_devices_that_hold_no_page_at_all_are_too_small(model: Model) -> None:
     rows, devices = planner_model(model, StageOptions()), cluster(model, 0.0)
     with pytest.raises(NoPlanError, match="short"):
-        plan_that_fits(rows, devices, default_workload(LONG, given=False), "latency", shrink=True)
+        plan_that_fits(planner.Question(rows, devices, default_workload(LONG, given=False)), shrink=True)
 
 
 def test_speed_is_that_of_a_usual_conversation_unless_a_context_was_given() -> None:

@@ -1,6 +1,7 @@
 """The picture of a plan: as long as its token takes, nothing at two places at once, well-formed."""
 
 import itertools
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
@@ -9,15 +10,13 @@ from shoal import planner
 from shoal.plan_svg import Bar, draw, schedule
 
 LAYER = planner.Unit("layer", 1_000_000, 1_000_000, 1_000_000, 0, 0, 100_000)
-MODEL = planner.Model((LAYER,) * 6)
+MODEL = planner.ModelCosts((LAYER,) * 6)
 DEVICES = tuple(planner.Device(name, 10**9, rate, rate) for name, rate in (("a<b", 1e9), ("c", 2e9)))
-LINKS = {pair: planner.Link(0.001, 1e8) for pair in itertools.permutations(("h", "a<b", "c"), 2)}
-PLAN = planner.evaluate(
-    MODEL,
-    planner.Cluster(DEVICES, LINKS, "h"),
-    planner.Workload(64, sequences=6, streams=6),
-    [planner.Stage("a<b", 0, 3), planner.Stage("c", 3, 6)],
+LINKS = {pair: planner.LinkSpeed(0.001, 1e8) for pair in itertools.permutations(("h", "a<b", "c"), 2)}
+QUESTION = planner.Question(
+    MODEL, planner.Cluster(DEVICES, LINKS, "h"), planner.Workload(64, sequences=6, streams=6)
 )
+PLAN = planner.evaluate(QUESTION, [planner.Assignment("a<b", 0, 3), planner.Assignment("c", 3, 6)])
 
 
 def test_one_token_takes_what_the_plan_predicts() -> None:
@@ -26,7 +25,7 @@ def test_one_token_takes_what_the_plan_predicts() -> None:
 
 def test_calls_follow_each_other_at_the_pace_of_the_slowest_stage() -> None:
     ends = sorted(item.end for item in schedule(PLAN, 5) if isinstance(item, Bar) and item.lane == 2)
-    slowest = max(PLAN.stage_seconds)
+    slowest = max(stage.seconds for stage in PLAN.stages)
     assert [b - a for a, b in itertools.pairwise(ends)] == pytest.approx([slowest] * 4)
     for lane in (1, 2):
         bars = [item for item in schedule(PLAN, 5) if isinstance(item, Bar) and item.lane == lane]
@@ -45,10 +44,10 @@ def test_the_file_is_well_formed_and_has_a_bar_per_stage_and_a_line_per_hop() ->
     assert [text for text in texts if text == "a<b"] == ["a<b"] * 2
 
 
-def test_a_call_among_several_streams_is_not_called_a_token_alone() -> None:
+def test_a_call_among_several_sequences_is_not_called_a_token_alone() -> None:
     """Stages that are kept busy pay no pause, and a token by itself does."""
-    cluster = planner.Cluster(DEVICES, LINKS, "h")
     load = planner.Workload(64, sequences=6, streams=2)
-    found = planner.evaluate(MODEL, cluster, load, PLAN.stages, "throughput")
+    question = replace(QUESTION, workload=load, objective="throughput")
+    found = planner.evaluate(question, PLAN.stages)
     assert "one call" in draw(found)
     assert "one token" not in draw(found)

@@ -71,7 +71,7 @@ def layers(count: int, caps: tuple[int, ...]) -> list[int]:
     """Layers per device of the equal split, where a layer is 10 bytes, a table 15, and a cap in bytes."""
     table = planner.Unit("table", 15, 1, 1, 0, 0, 8)
     layer = planner.Unit("layer", 10, 10, 1, 0, 0, 8)
-    model = planner.Model((table, *[layer] * count, table))
+    model = planner.ModelCosts((table, *[layer] * count, table))
     devices = tuple(planner.Device(f"d{i}", cap, 1e9, 1e9) for i, cap in enumerate(caps))
     cluster = planner.Cluster(devices, {}, "d0")
     stages = equal_split(model, cluster, planner.Workload(64))
@@ -101,7 +101,7 @@ def test_a_cap_in_layers_has_room_for_them_and_either_end(
     """Each sequence has pages of its own, and the head may work on more than a layer does."""
     table = planner.Unit("table", 10**7, 10, 0, 0, 0, 1000, workspace_bytes=3 * 10**6)
     layer = planner.Unit("layer", 10**7, 10**7, 10**6, 10**5, 5 * 10**6, 1000, workspace_bytes=10**6)
-    model = planner.Model((table, *[layer] * 6, table), 0, 64)
+    model = planner.ModelCosts((table, *[layer] * 6, table), 0, 64)
     monkeypatch.setattr(lab, "Model", SimpleNamespace(open=lambda path: None))
     monkeypatch.setattr(lab, "planner_model", lambda *_: model)
     monkeypatch.setattr(lab, "bare_node_bytes", lambda path: 60 * 10**6)

@@ -23,7 +23,7 @@ from shoal.planner.cost import range_ram_bytes
 LAYER = planner.Unit("layer", 10_000_000, 10_000_000, 10_000_000, 100, 0, 4000)
 TABLE = planner.Unit("table", 20_000_000, 4000, 0, 0, 0, 4000)
 HEAD = planner.Unit("head", 20_000_000, 20_000_000, 20_000_000, 0, 0, 4)
-ROWS = planner.Model((TABLE, *[LAYER] * 5, HEAD))
+ROWS = planner.ModelCosts((TABLE, *[LAYER] * 5, HEAD))
 DEVICES = tuple(
     planner.Device(
         name, cap * 1_000_000, rate * 1e9, 9e9, 2_000_000, 1e-4, row_rates=((1, rate * 1e9), (4, 4e9))
@@ -31,26 +31,26 @@ DEVICES = tuple(
     for name, cap, rate in (("a", 60, 3.0), ("b", 50, 1.0), ("c", 45, 0.5))
 )
 ENDS = ("head", "a", "b", "c")
-LINKS = {(x, y): planner.Link(0.002, 1e7) for x in ENDS for y in ENDS if x != y}
+LINKS = {(x, y): planner.LinkSpeed(0.002, 1e7) for x in ENDS for y in ENDS if x != y}
 CLUSTER = planner.Cluster(DEVICES, LINKS, "head")
 
 
 @pytest.mark.parametrize("streams", [1, 3])
 def test_the_first_of_all_plans_is_the_planners(streams: int) -> None:
-    objective, workload = validate.load(streams)
-    candidates, count = every(ROWS, CLUSTER, workload, objective)
-    best = planner.plan(ROWS, CLUSTER, workload, objective)
+    question = validate.asked(ROWS, CLUSTER, streams)
+    candidates, count = every(question)
+    best = planner.plan(question)
     assert isinstance(best, planner.Plan)
     assert candidates[0].tokens_per_s == pytest.approx(best.tokens_per_s, rel=1e-6 if streams == 1 else 0.03)
     assert count > len(shapes(candidates)) == len({candidate.devices for candidate in candidates})
     for candidate in candidates:
-        found = planner.evaluate(ROWS, CLUSTER, workload, candidate.stages, objective)
+        found = planner.evaluate(question, candidate.stages)
         assert candidate.tokens_per_s == pytest.approx(found.tokens_per_s, rel=1e-9)
-        assert all(ram <= cap for ram, cap in zip(found.ram_bytes, found.cap_bytes, strict=True))
+        assert all(stage.ram_bytes <= stage.cap_bytes for stage in found.stages)
 
 
 def test_random_plans_keep_to_all_caps() -> None:
-    _, workload = validate.load(1)
+    workload = validate.asked(ROWS, CLUSTER, 1).workload
     rng = random.Random(0)
     seen = set()
     for _ in range(30):
@@ -65,7 +65,7 @@ def test_random_plans_keep_to_all_caps() -> None:
 
 
 def test_random_devices_hold_the_model_together() -> None:
-    _, workload = validate.load(1)
+    workload = validate.asked(ROWS, CLUSTER, 1).workload
     for seed in range(20):
         spec = promise.devices(random.Random(seed), ROWS, 2_000_000, workload)
         room = sum(device.cap_mb * 1_000_000 - 4_000_000 for device in spec.devices if device.cap_mb)
@@ -198,12 +198,12 @@ def test_a_file_that_holds_no_set_ups_is_named_with_the_reason(tmp_path: Path, t
 
 @pytest.mark.parametrize("streams", [1, 3])
 def test_a_record_is_predicted_again_from_its_own_measurements(streams: int) -> None:
-    stages = [planner.Stage("a", 0, 4), planner.Stage("b", 4, 7)]
+    stages = [planner.Assignment("a", 0, 4), planner.Assignment("b", 4, 7)]
     again = validate.cluster_of_json(json.loads(json.dumps(validate.cluster_json(CLUSTER))))
     assert again == CLUSTER
     found = validate.predictions(ROWS, again, stages, streams)
-    objective, workload = validate.load(streams)
-    assert found["predicted"] == planner.evaluate(ROWS, CLUSTER, workload, stages, objective).tokens_per_s
+    question = validate.asked(ROWS, CLUSTER, streams)
+    assert found["predicted"] == planner.evaluate(question, stages).tokens_per_s
     assert found["simulated"] == pytest.approx(found["predicted"], rel=0.1)
 
 

@@ -23,15 +23,16 @@ from shoal.engine.batch import Result, Run, Sampling, Want
 from shoal.engine.errors import ContextError
 from shoal.net.coordinator import Head, HeadOptions
 from shoal.net.identity import Identity, ModelShape
-from shoal.net.messages import Device
+from shoal.net.messages import Offer
 from shoal.net.node import Node, NodeParts
 from shoal.net.placement import Plan
+from shoal.planner import Device
 
 UNITS, VOCAB, CONTEXT, COLS, PRIME = 6, 97, 64, 2, 65521
 SHAPE = ModelShape(UNITS, VOCAB, CONTEXT, COLS)
-DEVICE = Device(
-    ram_bytes=10**9, base_bytes=10**7, max_rows=8, threads=1, backend="fake", exact=True,
-    read_bytes_per_s=1e9, macs_per_s=1e9, step_overhead_s=0.0,
+OFFER = Offer(
+    Device("fake", ram_bytes=10**9, read_bytes_per_s=1e9, macs_per_s=1e9, base_bytes=10**7),
+    max_rows=8, threads=1, backend="fake", exact=True,
 )  # fmt: skip
 
 
@@ -164,7 +165,7 @@ class FakeNetwork:
             return stages[-1]
 
         parts = NodeParts(
-            identity=identity(name, port, model), device=DEVICE, units=UNITS, open_stage=open_stage,
+            identity=identity(name, port, model), offer=OFFER, units=UNITS, open_stage=open_stage,
             resident=lambda: 1, log=log.append, hop=inline,
             open_stream=partial(self.open_stream, source=port),
         )  # fmt: skip

@@ -45,7 +45,7 @@ class FalseNode:
         try:
             async with open_link(stream, "head", dialled=False) as link:
                 me = self._lab.identity(f"liar{self._number}", self._number)
-                hello = await greet(link, me, self._lab.DEVICE, seconds=5, admit=anyone)
+                hello = await greet(link, me, self._lab.OFFER, seconds=5, admit=anyone)
                 if hello.purpose == "control":
                     self._control = link
                 while True:

@@ -13,9 +13,10 @@ from shoal.engine.errors import ContextError, ModelFileError, NoPlanError
 from shoal.net.coordinator import Head
 from shoal.net.errors import MismatchError, NetError, NodeLostError
 from shoal.net.events import Timing
-from shoal.net.messages import LinkMeasure, Work
-from shoal.net.placement import HEAD, Links, NodeInfo, Placement, StageRange, plan_at
+from shoal.net.messages import Work
+from shoal.net.placement import HEAD, Links, NodeInfo, Placement, plan_at
 from shoal.net.survey import survey
+from shoal.planner import Assignment, LinkSpeed
 
 PROMPTS = [[5], [1, 2, 3], list(range(20)), [96] * 41, [7, 0, 7, 0, 9]]
 
@@ -57,7 +58,7 @@ def test_many_answers_at_once_are_batched_and_none_disturbs_another(lab: ModuleT
                     (stage,) = node.stages
                     assert max(len(batch) for batch in stage.batches) > 1
                     assert max(len({s for s, _, _ in batch}) for batch in stage.batches) <= 6
-                    assert max(sum(n for _, _, n in batch) for batch in stage.batches) <= lab.DEVICE.max_rows
+                    assert max(sum(n for _, _, n in batch) for batch in stage.batches) <= lab.OFFER.max_rows
                     assert max(n for batch in stage.batches for _, _, n in batch) == 4
 
     lab.run(main)
@@ -156,7 +157,7 @@ def test_the_plan_is_asked_with_what_was_measured_and_places_nodes_in_any_order(
 
     def plan(nodes: Sequence[NodeInfo], links: Links) -> Placement:
         asked.append((nodes, links))
-        return Placement((StageRange("c", 0, 2), StageRange("a", 2, 6)), 1000)
+        return Placement((Assignment("c", 0, 2), Assignment("a", 2, 6)), 1000)
 
     async def main() -> None:
         async with lab.network() as net:
@@ -165,15 +166,15 @@ def test_the_plan_is_asked_with_what_was_measured_and_places_nodes_in_any_order(
             async with net.head(plan=plan, measure_links=True) as head:
                 assert await lab.collect(head, [1, 2, 3], 5) == lab.oracle([1, 2, 3], 5)
                 assert [stage.node for stage in await head.stats()] == ["c", "a"]
-                assert head.placement.chunk_rows == lab.DEVICE.max_rows
+                assert head.placement.chunk_rows == lab.OFFER.max_rows
                 assert [node.label for node in head.nodes] == ["a", "b", "c"]
                 assert net.nodes[7002].stages == []
 
     lab.run(main)
     ((nodes, links),) = asked
-    assert nodes == [NodeInfo(name, "host", 7001 + i, lab.DEVICE) for i, name in enumerate("abc")]
+    assert nodes == [NodeInfo(name, "host", 7001 + i, lab.OFFER) for i, name in enumerate("abc")]
     assert set(links) == {(s, t) for s in (*"abc", HEAD) for t in (*"abc", HEAD) if s != t}
-    assert all(isinstance(link, LinkMeasure) for link in links.values())
+    assert all(isinstance(link, LinkSpeed) for link in links.values())
 
 
 def test_stats_count_the_work_of_each_stage_and_slow_stages_take_longer(lab: ModuleType) -> None:

@@ -25,7 +25,7 @@ async def pair(lab: ModuleType, test: Any, purpose: str = "control", queue: int 
         open_link(there, "laptop", dialled=False) as b,
     ):
         await a.send(lab.identity("laptop", 1).hello(purpose))
-        await greet(b, lab.identity("pi", 2), lab.DEVICE, seconds=1, admit=anyone)
+        await greet(b, lab.identity("pi", 2), lab.OFFER, seconds=1, admit=anyone)
         await a.expect(Hello)
         await test(a, b, here, there)
 

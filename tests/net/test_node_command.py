@@ -176,12 +176,12 @@ def test_stages_stay_within_the_promised_ram(model: Path) -> None:
     from shoal.engine.errors import NoPlanError
     from shoal.engine.shards import Model
     from shoal.engine.stage import StageOptions
-    from shoal.net.messages import Device
+    from shoal.planner import Device
 
     opened = Model.open(model)
 
     def device(ram: int) -> Device:
-        return Device(ram, 10**6, 256, 1, "any", True, 1e9, 1e9, 0.0)
+        return Device("any", ram, 1e9, 1e9, 10**6)
 
     with pytest.raises(NoPlanError, match=r"of 1 MB promised: \d+ MB are missing"):
         node.StageOpener(opened, StageOptions(), device(10**6))(0, 2)
@@ -202,10 +202,9 @@ def test_a_plan_that_just_fits_opens_whatever_the_threads(model: Path, threads: 
 
     opened, options = Model.open(model), StageOptions(threads=threads)
     args = parse(f"{model} --ram 300 --measure-seconds 0.01")
-    offered = node._offer(args, opened, options, 10**6, 300 * 10**6, 0.0, node.stopwatch)
+    offered = node._offer(args, opened, options, 10**6, 300 * 10**6, 0.0, node.stopwatch).device
     rows = planner_model(opened, StageOptions())
-    device = planner.Device("d", 10**9, 1e9, 1e9, base_bytes=offered.base_bytes)
-    needed = range_ram_bytes(rows, device, planner.Workload(context=128), 0, opened.n_units)
+    needed = range_ram_bytes(rows, offered, planner.Workload(context=128), 0, opened.n_units)
     opener = node.StageOpener(opened, options, dataclasses.replace(offered, ram_bytes=needed))
     with opener(0, opened.n_units) as stage:
         held = sum(unit.kv_bytes_per_token for unit in rows.units) * 128

@@ -11,6 +11,7 @@ import trio.testing
 
 from shoal.net.errors import MismatchError, NetError, RemoteProtocolError
 from shoal.net.messages import (
+    PROTOCOL,
     Epoch,
     Hello,
 )
@@ -18,6 +19,13 @@ from shoal.net.placement import plan_at
 from shoal.net.wire import Connection
 
 HEADER = struct.Struct("<4sHHI")
+
+
+def header(kind: int, size: int) -> bytes:
+    """Of a frame of this version of the protocol."""
+    return HEADER.pack(b"SHOL", PROTOCOL, kind, size)
+
+
 EPOCH = Epoch(5, 1)
 
 
@@ -27,25 +35,27 @@ def greeting(lab: ModuleType, purpose: str) -> bytes:
 
 def hostile(lab: ModuleType) -> dict[str, tuple[bytes, bytes | None, type[NetError], str]]:
     """What a stranger sends first, what it sends when greeted (None: nothing), and what it is told."""
-    hello, step = greeting(lab, "control"), HEADER.pack(b"SHOL", 1, 32, 0xFFFFFFFF)
-    small, remote = HEADER.pack(b"SHOL", 1, 32, 40), RemoteProtocolError
+    hello, step = greeting(lab, "control"), header(32, 0xFFFFFFFF)
+    small, remote = header(32, 40), RemoteProtocolError
     body = b'{"epoch":{"head":1,"counter":1},"first":0,"last":99,"next":null,"chunk_rows":9}'
     return {
         "garbage": (b"GET / HTTP/1.1\r\n\r\n", None, remote, "does not speak this protocol"),
         "random": (random.Random(1).randbytes(5000), None, remote, "does not speak this protocol"),
-        "a ping for a greeting": (HEADER.pack(b"SHOL", 1, 3, 2) + b"{}", None, remote, "Ping out of turn"),
-        "version 7": (HEADER.pack(b"SHOL", 7, 1, 2), None, MismatchError, "version 7 and this process 1"),
+        "a ping for a greeting": (header(3, 2) + b"{}", None, remote, "Ping out of turn"),
+        "version 7": (
+            HEADER.pack(b"SHOL", 7, 1, 2), None, MismatchError, f"version 7 and this process {PROTOCOL}"
+        ),
         "another model": (
             b"".join(Connection(True).send(lab.identity("stranger", 6, "cc" * 32).hello("step"))),
             None, MismatchError, "has the model cccccccccccccccc, a has aaaaaaaaaaaaaaaa",
         ),
-        "4 GB for a greeting": (HEADER.pack(b"SHOL", 1, 1, 0xFFFFFFFF), None, remote, "the limit is 65536"),
+        "4 GB for a greeting": (header(1, 0xFFFFFFFF), None, remote, "the limit is 65536"),
         "4 GB of rows": (greeting(lab, "step"), step, remote, "announced a Step of 4294967295 bytes"),
         "rows on control": (hello, small, remote, "sent Step on a control connection"),
         "garbage once greeted": (hello, b"\x00" * 100_000, remote, "does not speak this protocol"),
         "a false assignment": (
             hello,
-            HEADER.pack(b"SHOL", 1, 5, len(body)) + body,
+            header(5, len(body)) + body,
             remote, "assigned units [0, 99) of 6",
         ),
     }  # fmt: skip

@@ -18,17 +18,25 @@ from shoal.net.coordinator import Head, HeadOptions
 from shoal.net.events import Timing
 from shoal.net.inbox import Batch
 from shoal.net.link import in_thread, open_tcp
-from shoal.net.messages import Epoch, LinkMeasure, Pace, Pong, Step
+from shoal.net.messages import Epoch, Pace, Pong, Step
 from shoal.net.node import Node
 from shoal.net.pace import HeadPace, NodePace, Onward, row_bytes
-from shoal.net.placement import HEAD, Links, NodeInfo, Placement, StageRange
-from shoal.planner import Model, Plan, Unit, Workload, plan
-from shoal.planner.refresh import refreshed, refreshed_factor
-from shoal.planning import device_of, stage_expectation
+from shoal.net.placement import HEAD, Links, NodeInfo, Placement
+from shoal.planner import (
+    Assignment,
+    LinkSpeed,
+    ModelCosts,
+    Plan,
+    Question,
+    Unit,
+    Workload,
+    plan,
+)
+from shoal.planning import stage_expectation
 
 EPOCH = Epoch(1, 1)
 LAYER = Unit("layer", 2_000_000, 2_000_000, 0, 0, 0, 8)
-UNITS = Model((LAYER, *[LAYER] * 4, LAYER))  # 2 ms each on the fake nodes, which read 1 GB/s
+UNITS = ModelCosts((LAYER, *[LAYER] * 4, LAYER))  # 2 ms each on the fake nodes, which read 1 GB/s
 
 
 def batch(rows: int = 1, first: int = 0) -> Batch:
@@ -59,16 +67,8 @@ def test_a_node_compares_its_steps_with_its_offer() -> None:
     assert pace.slower == pytest.approx(3.0, rel=1e-3)
 
 
-def test_a_factor_kept_apart_is_the_factor_of_the_device(lab: ModuleType) -> None:
-    device, factor = device_of("n", lab.DEVICE), 1.0
-    for expected, measured in ((0.01, 0.03), (0.02, 0.5), (0.01, 0.005)):
-        device = refreshed(device, factor * expected, measured)
-        factor = refreshed_factor(factor, expected, measured)
-    assert device.read_bytes_per_s * factor == pytest.approx(lab.DEVICE.read_bytes_per_s)
-
-
 def test_what_a_stage_should_take_is_what_its_rows_say(lab: ModuleType) -> None:
-    device = replace(device_of("n", lab.DEVICE), step_overhead_s=0.001, idle_overhead_s=0.004)
+    device = replace(lab.OFFER.device, step_overhead_s=0.001, idle_overhead_s=0.004)
     expect = stage_expectation(UNITS, device)(1, 4)
     assert expect([(1, 30, True)], 0.0) == pytest.approx(0.007)
     assert expect([(1, 30, True), (1, 5, True)], 0.1) == pytest.approx(0.011)
@@ -78,7 +78,7 @@ def test_pings_behind_rows_tell_latency_and_rate() -> None:
     rows = [Step(1, EPOCH, 0, (1, 2), Want.TOKEN, np.zeros((2, 1000), np.float32))]
     size = row_bytes(rows[0])
     assert size == pytest.approx(8000, abs=100)
-    link = Onward(LinkMeasure(0.002, 1e6, 0.003))
+    link = Onward(LinkSpeed(0.002, 1e6, 0.003))
     for at in range(300):
         nonce = link.due(rows, float(at))
         assert nonce is not None
@@ -99,17 +99,17 @@ def test_pings_behind_rows_tell_latency_and_rate() -> None:
 
 
 def test_the_head_keeps_what_it_hears_of_the_current_epoch() -> None:
-    old = LinkMeasure(0.002, 1e6)
+    old = LinkSpeed(0.002, 1e6)
     links = dict.fromkeys(((HEAD, "a"), ("a", HEAD), ("a", "b"), ("b", "a")), old)
     state = Cluster(
         (Member("h", 1, label="a"), Member("h", 2, label="b")),
         6,
         EPOCH,
-        placement=Placement((StageRange("a", 0, 3), StageRange("b", 3, 6))),
+        placement=Placement((Assignment("a", 0, 3), Assignment("b", 3, 6))),
     )
     pace = HeadPace(links)
     nonce = pace.pinged(0, 10.0)
-    new = LinkMeasure(0.008, 2e6, 0.009)
+    new = LinkSpeed(0.008, 2e6, 0.009)
     pace.answered(state, 0, Pong(nonce, Pace(EPOCH, 2.5, new)), 10.008)  # 4 ms each way instead of 2
     assert pace.slower("a") == 2.5
     assert pace.slower("b") == 1.0
@@ -125,10 +125,11 @@ def follow(plans: list[Plan]) -> Callable[[Sequence[NodeInfo], Links], Placement
     """A head's plan by the planner, for the fake model's units; keeps the plans."""
 
     def place(nodes: Sequence[NodeInfo], links: Links) -> Placement:
-        found = plan(UNITS, cluster_of(nodes, links), Workload(64, 4, 1, 4), "throughput", method="dp")
+        question = Question(UNITS, cluster_of(nodes, links), Workload(64, 4, 1, 4), "throughput")
+        found = plan(question, method="dp")
         assert isinstance(found, Plan)
         plans.append(found)
-        return Placement(tuple(StageRange(s.device, s.first, s.last) for s in found.stages), 4)
+        return Placement(found.assignments, 4)
 
     return place
 
@@ -172,7 +173,7 @@ def test_a_node_that_gets_hot_has_fewer_layers_in_the_next_plan(lab: ModuleType)
                     net.nodes[7001 + at].parts,
                     hop=clocks[name].hop,
                     open_stream=open_tcp,
-                    expect=stage_expectation(UNITS, device_of(name, lab.DEVICE)),
+                    expect=stage_expectation(UNITS, lab.OFFER.device),
                 )
                 listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
                 addresses[name] = listeners[0].socket.getsockname()[:2]

@@ -11,7 +11,8 @@ from shoal.engine.batch import Sampling
 from shoal.engine.errors import NoPlanError
 from shoal.net.errors import NodeLostError
 from shoal.net.events import Timing
-from shoal.net.placement import Links, NodeInfo, Placement, StageRange
+from shoal.net.placement import Links, NodeInfo, Placement
+from shoal.planner import Assignment
 
 
 def spread(nodes: Sequence[NodeInfo], links: Links) -> Placement:
@@ -19,7 +20,7 @@ def spread(nodes: Sequence[NodeInfo], links: Links) -> Placement:
     n = len(nodes)
     edges = [6 * i // n for i in range(n + 1)]
     return Placement(
-        tuple(StageRange(node.label, a, b) for node, a, b in zip(nodes, edges, edges[1:], strict=False)), 4
+        tuple(Assignment(node.label, a, b) for node, a, b in zip(nodes, edges, edges[1:], strict=False)), 4
     )
 
 

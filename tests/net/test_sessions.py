@@ -12,7 +12,8 @@ import trio.testing
 
 from shoal.engine.batch import Sampling
 from shoal.engine.errors import ContextError
-from shoal.net.placement import Links, NodeInfo, Placement, StageRange, plan_at
+from shoal.net.placement import Links, NodeInfo, Placement, plan_at
+from shoal.planner import Assignment
 
 SAMPLING = Sampling(temperature=0.8, seed=5)
 
@@ -21,7 +22,7 @@ def spread(nodes: list[NodeInfo], links: Links) -> Placement:
     """As equal as can be over whoever is there."""
     edges = [6 * i // len(nodes) for i in range(len(nodes) + 1)]
     ranges = zip(nodes, edges, edges[1:], strict=False)
-    return Placement(tuple(StageRange(node.label, a, b) for node, a, b in ranges), 4)
+    return Placement(tuple(Assignment(node.label, a, b) for node, a, b in ranges), 4)
 
 
 async def said(session: Any, prompt: list[int], count: int, **how: Any) -> list[int]:

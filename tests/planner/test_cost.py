@@ -6,14 +6,25 @@ from dataclasses import replace
 import pytest
 
 from shoal.planner import cost
-from shoal.planner.goal import Goal, goals
-from shoal.planner.rows import LOOPBACK, Cluster, Device, Link, Model, Stage, Unit, Workload
-from shoal.planner.tabulate import decode_tables
+from shoal.planner.cost import StageCost
+from shoal.planner.rows import (
+    LOOPBACK,
+    Assignment,
+    Cluster,
+    Device,
+    LinkSpeed,
+    ModelCosts,
+    Question,
+    Unit,
+    Workload,
+)
+from shoal.planner.streams import Follower
+from shoal.planner.tables import Goal, goals, tables_of
 
 EMBEDDING = Unit("embedding", 4000, 10, 0, 0, 0, 80, workspace_bytes=7)
 LAYER = Unit("layer", 1000, 1000, 3000, 5, 60, 80, workspace_bytes=20)
 HEAD = Unit("head", 4100, 4100, 8000, 0, 0, 4, workspace_bytes=90)
-MODEL = Model((EMBEDDING, LAYER, LAYER, HEAD), tied_bytes=4000, kv_page_tokens=64)
+MODEL = ModelCosts((EMBEDDING, LAYER, LAYER, HEAD), tied_bytes=4000, kv_page_tokens=64)
 DEVICE = Device(
     "a", 100_000, read_bytes_per_s=1000.0, macs_per_s=2000.0, base_bytes=500, step_overhead_s=0.25
 )
@@ -22,36 +33,44 @@ LOAD = Workload(context=100, sequences=2, prompt_tokens=10, streams=2, chunk_tok
 
 def test_a_unit_takes_the_longer_of_reading_and_computing_and_then_attends() -> None:
     # weights: 1000 bytes, 1 s, or 3000 MACs, 1.5 s; then 40 * 5 + 60 = 260 bytes of state: 0.26 s
-    assert cost.unit_decode_seconds(LAYER, DEVICE, LOAD) == 1.76
+    assert cost.decode_seconds(LAYER, DEVICE, 1, 40) == 1.76
     # reads 4100 bytes: 4.1 s; computes 8000 MACs: 4 s
-    assert cost.unit_decode_seconds(HEAD, DEVICE, LOAD) == 4.1
-    assert cost.unit_decode_seconds(EMBEDDING, DEVICE, LOAD) == 0.01
+    assert cost.decode_seconds(HEAD, DEVICE, 1, 40) == 4.1
+    assert cost.decode_seconds(EMBEDDING, DEVICE, 1, 40) == 0.01
 
 
 def test_a_stage_is_its_units_and_an_overhead() -> None:
-    assert cost.stage_decode_seconds(MODEL, DEVICE, LOAD, 0, 4) == pytest.approx(0.25 + 0.01 + 3.52 + 4.1)
-    assert cost.stage_decode_seconds(MODEL, DEVICE, LOAD, 1, 2) == pytest.approx(0.25 + 1.76)
+    assert StageCost(MODEL, DEVICE, 0, 4).decode_seconds(1, 40) == pytest.approx(0.25 + 0.01 + 3.52 + 4.1)
+    assert StageCost(MODEL, DEVICE, 1, 2).decode_seconds(1, 40) == pytest.approx(0.25 + 1.76)
 
 
 def test_a_step_after_a_pause_takes_more() -> None:
-    sleepy = replace(DEVICE, idle_overhead_s=0.5)
-    assert cost.stage_decode_seconds(MODEL, sleepy, LOAD, 1, 2, idle=True) == pytest.approx(0.25 + 0.5 + 1.76)
-    assert cost.stage_decode_seconds(MODEL, sleepy, LOAD, 1, 2) == pytest.approx(0.25 + 1.76)
+    assert StageCost(MODEL, replace(DEVICE, idle_overhead_s=0.5), 1, 2).pause == 0.5
+    assert StageCost(MODEL, DEVICE, 1, 2).pause == 0.0
+
+
+def test_a_chunk_of_one_row_is_a_decoded_row() -> None:
+    """A node runs both alike, so they cost the same."""
+    deep = replace(LAYER, attend_macs=7)
+    device = replace(DEVICE, attend_macs_per_s=100.0, prefill_attend_macs_per_s=300.0)
+    assert cost.chunk_seconds(deep, device, 1, 40) == cost.decode_seconds(deep, device, 1, 40)
 
 
 def test_attention_takes_longer_at_a_depth_where_it_computes() -> None:
     unit, slow = replace(LAYER, attend_macs=7), replace(DEVICE, attend_macs_per_s=100.0)
-    assert cost.unit_decode_seconds(unit, slow, LOAD) == pytest.approx(1.5 + 40 * 7 / 100)
+    assert cost.decode_seconds(unit, slow, 1, 40) == pytest.approx(
+        1.5 + 60 / 1000 + 40 * 7 / 100
+    )  # fixed state beside
     # a prompt's rows 8 to 11 attend to 9, 10, 11 and 12 positions
     prompt = replace(DEVICE, prefill_attend_macs_per_s=100.0)
-    assert cost.unit_prefill_seconds(unit, prompt, 4, 8) == pytest.approx(6.0 + 42 * 7 / 100)
+    assert cost.chunk_seconds(unit, prompt, 4, 8) == pytest.approx(6.0 + 60 / 1000 + 42 * 7 / 100)
 
 
-def test_streams_that_share_a_call_read_weights_once() -> None:
+def test_sequences_that_share_a_call_read_weights_once() -> None:
     # two rows: 1000 bytes still, 6000 MACs: 3 s; each has its own state: 2 * 0.26 s
-    assert cost.unit_decode_seconds(LAYER, DEVICE, LOAD, 2) == pytest.approx(3.52)
+    assert cost.decode_seconds(LAYER, DEVICE, 2, 40) == pytest.approx(3.52)
     # of a table a row each
-    assert cost.unit_decode_seconds(EMBEDDING, DEVICE, LOAD, 2) == pytest.approx(0.02)
+    assert cost.decode_seconds(EMBEDDING, DEVICE, 2, 40) == pytest.approx(0.02)
 
 
 @pytest.mark.parametrize(("rows", "seconds"), [(1, 1.0), (2, 1.0), (3, 1.5), (4, 2.0), (8, 4.0)])
@@ -82,25 +101,29 @@ def test_a_tied_table_counts_once_where_both_ends_are() -> None:
 
 
 def test_a_hop_is_latency_and_bytes_over_rate() -> None:
-    assert cost.hop_seconds(Link(0.5, 100.0), 80) == pytest.approx(1.3)
-    assert cost.link_busy_seconds(Link(0.5, 100.0), 80) == pytest.approx(0.8)
+    assert cost.hop_seconds(LinkSpeed(0.5, 100.0), 80) == pytest.approx(1.3)
+    assert cost.link_busy_seconds(LinkSpeed(0.5, 100.0), 80) == pytest.approx(0.8)
     assert cost.hop_seconds(LOOPBACK, 10**9) == 0.0
 
 
-def chain() -> tuple[Cluster, list[Stage]]:
+def chain() -> tuple[Cluster, list[Assignment]]:
     other = Device("b", 100_000, 2000.0, 4000.0)
-    links = {("h", "a"): Link(1.0, 4.0), ("a", "b"): Link(2.0, 40.0), ("b", "h"): Link(3.0, 8.0)}
-    return Cluster((DEVICE, other), links, "h"), [Stage("a", 0, 2), Stage("b", 2, 4)]
+    links = {
+        ("h", "a"): LinkSpeed(1.0, 4.0),
+        ("a", "b"): LinkSpeed(2.0, 40.0),
+        ("b", "h"): LinkSpeed(3.0, 8.0),
+    }
+    return Cluster((DEVICE, other), links, "h"), [Assignment("a", 0, 2), Assignment("b", 2, 4)]
 
 
 def test_tokens_cross_as_four_bytes_and_cuts_as_rows() -> None:
     cluster, stages = chain()
     assert [size for _, size in cost.chain_hops(MODEL, cluster, stages)] == [4, 80, 4]
     with pytest.raises(ValueError, match="no link h -> b"):
-        cost.chain_hops(MODEL, cluster, [Stage("b", 0, 2), Stage("a", 2, 4)])
+        cost.chain_hops(MODEL, cluster, [Assignment("b", 0, 2), Assignment("a", 2, 4)])
 
 
-def test_latency_is_a_round_and_throughput_its_share_or_the_slowest_place() -> None:
+def test_latency_is_a_lap_and_throughput_its_share_or_the_busiest_resource() -> None:
     assert Goal("latency").value(10.0, 5.0) == 10.0
     assert Goal("throughput", 1).value(10.0, 5.0) == 10.0
     assert Goal("throughput", 2).value(10.0, 5.0) == 5.0
@@ -110,25 +133,27 @@ def test_latency_is_a_round_and_throughput_its_share_or_the_slowest_place() -> N
     assert Goal("first_token", chunks=4).value(10.0, 6.0) == 28.0
 
 
-def test_a_goal_per_number_of_streams_in_a_call() -> None:
+def test_a_goal_per_number_of_sequences_in_a_call() -> None:
+    cluster, _ = chain()
     load = Workload(context=64, sequences=40, streams=5, prompt_tokens=33, chunk_tokens=16)
-    assert [goal.batch for goal in goals("throughput", load)] == [1, 2, 4, 5]
-    assert [goal.batch for goal in goals("throughput", replace(load, streams=40))][-2:] == [16, 32]
-    assert goals("first_token", load) == [Goal("first_token", chunks=3)]
+    many, more = (Question(MODEL, cluster, w, "throughput") for w in (load, replace(load, streams=40)))
+    assert [goal.batch for goal in goals(many)] == [1, 2, 4, 5]
+    assert [goal.batch for goal in goals(more)][-2:] == [16, 32]
+    assert goals(replace(many, objective="first_token")) == [Goal("first_token", chunks=3)]
 
 
 def test_a_chunk_reads_weights_once_and_computes_every_row() -> None:
     # layer: computes 4 * 3000 MACs: 6 s; then (8 + 4) * 5 + 60 = 120 bytes of state: 0.12 s
-    assert cost.stage_prefill_seconds(MODEL, DEVICE, 1, 2, 4, 8, 0) == 0.25 + 6.12
+    assert StageCost(MODEL, DEVICE, 1, 2).call_seconds([(4, 8, False)]) == pytest.approx(0.25 + 6.12)
     # embedding: 4 rows of 10 bytes
-    assert cost.stage_prefill_seconds(MODEL, DEVICE, 0, 1, 4, 0, 0) == 0.25 + 0.04
+    assert StageCost(MODEL, DEVICE, 0, 1).call_seconds([(4, 0, False)]) == 0.25 + 0.04
     # the head runs for rows whose logits are wanted only
-    assert cost.stage_prefill_seconds(MODEL, DEVICE, 3, 4, 4, 0, 0) == 0.25
-    assert cost.stage_prefill_seconds(MODEL, DEVICE, 3, 4, 4, 0, 1) == 0.25 + 4.1
+    assert StageCost(MODEL, DEVICE, 3, 4).call_seconds([(4, 0, False)]) == 0.25
+    assert StageCost(MODEL, DEVICE, 3, 4).call_seconds([(4, 0, True)]) == 0.25 + 4.1
 
 
 def test_a_table_is_never_read_more_than_whole() -> None:
-    assert cost.stage_prefill_seconds(MODEL, DEVICE, 0, 1, 1000, 0, 0) == 0.25 + 4.0
+    assert StageCost(MODEL, DEVICE, 0, 1).call_seconds([(1000, 0, False)]) == 0.25 + 4.0
 
 
 def test_the_first_token_of_a_pipelined_prompt() -> None:
@@ -144,23 +169,25 @@ def test_the_first_token_of_a_pipelined_prompt() -> None:
     l2 = max(a2, l1) + 8
     l3 = max(a3, l2) + 4
     b3 = max(l3 + 2, l2 + 2 + 3.05) + 1.5 + 0.055 + 2.05
-    assert cost.first_token_seconds(MODEL, cluster, LOAD, stages) == pytest.approx(b3 + 3.0 + 0.5)
+    assert Follower(Question(MODEL, cluster, LOAD)).first_token(stages) == pytest.approx(b3 + 3.0 + 0.5)
 
 
 def test_the_tables_say_what_the_formulas_say() -> None:
     cluster, _ = chain()
     small = Device("c", cost.range_ram_bytes(MODEL, DEVICE, LOAD, 1, 3), 900.0, 900.0, 500, 0.125)
     cluster = Cluster((*cluster.devices, small), cluster.links, "h")
-    tables = decode_tables(MODEL, cluster, LOAD)
+    tables = tables_of(Question(MODEL, cluster, LOAD), Goal("latency"))
     for j, device in enumerate(cluster.devices):
         for first in range(4):
             for last in range(first + 1, 5):
-                exact = cost.stage_decode_seconds(MODEL, device, LOAD, first, last)
+                exact = StageCost(MODEL, device, first, last).decode_seconds(1, 40)
                 assert tables.stage(j, first, last) == pytest.approx(exact, rel=1e-12)
                 fits = cost.range_ram_bytes(MODEL, device, LOAD, first, last) <= device.ram_bytes
                 assert (first >= tables.first_fit[j][last]) == fits
     assert list(tables.first_fit[2]) == [0, 0, 1, 1, 3]
-    assert list(tables.enter) == [2.0, math.inf, math.inf]
-    assert list(tables.leave) == [math.inf, 3.5, math.inf]
-    assert list(tables.hop[0][1]) == [0.0, 4.0, 4.0, 4.0]
-    assert tables.hop[1][0] is None
+    assert list(tables.lap.enter) == [2.0, math.inf, math.inf]
+    assert list(tables.lap.leave) == [math.inf, 3.5, math.inf]
+    hop = tables.lap.hop[0][1]
+    assert hop is not None
+    assert list(hop)[1:] == [4.0, 4.0, 4.0]
+    assert tables.lap.hop[1][0] is None

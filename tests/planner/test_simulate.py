@@ -3,37 +3,57 @@
 import itertools
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from bench.scenario import Event, Outcome, Request, Rules, random_requests
 from bench.simulate import main
-from bench.simulator import simulate
+from bench.simulator import Event, Outcome, Request, Rules, random_requests, simulate
 
 from shoal.planner import cost
-from shoal.planner.evaluation import evaluate
-from shoal.planner.rows import Cluster, Device, Link, Model, Stage, Unit, Workload
-from shoal.planner.stagecost import StageCost
+from shoal.planner.cost import StageCost
+from shoal.planner.evaluation import Plan, evaluate
+from shoal.planner.rows import (
+    Assignment,
+    Cluster,
+    Device,
+    LinkSpeed,
+    ModelCosts,
+    Objective,
+    Question,
+    Unit,
+    Workload,
+)
+from shoal.planner.streams import Follower
 
 LAYER = Unit("layer", 1_000_000, 1_000_000, 1_000_000, 0, 0, 1000)
 EMBEDDING = Unit("embedding", 4_000_000, 1000, 0, 0, 0, 1000)
 HEAD = Unit("head", 2_000_000, 2_000_000, 2_000_000, 0, 0, 4)
-MODEL = Model((EMBEDDING, *[LAYER] * 6, HEAD))
+MODEL = ModelCosts((EMBEDDING, *[LAYER] * 6, HEAD))
 LOAD = Workload(context=400, prompt_tokens=100, chunk_tokens=32, sequences=8)
 # Reads and computes alike: sharing a call gains nothing.
 DEVICES = tuple(Device(name, 10**9, 1e9, 1e9, step_overhead_s=1e-4) for name in "abc")
-LINKS = {pair: Link(0.002, 1e7) for pair in itertools.permutations("habc", 2)}
+LINKS = {pair: LinkSpeed(0.002, 1e7) for pair in itertools.permutations("habc", 2)}
 CLUSTER = Cluster(DEVICES, LINKS, "h")
-STAGES = [Stage("a", 0, 3), Stage("b", 3, 6), Stage("c", 6, 8)]
+STAGES = [Assignment("a", 0, 3), Assignment("b", 3, 6), Assignment("c", 6, 8)]
 RULES = Rules(chunk_rows=32, window=10)
 
 
 def run(requests: list[Request], **options: Any) -> Outcome:
     model, cluster = options.pop("model", MODEL), options.pop("cluster", CLUSTER)
     stages, events = options.pop("stages", STAGES), options.pop("events", ())
-    return simulate(model, cluster, LOAD, stages, requests, events, replace(RULES, **options))
+    question = Question(model, cluster, LOAD)
+    return simulate(question, stages, requests, events, replace(RULES, **options))
+
+
+def figures(
+    cluster: Cluster,
+    stages: Sequence[Assignment],
+    load: Workload = LOAD,
+    objective: Objective = "latency",
+) -> Plan:
+    return evaluate(Question(MODEL, cluster, load, objective), stages)
 
 
 def first(found: Outcome, index: int = 0) -> float:
@@ -43,7 +63,7 @@ def first(found: Outcome, index: int = 0) -> float:
 
 
 def test_one_stream_is_the_sum_of_stages_and_hops() -> None:
-    step = evaluate(MODEL, CLUSTER, LOAD, STAGES).step_seconds
+    step = figures(CLUSTER, STAGES).step_seconds
     found = run([Request(0.0, 1, 50)])
     assert found.tokens == 50
     assert found.seconds == pytest.approx(50 * step)
@@ -52,20 +72,20 @@ def test_one_stream_is_the_sum_of_stages_and_hops() -> None:
 def test_stages_that_pause_pay_for_it_and_one_alone_at_the_head_does_not() -> None:
     sleepy = tuple(replace(device, idle_overhead_s=0.004) for device in DEVICES)
     cluster = Cluster(sleepy, LINKS, "h")
-    step = evaluate(MODEL, cluster, LOAD, STAGES).step_seconds
+    step = figures(cluster, STAGES).step_seconds
     assert run([Request(1.0, 1, 50)], cluster=cluster).seconds - 1 == pytest.approx(50 * step)
-    alone, stages = Cluster(sleepy[:1], {}, "a"), [Stage("a", 0, 8)]
-    step = evaluate(MODEL, alone, LOAD, stages).step_seconds
+    alone, stages = Cluster(sleepy[:1], {}, "a"), [Assignment("a", 0, 8)]
+    step = figures(alone, stages).step_seconds
     found = run([Request(1.0, 1, 50)], cluster=alone, stages=stages)
     assert found.seconds - 1 == pytest.approx(50 * step + 0.004)  # the first step alone comes after a pause
 
 
 def test_the_first_token_of_a_pipelined_prompt() -> None:
     deep = replace(LAYER, kv_bytes_per_token=2000, attend_macs=5000)
-    model = Model((EMBEDDING, *[deep] * 6, HEAD))
+    model = ModelCosts((EMBEDDING, *[deep] * 6, HEAD))
     devices = tuple(replace(d, attend_macs_per_s=3e8, prefill_attend_macs_per_s=5e8) for d in DEVICES)
     cluster = Cluster(devices, LINKS, "h")
-    exact = cost.first_token_seconds(model, cluster, LOAD, STAGES)
+    exact = Follower(Question(model, cluster, LOAD)).first_token(STAGES)
     assert first(run([Request(0.0, 100, 1)], model=model, cluster=cluster)) == pytest.approx(exact)
     # with a window of one the next chunk waits until the answer to the one before is back
     assert first(run([Request(0.0, 100, 1)], model=model, cluster=cluster, window=1)) > 1.5 * exact
@@ -74,10 +94,10 @@ def test_the_first_token_of_a_pipelined_prompt() -> None:
 @pytest.mark.parametrize("streams", [2, 6])
 def test_streams_share_a_round_until_the_slowest_stage_is_always_taken(streams: int) -> None:
     load = replace(LOAD, streams=streams)
-    predicted = evaluate(MODEL, CLUSTER, load, STAGES, "throughput").tokens_per_s
+    predicted = figures(CLUSTER, STAGES, load, "throughput").tokens_per_s
     found = run([Request(0.0, 1, 400)] * streams)
     assert found.tokens_per_s == pytest.approx(predicted, rel=0.02)
-    slowest = max(evaluate(MODEL, CLUSTER, LOAD, STAGES).stage_seconds)
+    slowest = max(stage.seconds for stage in figures(CLUSTER, STAGES).stages)
     if streams == 6:
         assert 1 / predicted == pytest.approx(slowest, rel=0.04)  # a call's overhead is shared by two
 
@@ -85,55 +105,58 @@ def test_streams_share_a_round_until_the_slowest_stage_is_always_taken(streams: 
 def test_streams_that_wait_share_a_call() -> None:
     quick = tuple(replace(device, macs_per_s=1e12) for device in DEVICES)
     load = replace(LOAD, streams=8)
-    cluster, stages = Cluster(quick, LINKS, "h"), [Stage("a", 0, 8)]
-    together = evaluate(MODEL, cluster, load, stages, "throughput")
+    cluster, stages = Cluster(quick, LINKS, "h"), [Assignment("a", 0, 8)]
+    together = figures(cluster, stages, load, "throughput")
     found = run([Request(0.0, 1, 300)] * 8, cluster=cluster, stages=stages)
     # Messages come one after another and a free stage waits for none: two groups form, each of which waits
     # for the other's call, 2 * 8.1 ms a round instead of 12.1 ms.
-    (call,) = together.stage_seconds
+    (call,) = (stage.seconds for stage in together.stages)
     assert found.tokens_per_s == pytest.approx(8 / (2 * call), rel=0.02)
     assert together.tokens_per_s == pytest.approx(found.tokens_per_s, rel=0.01)
-    assert found.tokens_per_s > 5 * evaluate(MODEL, cluster, LOAD, stages).tokens_per_s
+    assert found.tokens_per_s > 5 * figures(cluster, stages).tokens_per_s
 
 
-def test_a_stage_costs_what_the_formulas_say() -> None:
+def test_a_stage_costs_what_its_units_do() -> None:
+    """A call as a whole, against sums over units and steps."""
     deep = replace(LAYER, kv_bytes_per_token=2000, attend_macs=5000)
-    model = Model((EMBEDDING, deep, LAYER, replace(deep, macs=7_000_000), HEAD))
+    mixed = replace(deep, macs=7_000_000, fixed_state_bytes=30_000)
+    model = ModelCosts((EMBEDDING, deep, LAYER, mixed, HEAD))
     device = replace(
         DEVICES[0], row_rates=((1, 1e9), (8, 3e9)), attend_macs_per_s=3e8, prefill_attend_macs_per_s=5e8
     )
     for a, b in itertools.combinations(range(6), 2):
-        found = StageCost(model, device, a, b)
+        found, units = StageCost(model, device, a, b), model.units[a:b]
         for batch, depth in ((1, 0), (1, 70), (3, 50)):
-            steps = [(0.0, at, 1, depth, True) for at in range(batch)]
-            load = Workload(context=400, depth=depth)
-            exact = cost.stage_decode_seconds(model, device, load, a, b, batch=batch)
-            assert found.call_seconds(steps) == pytest.approx(exact)
-            assert found.rows[batch] + batch * depth * found.position == pytest.approx(exact)
+            exact = 1e-4 + sum(cost.decode_seconds(unit, device, batch, depth) for unit in units)
+            assert found.call_seconds([(1, depth, True)] * batch) == pytest.approx(exact)
+            assert found.decode_seconds(batch, depth) == pytest.approx(exact)
+        body = units[:-1] if b == 5 else units
         for rows, position, wants in ((32, 0, False), (20, 64, True)):
-            exact = cost.stage_prefill_seconds(model, device, a, b, rows, position, int(wants))
-            assert found.call_seconds([(0.0, 0, rows, position, wants)]) == pytest.approx(exact)
+            exact = 1e-4 + sum(cost.chunk_seconds(unit, device, rows, position) for unit in body)
+            if b == 5 and wants:
+                exact += cost.decode_seconds(HEAD, device, 1, position + rows - 1)
+            assert found.call_seconds([(rows, position, wants)]) == pytest.approx(exact)
 
 
-def equal_split(cluster: Cluster) -> list[Stage]:
+def equal_split(cluster: Cluster) -> list[Assignment]:
     names = [device.name for device in cluster.devices]
     edges = [round(8 * at / len(names)) for at in range(len(names) + 1)]
-    return [Stage(name, a, b) for name, a, b in zip(names, edges, edges[1:], strict=False)]
+    return [Assignment(name, a, b) for name, a, b in zip(names, edges, edges[1:], strict=False)]
 
 
 def test_a_death_is_a_wait_and_a_replay() -> None:
     request = [Request(0.0, 100, 40)]
     calm = run(request)
-    step = evaluate(MODEL, CLUSTER, LOAD, STAGES).step_seconds
+    step = figures(CLUSTER, STAGES).step_seconds
     died = first(calm) + 9.5 * step  # ten tokens are there
     found = run(request, events=[Event(died, "b", "die")], recover_s=0.7, replan=equal_split)
     assert found.tokens == 40
     assert found.recoveries == 1
-    assert found.stages == (Stage("a", 0, 4), Stage("c", 4, 8))
+    assert found.stages == (Assignment("a", 0, 4), Assignment("c", 4, 8))
     left = Cluster((DEVICES[0], DEVICES[2]), {e: link for e, link in LINKS.items() if "b" not in e}, "h")
     known = replace(LOAD, prompt_tokens=110)
-    replay = cost.first_token_seconds(MODEL, left, known, found.stages)
-    after = evaluate(MODEL, left, LOAD, found.stages).step_seconds
+    replay = Follower(Question(MODEL, left, known)).first_token(found.stages)
+    after = figures(left, found.stages).step_seconds
     assert found.seconds == pytest.approx(died + 0.7 + replay + 29 * after)
 
 
@@ -156,7 +179,7 @@ def test_what_is_no_request_and_no_plan_is_refused() -> None:
     for wrong in ((0.0, 0, 5), (0.0, 5, 0), (-1.0, 5, 5)):
         with pytest.raises(ValueError, match="a request's"):
             Request(*wrong)
-    for stages in ([Stage("a", 0, 7)], [Stage("a", 0, 5), Stage("b", 4, 8)]):
+    for stages in ([Assignment("a", 0, 7)], [Assignment("a", 0, 5), Assignment("b", 4, 8)]):
         with pytest.raises(ValueError, match="must cover units 0 to 8"):
             run([Request(0.0, 1, 1)], stages=stages)
 
@@ -181,7 +204,7 @@ def test_events_and_rules_that_are_none_are_refused(wrong: Callable[[], object],
 
 
 def test_a_plan_after_a_death_that_leaves_units_out_is_refused() -> None:
-    def replan(cluster: Cluster) -> list[Stage]:
+    def replan(cluster: Cluster) -> list[Assignment]:
         return equal_split(cluster)[:1]
 
     with pytest.raises(ValueError, match="must cover units 0 to 8"):
@@ -223,7 +246,7 @@ def test_nothing_is_lost_whichever_dies_and_whenever(name: str) -> None:
 def test_a_death_without_a_plan_is_an_error_unless_nobody_needs_the_device() -> None:
     with pytest.raises(ValueError, match="b dies, and there is nobody to take over"):
         run([Request(0.0, 1, 50)], events=[Event(0.05, "b", "die")])
-    stages = [Stage("a", 0, 4), Stage("c", 4, 8)]
+    stages = [Assignment("a", 0, 4), Assignment("c", 4, 8)]
     calm = run([Request(0.0, 1, 50)], stages=stages)
     assert run([Request(0.0, 1, 50)], stages=stages, events=[Event(0.05, "b", "die")]) == calm
 

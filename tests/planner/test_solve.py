@@ -12,18 +12,28 @@ from typing import Any
 
 import pytest
 
-from shoal.planner import milp, orders, solve
-from shoal.planner.constraints import Constraints
-from shoal.planner.dp import Chain
-from shoal.planner.evaluation import evaluate
-from shoal.planner.goal import Goal
-from shoal.planner.rows import Cluster, Device, Infeasible, Link, Model, Plan, Stage, Unit, Workload
+from shoal.planner import milp, search, solve
+from shoal.planner.evaluation import Infeasible, Plan, evaluate
+from shoal.planner.rows import (
+    Assignment,
+    Cluster,
+    Constraints,
+    Device,
+    LinkSpeed,
+    ModelCosts,
+    Objective,
+    Question,
+    Unit,
+    Workload,
+)
+from shoal.planner.search import Chain
 from shoal.planner.solve import plan
+from shoal.planner.tables import Goal, layers_alike, tables_of
 
 LAYER = Unit("layer", 1_000_000, 1_000_000, 1_000_000, 0, 0, 1000)
 EMBEDDING = Unit("embedding", 4_000_000, 1000, 0, 0, 0, 1000)
 HEAD = Unit("head", 4_000_000, 4_000_000, 4_000_000, 0, 0, 4)
-MODEL = Model((EMBEDDING, *[LAYER] * 6, HEAD), tied_bytes=4_000_000)
+MODEL = ModelCosts((EMBEDDING, *[LAYER] * 6, HEAD), tied_bytes=4_000_000)
 LOAD = Workload(context=64, sequences=4, streams=4)
 
 
@@ -34,31 +44,37 @@ def device(name: str, cap: int, rate: float = 1e9) -> Device:
 
 def cluster(*devices: Device, latency: float = 0.001) -> Cluster:
     names = ["head", *(d.name for d in devices)]
-    links = {pair: Link(latency, 1e9) for pair in itertools.permutations(names, 2)}
+    links = {pair: LinkSpeed(latency, 1e9) for pair in itertools.permutations(names, 2)}
     return Cluster(devices, links, "head")
 
 
 FAST, SLOW = device("fast", 20_000_000), device("slow", 20_000_000, 1e8)
 
 
-def planned(*args: Any, **options: Any) -> Plan:
-    answer = plan(*args, **options)
+def asked(
+    model: ModelCosts, where: Cluster, objective: Objective = "latency", load: Workload = LOAD, **keep: Any
+) -> Question:
+    return Question(model, where, load, objective, Constraints(**keep))
+
+
+def planned(question: Question, **options: Any) -> Plan:
+    answer = plan(question, **options)
     assert isinstance(answer, Plan)
     return answer
 
 
 def test_a_slow_device_gets_nothing_when_the_fast_one_has_room() -> None:
-    found = planned(MODEL, cluster(FAST, SLOW), LOAD)
-    assert found.stages == (Stage("fast", 0, 8),)
+    found = planned(asked(MODEL, cluster(FAST, SLOW)))
+    assert found.assignments == (Assignment("fast", 0, 8),)
     # embedding 1 us, six layers of 1 ms, the head 4 ms; two hops of 1 ms and 4 ns
     assert found.step_seconds == pytest.approx(0.010001 + 0.002, abs=1e-7)
     assert found.tokens_per_s == pytest.approx(1 / 0.012001, rel=1e-5)
-    assert found.ram_bytes == (10_000_000,)
+    assert [stage.ram_bytes for stage in found.stages] == [10_000_000]
     assert found.optimal
 
 
 def test_reasons_say_what_each_device_changes() -> None:
-    found = planned(MODEL, cluster(FAST, SLOW, device("tiny", 1000)), LOAD)
+    found = planned(asked(MODEL, cluster(FAST, SLOW, device("tiny", 1000))))
     assert [(r.device, r.used) for r in found.reasons] == [("fast", True), ("slow", False), ("tiny", False)]
     # slow alone: 100.01 ms + 2 ms of hops
     assert found.reasons[0].text == "without it: 9.80 tokens/s instead of 83.33"
@@ -69,11 +85,11 @@ def test_reasons_say_what_each_device_changes() -> None:
 
 def test_reasons_of_a_device_that_is_needed_alone_or_not_asked() -> None:
     two = cluster(device("a", 9_000_000), device("b", 9_000_000))
-    assert [r.text for r in planned(MODEL, two, LOAD).reasons] == [
+    assert [r.text for r in planned(asked(MODEL, two)).reasons] == [
         "needed: without it the model does not fit"
     ] * 2
-    assert planned(MODEL, cluster(FAST), LOAD).reasons[0].text == "the only device"
-    ordered = planned(MODEL, cluster(FAST, SLOW), LOAD, order=["slow"])
+    assert planned(asked(MODEL, cluster(FAST))).reasons[0].text == "the only device"
+    ordered = planned(asked(MODEL, cluster(FAST, SLOW), order=("slow",)))
     assert [r.text for r in ordered.reasons] == [
         "left out by the order or the constraints given",
         "the only device",
@@ -81,8 +97,8 @@ def test_reasons_of_a_device_that_is_needed_alone_or_not_asked() -> None:
 
 
 def test_an_unreachable_device_is_left_out_and_said_so() -> None:
-    links = {pair: Link(0.001, 1e9) for pair in (("head", "fast"), ("fast", "head"))}
-    found = planned(MODEL, Cluster((FAST, SLOW), links, "head"), LOAD)
+    links = {pair: LinkSpeed(0.001, 1e9) for pair in (("head", "fast"), ("fast", "head"))}
+    found = planned(asked(MODEL, Cluster((FAST, SLOW), links, "head")))
     assert found.reasons[1].text == "no chain with room leads through it"
     assert found.alone[1].tokens_per_s is None
     assert not found.alone[1].possible
@@ -91,7 +107,7 @@ def test_an_unreachable_device_is_left_out_and_said_so() -> None:
 def test_what_is_needed_says_whether_for_its_ram_or_for_the_rest() -> None:
     pairs = [("head", "a"), ("a", "b"), ("b", "c"), ("c", "head")]
     three = tuple(device(name, 12_000_000) for name in "abc")
-    found = planned(MODEL, Cluster(three, {pair: Link(0.001, 1e9) for pair in pairs}, "head"), LOAD)
+    found = planned(asked(MODEL, Cluster(three, {pair: LinkSpeed(0.001, 1e9) for pair in pairs}, "head")))
     assert [reason.text for reason in found.reasons] == ["needed: without it there is no plan"] * 3
 
 
@@ -101,18 +117,18 @@ def test_with_it_a_device_may_take_another_ones_place_and_order() -> None:
     pairs = {pair for way in ways for pair in itertools.pairwise(way.split())}
     devices = [device(name, 9_000_000, 1e8 if name == "late" else 1e9) for name in ("first", "late", "other")]
     devices.append(device("end", 9_000_000))
-    links = {pair: Link(0.001, 1e9) for pair in pairs}
-    found = planned(MODEL, Cluster(tuple(devices), links, "head"), LOAD)
+    links = {pair: LinkSpeed(0.001, 1e9) for pair in pairs}
+    found = planned(asked(MODEL, Cluster(tuple(devices), links, "head")))
     assert [stage.device for stage in found.stages] == ["first", "end"]
     assert found.reasons[1].text.startswith("with it: ")
 
 
 def test_reasons_of_a_given_order_keep_to_it() -> None:
     """In any other order `mid` would be quicker at an end."""
-    links = {pair: Link(0.001, 1e9) for pair in itertools.permutations(("head", "a", "mid", "z"), 2)}
-    links |= {("a", "mid"): Link(0.5, 1e9), ("mid", "z"): Link(0.5, 1e9)}
+    links = {pair: LinkSpeed(0.001, 1e9) for pair in itertools.permutations(("head", "a", "mid", "z"), 2)}
+    links |= {("a", "mid"): LinkSpeed(0.5, 1e9), ("mid", "z"): LinkSpeed(0.5, 1e9)}
     devices = (device("a", 9_000_000, 1e8), device("mid", 9_000_000), device("z", 9_000_000, 1e8))
-    found = planned(MODEL, Cluster(devices, links, "head"), LOAD, order=["a", "mid", "z"])
+    found = planned(asked(MODEL, Cluster(devices, links, "head"), order=("a", "mid", "z")))
     assert [stage.device for stage in found.stages] == ["a", "z"]
     assert found.reasons[1].text.startswith("with it: ")
     assert float(found.reasons[1].text.split()[2]) <= found.tokens_per_s
@@ -120,11 +136,11 @@ def test_reasons_of_a_given_order_keep_to_it() -> None:
 
 def test_ends_that_are_given_do_not_hide_a_plan_of_many_devices() -> None:
     odd = [replace(LAYER, macs=1_000_000 + i) for i in range(14)]
-    model = Model((EMBEDDING, *odd, HEAD))
+    model = ModelCosts((EMBEDDING, *odd, HEAD))
     devices = [device(f"d{i}", 2_000_000) for i in range(10)]
     devices += [device("table", 5_000_000), device("top", 5_000_000)]
-    wishes = Constraints(first="table", last="top")
-    found = planned(model, cluster(*devices), LOAD, constraints=wishes)
+    wishes = {"first": "table", "last": "top"}
+    found = planned(asked(model, cluster(*devices), **wishes))
     assert (found.stages[0].device, found.stages[-1].device) == ("table", "top")
 
 
@@ -134,16 +150,16 @@ def test_a_prompt_in_chunks_is_judged_by_its_chunks(seed: int) -> None:
     devices = [replace(device(n, 7_000_000, 10 ** rng.uniform(8, 10)), idle_overhead_s=1e-3) for n in "abc"]
     spread = cluster(*devices, latency=rng.uniform(1e-4, 1e-2))
     load = replace(LOAD, prompt_tokens=60, chunk_tokens=16, context=128)
-    found = planned(MODEL, spread, load, "first_token")
+    found = planned(asked(MODEL, spread, "first_token", load=load))
     assert not found.optimal
     best = math.inf
     for count in (1, 2, 3):
         for order in itertools.permutations("abc", count):
             for cuts in itertools.combinations(range(1, 8), count - 1):
                 edges = (0, *cuts, 8)
-                stages = [Stage(*cut) for cut in zip(order, edges, edges[1:], strict=False)]
-                given = evaluate(MODEL, spread, load, stages)
-                if all(ram <= cap for ram, cap in zip(given.ram_bytes, given.cap_bytes, strict=True)):
+                stages = [Assignment(*cut) for cut in zip(order, edges, edges[1:], strict=False)]
+                given = evaluate(asked(MODEL, spread, load=load), stages)
+                if all(stage.ram_bytes <= stage.cap_bytes for stage in given.stages):
                     best = min(best, given.first_token_seconds)
     assert best <= found.first_token_seconds <= 1.03 * best
     for reason in found.reasons:
@@ -153,7 +169,7 @@ def test_a_prompt_in_chunks_is_judged_by_its_chunks(seed: int) -> None:
 
 def test_each_device_alone_is_told_whether_or_not_it_fits() -> None:
     small = device("small", 7_000_000, 2e9)
-    found = planned(MODEL, cluster(FAST, small), LOAD, "throughput")
+    found = planned(asked(MODEL, cluster(FAST, small), "throughput"))
     assert [(alone.device, alone.missing_bytes, alone.possible) for alone in found.alone] == [
         ("fast", 0, True),
         ("small", 3_000_000, False),
@@ -167,8 +183,8 @@ def test_each_device_alone_is_told_whether_or_not_it_fits() -> None:
 def test_many_streams_use_devices_that_one_stream_leaves_out() -> None:
     # The head unit takes 4 ms, so 6 + 4 ms split best as 5 + 5.
     twins = cluster(FAST, device("twin", 20_000_000))
-    assert len(planned(MODEL, twins, LOAD, "latency").stages) == 1
-    found = planned(MODEL, twins, LOAD, "throughput")
+    assert len(planned(asked(MODEL, twins, "latency")).stages) == 1
+    found = planned(asked(MODEL, twins, "throughput"))
     assert [stage.last - stage.first for stage in found.stages] == [6, 2]
     assert found.step_seconds == pytest.approx(0.005001, rel=1e-3)
 
@@ -176,12 +192,12 @@ def test_many_streams_use_devices_that_one_stream_leaves_out() -> None:
 @pytest.mark.parametrize("method", ["milp", "dp"])
 def test_a_link_of_low_rate_paces_many_streams_and_one_of_high_latency_does_not(method: Any) -> None:
     halves = cluster(device("a", 9_000_000), device("b", 9_000_000))
-    links = {**halves.links, ("a", "b"): Link(0.0, 1e5), ("b", "a"): Link(0.012, 1e9)}
+    links = {**halves.links, ("a", "b"): LinkSpeed(0.0, 1e5), ("b", "a"): LinkSpeed(0.012, 1e9)}
     uneven = Cluster(halves.devices, links, "head")
-    one = planned(MODEL, uneven, LOAD, "latency", method=method)
+    one = planned(asked(MODEL, uneven, "latency"), method=method)
     # 1000 bytes take 10 ms from a to b; 12 ms from b to a, but the link only 1 us of them.
     assert [stage.device for stage in one.stages] == ["a", "b"]
-    many = planned(MODEL, uneven, LOAD, "throughput", method=method)
+    many = planned(asked(MODEL, uneven, "throughput"), method=method)
     assert [stage.device for stage in many.stages] == ["b", "a"]
     assert many.step_seconds == pytest.approx((0.012 + 0.002 + 0.010) / 4, rel=1e-3)
 
@@ -192,12 +208,12 @@ def test_no_ring_of_quick_devices_computes_beside_the_chain(objective: Any) -> N
     near = [device("a", 12_000_000, 2e7), device("b", 12_000_000, 2e7)]
     quick = [device("c", 5_000_000, 1e10), device("d", 5_000_000, 1e10)]
     links = {
-        (x, y): Link(10.0 if (x in "cd") != (y in "cd") else 0.0, 1e9)
+        (x, y): LinkSpeed(10.0 if (x in "cd") != (y in "cd") else 0.0, 1e9)
         for x, y in itertools.permutations(["head", "a", "b", "c", "d"], 2)
     }
-    model = Model((EMBEDDING, *[LAYER] * 6, replace(HEAD, bytes=9_000_000)))  # too much for one device
-    tables = solve.decode_tables(model, Cluster((*near, *quick), links, "head"), LOAD)
-    chain, proved = milp.best_chain(tables, range(4), Goal(objective, 4), milp.load_solver())
+    model = ModelCosts((EMBEDDING, *[LAYER] * 6, replace(HEAD, bytes=9_000_000)))  # too much for one device
+    tables = tables_of(asked(model, Cluster((*near, *quick), links, "head")), Goal(objective, 4))
+    chain, proved = milp.best_chain(tables, range(4), milp.load_solver())
     assert proved
     assert chain is not None
     assert sorted(j for j, _, _ in chain.stages) == [0, 1]
@@ -206,17 +222,17 @@ def test_no_ring_of_quick_devices_computes_beside_the_chain(objective: Any) -> N
 
 def test_what_the_dp_finds_along_the_milps_order_may_be_worse(monkeypatch: pytest.MonkeyPatch) -> None:
     """The DP is not exact along an order for a prompt in chunks, where it gives up."""
-    tables = solve.decode_tables(MODEL, cluster(FAST, SLOW), LOAD)
+    tables = tables_of(asked(MODEL, cluster(FAST, SLOW)), Goal("throughput", 4))
     fast, slow = (Chain(((j, 0, 8),), 0.0) for j in range(2))
     monkeypatch.setattr(solve.milp, "best_chain", lambda *args, **options: (fast, True))
-    monkeypatch.setattr(solve.dp, "best_chain", lambda *args: slow)
-    found = solve._by_milp(tables, range(2), Goal("throughput", 4), milp.load_solver(), 10.0)
+    monkeypatch.setattr(solve.search, "best_chain", lambda *args: (slow, True))
+    found = solve._by_milp(tables, range(2), milp.load_solver(), 10.0)
     assert found == (fast, True)
 
 
 @pytest.mark.parametrize("method", ["milp", "dp"])
 def test_missing_megabytes_are_counted(method: Any) -> None:
-    answer = plan(MODEL, cluster(device("a", 6_500_000), device("b", 6_500_000)), LOAD, method=method)
+    answer = plan(asked(MODEL, cluster(device("a", 6_500_000), device("b", 6_500_000))), method=method)
     assert isinstance(answer, Infeasible)
     # 4 + 6 + 4 MB over two devices of 6.5 MB lack 1 MB; one device would lack 3.5 MB.
     assert (answer.missing_bytes, answer.exact) == (1_000_000, True)
@@ -226,59 +242,64 @@ def test_missing_megabytes_are_counted(method: Any) -> None:
 
 def test_adding_what_is_missing_makes_a_plan() -> None:
     tight = cluster(device("a", 3_000_000), device("b", 6_100_000))
-    answer = plan(MODEL, tight, LOAD)
+    answer = plan(asked(MODEL, tight))
     assert isinstance(answer, Infeasible)
     by_name = {"a": 3_000_000, "b": 6_100_000 + answer.missing_bytes}
-    assert isinstance(plan(MODEL, cluster(*(device(n, c) for n, c in by_name.items())), LOAD), Plan)
+    assert isinstance(plan(asked(MODEL, cluster(*(device(n, c) for n, c in by_name.items())))), Plan)
     by_name["b"] -= 1
-    assert isinstance(plan(MODEL, cluster(*(device(n, c) for n, c in by_name.items())), LOAD), Infeasible)
+    assert isinstance(plan(asked(MODEL, cluster(*(device(n, c) for n, c in by_name.items())))), Infeasible)
 
 
 def test_an_order_is_planned_and_its_lack_told() -> None:
     a, b = device("a", 9_000_000), device("b", 9_000_000, 2e9)
-    free = planned(MODEL, cluster(a, b), LOAD)
+    free = planned(asked(MODEL, cluster(a, b)))
     assert [stage.device for stage in free.stages] == ["a", "b"]  # the head unit is read faster on b
-    fixed = planned(MODEL, cluster(a, b), LOAD, order=["b", "a"])
+    fixed = planned(asked(MODEL, cluster(a, b), order=("b", "a")))
     assert [stage.device for stage in fixed.stages] == ["b", "a"]
     assert fixed.method == "exact DP for the given order"
     assert fixed.step_seconds > free.step_seconds
-    alone = plan(MODEL, cluster(a, b), LOAD, order=["b"])
+    alone = plan(asked(MODEL, cluster(a, b), order=("b",)))
     assert isinstance(alone, Infeasible)
     assert alone.missing_bytes == 1_000_000
 
 
 def test_without_a_way_round_links_are_what_is_missing() -> None:
-    links = {("head", "fast"): Link(0.001, 1e9)}
-    answer = plan(MODEL, Cluster((FAST, SLOW), links, "head"), LOAD)
+    links = {("head", "fast"): LinkSpeed(0.001, 1e9)}
+    answer = plan(asked(MODEL, Cluster((FAST, SLOW), links, "head")))
     assert isinstance(answer, Infeasible)
     assert answer.missing_bytes == 0
-    assert answer.reason == "no chain of links leads from the head head through the devices and back"
+    assert answer.reason == "no chain of links leads from the coordinator head through the devices and back"
 
 
-def test_layers_that_differ_are_planned_without_the_milp() -> None:
-    odd = Model((EMBEDDING, LAYER, replace(LAYER, macs=2_000_000), HEAD))
-    found = planned(odd, cluster(FAST, SLOW), LOAD)
-    assert found.method == "exact DP over all orders (the layers differ)"
-    assert found.optimal
-    with pytest.raises(ValueError, match="layers differ"):
-        plan(odd, cluster(FAST), LOAD, method="milp")
+def test_layers_that_differ_are_planned_all_the_same() -> None:
+    odd = ModelCosts((EMBEDDING, LAYER, replace(LAYER, macs=2_000_000), HEAD))
+    found = planned(asked(odd, cluster(FAST, SLOW)))
+    assert found.method == "exact DP over all orders"
+    by_milp = planned(asked(odd, cluster(FAST, SLOW)), method="milp")
+    assert by_milp.method == "MILP (HiGHS, gap 0)"
+    assert found.optimal and by_milp.optimal
+    assert found.stages == by_milp.stages
 
 
 def test_layers_are_alike_whatever_their_names() -> None:
-    assert milp.layers_alike(MODEL)
-    assert milp.layers_alike(Model((EMBEDDING, LAYER, replace(LAYER, name="layer 2"), HEAD)))
-    assert not milp.layers_alike(Model((replace(EMBEDDING, cut_bytes=8), LAYER, HEAD)))
+    assert layers_alike(MODEL)
+    assert layers_alike(ModelCosts((EMBEDDING, LAYER, replace(LAYER, name="layer 2"), HEAD)))
+    assert not layers_alike(ModelCosts((EMBEDDING, LAYER, replace(LAYER, workspace_bytes=1), HEAD)))
+    assert not layers_alike(ModelCosts((replace(EMBEDDING, cut_bytes=8), LAYER, HEAD)))
+
+
+SIX = [device(f"s{i}", 20_000_000, 1e8 * (1 + i)) for i in range(6)]  # one more than the DP tries by itself
 
 
 def test_without_pulp_the_dp_plans_and_the_milp_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pulp", None)
-    found = planned(MODEL, cluster(FAST, SLOW), LOAD)
+    found = planned(asked(MODEL, cluster(*SIX)))
     assert (
         found.method
         == "exact DP over all orders (the MILP needs PuLP and a solver: pip install 'shoal[plan]')"
     )
     with pytest.raises(milp.SolverMissing, match="pip install 'shoal"):
-        plan(MODEL, cluster(FAST, SLOW), LOAD, method="milp")
+        plan(asked(MODEL, cluster(*SIX)), method="milp")
 
 
 def test_a_solver_that_does_not_run_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,9 +321,7 @@ def test_a_solver_that_does_not_run_is_passed_over(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(pulp, "COIN_CMD", Broken)
     with pytest.raises(milp.SolverMissing, match="pkg install coinor-cbc"):
         milp.load_solver()
-    assert planned(MODEL, cluster(FAST, SLOW), LOAD).method.startswith(
-        "exact DP over all orders (PuLP finds no"
-    )
+    assert planned(asked(MODEL, cluster(*SIX))).method.startswith("exact DP over all orders (PuLP finds no")
 
 
 def test_a_highs_that_prints_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,8 +332,8 @@ def test_a_highs_that_prints_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_milp_without_an_answer_leaves_the_dp_plan_unproved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(milp, "best_chain", lambda *args, **options: (None, True))
-    found = planned(MODEL, cluster(FAST, SLOW), LOAD)
-    assert found.stages == (Stage("fast", 0, 8),)
+    found = planned(asked(MODEL, cluster(FAST, SLOW)), method="milp")
+    assert found.assignments == (Assignment("fast", 0, 8),)
     assert not found.optimal
 
 
@@ -322,22 +341,26 @@ def test_a_milp_without_an_answer_leaves_the_dp_plan_unproved(monkeypatch: pytes
     ("options", "message"),
     [
         ({"objective": "speed"}, "unknown objective 'speed'; there are latency, throughput"),
-        ({"method": "guess"}, "unknown method 'guess'"),
-        ({"order": ["fast", "who"]}, "there is no device who; there are fast, slow"),
-        ({"order": ["fast", "fast"]}, "names a device twice"),
-        ({"order": []}, "names no device"),
+        ({"order": ("fast", "who")}, "there is no device who; there are fast, slow"),
+        ({"order": ("fast", "fast")}, "names a device twice"),
+        ({"order": ()}, "names no device"),
     ],
 )
 def test_a_bad_question_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        plan(MODEL, cluster(FAST, SLOW), LOAD, **options)
+        asked(MODEL, cluster(FAST, SLOW), **options)
+
+
+def test_an_unknown_method_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown method 'guess'"):
+        plan(asked(MODEL, cluster(FAST, SLOW)), method="guess")  # type: ignore[arg-type]
 
 
 def test_given_stages_are_evaluated_even_over_their_caps() -> None:
     small = cluster(FAST, device("small", 5_000_000))
-    found = evaluate(MODEL, small, LOAD, [Stage("small", 0, 4), Stage("fast", 4, 8)])
-    assert found.ram_bytes == (7_000_000, 7_000_000)
-    assert found.cap_bytes == (5_000_000, 20_000_000)
+    found = evaluate(asked(MODEL, small), [Assignment("small", 0, 4), Assignment("fast", 4, 8)])
+    assert [stage.ram_bytes for stage in found.stages] == [7_000_000, 7_000_000]
+    assert [stage.cap_bytes for stage in found.stages] == [5_000_000, 20_000_000]
     assert found.step_seconds == pytest.approx(0.003001 + 0.007 + 0.003, abs=1e-5)
 
 
@@ -345,24 +368,24 @@ def test_given_stages_are_evaluated_even_over_their_caps() -> None:
     ("stages", "message"),
     [
         ([], "must cover units 0 to 8"),
-        ([Stage("fast", 0, 7)], "must cover units 0 to 8"),
-        ([Stage("fast", 0, 3), Stage("slow", 4, 8)], "without gap or overlap"),
-        ([Stage("fast", 0, 3), Stage("fast", 3, 8)], "one stage only"),
-        ([Stage("who", 0, 8)], "no device who"),
+        ([Assignment("fast", 0, 7)], "must cover units 0 to 8"),
+        ([Assignment("fast", 0, 3), Assignment("slow", 4, 8)], "without gap or overlap"),
+        ([Assignment("fast", 0, 3), Assignment("fast", 3, 8)], "one stage only"),
+        ([Assignment("who", 0, 8)], "no device who"),
     ],
 )
-def test_stages_that_are_no_plan_are_refused(stages: list[Stage], message: str) -> None:
+def test_stages_that_are_no_plan_are_refused(stages: list[Assignment], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        evaluate(MODEL, cluster(FAST, SLOW), LOAD, stages)
+        evaluate(asked(MODEL, cluster(FAST, SLOW)), stages)
 
 
 @pytest.mark.parametrize("objective", ["latency", "throughput"])
 def test_local_search_over_many_orders_finds_a_plan_near_the_best(objective: Any) -> None:
     devices = [device(f"d{i}", 2_500_000 + 400_000 * i, 1e9 / (1 + i % 3)) for i in range(8)]
     spread = cluster(*devices, latency=0.0002)
-    tables = solve.decode_tables(MODEL, spread, LOAD)
-    exact, proved = orders.search_orders(tables, range(8), Goal(objective, 4))
-    found, unproved = orders.search_orders(tables, range(8), Goal(objective, 4), exact_devices=1)
+    tables = tables_of(asked(MODEL, spread), Goal(objective, 4))
+    exact, proved = search.search_orders(tables, range(8))
+    found, unproved = search.search_orders(tables, range(8), exact_devices=1)
     assert (proved, unproved) == (True, False)
     assert exact is not None
     assert found is not None

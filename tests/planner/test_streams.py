@@ -7,21 +7,29 @@ import random
 from dataclasses import replace
 
 import pytest
-from bench.scenario import Request
-from bench.simulator import simulate
+from bench.simulator import Request, simulate
 
-from shoal.planner.evaluation import evaluate
-from shoal.planner.rows import Cluster, Device, Infeasible, Link, Model, Stage, Unit, Workload
+from shoal.planner.evaluation import Infeasible, evaluate
+from shoal.planner.rows import (
+    Assignment,
+    Cluster,
+    Device,
+    LinkSpeed,
+    ModelCosts,
+    Question,
+    Unit,
+    Workload,
+)
 from shoal.planner.solve import plan
-from shoal.planner.streams import Streams, Way, settle
+from shoal.planner.streams import Fixed, Follower, Way, settle
 
 
-def problem(seed: int, devices: int, layers: int, streams: int) -> tuple[Model, Cluster, Workload]:
+def problem(seed: int, devices: int, layers: int, streams: int) -> Question:
     """One whose calls take the same at any depth, so that the simulator too becomes periodic."""
     rng = random.Random(seed)
     layer = Unit("layer", 1_000_000, 1_000_000, 1_000_000, 0, 0, rng.choice([100, 4000]))
     embedding = Unit("embedding", 4_000_000, 1000, 0, 0, 0, layer.cut_bytes)
-    model = Model((embedding, *[layer] * layers, Unit("head", 4_000_000, 4_000_000, 4_000_000, 0, 0, 4)))
+    model = ModelCosts((embedding, *[layer] * layers, Unit("head", 4_000_000, 4_000_000, 4_000_000, 0, 0, 4)))
     rows = []
     for at in range(devices):
         read = 10 ** rng.uniform(8.5, 9.5)
@@ -39,27 +47,29 @@ def problem(seed: int, devices: int, layers: int, streams: int) -> tuple[Model, 
         )
     names = ["head", *(row.name for row in rows)]
     links = {
-        ends: Link(10 ** rng.uniform(-4, -2), 10 ** rng.uniform(6, 7.5))
+        ends: LinkSpeed(10 ** rng.uniform(-4, -2), 10 ** rng.uniform(6, 7.5))
         for ends in itertools.permutations(names, 2)
     }
-    return model, Cluster(tuple(rows), links, "head"), Workload(64, streams, 1, streams)
+    cluster = Cluster(tuple(rows), links, "head")
+    return Question(model, cluster, Workload(64, streams, 1, streams), "throughput")
 
 
-def split(model: Model, cluster: Cluster) -> list[Stage]:
-    names, units = [device.name for device in cluster.devices], len(model.units)
+def split(question: Question) -> list[Assignment]:
+    names = [device.name for device in question.cluster.devices]
+    units = len(question.model.units)
     edges = [round(units * at / len(names)) for at in range(len(names) + 1)]
-    return [Stage(name, a, b) for name, a, b in zip(names, edges, edges[1:], strict=False)]
+    return [Assignment(name, a, b) for name, a, b in zip(names, edges, edges[1:], strict=False)]
 
 
 @pytest.mark.parametrize("streams", [2, 3, 4, 8])
 @pytest.mark.parametrize("seed", range(6))
 def test_streams_settle_to_what_the_simulator_does_in_the_end(seed: int, streams: int) -> None:
     case = problem(seed, 1 + seed % 4, 8, streams)
-    stages = split(*case[:2])
-    found = settle(Streams(*case).way(stages), streams).seconds
+    stages = split(case)
+    found = settle(Follower(case).way(stages), streams).seconds
 
     def lasts(answer: int) -> float:
-        return simulate(*case, stages, [Request(0.0, 1, answer)] * streams).seconds
+        return simulate(case, stages, [Request(0.0, 1, answer)] * streams).seconds
 
     # The start of both runs is the same, so it is gone from the difference; the last round may be cut short.
     assert found == pytest.approx((lasts(400) - lasts(100)) / 300 / streams, rel=0.01)
@@ -68,7 +78,7 @@ def test_streams_settle_to_what_the_simulator_does_in_the_end(seed: int, streams
 def test_streams_that_come_at_once_wait_for_each_others_calls() -> None:
     """By hand: one stage of 4 ms a call whatever its rows, hops of 1 ms and 1 us a row. The first of four
     is there first and goes alone; the others wait for it and go together: two calls for four tokens."""
-    way = Way([[0.0, 0.004, 0.004, 0.004, 0.004]], [0.0], [0.001, 0.001], [1e-6, 1e-6])
+    way = Way([Fixed([0.0, 0.004, 0.004, 0.004, 0.004])], [0.001, 0.001], [1e-6, 1e-6])
     found = settle(way, 4)
     assert found.seconds == pytest.approx(0.008 / 4, rel=1e-3)
     assert found.rows == (pytest.approx(2.0),)
@@ -76,13 +86,13 @@ def test_streams_that_come_at_once_wait_for_each_others_calls() -> None:
 
 
 def test_a_stage_that_pauses_pays_for_it() -> None:
-    way = Way([[0.0, 0.004]], [0.002], [0.001, 0.001], [0.0, 0.0])
+    way = Way([Fixed([0.0, 0.004], pause=0.002)], [0.001, 0.001], [0.0, 0.0])
     assert settle(way, 1).seconds == pytest.approx(0.008)
     assert settle(replace(way, latency=[0.0002, 0.0002]), 1).seconds == pytest.approx(0.0044)
 
 
 def test_calls_take_no_more_rows_than_a_node_does() -> None:
-    way = Way([[0.0, *[0.001] * 32]], [0.0], [0.0, 0.0], [0.0, 0.0])
+    way = Way([Fixed([0.0, *[0.001] * 32])], [0.0, 0.0], [0.0, 0.0])
     found = settle(way, 64)
     assert found.rows == (pytest.approx(32.0),)
     assert found.seconds == pytest.approx(0.001 / 32)
@@ -95,21 +105,21 @@ def test_plans_for_several_streams_are_near_the_best_of_all(method: str) -> None
     gaps = []
     for seed in range(40):
         case = problem(seed, 3, 6, 2 + seed % 5)
-        model, cluster, _ = case
-        answer = plan(*case, "throughput", method=method, explain=False)  # type: ignore[arg-type]
-        best, streams = math.inf, Streams(*case)
+        model, cluster = case.model, case.cluster
+        answer = plan(case, method=method, explain=False)  # type: ignore[arg-type]
+        best, follower = math.inf, Follower(case)
         for order in itertools.chain(*(itertools.permutations(cluster.devices, n) for n in (1, 2, 3))):
             for inner in itertools.combinations(range(1, len(model.units)), len(order) - 1):
                 edges = [0, *inner, len(model.units)]
-                stages = [Stage(d.name, a, b) for d, a, b in zip(order, edges, edges[1:], strict=False)]
+                stages = [Assignment(d.name, a, b) for d, a, b in zip(order, edges, edges[1:], strict=False)]
                 sizes = [sum(u.bytes for u in model.units[stage.first : stage.last]) for stage in stages]
                 if all(size <= device.ram_bytes for size, device in zip(sizes, order, strict=True)):
-                    best = min(best, streams.steady(stages).seconds)
+                    best = min(best, follower.steady(stages).seconds)
         if isinstance(answer, Infeasible):
             assert best == math.inf
             continue
         assert not answer.optimal
-        assert answer.step_seconds == evaluate(*case, answer.stages, "throughput").step_seconds
+        assert answer.step_seconds == evaluate(case, answer.stages).step_seconds
         gaps.append(answer.step_seconds / best)
     assert len(gaps) >= 30
     assert min(gaps) >= 1 - 1e-9
@@ -121,7 +131,7 @@ def test_no_plan_for_several_streams_is_worse_than_its_own_reasons() -> None:
     """Of these, three left a device out, or took one in, to their loss before that was looked at."""
     reasons = []
     for seed in range(20, 30):
-        answer = plan(*problem(seed, 5, 16, 4), "throughput", method="dp")
+        answer = plan(problem(seed, 5, 16, 4), method="dp")
         if not isinstance(answer, Infeasible):
             reasons += [reason.text for reason in answer.reasons]
     assert sum("tokens/s instead of" in text for text in reasons) >= 30

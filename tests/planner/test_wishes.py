@@ -3,21 +3,21 @@
 import itertools
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from shoal.planner.constraints import Constraints
-from shoal.planner.evaluation import evaluate
+from shoal.planner.evaluation import Infeasible, Plan, evaluate
 from shoal.planner.rows import (
+    Assignment,
     Cluster,
+    Constraints,
     Device,
-    Infeasible,
-    Link,
-    Model,
+    LinkSpeed,
+    ModelCosts,
     Objective,
-    Plan,
-    Stage,
+    Question,
     Unit,
     Workload,
 )
@@ -26,7 +26,7 @@ from shoal.planner.solve import plan
 LAYER = Unit("layer", 1_000_000, 1_000_000, 1_000_000, 0, 0, 1000)
 EMBEDDING = Unit("embedding", 4_000_000, 1000, 0, 0, 0, 1000)
 HEAD = Unit("head", 4_000_000, 4_000_000, 4_000_000, 0, 0, 4)
-MODEL = Model((EMBEDDING, *[LAYER] * 4, HEAD), tied_bytes=4_000_000)
+MODEL = ModelCosts((EMBEDDING, *[LAYER] * 4, HEAD), tied_bytes=4_000_000)
 LOAD = Workload(context=64, sequences=3, streams=3, prompt_tokens=20, chunk_tokens=8)
 
 
@@ -39,13 +39,13 @@ def random_cluster(seed: int, caps: tuple[int, int] = (6_000_000, 16_000_000)) -
         rng.choice("ab"), rng.choice("abc")  # so that a seed's cluster stays what it was
     devices = tuple(rows)
     links = {
-        pair: Link(10 ** rng.uniform(-5, -2), 10 ** rng.uniform(5, 8))
+        pair: LinkSpeed(10 ** rng.uniform(-5, -2), 10 ** rng.uniform(5, 8))
         for pair in itertools.permutations(["h", "a", "b", "c"], 2)
     }
     return Cluster(devices, links, "h")
 
 
-def every_plan(cluster: Cluster, objective: Objective, **options: Any) -> list[Plan]:
+def every_plan(cluster: Cluster, objective: Objective) -> list[Plan]:
     """All that fit the caps."""
     names, units = [device.name for device in cluster.devices], len(MODEL.units)
     plans = []
@@ -53,9 +53,9 @@ def every_plan(cluster: Cluster, objective: Objective, **options: Any) -> list[P
         for order in itertools.permutations(names, count):
             for inner in itertools.combinations(range(1, units), count - 1):
                 edges = [0, *inner, units]
-                stages = [Stage(name, a, b) for name, a, b in zip(order, edges, edges[1:], strict=False)]
-                found = evaluate(MODEL, cluster, LOAD, stages, objective, **options)
-                if all(ram <= cap for ram, cap in zip(found.ram_bytes, found.cap_bytes, strict=True)):
+                stages = [Assignment(name, a, b) for name, a, b in zip(order, edges, edges[1:], strict=False)]
+                found = evaluate(Question(MODEL, cluster, LOAD, objective), stages)
+                if all(stage.ram_bytes <= stage.cap_bytes for stage in found.stages):
                     plans.append(found)
     return plans
 
@@ -88,7 +88,7 @@ def test_constraints_are_kept_at_the_least_cost(seed: int, objective: Objective,
     ]
     for constraints, kept in cases:
         least = min((seconds(p) for p in plans if kept(p)), default=math.inf)
-        answer = plan(MODEL, cluster, LOAD, objective, constraints=constraints, method=method, explain=False)
+        answer = plan(Question(MODEL, cluster, LOAD, objective, constraints), method=method, explain=False)
         if isinstance(answer, Infeasible):
             assert least == math.inf
             assert answer.missing_bytes > 0
@@ -106,7 +106,7 @@ def test_a_wish_for_a_device_that_is_not_there_or_cannot_be_is_refused() -> None
         (Constraints(layers={"a": 1, "b": 1, "c": 1}), "add up to 3, and the model has 4"),
     ]:
         with pytest.raises(ValueError, match=message):
-            plan(MODEL, cluster, LOAD, constraints=constraints)
+            Question(MODEL, cluster, LOAD, constraints=constraints)
     with pytest.raises(ValueError, match="a is excluded and has 2 layers"):
         Constraints(exclude=frozenset("a"), layers={"a": 2})
     with pytest.raises(ValueError, match="b is excluded and holds an end"):
@@ -116,7 +116,12 @@ def test_a_wish_for_a_device_that_is_not_there_or_cannot_be_is_refused() -> None
     with pytest.raises(ValueError, match="a holds both ends, so all of the model, and b is to have layers"):
         Constraints(first="a", last="a", layers={"b": 3})
     with pytest.raises(ValueError, match="all devices are left out"):
-        plan(Model((EMBEDDING, HEAD)), cluster, LOAD, constraints=Constraints(exclude=frozenset("abc")))
+        Question(
+            ModelCosts((EMBEDDING, HEAD)),
+            cluster,
+            LOAD,
+            constraints=Constraints(exclude=frozenset("abc")),
+        )
     for constraints, message in [
         (Constraints(layers={"b": 3}), "b has to be in the plan, and the order leaves it out"),
         (Constraints(first="b"), "b has to be in the plan, and the order leaves it out"),
@@ -125,4 +130,4 @@ def test_a_wish_for_a_device_that_is_not_there_or_cannot_be_is_refused() -> None
         (Constraints(last="a", layers={"c": 1}), "c comes after a in the order"),
     ]:
         with pytest.raises(ValueError, match=message):
-            plan(MODEL, cluster, LOAD, order=["a", "c"], constraints=constraints)
+            Question(MODEL, cluster, LOAD, constraints=replace(constraints, order=("a", "c")))

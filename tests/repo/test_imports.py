@@ -66,7 +66,7 @@ def test_a_node_needs_the_core_dependencies_only() -> None:
 def test_a_node_loads_neither_the_planners_searches_nor_a_head() -> None:
     code = "import sys, shoal.commands.node; print(*sys.modules)"
     modules = set(python(code).stdout.split())
-    assert {"shoal.net.node", "shoal.planner.stagecost"} <= modules
+    assert {"shoal.net.node", "shoal.planner.cost"} <= modules
     assert not modules & {"shoal.planner.solve", "shoal.planner.milp", "shoal.net.coordinator"}
 
 

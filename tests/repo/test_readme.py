@@ -11,7 +11,7 @@ from tests.models import smollm2_dir
 
 import shoal
 from shoal.arguments import build_parser
-from shoal.planning import read_devices
+from shoal.device_files import read_devices
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

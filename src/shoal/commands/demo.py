@@ -18,6 +18,7 @@ from ..engine.errors import ShoalError
 from ..engine.shards import Model
 from ..engine.stage import Stage, StageOptions
 from ..engine.tokenizer import Tokenizer
+from ..plan_report import render
 from ..planning import MB, planner_model
 from ..processes import NodeSpec, RunningNode, bare_node_bytes, nodes
 from .pull import pull
@@ -58,7 +59,7 @@ def _demo(args: argparse.Namespace, model: Model, running: list[RunningNode]) ->
         context=CONTEXT, prompt_tokens=len(prompt), depth=len(prompt) + MEASURED_TOKENS // 2
     )
     with open_nodes(model, [node.address for node in running], workload) as engine:
-        print(f"\n3. The plan, from what the nodes measured:\n\n{planner.render(engine.plan)}")
+        print(f"\n3. The plan, from what the nodes measured:\n\n{render(engine.plan)}")
         print(f"4. {args.prompt}\n\n   ", end="", flush=True)
         made = _once(engine, tokenizer, prompt, settings, show)
         print(f"\n\n   {made.summary()}\n")
@@ -70,7 +71,7 @@ def _demo(args: argparse.Namespace, model: Model, running: list[RunningNode]) ->
     speeds = {DEVICES[0][0]: longer_alone.tokens_per_s} if longer_alone.tokens_per_s else {}
     print(f"5. Predicted beside measured, over {len(longer.tokens)} tokens; measured alone is one process on")
     print(f"   the {DEVICES[0][0]}, with one thread, as the nodes have, and without a RAM cap:\n")
-    print(planner.render(now, measured_of(reports, longer.tokens_per_s, speeds)))
+    print(render(now, measured_of(reports, longer.tokens_per_s, speeds)))
     if not made.text.strip():
         raise ShoalError("the nodes gave no answer")
     if (made.tokens, longer.tokens) != (alone.tokens, longer_alone.tokens):

@@ -29,13 +29,14 @@ from ..engine.threads import chosen
 from ..net.errors import NetError
 from ..net.identity import identity_of
 from ..net.listen import addresses, listen, named, reachable
-from ..net.messages import Device, RowRate
+from ..net.messages import Offer
 from ..net.node import Node, NodeParts
 from ..net.slow import Slowness, SlowStage, SlowWatch, Turn, turn
-from ..planner.profile import FREE_SHARE
+from ..planner import Device
 from ..planning import (
+    FREE_SHARE,
     MB,
-    device_of,
+    device_row,
     planner_model,
     scratch_bytes,
     stage_expectation,
@@ -92,26 +93,26 @@ async def _main(
         turns: Turn = nullcontext if args.slow_turns is None else partial(turn, args.slow_turns)
         plays = args.slow_file is not None or slowness.factor() > 1
         watch = SlowWatch(slowness, turn=turns) if plays else stopwatch
-        device = await trio.to_thread.run_sync(_offer, args, model, options, base, promised, hop, watch)
-        opener = StageOpener(model, options, device)
+        offer = await trio.to_thread.run_sync(_offer, args, model, options, base, promised, hop, watch)
+        opener = StageOpener(model, options, offer.device)
         parts = NodeParts(
             identity=identity_of(model, args.name or platform.node(), secrets.randbits(64), __version__),
-            device=device,
+            offer=offer,
             units=model.n_units,
             open_stage=lambda first, last: SlowStage(opener(first, last), slowness, turn=turns),
             resident=resident_bytes,
             log=_log,
-            expect=stage_expectation(planner_model(model, options), device_of("this device", device)),
+            expect=stage_expectation(planner_model(model, options), offer.device),
         )
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             async with trio.open_nursery() as nursery:
                 await nursery.start(Node(parts).serve, listeners)
                 if args.port_file is not None:
                     _write(args.port_file, found[0])
-                plural, by = "s" if device.threads > 1 else "", f" ({why})" if why else ""
+                plural, by = "s" if offer.threads > 1 else "", f" ({why})" if why else ""
                 print(
-                    f"listening on {', '.join(found)} as {parts.identity.name}: {device.backend}, "
-                    f"{device.threads} thread{plural}{by}, {device.ram_bytes / MB:.0f} MB",
+                    f"listening on {', '.join(found)} as {parts.identity.name}: {offer.backend}, "
+                    f"{offer.threads} thread{plural}{by}, {offer.device.ram_bytes / MB:.0f} MB",
                     flush=True,
                 )
                 async for _ in signals:
@@ -163,28 +164,21 @@ def _offer(
     promised: int,
     hop: float,
     watch: Watch,
-) -> Device:
+) -> Offer:
     """What this device does for a model, measured with `watch` (the way into the thread is not slowed)."""
     scratch = scratch_bytes(model, chosen(options.threads, choose(options.backend)[0], options.isa)[0])
     workspace = workspace_bytes(model, options, 0, model.n_units)
     room = promised - base - scratch - constant_bytes(model.program) - workspace
     measured = measure(model, options, seconds=args.measure_seconds, room=room, watch=watch)
-    return Device(
+    device = device_row(
+        args.name or platform.node(),
+        measured,
         ram_bytes=promised,
         # What measuring left is part of it, and what depends on the threads: plans are made for one.
         base_bytes=max(base, resident_bytes()) + scratch,
-        max_rows=options.max_rows,
-        threads=measured.threads,
-        backend=measured.backend,
-        exact=measured.exact,
-        read_bytes_per_s=measured.read_bytes_per_s,
-        macs_per_s=measured.macs_per_s,
-        step_overhead_s=measured.step_overhead_s + hop,
-        idle_overhead_s=measured.idle_overhead_s,
-        attend_macs_per_s=measured.attend_macs_per_s,
-        prefill_attend_macs_per_s=measured.prefill_attend_macs_per_s,
-        row_rates=tuple(RowRate(*pair) for pair in measured.row_rates),
+        hop_s=hop,
     )
+    return Offer(device, options.max_rows, measured.threads, measured.backend, measured.exact)
 
 
 class StageOpener:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 from .. import planner
 from ..contexts import context_of, notice
+from ..device_files import read_devices
 from ..engine.errors import ShoalError
 from ..engine.shards import Model
 from ..engine.stage import StageOptions
+from ..plan_report import render, to_json
 from ..plan_svg import draw
-from ..planning import default_workload, plan_that_fits, planner_model, read_devices
+from ..planning import default_workload, plan_that_fits, planner_model
 from ..store import resolve
 
 
@@ -29,28 +31,23 @@ def run(args: argparse.Namespace) -> int:
     workload = default_workload(
         context, given=args.context is not None, prompt=args.prompt, streams=args.streams
     )
-    constraints, order = _constraints(args, cluster)
-    plan, planned = plan_that_fits(
-        planner_model(model, StageOptions()),
-        cluster,
-        workload,
-        args.objective.replace("-", "_"),
-        shrink=args.context is None,
-        order=order,
-        constraints=constraints,
-    )
+    costs, objective = planner_model(model, StageOptions()), args.objective.replace("-", "_")
+    try:
+        question = planner.Question(costs, cluster, workload, objective, _constraints(args, cluster))
+    except ValueError as error:
+        raise ShoalError(str(error)) from error
+    plan, planned = plan_that_fits(question, shrink=args.context is None)
     if planned.context < context:
         print(notice(planned.context, context), file=sys.stderr)
     if args.svg is not None:
         _write(args.svg, draw(plan))
-    print(planner.to_json(plan) if args.json else planner.render(plan), end="")
+    print(to_json(plan) if args.json else render(plan), end="")
     return 0
 
 
-def _constraints(
-    args: argparse.Namespace, cluster: planner.Cluster
-) -> tuple[planner.Constraints, list[str] | None]:
-    """What was asked for, and the order of devices if layers were counted out. ShoalError: it cannot be."""
+def _constraints(args: argparse.Namespace, cluster: planner.Cluster) -> planner.Constraints:
+    """What was asked for; the devices keep their order if layers were counted out. ShoalError: the counts are
+    not one a device. ValueError: they contradict the rest."""
     names = [device.name for device in cluster.devices]
     layers: dict[str, int] = {}
     if args.layers:
@@ -60,10 +57,8 @@ def _constraints(
                 f"{', '.join(names)}; 0 leaves one out"
             )
         layers = dict(zip(names, args.layers, strict=True))
-    return (
-        planner.Constraints(frozenset(args.exclude), layers, args.first, args.last),
-        [name for name in names if name not in args.exclude] if layers else None,
-    )
+    order = tuple(name for name in names if name not in args.exclude) if layers else None
+    return planner.Constraints(frozenset(args.exclude), layers, args.first, args.last, order)
 
 
 def _write(path: Path, text: str) -> None:

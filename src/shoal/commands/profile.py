@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import platform
 
-from .. import planner
+from ..device_files import DeviceProfile, device_profile, dump_profile
 from ..engine.backends import choose
 from ..engine.costs import unit_cost
 from ..engine.errors import ShoalError
@@ -14,7 +14,7 @@ from ..engine.measure import best_threads, measure
 from ..engine.shards import Model
 from ..engine.stage import StageOptions
 from ..engine.threads import keep
-from ..planning import MB, device_profile
+from ..planning import MB
 from ..store import resolve
 
 _TELLING = 16_000_000
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     options = StageOptions(args.backend, args.isa, threads, resident=args.resident)
     memory = ram()
     row = device_profile(platform.node() or "this device", measure(model, options), memory)
-    text = planner.dump_profile(planner.Profile((row,)))
+    text = dump_profile((row,))
     if args.save is not None:
         try:
             args.save.write_text(text, encoding="utf-8")
@@ -45,18 +45,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _shown(row: planner.DeviceProfile, tried: dict[int, float], memory: Ram) -> str:
-    attention = row.attend_macs_per_s or 0.0, row.prefill_attend_macs_per_s or 0.0
-    by_rows = ", ".join(f"{rows}: {rate / 1e9:.1f}" for rows, rate in row.row_rates)
+def _shown(row: DeviceProfile, tried: dict[int, float], memory: Ram) -> str:
+    device = row.device
+    attention = device.attend_macs_per_s, device.prefill_attend_macs_per_s
+    by_rows = ", ".join(f"{rows}: {rate / 1e9:.1f}" for rows, rate in device.row_rates)
     compared = ", ".join(f"{count}: {rate / 1e9:.1f}" for count, rate in tried.items())
     lines = [
-        f"{row.name}: {row.backend} ({row.isa}), {row.threads} thread{'s' if row.threads > 1 else ''}"
+        f"{device.name}: {row.backend} ({row.isa}), {row.threads} thread{'s' if row.threads > 1 else ''}"
         + (f" (GB/s by threads: {compared})" if len(tried) > 1 else ""),
-        f"one row:   {row.read_bytes_per_s / 1e9:.1f} GB/s of weights",
-        f"many rows: {row.macs_per_s / 1e9:.1f} billion multiplications a second (by rows: {by_rows})",
+        f"one row:   {device.read_bytes_per_s / 1e9:.1f} GB/s of weights",
+        f"many rows: {device.macs_per_s / 1e9:.1f} billion multiplications a second (by rows: {by_rows})",
         f"attention: {attention[0] / 1e9:.1f} billion a second for one row, {attention[1] / 1e9:.1f} of many",
-        f"a step:    {row.step_overhead_s * 1e6:.0f} us before any layer",
-        f"a pause:   {row.idle_overhead_s * 1e6:.0f} us more for the step after it",
+        f"a step:    {device.step_overhead_s * 1e6:.0f} us before any layer",
+        f"a pause:   {device.idle_overhead_s * 1e6:.0f} us more for the step after it",
         f"RAM:       {row.ram_free / MB:.0f} MB available of the {row.ram_total / MB:.0f} MB {memory.bound}"
         + (" (a third of it, as the system does not say)" if memory.available is None else ""),
     ]

@@ -112,14 +112,14 @@ def open_engine(
     and where it is, in words."""
     free = args.context is None
     if args.nodes:
-        from .. import planner
         from ..distributed import open_nodes
+        from ..plan_report import render
         from ..planning import default_workload
 
         workload = default_workload(settings.context, given=not free)
         with open_nodes(model, args.nodes, workload, shrink=free) as nodes:
             if args.stats:
-                print(planner.render(nodes.plan), file=sys.stderr)
+                print(render(nodes.plan), file=sys.stderr)
             names = [stage.device for stage in nodes.plan.stages]
             where = f"{len(names)} node{'s' if len(names) > 1 else ''}, {', '.join(names)}"
             yield nodes, _with_context(settings, nodes.context), where

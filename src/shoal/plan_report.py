@@ -7,31 +7,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .explain import MB, units_text
-from .rows import Alone, Infeasible, Plan
+from .planner import Alone, Hop, Infeasible, Plan, units_text
+from .text_table import columns
+
+MB = 1e6
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class RunMeasurements:
     """What a run of the plan gave, in the plan's own terms; leave out what was not measured."""
 
     tokens_per_s: float | None = None
-    stage_seconds: Mapping[str, float] = field(default_factory=dict)  # per decode step, by device
-    hop_seconds: Mapping[int, float] = field(default_factory=dict)  # per token, by place in Plan.hop_seconds
+    stage_seconds: Mapping[str, float] = field(default_factory=dict)  # per decode call, by device
     alone_tokens_per_s: Mapping[str, float] = field(default_factory=dict)  # the whole model on one device
 
 
-def render(plan: Plan, measured: Measured | None = None) -> str:
+def render(plan: Plan, measured: RunMeasurements | None = None) -> str:
     """The plan as lines of text: stages and hops in the order a token takes, the prediction, one device
     alone, reasons.
 
-    ValueError: something was measured of a device or hop that the plan does not have.
+    ValueError: something was measured of a device that the plan does not have.
     """
-    measured = measured or Measured()
+    measured = measured or RunMeasurements()
     _check(plan, measured)
     lines = [*_table(plan, measured), "", *_summary(plan, measured), "", *_alone(plan, measured)]
     if plan.reasons:
-        lines += ["", *_columns([(_in_or_out(r.used), r.device, r.text) for r in plan.reasons])]
+        lines += ["", *columns([("in" if r.used else "out", r.device, r.text) for r in plan.reasons])]
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
@@ -55,7 +56,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _check(plan: Plan, measured: Measured) -> None:
+def _check(plan: Plan, measured: RunMeasurements) -> None:
     used = {stage.device for stage in plan.stages}
     known = {alone.device for alone in plan.alone}
     for name in measured.stage_seconds:
@@ -64,82 +65,66 @@ def _check(plan: Plan, measured: Measured) -> None:
     for name in measured.alone_tokens_per_s:
         if name not in known:
             raise ValueError(f"{name} was measured alone, and the plan does not know it")
-    for hop in measured.hop_seconds:
-        if not 0 <= hop < len(plan.hop_seconds):
-            raise ValueError(f"hop {hop} was measured, and the plan has {len(plan.hop_seconds)}")
 
 
-def _table(plan: Plan, measured: Measured) -> list[str]:
+def _table(plan: Plan, measured: RunMeasurements) -> list[str]:
     """A row per hop and stage, in a token's order."""
-    with_measured = bool(measured.stage_seconds or measured.hop_seconds)
-    head = ["device", "units", "layers", "RAM MB", "cap MB", "ms"] + ["measured"] * with_measured
-    rows: list[Sequence[str]] = [head]
+    with_measured = bool(measured.stage_seconds)
+    rows: list[Sequence[str]] = [
+        ["device", "units", "layers", "RAM MB", "cap MB", "ms"] + ["measured"] * with_measured
+    ]
 
     def add(cells: list[str], seconds: float, found: float | None) -> None:
-        rows.append([*cells, f"{seconds * 1e3:.2f}", *([_ms(found)] if with_measured else [])])
+        rows.append([*cells, _ms(seconds), *([_ms(found)] if with_measured else [])])
 
-    for at, stage in enumerate(plan.stages):
-        add(
-            ["  -> hop", f"{plan.link_bytes[at]:,} bytes a token", "", "", ""],
-            plan.hop_seconds[at],
-            measured.hop_seconds.get(at),
-        )
+    def add_hop(hop: Hop, to: str) -> None:
+        add([f"  -> {to}", f"{hop.bytes:,} bytes a token", "", "", ""], hop.seconds, None)
+
+    for stage in plan.stages:
+        add_hop(stage.hop, "hop")
         layers = min(stage.last, plan.units - 1) - max(stage.first, 1)
-        add(
-            [
-                stage.device,
-                units_text(stage.first, stage.last, plan.units),
-                str(layers),
-                f"{plan.ram_bytes[at] / MB:.1f}",
-                f"{plan.cap_bytes[at] / MB:.1f}",
-            ],
-            plan.stage_seconds[at],
-            measured.stage_seconds.get(stage.device),
-        )
-    back = len(plan.stages)
-    add(
-        ["  -> head", f"{plan.link_bytes[back]:,} bytes a token", "", "", ""],
-        plan.hop_seconds[back],
-        measured.hop_seconds.get(back),
-    )
-    return _columns(rows, right=2)
+        units = units_text(stage.first, stage.last, plan.units)
+        ram, cap = (f"{size / MB:.1f}" for size in (stage.ram_bytes, stage.cap_bytes))
+        found = measured.stage_seconds.get(stage.device)
+        add([stage.device, units, str(layers), ram, cap], stage.seconds, found)
+    add_hop(plan.back, "coordinator")
+    return columns(rows, [False, False, *[True] * (len(rows[0]) - 2)])
 
 
 def _ms(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds * 1e3:.2f}"
 
 
-def _summary(plan: Plan, measured: Measured) -> list[str]:
-    what = f"{plan.streams} streams together" if plan.objective == "throughput" else "one stream"
+def _summary(plan: Plan, measured: RunMeasurements) -> list[str]:
+    many = plan.objective == "throughput"
+    what = f"{plan.streams} sequences together" if many else "one sequence"
     rate = f"Predicted {plan.tokens_per_s:.2f} tokens/s ({what})"
     if measured.tokens_per_s is not None:
         error = (plan.tokens_per_s / measured.tokens_per_s - 1) * 100 if measured.tokens_per_s else math.inf
         rate += f", measured {measured.tokens_per_s:.2f} (prediction {error:+.0f} %)"
-    found = f"Found by {plan.method}" + (", proved best." if plan.optimal else ".")
-    first = f"First token of the prompt after {plan.first_token_seconds * 1e3:.0f} ms."
-    over = [
-        f"{stage.device} is {(ram - cap) / MB:.1f} MB over its cap."
-        for stage, ram, cap in zip(plan.stages, plan.ram_bytes, plan.cap_bytes, strict=True)
-        if ram > cap
+    lines = [
+        f"{rate}. First token of the prompt after {plan.first_token_seconds * 1e3:.0f} ms.",
+        f"Found by {plan.method}" + (", proved best." if plan.optimal else "."),
     ]
-    return [f"{rate}. {first}", found, *over, *_extras(plan)]
-
-
-def _extras(plan: Plan) -> list[str]:
-    """What is not in every plan: shared calls."""
-    lines = []
+    lines += [
+        f"{stage.device} is {(stage.ram_bytes - stage.cap_bytes) / MB:.1f} MB over its cap."
+        for stage in plan.stages
+        if stage.ram_bytes > stage.cap_bytes
+    ]
     if plan.batch > 1:
-        lines.append(f"Streams that wait share a call, {plan.batch} of them by this prediction.")
+        lines.append(f"Sequences that wait share a call, {plan.batch} of them by this prediction.")
     return lines
 
 
-def _alone(plan: Plan, measured: Measured) -> list[str]:
+def _alone(plan: Plan, measured: RunMeasurements) -> list[str]:
     """Whether one device by itself would be faster, and every device's own figure."""
     best = plan.best_alone
     if best is None or best.tokens_per_s is None:
         verdict = "One device alone: none holds the whole model under its cap."
         if any(not alone.missing_bytes for alone in plan.alone):
-            verdict = "One device alone: none that holds the whole model has links to the head and back."
+            verdict = (
+                "One device alone: none that holds the whole model has links to the coordinator and back."
+            )
     elif [stage.device for stage in plan.stages] == [best.device]:
         verdict = f"One device alone: this plan is that, {best.device} by itself."
     else:
@@ -149,12 +134,12 @@ def _alone(plan: Plan, measured: Measured) -> list[str]:
             f" ({plan.tokens_per_s:.2f})."
         )
     rows = [("", alone.device, _alone_text(alone, measured)) for alone in plan.alone]
-    return [verdict, *_columns(rows)]
+    return [verdict, *columns(rows)]
 
 
-def _alone_text(alone: Alone, measured: Measured) -> str:
+def _alone_text(alone: Alone, measured: RunMeasurements) -> str:
     if alone.tokens_per_s is None:
-        return "has no link to the head and back"
+        return "has no link to the coordinator and back"
     text = f"{alone.tokens_per_s:.2f} tokens/s"
     if alone.device in measured.alone_tokens_per_s:
         text += f", measured {measured.alone_tokens_per_s[alone.device]:.2f}"
@@ -163,19 +148,3 @@ def _alone_text(alone: Alone, measured: Measured) -> str:
             f", but it needs {alone.ram_bytes / MB:.1f} MB, {alone.missing_bytes / MB:.1f} MB over its cap"
         )
     return text
-
-
-def _in_or_out(used: bool) -> str:
-    return "in" if used else "out"
-
-
-def _columns(rows: Sequence[Sequence[str]], right: int | None = None) -> list[str]:
-    """Cells padded to columns two spaces apart, from column `right` on set flush right."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if right is not None and at >= right else cell.ljust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]

@@ -1,8 +1,9 @@
-"""JSON that is believed only when all of it is right: bytes to frozen dataclasses and back.
+"""The strict decoder of JSON, and of tables that another parser read: text from anywhere to frozen
+dataclasses and back.
 
 The dataclass is the schema: every field must be there and no other, of the very type that is declared
 (`Annotated` adds a range or a length), finite, and no key may come twice. Anything else is a ValueError that
-says where. The standard library only, so a phone needs no codec.
+says where, and so is what the dataclass itself refuses. The standard library only, so a phone needs no codec.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import types
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -54,22 +55,31 @@ class Printable:
             raise ValueError(f"{where} holds a character that cannot be printed")
 
 
-def decode(kind: type[T], body: bytes | bytearray) -> T:
-    """The dataclass that the JSON text states. ValueError: anything about it that is not right."""
+def parse(body: bytes | bytearray | str) -> Any:
+    """The value that JSON text states. ValueError: no JSON, a key twice in one object, NaN or an infinity."""
     try:
-        value = json.loads(
-            bytes(body).decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant
-        )
+        text = body if isinstance(body, str) else bytes(body).decode("utf-8")
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
     except RecursionError:
         raise ValueError("the JSON is nested too deeply") from None
-    result: T = _convert(kind, value, kind.__name__)
+
+
+def decode(kind: type[T], body: bytes | bytearray) -> T:
+    """The dataclass that the JSON text states. ValueError: anything about it that is not right."""
+    return convert(kind, parse(body), kind.__name__)
+
+
+def convert(kind: type[T], value: Any, where: str, *, defaults: bool = False) -> T:
+    """The dataclass that a parsed value states; `where` names it in errors. `defaults`: fields that have one
+    may be left out. ValueError: anything about it that is not right."""
+    result: T = _convert(kind, value, where, defaults)
     return result
 
 
 def encode(message: Any) -> bytes:
     """JSON text of a dataclass that `decode` gives back equal. ValueError: a field it would refuse."""
     body = asdict(message)
-    _convert(type(message), body, type(message).__name__)
+    _convert(type(message), body, type(message).__name__, False)
     return json.dumps(body, allow_nan=False, separators=(",", ":")).encode("utf-8")
 
 
@@ -90,44 +100,73 @@ def _schema(kind: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in fields(kind)}
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+@cache
+def _optional(kind: type) -> frozenset[str]:
+    plain = (field.name for field in fields(kind) if field.default is not MISSING)
+    made = (field.name for field in fields(kind) if field.default_factory is not MISSING)
+    return frozenset((*plain, *made))
+
+
+def _convert(hint: Any, value: Any, where: str, defaults: bool) -> Any:
     """The value as the declared type, or a ValueError that names the place."""
     origin = get_origin(hint)
     if origin is Annotated:
         base, *checks = get_args(hint)
-        result = _convert(base, value, where)
+        result = _convert(base, value, where, defaults)
         for check in checks:
             check.check(where, result)
         return result
     if origin in (types.UnionType, Union):
         (inner,) = (arm for arm in get_args(hint) if arm is not type(None))
-        return None if value is None else _convert(inner, value, where)
+        return None if value is None else _convert(inner, value, where, defaults)
     if origin is Literal:
         if type(value) is not str or value not in get_args(hint):
             raise ValueError(f"{where} = {_short(value)} is none of {', '.join(get_args(hint))}")
         return value
-    if origin is tuple:  # tuple[X, ...]
-        if type(value) not in (list, tuple):
-            raise ValueError(f"{where} = {_short(value)} is not a list")
-        inner = get_args(hint)[0]
-        return tuple(_convert(inner, item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is tuple:
+        return _convert_list(get_args(hint), value, where, defaults)
     if is_dataclass(hint):
-        return _convert_object(hint, value, where)
+        return _convert_object(hint, value, where, defaults)
     if hint is float and type(value) in (int, float):
         return _finite(value, where)
     if type(value) is not hint:
-        raise ValueError(f"{where} = {_short(value)} is not of type {hint.__name__}")
+        raise ValueError(f"{where} = {_short(value)} is not {_WORDS.get(hint, hint.__name__)}")
     return value
 
 
-def _convert_object(kind: Any, value: Any, where: str) -> Any:
+_WORDS = {float: "a number", int: "a whole number", str: "a string", bool: "true or false"}
+
+
+def _convert_list(kinds: tuple[Any, ...], value: Any, where: str, defaults: bool) -> Any:
+    """For tuple[X, ...], or for a tuple of so many."""
+    if type(value) not in (list, tuple):
+        raise ValueError(f"{where} = {_short(value)} is not a list")
+    if kinds[-1] is Ellipsis:
+        kinds = kinds[:1] * len(value)
+    elif len(value) != len(kinds):
+        raise ValueError(f"{where} has {len(value)} items, not {len(kinds)}")
+    items = zip(kinds, value, strict=True)
+    return tuple(_convert(kind, item, f"{where}[{i}]", defaults) for i, (kind, item) in enumerate(items))
+
+
+def _convert_object(kind: Any, value: Any, where: str, defaults: bool) -> Any:
     if type(value) is not dict:
         raise ValueError(f"{where} is not an object")
     schema = _schema(kind)
-    if value.keys() != schema.keys():
-        missing, unknown = sorted(schema.keys() - value.keys()), sorted(value.keys() - schema.keys())
-        raise ValueError(f"{where} lacks the keys {missing} and has unknown keys {_short(unknown)}")
-    return kind(**{key: _convert(hint, value[key], f"{where}.{key}") for key, hint in schema.items()})
+    missing, unknown = schema.keys() - value.keys(), sorted(value.keys() - schema.keys(), key=str)
+    if defaults:
+        missing = missing - _optional(kind)
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(map(repr, sorted(missing)))}")
+    if unknown:
+        raise ValueError(
+            f"{where} has an unknown key {_short(unknown[0])}; known: {', '.join(sorted(schema))}"
+        )
+    values = {key: _convert(schema[key], item, f"{where}.{key}", defaults) for key, item in value.items()}
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _finite(value: float, where: str) -> float:

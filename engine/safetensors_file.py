@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ModelFileError
+from .errors import ModelFileError, UnsupportedModelError
 from .memory import Arena
 
 DATA_ALIGNMENT = 16384
@@ -55,6 +55,8 @@ DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
         }.items()
     }
 )
+# Types of the format that have less than a byte, or no use here.
+_NOT_READ = ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +163,10 @@ def _tensor(name: str, entry: object, start: int, where: str) -> TensorInfo:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise refuse("must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype in _NOT_READ:
+        raise UnsupportedModelError(
+            f"{where}: tensor {name!r} has the type {dtype}, which is not read: F64, F32, F16 and BF16 are"
+        )
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise refuse(f"has the unknown type {dtype!r}")
     if not _counts(shape) or len(shape) > _MAX_DIMS:

@@ -145,7 +145,13 @@ def _stored(path: Path, warn: Warn) -> dict[str, SafetensorsFile]:
         raise ModelFileError(f"{path} has neither {SINGLE} nor {INDEX}{_instead(path)}")
     index = _json_object(path / INDEX)
     stored: dict[str, SafetensorsFile] = {}
-    for name in shard_names(index, str(path / INDEX)):
+    names = shard_names(index, str(path / INDEX))
+    if missing := [name for name in names if not (path / name).exists()]:
+        raise ModelFileError(
+            f"{path / missing[0]} is missing ({len(missing)} of {len(names)} files are), which {INDEX} "
+            "names: fetch the missing files"
+        )
+    for name in names:
         file = _open(path / name)
         for tensor in file.tensors:
             if tensor in stored:
@@ -175,14 +181,14 @@ def _open(path: Path) -> SafetensorsFile:
 
 def _instead(path: Path) -> str:
     """What a directory without weights that can be read has in their place."""
-    other = sorted(
-        file.name for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".pth", ".pt")
-    )
-    if not other:
-        return ": fetch the checkpoint again"
-    if not other[0].endswith(".safetensors"):
-        return f"; {other[0]} is a file of PyTorch, which is not read: save the model as safetensors"
-    return f"; it has {', '.join(other)}: one file must be called {SINGLE}, and several need an index"
+    names = sorted(file.name for file in path.iterdir())
+    other = [name for name in names if name.endswith(".safetensors")]
+    pickled = [name for name in names if name.endswith((".bin", ".pth", ".pt"))]
+    if other:
+        return f"; it has {', '.join(other)}: one file must be called {SINGLE}, and several need an index"
+    if pickled:
+        return f"; {pickled[0]} is a file of PyTorch, which is not read: save the model as safetensors"
+    return ": fetch the checkpoint again"
 
 
 def _full_name(name: str, names: Collection[str]) -> str:

@@ -15,7 +15,7 @@ from tests.weights.gguf_files import write_tiny
 from shoal.engine.checkpoint import open_checkpoint
 from shoal.engine.checkpoint.gguf_checkpoint import GgufCheckpoint
 from shoal.engine.checkpoint.hugging_face import HuggingFaceCheckpoint
-from shoal.engine.errors import ModelFileError
+from shoal.engine.errors import ModelFileError, UnsupportedModelError
 
 
 def sharded(directory: Path, parts: dict[str, list[str]], listed: dict[str, object]) -> None:
@@ -69,7 +69,7 @@ def test_an_index_and_its_files_may_disagree(checkpoint_dir: Path) -> None:
     with pytest.raises(ModelFileError, match=r"'lm_head\.weight' is in a\.safetensors and in b\.safetensors"):
         open_checkpoint(checkpoint_dir)
     index.write_text(json.dumps({"weight_map": everything | {HEAD: "c.safetensors"}}))
-    with pytest.raises(ModelFileError, match=r"c\.safetensors is missing"):
+    with pytest.raises(ModelFileError, match=r"c\.safetensors is missing \(1 of 2 files are\)"):
         open_checkpoint(checkpoint_dir)
 
 
@@ -133,3 +133,12 @@ def test_what_git_keeps_of_a_file_is_named(checkpoint_dir: Path) -> None:
         source = checkpoint_dir if name == "model.safetensors" else checkpoint_dir / name
         with pytest.raises(ModelFileError, match=f"{name} is a pointer of Git LFS .* run `git lfs pull`"):
             open_checkpoint(source)
+
+
+@pytest.mark.parametrize("dtype", ["F4", "F8_E8M0", "C64"])
+def test_types_that_are_not_read_are_named(checkpoint_dir: Path, dtype: str) -> None:
+    header = json.dumps({"a": {"dtype": dtype, "shape": [2], "data_offsets": [0, 1]}}).encode()
+    data = len(header).to_bytes(8, "little") + header + b"x"
+    (checkpoint_dir / "model.safetensors").write_bytes(data)
+    with pytest.raises(UnsupportedModelError, match=f"tensor 'a' has the type {dtype}, which is not read"):
+        open_checkpoint(checkpoint_dir)

@@ -58,14 +58,21 @@ def fetch_hugging_face(source: str) -> tuple[Path, str]:
         )
 
     try:
-        directory = snapshot(_BESIDE_WEIGHTS, None, _silent(tqdm))
-        revision = directory.name
-        unlisted: Exception | None = None
+        listing, unlisted = None, None
         try:
-            names = huggingface_hub.HfApi().list_repo_files(repository, revision=revision)
+            listing = huggingface_hub.HfApi().model_info(repository, revision="main")
+        except HFValidationError:
+            raise
         except Exception as e:  # without a network: of requests or of httpx, by the library's version
             unlisted = e
+        directory = snapshot(_BESIDE_WEIGHTS, None, _silent(tqdm))
+        revision = directory.name
+        if listing is None:
             names = [str(path.relative_to(directory)) for path in directory.rglob("*")]
+        elif listing.sha == revision:
+            names = [file.rfilename for file in listing.siblings or ()]
+        else:
+            raise DownloadError(f"hf:{repository} changed while it was fetched: repeat the command")
         try:
             weights = _weights(repository, names, choice, directory)
         except DownloadError:

@@ -11,6 +11,7 @@ Imported only where a template is used, because it needs jinja2."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import Any, NoReturn, Self, SupportsIndex
@@ -24,7 +25,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 TEMPLATE, ANSWER, DATA, UNKNOWN = "tad?"
 """Origins of a character: the template; an assistant's message; any other message, tool or document; or an
-operation that keeps no record, such as `format`."""
+operation that keeps no record, such as `indent`."""
+
+_FIELD = re.compile(r"\{(\w*)\}")
 
 
 class Traced(str):
@@ -57,13 +60,8 @@ class Traced(str):
     __rmul__ = __mul__
 
     def __mod__(self, values: Any) -> str:
-        text, values = str.__mod__(self, values), values if isinstance(values, tuple) else (values,)
-        pieces = self.split("%s")
-        if "%" in "".join(pieces) or len(pieces) != len(values) + 1:
-            return text
-        return Traced("").join(
-            part for pair in zip(pieces, (*map(str, values), ""), strict=True) for part in pair
-        )
+        given = values if isinstance(values, tuple) else (values,)
+        return _filled(str.__mod__(self, values), self.split("%s"), given)
 
     def __getitem__(self, key: SupportsIndex | slice) -> str:
         return Traced(str.__getitem__(self, key), self._origin[key])
@@ -149,6 +147,15 @@ class Traced(str):
         return Traced(text, (self._origin[0] if len(set(self._origin)) == 1 else DATA) * len(text))
 
 
+def _filled(text: str, pieces: list[str], values: Iterable[Any]) -> str:
+    """`text` with origins, if it is the pieces with the values between them; else as it is."""
+    between = [*map(str, values), ""]
+    if len(pieces) != len(between):
+        return text
+    made = Traced("").join(part for pair in zip(pieces, between, strict=True) for part in pair)
+    return made if made == text else text
+
+
 def origins(text: str) -> str:
     """The origin of each character of a string."""
     return text._origin if isinstance(text, Traced) else UNKNOWN * len(text)
@@ -228,6 +235,23 @@ class _Environment(ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=extensions)
         self.filters["tojson"] = _to_json
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """The sandbox's `format` of a string, with origins if its fields are plain: `{}`, `{0}`, `{name}`."""
+        wrapped = super().wrap_str_format(value)
+        if wrapped is None or not isinstance(value.__self__, Traced):
+            return wrapped
+        pattern: Traced = value.__self__
+
+        def traced_format(*args: Any, **named: Any) -> str:
+            given = {"": iter(args), **{str(i): arg for i, arg in enumerate(args)}, **named}
+            fields = _FIELD.findall(pattern)
+            values = [next(given[""], "") if not field else given.get(field, "") for field in fields]
+            ends = [0, *(end for match in _FIELD.finditer(pattern) for end in match.span()), len(pattern)]
+            pieces = [pattern[ends[i] : ends[i + 1]] for i in range(0, len(ends), 2)]
+            return _filled(wrapped(*args, **named), pieces, values)
+
+        return traced_format
 
     @staticmethod
     def written(text: str) -> Traced:

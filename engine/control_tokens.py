@@ -102,11 +102,14 @@ class PlainTwins:
 def _search(text: str, contents: Mapping[str, int]) -> Iterator[tuple[int, int, int]]:
     """Every token that is spelled in the text as in `contents`, overlapping ones too."""
     longest_first = sorted(filter(None, contents), key=len, reverse=True)
-    anywhere = re.compile(f"(?={'|'.join(map(re.escape, longest_first))})")
-    for match in anywhere.finditer(text):
+    anywhere = re.compile("|".join(map(re.escape, longest_first)))
+    match = anywhere.search(text)
+    while match is not None:
+        first = match.start()
         for content in longest_first:
-            if text.startswith(content, match.start()):
-                yield contents[content], match.start(), match.start() + len(content)
+            if text.startswith(content, first):
+                yield contents[content], first, first + len(content)
+        match = anywhere.search(text, first + 1)
 
 
 def _rename(document: dict[str, Any], names: Mapping[str, str]) -> None:

@@ -52,6 +52,9 @@ TEMPLATES = {
     "as JSON": "<s>{{ messages | tojson }}{{ messages | tojson(ensure_ascii=False, indent=1) }}</s>",
     "formatted": (
         "{% for m in messages %}{{ '<|im_start|>%s' % m.content }}{{ '%s<|im_end|>%s' % ('é', m.content) }}"
+        "{{ '<|im_start|>{}\n{}<|im_end|>'.format(m.role, m.content) }}"
+        "{{ '{x}{0}<s>'.format('a', x=m.content) }}"
+        "{{ '{{}}%%{0:>3}{a.b}{c!r}'.format(m.content, a={'b': m.content}, c=m.content) }}"
         "{{ '%s' | format(m.content) }}{{ m.content | indent(2) }}{{ m.content | replace('x', '') }}"
         "{% endfor %}"
     ),

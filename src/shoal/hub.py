@@ -74,7 +74,7 @@ def fetch_hugging_face(source: str) -> tuple[Path, str]:
         else:
             raise DownloadError(f"hf:{repository} changed while it was fetched: repeat the command")
         try:
-            weights = _weights(repository, names, choice, directory)
+            weights = weight_files(repository, names, choice, directory)
         except DownloadError:
             if unlisted is not None:
                 raise _failed(repository, unlisted) from unlisted
@@ -96,7 +96,7 @@ def _failed(repository: str, error: Exception) -> DownloadError:
     )
 
 
-def _weights(repository: str, names: Collection[str], choice: str, directory: Path) -> list[str]:
+def weight_files(repository: str, names: Collection[str], choice: str, directory: Path) -> list[str]:
     """The files with weights that are to be fetched; in `directory` is the index if there is one."""
     if not choice and SINGLE in names:
         return [SINGLE]

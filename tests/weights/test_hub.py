@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 import safetensors.numpy
+from tests.models import tiny_chat_checkpoint
 from tests.weights.conftest import TINY
 from tests.weights.gguf_files import write_tiny
 
@@ -68,14 +70,14 @@ class Hub(BaseHTTPRequestHandler):
         if files and kind == "revision/main":
             siblings = [{"rfilename": file} for file in files]
             data = json.dumps({"id": name, "sha": REVISION, "siblings": siblings}).encode()
-        elif files and kind == f"tree/{REVISION}":
+        elif files and kind in (f"tree/{REVISION}", "tree/main"):
             entries = [
                 {"type": "file", "path": file, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
                 for file, content in files.items()
             ]
             data = json.dumps(entries).encode()
-        elif kind.startswith(f"resolve/{REVISION}/"):
-            data = files.get(kind.removeprefix(f"resolve/{REVISION}/"))
+        elif kind.startswith((f"resolve/{REVISION}/", "resolve/main/")):
+            data = files.get(kind.split("/", 2)[2])
             headers = {"X-Repo-Commit": REVISION, "ETag": f'"{hashlib.sha1(data or b"").hexdigest()}"'}
         if data is None:
             headers, data = {"X-Error-Code": "RepoNotFound"}, b""
@@ -109,6 +111,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "org/one": {name: data for name, data in several.items() if "F32" not in name},
         "org/torch": {"config.json": TINY_FILES["config.json"], "pytorch_model.bin": b"not wanted"},
     }
+    chat = tiny_chat_checkpoint(tmp_path_factory.mktemp("chat") / "tiny")
+    Hub.repositories["org/chat"] = {path.name: path.read_bytes() for path in chat.iterdir()}
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
@@ -206,3 +210,36 @@ def test_no_such_repository(hub: str, tmp_path: Path) -> None:
     assert done.stderr.startswith("shoal: error: hf:org/none could not be fetched: ")
     assert "check the name and the network" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_repository_that_is_run_is_fetched_once_after_its_costs_were_said(hub: str, tmp_path: Path) -> None:
+    done = shoal(hub, tmp_path, "run", "hf:org/chat", "hello", "-n", "3")
+    assert done.returncode == 0, done.stderr
+    costs, *_, named = done.stderr.splitlines()
+    size = len(Hub.repositories["org/chat"][SINGLE])
+    assert (
+        f"first use of hf:org/chat: converting it to int8, which takes {size / 1e6:.0f} MB to down" in costs
+    )
+    assert "of disk" in costs and "of RAM" in costs and named.endswith("it is called chat")
+    again = shoal("http://127.0.0.1:9", tmp_path, "run", "hf:org/chat", "hello", "-n", "3")
+    assert (again.returncode, again.stdout) == (0, done.stdout)
+    assert "first use" not in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("org/odd", r"1 MB to download, about 0 MB of disk for the model, and about \d+ MB of RAM to run it"),
+        ("org/several:F16", r"0 MB to download, about"),
+        ("org/several", "None"),
+        ("org/none", "None"),
+        ("org/torch", "None"),
+    ],
+)
+def test_what_a_repository_takes(hub: str, tmp_path: Path, source: str, said: str) -> None:
+    env = {**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hf")}
+    program = "import sys; from shoal import first_use; print(first_use._of_repository(sys.argv[1]))"
+    command = [sys.executable, "-c", program, source]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert re.match(said, done.stdout), done
+    assert not list((tmp_path / "hf").rglob("*.safetensors"))

@@ -9,7 +9,9 @@ def run(commands: Commands) -> None:
         commands,
         "run",
         "answer a prompt, or chat",
-        "Without PROMPT: a chat on a terminal, otherwise the prompt is read from standard input.",
+        "Without PROMPT: a chat on a terminal, otherwise the prompt is read from standard input. MODEL may "
+        "also be what `shoal pull` takes (hf:ORG/NAME, a .gguf file, a checkpoint): it is converted on first "
+        "use.",
     )
     add_model(parser)
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="what to answer")

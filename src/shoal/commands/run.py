@@ -21,7 +21,7 @@ from ..engine.shards import Model
 from ..engine.stage import Stage, StageOptions
 from ..engine.threads import chosen
 from ..engine.tokenizer import Tokenizer
-from ..store import resolve
+from ..first_use import model_directory
 
 _SHORT = 16
 """Tokens. Of an answer that is no longer, reading the weights into memory first takes more time than it saves
@@ -30,7 +30,7 @@ _SHORT = 16
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0 when the prompt was answered, or the chat was left."""
-    model = Model.open(resolve(args.model))
+    model = Model.open(model_directory(args.model))
     interactive = args.prompt is None and sys.stdin.isatty()
     prompt = args.prompt
     if prompt is None and not interactive:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from shoal.engine.batch import Run, Sampling, Want
 from shoal.engine.generate import prompt_runs
-from shoal.engine.kv import page_bytes
+from shoal.engine.kv_page import page_bytes
 from shoal.engine.layout import PAGE
 from shoal.engine.program import Attend, Matmul
 from shoal.engine.shards import Model

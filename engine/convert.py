@@ -33,7 +33,7 @@ from .index import (
     Index,
     numerics_version,
 )
-from .kv import KV_TYPES
+from .kv_page import KV_TYPES
 from .layout import GROUP, PANEL, round_up
 from .nibbles import quantise_q4
 from .os_errors import check_space, translated

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .kv import page_bytes
+from .kv_page import page_bytes
 from .layout import PAGE
 from .program import Program
 from .shards import Model

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ModelFileError, UnsupportedModelError
-from .kv import KV_TYPES
+from .kv_page import KV_TYPES
 from .layout import GROUP, LAYOUT_VERSION
 from .program import WeightType
 

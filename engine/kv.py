@@ -1,219 +1,344 @@
-"""Keys and values of sequences, in pages of 256 positions per layer.
+"""Keys and values of sequences: a pool of pages, and what each sequence holds of it, unit by unit.
 
-A page is one flat array: for each kv head, keys `[256 / 64][head_dim][64]`, then values `[256][head_dim]`; of
-int8, four packed matrices, keys `[64, head_dim]` with fp16 scales, then four more, values `[head_dim, 64]`
-with an f32 scale a position (csrc/kernels.h). The layout is the same on every device, so
-a page is sent and received as it stands. Pages are written by absolute position, so writing a position again
-is harmless, and forgetting from a position on needs no work on pages kept."""
+Pages are written by absolute position, so writing a position again is harmless, and forgetting from a
+position on needs no work on pages kept."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ContextError
-from .layout import CHUNK, GROUP, PAGE, PANEL, QUAD, round_up
-from .memory import Arena, room
+from .kv_page import F32, Bytes, chunks_of, cleared, page_bytes, views
+from .layout import CHUNK, PAGE
+from .memory import Arena, forget
 from .program import KvState
-from .quant import packed_shapes
 
-F32 = NDArray[np.float32]
-Page = NDArray[np.uint8]
-KV_TYPES: dict[str, np.dtype[Any]] = {
-    "f32": np.dtype(np.float32),
-    "f16": np.dtype(np.float16),
-    "int8": np.dtype(np.int8),
-}
-"""What a page's numbers are; those of int8 have scales."""
 _SLAB = 32 << 20  # addresses, not memory: that comes as pages are written
-_LIMIT = np.float32(127)
 
 
-def page_bytes(state: KvState, kv_type: str) -> int:
-    """Bytes of one page of a state: keys and values of 256 positions, and their scales."""
-    return state.kv_heads * _head_bytes(state, kv_type)
+class Page:
+    """A page of the pool: its memory, and how many sequences it belongs to."""
 
+    __slots__ = ("address", "bytes", "huge", "missing", "users")
 
-def _head_bytes(state: KvState, kv_type: str) -> int:
-    if kv_type == "int8":
-        padded = round_up(state.head_dim, GROUP)
-        return PAGE * (padded + state.head_dim + padded // GROUP * 2 + 4)
-    return 2 * PAGE * state.head_dim * KV_TYPES[kv_type].itemsize
-
-
-class _Floats:
-    """Keys and values of a page of a state, as views."""
-
-    def __init__(self, page: Page, state: KvState, kv_type: str) -> None:
-        heads, dim = state.kv_heads, state.head_dim
-        halves = page.view(KV_TYPES[kv_type]).reshape(heads, 2, PAGE * dim)
-        self._keys = halves[:, 0].reshape(heads, PAGE // CHUNK, dim, CHUNK)
-        self._values = halves[:, 1].reshape(heads, PAGE, dim)
-
-    def read(self, n: int) -> tuple[F32, F32, None]:
-        """The page's first n positions: two arrays f32 `[kv_heads, n, head_dim]`."""
-        heads, _, dim = self._values.shape
-        keys = self._keys[:, : -(-n // CHUNK)].transpose(0, 1, 3, 2).reshape(heads, -1, dim)
-        return keys[:, :n].astype(np.float32), self._values[:, :n].astype(np.float32), None
-
-    def write(self, at: int, keys: F32, values: F32) -> None:
-        """Keys and values f32 `[kv_heads, head_dim]` of the page's position `at`."""
-        self._keys[:, at // CHUNK, :, at % CHUNK] = keys
-        self._values[:, at] = values
-
-
-class _Int8:
-    """The same of int8."""
-
-    def __init__(self, page: Page, state: KvState) -> None:
-        heads, self._dim = state.kv_heads, state.head_dim
-        self._groups = round_up(self._dim, GROUP) // GROUP
-        shape = heads, PAGE // CHUNK
-        numbers = CHUNK * self._groups * GROUP, CHUNK * self._dim
-        of_keys, of_values = numbers[0] + CHUNK * self._groups * 2, numbers[1] + CHUNK * 4
-        halves = np.split(page.reshape(heads, -1), [shape[1] * of_keys], axis=1)
-        keys, key_scales = np.split(halves[0].reshape(*shape, of_keys), [numbers[0]], axis=2)
-        values, value_scales = np.split(halves[1].reshape(*shape, of_values), [numbers[1]], axis=2)
-        (panels, quads, line), scales = packed_shapes(CHUNK, self._dim)
-        self._keys = keys.view(np.int8).reshape(*shape, panels, quads, PANEL, line // PANEL)
-        self._key_scales = key_scales.view(np.float16).reshape(*shape, *scales)
-        (panels, quads, line), _ = packed_shapes(self._dim, CHUNK)
-        self._values = values.view(np.int8).reshape(*shape, panels, quads, PANEL, line // PANEL)
-        self._value_scales = value_scales.view(np.float32)
-
-    def read(self, n: int) -> tuple[F32, F32, F32]:
-        """As of _Floats, but for the values' scales, which are the third: `[kv_heads, n]`."""
-        heads, chunks = len(self._keys), -(-n // CHUNK)
-        grouped = heads, chunks * CHUNK, self._groups, GROUP
-        keys = self._keys[:, :chunks].transpose(0, 1, 2, 4, 3, 5).reshape(grouped).astype(np.float32)
-        keys *= self._key_scales[:, :chunks].transpose(0, 1, 2, 4, 3).reshape(*grouped[:3], 1)
-        values = self._values[:, :chunks].transpose(0, 1, 3, 5, 2, 4).reshape(heads, -1, self._dim)
-        scales = self._value_scales[:, :chunks].reshape(heads, -1)
-        keys = keys.reshape(heads, chunks * CHUNK, -1)[:, :n, : self._dim]
-        return keys, values[:, :n].astype(np.float32), scales[:, :n]
-
-    def write(self, at: int, keys: F32, values: F32) -> None:
-        """As of _Floats."""
-        heads, (chunk, at) = len(keys), divmod(at, CHUNK)
-        panel, lane = divmod(at, PANEL)
-        groups = np.zeros((heads, self._groups * GROUP), np.float32)
-        groups[:, : self._dim] = keys
-        numbers, scales = _rounded(groups.reshape(heads, self._groups, GROUP))
-        self._keys[:, chunk, panel, :, lane] = numbers.reshape(heads, -1, QUAD)
-        self._key_scales[:, chunk, panel, :, lane] = scales
-        numbers, self._value_scales[:, chunk, at] = _rounded(values)
-        self._values[:, chunk, :, at // QUAD, :, at % QUAD] = numbers.reshape(heads, -1, PANEL)
-
-
-def _heads(page: Page, state: KvState, kv_type: str) -> _Floats | _Int8:
-    return _Int8(page, state) if kv_type == "int8" else _Floats(page, state, kv_type)
+    def __init__(self, memory: Bytes, huge: bool) -> None:
+        self.bytes = memory
+        self.address = memory.ctypes.data
+        self.huge = huge
+        """Cut from a slab of huge pages."""
+        self.missing = 0
+        """Bytes that went back to the system: they come again as they are written."""
+        self.users = 1
 
 
 class PagePool:
-    """Pages for all sequences of a stage, within `limit` bytes; freed pages are used again.
+    """Pages for all sequences of a stage. A freed page is used again by whichever sequence needs one.
 
-    A sequence's first pages are cut from memory in small pages, so that a short context takes no more of it
-    than it fills; `states` are what a sequence has."""
+    `limit` bounds the memory that the pool takes from the system: pages in use, free pages, and what a
+    huge page holds beyond the last page cut from it. A sequence's first pages are cut from memory in
+    small pages, of which a short context touches no more than it fills; the others from huge pages, since
+    attention reads all of them."""
 
-    def __init__(self, kv_type: str, limit: int | None = None, states: Sequence[KvState] = ()) -> None:
+    def __init__(self, kv_type: str, limit: int | None = None) -> None:
         self.kv_type = kv_type
-        self.limit = limit
         self.used = 0
+        """Bytes of the pages that belong to sequences, each counted once."""
+        self.held = 0
+        """Bytes of memory taken from the system."""
+        self._limit = limit
         self._free: dict[tuple[int, bool], list[Page]] = {}
+        self._empty: dict[int, list[Page]] = {}
         self._slabs: dict[bool, Arena] = {}
-        self._slab_bytes = {True: room(page_bytes(state, kv_type) for state in states), False: _SLAB}
+
+    @property
+    def limit(self) -> int | None:
+        """Bytes of memory that the pool may take; None: as much as there is. A lower limit returns free
+        pages to the system; pages in use stay."""
+        return self._limit
+
+    @limit.setter
+    def limit(self, limit: int | None) -> None:
+        self._limit = limit
+        self._return(0)
 
     def take(self, size: int, *, first: bool) -> Page:
         """A page of `size` bytes, contents undefined; `first` of a sequence's. ContextError: the limit is
-        reached."""
-        if self.limit is not None and self.used + size > self.limit:
-            raise ContextError(
-                f"keys and values have filled the {self.limit / 1e6:.0f} MB promised to them: "
-                "end another request, shorten the prompt, or promise more RAM"
-            )
-        free = self._free.get((size, first))
+        reached, or there is no more memory."""
         try:
-            page = free.pop() if free else self._cut(size, first)
+            page = (
+                self._reused(size, huge=not first)
+                or self._refilled(size)
+                or self._cut(size, huge=not first)
+                # The limit forbids another of the kind that is wanted.
+                or self._reused(size, huge=first)
+                or self._cut(size, huge=first)
+            )
+            if page is None and self._return(size):  # free pages of another size have made room
+                page = self._refilled(size) or self._cut(size, huge=False)
         except MemoryError:
             raise ContextError(
                 "out of memory for keys and values: end another request, or promise less"
             ) from None
+        if page is None:
+            assert self._limit is not None
+            raise ContextError(
+                f"keys and values have filled the {self._limit / 1e6:.0f} MB promised to them: "
+                "end another request, shorten the prompt, or promise more RAM"
+            )
+        page.users = 1
         self.used += size
         return page
 
-    def _cut(self, size: int, first: bool) -> Page:
-        """A new page of `size` bytes, cut from a slab: of huge pages but for the first, as attention walks
-        over all of them."""
-        try:
-            return self._slabs[first].take(size)
-        except (KeyError, MemoryError):  # none yet, or used up
-            self._slabs[first] = Arena(max(size, self._slab_bytes[first]), huge=not first)
-            return self._slabs[first].take(size)
+    def give(self, page: Page) -> None:
+        """Takes a page back from one of the sequences that it belongs to."""
+        page.users -= 1
+        if page.users == 0:
+            self.used -= page.bytes.nbytes
+            self._free.setdefault((page.bytes.nbytes, page.huge), []).append(page)
 
-    def give(self, page: Page, *, first: bool) -> None:
-        """Takes a page back."""
-        self.used -= page.nbytes
-        self._free.setdefault((page.nbytes, first), []).append(page)
+    def _allows(self, more: int) -> bool:
+        return self._limit is None or self.held + more <= self._limit
+
+    def _reused(self, size: int, *, huge: bool) -> Page | None:
+        free = self._free.get((size, huge))
+        return free.pop() if free else None
+
+    def _refilled(self, size: int) -> Page | None:
+        empty = self._empty.get(size)
+        if not empty or not self._allows(empty[-1].missing):
+            return None
+        page = empty.pop()
+        self.held, page.missing = self.held + page.missing, 0
+        return page
+
+    def _cut(self, size: int, *, huge: bool) -> Page | None:
+        slab = self._slabs.get(huge)
+        if slab is None or slab.left < size:
+            slab = self._slabs[huge] = Arena(max(size, _SLAB // size * size), huge=huge)
+        if not self._allows(slab.growth(size)):
+            slab.go_on_small()
+        more = slab.growth(size)
+        if not self._allows(more):
+            return None
+        memory = slab.take(size)
+        self.held += more
+        return Page(memory, huge)
+
+    def _return(self, size: int) -> bool:
+        """Returns free pages to the system until the limit allows `size` bytes more; whether it does."""
+        for free in self._free.values():
+            while free and not self._allows(size):
+                page = free.pop()
+                page.missing = forget(page.bytes)
+                self.held -= page.missing
+                self._empty.setdefault(page.bytes.nbytes, []).append(page)
+        return self._allows(size)
+
+
+class _UnitKv:
+    """Pages of the states of one unit, and how many positions they hold."""
+
+    __slots__ = ("pages", "positions", "states")
+
+    def __init__(self, states: Sequence[KvState]) -> None:
+        self.states = states
+        self.pages: list[list[Page]] = [[] for _ in states]
+        self.positions = 0
+
+    def rows(self) -> Iterator[tuple[KvState, list[Page]]]:
+        return zip(self.states, self.pages, strict=True)
 
 
 class SequenceKv:
-    """Pages of one sequence for the states of a stage, and the table of their addresses that C reads."""
+    """Keys and values of one sequence, unit by unit, and the table of addresses that C reads.
 
-    def __init__(self, pool: PagePool, states: Sequence[KvState], context: int) -> None:
+    Every unit of the range that runs holds the positions that have been run; a unit that came into the
+    range holds none until they are imported. Pages that another sequence shares are never written to."""
+
+    def __init__(self, pool: PagePool, states: Sequence[Sequence[KvState]], context: int) -> None:
+        """`states`: those of each unit of the model. The range that runs is empty: see `arrange`."""
         self.pool = pool
-        self.states = tuple(states)
-        self.pages: list[list[Page]] = [[] for _ in states]
-        self._held = self._most = 0  # pages that every state has, and that any state has
-        self.table = np.zeros((max(len(self.states), 1), -(-context // PAGE)), np.uint64)
+        self._states, self._context = states, context
+        self._units: dict[int, _UnitKv] = {}
+        self._end = 0  # no unit has pages or positions behind it
+        self._shared = 0  # pages of positions before it may be shared
+        self.arrange(0, 0)
 
-    def reserve(self, positions: int) -> None:
-        """Makes sure that positions [0, positions) have pages. ContextError: no room; nothing is lost
-        then."""
-        need = -(-positions // PAGE)
-        if need <= self._held:  # nearly always: the lists stay untouched
-            return
-        self._most = max(self._most, need)
-        for s, state in enumerate(self.states):
-            while len(self.pages[s]) < need:
-                page = self.pool.take(page_bytes(state, self.pool.kv_type), first=not self.pages[s])
-                self.table[s, len(self.pages[s])] = page.ctypes.data
-                self.pages[s].append(page)
-        self._held = need
+    def arrange(self, first: int, last: int) -> None:
+        """Units [first, last) are those that run: their states are the rows of the table, in order."""
+        self._range = first, last
+        self._running = [(u, self._unit(u)) for u in range(first, last) if self._states[u]]
+        self._rows = [(state, pages) for _, unit in self._running for state, pages in unit.rows()]
+        self._held = min((len(pages) for _, pages in self._rows), default=0)
+        self.table = np.zeros((max(len(self._rows), 1), -(-self._context // PAGE)), np.uint64)
+        for row, (_, pages) in zip(self.table, self._rows, strict=False):
+            row[: len(pages)] = [page.address for page in pages]
+
+    def keep(self, first: int, last: int) -> None:
+        """Frees the pages of all units but [first, last)."""
+        for u in [u for u in self._units if not first <= u < last]:
+            self._cut_off(self._units.pop(u), 0)
+
+    def positions(self, u: int) -> int:
+        """How many positions unit u holds."""
+        return self._units[u].positions if u in self._units else 0
+
+    def check(self, first: int) -> None:
+        """ValueError: a unit that runs lacks positions before `first`."""
+        for u, unit in self._running:
+            if unit.positions < first:
+                raise ValueError(
+                    f"unit {u} holds {unit.positions} of the {first} positions before the run: "
+                    "import them, or run them again"
+                )
+
+    def prepare(self, first: int, end: int) -> None:
+        """Makes room for a run at positions [first, end), and forgets what was there and behind.
+        ContextError: no room for more pages."""
+        self.truncate(first)
+        if -(-end // PAGE) > self._held or first < self._shared:
+            for s, (state, pages) in enumerate(self._rows):
+                self._reserve(state, pages, first, end, self.table[s])
+            self._held = max(self._held, -(-end // PAGE))
+        self._end = max(self._end, end)
+
+    def ran(self, end: int) -> None:
+        """Notes that the units hold positions [0, end) now."""
+        for _, unit in self._running:
+            unit.positions = end
 
     def truncate(self, positions: int) -> None:
         """Forgets positions from `positions` on; pages that hold nothing any more go back to the pool."""
-        keep = -(-positions // PAGE)
-        if self._most <= keep:
+        if positions >= self._end:
             return
-        self._held, self._most = min(self._held, keep), keep
-        for pages in self.pages:
-            while len(pages) > keep:
-                self.pool.give(pages.pop(), first=len(pages) == 0)
+        self._end = positions
+        self._held = min(self._held, -(-positions // PAGE))
+        for unit in self._units.values():
+            self._cut_off(unit, positions)
+
+    def fork(self, positions: int) -> SequenceKv:
+        """Another sequence that holds the first `positions` of this one, as far as each unit holds them:
+        full pages are shared, the rest is copied. ContextError: no room for the copy."""
+        other = SequenceKv(self.pool, self._states, self._context)
+        try:
+            for u, unit in self._units.items():
+                other._unit(u).positions = n = min(unit.positions, positions)
+                for (state, pages), theirs in zip(unit.rows(), other._unit(u).pages, strict=True):
+                    for page in pages[: n // PAGE]:
+                        page.users += 1
+                        theirs.append(page)
+                    if n % PAGE:
+                        theirs.append(self._copy(state, pages[n // PAGE], n % PAGE, first=n < PAGE))
+                other._end = max(other._end, n)
+        except ContextError:
+            other._end = max(other._end, positions)
+            other.truncate(0)
+            raise
+        other._shared = other._end // PAGE * PAGE
+        self._shared = max(self._shared, other._shared)
+        return other
+
+    def export(self, u: int, first: int, last: int) -> bytes:
+        """Positions [first, last) of unit u, for `accept` of the same unit elsewhere: whole chunks of 64
+        positions, state by state, zeros where no position is. ValueError: the unit does not hold them."""
+        if not 0 <= first < last <= self.positions(u):
+            raise ValueError(f"unit {u} holds {self.positions(u)} positions, not [{first}, {last})")
+        parts = []
+        for state, pages in self._units[u].rows():
+            for chunk in range(first // CHUNK, -(-last // CHUNK)):
+                page, at = divmod(chunk, PAGE // CHUNK)
+                part = np.concatenate(
+                    [half[:, at] for half in chunks_of(pages[page].bytes, state, self.pool.kv_type)], 1
+                )
+                if last < (chunk + 1) * CHUNK:
+                    part = cleared(part, state, self.pool.kv_type, last % CHUNK)
+                parts.append(part.tobytes())
+        return b"".join(parts)
+
+    def accept(self, u: int, first: int, last: int, data: bytes | memoryview) -> None:
+        """Takes what `export` gave for these positions; the unit then holds positions [0, last).
+        ValueError: it is not that, or the unit lacks positions before. ContextError: no room."""
+        if not (0 <= u < len(self._states) and self._states[u]):
+            raise ValueError(f"unit {u} has no keys and values")
+        unit, begin, chunks = self._unit(u), first // CHUNK, -(-last // CHUNK)
+        if not 0 <= first < last <= self._context or first > unit.positions:
+            raise ValueError(
+                f"positions [{first}, {last}) do not follow the {unit.positions} that unit {u} holds, "
+                f"within a context of {self._context}"
+            )
+        sizes = [page_bytes(state, self.pool.kv_type) * CHUNK // PAGE for state in unit.states]
+        if len(data) != (chunks - begin) * sum(sizes):
+            raise ValueError(f"{len(data)} bytes are not positions [{first}, {last}) of unit {u}")
+        left = np.frombuffer(data, np.uint8)
+        self._end = max(self._end, last)
+        unit.positions = min(unit.positions, first)
+        for (state, pages), size in zip(unit.rows(), sizes, strict=True):
+            parts, left = np.split(left, [(chunks - begin) * size])
+            try:
+                self._reserve(state, pages, begin * CHUNK, last)
+            finally:
+                self.arrange(*self._range)  # the unit may be one that runs
+            for chunk, part in enumerate(parts.reshape(-1, state.kv_heads, size // state.kv_heads), begin):
+                page, at = divmod(chunk, PAGE // CHUNK)
+                keys, values = chunks_of(pages[page].bytes, state, self.pool.kv_type)
+                keys[:, at], values[:, at] = np.split(part, [keys.shape[2]], axis=1)
+                if not views(pages[page].bytes, state, self.pool.kv_type).sound(at):
+                    raise ValueError(f"keys or values of unit {u} are not finite, or not of this type")
+        unit.positions = last
 
     def keys_values(self, s: int, n: int) -> tuple[F32, F32, F32 | None]:
-        """Keys and values of positions [0, n) of state s: two arrays f32 `[kv_heads, n, head_dim]`; of int8,
-        the values are numbers and the third array their scales, `[kv_heads, n]`."""
-        pages = [_heads(page, self.states[s], self.pool.kv_type) for page in self.pages[s][: -(-n // PAGE)]]
-        parts = (page.read(min(n - i * PAGE, PAGE)) for i, page in enumerate(pages))
+        """Keys and values of positions [0, n) of row s: two arrays f32 `[kv_heads, n, head_dim]`; of
+        int8, the values are quantised and the third array holds their scales, `[kv_heads, n]`."""
+        state, pages = self._rows[s]
+        pages_read = [views(page.bytes, state, self.pool.kv_type) for page in pages[: -(-n // PAGE)]]
+        parts = (view.read(min(n - i * PAGE, PAGE)) for i, view in enumerate(pages_read))
         keys, values, scales = zip(*parts, strict=True)
         join = partial(np.concatenate, axis=1)
         return join(keys), join(values), None if scales[0] is None else join(scales)
 
     def write(self, s: int, first: int, keys: F32, values: F32) -> None:
-        """Writes keys and values f32 `[rows, kv_heads, head_dim]` at positions first, first + 1, …"""
+        """Writes keys and values f32 `[rows, kv_heads, head_dim]` of row s at positions first, first + 1,
+        …"""
+        state, pages = self._rows[s]
         for i, (key, value) in enumerate(zip(keys, values, strict=True)):
             page, at = divmod(first + i, PAGE)
-            _heads(self.pages[s][page], self.states[s], self.pool.kv_type).write(at, key, value)
+            views(pages[page].bytes, state, self.pool.kv_type).write(at, key, value)
 
+    def _unit(self, u: int) -> _UnitKv:
+        if u not in self._units:
+            self._units[u] = _UnitKv(self._states[u])
+        return self._units[u]
 
-def _rounded(x: F32) -> tuple[F32, F32]:
-    """Whole numbers in [-127, 127] of x `[..., n]`, and scales `[...]`."""
-    largest = np.abs(x).max(axis=-1)
-    inverse = np.divide(_LIMIT, largest, out=np.zeros_like(largest), where=largest >= 1e-30)
-    return np.rint(np.clip(x * inverse[..., None], -_LIMIT, _LIMIT)), np.where(
-        inverse > 0, largest / _LIMIT, 0
-    )
+    def _reserve(
+        self, state: KvState, pages: list[Page], first: int, end: int, row: NDArray[np.uint64] | None = None
+    ) -> None:
+        """Pages of a state for positions [0, end), of which those from `first` on may be written to."""
+        for i in range(first // PAGE, -(-end // PAGE)):
+            if i < len(pages) and pages[i].users == 1:
+                continue
+            if i < len(pages):
+                copy = self._copy(state, pages[i], max(first - i * PAGE, 0), first=i == 0)
+                self.pool.give(pages[i])
+                pages[i] = copy
+            else:
+                pages.append(self.pool.take(page_bytes(state, self.pool.kv_type), first=i == 0))
+            if row is not None:
+                row[i] = pages[i].address
+
+    def _copy(self, state: KvState, page: Page, positions: int, *, first: bool) -> Page:
+        """A page of its own with the first positions of another, and no memory touched for the others."""
+        copy, chunks = self.pool.take(page.bytes.nbytes, first=first), -(-positions // CHUNK)
+        halves = (chunks_of(p.bytes, state, self.pool.kv_type) for p in (copy, page))
+        for to, source in zip(*halves, strict=True):
+            to[:, :chunks] = source[:, :chunks]
+        return copy
+
+    def _cut_off(self, unit: _UnitKv, positions: int) -> None:
+        unit.positions = min(unit.positions, positions)
+        for pages in unit.pages:
+            while len(pages) > -(-positions // PAGE):
+                self.pool.give(pages.pop())

@@ -164,7 +164,7 @@ class _Steps:
     """Steps of `rows` rows of a sequence of its own that holds `depth` positions before them."""
 
     def __init__(self, stage: Stage, rows: int, watch: Watch, depth: int = 0, sequence: int = 0) -> None:
-        width = stage.model.program.buffer(stage.model.program.cut[0]).cols
+        width = stage.model.program.cut_cols
         values = _values(stage.options.max_rows * width).reshape(-1, width)
         self._stage, self._watch, self._sequence = stage, watch, sequence
         stage.open_sequence(sequence, Sampling(), depth + rows)

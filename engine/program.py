@@ -335,6 +335,11 @@ class Program:
                 return buffer
         raise KeyError(name)
 
+    @property
+    def cut_cols(self) -> int:
+        """Columns of a hidden row: the buffers of the cut side by side."""
+        return sum(self.buffer(name).cols for name in self.cut)
+
     def ops(self, first: int, last: int) -> Iterator[tuple[int, Op]]:
         """(unit, op) of a stage that runs units [first, last), in order; the prologue's ops come with unit
         -1."""

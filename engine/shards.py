@@ -7,8 +7,8 @@ per file: `stamps.json` remembers size, modification time and inode of files who
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,6 @@ class Tensor:
     rows: int
     cols: int
     type: WeightType
-
-
-@dataclass(slots=True)
-class Resident:
-    """Files that are read into an arena: each once, for all the units that share it."""
-
-    arena: Arena
-    files: dict[str, SafetensorsFile] = field(default_factory=dict)
 
 
 class Model:
@@ -97,11 +89,13 @@ class Model:
         """Bytes of the files of unit u, those shared with unit 0 included."""
         return sum(self.index.files[name].size for name in self.index.units[u].files)
 
-    def unit_weights(self, u: int, resident: Resident | None = None) -> dict[str, Tensor]:
-        """The weights of unit u by name: mapped, or read into memory. ModelFileError: a file is missing,
-        truncated, altered, or does not hold what the program needs."""
+    def unit_weights(
+        self, u: int, opened: Callable[[str], SafetensorsFile] | None = None
+    ) -> dict[str, Tensor]:
+        """The weights of unit u by name, from files that `opened` gives, or mapped. ModelFileError: a file is
+        missing, truncated, altered, or does not hold what the program needs."""
         unit, entry = self.program.units[u], self.index.units[u]
-        files = [self._open(name, resident) for name in entry.files]
+        files = [(opened or self.open_file)(name) for name in entry.files]
         own = [weight for weight in unit.weights if weight.name not in unit.tied]
         self._check_names(files[0], {info.name for w in own for info in tensors_of(w)})
         return {w.name: self._weight(files[w.name in unit.tied], w) for w in unit.weights}
@@ -118,7 +112,7 @@ class Model:
 
     def constants(self) -> dict[str, NDArray[np.float64]]:
         """The f64 vectors that every stage holds. ModelFileError: as for unit_weights."""
-        file = self._open(COMMON)
+        file = self.open_file(COMMON)
         wanted = {name: len(values) for name, values in self.program.constants}
         self._check_names(file, set(wanted))
         for name, size in wanted.items():
@@ -132,14 +126,12 @@ class Model:
             self._stamps.check(self.path / name, entry, trust=False, also=_check_numbers)
             yield name, entry.size
 
-    def _open(self, name: str, resident: Resident | None = None) -> SafetensorsFile:
-        if resident is not None and name in resident.files:
-            return resident.files[name]
+    def open_file(self, name: str, arena: Arena | None = None) -> SafetensorsFile:
+        """A file that the index names: mapped, or read into the arena. ModelFileError: as for
+        unit_weights."""
         path = self.path / name
         self._stamps.check(path, self.index.files[name], also=_check_numbers)
-        if resident is None:
-            return open_file(path)
-        return resident.files.setdefault(name, open_file(path, resident.arena))
+        return open_file(path, arena)
 
     def _weight(self, file: SafetensorsFile, weight: Weight) -> Tensor:
         infos = tensors_of(weight)

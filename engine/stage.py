@@ -1,31 +1,32 @@
 """A stage: a contiguous range of a model's units, with its weights, and the state of the sequences that
 pass through.
 
-`Stage(model, 0, n)` is the engine that other programs embed; the network is stages in a chain."""
+`Stage(model, 0, n)` is the engine that other programs embed; the network is stages in a chain. A stage
+puts together three things with lives of their own: weights by unit (`weights`), keys and values by
+sequence and unit (`kv`), and an executor for its range, with threads that outlive it (`backends`)."""
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends import choose, make_executor
-from .backends.base import BoundProgram, Outcome, SequenceRows, WeightData
+from .backends import choose, open_backend
+from .backends.base import CANCELLED, BoundProgram, Outcome, SequenceRows
 from .batch import F32, Result, Run, Sampling, Want
-from .errors import CancelledRunError, ContextError, MissingDependencyError, ShoalError
-from .fair_lock import FairLock
+from .calls import Calls, Flag
+from .errors import CancelledRunError, ContextError, MissingDependencyError
 from .kv import PagePool, SequenceKv
-from .memory import Arena, affordable, give_back, room
-from .shards import Model, Resident
+from .memory import give_back
+from .shards import Model
 from .threads import chosen
+from .weights import WeightStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +37,8 @@ class StageOptions:
     backend: str = "auto"
     isa: str = "auto"
     threads: int | None = None
-    """None: as many as `shoal profile` found fastest here, else one a big core within the CPU quota, four at
-    most (`Stage.threads` says how many). The results are the same bits for any number."""
+    """None: as many as `shoal profile` found fastest here, else one a big core within the CPU quota, four
+    at most (`Stage.threads` says how many). The results are the same bits for any number."""
     max_rows: int = 256
     max_wanted: int = 32
     kv_bytes: int | None = None
@@ -56,15 +57,6 @@ class _Sequence:
     sampling: Sampling
 
 
-@dataclass(slots=True, eq=False)
-class _Call:
-    """A call of `run`, from before it waits for its turn until it returns."""
-
-    sequences: frozenset[int]
-    cancel: NDArray[np.int32] = field(default_factory=lambda: np.zeros(1, np.int32))
-    """1 once the call is cancelled; the backend reads it between two operations."""
-
-
 class Stage:
     """Units [first, last) of a model, ready to run batches.
 
@@ -73,24 +65,21 @@ class Stage:
     calls are refused."""
 
     def __init__(self, model: Model, first: int, last: int, options: StageOptions = StageOptions()) -> None:
-        units = model.program.units
-        if not 0 <= first < last <= len(units):
-            raise ValueError(f"units [{first}, {last}) are not a range of this model's {len(units)} units")
+        _check_range(model, first, last)
         threads, _ = chosen(options.threads, choose(options.backend)[0], options.isa)
         options = replace(options, threads=threads)
         self.model, self.first, self.last, self.options, self.threads = model, first, last, options, threads
-        self._process = os.getpid()
-        self._lock = FairLock()
-        self._busy = False  # a call is between its begin and its end; read and written by the lock's holder
-        self._calls_lock = threading.RLock()  # of the next two; held for moments, never while a batch runs
-        self._calls: list[_Call] = []
-        self._cancelled: set[int] = set()
         self._sequences: dict[int, _Sequence] = {}
         self._ended: deque[int] = deque()  # sequences to be closed
-        self._closed = False
-        self._bound = bind(model, first, last, options)
-        self._executor = make_executor(self._bound, options.backend, options.isa, threads)
-        self._pool = PagePool(model.kv_dtype, options.kv_bytes, [state for _, state in self._bound.states])
+        self._calls = Calls(self._close_ended)
+        self._range_lock = threading.Lock()  # for loading weights, which waits for no run
+        self._states = [unit.states for unit in model.program.units]
+        self._pool = PagePool(model.kv_dtype, options.kv_bytes)
+        self._weights = WeightStore(model, options.resident)
+        self._weights.load(first, last)
+        self._bound = bind(self._weights, first, last, options)
+        self._backend = open_backend(options.backend, options.isa, threads)
+        self._executor = self._backend.executor(self._bound)
 
     def __enter__(self) -> Self:
         return self
@@ -103,107 +92,183 @@ class Stage:
     @property
     def backend(self) -> str:
         """What computes, as a person would say it: "native (avx512)"."""
-        return self._executor.name
+        return self._backend.name
+
+    @property
+    def exact(self) -> bool:
+        """True when the results are the same bits on every device (docs/numerics.md)."""
+        return self._backend.exact
 
     @property
     def bound(self) -> BoundProgram:
-        """The units' ops and the weights that they read, where they stand in memory."""
+        """The units' ops and the weights that they read, where they are in memory."""
         return self._bound
 
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the pages of keys and values that sequences have now."""
+        return self._pool.used
+
     def clock_ops(self) -> NDArray[np.uint64]:
-        """From now on, nanoseconds that each of `bound.ops` took in the latest run, `[ops]`.
-        MissingDependencyError: the backend has no such clock; the native one has."""
+        """From now on, until the range changes, nanoseconds that each of `bound.ops` took in the latest
+        run, `[ops]`. MissingDependencyError: the backend has no such clock; the native one has."""
         from .backends.native import NativeExecutor
 
-        with self._alone():
+        with self._calls.alone():
             if not isinstance(self._executor, NativeExecutor):
                 raise MissingDependencyError(
                     f"{self.backend} does not time its operations: use --backend native"
                 )
             return self._executor.clock_ops()
 
-    @property
-    def exact(self) -> bool:
-        """True when the results are the same bits on every device (docs/numerics.md)."""
-        return self._executor.exact
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of keys and values held now."""
-        return 0 if self._closed else self._pool.used
-
     def open_sequence(
-        self, sequence: int | None, sampling: Sampling = Sampling(), context: int | None = None
+        self,
+        sequence: int | None,
+        sampling: Sampling = Sampling(),
+        context: int | None = None,
+        history: Sequence[int] = (),
     ) -> int:
-        """Starts a sequence of at most `context` positions and returns its number; None takes a number
-        that is free. ValueError: the number is taken. ContextError: the model's context is shorter."""
-        with self._alone():
-            if sequence is None:
-                sequence = min(0, *self._sequences, 0) - 1  # below those that callers choose
-            if sequence in self._sequences:
-                raise ValueError(
-                    f"sequence {sequence} is open already: answers at the same time need numbers of their own"
-                )
+        """Starts a sequence of at most `context` positions and returns its number; None takes a free one.
+        `history` holds the tokens of positions that were run elsewhere: each unit needs them imported
+        before the first run. ValueError: the number is taken, or a token is not of the vocabulary.
+        ContextError: the model's context is shorter, or the history longer."""
+        with self._calls.alone():
             longest = self.model.config.context
             context = longest if context is None else context
             if not 0 < context <= longest:
                 raise ContextError(f"a context of {context} tokens was asked for; the model's is {longest}")
-            kv = SequenceKv(self._pool, [state for _, state in self._bound.states], context)
-            self._forget_cancel([sequence])
-            self._sequences[sequence] = _Sequence(kv, np.zeros(context, np.int32), 0, sampling)
-            return sequence
+            if len(history) > context:
+                raise ContextError(f"a history of {len(history)} tokens exceeds the context of {context}")
+            self._check_tokens(history)
+            number = self._free_number(sequence)
+            tokens = np.zeros(context, np.int32)
+            tokens[: len(history)] = history
+            kv = SequenceKv(self._pool, self._states, context)
+            kv.arrange(self.first, self.last)
+            self._sequences[number] = _Sequence(kv, tokens, len(history), sampling)
+            return number
 
-    def truncate(self, sequence: int, position: int) -> None:
-        """Forgets what the sequence holds from `position` on. KeyError: no such sequence."""
-        with self._alone():
-            state = self._sequences[sequence]
-            state.length = min(state.length, position)
-            state.kv.truncate(state.length)
+    def fork_sequence(
+        self,
+        source: int,
+        sequence: int | None = None,
+        positions: int | None = None,
+        sampling: Sampling | None = None,
+    ) -> int:
+        """Starts a sequence that holds the first `positions` (None: all) of another, and returns its
+        number. Full pages are shared as long as neither writes there. KeyError: no such source.
+        ValueError: the number is taken, or the source holds fewer positions. ContextError: no room for
+        the page that is copied."""
+        with self._calls.alone():
+            state = self._sequences[source]
+            n = state.length if positions is None else positions
+            if not 0 <= n <= state.length:
+                raise ValueError(f"sequence {source} holds {state.length} positions: {n} cannot be forked")
+            number = self._free_number(sequence)
+            kv = state.kv.fork(n)
+            kv.arrange(self.first, self.last)
+            self._sequences[number] = _Sequence(kv, state.tokens.copy(), n, sampling or state.sampling)
+            return number
 
     def close_sequence(self, sequence: int) -> None:
         """Ends a sequence and frees its pages; harmless when it is not open, and when the stage is
         closed."""
         self._ended.append(sequence)
-        if self._process != os.getpid():
-            return
-        with self._lock:
-            # Busy: the garbage collector has ended a generator of answers in the middle of this thread's
-            # own call.
-            if not self._busy:
-                self._close_ended()
+        self._calls.tidy()
+
+    def positions(self, sequence: int, unit: int) -> int:
+        """How many positions of a sequence a unit holds. KeyError: no such sequence."""
+        with self._calls.alone():
+            return self._sequences[sequence].kv.positions(unit)
+
+    def export_positions(self, sequence: int, unit: int, first: int, last: int) -> bytes:
+        """Keys and values of positions [first, last) of a unit, in the same layout on every device.
+        KeyError: no such sequence. ValueError: the unit does not hold them."""
+        with self._calls.alone():
+            return self._sequences[sequence].kv.export(unit, first, last)
+
+    def import_positions(
+        self, sequence: int, unit: int, first: int, last: int, data: bytes | memoryview
+    ) -> None:
+        """Takes what a stage of the same model has exported of this unit, which need not be in the range
+        yet; it then holds positions [0, last). KeyError: no such sequence. ValueError: this is not that,
+        positions before are missing, or the sequence has no tokens there. ContextError: no room for
+        pages."""
+        with self._calls.alone():
+            state = self._sequences[sequence]
+            if last > state.length:
+                raise ValueError(
+                    f"sequence {sequence} has the tokens of {state.length} positions, not of {last}: "
+                    "open it with its history"
+                )
+            state.kv.accept(unit, first, last, data)
+
+    def load(self, first: int, last: int) -> None:
+        """Loads the weights of further units, for a `set_range` that is to be quick; others may run
+        meanwhile. What no later range has is unloaded by it. ModelFileError, MemoryError: nothing has
+        changed."""
+        _check_range(self.model, first, last)
+        with self._range_lock:
+            self._calls.check()
+            self._weights.load(first, last)
+
+    def set_range(self, first: int, last: int, kv_bytes: int | None = None) -> None:
+        """Makes [first, last) the units that run: loads what is missing while others run, changes over
+        between two runs, and unloads what is left out. Sequences keep the pages of units that stay; a
+        unit that comes holds the positions that were imported, and a run that needs more is a ValueError.
+        `kv_bytes` is the new cap of keys and values, None leaves it. After an error nothing has
+        changed."""
+        _check_range(self.model, first, last)
+        with self._range_lock:
+            self._calls.check()
+            before = self._weights.units
+            try:
+                self._weights.load(first, last)
+                bound = bind(self._weights, first, last, self.options)
+                old, new = self._executor, self._backend.executor(bound)
+                with self._calls.alone():
+                    for state in self._sequences.values():
+                        state.kv.keep(first, last)
+                        state.kv.arrange(first, last)
+                    self.first, self.last, self._bound, self._executor = first, last, bound, new
+                    if kv_bytes is not None:
+                        self.options = replace(self.options, kv_bytes=kv_bytes)
+                        self._pool.limit = kv_bytes
+            except BaseException:
+                self._weights.keep(before)
+                raise
+            old.close()
+            self._weights.keep(range(first, last))
 
     def close(self) -> None:
         """Waits for the calls that came before, ends all sequences, and gives up threads and memory."""
-        if self._closed or self._process != os.getpid():
+        if self._calls.forked:
             return
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            self._ended.extend(self._sequences)
-            self._close_ended()
-            self._executor.close()
-            # Weights and pages go now, not once nobody holds this object: the next stage needs the room.
-            del self._executor, self._bound, self._pool
-            give_back()
+        with self._range_lock:
+            self._calls.close(self._end)
+
+    def _end(self) -> None:
+        for state in self._sequences.values():
+            state.kv.truncate(0)
+        self._sequences.clear()
+        self._executor.close()
+        self._backend.close()
+        # Weights and pages go now, not once nobody holds this object: the next stage needs the room.
+        self._weights.keep(())
+        self._pool = PagePool(self._pool.kv_type)
+        del self._executor, self._bound
+        give_back()
 
     def cancel(self, sequence: int | None = None) -> None:
         """Ends runs early, from another thread: those with this sequence, or all; those that wait for
         their turn too. `run` and `generate` raise CancelledRunError then. What a sequence held before the
         run, it still holds. Does not wait, and does nothing where nothing runs."""
-        with self._calls_lock:
-            self._cancelled.update(list(self._sequences) if sequence is None else [sequence])
-            for call in self._calls:
-                if sequence is None or sequence in call.sequences:
-                    call.cancel[0] = 1
+        self._calls.cancel(sequence, list(self._sequences))
 
     def cancelled(self, sequence: int) -> bool:
         """Whether `cancel` has named the sequence since it was opened or this was asked: for loops of
         runs, which may have been between two of them then."""
-        with self._calls_lock:
-            named = sequence in self._cancelled
-            self._cancelled.discard(sequence)
-            return named
+        return self._calls.cancelled(sequence)
 
     def run(self, batch: Sequence[Run]) -> list[Result]:
         """Runs a batch of rows of distinct sequences, when it is its turn; the results are in the batch's
@@ -213,81 +278,29 @@ class Stage:
         is running. ContextError: a sequence outgrows its context, or the pages are used up.
         FloatingPointError: NaN or infinity. CancelledRunError: see `cancel`. After an error the sequences
         hold what they held before the batch's positions, and nothing from there on."""
-        call = self._announce(batch)
-        try:
-            with self._alone():
-                return self._run(batch, call.cancel)
-        except CancelledRunError:
-            self._forget_cancel(call.sequences)
-            raise
-        finally:
-            with self._calls_lock:
-                self._calls.remove(call)
-
-    def _announce(self, batch: Sequence[Run]) -> _Call:
-        """Notes that a call will run these sequences. ValueError: one of them is in two runs."""
-        call = _Call(frozenset(run.sequence for run in batch))
-        if len(call.sequences) != len(batch):
-            raise ValueError("a sequence is in one batch twice")
-        with self._calls_lock:
-            for other in self._calls:
-                for sequence in call.sequences & other.sequences:
-                    raise ValueError(
-                        f"sequence {sequence} is being run by another thread: use a number of your own"
-                    )
-            self._calls.append(call)
-        return call
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Waits for this thread's turn to use the stage. ValueError: the stage has been closed.
-        ShoalError: it belongs to another process."""
-        if self._process != os.getpid():
-            raise ShoalError(
-                f"this stage and its threads belong to process {self._process}, which was forked: "
-                "open a stage in each process"
-            )
-        with self._lock:
-            if self._busy:
-                raise RuntimeError("a stage was called in the middle of a call by the same thread")
-            if self._closed:
-                raise ValueError("the stage has been closed")
-            self._busy = True
+        with self._calls.run([run.sequence for run in batch]) as cancel:
             try:
-                self._close_ended()
-                yield
-            finally:
-                self._close_ended()
-                self._busy = False
+                return self._run(batch, cancel)
+            except BaseException:
+                for run in batch:
+                    if state := self._sequences.get(run.sequence):
+                        state.kv.truncate(state.length)
+                raise
 
-    def _close_ended(self) -> None:
-        while self._ended:
-            sequence = self._ended.popleft()
-            state = self._sequences.pop(sequence, None)
-            if state is not None:
-                state.kv.truncate(0)
-
-    def _forget_cancel(self, sequences: Iterable[int]) -> None:
-        with self._calls_lock:
-            self._cancelled.difference_update(sequences)
-
-    def _run(self, batch: Sequence[Run], cancel: NDArray[np.int32]) -> list[Result]:
+    def _run(self, batch: Sequence[Run], cancel: Flag) -> list[Result]:
         if sum(len(run.tokens) for run in batch) > self.options.max_rows:
             raise ValueError(f"a batch may have at most {self.options.max_rows} rows")
-        try:
-            rows = [self._rows(run) for run in batch]
-            if sum(item.wanted for item in rows) > self._bound.max_wanted:
-                raise ValueError(f"a batch may want logits of at most {self._bound.max_wanted} rows")
-            hidden = None if self._bound.reads_tokens else _joined([run.hidden for run in batch])
-            logits = any(run.want is Want.LOGITS for run in batch)
-            outcome = self._executor.run(rows, hidden, logits, cancel)
-        except BaseException:
-            for run in batch:
-                if state := self._sequences.get(run.sequence):
-                    state.kv.truncate(state.length)
-            raise
+        if cancel[0]:
+            raise CancelledRunError(CANCELLED)
+        rows = [self._rows(run) for run in batch]
+        if sum(item.wanted for item in rows) > self._bound.max_wanted:
+            raise ValueError(f"a batch may want logits of at most {self._bound.max_wanted} rows")
+        hidden = None if self._bound.reads_tokens else _joined([run.hidden for run in batch])
+        outcome = self._executor.run(rows, hidden, any(run.want is Want.LOGITS for run in batch), cancel)
         for run in batch:
-            self._sequences[run.sequence].length = run.first + len(run.tokens)
+            state = self._sequences[run.sequence]
+            state.length = run.first + len(run.tokens)
+            state.kv.ran(state.length)
         return self._results(batch, rows, outcome)
 
     def _rows(self, run: Run) -> SequenceRows:
@@ -302,21 +315,41 @@ class Stage:
             )
         if end > len(state.tokens):
             raise ContextError(f"position {end} is beyond the context of {len(state.tokens)} tokens")
-        if min(run.tokens) < 0 or max(run.tokens) >= self.model.program.vocab:
-            raise ValueError(f"a token id is not in [0, {self.model.program.vocab})")
+        self._check_tokens(run.tokens)
         if not self._bound.reads_tokens:
-            width = self.model.program.buffer(self.model.program.cut[0]).cols
+            width = self.model.program.cut_cols
             if run.hidden is None or run.hidden.shape != (n, width):
                 raise ValueError(
                     f"stage [{self.first}, {self.last}) needs hidden rows of shape ({n}, {width})"
                 )
+        state.kv.check(run.first)
         state.length = min(state.length, run.first)  # until all has gone well
-        state.kv.truncate(run.first)
-        state.kv.reserve(end)
+        state.kv.prepare(run.first, end)
         state.tokens[run.first : end] = run.tokens
         want = run.want if self._bound.last else Want.NOTHING
         wanted = {Want.NOTHING: 0, Want.TOKEN: 1, Want.LOGITS: n}[want]
         return SequenceRows(state.kv, state.tokens, state.sampling, n, run.first, wanted, want is Want.TOKEN)
+
+    def _check_tokens(self, tokens: Sequence[int]) -> None:
+        if len(tokens) and (min(tokens) < 0 or max(tokens) >= self.model.program.vocab):
+            raise ValueError(f"a token id is not in [0, {self.model.program.vocab})")
+
+    def _free_number(self, sequence: int | None) -> int:
+        """The number, or one that is free."""
+        if sequence is None:
+            sequence = min([0, *self._sequences]) - 1  # below those that callers choose
+        if sequence in self._sequences:
+            raise ValueError(
+                f"sequence {sequence} is open already: answers at the same time need numbers of their own"
+            )
+        self._calls.forget([sequence])
+        return sequence
+
+    def _close_ended(self) -> None:
+        while self._ended:
+            state = self._sequences.pop(self._ended.popleft(), None)
+            if state is not None:
+                state.kv.truncate(0)
 
     def _results(self, batch: Sequence[Run], rows: Sequence[SequenceRows], outcome: Outcome) -> list[Result]:
         results, row, wanted = [], 0, 0
@@ -336,57 +369,26 @@ def _joined(parts: Sequence[F32 | None]) -> F32:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
-def bind(model: Model, first: int, last: int, options: StageOptions) -> BoundProgram:
-    """The ops, weights and states of units [first, last), resolved."""
-    program = model.program
-    ops = tuple(program.ops(first, last))
-    resident = _resident(model, first, last, options.resident)
-    weights: dict[tuple[int, str], WeightData] = {}
-    if resident is None:
-        model.fetch_ahead(first, last)  # each layer is read from the disk while those before it run
-    for unit in range(first, last):
-        if resident is not None:
-            model.fetch_ahead(unit + 1, min(unit + 2, last))  # while this one is copied
-        for name, tensor in model.unit_weights(unit, resident).items():
-            weights[unit, name] = tensor
-    for name, values in model.constants().items():
-        if any(unit == -1 for unit, _ in ops):
-            weights[-1, name] = _Constant(values)
+def _check_range(model: Model, first: int, last: int) -> None:
+    if not 0 <= first < last <= model.n_units:
+        raise ValueError(f"units [{first}, {last}) are not a range of this model's {model.n_units} units")
+
+
+def bind(weights: WeightStore, first: int, last: int, options: StageOptions) -> BoundProgram:
+    """The ops, weights and states of units [first, last), which are loaded."""
+    model = weights.model
+    ops = tuple(model.program.ops(first, last))
+    held = weights.of(first, last)
+    if any(unit == -1 for unit, _ in ops):
+        held |= weights.constants()
     return BoundProgram(
-        program=program,
+        program=model.program,
         ops=ops,
-        weights=weights,
-        states=tuple((u, state) for u in range(first, last) for state in program.units[u].states),
+        weights=held,
+        states=tuple((u, state) for u in range(first, last) for state in model.program.units[u].states),
         kv_type=model.kv_dtype,
         reads_tokens=first == 0,
-        last=last == len(program.units),
+        last=last == model.n_units,
         max_rows=options.max_rows,
         max_wanted=min(options.max_rows, options.max_wanted),
     )
-
-
-def _resident(model: Model, first: int, last: int, wanted: bool | None) -> Resident | None:
-    """Room for the files of the units, if they are to be read into memory."""
-    names = {name for unit in model.index.units[first:last] for name in unit.files}
-    sizes = [model.index.files[name].size for name in names]
-    if wanted is False or (wanted is None and room(sizes) > affordable()):
-        return None
-    return Resident(Arena(room(sizes), pinned=wanted is True))
-
-
-@dataclass(frozen=True, slots=True)
-class _Constant:
-    """An f64 vector of the program, seen as a weight."""
-
-    data: NDArray[np.float64]
-
-    scales: None = None
-    mins: None = None
-
-    @property
-    def rows(self) -> int:
-        return 1
-
-    @property
-    def cols(self) -> int:
-        return int(self.data.size)

@@ -47,7 +47,7 @@ def identity_of(model: Model, name: str, incarnation: int, version: str) -> Iden
 def shape_of(model: Model) -> ModelShape:
     """The shape of an opened model."""
     program = model.program
-    cols = sum(program.buffer(name).cols for name in program.cut)
+    cols = program.cut_cols
     return ModelShape(len(program.units), program.vocab, model.config.context, cols)
 
 

@@ -5,13 +5,15 @@ Importing this package imports none of them: `layout` reads its constants from `
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from ..errors import MissingDependencyError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from .base import BoundProgram, Executor
+    from .base import Backend, BoundProgram, Executor
 
 NAMES = ("native", "numba", "numpy")
 
@@ -30,16 +32,14 @@ def choose(backend: str = "auto") -> tuple[str, str | None]:
     return ("numba" if find_spec("numba") else "numpy"), reason
 
 
-def make_executor(
-    bound: BoundProgram, backend: str = "auto", isa: str = "auto", threads: int = 1
-) -> Executor:
-    """An executor of `bound`. MissingDependencyError: the backend or instruction set asked for is not
+def open_backend(backend: str = "auto", isa: str = "auto", threads: int = 1) -> Backend:
+    """A backend with its threads. MissingDependencyError: the backend or instruction set asked for is not
     there."""
     name, _ = choose(backend)
     if name == "native":
-        from .native import NativeExecutor
+        from .native import NativeBackend
 
-        return NativeExecutor(bound, threads, isa)
+        return NativeBackend(threads, isa)
     if isa != "auto":
         raise MissingDependencyError(
             f"only the native backend has instruction sets to choose from, and {name} would run: leave out "
@@ -48,7 +48,19 @@ def make_executor(
     if name == "numba":
         from .numba_backend import NumbaExecutor
 
-        return NumbaExecutor(bound, threads)
+        return _Plain(name, lambda bound: NumbaExecutor(bound, threads))
     from .numpy_backend import NumpyExecutor
 
-    return NumpyExecutor(bound)
+    return _Plain(name, NumpyExecutor)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plain:
+    """A backend that has nothing beside its executors."""
+
+    name: str
+    executor: Callable[[BoundProgram], Executor]
+    exact: bool = False
+
+    def close(self) -> None:
+        """Nothing to give up."""

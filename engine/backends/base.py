@@ -1,4 +1,4 @@
-"""What a backend is: it is made for a bound range of units, and runs batches through it."""
+"""What a backend is: it makes executors for bound ranges of units, which run batches."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ class WeightData(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BoundProgram:
-    """Units [first, last) of a program with their weights: all that a backend needs to know of a model."""
+    """Units [first, last) of a program with their weights: all that a backend needs to know of a
+    model."""
 
     program: Program
     ops: tuple[tuple[int, Op], ...]
@@ -68,8 +69,8 @@ class SequenceRows:
 
 @dataclass(slots=True)
 class Outcome:
-    """What a batch gave: the cut `[rows, hidden]`, or the logits `[wanted, vocab]` and one token (or -1) a
-    sequence."""
+    """What a batch gave: the cut `[rows, hidden]`, or the logits `[wanted, vocab]` and one token (or -1)
+    a sequence."""
 
     hidden: F32 | None
     logits: F32 | None
@@ -79,11 +80,6 @@ class Outcome:
 class Executor(Protocol):
     """A bound range of units, ready to run. Not thread-safe: one batch at a time."""
 
-    name: str
-    """Backend and instruction set, as a person would say it: "native (avx512)"."""
-    exact: bool
-    """True when results are the same bits everywhere (docs/numerics.md)."""
-
     def run(
         self,
         sequences: Sequence[SequenceRows],
@@ -91,11 +87,31 @@ class Executor(Protocol):
         want_logits: bool,
         cancel: NDArray[np.int32],
     ) -> Outcome:
-        """Runs a batch. `hidden` is the cut `[rows, hidden]`, None when the range starts with the embedding.
-        Another thread may set `cancel[0]` to 1, which ends the run after the operation under way.
+        """Runs a batch. `hidden` is the cut `[rows, hidden]`, None when the range starts with the
+        embedding. Another thread may set `cancel[0]` to 1, which ends the run after the operation under
+        way.
 
-        FloatingPointError: NaN or infinity among the inputs or in the logits. CancelledRunError: cancelled.
-        """
+        FloatingPointError: NaN or infinity among the inputs or in the logits. CancelledRunError:
+        cancelled."""
 
     def close(self) -> None:
-        """Gives up threads and memory; harmless when repeated."""
+        """Frees the workspace; harmless when repeated."""
+
+
+class Backend(Protocol):
+    """What computes: kernels and threads, which outlive the executors that they run."""
+
+    @property
+    def name(self) -> str:
+        """Backend and instruction set, as a person would say it: "native (avx512)"."""
+
+    @property
+    def exact(self) -> bool:
+        """True when results are the same bits everywhere (docs/numerics.md)."""
+
+    def executor(self, bound: BoundProgram) -> Executor:
+        """An executor, which is to be closed before the backend. ShoalError: the program is not sound, or
+        there is no memory for it."""
+
+    def close(self) -> None:
+        """Ends the threads; harmless when repeated."""

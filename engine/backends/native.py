@@ -1,5 +1,5 @@
-"""The program in C: one cffi call runs every op of a range of units (csrc/). Exact: the same bits on every
-set."""
+"""The program in C: one cffi call runs every op of a range of units (csrc/). Exact: the same bits on
+every set."""
 
 from __future__ import annotations
 
@@ -117,39 +117,57 @@ def open_pool(threads: int) -> Any:
     return ffi.gc(pool, end)
 
 
-class NativeExecutor:
-    """A bound range of units behind one C executor and its threads."""
+class NativeBackend:
+    """Kernels for an instruction set, and a pool of threads. See base.Backend."""
 
     exact = True
 
-    def __init__(self, bound: BoundProgram, threads: int = 1, isa: str = "auto") -> None:
-        self._lib = lib = library()
-        self._bound = bound
+    def __init__(self, threads: int = 1, isa: str = "auto") -> None:
+        lib = library()
         if isa not in _ISA or (isa != "auto" and not lib.shoal_isa_available(_ISA[isa])):
             raise MissingDependencyError(
                 f"this CPU or build has no {isa!r} kernels; it has: {', '.join(isa_names())}"
             )
         self.name = f"native ({ffi.string(lib.shoal_isa_name(_ISA[isa] or lib.shoal_isa_best())).decode()})"
+        self._isa = _ISA[isa]
         with pinned(big_cores()):  # threads keep to the cores of the one that started them
             self._pool = open_pool(threads)
+
+    def executor(self, bound: BoundProgram) -> NativeExecutor:
+        """See base.Backend."""
+        return NativeExecutor(bound, self._pool, self._isa)
+
+    def close(self) -> None:
+        """See base.Backend."""
+        ffi.release(self._pool)
+
+
+class NativeExecutor:
+    """A bound range of units behind one C executor, which borrows the backend's threads."""
+
+    def __init__(self, bound: BoundProgram, pool: Any, isa: int) -> None:
+        self._lib = lib = library()
+        self._bound, self._pool = bound, pool
         self._error = ffi.new("char[]", _ERROR_BYTES)
         self._keep: list[Any] = []  # what the C side points at
         handle = ffi.new("shoal_executor **")
         program = self._program()
-        self._check(lib.shoal_open(program, self._pool, _ISA[isa], handle, self._error, _ERROR_BYTES))
+        self._check(lib.shoal_open(program, pool, isa, handle, self._error, _ERROR_BYTES))
         self._executor = ffi.gc(handle[0], lib.shoal_close)
         self.workspace_bytes = int(lib.shoal_workspace_bytes(self._executor))
         self._batch = ffi.new("shoal_batch *")
-        self._input = ffi.new("float *[1]")
-        self._output = ffi.new("float *[1]")
-        # Tables of a batch, filled anew for each: little of Python's memory is still in a cache after a step.
+        self._cut = [bound.program.buffer(name).cols for name in bound.program.cut]
+        self._inputs = ffi.new("float *[]", len(self._cut))
+        self._outputs = ffi.new("float *[]", len(self._cut) if not bound.last else 1)
+        # Tables of a batch, filled anew for each: little of Python's memory is still in a cache after a
+        # step.
         self._described = ffi.new("shoal_sequence[]", bound.max_rows)
         self._tokens, self._drawn = np.zeros((2, bound.max_rows), np.int32)
         self._batch.sequences = self._described
         self._batch.tokens = keep_buffer(self._keep, "int32_t[]", self._tokens)
         self._batch.drawn = keep_buffer(self._keep, "int32_t[]", self._drawn)
-        self._batch.inputs, self._batch.outputs = ffi.cast("const float *const *", self._input), self._output
-        self._cut = bound.program.buffer(bound.program.cut[0]).cols
+        self._batch.inputs = ffi.cast("const float *const *", self._inputs)
+        self._batch.outputs = self._outputs
 
     def clock_ops(self) -> NDArray[np.uint64]:
         """From now on, nanoseconds that each of `bound.ops` took in the latest run, `[ops]`."""
@@ -160,7 +178,6 @@ class NativeExecutor:
     def close(self) -> None:
         """See base.Executor.close."""
         ffi.release(self._executor)
-        ffi.release(self._pool)
 
     def run(
         self,
@@ -183,17 +200,26 @@ class NativeExecutor:
             self._tokens[row : row + s.rows] = s.history[s.first : s.first + s.rows]
             row, wanted = row + s.rows, wanted + s.wanted
         if hidden is not None:
-            self._input[0] = keep_buffer(keep, "float[]", np.ascontiguousarray(hidden, np.float32))
-        out: F32 | None = None
+            for i, part in enumerate(self._parts(hidden)):
+                self._inputs[i] = keep_buffer(keep, "float[]", np.ascontiguousarray(part, np.float32))
+        outs: list[F32] = []
         if not bound.last:
-            out = np.empty((row, self._cut), np.float32)
+            outs = [np.empty((row, cols), np.float32) for cols in self._cut]
         elif want_logits:
-            out = np.empty((wanted, bound.program.vocab), np.float32)
-        self._output[0] = ffi.NULL if out is None else keep_buffer(keep, "float[]", out)
+            outs = [np.empty((wanted, bound.program.vocab), np.float32)]
+        self._outputs[0] = ffi.NULL
+        for i, out in enumerate(outs):
+            self._outputs[i] = keep_buffer(keep, "float[]", out)
         batch.n_sequences, batch.cancel = len(sequences), keep_buffer(keep, "int32_t[]", cancel)
         self._check(self._lib.shoal_run(self._executor, batch, self._error, _ERROR_BYTES))
         drawn = self._drawn[: len(sequences)].copy()
-        return Outcome(out if not bound.last else None, out if bound.last else None, drawn)
+        if bound.last:
+            return Outcome(None, outs[0] if outs else None, drawn)
+        return Outcome(outs[0] if len(outs) == 1 else np.concatenate(outs, axis=1), None, drawn)
+
+    def _parts(self, hidden: F32) -> list[F32]:
+        """The columns of each buffer of the cut."""
+        return [hidden] if len(self._cut) == 1 else np.split(hidden, np.cumsum(self._cut)[:-1], axis=1)
 
     def _check(self, status: int) -> None:
         if status == _ENUMS["SHOAL_OK"]:
@@ -228,9 +254,9 @@ class NativeExecutor:
         weights = ffi.new("shoal_weight[]", [_weight(w, keep) for w in bound.weights.values()])
         kv_type = _ENUMS[_KV_TYPES[bound.kv_type]]
         states = ffi.new("shoal_state[]", [(kv_type, s.kv_heads, s.head_dim) for _, s in bound.states])
-        cut = buffer_rows[bound.program.cut[0]]
-        inputs = ffi.new("int32_t[]", [] if bound.reads_tokens else [cut])
-        outputs = ffi.new("int32_t[]", [buffer_rows[bound.program.logits] if bound.last else cut])
+        cut = [buffer_rows[name] for name in bound.program.cut]
+        inputs = ffi.new("int32_t[]", [] if bound.reads_tokens else cut)
+        outputs = ffi.new("int32_t[]", [buffer_rows[bound.program.logits]] if bound.last else cut)
         keep += [ops, buffers, weights, states, inputs, outputs]
         program = ffi.new("shoal_program *")
         program.ops, program.buffers, program.weights = ops, buffers, weights
@@ -268,8 +294,8 @@ def _op(
     weights: dict[tuple[int, str], int],
     states: dict[tuple[int, str], int],
 ) -> dict[str, Any]:
-    """One row of the op table. The fields of `op` are those of `shoal_op`, but for `x`, which is its `in`,
-    and names of weights."""
+    """One row of the op table. The fields of `op` are those of `shoal_op`, but for `x`, which is its
+    `in`, and names of weights."""
     names = op.weight_names()
     row: dict[str, Any] = dict.fromkeys(("out", "in", "angles", "state"), -1)
     row |= {"weights": [weights[unit, name] for name in names], "n_weights": len(names)}

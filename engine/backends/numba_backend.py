@@ -1,7 +1,8 @@
-"""The program with its matmuls compiled by Numba: for a device without a C compiler. Approximate, like NumPy.
+"""The program with its matmuls compiled by Numba: for a device without a C compiler. Approximate, like
+NumPy.
 
-What takes the time is compiled (`numba_kernels`); everything else is the NumPy backend's. Imported only when
-it is the backend."""
+What takes the time is compiled (`numba_kernels`); everything else is the NumPy backend's. Imported only
+when it is the backend."""
 
 from __future__ import annotations
 
@@ -36,8 +37,8 @@ _ONE_AT_A_TIME = threading.Lock()
 
 @dataclass(frozen=True, slots=True)
 class _Panels:
-    """A packed matrix: its bytes as int32 words `[panels, groups, words, 16]`, scales f32 `[panels, groups,
-    16]`; of int4, what is added to each weight, in the same shape."""
+    """A packed matrix: its bytes as int32 words `[panels, groups, words, 16]`, scales f32 `[panels,
+    groups, 16]`; of int4, what is added to each weight, in the same shape."""
 
     packed: WeightData
     words: NDArray[np.int32]
@@ -47,8 +48,6 @@ class _Panels:
 
 class NumbaExecutor(NumpyExecutor):
     """NumPy's ops, with what takes the time compiled for this CPU."""
-
-    name = "numba"
 
     def __init__(self, bound: BoundProgram, threads: int = 1) -> None:
         threads = min(threads, len(usable_cpus()))

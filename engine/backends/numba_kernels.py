@@ -1,9 +1,10 @@
-"""What the numba backend compiles: products with packed weights, and ops that would take NumPy many calls.
+"""What the numba backend compiles: products with packed weights, and ops that would take NumPy many
+calls.
 
-Weights are read as they lie in the file, four bytes of one output as one 32-bit word, so that the 16 outputs
-of a panel are 16 neighbouring words: the innermost loop runs over them and has no branch, which is what LLVM
-makes vectors of. The words of a group are written out one by one, because only an innermost loop is made
-vectors of. Compiled once per machine, and kept (`cache`)."""
+Weights are read as they lie in the file, four bytes of one output as one 32-bit word, so that the 16
+outputs of a panel are 16 neighbouring words: the innermost loop runs over them and has no branch, which
+is what LLVM makes vectors of. The words of a group are written out one by one, because only an innermost
+loop is made vectors of. Compiled once per machine, and kept (`cache`)."""
 
 from __future__ import annotations
 
@@ -48,8 +49,8 @@ def _nibbles(word: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
 
 
 def _matmul_q8(x: Any, words: Any, scales: Any, out: Any) -> None:
-    """Adds to out `[rows, panels, 16]` x `[rows, groups * 32]` times words `[panels, groups, 8, 16]`; scales
-    `[panels, groups, 16]`."""
+    """Adds to out `[rows, panels, 16]` x `[rows, groups * 32]` times words `[panels, groups, 8, 16]`;
+    scales `[panels, groups, 16]`."""
     for p in numba.prange(words.shape[0]):
         for r in range(x.shape[0]):
             for g in range(words.shape[1]):
@@ -67,8 +68,8 @@ def _matmul_q8(x: Any, words: Any, scales: Any, out: Any) -> None:
 
 
 def _matmul_q4(x: Any, sums: Any, words: Any, scales: Any, offsets: Any, out: Any) -> None:
-    """The same of words `[panels, groups, 4, 16]`: a weight is nibble * scale + offset. Sums `[rows, groups]`
-    are those of x."""
+    """The same of words `[panels, groups, 4, 16]`: a weight is nibble * scale + offset. Sums `[rows,
+    groups]` are those of x."""
     for p in numba.prange(words.shape[0]):
         for r in range(x.shape[0]):
             for g in range(words.shape[1]):

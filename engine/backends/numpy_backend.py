@@ -1,7 +1,7 @@
 """The program in NumPy: the definition in floats, obvious rather than quick.
 
-Agrees with `native` within a stated tolerance (docs/numerics.md), not bit for bit: NumPy's sums have another
-order. A q8 buffer holds the f32 values that its int8 numbers stand for."""
+Agrees with `native` within a stated tolerance (docs/numerics.md), not bit for bit: NumPy's sums have
+another order. A q8 buffer holds the f32 values that its int8 numbers stand for."""
 
 from __future__ import annotations
 
@@ -36,9 +36,6 @@ def quantised(x: F32) -> F32:
 class NumpyExecutor:
     """Runs one op after another on arrays named as in the program."""
 
-    name = "numpy"
-    exact = False
-
     def __init__(self, bound: BoundProgram) -> None:
         self.bound = bound
         self.types = {b.name: b.type for b in bound.program.buffers}
@@ -70,7 +67,10 @@ class NumpyExecutor:
         if hidden is not None:
             if not np.isfinite(hidden).all():
                 raise FloatingPointError("the activations that came in hold NaN or infinity")
-            self.buffers[program.cut[0]] = hidden.copy()
+            parts = np.split(
+                hidden, np.cumsum([program.buffer(name).cols for name in program.cut])[:-1], axis=1
+            )
+            self.buffers |= {name: part.copy() for name, part in zip(program.cut, parts, strict=True)}
         wanted = any(s.wanted for s in sequences)
         for unit, op in self.bound.ops:
             if cancel[0]:
@@ -78,7 +78,8 @@ class NumpyExecutor:
             if wanted or not self._for_wanted_rows(op):
                 self.ops[type(op)](self, unit, op)
         if not self.bound.last:
-            return Outcome(self.buffers[program.cut[0]], None, self.drawn)
+            cut = np.concatenate([self.buffers[name] for name in program.cut], axis=1)
+            return Outcome(cut, None, self.drawn)
         return Outcome(None, self.buffers[program.logits] if want_logits and wanted else None, self.drawn)
 
     def close(self) -> None:

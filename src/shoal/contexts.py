@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from .engine.errors import ContextError
 from .engine.host import Ram
-from .engine.kv import page_bytes
+from .engine.kv_page import page_bytes
 from .engine.layout import PAGE
 from .engine.shards import Model
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from bench import memory
 
-from shoal.engine.kv import page_bytes
+from shoal.engine.kv_page import page_bytes
 from shoal.engine.layout import CHUNK, PAGE
 from shoal.engine.shards import Model
 

@@ -15,6 +15,7 @@ from shoal.engine.backends.numpy_backend import NumpyExecutor, quantised
 from shoal.engine.batch import F32, Run, Sampling, Want
 from shoal.engine.shards import Model
 from shoal.engine.stage import Stage, StageOptions, bind
+from shoal.engine.weights import WeightStore
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
@@ -74,7 +75,9 @@ def test_quantised_backends_agree(tiny_quantised: Model, oracle: dict[str, np.nd
 
 @pytest.mark.parametrize("name", ["q.weight", "down.weight"])
 def test_numba_matmul_equals_numpys(tiny_quantised: Model, name: str) -> None:
-    bound = bind(tiny_quantised, 0, len(tiny_quantised.program.units), StageOptions())
+    weights = WeightStore(tiny_quantised)
+    weights.load(0, tiny_quantised.n_units)
+    bound = bind(weights, 0, tiny_quantised.n_units, StageOptions())
     weight = bound.weights[2, name]
     x = quantised(np.random.default_rng(0).standard_normal((5, weight.cols)).astype(np.float32))
     numpy, numba = NumpyExecutor(bound), NumbaExecutor(bound)

@@ -10,16 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shoal.engine import memory, stage
-from shoal.engine.backends.base import WeightData
+from shoal.engine import memory
+from shoal.engine.backends.base import BoundProgram, WeightData
 from shoal.engine.batch import Run, Want
 from shoal.engine.host import Ram
-from shoal.engine.kv import PagePool, SequenceKv
-from shoal.engine.layout import PAGE
-from shoal.engine.program import KvState
 from shoal.engine.safetensors_file import SafetensorsFile
 from shoal.engine.shards import Model, unit_file
-from shoal.engine.stage import Stage, StageOptions
+from shoal.engine.stage import Stage, StageOptions, bind
+from shoal.engine.weights import WeightStore
 
 
 def mapped(model: Model, weight: WeightData) -> bool:
@@ -32,10 +30,16 @@ def mapped(model: Model, weight: WeightData) -> bool:
     raise AssertionError("the weight is nowhere")
 
 
+def bound_to(model: Model, first: int, last: int, resident: bool | None) -> BoundProgram:
+    weights = WeightStore(model, resident)
+    weights.load(first, last)
+    return bind(weights, first, last, StageOptions())
+
+
 @pytest.mark.parametrize("resident", [True, False])
 def test_resident_or_mapped(tiny_int8: Model, resident: bool) -> None:
     n = len(tiny_int8.program.units)
-    bound = stage.bind(tiny_int8, 0, n, StageOptions(resident=resident))
+    bound = bound_to(tiny_int8, 0, n, resident)
     assert all(mapped(tiny_int8, w) is not resident for (u, _), w in bound.weights.items() if u >= 0)
     logits = []
     for option in (resident, not resident):
@@ -49,7 +53,7 @@ def test_copied_only_where_there_is_room(tiny_int8: Model, monkeypatch: pytest.M
     n = len(tiny_int8.program.units)
     for available, copied in ((100, False), (0, False), (None, False), (1 << 40, True)):
         monkeypatch.setattr(memory, "ram", lambda a=available: Ram(1 << 41, a))
-        bound = stage.bind(tiny_int8, 0, n, StageOptions())
+        bound = bound_to(tiny_int8, 0, n, None)
         weight = next(w for (unit, _), w in bound.weights.items() if unit == 1)
         assert mapped(tiny_int8, weight) is not copied
 
@@ -57,7 +61,7 @@ def test_copied_only_where_there_is_room(tiny_int8: Model, monkeypatch: pytest.M
 def test_a_tied_table_is_copied_once(tiny_tied: Model) -> None:
     units = tiny_tied.program.units
     (name,) = units[-1].tied
-    bound = stage.bind(tiny_tied, 0, len(units), StageOptions(resident=True))
+    bound = bound_to(tiny_tied, 0, len(units), True)
     assert np.shares_memory(bound.weights[0, name].data, bound.weights[len(units) - 1, name].data)
 
 
@@ -80,21 +84,6 @@ def test_a_file_that_becomes_shorter_while_it_is_read(tmp_path: Path) -> None:
         memory.Arena(100).read(file, 100)
 
 
-def test_first_pages_of_sequences_are_in_small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-    monkeypatch.setattr(memory, "_in_huge_pages", lambda mapping, first, huge: asked.append(huge))
-    states = [KvState("kv", 2, 16)] * 3
-    pool = PagePool("f16", None, states)
-    one, other, third = (SequenceKv(pool, states, 3 * PAGE) for _ in range(3))
-    one.reserve(1)
-    other.reserve(PAGE + 1)
-    assert asked[:2] == [0, 0] and asked[2] > 0 and len(asked) == 3
-    first = {page.ctypes.data for (page,) in one.pages}
-    one.truncate(0)
-    third.reserve(1)
-    assert {page.ctypes.data for (page,) in third.pages} == first
-
-
 class Asked:
     """Files that the system was asked to read ahead, by name, in order."""
 
@@ -114,15 +103,15 @@ def test_files_are_read_ahead_in_the_order_of_their_use(
 ) -> None:
     asked = Asked(monkeypatch)
     opened: list[tuple[str, list[str]]] = []
-    check = Model._open
+    check = Model.open_file
 
     def opening(model: Model, name: str, *rest: Any) -> SafetensorsFile:
         opened.append((name, list(asked.names)))
         return check(model, name, *rest)
 
-    monkeypatch.setattr(Model, "_open", opening)
+    monkeypatch.setattr(Model, "open_file", opening)
     n = tiny_int8.n_units
-    stage.bind(tiny_int8, 1, n, StageOptions(resident=resident))
+    bound_to(tiny_int8, 1, n, resident)
     names = [unit_file(unit) for unit in range(1, n)]
     ahead = {name: before for name, before in opened if name in names}
     assert list(ahead) == names
@@ -155,7 +144,7 @@ def test_a_system_that_takes_no_advice(
 
     monkeypatch.setattr(os, "posix_fadvise", refuse)
     memory.fetch_ahead(tmp_path / "missing")
-    stage.bind(tiny_int8, 0, tiny_int8.n_units, StageOptions(resident=None if resident else False))
+    bound_to(tiny_int8, 0, tiny_int8.n_units, None if resident else False)
     monkeypatch.delattr(os, "posix_fadvise")
-    bound = stage.bind(tiny_int8, 0, tiny_int8.n_units, StageOptions(resident=resident))
+    bound = bound_to(tiny_int8, 0, tiny_int8.n_units, resident)
     assert bound.weights

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from shoal.engine.batch import Run, Sampling, Want
+from shoal.engine.calls import FairLock
 from shoal.engine.errors import CancelledRunError
-from shoal.engine.fair_lock import FairLock
 from shoal.engine.generate import generate
 from shoal.engine.layout import PAGE
 from shoal.engine.shards import Model
@@ -135,7 +135,7 @@ def test_closing_waits_for_the_run_and_refuses_what_comes_later(tiny_int8: Model
         running = threads.submit(stage.run, [Run(1, 0, [5, 6, 7], Want.TOKEN)])
         assert gate.inside.wait(10)
         closing = threads.submit(stage.close)
-        wait_until(lambda: waited_for(stage._lock))
+        wait_until(lambda: waited_for(stage._calls._lock))
         late = threads.submit(stage.run, [Run(2, 0, [5, 6, 7], Want.TOKEN)])
         assert not closing.done()
         gate.open.set()
@@ -143,7 +143,7 @@ def test_closing_waits_for_the_run_and_refuses_what_comes_later(tiny_int8: Model
         closing.result()
         with pytest.raises(ValueError, match="has been closed"):
             late.result()
-    for use in (lambda: stage.open_sequence(3), lambda: stage.truncate(1, 0), lambda: stage.clock_ops()):
+    for use in (lambda: stage.open_sequence(3), lambda: stage.set_range(0, 2), lambda: stage.clock_ops()):
         with pytest.raises(ValueError, match="has been closed"):
             use()
     stage.close_sequence(1)
@@ -182,9 +182,8 @@ def test_a_cancelled_run_leaves_what_the_sequence_held(tiny_int8: Model, backend
         stage.open_sequence(1)
         stage.open_sequence(2)
         stage.run([Run(1, 0, [7] * PAGE, Want.NOTHING)])
-        (undisturbed,) = stage.run([late])
-        stage.truncate(1, PAGE)
         held, run = stage.kv_bytes, stage._executor.run
+        (undisturbed,) = stage.run([late])
         stage._executor.run = cancelling  # type: ignore[method-assign]
         for other in ([], [Run(2, 0, [1], Want.NOTHING)]):
             with pytest.raises(CancelledRunError):
@@ -205,7 +204,7 @@ def test_runs_are_cancelled_while_they_wait_and_others_are_not(stage: Stage) -> 
         running = threads.submit(stage.run, [Run(1, 0, [5], Want.TOKEN)])
         assert gate.inside.wait(10)
         waiting = [threads.submit(stage.run, [Run(n, 0, [5], Want.TOKEN)]) for n in (2, 3)]
-        wait_until(lambda: len(stage._calls) == 3)
+        wait_until(lambda: len(stage._calls._runs) == 3)
         stage.cancel(2)
         gate.open.set()
         with pytest.raises(CancelledRunError):

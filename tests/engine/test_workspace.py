@@ -17,7 +17,7 @@ OPTIONS = StageOptions("native", max_rows=8, max_wanted=2)
 
 def test_a_lone_embedding_or_head_is_promised_its_own_buffers_and_layers_all(tiny_int8: Model) -> None:
     program, rows = tiny_int8.program, planner_model(tiny_int8, OPTIONS)
-    hidden = 8 * -(-4 * program.buffer(program.cut[0]).cols // 64) * 64
+    hidden = 8 * -(-4 * program.cut_cols // 64) * 64
     embedding, *layers, head = (unit.workspace_bytes - constant_bytes(program) for unit in rows.units)
     assert embedding == 2 * hidden
     assert 2 * hidden + 2 * 4 * program.vocab < head < layers[0] == max(layers)

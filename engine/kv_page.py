@@ -1,0 +1,163 @@
+"""How keys and values lie in a page of 256 positions of one layer.
+
+A page is one flat array: for each kv head, keys `[256 / 64][head_dim][64]`, then values
+`[256][head_dim]`; of int8, four packed matrices, keys `[64, head_dim]` with fp16 scales, then four more,
+values `[head_dim, 64]` with an f32 scale a position (csrc/kernels.h). The layout is the same on every
+device, and so is that of a chunk of 64 positions: for each kv head its keys, then its values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .layout import CHUNK, GROUP, PAGE, PANEL, QUAD, round_up
+from .program import KvState
+from .quant import packed_shapes
+
+F32 = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+KV_TYPES: dict[str, np.dtype[Any]] = {
+    "f32": np.dtype(np.float32),
+    "f16": np.dtype(np.float16),
+    "int8": np.dtype(np.int8),
+}
+"""What a page's numbers are; those of int8 have scales."""
+_LIMIT = np.float32(127)
+
+
+def page_bytes(state: KvState, kv_type: str) -> int:
+    """Bytes of one page of a state: keys and values of 256 positions, and their scales."""
+    return state.kv_heads * _head_bytes(state, kv_type)
+
+
+def _head_bytes(state: KvState, kv_type: str) -> int:
+    values = state.head_dim * KV_TYPES[kv_type].itemsize + (4 if kv_type == "int8" else 0)
+    return PAGE // CHUNK * _key_bytes(state, kv_type) + PAGE * values
+
+
+def _key_bytes(state: KvState, kv_type: str) -> int:
+    """Bytes of a chunk of keys of one head."""
+    if kv_type == "int8":
+        padded = round_up(state.head_dim, GROUP)
+        return CHUNK * (padded + padded // GROUP * 2)
+    return CHUNK * state.head_dim * KV_TYPES[kv_type].itemsize
+
+
+class _Floats:
+    """Keys and values of a page of a state, as views."""
+
+    def __init__(self, page: Bytes, state: KvState, kv_type: str) -> None:
+        heads, dim = state.kv_heads, state.head_dim
+        halves = page.view(KV_TYPES[kv_type]).reshape(heads, 2, PAGE * dim)
+        self._keys = halves[:, 0].reshape(heads, PAGE // CHUNK, dim, CHUNK)
+        self._values = halves[:, 1].reshape(heads, PAGE, dim)
+
+    def read(self, n: int) -> tuple[F32, F32, None]:
+        """The page's first n positions: two arrays f32 `[kv_heads, n, head_dim]`."""
+        heads, _, dim = self._values.shape
+        keys = self._keys[:, : -(-n // CHUNK)].transpose(0, 1, 3, 2).reshape(heads, -1, dim)
+        return keys[:, :n].astype(np.float32), self._values[:, :n].astype(np.float32), None
+
+    def write(self, at: int, keys: F32, values: F32) -> None:
+        """Keys and values f32 `[kv_heads, head_dim]` of the page's position `at`."""
+        self._keys[:, at // CHUNK, :, at % CHUNK] = keys
+        self._values[:, at] = values
+
+    def clear(self, at: int) -> None:
+        """Zeros at the first chunk's positions from `at` on."""
+        self._keys[:, 0, :, at:] = 0
+        self._values[:, at:CHUNK] = 0
+
+    def sound(self, chunk: int) -> bool:
+        """Whether the chunk holds what attention may read."""
+        values = self._values[:, chunk * CHUNK : (chunk + 1) * CHUNK]
+        return bool(np.isfinite(self._keys[:, chunk]).all() and np.isfinite(values).all())
+
+
+class _Int8:
+    """The same of int8."""
+
+    def __init__(self, page: Bytes, state: KvState) -> None:
+        heads, self._dim = state.kv_heads, state.head_dim
+        self._groups = round_up(self._dim, GROUP) // GROUP
+        shape = heads, PAGE // CHUNK
+        numbers = CHUNK * self._groups * GROUP, CHUNK * self._dim
+        of_keys, of_values = numbers[0] + CHUNK * self._groups * 2, numbers[1] + CHUNK * 4
+        halves = np.split(page.reshape(heads, -1), [shape[1] * of_keys], axis=1)
+        keys, key_scales = np.split(halves[0].reshape(*shape, of_keys), [numbers[0]], axis=2)
+        values, value_scales = np.split(halves[1].reshape(*shape, of_values), [numbers[1]], axis=2)
+        (panels, quads, line), scales = packed_shapes(CHUNK, self._dim)
+        self._keys = keys.view(np.int8).reshape(*shape, panels, quads, PANEL, line // PANEL)
+        self._key_scales = key_scales.view(np.float16).reshape(*shape, *scales)
+        (panels, quads, line), _ = packed_shapes(self._dim, CHUNK)
+        self._values = values.view(np.int8).reshape(*shape, panels, quads, PANEL, line // PANEL)
+        self._value_scales = value_scales.view(np.float32)
+
+    def read(self, n: int) -> tuple[F32, F32, F32]:
+        """As of _Floats, but for the values' scales, which are the third: `[kv_heads, n]`."""
+        heads, chunks = len(self._keys), -(-n // CHUNK)
+        grouped = heads, chunks * CHUNK, self._groups, GROUP
+        keys = self._keys[:, :chunks].transpose(0, 1, 2, 4, 3, 5).reshape(grouped).astype(np.float32)
+        keys *= self._key_scales[:, :chunks].transpose(0, 1, 2, 4, 3).reshape(*grouped[:3], 1)
+        values = self._values[:, :chunks].transpose(0, 1, 3, 5, 2, 4).reshape(heads, -1, self._dim)
+        scales = self._value_scales[:, :chunks].reshape(heads, -1)
+        keys = keys.reshape(heads, chunks * CHUNK, -1)[:, :n, : self._dim]
+        return keys, values[:, :n].astype(np.float32), scales[:, :n]
+
+    def write(self, at: int, keys: F32, values: F32) -> None:
+        """As of _Floats."""
+        heads, (chunk, at) = len(keys), divmod(at, CHUNK)
+        panel, lane = divmod(at, PANEL)
+        groups = np.zeros((heads, self._groups * GROUP), np.float32)
+        groups[:, : self._dim] = keys
+        numbers, scales = _rounded(groups.reshape(heads, self._groups, GROUP))
+        self._keys[:, chunk, panel, :, lane] = numbers.reshape(heads, -1, QUAD)
+        self._key_scales[:, chunk, panel, :, lane] = scales
+        numbers, self._value_scales[:, chunk, at] = _rounded(values)
+        self._values[:, chunk, :, at // QUAD, :, at % QUAD] = numbers.reshape(heads, -1, PANEL)
+
+    def clear(self, at: int) -> None:
+        """See _Floats."""
+        for i in range(at, CHUNK):
+            panel, lane = divmod(i, PANEL)
+            self._keys[:, 0, panel, :, lane] = self._key_scales[:, 0, panel, :, lane] = 0
+            self._values[:, 0, :, i // QUAD, :, i % QUAD] = 0
+        self._value_scales[:, 0, at:] = 0
+
+    def sound(self, chunk: int) -> bool:
+        """See _Floats; -128 has no positive twin, and not all instruction sets multiply it alike."""
+        scales = self._key_scales[:, chunk], self._value_scales[:, chunk]
+        numbers = self._keys[:, chunk], self._values[:, chunk]
+        return all(np.isfinite(s).all() for s in scales) and all(n.min() > -128 for n in numbers)
+
+
+def views(page: Bytes, state: KvState, kv_type: str) -> _Floats | _Int8:
+    return _Int8(page, state) if kv_type == "int8" else _Floats(page, state, kv_type)
+
+
+def chunks_of(page: Bytes, state: KvState, kv_type: str) -> tuple[Bytes, Bytes]:
+    """The page's keys and its values, `[kv_heads, chunks of 64 positions, bytes]` each, as views."""
+    chunks, keys = PAGE // CHUNK, _key_bytes(state, kv_type)
+    heads = page.reshape(state.kv_heads, -1)
+    first, second = np.split(heads, [chunks * keys], axis=1)
+    return first.reshape(state.kv_heads, chunks, -1), second.reshape(state.kv_heads, chunks, -1)
+
+
+def cleared(part: Bytes, state: KvState, kv_type: str, n: int) -> Bytes:
+    """A chunk `[kv_heads, bytes]` of keys, then values, with zeros for its positions from n on."""
+    page = np.zeros(page_bytes(state, kv_type), np.uint8)
+    keys, values = chunks_of(page, state, kv_type)
+    keys[:, 0], values[:, 0] = np.split(part, [keys.shape[2]], axis=1)
+    views(page, state, kv_type).clear(n)
+    return np.concatenate([keys[:, 0], values[:, 0]], axis=1)
+
+
+def _rounded(x: F32) -> tuple[F32, F32]:
+    """Whole numbers in [-127, 127] of x `[..., n]`, and scales `[...]`."""
+    largest = np.abs(x).max(axis=-1)
+    inverse = np.divide(_LIMIT, largest, out=np.zeros_like(largest), where=largest >= 1e-30)
+    return np.rint(np.clip(x * inverse[..., None], -_LIMIT, _LIMIT)), np.where(
+        inverse > 0, largest / _LIMIT, 0
+    )

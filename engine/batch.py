@@ -17,8 +17,9 @@ F32 = NDArray[np.float32]
 class Sampling:
     """How tokens are drawn. The defaults are greedy.
 
-    The draw is a pure function of logits, these values, the token history and (seed, position): a replay, or
-    another device, draws the same token. Order: repetition penalty, temperature, top-k, top-p, min-p."""
+    The draw is a pure function of logits, these values, the token history and (seed, position): a replay,
+    or another device, draws the same token. Order: repetition penalty, temperature, top-k, top-p,
+    min-p."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -70,9 +71,8 @@ class Run:
 class Result:
     """Answer to the Run at the same place of the batch.
 
-    `hidden` is set by every stage but the last, `token` by the last for Want.TOKEN, `logits` by the last for
-    Want.LOGITS (`[rows, vocab]`).
-    """
+    `hidden` is set by every stage but the last, `token` by the last for Want.TOKEN, `logits` by the last
+    for Want.LOGITS (`[rows, vocab]`)."""
 
     sequence: int
     first: int

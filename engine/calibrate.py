@@ -1,8 +1,8 @@
 """How large each channel of each matmul's input is, measured while a model is converted.
 
 The float program runs over a short text, one unit at a time, by the `numpy` backend in float64: machines
-differ in the order of their sums, and what is computed here must, once rounded, be the same on all of them,
-or equal checkpoints would give unequal model hashes."""
+differ in the order of their sums, and what is computed here must, once rounded, be the same on all of
+them, or equal checkpoints would give unequal model hashes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ F64 = NDArray[np.float64]
 _MAX_ROWS = 256
 _CHUNK = 1 << 21  # elements of a weight that are widened to f64 at once
 
-# Prose, dialogue, numbers, code, lists and other scripts: what the text is about does not matter, that it is
-# varied does.
+# Prose, dialogue, numbers, code, lists and other scripts: what the text is about does not matter, that it
+# is varied does.
 TEXT = """The ferry was late, so the passengers talked. An old engineer explained how the bridge had been
 built in 1932: two towers, 141 metres apart. "And before that?" asked the girl.
 
@@ -67,8 +67,9 @@ class Calibration:
         self._constants = {name: np.array(values) for name, values in program.constants}
 
     def run(self, u: int, weights: Mapping[str, F32]) -> dict[tuple[str, ...], F64]:
-        """Runs unit u, which must follow the unit of the last call; for each matmul, by its weights' names,
-        the root mean square of every column of its input. The last unit's logits are not computed."""
+        """Runs unit u, which must follow the unit of the last call; for each matmul, by its weights'
+        names, the root mean square of every column of its input. The last unit's logits are not
+        computed."""
         unit, last = self.program.units[u], u == len(self.program.units) - 1
         bound_weights: dict[tuple[int, str], WeightData] = {
             (u, w.name): _Float(weights[w.name], w.rows, w.cols) for w in unit.weights if w.name in weights

@@ -11,7 +11,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import CancelledRunError, ShoalError
+from .errors import CancelledRunError
 
 Flag = NDArray[np.int32]
 """`[1]`: 1 once a run is cancelled. The backend reads it between two operations."""
@@ -45,28 +45,30 @@ class Calls:
     """What the calls of one stage share: whose turn it is, which sequences run, and which are
     cancelled."""
 
-    def __init__(self, tidy: Callable[[], None]) -> None:
-        """`tidy` is called before and after each call."""
-        self._tidy = tidy
-        self._process = os.getpid()
-        self._lock = FairLock()
-        self._busy = self.closed = False  # read and written by the thread whose turn it is
-        self._state = threading.RLock()  # of the next two; held for moments, never while a batch runs
+    def __init__(self, tidy: Callable[[], None], restart: Callable[[list[int]], None]) -> None:
+        """`tidy` is called before and after each call; `restart` before the first one in a forked
+        process, with the sequences that other threads were running: it has none of those threads, nor the
+        stage's own."""
+        self._tidy, self._restart = tidy, restart
+        self.closed = False
         self._runs: list[tuple[frozenset[int], Flag]] = []
         self._cancelled: set[int] = set()
+        self._begin()
 
-    @property
-    def forked(self) -> bool:
-        """This process is a child of the one that the stage belongs to."""
-        return self._process != os.getpid()
+    def _begin(self) -> None:
+        self._process = os.getpid()
+        self._lock = FairLock()
+        self._busy = False  # read and written by the thread whose turn it is
+        self._state = threading.RLock()  # of runs and cancellations; never held while a batch runs
 
     def check(self) -> None:
-        """ValueError: the stage has been closed. ShoalError: it belongs to another process."""
-        if self.forked:
-            raise ShoalError(
-                f"this stage and its threads belong to process {self._process}, which was forked: "
-                "open a stage in each process"
-            )
+        """Makes a forked process ready. ValueError: the stage has been closed."""
+        if self._process != os.getpid():
+            lost = [sequence for sequences, _ in self._runs for sequence in sequences]
+            self._runs = []
+            self._begin()
+            if not self.closed:
+                self._restart(lost)
         if self.closed:
             raise ValueError("the stage has been closed")
 
@@ -89,16 +91,17 @@ class Calls:
     def tidy(self) -> None:
         """Tidies when it is this thread's turn. Called by the garbage collector in the middle of a call
         of this thread, it leaves that to the call's end."""
-        if self.forked:
-            return
+        if self._process != os.getpid():
+            return  # a fork's first call tidies
         with self._lock:
             if not self._busy:
                 self._tidy()
 
     def close(self, end: Callable[[], None]) -> None:
         """Refuses calls from now on; calls `end` once those that came before have returned."""
-        if self.forked:
+        if self.closed:
             return
+        self.check()
         with self._lock:
             if not self.closed:
                 self.closed = True
@@ -113,6 +116,7 @@ class Calls:
         mine = frozenset(sequences), np.zeros(1, np.int32)
         if len(mine[0]) != len(sequences):
             raise ValueError("a sequence is in one batch twice")
+        self.check()
         with self._state:
             for others, _ in self._runs:
                 for sequence in mine[0] & others:

@@ -1,8 +1,8 @@
 """Chat messages as the token ids that a model was trained on, by the model's own Jinja template.
 
-The content of messages is data: a control token, such as the one that ends a turn, is recognised only where
-the template wrote it. Where a message spells one, its ids are those of the spelling as text. All other
-messages have the ids of Hugging Face transformers' `apply_chat_template`."""
+The content of messages is data: a control token, such as the one that ends a turn, is recognised only
+where the template wrote it. Where a message spells one, its ids are those of the spelling as text. All
+other messages have the ids of Hugging Face transformers' `apply_chat_template`."""
 
 from __future__ import annotations
 
@@ -43,15 +43,17 @@ class Message:
 
 
 Messages = Sequence[Message | Mapping[str, Any]]
-"""A mapping may have more than a role and a content: what the template at hand reads, such as tool_calls."""
+"""A mapping may have more than a role and a content: what the template at hand reads, such as
+tool_calls."""
 
 
 class Chat:
-    """The template of a model directory with its tokenizer. Without a template, messages are plain text."""
+    """The template of a model directory with its tokenizer. Without a template, messages are plain
+    text."""
 
     def __init__(self, tokenizer: Tokenizer, template: str | None, special: Mapping[str, str | None]) -> None:
-        """`special`: spellings of the special tokens that templates name (`bos_token`, `eos_token`, …); None:
-        the model has no such token."""
+        """`special`: spellings of the special tokens that templates name (`bos_token`, `eos_token`, …);
+        None: the model has no such token."""
         self.tokenizer = tokenizer
         self.special = {name: token for name, token in special.items() if token is not None}
         self._template = None if template is None else _compile(template)
@@ -64,8 +66,8 @@ class Chat:
 
     @classmethod
     def open(cls, directory: Path | str, tokenizer: Tokenizer | None = None) -> Chat:
-        """The chat of a model directory. MissingDependencyError: no jinja2; ModelFileError: a damaged file;
-        UnsupportedModelError: a template that does not compile."""
+        """The chat of a model directory. MissingDependencyError: no jinja2; ModelFileError: a damaged
+        file; UnsupportedModelError: a template that does not compile."""
         directory = Path(directory)
         index, _ = read_index(directory / INDEX)
 
@@ -96,8 +98,8 @@ class Chat:
         return "".join(self._render(messages, generation_prompt, variables)[0])
 
     def encode(self, messages: Messages, *, generation_prompt: bool = True, **variables: Any) -> list[int]:
-        """Token ids of the rendered messages. Control tokens that messages or variables spell are encoded as
-        text."""
+        """Token ids of the rendered messages. Control tokens that messages or variables spell are encoded
+        as text."""
         text, data = self._render(messages, generation_prompt, variables)
         if self._template is None:
             return self.tokenizer.encode(text, control=False)
@@ -167,7 +169,8 @@ def _parse_special(text: str, path: Path) -> dict[str, str | None]:
 
 
 def _traced_message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message for the template, with origins. The name of a usual role may be part of a control token."""
+    """A message for the template, with origins. The name of a usual role may be part of a control
+    token."""
     from .chat_template import ANSWER, DATA, TEMPLATE, traced
 
     role = message.get("role")

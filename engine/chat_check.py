@@ -32,9 +32,11 @@ class ChatParts:
 
 
 def chat_parts(checkpoint: Checkpoint, config: Config, warn: Warn) -> ChatParts:
-    """The tokenizer, template, special and end tokens of a checkpoint. `warn` is told what is odd about them.
+    """The tokenizer, template, special and end tokens of a checkpoint. `warn` is told what is odd about
+    them.
 
-    ModelFileError: they contradict each other. UnsupportedModelError: a tokenizer that is not supported."""
+    ModelFileError: they contradict each other. UnsupportedModelError: a tokenizer that is not
+    supported."""
     where = str(checkpoint.path)
     data, template = checkpoint.tokenizer_json(), checkpoint.chat_template
     parts = ChatParts(data, template, None, config.bos, config.eos)
@@ -117,8 +119,8 @@ def _opened(
 
 
 def _check(chat: Chat, settled: _Settled, eos: list[int]) -> list[int]:
-    """Renders and encodes a chat of two messages, and returns the tokens that end the answer in it as far as
-    they are not in `eos`. ModelFileError: it has tokens that the embedding lacks."""
+    """Renders and encodes a chat of two messages, and returns the tokens that end the answer in it as far
+    as they are not in `eos`. ModelFileError: it has tokens that the embedding lacks."""
     warn, where, tokenizer = settled.warn, settled.where, settled.tokenizer
     messages = [Message("user", _QUESTION), Message("assistant", _ANSWER)]
     try:

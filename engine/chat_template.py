@@ -1,10 +1,11 @@
-"""Chat templates in Jinja, rendered to a text with an origin for each character: the template or a message.
+"""Chat templates in Jinja, rendered to a text with an origin for each character: the template or a
+message.
 
-Only the template may write control tokens, and a rendered text does not show whether its `<|im_end|>` ends a
-turn or was typed by a user. Nor can it be seen beforehand: templates trim, split, join and upper-case what
-messages say. So every string that a template handles is a `Traced`, a str with an origin for each character.
-The text is what Hugging Face transformers renders (`utils/chat_template_utils.py`): the sandbox, its options,
-filters and globals are the same.
+Only the template may write control tokens, and a rendered text does not show whether its `<|im_end|>`
+ends a turn or was typed by a user. Nor can it be seen beforehand: templates trim, split, join and
+upper-case what messages say. So every string that a template handles is a `Traced`, a str with an origin
+for each character. The text is what Hugging Face transformers renders (`utils/chat_template_utils.py`):
+the sandbox, its options, filters and globals are the same.
 
 Imported only where a template is used, because it needs jinja2."""
 
@@ -24,15 +25,15 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 TEMPLATE, ANSWER, DATA, UNKNOWN = "tad?"
-"""Origins of a character: the template; an assistant's message; any other message, tool or document; or an
-operation that keeps no record, such as `indent`."""
+"""Origins of a character: the template; an assistant's message; any other message, tool or document; or
+an operation that keeps no record, such as `indent`."""
 
 _FIELD = re.compile(r"\{(\w*)\}")
 
 
 class Traced(str):
-    """A string with the origin of each character. Operations that are not here give a plain str, whose origin
-    is unknown."""
+    """A string with the origin of each character. Operations that are not here give a plain str, whose
+    origin is unknown."""
 
     __slots__ = ("_origin",)
     _origin: str
@@ -212,7 +213,8 @@ class _Code(CodeGenerator):
 
 
 class _Generation(Extension):
-    """The tag `{% generation %}`: it marks the assistant's words for training, and renders as its content."""
+    """The tag `{% generation %}`: it marks the assistant's words for training, and renders as its
+    content."""
 
     tags = {"generation"}  # noqa: RUF012 as the base class has it
 
@@ -237,7 +239,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """The sandbox's `format` of a string, with origins if its fields are plain: `{}`, `{0}`, `{name}`."""
+        """The sandbox's `format` of a string, with origins if its fields are plain: `{}`, `{0}`,
+        `{name}`."""
         wrapped = super().wrap_str_format(value)
         if wrapped is None or not isinstance(value.__self__, Traced):
             return wrapped

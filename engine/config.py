@@ -56,8 +56,8 @@ def read_config(path: Path) -> Config:
 
 
 def parse_config(values: dict[str, Any], where: str, warn: Warn = ignore) -> Config:
-    """The Config of a Hugging Face configuration; `where` names it in errors and in warnings, which `warn` is
-    called with where two keys disagree."""
+    """The Config of a Hugging Face configuration; `where` names it in errors and in warnings, which
+    `warn` is called with where two keys disagree."""
 
     def count(key: str, default: int | None = None) -> int:
         value = values.get(key)

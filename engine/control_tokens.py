@@ -1,9 +1,9 @@
 """Encoding of texts in which a control token's spelling may be ordinary text.
 
 The `tokenizers` library recognises added tokens wherever a text spells them. Where only some of them are
-meant, the text is encoded by a twin of the tokenizer, in which control tokens have the same ids and private
-spellings. Those that are meant are written in their private spelling. To the twin everything else is words,
-in their usual context."""
+meant, the text is encoded by a twin of the tokenizer, in which control tokens have the same ids and
+private spellings. Those that are meant are written in their private spelling. To the twin everything else
+is words, in their usual context."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import tokenizers
 
 Genuine = Callable[[int, int, int], bool]
-"""Whether a token that is spelled by the characters [first, last) of a text is meant: f(id, first, last)."""
+"""Whether a token that is spelled by the characters [first, last) of a text is meant: f(id, first,
+last)."""
 
 _PRIVATE = 0xF0000
 """First of the code points for private use (planes 15 and 16) of which private spellings are made."""
@@ -40,8 +41,8 @@ class PlainTwins:
     def find(
         self, encoding: tokenizers.Encoding, text: str, spelled: Mapping[int, tokenizers.AddedToken]
     ) -> Iterator[tuple[int, int, int]]:
-        """Ids and characters of the tokens `spelled` in the backend's encoding of a text. The token for what
-        the vocabulary lacks is among them only where the text spells it."""
+        """Ids and characters of the tokens `spelled` in the backend's encoding of a text. The token for
+        what the vocabulary lacks is among them only where the text spells it."""
         for token, (first, last) in zip(encoding.ids, encoding.offsets, strict=True):
             if token not in spelled:
                 continue
@@ -59,8 +60,8 @@ class PlainTwins:
         spelled: Mapping[int, tokenizers.AddedToken],
         genuine: Genuine,
     ) -> tokenizers.Encoding:
-        """Encoding of the text with only the genuine ones of the tokens `spelled`. `encoding` is that of the
-        backend. ShoalError: the text has every character for private use."""
+        """Encoding of the text with only the genuine ones of the tokens `spelled`. `encoding` is that of
+        the backend. ShoalError: the text has every character for private use."""
         contents = {token.content: i for i, token in spelled.items()}
         names = {content: chr(_PRIVATE + n) for n, content in enumerate(sorted(contents))}
         mark = self._mark(text)

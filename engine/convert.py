@@ -1,4 +1,5 @@
-"""Turns a checkpoint into a model directory: one file per unit, packed as the kernels read it, and an index.
+"""Turns a checkpoint into a model directory: one file per unit, packed as the kernels read it, and an
+index.
 
 One unit's tensors are in memory at a time. The directory appears under its name only when it is whole."""
 
@@ -82,15 +83,15 @@ def convert(
     progress: Progress | None = None,
     warn: Warn = ignore,
 ) -> None:
-    """Writes the model directory `target` from the checkpoint at `source`. With dtype int4 the head may be
-    int8 (`head_dtype`), and groups may have minima. `kv_dtype`: f16 (f32 with dtype f32) unless given.
+    """Writes the model directory `target` from the checkpoint at `source`. With dtype int4 the head may
+    be int8 (`head_dtype`), and groups may have minima. `kv_dtype`: f16 (f32 with dtype f32) unless given.
 
-    `origin` is what the index says of the source (default: its name); equal origins, checkpoints and options
-    give equal model hashes. `replace`: the new directory takes the place of one that has the name. `finish`
-    is called with the directory before it gets its name. `warn` is called with each thing that is odd about
-    the checkpoint and does not prevent its conversion. ShoalError: target exists. ModelFileError: the
-    checkpoint is damaged. UnsupportedModelError: it is of a kind that is not here. OperatingSystemError: the
-    disk is full, or the place cannot be written."""
+    `origin` is what the index says of the source (default: its name); equal origins, checkpoints and
+    options give equal model hashes. `replace`: the new directory takes the place of one that has the
+    name. `finish` is called with the directory before it gets its name. `warn` is called with each thing
+    that is odd about the checkpoint and does not prevent its conversion. ShoalError: target exists.
+    ModelFileError: the checkpoint is damaged. UnsupportedModelError: it is of a kind that is not here.
+    OperatingSystemError: the disk is full, or the place cannot be written."""
     if dtype not in KV_DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(KV_DTYPES)}, not {dtype!r}")
     head_dtype = None if head_dtype == dtype else head_dtype
@@ -191,8 +192,8 @@ def _bytes(program: Program) -> int:
 def _write_units(
     checkpoint: Checkpoint, program: Program, part: Path, options: _Options, calibration: Calibration | None
 ) -> Iterator[tuple[int, FileEntry]]:
-    """Writes the units' files; a table that the last unit shares comes last, since only there it shows how
-    large is what its columns multiply."""
+    """Writes the units' files; a table that the last unit shares comes last, since only there it shows
+    how large is what its columns multiply."""
     last = len(program.units) - 1
     shared = bool(program.units[last].tied)
     sizes: dict[str, F64] = {}
@@ -258,8 +259,8 @@ def _arrays(
     tables: tuple[str, ...],
 ) -> Iterator[NDArray[Any]]:
     """The tensors of a unit file in order; each weight is dropped once it is packed. `sizes` are the root
-    mean squares of what the columns of a matrix multiply, as far as they are known; `tables` are looked up
-    in too."""
+    mean squares of what the columns of a matrix multiply, as far as they are known; `tables` are looked
+    up in too."""
     for weight in own:
         values = weights.pop(weight.name)
         if weight.type == "f32":
@@ -276,8 +277,8 @@ def _arrays(
 
 
 def _on_even_steps(weights: dict[str, F32]) -> bool:
-    """Whether the matrices come from a format such as Q4_1, which int4 with minima holds exactly as they are,
-    unless equalisation changes them. One panel of each tells."""
+    """Whether the matrices come from a format such as Q4_1, which int4 with minima holds exactly as they
+    are, unless equalisation changes them. One panel of each tells."""
     for values in weights.values():
         if values.ndim == 2:
             rows = values[:PANEL]
@@ -298,7 +299,8 @@ def _packed_q4(values: F32, size: F64 | None, *, table: bool, has_min: bool) -> 
 
 
 def _check_room(checkpoint: Checkpoint, program: Program) -> None:
-    """ShoalError: less RAM is available than converting takes. It is better said now than by a kill later."""
+    """ShoalError: less RAM is available than converting takes. It is better said now than by a kill
+    later."""
     counts = [[w.rows * w.cols for w in unit.weights if w.name not in unit.tied] for unit in program.units]
     # A unit as float32, and its largest matrix packed.
     needed = max(sum(unit) * 4 + max(unit, default=0) for unit in counts) + _BESIDE_BYTES

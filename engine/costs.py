@@ -1,5 +1,5 @@
-"""What a unit costs, read off its program: bytes held, bytes read per token, MACs, state, and what crosses a
-cut.
+"""What a unit costs, read off its program: bytes held, bytes read per token, MACs, state, and what
+crosses a cut.
 
 The planner's rows are made of these (the command line and `net` join the two), so cost model and engine
 cannot drift."""

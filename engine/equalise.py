@@ -1,10 +1,11 @@
-"""Channel equalisation: moves scale between weights that meet, so that int8 rounds both sides more finely.
+"""Channel equalisation: moves scale between weights that meet, so that int8 rounds both sides more
+finely.
 
 Where one op's output feeds matmuls, channel j of it may be divided by s_j and column j of the matmuls
-multiplied by s_j; the division is folded into the weights that made the channel, so it costs nothing when the
-model runs. s = sqrt(size of the channel / largest weight of the column), as in SmoothQuant (Xiao et al.,
-arXiv 2211.10438) with alpha 0.5, where the sizes are measured (`calibrate`). Three folds, found by the ops
-and not by names: a norm's weight; the ungated half of a Gate; the values of an attention."""
+multiplied by s_j; the division is folded into the weights that made the channel, so it costs nothing when
+the model runs. s = sqrt(size of the channel / largest weight of the column), as in SmoothQuant (Xiao et
+al., arXiv 2211.10438) with alpha 0.5, where the sizes are measured (`calibrate`). Three folds, found by
+the ops and not by names: a norm's weight; the ungated half of a Gate; the values of an attention."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ _RANGE = 64.0  # no channel moves by more
 def equalise(unit: Unit, weights: dict[str, F32], sizes: dict[tuple[str, ...], F64]) -> None:
     """Rescales the unit's weights in place; in exact arithmetic the unit computes the same.
 
-    `sizes` holds the size of every input column of each matmul, by its weights' names; it is rescaled too."""
+    `sizes` holds the size of every input column of each matmul, by its weights' names; it is rescaled
+    too."""
     for i, op in enumerate(unit.ops):
         readers = list(_readers(unit.ops, i))
         if not readers or not all(isinstance(reader, Matmul) for reader in readers):
@@ -52,7 +54,8 @@ def equalise(unit: Unit, weights: dict[str, F32], sizes: dict[tuple[str, ...], F
 
 
 def _fold_values(unit: Unit, op: Attend, part: str, weights: dict[str, F32], size: F64, largest: F64) -> F64:
-    """Folds into the values' rows; the query heads of a group share the values, so they share the scales."""
+    """Folds into the values' rows; the query heads of a group share the values, so they share the
+    scales."""
     state = unit.state(op.state)
     shape = (state.kv_heads, op.heads // state.kv_heads, state.head_dim)
     s = _scales(size.reshape(shape).max(axis=1).ravel(), largest.reshape(shape).max(axis=1).ravel())
@@ -61,8 +64,8 @@ def _fold_values(unit: Unit, op: Attend, part: str, weights: dict[str, F32], siz
 
 
 def _scales(size: F64, largest: F64) -> F64:
-    """sqrt(size / largest), within limits about its median, and rounded to 8 bits, which cuts off the last
-    bits, in which machines differ."""
+    """sqrt(size / largest), within limits about its median, and rounded to 8 bits, which cuts off the
+    last bits, in which machines differ."""
     floor = max(float(size.max()), 1e-30) * 1e-6
     s = np.sqrt(np.maximum(size, floor) / np.maximum(largest, float(np.finfo(np.float32).tiny)))
     s = np.clip(s / np.median(s), 1 / _RANGE, _RANGE)
@@ -82,8 +85,8 @@ def _readers(ops: tuple[Op, ...], i: int) -> Iterator[Op]:
 
 
 def _part(unit: Unit, i: int, buffer: str, first: int) -> str | None:
-    """The weight whose rows make the columns from `first` on of a buffer that op i reads; None unless exactly
-    one does, and nothing else has touched those columns."""
+    """The weight whose rows make the columns from `first` on of a buffer that op i reads; None unless
+    exactly one does, and nothing else has touched those columns."""
     for op in reversed(unit.ops[:i]):
         if op.writes() == buffer:
             changed = op.changes()

@@ -19,8 +19,8 @@ from collections.abc import Callable
 from typing import ClassVar
 
 Warn = Callable[[str], None]
-"""A function that is called with a warning: one sentence about something odd that does not end the work. The
-command line prints it as `shoal: warning: …`."""
+"""A function that is called with a warning: one sentence about something odd that does not end the work.
+The command line prints it as `shoal: warning: …`."""
 
 
 def ignore(message: str) -> None:
@@ -40,7 +40,8 @@ class ModelFileError(ShoalError):
 
 
 class UnsupportedModelError(ShoalError):
-    """The model is well formed, but needs a family, a tensor type or a format version that is not here."""
+    """The model is well formed, but needs a family, a tensor type or a format version that is not
+    here."""
 
     exit_code = 4
 
@@ -76,8 +77,8 @@ class MissingDependencyError(ShoalError):
 
 
 class OperatingSystemError(ShoalError):
-    """The operating system refused something: space on a disk, access to a file, memory. `place` is the file
-    or directory, if another would not have been refused."""
+    """The operating system refused something: space on a disk, access to a file, memory. `place` is the
+    file or directory, if another would not have been refused."""
 
     exit_code = 16
 

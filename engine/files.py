@@ -1,5 +1,5 @@
-"""Files of models and checkpoints, read whole, where errors name the file; names that others gave files; and
-the directory of everything that can be fetched or made again."""
+"""Files of models and checkpoints, read whole, where errors name the file; names that others gave files;
+and the directory of everything that can be fetched or made again."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def is_inside(name: object) -> bool:
-    """Whether `name`, which a file or a server gave, names a file inside a directory: a relative path without
-    `..`, that no shell or terminal reads as anything else."""
+    """Whether `name`, which a file or a server gave, names a file inside a directory: a relative path
+    without `..`, that no shell or terminal reads as anything else."""
     return (
         isinstance(name, str)
         and name.isprintable()

@@ -1,11 +1,10 @@
-"""The host: how much RAM and how many CPUs this process may use. In a container that is less than the machine
-has, and a process that takes more is killed or stopped.
+"""The host: how much RAM and how many CPUs this process may use. In a container that is less than the
+machine has, and a process that takes more is killed or stopped.
 
 RAM is bounded by the machine, by every control group from the process's own up to the topmost that can be
-seen (cgroup v1 and v2, also both at once), and by the limits of the process (`ulimit -v`, `ulimit -d`). CPUs
-are bounded by the affinity mask (taskset, cpusets) and by the control groups' quotas. The functions take the
-root of the file system, so that tests can give them files of other systems.
-"""
+seen (cgroup v1 and v2, also both at once), and by the limits of the process (`ulimit -v`, `ulimit -d`).
+CPUs are bounded by the affinity mask (taskset, cpusets) and by the control groups' quotas. The functions
+take the root of the file system, so that tests can give them files of other systems."""
 
 from __future__ import annotations
 
@@ -19,12 +18,13 @@ from pathlib import Path
 
 _ROOT = Path("/")
 _BIG = 0.7
-"""Least speed of a big core, as a share of the fastest: middle cores have 0.75 to 0.9 of it, small ones 0.5
-to 0.65."""
+"""Least speed of a big core, as a share of the fastest: middle cores have 0.75 to 0.9 of it, small ones
+0.5 to 0.65."""
 _MOST_THREADS = 4
 """More threads share one memory, and heat a phone."""
 _UNKNOWN = 3
-"""Where the system does not say how much RAM is available, 1/_UNKNOWN of all of it counts as available."""
+"""Where the system does not say how much RAM is available, 1/_UNKNOWN of all of it counts as
+available."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +77,8 @@ def usable_cpus() -> frozenset[int]:
 
 def big_cores(usable: Collection[int] | None = None, root: Path = _ROOT) -> frozenset[int]:
     """Those of the usable CPUs (default: all that this process may run on) that are nearly as fast as the
-    fastest, since small cores slow down the big ones, which wait for them. All where the system does not say
-    how fast they are."""
+    fastest, since small cores slow down the big ones, which wait for them. All where the system does not
+    say how fast they are."""
     usable = usable_cpus() if usable is None else usable
     for name in ("cpu_capacity", "cpufreq/cpuinfo_max_freq"):
         speeds = {cpu: _number(root / f"sys/devices/system/cpu/cpu{cpu}" / name) for cpu in usable}
@@ -116,8 +116,8 @@ def default_threads(root: Path = _ROOT) -> int:
 
 
 def control_groups(controller: str, root: Path = _ROOT) -> Iterator[Path]:
-    """Directories of the control groups that this process is a member of and that may limit what `controller`
-    does: in each hierarchy its own first, then those above as far as they are mounted."""
+    """Directories of the control groups that this process is a member of and that may limit what
+    `controller` does: in each hierarchy its own first, then those above as far as they are mounted."""
     paths: dict[bool, str] = {}
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
@@ -137,8 +137,8 @@ def control_groups(controller: str, root: Path = _ROOT) -> Iterator[Path]:
     for version, path in paths.items():
         below = {top: _below(path, of) for top, of in mounts[version].items()}
         shown = {top: way for top, way in below.items() if way is not None}
-        # Where no mount shows the process's own group, what is mounted is a group above it, as containers see
-        # it: its limits apply as well.
+        # Where no mount shows the process's own group, what is mounted is a group above it, as containers
+        # see it: its limits apply as well.
         for top, way in (shown or dict.fromkeys(below, "")).items():
             group = top / way
             while group != top:
@@ -150,8 +150,8 @@ def control_groups(controller: str, root: Path = _ROOT) -> Iterator[Path]:
 def limit_libraries() -> None:
     """Tells the libraries that multiply matrices for NumPy how many threads a CPU quota keeps running.
 
-    They count CPUs otherwise, and their threads wait for each other without sleeping. It has an effect only
-    before NumPy is imported; a number that the environment holds already stays."""
+    They count CPUs otherwise, and their threads wait for each other without sleeping. It has an effect
+    only before NumPy is imported; a number that the environment holds already stays."""
     if cpu_quota() is not None:
         os.environ.setdefault("OMP_NUM_THREADS", str(most_threads()))
 
@@ -173,8 +173,8 @@ def _machine(root: Path) -> Ram:
 
 
 def _group_bounds(root: Path) -> Iterator[Ram]:
-    """What each memory control group allows. Clean pages of files count as available, since the kernel drops
-    them before it kills a process."""
+    """What each memory control group allows. Clean pages of files count as available, since the kernel
+    drops them before it kills a process."""
     for group in control_groups("memory", root):
         stat = _fields(group / "memory.stat")
         limits = [_number(group / f"memory.{name}") for name in ("max", "high", "limit_in_bytes")]
@@ -236,7 +236,8 @@ def _fields(path: Path, unit: int = 1) -> dict[str, int]:
 
 
 def _number(path: Path) -> int | None:
-    """The number that a file holds; None: no number, such as "max", or unreadable, as many phones have it."""
+    """The number that a file holds; None: no number, such as "max", or unreadable, as many phones have
+    it."""
     return _whole(_text(path) or "")
 
 

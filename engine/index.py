@@ -1,7 +1,7 @@
 """`index.json` of a model directory: what the model is, which files hold it, and their hashes.
 
-Parsed strictly: what is not known here is refused, so that an old reader never misreads a new directory. The
-SHA-256 of the file's bytes is the model hash that nodes compare."""
+Parsed strictly: what is not known here is refused, so that an old reader never misreads a new directory.
+The SHA-256 of the file's bytes is the model hash that nodes compare."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ class Index:
     has_min: bool = False
     """Groups of int4 matrices have a minimum."""
     head_dtype: str | None = None
-    """Type of the head's matrix, and of the embedding tied to it, where it is not `dtype`; left out of the
-    file where it is None."""
+    """Type of the head's matrix, and of the embedding tied to it, where it is not `dtype`; left out of
+    the file where it is None."""
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
     layout_version: int = LAYOUT_VERSION

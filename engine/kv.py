@@ -319,8 +319,8 @@ class SequenceKv:
         """Pages of a state for positions [0, end), of which those from `first` on may be written to."""
         for i in range(first // PAGE, -(-end // PAGE)):
             if i < len(pages) and pages[i].users == 1:
-                continue
-            if i < len(pages):
+                pass
+            elif i < len(pages):
                 copy = self._copy(state, pages[i], max(first - i * PAGE, 0), first=i == 0)
                 self.pool.give(pages[i])
                 pages[i] = copy

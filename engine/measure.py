@@ -1,11 +1,12 @@
 """Measures this device with the real kernels on the model's own layers: what the planner is told is what
 runs.
 
-One row gives bytes/s (decode reads every weight once), several row counts give MAC/s, a filled state gives
-what attention adds, a stage that only looks up an embedding gives what a step costs before any layer, and a
-nap before each step what it costs after one: clocks fall, caches empty, threads sleep. The embedding is
-looked up right after steps that read many weights: in a chain, too, code and tables have left the caches by
-then (at once again such a step takes a quarter of the time, and few layers would be promised too quick)."""
+One row gives bytes/s (decode reads every weight once), several row counts give MAC/s, a filled state
+gives what attention adds, a stage that only looks up an embedding gives what a step costs before any
+layer, and a nap before each step what it costs after one: clocks fall, caches empty, threads sleep. The
+embedding is looked up right after steps that read many weights: in a chain, too, code and tables have
+left the caches by then (at once again such a step takes a quarter of the time, and few layers would be
+promised too quick)."""
 
 from __future__ import annotations
 
@@ -73,12 +74,11 @@ def measure(
     room: int = _BYTES,
     watch: Watch = stopwatch,
 ) -> Measured:
-    """Measures with the layers that are on this device; takes about `seconds` after loading them, more where
-    a few steps last longer. Their weights take at most `room` bytes, as far as one layer does. A device that
-    plays a slower one has its own `watch`.
+    """Measures with the layers that are on this device; takes about `seconds` after loading them, more
+    where a few steps last longer. Their weights take at most `room` bytes, as far as one layer does. A
+    device that plays a slower one has its own `watch`.
 
-    ValueError: the model has no layers.
-    """
+    ValueError: the model has no layers."""
     first, count = _layers(model, room)
     few = min(_FEW, count)
     share = seconds / (len(READING_ROWS) + len(COMPUTING_ROWS) + 8)
@@ -148,14 +148,15 @@ def _allowed(stage: Stage, rows: int) -> bool:
 
 
 def median(values: Sequence[float]) -> float:
-    """The middle one, or the mean of the two in the middle: without `statistics`, which brings `decimal`, or
-    `np.median`, which brings `numpy.ma`; both are memory of a small device."""
+    """The middle one, or the mean of the two in the middle: without `statistics`, which brings `decimal`,
+    or `np.median`, which brings `numpy.ma`; both are memory of a small device."""
     ascending = sorted(values)
     return (ascending[(len(ascending) - 1) // 2] + ascending[len(ascending) // 2]) / 2
 
 
 def _values(count: int) -> NDArray[np.float32]:
-    """Numbers like those of hidden rows, without numpy.random, whose import takes 3 MB of a small device."""
+    """Numbers like those of hidden rows, without numpy.random, whose import takes 3 MB of a small
+    device."""
     values: NDArray[np.float32] = np.sin(np.arange(count, dtype=np.float32) * np.float32(12.9898))
     return values * np.float32(2)
 
@@ -190,9 +191,9 @@ class _Steps:
 def _rounds(
     cases: Sequence[tuple[Stage, int, int]], seconds: float, watch: Watch, nap: float | None = None
 ) -> tuple[list[float], float]:
-    """Median times of steps of such (stage, rows, depth), taken in turn for about `seconds` and at least 5
-    times, so that what changes meanwhile (heat, neighbours) is in all of them alike; and the median of what
-    the first case takes more after a nap than right after another step."""
+    """Median times of steps of such (stage, rows, depth), taken in turn for about `seconds` and at least
+    5 times, so that what changes meanwhile (heat, neighbours) is in all of them alike; and the median of
+    what the first case takes more after a nap than right after another step."""
     with ExitStack() as stack:
         steps = [
             stack.enter_context(_Steps(stage, rows, watch, depth, sequence))
@@ -219,7 +220,8 @@ def _by_rows(stage: Stage, counts: Sequence[int], seconds: float, watch: Watch) 
 def _reading(
     stage: Stage, none: Stage, seconds: float, watch: Watch
 ) -> tuple[dict[int, float], float, float]:
-    """The same for READING_ROWS; a step of `none` after those; and what one row takes more after a nap."""
+    """The same for READING_ROWS; a step of `none` after those; and what one row takes more after a
+    nap."""
     allowed = [rows for rows in READING_ROWS if _allowed(stage, rows)]
     cases = [*((stage, rows, 0) for rows in allowed), (none, 1, 0)]
     (*times, overhead), more = _rounds(cases, seconds, watch, NAP_SECONDS)
@@ -227,8 +229,8 @@ def _reading(
 
 
 def _attend_rates(stage: Stage, seconds: float, watch: Watch) -> tuple[float, float]:
-    """MAC/s of attention over DEPTH positions (or what the context has), of one row and of many: from what
-    a step takes more with a filled state than with an empty one. 0 where that is lost in noise."""
+    """MAC/s of attention over DEPTH positions (or what the context has), of one row and of many: from
+    what a step takes more with a filled state than with an empty one. 0 where that is lost in noise."""
     rows = min(COMPUTING_ROWS[1], stage.options.max_rows, stage.model.config.context // 2)
     depth = min(DEPTH, stage.model.config.context - rows)
     macs = sum(unit_cost(stage.model, u).attend_macs for u in range(stage.first, stage.last))

@@ -77,8 +77,8 @@ def _in_huge_pages(memory: mmap.mmap, first: int, huge: int) -> None:
 
 
 def forget(memory: NDArray[np.uint8]) -> int:
-    """Returns private memory to the system, as far as it is whole pages, and says how many bytes those are.
-    Written to again, it comes back in small pages. 0 where the system cannot."""
+    """Returns private memory to the system, as far as it is whole pages, and says how many bytes those
+    are. Written to again, it comes back in small pages. 0 where the system cannot."""
     done = _forget_at(memory.ctypes.data, memory.nbytes, memory)
     if done and hasattr(mmap, "MADV_NOHUGEPAGE"):
         _advise(memory.ctypes.data, memory.nbytes, mmap.MADV_NOHUGEPAGE)

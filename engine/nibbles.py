@@ -1,10 +1,11 @@
 """Chooses int4 numbers: which nibbles, scale and minimum of a group of 32 weights do least harm.
 
-The harm of an error e in column j is taken as importance_j * e^2, where the importance is the mean square of
-what the column multiplies (`calibrate`). Candidates for the scale are tried on many groups side by side; each
-gets its numbers by rounding, then the scale that fits those numbers best.
+The harm of an error e in column j is taken as importance_j * e^2, where the importance is the mean square
+of what the column multiplies (`calibrate`). Candidates for the scale are tried on many groups side by
+side; each gets its numbers by rounding, then the scale that fits those numbers best.
 
-Groups stand in columns, `[32, n]`, and are summed by a fixed tree, so that every machine chooses alike."""
+Groups stand in columns, `[32, n]`, and are summed by a fixed tree, so that every machine chooses
+alike."""
 
 from __future__ import annotations
 
@@ -18,17 +19,18 @@ F64 = NDArray[np.float64]
 U8 = NDArray[np.uint8]
 _LARGEST = 65504.0  # of an fp16
 _CHUNK = 1 << 11  # groups at once: their temporaries stay in the cache
-# The largest magnitude of a group becomes so many steps. The scale takes its sign, so that the larger end of
-# -8 ... 7 is its own.
+# The largest magnitude of a group becomes so many steps. The scale takes its sign, so that the larger end
+# of -8 ... 7 is its own.
 _STEPS = (-8.0, -8.8, -8.4, -7.6, -7.2, -6.8, -6.4, -6.0)
 _CUTS = (0.0, 0.04, 0.08, 0.12)  # parts of a group's range that are left out at either end
 
 
 def quantise_q4(w: F32, importance: F64 | None = None, *, has_min: bool = False) -> Nibbles:
-    """Numbers, scales and minima of w `[rows, cols]`, cols a multiple of 32; importance `[cols]`, default 1.
+    """Numbers, scales and minima of w `[rows, cols]`, cols a multiple of 32; importance `[cols]`, default
+    1.
 
-    Without minima w is about (q - 8) * scale, with them q * scale + min. ValueError: NaN, infinity, or values
-    beyond what an fp16 scale can reach."""
+    Without minima w is about (q - 8) * scale, with them q * scale + min. ValueError: NaN, infinity, or
+    values beyond what an fp16 scale can reach."""
     rows, cols = w.shape
     groups = w.reshape(-1, GROUP)
     if not np.all(np.abs(groups) < _LARGEST):  # false for NaN as well
@@ -51,8 +53,8 @@ def quantise_q4(w: F32, importance: F64 | None = None, *, has_min: bool = False)
 
 
 def _normalised(importance: F64) -> F32:
-    """Importances about 1, of 8 bits, which cuts off the last bits, in which machines differ; none so small
-    that its column no longer matters."""
+    """Importances about 1, of 8 bits, which cuts off the last bits, in which machines differ; none so
+    small that its column no longer matters."""
     mean = float(np.mean(importance))
     if not mean > 0:
         return np.ones(importance.shape, np.float32)

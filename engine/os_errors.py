@@ -51,8 +51,8 @@ STANDARD_OUTPUT = "standard output"
 def translated(
     error: OSError | MemoryError, path: object = None, what: str = ""
 ) -> OperatingSystemError | None:
-    """The error for the user; None: it is a mistake of this program. `path` is what was refused, if it is not
-    the file that the error names, and `what` says what was refused of it."""
+    """The error for the user; None: it is a mistake of this program. `path` is what was refused, if it is
+    not the file that the error names, and `what` says what was refused of it."""
     number = errno.ENOMEM if isinstance(error, MemoryError) else error.errno
     if path is None and isinstance(error, OSError):
         path = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename

@@ -1,8 +1,8 @@
 """A model as a program: ops over named buffers, weights and states, unit by unit.
 
-This is the computational graph. A family writes it once (`families/`); every backend runs it, `costs` reads
-bytes and MACs off it, and a cut between two units is the list of buffers in `Program.cut`. Units are numbered
-0 (embedding), 1 … n (layers), n + 1 (final norm and head); ranges of units are half-open."""
+This is the computational graph. A family writes it once (`families/`); every backend runs it, `costs`
+reads bytes and MACs off it, and a cut between two units is the list of buffers in `Program.cut`. Units
+are numbered 0 (embedding), 1 … n (layers), n + 1 (final norm and head); ranges of units are half-open."""
 
 from __future__ import annotations
 
@@ -63,9 +63,10 @@ class KvState:
 
 
 class Op:
-    """One operation of a program. A subclass is a frozen dataclass whose fields are called as in `shoal_op`
-    (csrc/kernels.h; `x` is its `in`), which is how the native backend passes them on. Costs, equalisation,
-    calibration and `shoal inspect` ask its methods, and nothing else, what it reads, writes and needs."""
+    """One operation of a program. A subclass is a frozen dataclass whose fields are called as in
+    `shoal_op` (csrc/kernels.h; `x` is its `in`), which is how the native backend passes them on. Costs,
+    equalisation, calibration and `shoal inspect` ask its methods, and nothing else, what it reads, writes
+    and needs."""
 
     __slots__ = ()
 
@@ -83,7 +84,8 @@ class Op:
         return None
 
     def changes(self) -> tuple[int, int] | None:
-        """The columns [first, last) of its output that an op in place changes; None: it writes all anew."""
+        """The columns [first, last) of its output that an op in place changes; None: it writes all
+        anew."""
         return None
 
     def reads_state(self) -> str | None:
@@ -341,8 +343,8 @@ class Program:
         return sum(self.buffer(name).cols for name in self.cut)
 
     def ops(self, first: int, last: int) -> Iterator[tuple[int, Op]]:
-        """(unit, op) of a stage that runs units [first, last), in order; the prologue's ops come with unit
-        -1."""
+        """(unit, op) of a stage that runs units [first, last), in order; the prologue's ops come with
+        unit -1."""
         body = [(u, op) for u in range(first, last) for op in self.units[u].ops]
         read = {name for _, op in body for name in op.reads()}
         yield from ((-1, op) for op in self.prologue if op.writes() in read)

@@ -1,7 +1,8 @@
-"""int8 and int4 weights: groups of 32 inputs share an fp16 scale; packed in the panels that the kernels read.
+"""int8 and int4 weights: groups of 32 inputs share an fp16 scale; packed in the panels that the kernels
+read.
 
-Layout (csrc/kernels.h): int8 numbers `[panels, padded cols / 4, 64]`, where 64 is 16 rows x 4 inputs; int4
-numbers, two a byte, `[panels, padded cols / 8, 64]`; scales, and minima where int4 has them, fp16
+Layout (csrc/kernels.h): int8 numbers `[panels, padded cols / 4, 64]`, where 64 is 16 rows x 4 inputs;
+int4 numbers, two a byte, `[panels, padded cols / 8, 64]`; scales, and minima where int4 has them, fp16
 `[panels, groups, 16]`. Rows and columns beyond the matrix hold zeros."""
 
 from __future__ import annotations

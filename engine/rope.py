@@ -1,7 +1,7 @@
 """Inverse frequencies of rotary positions, computed once, when a model is converted, and stored as f64.
 
-They are never recomputed on a device: `pow` of two libms may differ in the last bit, and answers must not.
-Sources: Su et al., arXiv 2104.09864; the scaling rules of Hugging Face transformers
+They are never recomputed on a device: `pow` of two libms may differ in the last bit, and answers must
+not. Sources: Su et al., arXiv 2104.09864; the scaling rules of Hugging Face transformers
 (`modeling_rope_utils.py`)."""
 
 from __future__ import annotations

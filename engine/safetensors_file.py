@@ -2,8 +2,9 @@
 
 The format: a u64 header length, a JSON header, then the data; no holes, no overlap. The writer pads the
 header with spaces so that data starts at a multiple of 16384 (a page of any machine) and fills the gaps
-before tensors with U8 tensors named `__pad_N`, so that each starts at a multiple of 64 (a line of weights)
-and every other reader still opens the file. Source: huggingface/safetensors, `safetensors/src/tensor.rs`."""
+before tensors with U8 tensors named `__pad_N`, so that each starts at a multiple of 64 (a line of
+weights) and every other reader still opens the file. Source: huggingface/safetensors,
+`safetensors/src/tensor.rs`."""
 
 from __future__ import annotations
 
@@ -118,7 +119,8 @@ def _mapped(file: BufferedReader) -> memoryview:
 
 
 def parse_header(header: bytes, size: int, where: str) -> dict[str, TensorInfo]:
-    """The tensors of a file of `size` bytes, checked in full; `where` names it in errors. In file order."""
+    """The tensors of a file of `size` bytes, checked in full; `where` names it in errors. In file
+    order."""
     entries = _decode(header, where)
     start = 8 + len(header)
     tensors = [_tensor(name, entry, start, where) for name, entry in entries.items()]

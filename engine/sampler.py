@@ -15,8 +15,8 @@ _MASK = (1 << 64) - 1
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on (seed, position) only: SplitMix64 finalisers (Steele et al., 2014),
-    53 bits."""
+    """A number in [0, 1) that depends on (seed, position) only: SplitMix64 finalisers (Steele et al.,
+    2014), 53 bits."""
     z = _mix((seed + 0x9E3779B97F4A7C15) & _MASK)
     z = _mix((z ^ position) + 0x9E3779B97F4A7C15 & _MASK)
     return (z >> 11) * 2.0**-53
@@ -31,8 +31,8 @@ def _mix(z: int) -> int:
 def draw(logits: F32, sampling: Sampling, history: NDArray[np.int32], position: int) -> int:
     """The token at `position`, from logits `[vocab]` and the tokens before it.
 
-    Repetition penalty, then temperature (0: the largest, ties to the lowest id), top-k, top-p over what is
-    left, min-p against the largest; then the inverse of the cumulative distribution."""
+    Repetition penalty, then temperature (0: the largest, ties to the lowest id), top-k, top-p over what
+    is left, min-p against the largest; then the inverse of the cumulative distribution."""
     logits = logits.astype(np.float32)
     if sampling.repetition_penalty != 1:
         seen = np.unique(history)

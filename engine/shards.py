@@ -1,8 +1,9 @@
 """A model directory: opens the files of the units that are asked for, and only those.
 
-A device holds the files of its own layers and no others. Loading maps them (no copy, no repacking) and checks
-each against the index (size, hash) and against the program (names, shapes, types). A hash is computed once
-per file: `stamps.json` remembers size, modification time and inode of files whose hash was right."""
+A device holds the files of its own layers and no others. Loading maps them (no copy, no repacking) and
+checks each against the index (size, hash) and against the program (names, shapes, types). A hash is
+computed once per file: `stamps.json` remembers size, modification time and inode of files whose hash was
+right."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ SCALE, MIN = ".scale", ".min"
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A weight, mapped: f32 `[rows, cols]`, or packed with scales and minima (layout: quant). Read-only."""
+    """A weight, mapped: f32 `[rows, cols]`, or packed with scales and minima (layout: quant).
+    Read-only."""
 
     data: NDArray[Any]
     scales: NDArray[np.float16] | None
@@ -41,7 +43,8 @@ class Tensor:
 
 
 class Model:
-    """A model directory whose index and configuration have been read and agree. Opens weights when asked."""
+    """A model directory whose index and configuration have been read and agree. Opens weights when
+    asked."""
 
     def __init__(self, path: Path, index: Index, config: Config, digest: str, stamps: Stamps) -> None:
         self.path = path
@@ -92,8 +95,8 @@ class Model:
     def unit_weights(
         self, u: int, opened: Callable[[str], SafetensorsFile] | None = None
     ) -> dict[str, Tensor]:
-        """The weights of unit u by name, from files that `opened` gives, or mapped. ModelFileError: a file is
-        missing, truncated, altered, or does not hold what the program needs."""
+        """The weights of unit u by name, from files that `opened` gives, or mapped. ModelFileError: a
+        file is missing, truncated, altered, or does not hold what the program needs."""
         unit, entry = self.program.units[u], self.index.units[u]
         files = [(opened or self.open_file)(name) for name in entry.files]
         own = [weight for weight in unit.weights if weight.name not in unit.tied]
@@ -101,8 +104,9 @@ class Model:
         return {w.name: self._weight(files[w.name in unit.tied], w) for w in unit.weights}
 
     def fetch_ahead(self, first: int, last: int) -> None:
-        """Lets the system begin to read the files of units [first, last), in order; waits for none. No more
-        than half of the RAM that is available: further ones would push out the first before they are used."""
+        """Lets the system begin to read the files of units [first, last), in order; waits for none. No
+        more than half of the RAM that is available: further ones would push out the first before they are
+        used."""
         left = affordable()
         for name in dict.fromkeys(name for unit in self.index.units[first:last] for name in unit.files):
             left -= self.index.files[name].size
@@ -199,7 +203,8 @@ def units_of(program: Program) -> tuple[UnitEntry, ...]:
 
 
 def tensors_of(weight: Weight) -> tuple[TensorInfo, ...]:
-    """The tensors of a unit file that hold a weight: one, or packed numbers, scales and perhaps minima."""
+    """The tensors of a unit file that hold a weight: one, or packed numbers, scales and perhaps
+    minima."""
     if weight.vector:
         return (TensorInfo(weight.name, "F32", (weight.cols,)),)
     if weight.type == "f32":

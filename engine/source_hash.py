@@ -12,7 +12,8 @@ CHECKOUT_CSRC = Path(__file__).resolve().parent.parent / "csrc"
 
 
 def source_hash(csrc: Path = CHECKOUT_CSRC) -> str | None:
-    """Hex digest over every C source in `csrc` (name, size and bytes, sorted by name); None if it holds none.
+    """Hex digest over every C source in `csrc` (name, size and bytes, sorted by name); None if it holds
+    none.
 
     None is the normal answer in an installed wheel: the library came with it and cannot have gone stale.
     """

@@ -61,8 +61,8 @@ class Stage:
     """Units [first, last) of a model, ready to run batches.
 
     Any number of threads may use one stage: it does one thing at a time, and calls wait for their turn in
-    the order in which they came. A stage belongs to the process that opened it: after a fork, the child's
-    calls are refused."""
+    the order in which they came. A forked process goes on with a copy of its own, but for sequences that
+    another thread was running at the fork: in the child they are closed."""
 
     def __init__(self, model: Model, first: int, last: int, options: StageOptions = StageOptions()) -> None:
         _check_range(model, first, last)
@@ -71,7 +71,7 @@ class Stage:
         self.model, self.first, self.last, self.options, self.threads = model, first, last, options, threads
         self._sequences: dict[int, _Sequence] = {}
         self._ended: deque[int] = deque()  # sequences to be closed
-        self._calls = Calls(self._close_ended)
+        self._calls = Calls(self._close_ended, self._restart)
         self._range_lock = threading.Lock()  # for loading weights, which waits for no run
         self._states = [unit.states for unit in model.program.units]
         self._pool = PagePool(model.kv_dtype, options.kv_bytes)
@@ -242,8 +242,6 @@ class Stage:
 
     def close(self) -> None:
         """Waits for the calls that came before, ends all sequences, and gives up threads and memory."""
-        if self._calls.forked:
-            return
         with self._range_lock:
             self._calls.close(self._end)
 
@@ -344,6 +342,14 @@ class Stage:
             )
         self._calls.forget([sequence])
         return sequence
+
+    def _restart(self, lost: Sequence[int]) -> None:
+        """Threads and a workspace for a forked process, and locks that no lost thread holds."""
+        self._ended.extend(lost)
+        self._range_lock = threading.Lock()
+        self._weights.unlock()
+        self._backend = open_backend(self.options.backend, self.options.isa, self.threads)
+        self._executor = self._backend.executor(self._bound)
 
     def _close_ended(self) -> None:
         while self._ended:

@@ -1,8 +1,8 @@
 """Which files of a model directory are known to have the hash that the index gives them.
 
-A stamp is (size, modification time, inode). While it stands, a load does not read the file to hash it; when
-it changes, the file is hashed again, and refused if the hash is another. A directory that cannot be written
-keeps no stamps: its files are hashed once a process."""
+A stamp is (size, modification time, inode). While it stands, a load does not read the file to hash it;
+when it changes, the file is hashed again, and refused if the hash is another. A directory that cannot be
+written keeps no stamps: its files are hashed once a process."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Stamps:
     def check(
         self, path: Path, entry: FileEntry, *, trust: bool = True, also: Callable[[Path], None] | None = None
     ) -> None:
-        """Compares a file with the index; unless it is known and `trust`, hashes it and does what `also` must
-        be looked at. ModelFileError: missing, truncated or altered."""
+        """Compares a file with the index; unless it is known and `trust`, hashes it and does what `also`
+        must be looked at. ModelFileError: missing, truncated or altered."""
         try:
             stat = path.stat()
         except OSError as e:

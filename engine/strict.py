@@ -2,9 +2,9 @@
 dataclasses and back.
 
 The dataclass is the schema: every field must be there and no other, of the very type that is declared
-(`Annotated` adds a range or a length), finite, and no key may come twice. Anything else is a ValueError that
-says where, and so is what the dataclass itself refuses. The standard library only, so a phone needs no codec.
-"""
+(`Annotated` adds a range or a length), finite, and no key may come twice. Anything else is a ValueError
+that says where, and so is what the dataclass itself refuses. The standard library only, so a phone needs
+no codec."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ class Printable:
 
 
 def parse(body: bytes | bytearray | str) -> Any:
-    """The value that JSON text states. ValueError: no JSON, a key twice in one object, NaN or an infinity."""
+    """The value that JSON text states. ValueError: no JSON, a key twice in one object, NaN or an
+    infinity."""
     try:
         text = body if isinstance(body, str) else bytes(body).decode("utf-8")
         return json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
@@ -70,8 +71,8 @@ def decode(kind: type[T], body: bytes | bytearray) -> T:
 
 
 def convert(kind: type[T], value: Any, where: str, *, defaults: bool = False) -> T:
-    """The dataclass that a parsed value states; `where` names it in errors. `defaults`: fields that have one
-    may be left out. ValueError: anything about it that is not right."""
+    """The dataclass that a parsed value states; `where` names it in errors. `defaults`: fields that have
+    one may be left out. ValueError: anything about it that is not right."""
     result: T = _convert(kind, value, where, defaults)
     return result
 

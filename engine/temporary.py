@@ -15,8 +15,8 @@ SUFFIX = ".part"
 
 @contextmanager
 def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A directory that becomes `target` when the context ends without an error, and is removed when it does
-    not. `replace`: what has the name until then is removed afterwards."""
+    """A directory that becomes `target` when the context ends without an error, and is removed when it
+    does not. `replace`: what has the name until then is removed afterwards."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         part = _locked(target, stack)

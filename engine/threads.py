@@ -1,8 +1,8 @@
-"""The number of threads to compute with where nobody says: what `shoal profile` found fastest here, else one
-a big core.
+"""The number of threads to compute with where nobody says: what `shoal profile` found fastest here, else
+one a big core.
 
-What was found is kept in the cache directory under what it depends on: the backend, the instruction set and
-build of the C library, and the CPUs that this process may use."""
+What was found is kept in the cache directory under what it depends on: the backend, the instruction set
+and build of the C library, and the CPUs that this process may use."""
 
 from __future__ import annotations
 

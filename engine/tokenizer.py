@@ -1,6 +1,7 @@
 """Text to token ids and back; ids to text one at a time, never splitting a character.
 
-The work is done by Hugging Face's `tokenizers`, imported on first use: a node without a head needs none."""
+The work is done by Hugging Face's `tokenizers`, imported on first use: a node without a head needs
+none."""
 
 from __future__ import annotations
 
@@ -34,8 +35,8 @@ class Tokenizer:
 
     @classmethod
     def open(cls, directory: Path | str) -> Tokenizer:
-        """The tokenizer of the model directory. MissingDependencyError: no `tokenizers`; ModelFileError: the
-        model has no tokenizer, or a damaged one."""
+        """The tokenizer of the model directory. MissingDependencyError: no `tokenizers`; ModelFileError:
+        the model has no tokenizer, or a damaged one."""
         directory = Path(directory)
         index, _ = read_index(directory / "index.json")
         path = directory / TOKENIZER
@@ -59,9 +60,10 @@ class Tokenizer:
             raise ModelFileError(f"{where} is not a tokenizer that `tokenizers` reads: {e}") from e
 
     def encode(self, text: str, *, special: bool = True, control: bool = True) -> list[int]:
-        """Ids of a text. `special`: with the begin and end tokens that the model asks for (a rendered chat
-        template has its own). `control`: special tokens that are spelled in the text are recognised, as a raw
-        prompt wants; otherwise their spelling is text like any other, as for text that others wrote."""
+        """Ids of a text. `special`: with the begin and end tokens that the model asks for (a rendered
+        chat template has its own). `control`: special tokens that are spelled in the text are recognised,
+        as a raw prompt wants; otherwise their spelling is text like any other, as for text that others
+        wrote."""
         if control:
             return list(self._backend.encode(text, add_special_tokens=special).ids)
         return self.encode_where(text, self._special, never, special=special)
@@ -69,8 +71,8 @@ class Tokenizer:
     def encode_where(
         self, text: str, control: frozenset[int], genuine: Genuine, *, special: bool = False
     ) -> list[int]:
-        """Ids of a text. Each of the tokens `control`, which are added tokens, is recognised only where it is
-        `genuine`; elsewhere its spelling is text like any other."""
+        """Ids of a text. Each of the tokens `control`, which are added tokens, is recognised only where
+        it is `genuine`; elsewhere its spelling is text like any other."""
         encoding = self._backend.encode(text, add_special_tokens=False)
         spelled = {i: self._added[i] for i in control}
         if not all(genuine(*found) for found in self._twins.find(encoding, text, spelled)):
@@ -79,8 +81,8 @@ class Tokenizer:
 
     @property
     def added_tokens(self) -> dict[int, tuple[str, bool]]:
-        """Spellings of the tokens that are matched whole, before the text is cut into words, and whether each
-        is special: its id is shown to nobody."""
+        """Spellings of the tokens that are matched whole, before the text is cut into words, and whether
+        each is special: its id is shown to nobody."""
         return {i: (token.content, token.special) for i, token in self._added.items()}
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
@@ -120,10 +122,10 @@ class Tokenizer:
 class Detokenizer:
     """Ids in, text out: joined, the pieces are the decoding of all ids together.
 
-    Decoding depends on what came before (a first space is stripped, bytes join into characters), so a window
-    of recent ids is decoded with and without the new one, and the text between is what is new. It is held
-    back while it ends within a character, and within a run of byte tokens: those of sentencepiece become
-    characters together, or, if one of them fits nowhere, none of them does."""
+    Decoding depends on what came before (a first space is stripped, bytes join into characters), so a
+    window of recent ids is decoded with and without the new one, and the text between is what is new. It
+    is held back while it ends within a character, and within a run of byte tokens: those of sentencepiece
+    become characters together, or, if one of them fits nowhere, none of them does."""
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
         self._tokenizer = tokenizer

@@ -40,6 +40,10 @@ class WeightStore:
         """The units that are loaded."""
         return frozenset(self._units)
 
+    def unlock(self) -> None:
+        """Forgets who was loading: in a forked process nobody is."""
+        self._lock = threading.Lock()
+
     def load(self, first: int, last: int) -> None:
         """Loads units [first, last), but for those that are loaded. ModelFileError: a file is missing or
         not what it should be; MemoryError: there is no room. Then nothing more than before is held."""

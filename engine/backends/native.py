@@ -103,18 +103,13 @@ def pinned(cores: Collection[int]) -> Iterator[None]:
 
 
 def open_pool(threads: int) -> Any:
-    """A pool of threads in C. They end with the object, or by `ffi.release`; in a forked child, which has
-    none of them, neither waits for them. ShoalError: the system starts no more."""
-    lib, process, current = library(), os.getpid(), os.getpid
-
-    def end(pool: Any) -> None:
-        if current() == process:
-            lib.shoal_pool_close(pool)
-
+    """A pool of threads in C. They end with the object, or by `ffi.release`. ShoalError: the system starts no
+    more."""
+    lib = library()
     pool = lib.shoal_pool_open(threads)
     if pool == ffi.NULL:
         raise ShoalError(f"cannot start {threads} threads: ask for fewer with --threads")
-    return ffi.gc(pool, end)
+    return ffi.gc(pool, lib.shoal_pool_close)
 
 
 class NativeBackend:

@@ -6,6 +6,7 @@ when it is the backend."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,8 +32,10 @@ except ImportError as e:
     raise MissingDependencyError("the numba backend needs numba: pip install 'shoal[numba]'") from e
 
 
-_ONE_AT_A_TIME = threading.Lock()
-"""Some of the thread pools that Numba finds end the process when two threads use them at once."""
+_locks = [threading.Lock()]
+"""The lock of all runs: some of the thread pools that Numba finds end the process when two threads use them
+at once."""
+os.register_at_fork(after_in_child=lambda: _locks.__setitem__(0, threading.Lock()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ class NumbaExecutor(NumpyExecutor):
         cancel: NDArray[np.int32],
     ) -> Outcome:
         """See base.Executor.run."""
-        with _ONE_AT_A_TIME:
+        with _locks[0]:
             numba.set_num_threads(self._threads)  # a setting of the calling thread
             return super().run(sequences, hidden, want_logits, cancel)
 

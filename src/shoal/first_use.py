@@ -93,7 +93,7 @@ def _costs(source: str) -> Costs | None:
 def _of_config(values: Mapping[str, Any], where: str, download: int) -> Costs:
     from .engine import families
     from .engine.config import parse_config
-    from .engine.kv import page_bytes
+    from .engine.kv_page import page_bytes
     from .engine.layout import PAGE
     from .engine.program import typed
 

@@ -28,6 +28,7 @@ from .index import (
     CONFIG,
     INDEX,
     KV_DTYPES,
+    LOCAL,
     SPECIAL_TOKENS,
     TOKENIZER,
     FileEntry,
@@ -86,7 +87,7 @@ def convert(
     """Writes the model directory `target` from the checkpoint at `source`. With dtype int4 the head may
     be int8 (`head_dtype`), and groups may have minima. `kv_dtype`: f16 (f32 with dtype f32) unless given.
 
-    `origin` is what the index says of the source (default: its name); equal origins, checkpoints and
+    `origin` is what the index says of the source (default: local); equal origins, checkpoints and
     options give equal model hashes. `replace`: the new directory takes the place of one that has the
     name. `finish` is called with the directory before it gets its name. `warn` is called with each thing
     that is odd about the checkpoint and does not prevent its conversion. ShoalError: target exists.
@@ -100,7 +101,7 @@ def convert(
     kv_dtype = kv_dtype or KV_DTYPES[dtype]
     if kv_dtype not in KV_TYPES:
         raise ValueError(f"kv_dtype must be one of {', '.join(KV_TYPES)}, not {kv_dtype!r}")
-    options = _Options(dtype, head_dtype, has_min, kv_dtype, equalise, origin or source.name)
+    options = _Options(dtype, head_dtype, has_min, kv_dtype, equalise, origin or LOCAL)
     if target.exists() and not replace:
         raise ShoalError(f"{target} exists already: remove it, or choose another name")
     warn = _once(warn)

@@ -4,6 +4,7 @@ and the directory of everything that can be fetched or made again."""
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from .errors import ModelFileError
@@ -49,6 +50,19 @@ def read_text(path: Path) -> str:
         return read_bytes(path).decode("utf-8")
     except UnicodeDecodeError as e:
         raise ModelFileError(f"{path} is no UTF-8 text: {e}") from e
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file under another name first, so that nobody reads half of it. OSError: it cannot be written,
+    and nothing is left."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink()
+        raise
 
 
 def cache_directory() -> Path:

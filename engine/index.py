@@ -27,6 +27,10 @@ COMMON = "common.safetensors"
 KV_DTYPES = {"int8": "f16", "int4": "f16", "f32": "f32"}
 """Type of keys and values, by type of weights."""
 
+LOCAL = "local"
+"""What the index says of the source where that was a checkpoint on the device that converted it: no path, so
+that devices which convert the same checkpoint have equal indexes."""
+
 _MAX_INDEX = 16 << 20
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 

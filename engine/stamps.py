@@ -14,9 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from .errors import ModelFileError
+from .files import write_whole
 from .index import FileEntry
 
 STAMPS = "stamps.json"
+_PIECE = 1 << 20
 
 
 class Stamps:
@@ -66,14 +68,8 @@ class Stamps:
     def _remember(self, stamps: Mapping[str, list[object]]) -> None:
         # Another process may have added its own since: read again, so that little is lost.
         self._known = {**self._load(), **_read(self._path), **stamps}
-        part = self._path.with_name(f"{STAMPS}.{os.getpid()}.part")
-        try:
-            part.write_text(json.dumps(self._known), encoding="utf-8")
-            part.replace(self._path)
-        except OSError:
-            # A read-only or full disk: stamps only save time, and this process keeps its own.
-            with suppress(OSError):
-                part.unlink()
+        with suppress(OSError):  # on a read-only or full disk: this process keeps its own
+            write_whole(self._path, json.dumps(self._known))
 
 
 def _stamp(stat: os.stat_result, entry: FileEntry) -> list[object]:
@@ -89,10 +85,16 @@ def _read(path: Path) -> dict[str, list[object]]:
     return values if isinstance(values, dict) else {}
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal. ModelFileError: unreadable."""
+def file_sha256(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a file in hexadecimal; `progress` is called with the bytes of each piece that was read.
+    ModelFileError: unreadable."""
+    digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            while piece := file.read(_PIECE):
+                digest.update(piece)
+                if progress is not None:
+                    progress(len(piece))
+            return digest.hexdigest()
     except OSError as e:
         raise ModelFileError(f"{path} cannot be read: {e.strerror}") from e

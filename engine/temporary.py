@@ -22,10 +22,22 @@ def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
         part = _locked(target, stack)
         yield part
         part.chmod(0o755)
-        if replace and target.exists():
-            old = _made(target, stack)
-            target.rename(old)
+        if replace:
+            _put_aside(target, stack)
         part.rename(target)
+
+
+def remove_directory(path: Path) -> None:
+    """Removes a directory, in one step as far as its name is concerned. OSError: it cannot be removed."""
+    with ExitStack() as stack:
+        _put_aside(path, stack)
+
+
+def _put_aside(path: Path, stack: ExitStack) -> None:
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        path.rename(_made(path, stack))
 
 
 def remove_leavings(directory: Path, name: str | None = None) -> None:

@@ -7,11 +7,9 @@ and build of the C library, and the CPUs that this process may use."""
 from __future__ import annotations
 
 import json
-import os
-from contextlib import suppress
 from pathlib import Path
 
-from .files import cache_directory
+from .files import cache_directory, write_whole
 from .host import cpu_quota, default_threads, most_threads, usable_cpus
 
 
@@ -31,19 +29,9 @@ def keep(threads: int, backend: str, isa: str) -> bool:
     """Remembers the number that is fastest here; False if the cache directory cannot be written."""
     try:
         path = _path()
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps({**_read(), _key(backend, isa): threads}, indent=1), encoding="utf-8")
-            part.replace(path)
-        except OSError:
-            with suppress(OSError):
-                part.unlink()
-            raise
-    except (
-        OSError,
-        RuntimeError,
-    ):  # a profile is worth printing with a full disk, or without a home
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps({**_read(), _key(backend, isa): threads}, indent=1))
+    except (OSError, RuntimeError):  # a profile is worth printing with a full disk, or without a home
         return False
     return True
 

@@ -16,8 +16,8 @@ from ..errors import ModelFileError, UnsupportedModelError, Warn, ignore
 from ..files import is_inside, refuse_pointer
 from ..safetensors_file import SafetensorsFile, open_file
 from . import F32, hugging_face_chat
+from .files import INDEX, SINGLE
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _HEAD, _EMBEDDING, _PREFIX = "lm_head.weight", "model.embed_tokens.weight", "model."
 _ROWS = 1024  # rows of a table that are compared at once
 _FLOATS = ("F64", "F32", "F16", "BF16")  # F64 is rounded to f32, as transformers does

@@ -123,7 +123,7 @@ def _of_repository(source: str) -> Costs | None:
     try:
         import huggingface_hub
 
-        from .engine.checkpoint.hugging_face import INDEX
+        from .engine.checkpoint.files import INDEX
         from .hub import weight_files
 
         listed = huggingface_hub.HfApi().list_repo_tree(repository, recursive=True)

@@ -11,25 +11,12 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from .engine.checkpoint.files import BESIDE_WEIGHTS, INDEX, SINGLE
 from .engine.checkpoint.gguf_names import models_of
-from .engine.checkpoint.hugging_face import INDEX, SINGLE, shard_names
+from .engine.checkpoint.hugging_face import shard_names
 from .engine.errors import DownloadError, MissingDependencyError
 from .engine.files import is_inside
-
-_BESIDE_WEIGHTS = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.json",
-    "chat_template.jinja",
-    "additional_chat_templates/*.jinja",
-    "README.md",
-    INDEX,
-]
+from .engine.os_errors import translated
 
 
 def fetch_hugging_face(source: str) -> tuple[Path, str]:
@@ -65,7 +52,7 @@ def fetch_hugging_face(source: str) -> tuple[Path, str]:
             raise
         except Exception as e:  # without a network: of requests or of httpx, by the library's version
             unlisted = e
-        directory = snapshot(_BESIDE_WEIGHTS, None, _silent(tqdm))
+        directory = snapshot([*BESIDE_WEIGHTS], None, _silent(tqdm))
         revision = directory.name
         if listing is None:
             names = [str(path.relative_to(directory)) for path in directory.rglob("*")]
@@ -84,8 +71,21 @@ def fetch_hugging_face(source: str) -> tuple[Path, str]:
     except HFValidationError as e:
         raise DownloadError(f"hf:{repository} is no repository's name: use hf:ORG/NAME") from e
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
-        raise _failed(repository, e) from e
+        refused = translated(e) if type(e).__module__ == "builtins" else None  # the disk, not the network
+        raise refused or _failed(repository, e) from e
     return (directory / weights[0] if weights[0].endswith(".gguf") else directory), revision
+
+
+def newest_revision(source: str) -> str | None:
+    """The revision that a repository (ORG/NAME, or ORG/NAME:CHOICE) has now; None: nobody tells."""
+    try:
+        import huggingface_hub
+
+        repository = source.partition(":")[0]
+        revision = huggingface_hub.HfApi().model_info(repository, revision="main", timeout=10).sha
+    except Exception:  # no package, no network, no such repository: of requests, httpx or the library
+        return None
+    return revision if isinstance(revision, str) else None
 
 
 def _failed(repository: str, error: Exception) -> DownloadError:

@@ -18,6 +18,7 @@ from pathlib import Path
 from .engine import files
 from .engine.errors import ModelFileError, OperatingSystemError, ShoalError
 from .engine.index import INDEX
+from .engine.temporary import remove_directory
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -107,6 +108,15 @@ def resolve(name_or_path: str) -> Path:
     exists = os.path.exists(path)
     what = f"{path} is no model directory" if exists else f"there is no model {name_or_path!r}"
     raise ModelFileError(f"{what}; {here}; `shoal pull smollm2-135m` fetches a small one")
+
+
+def remove(name: str) -> None:
+    """Removes the model of that name, damaged or not. ModelFileError: there is none."""
+    path = model_path(name)
+    if not path.is_dir():
+        raise ModelFileError(f"there is no model {name!r} to remove; `shoal ls` lists those on this device")
+    with locked(name):
+        remove_directory(path)
 
 
 @contextmanager

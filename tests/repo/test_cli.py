@@ -16,7 +16,20 @@ from shoal.cli import main
 from shoal.engine.backends._abi import ffi
 from shoal.engine.errors import ContextError, ModelFileError, ShoalError
 
-COMMANDS = ["pull", "ls", "convert", "verify", "inspect", "run", "plan", "profile", "bench", "node", "demo"]
+COMMANDS = [
+    "pull",
+    "ls",
+    "rm",
+    "convert",
+    "verify",
+    "inspect",
+    "run",
+    "plan",
+    "profile",
+    "bench",
+    "node",
+    "demo",
+]
 
 
 def parse(line: str) -> argparse.Namespace:

@@ -55,7 +55,7 @@ def test_a_checkpoint_in_several_files_is_the_same(checkpoint_dir: Path) -> None
         safetensors.numpy.save_file(part, checkpoint_dir / file)
     weight_map = {name: file for file, part in parts.items() for name in part}
     (checkpoint_dir / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    convert(checkpoint_dir, checkpoint_dir / "several", origin="tiny-llama")
+    convert(checkpoint_dir, checkpoint_dir / "several")
     assert Model.open(checkpoint_dir / "several").hash == Model.open(checkpoint_dir / "one").hash
 
 

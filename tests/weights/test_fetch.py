@@ -229,7 +229,7 @@ def test_pips_configuration_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> N
         ("hf:Org/Some-Model", "int8", "some-model"),
         ("/a/b/Model Q4_K.gguf", "int8", "model-q4_k"),
         ("./dir/", "f32", "dir-f32"),
-        ("..", "int8", "model"),
+        ("/", "int8", "model"),
         ("smollm2-135m", "int4", "smollm2-135m-int4"),
         ("/m/Some Model-00001-of-00003.gguf", "int8", "some-model"),
         ("hf:Org/Name:Q4_K_M", "int8", "name-q4_k_m"),
@@ -242,7 +242,7 @@ def test_default_names(source: str, dtype: str, name: str) -> None:
 
 def test_a_local_directory_is_pulled_under_a_name(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pull", str(TINY), "--name", "mine"]) == 0
-    assert Model.open(store.resolve("mine")).index.source == "tiny-llama"
+    assert Model.open(store.resolve("mine")).index.source == "local"
     assert main(["verify", "mine"]) == 0
     assert "all 7 files are as the index says" in capsys.readouterr().out
     assert main(["pull", str(TINY), "--name", "../mine"]) == 1
@@ -360,7 +360,8 @@ def test_a_name_that_another_source_has_is_not_given_its_model(
 ) -> None:
     for folder in ("first", "second"):
         shutil.copytree(TINY, tmp_path / folder)
+    (tmp_path / "second" / "README.md").write_text("another")
     assert main(["pull", str(tmp_path / "first"), "--name", "mine"]) == 0
     assert main(["pull", str(tmp_path / "first"), "--name", "mine"]) == 0
     assert main(["pull", str(tmp_path / "second"), "--name", "mine"]) == 1
-    assert "came from first" in capsys.readouterr().err
+    assert f"is taken by a model made from {tmp_path / 'first'}: " in capsys.readouterr().err

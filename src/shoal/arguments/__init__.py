@@ -7,7 +7,7 @@ import argparse
 
 from .. import __version__
 from .bench import bench
-from .models import convert, inspect, ls, pull, verify
+from .models import convert, inspect, ls, pull, rm, verify
 from .node import demo, node
 from .parser import Parser
 from .plan import plan, profile
@@ -25,6 +25,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"shoal {__version__}")
     add_traceback(parser, default=False, text="on an error show where in the code it arose")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", parser_class=Parser)
-    for add in (pull, ls, convert, verify, inspect, run, plan, profile, bench, node, demo):
+    for add in (pull, ls, rm, convert, verify, inspect, run, plan, profile, bench, node, demo):
         add(commands)
     return parser

@@ -1,4 +1,4 @@
-"""Models on this device: `pull`, `ls`, `convert`, `verify`, `inspect`."""
+"""Models on this device: `pull`, `ls`, `rm`, `convert`, `verify`, `inspect`."""
 
 from pathlib import Path
 
@@ -24,6 +24,16 @@ def pull(commands: Commands) -> None:
 
 def ls(commands: Commands) -> None:
     command(commands, "ls", "list the models on this device, and where they are kept")
+
+
+def rm(commands: Commands) -> None:
+    parser = command(
+        commands,
+        "rm",
+        "remove models from this device",
+        "What was fetched to make them stays; `ls` shows it.",
+    )
+    parser.add_argument("names", metavar="NAME", nargs="+", help="a name from `shoal ls`")
 
 
 def convert(commands: Commands) -> None:

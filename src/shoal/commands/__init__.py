@@ -7,6 +7,7 @@ command raises ShoalError for anything the user can mend; the command line print
     pull      source: str, dtype: "int8"|"int4"|"f32", head_dtype: "int8"|"int4"|None, has_min: bool,
               kv_dtype: "f32"|"f16"|"int8"|None, name: str|None
     ls        (nothing)
+    rm        names: list[str]
     convert   source: Path, destination: Path, equalise: bool, dtype, head_dtype, has_min, kv_dtype as for
               pull
     verify    model: str

@@ -8,7 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..engine.errors import ShoalError
-from ..engine.index import INDEX, read_index
+from ..engine.index import INDEX, LOCAL, Index, read_index
+from ..origin import read_origin
 from ..store import downloads_directory, models_directory, names
 from ..text_table import table
 
@@ -18,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"models in {models_directory()}")
     rows = [_row(name) for name in names()]
     if rows:
-        print(table(("name", "weights", "MB", "family", "source", "license"), rows))
+        print(table(("name", "weights", "MB", "family", "origin", "license"), rows))
     else:
         print("none yet: `shoal pull smollm2-135m` fetches a small one")
     downloads = downloads_directory()
@@ -43,4 +44,10 @@ def _row(name: str) -> tuple[str, ...]:
     except ShoalError as e:
         return name, "?", "", "", str(e), ""
     size = len(data) + sum(entry.size for entry in index.files.values())
-    return name, index.dtype, f"{size / 1e6:.1f}", index.family, index.source, index.license or ""
+    return name, index.dtype, f"{size / 1e6:.1f}", index.family, _origin(name, index), index.license or ""
+
+
+def _origin(name: str, index: Index) -> str:
+    """What the index says, which has the revision too; of a local checkpoint its path."""
+    origin = read_origin(models_directory() / name, index)
+    return index.source if origin is None or index.source != LOCAL else origin.where

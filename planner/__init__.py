@@ -3,18 +3,18 @@
 Plain rows only: nothing of the engine or the network is imported here, and no third-party package until a
 MILP is really solved, so that a phone can plan with the standard library alone.
 
-    rows        what is asked: units, devices, links, workload, constraints; and assignments
-    cost        every formula of the cost model
-    streams     one walker of messages along a chain: concurrent sequences, first token
-    tables      the cost model in the shape that searches step through
-    search      exact for a given order, exact over the orders of a few devices, a good order of many
-    milp        exact over orders and layers with PuLP
-    solve       plan(): picks the search and judges what it finds; explain: why, in words
-    evaluation  plans: the figures of given stages
-    moves       which one boundary should move
+    rows         what is asked: units, devices, links, workload, constraints; and assignments
+    cost         every formula of the cost model
+    streams      one walker of messages along a chain: concurrent sequences, first token
+    tables       the cost model in the shape that searches step through
+    search       exact for a given order or over the orders of a few devices; a good order of many
+    milp         exact over orders and layers with PuLP
+    solve        plan(): picks the search, judges what it finds, and says why in words
+    evaluation   plans: the figures of given stages
+    moves        which one boundary should move
 
-What only a coordinator needs is imported when it is first asked for: a node, which only follows its own pace,
-keeps 3 MB for layers.
+What only a coordinator needs is imported when first asked for: a node, which follows its own pace, saves 3
+MB.
 """
 
 from importlib import import_module
@@ -34,29 +34,26 @@ from .rows import (
     Question,
     Unit,
     Workload,
-    refreshed_factor,
 )
 
 if TYPE_CHECKING:
     from .evaluation import Alone, Hop, Infeasible, Plan, PlannedStage, Reason, evaluate
-    from .explain import units_text
     from .milp import SolverMissing
     from .moves import Move, best_move
-    from .solve import plan
+    from .solve import plan, units_text
 
 _LATE = {
     "evaluation": ("Alone", "Hop", "Infeasible", "Plan", "PlannedStage", "Reason", "evaluate"),
-    "explain": ("units_text",),
     "milp": ("SolverMissing",),
     "moves": ("Move", "best_move"),
-    "solve": ("plan",),
+    "solve": ("plan", "units_text"),
 }
 _MODULES = {name: module for module, names in _LATE.items() for name in names}
 
 __all__ = [
     "Alone", "Assignment", "Cluster", "Constraints", "Device", "Hop", "Infeasible", "LinkSpeed", "ModelCosts",
     "Move", "Objective", "Plan", "PlannedStage", "Question", "Reason", "SolverMissing", "Unit", "Workload",
-    "best_move", "evaluate", "plan", "refreshed_factor", "units_text",
+    "best_move", "evaluate", "plan", "units_text",
 ]  # fmt: skip
 
 

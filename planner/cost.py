@@ -1,11 +1,11 @@
-"""The cost model: every formula once. The searches, the reports, the walker and a node that watches its own
-pace all read these functions.
+"""The cost model: every formula once. Searches, reports, the walker and a node that watches its own pace read
+them.
 
-A unit takes the longer of reading its weights and computing its matmuls, and then its attention takes the
-longer of reading the state and computing; a stage is its units plus a fixed overhead a call; a hop is a
-latency plus bytes over a rate. RAM is weights, state, workspace and the process itself. Sums over units are
-plain, so a stage's time is additive in its units: the searches rely on that, and on a longer range never
-taking less RAM or time than a range inside it. docs/planner.md has the formulas with their reasons.
+A unit takes the longer of reading its weights and computing its matmuls, and then its attention the longer of
+reading the state and computing; a stage is its units plus a fixed overhead a call; a hop is a latency plus
+bytes over a rate. RAM is weights, state, workspace and the process itself. Sums over units are plain: the
+searches rely on that, and on a longer range never taking less RAM or time than one inside it. docs/planner.md
+has the reasons.
 """
 
 import math

@@ -115,30 +115,24 @@ def check_stages(question: Question, stages: Sequence[Assignment]) -> None:
         question.cluster.device(name)
 
 
-@dataclass(frozen=True, slots=True)
-class _Timing:
-    """Seconds of a decode call of `batch` rows along a chain, and of a token."""
-
-    batch: int
-    stages: tuple[float, ...]
-    hops: tuple[Hop, ...]
-    token: float
-
-
-def _timing(question: Question, stages: Sequence[Assignment], follower: Follower) -> _Timing:
+def _timing(
+    question: Question, stages: Sequence[Assignment], follower: Follower
+) -> tuple[float, int, list[float], list[Hop]]:
+    """Seconds of a token; and of one decode call along the chain, its rows, each stage's seconds and each
+    hop. ValueError: a link is not there."""
     links = cost.chain_hops(question.model, question.cluster, stages)
     steady = follower.steady(stages) if question.shares_calls else None
     batch = 1 if steady is None else max(1, round(max(steady.rows)))
     alone = len(stages) == 1 and not any(cost.hop_seconds(link, size) for link, size in links)
     pauses, depth = steady is None and not alone, question.workload.decode_depth
     costs = [follower.cost(stage) for stage in stages]
-    seconds = tuple(one.decode_seconds(batch, depth) + (one.pause if pauses else 0.0) for one in costs)
-    hops = tuple(
+    seconds = [one.decode_seconds(batch, depth) + (one.pause if pauses else 0.0) for one in costs]
+    hops = [
         Hop(cost.hop_seconds(link, size * batch), cost.link_busy_seconds(link, size * batch), size)
         for link, size in links
-    )
+    ]
     lap = sum(seconds) + sum(hop.seconds for hop in hops)
-    return _Timing(batch, seconds, hops, lap if steady is None else steady.seconds)
+    return (lap if steady is None else steady.seconds), batch, seconds, hops
 
 
 def token_seconds(question: Question, stages: Sequence[Assignment], follower: Follower) -> float:
@@ -146,7 +140,7 @@ def token_seconds(question: Question, stages: Sequence[Assignment], follower: Fo
     ValueError: a link is not there."""
     if question.objective == "first_token":
         return follower.first_token(stages)
-    return _timing(question, stages, follower).token
+    return _timing(question, stages, follower)[0]
 
 
 def evaluate(question: Question, stages: Sequence[Assignment], follower: Follower | None = None) -> Plan:
@@ -158,7 +152,7 @@ def evaluate(question: Question, stages: Sequence[Assignment], follower: Followe
     check_stages(question, stages)
     model, cluster, load = question.model, question.cluster, question.workload
     follower = follower or Follower(question)
-    times = _timing(question, stages, follower)
+    token, batch, seconds, hops = _timing(question, stages, follower)
 
     def planned(stage: Assignment, seconds: float, hop: Hop) -> PlannedStage:
         device = cluster.device(stage.device)
@@ -169,13 +163,13 @@ def evaluate(question: Question, stages: Sequence[Assignment], follower: Followe
         objective=question.objective,
         streams=load.streams,
         units=len(model.units),
-        stages=tuple(map(planned, stages, times.stages, times.hops)),
-        back=times.hops[-1],
-        step_seconds=times.token,
-        tokens_per_s=cost.per_second(times.token),
+        stages=tuple(map(planned, stages, seconds, hops)),
+        back=hops[-1],
+        step_seconds=token,
+        tokens_per_s=cost.per_second(token),
         first_token_seconds=follower.first_token(stages),
         alone=tuple(_alone(question, device.name, follower) for device in cluster.devices),
-        batch=times.batch,
+        batch=batch,
     )
 
 
@@ -185,7 +179,7 @@ def _alone(question: Question, name: str, follower: Follower) -> Alone:
     ram = cost.range_ram_bytes(model, device, question.workload, 0, units)
     missing = max(0, ram - device.ram_bytes)
     try:
-        token = _timing(question, [Assignment(name, 0, units)], follower).token
+        token = _timing(question, [Assignment(name, 0, units)], follower)[0]
     except ValueError:  # no way from the coordinator or back
         return Alone(name, None, ram, missing)
     return Alone(name, cost.per_second(token), ram, missing)

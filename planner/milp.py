@@ -1,18 +1,13 @@
-"""The exact plan over devices, their order and their layers, as a mixed-integer linear program in PuLP.
+"""The exact plan over devices, their order and their layers, as a mixed-integer linear program in PuLP
+(imported when a problem is solved, not before: phones plan without it). Costs and room come from the tables
+of the other searches.
 
 Where layers are alike, a device needs only a *number* of layers, and eight devices solve in milliseconds
-(`_Counts`). Where they are not, one binary says for each device and range of units that fits whether the
-device holds it, and one for each pair and boundary whether a chain passes there: a path through a graph that
-never goes back, which each device joins once (`_Path`). All costs and room come from the same tables as the
-other searches'.
-
-What is known already bounds the problem: no chain counts that does not better it. For throughput that bound
-stands in for the busiest resource, which is no variable: the quickest lap in which all resources keep within
-the bound is a new bound, until there is none. Each of those few problems solves like one for latency, where
-one with the variable, whose relaxation splits layers to make resources equal, took ten times as long at
-worst.
-
-PuLP is imported when a problem is solved, not before: phones plan without it.
+(`_Counts`). Where they are not, a chain is a path along ranges of units that devices hold (`_Path`). What is
+known already bounds the problem: no chain counts that does not better it. For throughput that bound replaces
+the busiest resource: the quickest lap in which all resources keep within the bound is a new bound, until
+there is none. Each of those few problems solves like one for latency, where one with a variable for the
+busiest resource, whose relaxation splits layers to make resources equal, took ten times as long at worst.
 """
 
 import importlib
@@ -119,12 +114,10 @@ def best_chain(
     devices: Sequence[int],
     solver: Solver,
     *,
-    ordered: bool = False,
     known: Chain | None = None,
     time_limit: float = 60.0,
 ) -> tuple[Chain | None, bool]:
-    """The best chain over `devices` in any order (or in the given order, any left out), and whether that is
-    proved.
+    """The best chain over `devices` in any order, and whether that is proved.
 
     `known`: a chain to be bettered, and the answer where none does. Gap 0; after `time_limit` seconds the
     best so far, unproved. (None, True): there is no chain.
@@ -137,7 +130,7 @@ def best_chain(
         if best is not None:
             bound = search.value(tables, best) * BETTER
         left = max(0.0, until - time.monotonic())
-        chain, proved = _solve(tables, devices, solver, ordered, bound, left)
+        chain, proved = _solve(tables, devices, solver, bound, left)
         if chain is None:
             return best, proved
         lap, busiest = search.parts(tables, chain)
@@ -151,19 +144,14 @@ def best_chain(
 
 
 def _solve(
-    tables: TimeTables,
-    devices: Sequence[int],
-    solver: Solver,
-    ordered: bool,
-    bound: float,
-    time_limit: float,
+    tables: TimeTables, devices: Sequence[int], solver: Solver, bound: float, time_limit: float
 ) -> tuple[Chain | None, bool]:
     """The best chain of a value below `bound`, or that with the quickest lap of those; and whether that, or
     that there is none, is proved."""
     pulp, goal = solver.pulp, tables.goal
     if goal.objective == "throughput" and bound < INF:
         tables = tables.within(bound * goal.batch)
-    program = (_Counts if tables.alike else _Path)(tables, devices, pulp, ordered, bound)
+    program = (_Counts if tables.alike else _Path)(tables, devices, pulp, bound)
     try:
         status = program.problem.solve(solver.make(time_limit))
     except pulp.PulpSolverError as error:
@@ -178,12 +166,8 @@ def _solve(
 class _Program:
     """One problem: what its formulations share."""
 
-    def __init__(
-        self, tables: TimeTables, devices: Sequence[int], pulp: Any, ordered: bool, bound: float
-    ) -> None:
+    def __init__(self, tables: TimeTables, devices: Sequence[int], pulp: Any, bound: float) -> None:
         self.tables, self.devices, self.pulp, self.bound = tables, devices, pulp, bound
-        self.place = {j: at for at, j in enumerate(devices)} if ordered else dict.fromkeys(devices, 0)
-        self.ordered = ordered
         self.problem = pulp.LpProblem("plan", pulp.LpMinimize)
         self.add = _adder(self.problem, pulp)
         self.terms: list[Any] = []  # of the lap, each scaled
@@ -207,10 +191,6 @@ class _Program:
 
     def on(self, variable: Any) -> bool:
         return bool(round(variable.value()))
-
-    def follows(self, i: int, j: int) -> bool:
-        """Whether j may come after i in the chain, however far."""
-        return i != j and (not self.ordered or self.place[i] < self.place[j])
 
     def cost(self, seconds: float, taken: float, used: Any) -> None:
         """What an expression of 0 or 1 adds to the lap, and takes of a resource of its own."""
@@ -258,30 +238,18 @@ class _Counts(_Program):
             assert hop is not None and taken is not None, "arcs are made only where there is a link"
             self.cost(hop[ANY], taken[ANY], arc)
 
-    def _most_layers(self, j: int, first: bool, last: bool) -> int:
-        """How many layers device j has room for, beside the embedding (first) or the LM head (last); -1: not
-        even those.
-
-        Read off the same windows as the DP's; more layers never take less room.
-        """
-        units, fit = self.tables.units, self.tables.first_fit[j]
-        if last:
-            return units - 1 - max(1, fit[units]) if fit[units] < units else -1
-        if first:
-            return max((c for c in range(1, units) if fit[c] == 0), default=0) - 1
-        return max((c - max(1, fit[c]) for c in range(2, units)), default=0)
-
     def _roles(self) -> None:
-        sum_of, problem = self.pulp.lpSum, self.problem
+        sum_of, problem, units = self.pulp.lpSum, self.problem, self.tables.units
         self.first, self.middle, self.last, self.sole, self.count = {}, {}, {}, {}, {}
-        for j in self.devices:
-            room_first = self._most_layers(j, True, False)
-            room_last = self._most_layers(j, False, True)
-            room = self._most_layers(j, False, False)
+        for j, fit in ((j, self.tables.first_fit[j]) for j in self.devices):
+            # How many layers there is room for: beside the embedding or the LM head, -1 if not even for that.
+            room_first = max((c - 1 for c in range(1, units) if fit[c] == 0), default=-1)
+            room_last = units - 1 - max(1, fit[units]) if fit[units] < units else -1
+            room = max((c - max(1, fit[c]) for c in range(2, units)), default=0)
             self.first[j] = self.binary(f"first_{j}", room_first >= 0)
             self.last[j] = self.binary(f"last_{j}", room_last >= 0)
             self.middle[j] = self.binary(f"middle_{j}", room >= 1)
-            self.sole[j] = self.binary(f"sole_{j}", self.tables.first_fit[j][self.tables.units] == 0)
+            self.sole[j] = self.binary(f"sole_{j}", fit[units] == 0)
             self.count[j] = self.add(
                 f"layers_{j}", 0, max(0, room_first, room_last, room), self.pulp.LpInteger
             )
@@ -308,7 +276,7 @@ class _Counts(_Program):
             for j in self.devices:
                 hop = self.tables.lap.hop[i][j]
                 # Cuts are alike, so one boundary tells whether the link is there and quick enough.
-                if hop is None or hop[ANY] == INF or not self.follows(i, j):
+                if hop is None or hop[ANY] == INF or i == j:
                     continue
                 self.arc[i, j] = self.binary(f"arc_{i}_{j}")
                 flow[i, j] = self.add(f"flow_{i}_{j}", 0, self.layers)
@@ -372,7 +340,7 @@ class _Path(_Program):
         for i, c in ends:
             for j in self.devices:
                 hop, taken = tables.lap.hop[i][j], tables.busy.hop[i][j]
-                if (j, c) not in starts or not self.follows(i, j) or hop is None or taken is None:
+                if (j, c) not in starts or i == j or hop is None or taken is None:
                     continue
                 if hop[c] < INF:
                     passes = self.binary(f"hop_{i}_{j}_{c}")

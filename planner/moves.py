@@ -1,10 +1,6 @@
 """Which one boundary should move: a few layers from a stage to its neighbour, by the same cost model as
-plans.
-
-Pure: whoever sees the cluster at work asks, with a question whose devices and links are as measured now
-(refresh) and whose workload has the depth that the sequences have, and weighs the gain against the bytes that
-must travel.
-"""
+plans. Whoever sees the cluster at work asks, with devices and links as measured now (net/pace.py) and a
+workload of the depth that the sequences have, and weighs the gain against the bytes that must travel."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,15 +1,14 @@
-"""The planner's rows: what it is asked. Units, devices, links, a workload, constraints, and the question that
-holds them all; and assignments, of which an answer is made (plans are in evaluation.py).
+"""The planner's rows: what it is asked, and assignments (plans are in evaluation.py).
 
-Frozen, plain, and checked when made: a row that exists is a row that can be planned with. Devices and links
-are the same rows from the measurement through the network to the plan, so the checks also bound what a
-stranger may send. Ranges of units are half-open. Bytes are whole bytes, times are seconds, rates are per
-second; a MAC is one multiply-accumulate.
+Frozen, plain, and checked when made: a row that exists can be planned with. Devices and links are the same
+rows from the measurement through the network to the plan, so the checks also bound what a stranger may send.
+Ranges of units are half-open; bytes are whole, times in seconds, rates per second; a MAC is one
+multiply-accumulate.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -21,8 +20,6 @@ MOST_SECONDS = 1e9
 SLOWEST, FASTEST = 1e-3, 1e18  # rates
 MOST_ROWS = 4096  # of one call
 MOST_RATES = 64  # row counts at which a device was measured
-WEIGHT = 0.1  # of one measurement of something at work: about the last twenty count
-MOST_CHANGE = 4.0  # times quicker or slower that one such measurement may look
 
 
 def check_whole(what: str, value: object, least: int = 0, most: int = MOST_BYTES) -> None:
@@ -33,30 +30,30 @@ def check_whole(what: str, value: object, least: int = 0, most: int = MOST_BYTES
         raise ValueError(f"{what} is larger than {most}")
 
 
-def check_real(what: str, value: object, *, above: float = -math.inf, most: float = math.inf) -> None:
-    """A finite number (no bool), > `above` and <= `most`."""
+def check_real(what: str, value: object, *, above: float = -math.inf, least: float = -math.inf) -> float:
+    """A finite number (no bool), > `above` and >= `least`."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise ValueError(f"{what} must be a number, not {value!r:.60}")
     if not math.isfinite(value):
         raise ValueError(f"{what} must be finite, not {value!r}")
     if value <= above:
         raise ValueError(f"{what} must be > {above:g}, not {value!r:.60}")
-    if value > most:
-        raise ValueError(f"{what} is larger than {most:g}")
+    if value < least:
+        raise ValueError(f"{what} must be >= {least:g}, not {value!r:.60}")
+    return value
 
 
 def check_seconds(what: str, value: object) -> None:
     """A number within [0, MOST_SECONDS]."""
-    check_real(what, value, most=MOST_SECONDS)
-    if value < 0:  # type: ignore[operator]
-        raise ValueError(f"{what} must be >= 0, not {value!r:.60}")
+    if check_real(what, value, least=0) > MOST_SECONDS:
+        raise ValueError(f"{what} is larger than {MOST_SECONDS:g}")
 
 
 def check_rate(what: str, value: object) -> None:
     """A number > 0 within [SLOWEST, FASTEST]."""
-    check_real(what, value, above=0, most=FASTEST)
-    if value < SLOWEST:  # type: ignore[operator]
-        raise ValueError(f"{what} must be >= {SLOWEST:g}, not {value!r:.60}")
+    check_real(what, value, above=0)
+    if check_real(what, value, least=SLOWEST) > FASTEST:
+        raise ValueError(f"{what} is larger than {FASTEST:g}")
 
 
 def check_name(what: str, value: object) -> None:
@@ -151,29 +148,6 @@ class Device:
             check_seconds(f"device {self.name}: {key}", getattr(self, key))
         _check_row_rates(f"device {self.name}", self.row_rates)
 
-    def slowed(self, factor: float) -> "Device":
-        """The device with everything it does taking `factor` times as long (below 1: quicker): one that gets
-        hot, or shares its cores, is slower in all it does. ValueError: a factor that is not above 0."""
-        check_real(f"the slow factor of {self.name}", factor, above=0)
-
-        def slower(rate: float) -> float:
-            return _within(rate / factor) if rate < FASTEST else FASTEST  # the latter was never measured
-
-        return replace(
-            self,
-            read_bytes_per_s=slower(self.read_bytes_per_s),
-            macs_per_s=slower(self.macs_per_s),
-            step_overhead_s=min(MOST_SECONDS, self.step_overhead_s * factor),
-            idle_overhead_s=min(MOST_SECONDS, self.idle_overhead_s * factor),
-            row_rates=tuple((rows, slower(rate)) for rows, rate in self.row_rates),
-            attend_macs_per_s=slower(self.attend_macs_per_s),
-            prefill_attend_macs_per_s=slower(self.prefill_attend_macs_per_s),
-        )
-
-
-def _within(rate: float) -> float:
-    return min(FASTEST, max(SLOWEST, rate))
-
 
 @dataclass(frozen=True, slots=True)
 class LinkSpeed:
@@ -189,33 +163,6 @@ class LinkSpeed:
         if self.bytes_per_s != math.inf:
             check_rate("a link's bytes_per_s", self.bytes_per_s)
         check_seconds("a link's latency_p95_s", self.latency_p95_s)
-
-    def refreshed(self, size: int, measured_s: float) -> "LinkSpeed":
-        """The link after a message of `size` bytes that took `measured_s` (see refreshed_factor). Latency and
-        rate share the blame by their parts in what was expected, so a small message moves the one and a large
-        one the other; the spread of the latency moves with it. ValueError: a time that is not above 0."""
-        check_real("the measured hop", measured_s, above=0)
-        busy = size / self.bytes_per_s
-        expected = self.latency_s + busy
-        if expected == 0:
-            return replace(self, latency_s=WEIGHT * measured_s)
-        change, share = refreshed_factor(1.0, expected, measured_s) - 1, busy / expected
-        later, rate = 1 + (1 - share) * change, self.bytes_per_s / (1 + share * change)
-        return LinkSpeed(
-            min(MOST_SECONDS, self.latency_s * later),
-            rate if rate == math.inf else _within(rate),
-            min(MOST_SECONDS, self.latency_p95_s * later),
-        )
-
-
-def refreshed_factor(factor: float, expected_s: float, measured_s: float) -> float:
-    """The factor by which something takes longer than its row says, after it took `measured_s` where the row
-    says `expected_s`: an exponentially weighted mean, in which a hiccup counts no more than MOST_CHANGE.
-    ValueError: values that are not above 0."""
-    for what, value in (("factor", factor), ("expected time", expected_s), ("measured time", measured_s)):
-        check_real(f"the {what}", value, above=0)
-    ratio = min(MOST_CHANGE, max(1 / MOST_CHANGE, measured_s / (factor * expected_s)))
-    return factor * (1 + WEIGHT * (ratio - 1))
 
 
 LOOPBACK = LinkSpeed(0.0, math.inf)

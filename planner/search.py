@@ -1,10 +1,7 @@
-"""The searches that need no solver and no third-party package. Exact for a given order of devices, each free
-to be left out; exact over all orders of a few devices; local search over the orders of many.
-
-`cheapest` and `cheapest_any_order` find the least sum of stages and hops. `best_chain` finds the least of a
-goal that also looks at the busiest resource, by searching for the limit on resources under which the cheapest
-chain is best.
-"""
+"""The searches that need no solver: exact for a given order of devices, each free to be left out; exact over
+all orders of a few devices; local search over the orders of many. `cheapest` and `cheapest_any_order` find
+the least sum of stages and hops; `best_chain` the least of a goal that also looks at the busiest resource, by
+searching for the limit on resources under which the cheapest chain is best."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -151,24 +148,14 @@ def best_chain(tables: TimeTables, search: Search) -> tuple[Chain | None, bool]:
     return _trade(tables, free, search)
 
 
-class _Best:
-    """The best chain so far; of equal ones that with the quicker lap."""
+def _better(tables: TimeTables, best: Chain, other: Chain | None) -> Chain:
+    """The better of two chains; of equal ones that with the quicker lap."""
 
-    def __init__(self, tables: TimeTables, chain: Chain) -> None:
-        self._tables, self.chain = tables, chain
-        self._rank = self._ranked(chain)
+    def rank(chain: Chain) -> tuple[float, float]:
+        lap, busiest = parts(tables, chain)
+        return tables.goal.value(lap, busiest), lap
 
-    @property
-    def value(self) -> float:
-        return self._rank[0]
-
-    def offer(self, chain: Chain | None) -> None:
-        if chain is not None and self._ranked(chain) < self._rank:
-            self.chain, self._rank = chain, self._ranked(chain)
-
-    def _ranked(self, chain: Chain) -> tuple[float, float]:
-        lap, busiest = parts(self._tables, chain)
-        return self._tables.goal.value(lap, busiest), lap
+    return best if other is None or rank(best) <= rank(other) else other
 
 
 def _least_period(tables: TimeTables, free: Chain, search: Search) -> Chain:
@@ -180,44 +167,40 @@ def _least_period(tables: TimeTables, free: Chain, search: Search) -> Chain:
     if busiest <= lap / calls:
         return free
     limits = tables.limits(lap / calls, busiest)
-    best = _Best(tables, free)
+    best = free
     low, high = 0, len(limits) - 2  # the last is `free` itself
     while low <= high:
         middle = (low + high) // 2
         chain = search(tables.within(limits[middle]))
-        best.offer(chain)
+        best = _better(tables, best, chain)
         if chain is not None and chain.total / calls <= limits[middle]:
             high = middle - 1
         else:
             low = middle + 1
-    return best.chain
+    return best
 
 
 def _trade(tables: TimeTables, free: Chain, search: Search) -> tuple[Chain, bool]:
     """Down the trade-off of lap and busiest resource: each next chain has the quickest lap of all whose
     resources are quicker than those of the chain before, until a lap alone takes as long as the best."""
-    best, at = _Best(tables, free), free
+    best = at = free
     for _ in range(TRADES):
         lap, busiest = parts(tables, at)
-        if lap >= best.value * (1 - SAME):
-            return best.chain, True
+        if lap >= value(tables, best) * (1 - SAME):
+            return best, True
         following = search(tables.within(busiest * (1 - SAME)))
         if following is None:
-            return best.chain, True
-        best.offer(following)
+            return best, True
+        best = _better(tables, best, following)
         at = following
-    return best.chain, False
+    return best, False
 
 
 # Over orders.
 
 
 def search_orders(
-    tables: TimeTables,
-    devices: Sequence[int],
-    *,
-    exact_devices: int = EXACT_DEVICES,
-    trials: int = TRIALS,
+    tables: TimeTables, devices: Sequence[int], *, exact_devices: int = EXACT_DEVICES, trials: int = TRIALS
 ) -> tuple[Chain | None, bool]:
     """The best chain over orders, and whether it is proved best: exact up to `exact_devices`, else by local
     search."""

@@ -3,12 +3,10 @@ concurrent sequences settle to, and when the first token of a prompt is there. p
 and the simulator of bench/ adds requests that come and devices that change.
 
 A stage that is free takes what waits as one call and waits for nobody; a link carries one message at a time.
-So concurrent sequences form groups that split where a stage is idle and merge where one is busy, and no
-formula of a lap and a busiest resource says where that ends. It is simple to follow, though: nobody
-overtakes, so it soon repeats itself, and one repetition is the answer.
-
-A message is queued at its receiver at once, with the time when it arrives: queues stay in order, since each
-has one sender, and the heap holds one event per call instead of one per message.
+So sequences form groups that split where a stage is idle and merge where one is busy, and no formula says
+where that ends. Following them does: nobody overtakes, so it soon repeats itself, and one repetition is the
+answer. A message is queued at its receiver at once, with its arrival: the heap holds one event per call, not
+one per message.
 """
 
 import heapq
@@ -53,22 +51,17 @@ class Way:
 
 class Walker:
     """Messages on their way through a chain; a subclass says what happens when one is `returned`. Times in
-    seconds. `idle_since`: stages have been idle since then; `most`: steps of one call; `chunk_rows`: prompt
-    rows of one call, where chunks of several sequences wait."""
+    seconds. `idle_since`: stages have been idle since then; `most`: steps of one call."""
 
-    def __init__(
-        self, way: Way, idle_since: float = 0.0, most: int = CALL_STEPS, chunk_rows: int = 128
-    ) -> None:
+    def __init__(self, way: Way, idle_since: float = 0.0, most: int = CALL_STEPS) -> None:
         count = len(way.stages)
         self.stages = list(way.stages)
-        self._latency, self._busy = way.latency, way.busy
-        self._most, self._chunk_rows = most, chunk_rows
+        self._latency, self._busy, self._most = way.latency, way.busy, most
         self.arrivals: list[deque[float]] = [deque() for _ in range(count)]  # of what waits at each stage
         self.waiting: list[deque[Message]] = [deque() for _ in range(count)]
         self.free = [idle_since] * count
         self.link_free = [0.0] * (count + 1)
         self._scheduled = [False] * count
-        self._chunks = [0] * count  # parts of prompts, in each queue
         self._heap: list[tuple[float, int, int]] = []
         self._count = 0
 
@@ -85,11 +78,9 @@ class Walker:
         arrive = self.arrivals[to].append
         if not self._scheduled[to]:
             self._schedule(max(start + messages[0][0] * busy + latency, self.free[to]), to)
-        for rows, _, wants, _ in messages:
-            start += rows * busy
+        for message in messages:
+            start += message[0] * busy
             arrive(start + latency)
-            if rows > 1 or not wants:
-                self._chunks[to] += 1
         self.waiting[to].extend(messages)
         self.link_free[to] = start
 
@@ -99,26 +90,20 @@ class Walker:
         heapq.heappush(self._heap, (when, self._count, at))
 
     def call(self) -> tuple[int, float, float, Sequence[Message]]:
-        """The next call: a stage takes what is there. Which stage, from when to when, and what it took. The
-        inner loop."""
+        """The next call: which stage, from when to when, and what it took. The inner loop."""
         now, _, at = heapq.heappop(self._heap)
-        arrivals, waiting, times = self.arrivals[at], self.waiting[at], self.stages[at]
-        taken: list[Message]
-        if self._chunks[at]:
-            taken = self._take(at, now)
-            seconds = times.call_seconds([message[:3] for message in taken])
-        else:
-            taken, depth, most = [], 0, self._most
-            while arrivals and arrivals[0] <= now and len(taken) < most:
-                arrivals.popleft()
-                message = waiting.popleft()
-                depth += message[1]
-                taken.append(message)
-            seconds = times.rows[len(taken)] + depth * times.position
+        times, arrivals, taken = self.stages[at], self.arrivals[at], self.take(at, now)
         if not taken:  # what it was to take never left a device that has died
             self._scheduled[at] = False
             return at, now, now, taken
-        done = now + seconds
+        depth, decoding = 0, True
+        for rows, first, wants, _ in taken:
+            depth += first
+            decoding = decoding and rows == 1 and wants
+        if decoding:
+            done = now + times.rows[len(taken)] + depth * times.position
+        else:
+            done = now + times.call_seconds([message[:3] for message in taken])
         if now - self.free[at] > PAUSE_SECONDS:
             done += times.pause
         self.free[at] = done
@@ -133,27 +118,13 @@ class Walker:
             self._give_back(taken, done)
         return at, now, done, taken
 
-    def _take(self, at: int, now: float) -> list[Message]:
-        """What goes into one call where parts of prompts wait: one step of each sequence, and chunks up to
-        chunk_rows."""
-        arrivals, waiting, prompt = self.arrivals[at], self.waiting[at], 0
+    def take(self, at: int, now: float) -> list[Message]:
+        """What is there by now and goes into one call, where no sequence has two messages under way."""
+        arrivals, waiting, most = self.arrivals[at], self.waiting[at], self._most
         taken: list[Message] = []
-        kept: list[tuple[float, Message]] = []
-        served: set[int] = set()
-        while arrivals and arrivals[0] <= now and len(taken) < self._most:
-            arrived, message = arrivals.popleft(), waiting.popleft()
-            rows, _, _, sequence = message
-            crowded = rows > 1 and taken and prompt + rows > self._chunk_rows
-            if crowded or sequence in served:
-                kept.append((arrived, message))
-            else:
-                prompt += rows if rows > 1 else 0
-                taken.append(message)
-                self._chunks[at] -= rows > 1 or not message[2]
-            served.add(sequence)
-        for arrived, message in reversed(kept):
-            arrivals.appendleft(arrived)
-            waiting.appendleft(message)
+        while arrivals and arrivals[0] <= now and len(taken) < most:
+            arrivals.popleft()
+            taken.append(waiting.popleft())
         return taken
 
     def _give_back(self, messages: Sequence[Message], done: float) -> None:
@@ -226,12 +197,12 @@ def settle(way: Way, count: int, spread: float = 0.0, depth: int = 0) -> Steady:
 
 
 class _Prompt(Walker):
-    """The chunks of one prompt, sent one after another; every stage was idle before."""
+    """The chunks of one prompt, a call each, sent one after another; every stage was idle before."""
 
     done = math.inf
 
     def __init__(self, way: Way, chunks: Sequence[tuple[int, int]]) -> None:
-        super().__init__(way, idle_since=-math.inf)
+        super().__init__(way, idle_since=-math.inf, most=1)
         end = sum(chunks[-1])
         self.send(0, [(rows, at, at + rows == end, 0) for at, rows in chunks], 0.0)
 

@@ -1,13 +1,11 @@
 """The cost model evaluated for one question and goal, in the shape that the searches step through.
 
-A search builds chains device by device. Its state is "the last used device ends at boundary c"; one step
-takes the cheapest arrivals at device j (`arrive[b]`: all of the chain before, the hop into j included, when j
-starts at unit b) and gives the cheapest ends (`ends[c]`) with the start of each. `TimeTables` counts seconds;
-`LackTables` counts the bytes that a chain lacks under the caps, for the answer to a question that has no
-plan.
-
-Formulas run once per kind of unit and device, not once per unit, and room is found by one sliding window per
-device: a re-plan of 32 devices and 80 layers takes milliseconds. Devices are known by their index.
+Their state is "the last used device ends at boundary c"; one step takes the cheapest arrivals at device j
+(`arrive[b]`: the chain before and the hop into j, when j starts at unit b) and gives the cheapest ends
+(`ends[c]`) with the start of each. `TimeTables` counts seconds; `LackTables` counts bytes over the caps, for
+the answer to a question that has no plan. Devices are known by their index. Formulas run once per kind of
+unit and device, and room is found by one sliding window per device: a re-plan of 32 devices and 80 layers
+takes milliseconds.
 """
 
 import math
@@ -255,7 +253,8 @@ def tables_of(question: Question, goal: Goal) -> TimeTables:
         at_once = [_at_once(question.cluster, device.name) for device in devices]
         relief = [pause if free else 0.0 for pause, free in zip(pauses, at_once, strict=True)]
     first = [step + pause for step, pause in zip(steps, pauses, strict=True)]
-    lap_links, busy_links = _links(question, rows, back)
+    lap_links = _links(question, cost.hop_seconds, rows, back)
+    busy_links = _links(question, cost.link_busy_seconds, rows, back)
     return TimeTables(
         units=len(model.units),
         goal=goal,
@@ -273,21 +272,12 @@ def lack_tables(question: Question, joined: bool = False) -> LackTables:
     model, devices = question.model, question.cluster.devices
     if joined:
         ends = {question.cluster.coordinator, *(device.name for device in devices)}
-        links_of = {(a, b): LOOPBACK for a in ends for b in ends if a != b}
-        question = replace(question, cluster=replace(question.cluster, links=links_of))
+        links = {(a, b): LOOPBACK for a in ends for b in ends if a != b}
+        question = replace(question, cluster=replace(question.cluster, links=links))
     held = cost.held_bytes(model, question.workload)
-    links, _ = _links(question, 1, 1)
-
-    def presence(seconds: Sequence[float]) -> list[float]:
-        return [INF if value == INF else 0.0 for value in seconds]
-
     return LackTables(
         units=len(model.units),
-        lap=Sums(
-            presence(links.enter),
-            presence(links.leave),
-            [[None if line is None else presence(line) for line in lines] for lines in links.hop],
-        ),
+        lap=_links(question, lambda link, size: 0.0, 1, 1),
         lack=[
             [[max(0, device.base_bytes + size - device.ram_bytes) for size in line] for line in held]
             for device in devices
@@ -318,32 +308,28 @@ def _at_once(cluster: Cluster, name: str) -> bool:
     return name == cluster.coordinator and link is not None and cost.hop_seconds(link, TOKEN_BYTES) == 0.0
 
 
-def _links(question: Question, rows: float, back: float) -> tuple[Sums, Sums]:
-    """Hop and busy seconds where a call passes `rows` rows along each link, and `back` tokens return. The hop
-    before unit b has the cut of unit b - 1; that of b = 0 means nothing."""
+def _links(question: Question, way: Callable[[LinkSpeed, float], float], rows: float, back: float) -> Sums:
+    """What a message takes by `way` on each link, where a call passes `rows` rows along, and `back` tokens
+    return. The hop before unit b has the cut of unit b - 1; that of b = 0 means nothing."""
     cluster, ends = question.cluster, question.constraints
     cuts = [unit.cut_bytes for unit in question.model.units[:-1]]
-    sizes = set(cuts)
-    names, here = [device.name for device in cluster.devices], cluster.coordinator
-    links = [[cluster.links.get((a, b)) if a != b else None for b in names] for a in names]
+    sizes, here = set(cuts), cluster.coordinator
+    names = [device.name for device in cluster.devices]
 
-    def line(link: LinkSpeed, way: Callable[[LinkSpeed, float], float]) -> Sequence[float]:
-        if len(sizes) == 1:
-            return [way(link, rows * cuts[0])] * (len(cuts) + 1)
+    def line(link: LinkSpeed | None) -> list[float] | None:
+        if link is None or len(sizes) == 1:
+            return None if link is None else [way(link, rows * cuts[0])] * (len(cuts) + 1)
         by_size = {size: way(link, rows * size) for size in sizes}
         return [0.0, *(by_size[size] for size in cuts)]
 
-    def sums(way: Callable[[LinkSpeed, float], float]) -> Sums:
-        def at_end(only: str | None, name: str, link: LinkSpeed | None, size: float) -> float:
-            return INF if link is None or only not in (None, name) else way(link, size)
+    def at_end(only: str | None, name: str, link: LinkSpeed | None, tokens: float) -> float:
+        return INF if link is None or only not in (None, name) else way(link, TOKEN_BYTES * tokens)
 
-        return Sums(
-            [at_end(ends.first, n, cluster.link(here, n), TOKEN_BYTES * rows) for n in names],
-            [at_end(ends.last, n, cluster.link(n, here), TOKEN_BYTES * back) for n in names],
-            [[None if link is None else line(link, way) for link in row] for row in links],
-        )
-
-    return sums(cost.hop_seconds), sums(cost.link_busy_seconds)
+    return Sums(
+        [at_end(ends.first, name, cluster.link(here, name), rows) for name in names],
+        [at_end(ends.last, name, cluster.link(name, here), back) for name in names],
+        [[None if a == b else line(cluster.links.get((a, b))) for b in names] for a in names],
+    )
 
 
 def _first_fits(model: ModelCosts, devices: Sequence[Device], workload: Workload) -> list[list[int]]:

@@ -18,6 +18,7 @@ from .engine.shards import Model
 from .engine.stage import StageOptions
 from .net.coordinator import Head
 from .net.identity import Identity, identity_of, shape_of
+from .net.pace import slowed
 from .net.placement import HEAD, Links, NodeInfo, Placement, StageReport
 from .net.session import Session
 from .net.survey import survey
@@ -37,7 +38,7 @@ def head_identity(model: Model) -> Identity:
 
 def cluster_of(nodes: Sequence[NodeInfo], links: Links) -> planner.Cluster:
     """The planner's view of the nodes that answered and of the links between them, as they are by now."""
-    devices = tuple(replace(node.offer.device, name=node.label).slowed(node.slower) for node in nodes)
+    devices = tuple(slowed(replace(node.offer.device, name=node.label), node.slower) for node in nodes)
     there = {HEAD, *(node.label for node in nodes)}
     return planner.Cluster(
         devices, {ends: link for ends, link in links.items() if there.issuperset(ends)}, HEAD

@@ -36,9 +36,9 @@ class Kinds:
         self._unit = dict(zip(keys, model.units, strict=True))
         self._keys = keys
 
-    def each(self, value: Callable[[Unit], float]) -> list[float]:
-        """The value of every unit."""
-        values = {key: value(unit) for key, unit in self._unit.items()}
+    def each(self, value: Callable[[Unit, Device], float], device: Device) -> list[float]:
+        """The value of every unit on a device."""
+        values = {key: value(unit, device) for key, unit in self._unit.items()}
         return [values[key] for key in self._keys]
 
 
@@ -95,21 +95,10 @@ def chunk_seconds(unit: Unit, device: Device, rows: int, position: int) -> float
     return matmul_seconds(unit, device, rows) + attention_seconds(unit, device, rows, position)
 
 
-class _ByRows(dict[int, float]):
-    """Seconds by the rows of a call, computed when first asked for."""
-
-    def __init__(self, seconds: Callable[[int], float]) -> None:
-        self._seconds = seconds
-
-    def __missing__(self, rows: int) -> float:
-        value = self[rows] = self._seconds(rows)
-        return value
-
-
 class StageCost:
     """What calls of units [first, last) of a model take on a device.
 
-    `rows[n]`: seconds of a call of n decoded rows without the positions that they attend to; `position`: of
+    `rows(n)`: seconds of a call of n decoded rows without the positions that they attend to; `position`: of
     one position that one row attends to; `pause`: what a call after a pause takes more. The model's last unit
     runs only on rows whose token is wanted.
     """
@@ -126,11 +115,13 @@ class StageCost:
         self.position = sum(count * position_seconds(unit, device) for unit, count in every)
         self.pause = device.idle_overhead_s
         self._matmuls = cache(self._matmul_seconds)
-        self.rows = _ByRows(lambda n: device.step_overhead_s + n * fixed + self._matmuls(n, n))
+        self.rows: Callable[[int], float] = cache(
+            lambda n: device.step_overhead_s + n * fixed + self._matmuls(n, n)
+        )
 
     def decode_seconds(self, rows: int, depth: int) -> float:
         """A call of one row of each of `rows` sequences at that depth, right after another call."""
-        return self.rows[rows] + rows * depth * self.position
+        return self.rows(rows) + rows * depth * self.position
 
     def call_seconds(self, steps: Sequence[Step]) -> float:
         """A call of any mixture of decoded rows and chunks, right after another call."""

@@ -145,10 +145,8 @@ def token_seconds(question: Question, stages: Sequence[Assignment], follower: Fo
 
 def evaluate(question: Question, stages: Sequence[Assignment], follower: Follower | None = None) -> Plan:
     """What given stages would do, whether or not they fit the caps: for a split made by hand or an equal one.
-
-    ValueError when the stages do not cover the units in order, name an unknown device or one twice, or need a
-    link that is not there. `follower`: one of the same question, which keeps what it computed.
-    """
+    `follower`: one of the same question, which keeps what it computed. ValueError: as for check_stages, or a
+    link is not there."""
     check_stages(question, stages)
     model, cluster, load = question.model, question.cluster, question.workload
     follower = follower or Follower(question)

@@ -13,6 +13,7 @@ busiest resource, whose relaxation splits layers to make resources equal, took t
 import importlib
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -42,10 +43,8 @@ class Solver:
 
 
 def load_solver(only: str | None = None) -> Solver:
-    """PuLP with HiGHS, an installed CBC or the CBC that PuLP brings, the first that runs here.
-
-    `only` asks for one: highs, cbc, bundled-cbc. SolverMissing says what to install.
-    """
+    """PuLP with HiGHS, an installed CBC or the CBC that PuLP brings, the first that runs here; `only` asks
+    for one: highs, cbc, bundled-cbc. SolverMissing says what to install."""
     try:
         pulp = importlib.import_module("pulp")
     except ImportError as error:
@@ -56,20 +55,17 @@ def load_solver(only: str | None = None) -> Solver:
         # without it they take as long. Restarts and primal heuristics only lose: they double the worst case
         # of 8 devices x 32 layers. Nor do so small problems need more than some hundred cuts at a time: to
         # choose among thousands takes the hardest a third longer.
-        options = {
-            "presolve": "off",
-            "mip_allow_restart": False,
-            "mip_heuristic_effort": 0.0,
-            "mip_pool_soft_limit": 100,
-        }
-        return pulp.HiGHS(msg=False, gapRel=0.0, gapAbs=0.0, threads=1, timeLimit=limit, **options)
+        options = {"presolve": "off", "mip_allow_restart": False, "mip_heuristic_effort": 0.0}
+        options |= {"mip_pool_soft_limit": 100, "threads": 1}
+        return pulp.HiGHS(msg=False, gapRel=0.0, gapAbs=0.0, timeLimit=limit, **options)
 
     def coin(path: str | None) -> Any:
         return lambda limit: pulp.COIN_CMD(msg=False, gapRel=0.0, gapAbs=0.0, timeLimit=limit, path=path)
 
     choices = {"highs": ("HiGHS", highs), "cbc": ("CBC", coin(None))}
-    if _version("highspy") in TALKATIVE:
-        del choices["highs"]
+    with suppress(metadata.PackageNotFoundError):
+        if metadata.version("highspy") in TALKATIVE:
+            del choices["highs"]
     # PULP_CBC_CMD itself warns that it goes away in PuLP 4; the path of its program does not.
     bundled = getattr(getattr(pulp, "PULP_CBC_CMD", None), "pulp_cbc_path", None)
     if bundled:
@@ -81,13 +77,6 @@ def load_solver(only: str | None = None) -> Solver:
     raise SolverMissing(
         f"PuLP finds {what}: pip install 'highspy!={TALKATIVE[0]}' (Termux: pkg install coinor-cbc)"
     )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _runs(pulp: Any, make: Any) -> bool:
@@ -115,13 +104,11 @@ def best_chain(
     solver: Solver,
     *,
     known: Chain | None = None,
-    time_limit: float = 60.0,
+    time_limit: float = 60,
 ) -> tuple[Chain | None, bool]:
-    """The best chain over `devices` in any order, and whether that is proved.
-
-    `known`: a chain to be bettered, and the answer where none does. Gap 0; after `time_limit` seconds the
-    best so far, unproved. (None, True): there is no chain.
-    """
+    """The best chain over `devices` in any order, and whether that is proved. `known`: a chain to be
+    bettered, and the answer where none does. Gap 0; after `time_limit` seconds the best so far, unproved.
+    (None, True): there is no chain."""
     if len(tables.pins) > sum(j in tables.pins for j in devices):
         return None, True
     goal = tables.goal

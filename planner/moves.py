@@ -52,20 +52,12 @@ def boundary_moves(
             if cost.range_ram_bytes(model, device, load, grown.first, grown.last) > device.ram_bytes:
                 continue
             after = (*stages[:at], *pair, *stages[at + 2 :])
-            units = model.units[min(cut, left.last) : max(cut, left.last)]
+            first, last = sorted((cut, left.last))
+            units, seconds = model.units[first:last], token_seconds(question, after, follower)
+            weights = sum(unit.bytes for unit in units)
             state = sum(cost.sequence_state_bytes(model, unit, load.decode_depth) for unit in units)
-            seconds = token_seconds(question, after, follower)
-            yield Move(
-                giver.device,
-                taker.device,
-                min(cut, left.last),
-                max(cut, left.last),
-                after,
-                seconds,
-                now - seconds,
-                sum(unit.bytes for unit in units),
-                state * load.sequences,
-            )
+            sizes = weights, state * load.sequences
+            yield Move(giver.device, taker.device, first, last, after, seconds, now - seconds, *sizes)
 
 
 def best_move(question: Question, stages: Sequence[Assignment], most_units: int = MOST_UNITS) -> Move | None:

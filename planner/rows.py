@@ -7,7 +7,7 @@ multiply-accumulate.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -115,10 +115,10 @@ class ModelCosts:
             raise ValueError("a model needs a tuple of at least two units, an embedding and an LM head")
         check_whole("the model's tied_bytes", self.tied_bytes)
         check_whole("the model's kv_page_tokens", self.kv_page_tokens, 1)
-        ends = min(self.units[0].bytes, self.units[-1].bytes)
-        if self.tied_bytes > ends:
+        end = min(self.units[0].bytes, self.units[-1].bytes)
+        if self.tied_bytes > end:
             raise ValueError(
-                f"the model's tied_bytes {self.tied_bytes} exceed the {ends} bytes of an end unit"
+                f"the model's tied_bytes {self.tied_bytes} exceed the {end} bytes of an end unit"
             )
 
 
@@ -224,18 +224,13 @@ class Workload:
     def __post_init__(self) -> None:
         for key in ("context", "sequences", "prompt_tokens", "streams", "chunk_tokens"):
             check_whole(f"workload: {key}", getattr(self, key), 1)
-        if self.prompt_tokens > self.context:
-            raise ValueError(
-                f"workload: a prompt of {self.prompt_tokens} exceeds the context of {self.context} tokens"
-            )
+        check_whole("workload: depth", self.depth or 0)
+        for what, tokens in (("a prompt of", self.prompt_tokens), ("depth", self.depth or 0)):
+            if tokens > self.context:
+                raise ValueError(f"workload: {what} {tokens} exceeds the context of {self.context} tokens")
         if self.streams > self.sequences:
-            raise ValueError(
-                f"workload: {self.streams} streams need as many sequences, and there are {self.sequences}"
-            )
-        if self.depth is not None:
-            check_whole("workload: depth", self.depth)
-            if self.depth > self.context:
-                raise ValueError(f"workload: depth {self.depth} exceeds the context of {self.context} tokens")
+            need = f"{self.streams} streams need as many sequences"
+            raise ValueError(f"workload: {need}, and there are {self.sequences}")
 
     @property
     def decode_depth(self) -> int:
@@ -287,12 +282,10 @@ class Constraints:
                 raise ValueError(
                     f"{end} gets no layers, which leaves it out, and an end of the model as well"
                 )
-        alone = self.first if self.first == self.last else None
-        for name in self._needed - {alone}:
-            if alone is not None:
-                raise ValueError(
-                    f"{alone} holds both ends, so all of the model, and {name} is to have layers"
-                )
+        if self.first is not None and self.first == self.last:
+            for name in self._needed - {self.first}:
+                both = f"{self.first} holds both ends, so all of the model"
+                raise ValueError(f"{both}, and {name} is to have layers")
 
     @property
     def _ends(self) -> set[str]:
@@ -314,15 +307,11 @@ class Constraints:
             raise ValueError(f"the given layers add up to {pinned}, and the model has {layers}")
         if not any(self.allowed(device.name) for device in cluster.devices):
             raise ValueError("all devices are left out")
-        if self.order is not None:
-            self._check_order(self.order)
-
-    def _check_order(self, order: Sequence[str]) -> None:
-        if not order:
-            raise ValueError("the order names no device")
-        place = {name: at for at, name in enumerate(order)}
-        if len(place) < len(order):
-            raise ValueError("the order names a device twice")
+        if self.order is None:
+            return
+        place = {name: at for at, name in enumerate(self.order)}
+        if not place or len(place) < len(self.order):
+            raise ValueError(f"the order names {'a device twice' if place else 'no device'}")
         for name in sorted(self._needed):
             if name not in place:
                 raise ValueError(f"{name} has to be in the plan, and the order leaves it out")

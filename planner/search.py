@@ -33,10 +33,8 @@ Solve = Callable[[Sequence[int], float], tuple[float, Chain | None]]
 
 def cheapest(tables: Tables, order: Sequence[int], must: int = -1) -> Chain | None:
     """The chain of least total cost that visits devices in this order, leaving out any but those that are
-    pinned and the one at place `must`.
-
-    None: there is none. Time: devices^2 * units, plus what `extend` takes.
-    """
+    pinned and the one at place `must`; None: there is none. Time: devices^2 * units, and what `extend`
+    takes."""
     if len(tables.pins) > sum(j in tables.pins for j in order):
         return None
     musts = [at for at, j in enumerate(order) if at == must or j in tables.pins]

@@ -6,7 +6,7 @@ only starting points, whose boundaries and devices are changed as long as that h
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -89,9 +89,8 @@ class Planning:
         if not self._followed:
             return search.value(tables, chain)
         if chain.stages not in self._known:
-            self._known[chain.stages] = token_seconds(
-                self.question, stages_of(self.question, chain), self.follower
-            )
+            stages = stages_of(self.question, chain)
+            self._known[chain.stages] = token_seconds(self.question, stages, self.follower)
         return self._known[chain.stages]
 
     def best(self, found: Sequence[Found]) -> Found:
@@ -114,11 +113,15 @@ class Planning:
         moves = [(at, by) for at in range(len(found.chain.stages) - 1) for by in MOVES]
         last = at = 0  # the move that helped last
         while moves and at - last < len(moves) and at < trials:
-            moved = _moved(found, *moves[at % len(moves)])
-            at += 1
-            if moved is None:
+            (where, by), at = moves[at % len(moves)], at + 1
+            stages, tables = list(found.chain.stages), found.tables
+            (i, first, cut), (j, _, end) = stages[where : where + 2]
+            cut += by
+            if not (first < cut < end and tables.fits(i, first, cut) and tables.fits(j, cut, end)):
                 continue
-            value = self.value(found.tables, moved)
+            stages[where : where + 2] = [(i, first, cut), (j, cut, end)]
+            moved = Chain(tuple(stages), found.chain.total)
+            value = self.value(tables, moved)
             if value < found.value * BETTER:
                 found, last = replace(found, chain=moved, value=value), at
         return found
@@ -126,20 +129,19 @@ class Planning:
     def _other_devices(self, best: Found) -> Found:
         """As long as it gives more: does without a device, or lets one more in."""
 
-        def found(chains: Iterable[tuple[TimeTables, Chain | None]]) -> list[Found]:
+        def found(chain_of: Callable[[TimeTables], Chain | None]) -> list[Found]:
+            chains = [(tables, chain_of(tables)) for tables in self.tables]
             return [
-                replace(best, tables=tables, chain=chain, value=self.value(tables, chain))
-                for tables, chain in chains
-                if chain is not None
+                replace(best, tables=t, chain=c, value=self.value(t, c)) for t, c in chains if c is not None
             ]
 
         fewer: dict[int, list[Found]] = {}  # without each device: no matter what else is used
         while True:
             used = {j for j, _, _ in best.chain.stages}
-            fewer |= {j: found((t, self.without(t, j)) for t in self.tables) for j in used - fewer.keys()}
+            fewer |= {j: found(partial(self.without, j)) for j in used - fewer.keys()}
             others = [one for j in used for one in fewer[j]]
             for j in set(self.devices) - used:
-                others += found((t, self.with_it(t, j, best.chain)) for t in self.tables)
+                others += found(partial(self.with_it, j, best.chain))
             other = min(others, key=lambda one: one.value, default=best)
             if other.value >= best.value * BETTER:
                 return best
@@ -147,14 +149,14 @@ class Planning:
 
     # Chains that do without a device of a plan, or with one more.
 
-    def without(self, tables: TimeTables, j: int) -> Chain | None:
+    def without(self, j: int, tables: TimeTables) -> Chain | None:
         """The best chain of the other devices."""
         others = [i for i in self.devices if i != j]
         if self.fixed:
             return search.best_chain(tables, partial(cheapest, order=others))[0]
         return search.search_orders(tables, others, exact_devices=QUICK_EXACT, trials=0)[0]
 
-    def with_it(self, tables: TimeTables, j: int, chain: Chain) -> Chain | None:
+    def with_it(self, j: int, chain: Chain, tables: TimeTables) -> Chain | None:
         """The best chain with device j. Of many devices: of a chain's devices in their order with j somewhere
         among them, and of all in a few orders."""
         devices = self.devices
@@ -179,17 +181,6 @@ class Planning:
         if chain is not None and chain.total > 0 and exact:
             return "the model does not fit"
         return "there is no plan" if len(devices) <= QUICK_EXACT else "none was found"
-
-
-def _moved(found: Found, at: int, by: int) -> Chain | None:
-    """The chain with the boundary after stage `at` moved, if that is possible and there is room."""
-    stages, tables = list(found.chain.stages), found.tables
-    (i, first, cut), (j, _, last) = stages[at : at + 2]
-    cut += by
-    if not first < cut < last or not (tables.fits(i, first, cut) and tables.fits(j, cut, last)):
-        return None
-    stages[at : at + 2] = [(i, first, cut), (j, cut, last)]
-    return Chain(tuple(stages), found.chain.total)
 
 
 def stages_of(question: Question, chain: Chain) -> list[Assignment]:
@@ -249,15 +240,11 @@ def _by_milp(
 
 def _infeasible(question: Question) -> Infeasible:
     tables, devices = lack_tables(question), question.devices
-    if question.constraints.order is not None:
-        chain, exact = cheapest(tables, devices), True
-    else:
-        chain, exact = search.least_lack(tables, devices)
+    fixed = question.constraints.order is not None
+    chain, exact = (cheapest(tables, devices), True) if fixed else search.least_lack(tables, devices)
     if chain is None:
-        here = question.cluster.coordinator
-        return Infeasible(
-            0, f"no chain of links leads from the coordinator {here} through the devices and back"
-        )
+        here = f"the coordinator {question.cluster.coordinator}"
+        return Infeasible(0, f"no chain of links leads from {here} through the devices and back")
     missing = round(chain.total)
     return Infeasible(missing, _say_lack(question, stages_of(question, chain), missing, exact), exact)
 
@@ -281,16 +268,9 @@ def units_text(first: int, last: int, units: int) -> str:
 def _reasons(planning: Planning, plan: Plan, found: Found) -> tuple[Reason, ...]:
     """A reason for every device of the cluster, in its order."""
     used = {j for j, _, _ in found.chain.stages}
-    reasons = []
-    for j, device in enumerate(planning.question.cluster.devices):
-        if j in used:
-            text = _why_in(planning, plan, j)
-        elif j not in planning.devices:
-            text = "left out by the order or the constraints given"
-        else:
-            text = _why_out(planning, plan, found, j)
-        reasons.append(Reason(device.name, j in used, text))
-    return tuple(reasons)
+    reason = {True: partial(_why_in, planning, plan), False: partial(_why_out, planning, plan, found)}
+    devices = enumerate(planning.question.cluster.devices)
+    return tuple(Reason(device.name, j in used, reason[j in used](j)) for j, device in devices)
 
 
 def _why_in(planning: Planning, plan: Plan, j: int) -> str:
@@ -299,18 +279,19 @@ def _why_in(planning: Planning, plan: Plan, j: int) -> str:
         return "the only device"
     if j in planning.tables[0].pins:
         return "its layers are given"
-    text = _instead(planning, plan, lambda tables: planning.without(tables, j))
+    text = _instead(planning, plan, partial(planning.without, j))
     return f"needed: without it {planning.why_none(others)}" if text is None else f"without it: {text}"
 
 
 def _why_out(planning: Planning, plan: Plan, found: Found, j: int) -> str:
     device = planning.question.cluster.devices[j]
+    if j not in planning.devices:
+        return "left out by the order or the constraints given"
     if all(fit == c for c, fit in enumerate(found.tables.first_fit[j])):
         return f"its cap of {device.ram_bytes / MB:.1f} MB has no room for any unit"
-    text = _instead(planning, plan, lambda tables: planning.with_it(tables, j, found.chain))
-    if text is None:
-        return f"no chain with room {'leads' if planning.thorough else 'was found'} through it"
-    return f"with it: {text}"
+    text = _instead(planning, plan, partial(planning.with_it, j, found.chain))
+    leads = "leads" if planning.thorough else "was found"
+    return f"no chain with room {leads} through it" if text is None else f"with it: {text}"
 
 
 def _instead(planning: Planning, plan: Plan, chain_of: Callable[[TimeTables], Chain | None]) -> str | None:

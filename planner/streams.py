@@ -14,6 +14,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from . import cost
 from .cost import CALL_STEPS, PAUSE_SECONDS, StageCost, Step
@@ -27,15 +28,17 @@ Message = tuple[int, int, bool, int]  # a Step, and whose it is: rows, first pos
 
 @dataclass(frozen=True, slots=True)
 class Fixed:
-    """Calls of decoded rows alone, at one depth, like a StageCost: seconds by their rows, entry 0 unused."""
+    """Like a StageCost of calls of decoded rows alone: seconds by their rows, entry 0 unused."""
 
-    rows: Sequence[float]
+    seconds: Sequence[float]
     pause: float = 0.0
     position: float = 0.0
 
+    def rows(self, count: int) -> float:
+        return self.seconds[count]
+
     def call_seconds(self, steps: Sequence[Step]) -> float:
-        """See StageCost."""
-        return self.rows[len(steps)]
+        return self.seconds[len(steps)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,7 @@ class Walker:
             depth += first
             decoding = decoding and rows == 1 and wants
         if decoding:
-            done = now + times.rows[len(taken)] + depth * times.position
+            done = now + times.rows(len(taken)) + depth * times.position
         else:
             done = now + times.call_seconds([message[:3] for message in taken])
         if now - self.free[at] > PAUSE_SECONDS:
@@ -155,7 +158,7 @@ class _Decoding(Walker):
     def __init__(self, way: Way, count: int, depth: int, spread: float) -> None:
         super().__init__(way)
         self.answers: list[float] = []
-        lap = sum(stage.rows[1] + depth * stage.position for stage in way.stages)
+        lap = sum(stage.rows(1) + depth * stage.position for stage in way.stages)
         self.lap = lap + sum(way.latency) + sum(way.busy)
         for at in range(count):
             self.send(0, [(1, depth, True, at)], spread * self.lap * at / count)
@@ -216,17 +219,12 @@ class Follower:
 
     def __init__(self, question: Question) -> None:
         self._question = question
-        self._costs: dict[tuple[str, int, int], StageCost] = {}
+        model, device = question.model, question.cluster.device
+        self._cost = cache(lambda name, first, last: StageCost(model, device(name), first, last))
 
     def cost(self, stage: Assignment) -> StageCost:
         """What calls of that stage take."""
-        key = (stage.device, stage.first, stage.last)
-        if key not in self._costs:
-            asked = self._question
-            self._costs[key] = StageCost(
-                asked.model, asked.cluster.device(stage.device), stage.first, stage.last
-            )
-        return self._costs[key]
+        return self._cost(stage.device, stage.first, stage.last)
 
     def way(self, stages: Sequence[Assignment]) -> Way:
         """The chain of such stages. ValueError: a link is not there."""

@@ -16,7 +16,7 @@ from itertools import accumulate
 
 from . import cost
 from .cost import CALL_STEPS, TOKEN_BYTES, Kinds, unit_costs
-from .rows import LOOPBACK, Cluster, Device, LinkSpeed, ModelCosts, Objective, Question, Workload
+from .rows import LOOPBACK, Cluster, Device, LinkSpeed, ModelCosts, Objective, Question, Unit, Workload
 
 INF = math.inf
 
@@ -220,36 +220,28 @@ def tables_of(question: Question, goal: Goal) -> TimeTables:
     """The tables of a question for one of its goals: of a chunk of the prompt, the mean one since a later
     chunk attends to more, or of decoded rows."""
     model, devices, load = question.model, question.cluster.devices, question.workload
-    kinds = Kinds(model)
+    kinds, depth = Kinds(model), load.decode_depth
     steps = [device.step_overhead_s for device in devices]
     pauses = [device.idle_overhead_s for device in devices]
     if goal.objective == "first_token":
-        pieces = load.chunks
-        rows, back = load.prompt_tokens / len(pieces), 1.0
+        pieces, at, end = load.chunks, load.prompt_tokens - 1, model.units[-1]
+        rows, back, relief = load.prompt_tokens / len(pieces), 1.0, [0.0] * len(devices)
 
-        def mean(device: Device) -> list[float]:
-            return kinds.each(
-                lambda unit: (
-                    math.fsum(cost.chunk_seconds(unit, device, rows, at) for at, rows in pieces) / len(pieces)
-                )
-            )
+        def mean(unit: Unit, device: Device) -> float:
+            return math.fsum(cost.chunk_seconds(unit, device, r, at) for at, r in pieces) / len(pieces)
 
-        lines = [mean(device) for device in devices]
-        at, end = load.prompt_tokens - 1, model.units[-1]
-        heads = [cost.chunk_seconds(end, device, 1, at) for device in devices]
-        busy = [_prefix([*line[:-1], 0.0]) for line in lines]
-        lap = [_prefix([*line[:-1], head]) for line, head in zip(lines, heads, strict=True)]
-        relief = [0.0] * len(devices)
+        lines = [(kinds.each(mean, device)[:-1], device) for device in devices]
+        busy = [_prefix([*line, 0.0]) for line, _ in lines]
+        lap = [_prefix([*line, cost.chunk_seconds(end, device, 1, at)]) for line, device in lines]
     else:
         rows = back = goal.batch
         if goal.objective == "throughput" and goal.streams > 1:
             pauses = [0.0] * len(devices)  # stages that many sequences keep busy never pause
 
-        def decode(device: Device) -> list[float]:
-            depth = load.decode_depth
-            return kinds.each(lambda unit: cost.decode_seconds(unit, device, goal.batch, depth))
+        def decode(unit: Unit, device: Device) -> float:
+            return cost.decode_seconds(unit, device, goal.batch, depth)
 
-        busy = lap = [_prefix(decode(device)) for device in devices]
+        busy = lap = [_prefix(kinds.each(decode, device)) for device in devices]
         at_once = [_at_once(question.cluster, device.name) for device in devices]
         relief = [pause if free else 0.0 for pause, free in zip(pauses, at_once, strict=True)]
     first = [step + pause for step, pause in zip(steps, pauses, strict=True)]

@@ -116,7 +116,7 @@ def test_the_command_line_says_the_same_with_nodes(model: Model, running: list[R
     )
     assert (alone.returncode, together.returncode) == (0, 0), together.stderr
     assert alone.stdout == together.stdout != ""
-    assert "one stream" in together.stderr and "12 tokens" in together.stderr
+    assert "one sequence" in together.stderr and "12 tokens" in together.stderr
 
 
 def test_an_answer_of_this_process_loads_no_event_loop(model: Model) -> None:

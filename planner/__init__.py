@@ -1,20 +1,9 @@
 """Who holds which layers: measured devices and links in, a plan and what it predicts out.
 
 Plain rows only: nothing of the engine or the network is imported here, and no third-party package until a
-MILP is really solved, so that a phone can plan with the standard library alone.
-
-    rows         what is asked: units, devices, links, workload, constraints; and assignments
-    cost         every formula of the cost model
-    streams      one walker of messages along a chain: concurrent sequences, first token
-    tables       the cost model in the shape that searches step through
-    search       exact for a given order or over the orders of a few devices; a good order of many
-    milp         exact over orders and layers with PuLP
-    solve        plan(): picks the search, judges what it finds, and says why in words
-    evaluation   plans: the figures of given stages
-    moves        which one boundary should move
-
-What only a coordinator needs is imported when first asked for: a node, which follows its own pace, saves 3
-MB.
+MILP is really solved, so that a phone can plan with the standard library alone. docs/planner.md says which
+file does what. What only a coordinator needs is imported when first asked for: a node, which follows its own
+pace, saves 3 MB.
 """
 
 from importlib import import_module

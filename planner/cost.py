@@ -22,19 +22,16 @@ CALL_STEPS = 32  # steps of one call at most, as a node takes them
 PAUSE_SECONDS = 0.0005  # a stage that waited longer starts as after a pause
 Step = tuple[int, int, bool]  # rows of one sequence, their first position, whether a token is wanted
 
-unit_costs = attrgetter(
-    "bytes", "read_bytes", "macs", "kv_bytes_per_token", "fixed_state_bytes", "attend_macs"
-)
+_WHAT = "bytes", "read_bytes", "macs", "kv_bytes_per_token", "fixed_state_bytes", "attend_macs"
+unit_costs = attrgetter(*_WHAT)
 
 
 class Kinds:
-    """The units of a model by what they cost: most layers cost the same, so a value is computed once a kind
-    and not once a unit."""
+    """The units of a model by what they cost: most layers cost the same, so values are found once a kind."""
 
     def __init__(self, model: ModelCosts) -> None:
-        keys = [unit_costs(unit) for unit in model.units]
-        self._unit = dict(zip(keys, model.units, strict=True))
-        self._keys = keys
+        self._keys = [unit_costs(unit) for unit in model.units]
+        self._unit = dict(zip(self._keys, model.units, strict=True))
 
     def each(self, value: Callable[[Unit, Device], float], device: Device) -> list[float]:
         """The value of every unit on a device."""
@@ -96,12 +93,10 @@ def chunk_seconds(unit: Unit, device: Device, rows: int, position: int) -> float
 
 
 class StageCost:
-    """What calls of units [first, last) of a model take on a device.
-
-    `rows(n)`: seconds of a call of n decoded rows without the positions that they attend to; `position`: of
-    one position that one row attends to; `pause`: what a call after a pause takes more. The model's last unit
-    runs only on rows whose token is wanted.
-    """
+    """What calls of units [first, last) of a model take on a device. `rows(n)`: seconds of a call of n
+    decoded rows without the positions that they attend to; `position`: of one position that one row attends
+    to; `pause`: what a call after a pause takes more. The last unit runs only on rows whose token is
+    wanted."""
 
     def __init__(self, model: ModelCosts, device: Device, first: int, last: int) -> None:
         units = model.units[first:last]
@@ -158,9 +153,12 @@ def held_bytes(model: ModelCosts, workload: Workload) -> list[list[int]]:
     and the largest workspace."""
     held = [unit_held_bytes(model, unit, workload) for unit in model.units]
     scratch = [unit.workspace_bytes for unit in model.units]
-    table = [
-        list(map(add, accumulate(held[b:]), accumulate(scratch[b:], max))) for b in range(len(model.units))
-    ]
+    table, most = [], max(scratch)
+    for b, own in enumerate(scratch):
+        if own == most:  # as in most layers: one sum
+            table.append(list(accumulate(held[b:], initial=most))[1:])
+        else:
+            table.append(list(map(add, accumulate(held[b:]), accumulate(scratch[b:], max))))
     table[0][-1] -= model.tied_bytes
     return table
 
@@ -180,17 +178,14 @@ def link_busy_seconds(link: LinkSpeed, size: float) -> float:
 
 def hop_seconds(link: LinkSpeed, size: float) -> float:
     """From sending a message of `size` bytes to having it all."""
-    return link.latency_s + link_busy_seconds(link, size)
+    return link.latency_s + size / link.bytes_per_s
 
 
 def chain_hops(
     model: ModelCosts, cluster: Cluster, stages: Sequence[Assignment]
 ) -> list[tuple[LinkSpeed, int]]:
     """The links of a chain with the bytes of one row on each: coordinator to first, between neighbours, last
-    to coordinator.
-
-    ValueError names a pair without a link.
-    """
+    to coordinator. ValueError names a pair without a link."""
     nodes = [cluster.coordinator, *(stage.device for stage in stages), cluster.coordinator]
     cuts = [model.units[stage.last - 1].cut_bytes for stage in stages[:-1]]
     hops = []

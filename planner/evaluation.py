@@ -55,12 +55,9 @@ class Reason:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Who holds what, and what that should give.
-
-    Times of stages and hops are of one decode call, which has a row of each of `batch` sequences; `back` is
-    the hop from the last stage to the coordinator. `step_seconds` is seconds a token: of several sequences
-    together what following them gives, else one lap of one sequence through all stages and hops.
-    """
+    """Who holds what, and what that should give. Times of stages and hops are of one decode call, which has a
+    row of each of `batch` sequences; `back` is the hop from the last stage to the coordinator. `step_seconds`
+    is seconds a token: of several sequences what following them gives, else one lap of one sequence."""
 
     objective: Objective
     streams: int

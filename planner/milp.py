@@ -12,7 +12,7 @@ busiest resource, whose relaxation splits layers to make resources equal, took t
 
 import importlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -51,10 +51,9 @@ def load_solver(only: str | None = None) -> Solver:
         raise SolverMissing("the MILP needs PuLP and a solver: pip install 'shoal[plan]'") from error
 
     def highs(limit: float) -> Any:
-        # Presolve of HiGHS 1.15.1 calls some of these problems infeasible that are not (its issue 3296);
-        # without it they take as long. Restarts and primal heuristics only lose: they double the worst case
-        # of 8 devices x 32 layers. Nor do so small problems need more than some hundred cuts at a time: to
-        # choose among thousands takes the hardest a third longer.
+        # Presolve of HiGHS 1.15.1 calls some of these problems infeasible that are not (its issue 3296).
+        # Restarts and primal heuristics double the worst case of 8 devices x 32 layers, and thousands of cuts
+        # at a time take the hardest a third longer.
         options = {"presolve": "off", "mip_allow_restart": False, "mip_heuristic_effort": 0.0}
         options |= {"mip_pool_soft_limit": 100, "threads": 1}
         return pulp.HiGHS(msg=False, gapRel=0.0, gapAbs=0.0, timeLimit=limit, **options)
@@ -165,13 +164,8 @@ class _Program:
         self.build()
         self.minimise()
 
-    def build(self) -> None:
-        """Adds variables, constraints and costs."""
-        raise NotImplementedError
-
-    def stages(self) -> Iterable[tuple[int, int, int]]:
-        """The chain of the solved program."""
-        raise NotImplementedError
+    build: Callable[[], None]  # adds variables, constraints and costs
+    stages: Callable[[], Iterable[tuple[int, int, int]]]  # the chain of the solved program
 
     def binary(self, name: str, possible: bool = True) -> Any:
         return self.add(name, 0, int(possible), self.pulp.LpInteger)

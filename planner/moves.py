@@ -61,7 +61,7 @@ def boundary_moves(
 
 
 def best_move(question: Question, stages: Sequence[Assignment], most_units: int = MOST_UNITS) -> Move | None:
-    """The move that gains most, and of equal ones that with the fewest bytes; None: none gains anything."""
+    """The move that gains most, of equal ones that with the fewest bytes; None: none gains anything."""
     moves = boundary_moves(question, stages, most_units)
     best = max(moves, key=lambda move: (move.gain, -move.weight_bytes - move.state_bytes), default=None)
     return best if best is not None and best.gain > NOTHING * (best.seconds + best.gain) else None

@@ -117,9 +117,7 @@ class ModelCosts:
         check_whole("the model's kv_page_tokens", self.kv_page_tokens, 1)
         end = min(self.units[0].bytes, self.units[-1].bytes)
         if self.tied_bytes > end:
-            raise ValueError(
-                f"the model's tied_bytes {self.tied_bytes} exceed the {end} bytes of an end unit"
-            )
+            raise ValueError(f"the model's tied_bytes {self.tied_bytes} exceed an end unit's {end} bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,11 +168,9 @@ LOOPBACK = LinkSpeed(0.0, math.inf)
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Devices, the links between them, and the coordinator: the node where tokens enter and return.
-
-    A pair without a link cannot be neighbours in a chain. The coordinator may be one of the devices; its way
-    to itself is then free unless a link says otherwise.
-    """
+    """Devices, the links between them, and the coordinator: the node where tokens enter and return. A pair
+    without a link cannot be neighbours in a chain. The coordinator may be one of the devices; its way to
+    itself is then free unless a link says otherwise."""
 
     devices: tuple[Device, ...]
     links: Mapping[tuple[str, str], LinkSpeed]

@@ -113,9 +113,6 @@ def _cheapest(tables: Tables, states: Iterable[_State]) -> Chain | None:
     return Chain(tuple(reversed(stages)), best)
 
 
-# Goals that look at the busiest resource.
-
-
 def parts(tables: TimeTables, chain: Chain) -> tuple[float, float]:
     """Of a chain: seconds of a lap and of its busiest resource."""
     stages, lap, busy = chain.stages, tables.lap, tables.busy
@@ -164,8 +161,7 @@ def _least_period(tables: TimeTables, free: Chain, search: Search) -> Chain:
     calls = tables.goal.streams / tables.goal.batch  # in flight
     if busiest <= lap / calls:
         return free
-    limits = tables.limits(lap / calls, busiest)
-    best = free
+    best, limits = free, tables.limits(lap / calls, busiest)
     low, high = 0, len(limits) - 2  # the last is `free` itself
     while low <= high:
         middle = (low + high) // 2
@@ -189,18 +185,14 @@ def _trade(tables: TimeTables, free: Chain, search: Search) -> tuple[Chain, bool
         following = search(tables.within(busiest * (1 - SAME)))
         if following is None:
             return best, True
-        best = _better(tables, best, following)
-        at = following
+        best, at = _better(tables, best, following), following
     return best, False
-
-
-# Over orders.
 
 
 def search_orders(
     tables: TimeTables, devices: Sequence[int], *, exact_devices: int = EXACT_DEVICES, trials: int = TRIALS
 ) -> tuple[Chain | None, bool]:
-    """The best chain over orders, and whether it is proved best: exact up to `exact_devices`, else by local
+    """The best chain over orders, and whether that is proved: exact up to `exact_devices`, else local
     search."""
     if len(devices) <= exact_devices:
         return best_chain(tables, partial(cheapest_any_order, devices=devices))
@@ -223,8 +215,7 @@ def search_orders(
 
 
 def first_guess(tables: TimeTables, devices: Sequence[int]) -> Chain | None:
-    """The best chain over the first guesses' orders alone, in some milliseconds: what other searches are to
-    better."""
+    """The best chain over the first guesses' orders alone: in some milliseconds, for others to better."""
     return search_orders(tables, devices, exact_devices=1, trials=0)[0]
 
 
@@ -242,8 +233,7 @@ def least_lack(tables: Tables, devices: Sequence[int]) -> tuple[Chain | None, bo
 
 
 def seed_orders(tables: TimeTables, devices: Sequence[int]) -> list[list[int]]:
-    """Orders to start from: by speed both ways, and the nearest neighbour next, from the likeliest first
-    devices."""
+    """Orders to start from: by speed both ways, and the nearest next, from the likeliest first devices."""
     enter, hop = tables.lap.enter, tables.lap.hop
     whole = [line[-1] for line in tables.lap.prefix]
     by_speed = sorted(devices, key=lambda j: whole[j])
@@ -280,10 +270,7 @@ def _improve(solve: Solve, seeds: Sequence[list[int]], trials: int) -> Chain | N
     moves = [(False, *ends) for ends in permutations(places, 2)]
     moves += [(True, *ends) for ends in combinations(places, 2)]
     for start, (cost, found, order) in enumerate(solved[:STARTS]):
-        budget, since = (
-            trials // (STARTS - start),
-            0,
-        )  # trials since the last gain; all moves: a local optimum
+        budget, since = trials // (STARTS - start), 0  # since the last gain: all moves, a local optimum
         for used, (swap, a, b) in enumerate(cycle(moves)):
             if used == budget or since == len(moves):
                 trials -= used
@@ -293,10 +280,10 @@ def _improve(solve: Solve, seeds: Sequence[list[int]], trials: int) -> Chain | N
                 moved[a], moved[b] = moved[b], moved[a]
             else:
                 moved.insert(b, moved.pop(a))
-            value, other = solve(moved, cost)
+            least_moved, other = solve(moved, cost)
             since += 1
-            if value < cost:
-                cost, found, order, since = value, other, moved, 0
+            if least_moved < cost:
+                cost, found, order, since = least_moved, other, moved, 0
         if cost < least:
             least, chain = cost, found
     return chain

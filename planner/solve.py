@@ -8,7 +8,7 @@ only starting points, whose boundaries and devices are changed as long as that h
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Literal
 
 from . import cost, milp, search
@@ -82,20 +82,14 @@ class Planning:
         elif question.objective == "first_token" and len(question.workload.chunks) > 1:
             self._followed = "the prompt's chunks"
         self.thorough = self.fixed or len(self.devices) <= QUICK_EXACT  # `with_it` sees every chain
-        self._known: dict[tuple[tuple[int, int, int], ...], float] = {}
+        self._follow = cache(lambda chain: token_seconds(question, stages_of(question, chain), self.follower))
 
     def value(self, tables: TimeTables, chain: Chain) -> float:
         """Seconds of a token, or until the first one."""
-        if not self._followed:
-            return search.value(tables, chain)
-        if chain.stages not in self._known:
-            stages = stages_of(self.question, chain)
-            self._known[chain.stages] = token_seconds(self.question, stages, self.follower)
-        return self._known[chain.stages]
+        return self._follow(replace(chain, total=0.0)) if self._followed else search.value(tables, chain)
 
     def best(self, found: Sequence[Found]) -> Found:
-        """The best of the answers to a question's goals: where chains are followed, after each had its
-        boundaries moved as long as that helped, and the best its devices changed."""
+        """The best of the goals' answers; where chains are followed, with boundaries and devices changed."""
         if not self._followed:
             return replace(min(found, key=lambda one: one.value), optimal=all(one.optimal for one in found))
         best = self._moved_best(found)
@@ -106,8 +100,7 @@ class Planning:
 
     def _moved_best(self, found: Sequence[Found]) -> Found:
         ranked = sorted(found, key=lambda one: one.value)
-        trials = TRIALS // len(ranked)
-        return min((self._improved(one, trials) for one in ranked), key=lambda one: one.value)
+        return min((self._improved(one, TRIALS // len(ranked)) for one in ranked), key=lambda one: one.value)
 
     def _improved(self, found: Found, trials: int) -> Found:
         moves = [(at, by) for at in range(len(found.chain.stages) - 1) for by in MOVES]
@@ -167,16 +160,13 @@ class Planning:
         if not self.fixed:
             orders = [[*used[:at], j, *used[at:]] for at in range(len(used) + 1)]
             orders += search.seed_orders(tables, devices)
-        chains = (
-            search.best_chain(tables, partial(cheapest, order=order, must=list(order).index(j)))[0]
-            for order in orders
-        )
+        searches = (partial(cheapest, order=order, must=list(order).index(j)) for order in orders)
+        chains = (search.best_chain(tables, one)[0] for one in searches)
         found = [chain for chain in chains if chain is not None]
         return min(found, key=partial(search.value, tables), default=None)
 
     def why_none(self, devices: Sequence[int]) -> str:
-        """Why no plan was found with these devices, in words: even with links everywhere it is too large for
-        them, or else."""
+        """Why no plan was found with these devices, in words."""
         chain, exact = search.least_lack(lack_tables(self.question, joined=True), devices)
         if chain is not None and chain.total > 0 and exact:
             return "the model does not fit"
@@ -216,16 +206,15 @@ def _search(
         chain, optimal = _by_milp(tables, devices, solver, time_limit)
         return chain, optimal, f"MILP ({solver.name}, gap 0)" if optimal else f"MILP ({solver.name})"
     chain, optimal = search.search_orders(tables, devices)
-    exact = len(devices) <= search.EXACT_DEVICES
-    how = "exact DP over all orders" if exact else "DP over searched orders"
+    many = len(devices) > search.EXACT_DEVICES
+    how = "DP over searched orders" if many else "exact DP over all orders"
     return chain, optimal, f"{how} ({why})" if why else how
 
 
 def _by_milp(
     tables: TimeTables, devices: Sequence[int], solver: milp.Solver, time_limit: float
 ) -> tuple[Chain | None, bool]:
-    """The MILP's chain, checked and smoothed by the DP along its order: among plans of one objective's value
-    the DP takes the quickest lap, and it has no tolerances."""
+    """The MILP's chain, smoothed by the DP along its order, which takes the quickest lap of equal plans."""
     quick = search.first_guess(tables, devices)
     chain, optimal = milp.best_chain(tables, devices, solver, known=quick, time_limit=time_limit)
     if chain is None:

@@ -144,8 +144,7 @@ class Walker:
 
 @dataclass(frozen=True, slots=True)
 class Steady:
-    """What concurrent sequences settle to: seconds a token of all together, and the mean rows of each stage's
-    calls."""
+    """What sequences settle to: seconds a token of all together, and the mean rows of each stage's calls."""
 
     seconds: float
     rows: tuple[float, ...]

@@ -23,12 +23,10 @@ INF = math.inf
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """An objective with its numbers. Values are seconds: of a token, or until the first one.
-
-    latency: a lap of one sequence. throughput: `streams` tokens a lap, of which a stage takes `batch` in one
-    call; a resource that is taken longer than their share holds all of them up. first_token: a lap of one
-    chunk, and for every other of the prompt's `chunks` the time of the busiest resource.
-    """
+    """An objective with its numbers. latency: a lap of one sequence. throughput: `streams` tokens a lap, of
+    which a stage takes `batch` in one call; a resource that is taken longer than their share holds all of
+    them up. first_token: a lap of one chunk, and for every other of the prompt's `chunks` the busiest
+    resource's time."""
 
     objective: Objective
     streams: int = 1
@@ -84,12 +82,9 @@ def starts_of(units: int, layers: int, c: int) -> range:
 
 @dataclass(frozen=True, slots=True)
 class TimeTables:
-    """Seconds of one call that passes through the chain: a decoded row, a row of each of some sequences, or a
-    chunk of a prompt.
-
-    `lap` is summed over stages and hops; `busy` is what each resource, stage or link, is taken for by one
-    call of many. The two differ by what happens once: latencies, pauses, a prompt's one row of logits.
-    """
+    """Seconds of one call that passes through the chain: of decoded rows, or of a chunk of a prompt. `lap` is
+    summed over stages and hops; `busy` is what each resource, stage or link, is taken for by one call of
+    many. The two differ by what happens once: latencies, pauses, a prompt's one row of logits."""
 
     units: int
     goal: Goal
@@ -309,8 +304,10 @@ def _links(question: Question, way: Callable[[LinkSpeed, float], float], rows: f
     names = [device.name for device in cluster.devices]
 
     def line(link: LinkSpeed | None) -> list[float] | None:
-        if link is None or len(sizes) == 1:
-            return None if link is None else [way(link, rows * cuts[0])] * (len(cuts) + 1)
+        if link is None:
+            return None
+        if len(sizes) == 1:
+            return [way(link, rows * cuts[0])] * (len(cuts) + 1)
         by_size = {size: way(link, rows * size) for size in sizes}
         return [0.0, *(by_size[size] for size in cuts)]
 

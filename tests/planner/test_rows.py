@@ -93,7 +93,7 @@ def test_a_model_needs_two_ends_and_shares_no_more_than_they_have() -> None:
     ModelCosts((unit, unit), 10)
     with pytest.raises(ValueError, match="at least two units"):
         ModelCosts((unit,))
-    with pytest.raises(ValueError, match="tied_bytes 11 exceed the 10 bytes"):
+    with pytest.raises(ValueError, match="tied_bytes 11 exceed an end unit's 10 bytes"):
         ModelCosts((unit, unit), 11)
     with pytest.raises(ValueError, match="kv_page_tokens"):
         ModelCosts((unit, unit), kv_page_tokens=0)

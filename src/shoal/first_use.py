@@ -8,6 +8,7 @@ checkpoint on this device from its configuration, of a repository from its listi
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -68,9 +69,9 @@ def _is_source(source: str) -> bool:
     if source.startswith(_HUGGING_FACE):
         return True
     path = expanded(source)
-    if path.is_file():
+    if os.path.isfile(path):  # False, too, for a text that no file can be called
         return path.name.endswith(".gguf")
-    if path.is_dir():
+    if os.path.isdir(path):
         return (path / "config.json").exists() or any(path.glob("*.gguf"))
     from .fetch import WHEELS
 

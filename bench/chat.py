@@ -25,7 +25,7 @@ from shoal import planner
 from shoal.answering import Engine, LocalEngine, Settings
 from shoal.commands.demo import specs
 from shoal.engine.batch import Result, Run, Sampling
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 from shoal.engine.stage import Stage, StageOptions
 from shoal.plan_report import render
 from shoal.processes import nodes

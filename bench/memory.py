@@ -21,7 +21,7 @@ from bench import engines
 
 from shoal.engine.costs import unit_cost
 from shoal.engine.layout import CHUNK
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 from shoal.store import resolve
 from shoal.text_table import table
 

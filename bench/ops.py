@@ -20,8 +20,8 @@ from shoal.engine.batch import Run, Sampling, Want
 from shoal.engine.generate import prompt_runs
 from shoal.engine.kv_page import page_bytes
 from shoal.engine.layout import PAGE
+from shoal.engine.model_directory import Model
 from shoal.engine.program import Attend, Matmul
-from shoal.engine.shards import Model
 from shoal.engine.stage import Stage, StageOptions
 from shoal.peaks import arrays_of, peaks_of
 from shoal.text_table import table

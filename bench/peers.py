@@ -22,7 +22,7 @@ from bench.models import SHAPES, checkpoint
 from bench.pairs import OURS, Reached, load, ratios, report, sample, save
 
 from shoal.engine.host import usable_cpus
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 from shoal.store import cache_directory
 
 _DTYPES = {"Q8_0": "int8", "Q4_0": "int4", "as-it-is": "int8"}

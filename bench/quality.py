@@ -25,10 +25,11 @@ from bench.texts import enwiki
 from numpy.typing import NDArray
 
 from shoal.commands.pull import pull
-from shoal.engine.batch import F32, Run, Sampling, Want
+from shoal.engine.arrays import F32
+from shoal.engine.batch import Run, Sampling, Want
 from shoal.engine.convert import convert
 from shoal.engine.costs import tied_bytes, unit_cost
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 from shoal.engine.stage import Stage, StageOptions
 from shoal.engine.tokenizer import Tokenizer
 from shoal.store import cache_directory

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from shoal.engine.batch import Run, Want
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 from shoal.engine.stage import Stage, StageOptions
 from shoal.store import resolve
 from shoal.text_table import table

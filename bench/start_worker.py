@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from shoal.engine.batch import Run, Sampling, Want
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 from shoal.engine.stage import Stage, StageOptions
 
 model = Model.open(Path(sys.argv[1]))

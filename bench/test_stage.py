@@ -12,7 +12,7 @@ import pytest
 
 from shoal.commands.pull import pull
 from shoal.engine.batch import Run, Want
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 from shoal.engine.stage import Stage, StageOptions
 
 PREFILL = 128

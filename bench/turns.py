@@ -18,7 +18,7 @@ import numpy as np
 
 from shoal.engine.batch import Run, Sampling, Want
 from shoal.engine.generate import prompt_runs
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 from shoal.engine.stage import Stage, StageOptions
 from shoal.text_table import table
 

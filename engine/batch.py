@@ -7,10 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-import numpy as np
-from numpy.typing import NDArray
-
-F32 = NDArray[np.float32]
+from .arrays import F32
 
 
 @dataclass(frozen=True, slots=True)

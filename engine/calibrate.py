@@ -11,15 +11,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
+from .arrays import F32, F64
 from .backends.base import BoundProgram, SequenceRows, WeightData
 from .backends.numpy_backend import NumpyExecutor
-from .batch import F32, Sampling
+from .batch import Sampling
 from .kv import PagePool, SequenceKv
 from .program import Attend, Matmul, Program, Sample, Store
 
-F64 = NDArray[np.float64]
 _MAX_ROWS = 256
 _CHUNK = 1 << 21  # elements of a weight that are widened to f64 at once
 

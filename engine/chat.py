@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from .config import read_config
 from .errors import MissingDependencyError, ModelFileError, ShoalError, UnsupportedModelError
 from .files import read_text
+from .hash_cache import HashCache
 from .index import CHAT_TEMPLATE, CONFIG, INDEX, SPECIAL_TOKENS, read_index
-from .stamps import Stamps
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Chat:
         def text(name: str) -> str | None:
             if name not in index.files:
                 return None
-            Stamps(directory).check(directory / name, index.files[name])
+            HashCache(directory).check(directory / name, index.files[name])
             return read_text(directory / name)
 
         tokenizer = tokenizer or Tokenizer.open(directory)

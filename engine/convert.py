@@ -15,12 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import families
-from .calibrate import F64, TEXT, Calibration, pseudo_tokens
+from .arrays import F32, F64
+from .calibrate import TEXT, Calibration, pseudo_tokens
 from .chat_check import chat_parts
-from .checkpoint import F32, Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint, open_checkpoint
 from .config import Config, parse_config
 from .equalise import equalise as equalise_unit
 from .errors import ModelFileError, ShoalError, UnsupportedModelError, Warn, ignore
+from .hash_cache import HashCache, file_sha256
 from .host import ram
 from .index import (
     CHAT_TEMPLATE,
@@ -37,13 +39,12 @@ from .index import (
 )
 from .kv_page import KV_TYPES
 from .layout import GROUP, PANEL, round_up
-from .nibbles import quantise_q4
+from .model_directory import tensors_of, unit_file, units_of
 from .os_errors import check_space, translated
+from .packing import pack_q4, pack_q8, unpack_q4
 from .program import Program, Unit, Weight, typed
-from .quant import pack_q4, pack_q8, unpack_q4
+from .quantise_int4 import quantise_q4
 from .safetensors_file import TensorInfo, write
-from .shards import tensors_of, unit_file, units_of
-from .stamps import Stamps, file_sha256
 from .temporary import new_directory, remove_leavings
 from .tokenizer import Tokenizer
 
@@ -181,7 +182,7 @@ def _write_directory(
         if progress is not None:
             progress(done, len(program.units))
     (part / INDEX).write_bytes(index.to_json())
-    Stamps(part).trust(files)
+    HashCache(part).trust(files)
 
 
 def _bytes(program: Program) -> int:

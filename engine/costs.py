@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from .kv_page import page_bytes
 from .layout import PAGE
+from .model_directory import Model
 from .program import Program
-from .shards import Model
 
 _F32, _F64 = 4, 8
 

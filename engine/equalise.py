@@ -12,12 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .batch import F32
+from .arrays import F32, F64
 from .program import Attend, Gate, Matmul, Norm, Op, Store, Unit
 
-F64 = NDArray[np.float64]
 _RANGE = 64.0  # no channel moves by more
 
 

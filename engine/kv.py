@@ -11,8 +11,9 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from .arrays import F32
 from .errors import ContextError
-from .kv_page import F32, Bytes, chunks_of, cleared, page_bytes, views
+from .kv_page import Bytes, chunks_of, cleared, page_bytes, views
 from .layout import CHUNK, PAGE
 from .memory import Arena, forget
 from .program import KvState

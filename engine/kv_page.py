@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .arrays import F32
 from .layout import CHUNK, GROUP, PAGE, PANEL, QUAD, round_up
+from .packing import packed_shapes
 from .program import KvState
-from .quant import packed_shapes
 
-F32 = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 KV_TYPES: dict[str, np.dtype[Any]] = {
     "f32": np.dtype(np.float32),

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from .batch import Run, Sampling, Want
 from .costs import unit_cost
-from .shards import Model
+from .model_directory import Model
 from .stage import Stage, StageOptions
 
 _BYTES = 128_000_000  # of layers, so that weights do not stay in a cache between steps

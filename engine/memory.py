@@ -34,7 +34,7 @@ def affordable() -> int:
     return (ram().available or 0) // 2
 
 
-def give_back() -> None:
+def trim_heap() -> None:
     """Returns freed memory to the system, which the C library keeps for later: several MB after weights
     and workspaces of another size were held. Nothing happens where the C library cannot."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -42,7 +42,7 @@ def give_back() -> None:
         trim(ctypes.c_size_t(0))
 
 
-def large_apart() -> None:
+def return_large_frees() -> None:
     """From now on what is freed of large pieces (a workspace has tens of MB) goes back to the system at
     once, from any thread: the C library would keep it for later, beside what comes next. Nothing happens
     where the C library has no such setting (glibc has)."""

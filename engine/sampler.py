@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .batch import F32, Sampling
+from .arrays import F32
+from .batch import Sampling
 
 _MASK = (1 << 64) - 1
 

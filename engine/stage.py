@@ -17,14 +17,15 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from .arrays import F32
 from .backends import choose, open_backend
 from .backends.base import CANCELLED, BoundProgram, Outcome, SequenceRows
-from .batch import F32, Result, Run, Sampling, Want
+from .batch import Result, Run, Sampling, Want
 from .calls import Calls, Flag
 from .errors import CancelledRunError, ContextError, MissingDependencyError
 from .kv import PagePool, SequenceKv
-from .memory import give_back
-from .shards import Model
+from .memory import trim_heap
+from .model_directory import Model
 from .threads import chosen
 from .weights import WeightStore
 
@@ -255,7 +256,7 @@ class Stage:
         self._weights.keep(())
         self._pool = PagePool(self._pool.kv_type)
         del self._executor, self._bound
-        give_back()
+        trim_heap()
 
     def cancel(self, sequence: int | None = None) -> None:
         """Ends runs early, from another thread: those with this sequence, or all; those that wait for

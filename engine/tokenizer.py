@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from .control_tokens import Genuine, PlainTwins, never
 from .errors import MissingDependencyError, ModelFileError
 from .files import read_bytes
+from .hash_cache import HashCache
 from .index import TOKENIZER, read_index
-from .stamps import Stamps
 
 if TYPE_CHECKING:
     import tokenizers
@@ -44,7 +44,7 @@ class Tokenizer:
             raise ModelFileError(
                 f"{directory} has no tokenizer.json: its checkpoint had none, so it takes token ids only"
             )
-        Stamps(directory).check(path, index.files[TOKENIZER])
+        HashCache(directory).check(path, index.files[TOKENIZER])
         return cls.parse(read_bytes(path), str(path))
 
     @classmethod

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from .backends.base import WeightData
 from .memory import Arena, affordable, room
+from .model_directory import Model, Tensor
 from .safetensors_file import SafetensorsFile
-from .shards import Model, Tensor
 
 
 class WeightStore:

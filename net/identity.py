@@ -10,7 +10,7 @@ from .errors import MismatchError, NodeLostError, printable
 from .messages import Hello, Offer, Peer, Purpose
 
 if TYPE_CHECKING:
-    from ..engine.shards import Model
+    from ..engine.model_directory import Model
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from ..engine.batch import F32, Sampling, Want
+from ..engine.arrays import F32
+from ..engine.batch import Sampling, Want
 from ..engine.strict import Between, Printable
 from ..planner import Device, LinkSpeed
 

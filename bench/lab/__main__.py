@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shoal.engine.errors import ShoalError
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 from shoal.store import resolve
 
 from . import ground

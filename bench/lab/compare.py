@@ -15,7 +15,7 @@ import trio
 from shoal import planner
 from shoal.distributed import survey_cluster
 from shoal.engine.errors import NoPlanError
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 from shoal.engine.stage import StageOptions
 from shoal.planner.cost import range_ram_bytes
 from shoal.planning import plan_or_error, planner_model

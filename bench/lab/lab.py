@@ -22,7 +22,7 @@ from pathlib import Path
 
 from shoal import planner
 from shoal.engine.errors import ShoalError
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 from shoal.engine.stage import StageOptions
 from shoal.net.slow import turn
 from shoal.planner.cost import unit_held_bytes

@@ -23,7 +23,7 @@ from bench.models import model_path
 from shoal import planner
 from shoal.distributed import head_identity, survey_cluster
 from shoal.engine.errors import ShoalError
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 from shoal.engine.stage import StageOptions
 from shoal.net.coordinator import Head, HeadOptions
 from shoal.net.identity import shape_of

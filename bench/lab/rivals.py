@@ -29,7 +29,7 @@ from bench.planner_lingualinked import stages as lingualinked
 from shoal import planner
 from shoal.distributed import survey_cluster
 from shoal.engine.errors import ShoalError
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 from shoal.engine.stage import StageOptions
 from shoal.planner.cost import range_ram_bytes
 from shoal.planning import plan_or_error, planner_model

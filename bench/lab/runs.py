@@ -16,7 +16,7 @@ import trio
 
 from shoal import planner
 from shoal.distributed import head_identity
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 from shoal.net.coordinator import Head, HeadOptions
 from shoal.net.identity import shape_of
 from shoal.net.placement import Links, NodeInfo, Placement

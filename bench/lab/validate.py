@@ -24,7 +24,7 @@ from bench.simulator import Request, Rules, simulate
 from shoal import planner
 from shoal.distributed import survey_cluster
 from shoal.engine.errors import ShoalError
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 from shoal.engine.stage import StageOptions
 from shoal.engine.strict import convert
 from shoal.planning import plan_or_error, planner_model

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..batch import F32, Sampling
+from ..arrays import F32
+from ..batch import Sampling
 from ..kv import SequenceKv
 from ..program import KvState, Op, Program
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..batch import F32
+from ..arrays import F32
 from ..errors import CancelledRunError, MissingDependencyError, ShoalError
 from ..host import big_cores
 from ..program import Op

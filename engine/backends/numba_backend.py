@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..batch import F32
+from ..arrays import F32
 from ..errors import MissingDependencyError
 from ..host import usable_cpus
 from ..layout import GROUP, PANEL, round_up
+from ..packing import unpack
 from ..program import Gate, Matmul, Norm
-from ..quant import unpack
 from .base import BoundProgram, Outcome, SequenceRows, WeightData
 from .numpy_backend import NumpyExecutor
 

@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..batch import F32
+from ..arrays import F32
 from ..errors import CancelledRunError
 from ..layout import GROUP, round_up
+from ..packing import unpack
 from ..program import Angles, Attend, Embed, Gate, Matmul, Norm, Op, Quantise, Rope, Sample, Store
-from ..quant import unpack
 from ..sampler import draw
 from .base import CANCELLED, BoundProgram, Outcome, SequenceRows, WeightData
 

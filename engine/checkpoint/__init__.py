@@ -9,13 +9,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
+from ..arrays import F32
 from ..errors import ModelFileError, Warn, ignore
 from .gguf_names import models_of
-
-F32 = NDArray[np.float32]
 
 
 class Checkpoint(Protocol):

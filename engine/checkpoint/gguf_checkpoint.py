@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays import F32
 from ..errors import ModelFileError, UnsupportedModelError, Warn, ignore
-from . import F32
 from .gguf_names import END_OF_TURN, PAIRED_ROPE, hugging_face_name
 from .gguf_parts import GgufParts
 from .gguf_tokenizer import CONTROL, tokenizer_json

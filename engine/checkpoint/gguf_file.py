@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays import F32
 from ..errors import MissingDependencyError, ModelFileError, UnsupportedModelError
 from ..files import refuse_pointer
-from . import F32
 
 _VERSIONS = (2, 3)
 _OLDER = (b"lmgg", b"fmgg", b"tjgg", b"algg")  # GGML, GGMF, GGJT and GGLA, before GGUF

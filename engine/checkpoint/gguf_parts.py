@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..arrays import F32
 from ..errors import ModelFileError
-from . import F32
 from .gguf_file import GgufFile, GgufTensor
 from .gguf_names import part_names
 

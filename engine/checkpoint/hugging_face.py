@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays import F32
 from ..errors import ModelFileError, UnsupportedModelError, Warn, ignore
 from ..files import is_inside, refuse_pointer
 from ..safetensors_file import SafetensorsFile, open_file
-from . import F32, hugging_face_chat
+from . import hugging_face_chat
 from .files import INDEX, SINGLE
 
 _HEAD, _EMBEDDING, _PREFIX = "lm_head.weight", "model.embed_tokens.weight", "model."

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .engine.errors import UnsupportedModelError as UnsupportedModelError
     from .engine.generate import TextStream as TextStream
     from .engine.generate import generate as generate
-    from .engine.shards import Model as Model
+    from .engine.model_directory import Model as Model
     from .engine.stage import Stage as Stage
     from .engine.stage import StageOptions as StageOptions
     from .engine.tokenizer import Tokenizer as Tokenizer
@@ -49,7 +49,7 @@ _EXPORTS = {
     "LocalProtocolError": "net.errors",
     "MismatchError": "net.errors",
     "MissingDependencyError": "engine.errors",
-    "Model": "engine.shards",
+    "Model": "engine.model_directory",
     "ModelFileError": "engine.errors",
     "NetError": "net.errors",
     "NoPlanError": "engine.errors",

@@ -22,7 +22,7 @@ from .engine.batch import Run, Sampling, Want
 from .engine.costs import constant_bytes, tied_bytes, unit_cost
 from .engine.errors import ContextError, ShoalError
 from .engine.generate import prompt_runs
-from .engine.shards import Model
+from .engine.model_directory import Model
 from .engine.stage import Stage, StageOptions
 from .peaks import peaks_of
 

@@ -10,7 +10,7 @@ from .engine.errors import ContextError
 from .engine.host import Ram
 from .engine.kv_page import page_bytes
 from .engine.layout import PAGE
-from .engine.shards import Model
+from .engine.model_directory import Model
 
 _SHARE = 0.75
 """Of the available RAM: other programs want to grow, too."""

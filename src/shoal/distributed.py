@@ -14,7 +14,7 @@ import trio
 
 from . import __version__, planner
 from .answering import Settings
-from .engine.shards import Model
+from .engine.model_directory import Model
 from .engine.stage import StageOptions
 from .net.coordinator import Head
 from .net.identity import Identity, identity_of, shape_of

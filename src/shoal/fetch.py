@@ -20,8 +20,8 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 from .download import download
 from .engine.errors import DownloadError
+from .engine.hash_cache import file_sha256
 from .engine.os_errors import check_space
-from .engine.stamps import file_sha256
 from .progress import Progress
 
 PYPI = "https://pypi.org/simple"

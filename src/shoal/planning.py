@@ -13,8 +13,8 @@ from .engine.costs import constant_bytes, tied_bytes, unit_cost
 from .engine.errors import NoPlanError
 from .engine.layout import GROUP, PAGE, PART_BYTES, round_up
 from .engine.measure import Measured
+from .engine.model_directory import Model
 from .engine.program import Buffer
-from .engine.shards import Model
 from .engine.stage import StageOptions
 from .planner.cost import PAUSE_SECONDS, StageCost, Step
 

@@ -12,8 +12,8 @@ from typing import Protocol, TypeAlias
 
 from .engine.checkpoint.files import checkpoint_files
 from .engine.errors import DownloadError, ModelFileError
+from .engine.hash_cache import file_sha256
 from .engine.index import LOCAL
-from .engine.stamps import file_sha256
 from .fetch import WHEELS, fetch_wheel_member
 from .hub import fetch_hugging_face, newest_revision
 from .origin import Origin

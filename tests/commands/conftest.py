@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from shoal.engine.convert import convert
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 
 
 @pytest.fixture

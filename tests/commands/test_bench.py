@@ -22,7 +22,7 @@ from shoal.engine.backends.native import isa_names
 from shoal.engine.batch import Result, Run, Want
 from shoal.engine.convert import convert
 from shoal.engine.errors import ContextError, ShoalError
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 from shoal.engine.stage import Stage, StageOptions
 from shoal.peaks import Peaks, peaks_of
 

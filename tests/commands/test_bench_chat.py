@@ -9,7 +9,7 @@ from bench import chat
 
 from shoal.answering import Settings
 from shoal.engine.batch import Sampling
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 from shoal.engine.stage import Stage, StageOptions
 
 SETTINGS = Settings(200, Sampling(temperature=1.0, seed=2), 4)

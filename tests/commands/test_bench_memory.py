@@ -9,7 +9,7 @@ from bench import memory
 
 from shoal.engine.kv_page import page_bytes
 from shoal.engine.layout import CHUNK, PAGE
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 
 
 def test_shards_and_a_chunk_of_keys_and_values_are_counted_to_the_byte(tiny_llama: Model) -> None:

@@ -12,7 +12,7 @@ from bench.models import Shape
 
 from shoal.engine.checkpoint import Checkpoint, open_checkpoint
 from shoal.engine.config import parse_config
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 from shoal.engine.tokenizer import Tokenizer
 
 SMALL = Shape(hidden=64, intermediate=96, layers=2, heads=4, kv_heads=2, vocab=400, context=128)

@@ -7,7 +7,7 @@ from bench import ops
 
 from shoal.engine.batch import Run, Sampling, Want
 from shoal.engine.errors import MissingDependencyError
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 from shoal.engine.stage import Stage, StageOptions
 
 

@@ -20,7 +20,7 @@ from shoal.engine.convert import convert
 from shoal.engine.errors import ContextError, NoPlanError
 from shoal.engine.host import Ram
 from shoal.engine.layout import PAGE
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 from shoal.engine.stage import StageOptions
 from shoal.planning import default_workload, plan_or_error, plan_that_fits, planner_model
 

@@ -28,7 +28,7 @@ from shoal.engine.chat import Chat
 from shoal.engine.convert import convert
 from shoal.engine.errors import ContextError, ShoalError
 from shoal.engine.generate import Session
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 from shoal.engine.stage import Stage
 from shoal.engine.tokenizer import Tokenizer
 

@@ -12,7 +12,7 @@ from tests.weights.small_vocabulary import TURNS, metadata
 
 from shoal.cli import main
 from shoal.engine.convert import convert
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 
 EXAMPLE = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 

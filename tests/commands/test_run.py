@@ -14,7 +14,7 @@ from shoal.cli import main
 from shoal.commands import run
 from shoal.engine.convert import convert
 from shoal.engine.errors import MissingDependencyError
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 
 TINY = Path(__file__).parents[1] / "fixtures" / "tiny-llama"
 

@@ -18,7 +18,7 @@ from shoal.engine import host, threads
 from shoal.engine.batch import Run, Want
 from shoal.engine.convert import convert
 from shoal.engine.host import default_threads
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 from shoal.engine.stage import Stage, StageOptions
 
 TINY = Path(__file__).parents[1] / "fixtures" / "tiny-llama"

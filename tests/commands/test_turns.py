@@ -11,7 +11,7 @@ from bench import turns
 
 from shoal.engine.batch import Result, Run
 from shoal.engine.convert import convert
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 from shoal.engine.stage import Stage, StageOptions
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "fixtures/tiny-llama"

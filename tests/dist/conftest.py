@@ -15,8 +15,8 @@ import pytest
 from tests.models import smollm2_dir
 
 from shoal.engine.index import COMMON, CONFIG, INDEX, TOKENIZER, FileEntry, read_index
-from shoal.engine.shards import unit_file
-from shoal.engine.stamps import file_sha256
+from shoal.engine.model_directory import unit_file
+from shoal.engine.hash_cache import file_sha256
 
 ROOT = Path(__file__).resolve().parents[2]
 DIST = ROOT / "dist"

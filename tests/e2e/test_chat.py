@@ -19,7 +19,7 @@ from shoal.engine.batch import Sampling
 from shoal.engine.convert import convert
 from shoal.engine.errors import ContextError
 from shoal.engine.generate import generate
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 from shoal.engine.stage import Stage
 from shoal.net.errors import NodeLostError
 from shoal.processes import NodeSpec, RunningNode, nodes

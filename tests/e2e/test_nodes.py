@@ -18,7 +18,7 @@ from shoal.distributed import head_identity
 from shoal.engine.batch import Sampling
 from shoal.engine.chat import Chat, Message
 from shoal.engine.generate import generate
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 from shoal.engine.stage import Stage, StageOptions
 from shoal.net.coordinator import Head
 from shoal.net.identity import shape_of

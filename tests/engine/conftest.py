@@ -9,7 +9,7 @@ import pytest
 from tests.weights.checkpoints import HEAD, change_config, rewrite, tensors
 
 from shoal.engine.convert import convert
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 

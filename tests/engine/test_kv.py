@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 
 from shoal.engine import memory
-from shoal.engine.batch import F32, Run, Sampling, Want
+from shoal.engine.arrays import F32
+from shoal.engine.batch import Run, Sampling, Want
 from shoal.engine.errors import ContextError
 from shoal.engine.generate import generate
 from shoal.engine.kv import Page, PagePool, SequenceKv
 from shoal.engine.kv_page import page_bytes
 from shoal.engine.layout import CHUNK, PAGE
 from shoal.engine.memory import HUGE_PAGE
+from shoal.engine.model_directory import Model
 from shoal.engine.program import KvState
-from shoal.engine.shards import Model
 from shoal.engine.stage import Stage, StageOptions
 
 LARGE = KvState("kv", 8, 64)  # a page of f32 has 1 MB

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from shoal.engine.arrays import F32
 from shoal.engine.backends.native import isa_names
 from shoal.engine.backends.numba_backend import NumbaExecutor
 from shoal.engine.backends.numpy_backend import NumpyExecutor, quantised
-from shoal.engine.batch import F32, Run, Sampling, Want
-from shoal.engine.shards import Model
+from shoal.engine.batch import Run, Sampling, Want
+from shoal.engine.model_directory import Model
 from shoal.engine.stage import Stage, StageOptions, bind
 from shoal.engine.weights import WeightStore
 

@@ -14,7 +14,7 @@ from shoal.engine.batch import Run, Sampling
 from shoal.engine.costs import unit_cost
 from shoal.engine.host import default_threads
 from shoal.engine.measure import best_threads, measure
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 from shoal.engine.stage import StageOptions
 
 READ, MATMUL, MANY, ATTEND, PREFILL = 5e6, 40e6, 80e6, 2e6, 3e6

@@ -14,8 +14,8 @@ from shoal.engine import memory
 from shoal.engine.backends.base import BoundProgram, WeightData
 from shoal.engine.batch import Run, Want
 from shoal.engine.host import Ram
+from shoal.engine.model_directory import Model, unit_file
 from shoal.engine.safetensors_file import SafetensorsFile
-from shoal.engine.shards import Model, unit_file
 from shoal.engine.stage import Stage, StageOptions, bind
 from shoal.engine.weights import WeightStore
 

@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 
 from shoal.engine import memory
+from shoal.engine.arrays import F32
 from shoal.engine.backends import NAMES, open_backend
 from shoal.engine.backends.base import BoundProgram, SequenceRows
-from shoal.engine.batch import F32, Run, Sampling, Want
+from shoal.engine.batch import Run, Sampling, Want
 from shoal.engine.errors import ModelFileError
 from shoal.engine.generate import generate
 from shoal.engine.kv import PagePool, SequenceKv
+from shoal.engine.model_directory import Model, unit_file
 from shoal.engine.program import Buffer, Embed, Matmul, Norm, Program, Unit, Weight
 from shoal.engine.safetensors_file import TensorInfo, open_file, write
-from shoal.engine.shards import Model, unit_file
 from shoal.engine.stage import Stage, StageOptions
 from shoal.engine.weights import WeightStore
 

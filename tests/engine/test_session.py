@@ -12,7 +12,7 @@ from shoal.engine.batch import Result, Run, Sampling, common_prefix
 from shoal.engine.convert import convert
 from shoal.engine.errors import ContextError
 from shoal.engine.generate import Session, generate
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 from shoal.engine.stage import Stage, StageOptions
 
 TINY = Path(__file__).parents[1] / "fixtures" / "tiny-llama"

@@ -19,7 +19,7 @@ from shoal.engine.errors import (
 )
 from shoal.engine.generate import Session, check_prompt, generate
 from shoal.engine.layout import PAGE
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 from shoal.engine.stage import Stage, StageOptions
 
 

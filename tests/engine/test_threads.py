@@ -20,7 +20,7 @@ from shoal.engine.calls import FairLock
 from shoal.engine.errors import CancelledRunError
 from shoal.engine.generate import generate
 from shoal.engine.layout import PAGE
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 from shoal.engine.stage import Stage, StageOptions
 
 PROMPTS = {1: [5, 6, 7, 8], 2: [9, 10, 11], 3: [3] * 70}

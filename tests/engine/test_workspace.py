@@ -8,7 +8,7 @@ import pytest
 
 from shoal.engine.costs import constant_bytes
 from shoal.engine.layout import PART_BYTES
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 from shoal.engine.stage import Stage, StageOptions
 from shoal.planning import planner_model, scratch_bytes, workspace_bytes
 

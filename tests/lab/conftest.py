@@ -8,7 +8,7 @@ import pytest
 from bench.lab import ground
 from tests.models import smollm2_dir
 
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 
 _LEFT_OUT = pytest.StashKey[int]()
 

@@ -21,7 +21,7 @@ from shoal import planner
 from shoal.distributed import NetworkPlanner, head_identity
 from shoal.engine.errors import ShoalError
 from shoal.engine.generate import generate
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 from shoal.engine.stage import Stage
 from shoal.net.coordinator import Head
 from shoal.net.identity import shape_of

@@ -15,7 +15,7 @@ import pytest
 from bench.lab import ground
 from tests.models import smollm2_gguf
 
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 
 pytestmark = [pytest.mark.lab, pytest.mark.whole_lab, pytest.mark.slow]
 

@@ -174,7 +174,7 @@ def test_garbage_is_answered_logged_and_survived(started: tuple["subprocess.Pope
 @pytest.mark.slow
 def test_stages_stay_within_the_promised_ram(model: Path) -> None:
     from shoal.engine.errors import NoPlanError
-    from shoal.engine.shards import Model
+    from shoal.engine.model_directory import Model
     from shoal.engine.stage import StageOptions
     from shoal.planner import Device
 
@@ -195,7 +195,7 @@ def test_stages_stay_within_the_promised_ram(model: Path) -> None:
 def test_a_plan_that_just_fits_opens_whatever_the_threads(model: Path, threads: int) -> None:
     """Plans are made from rows of one thread; what more threads take is in what the node says of itself."""
     from shoal import planner
-    from shoal.engine.shards import Model
+    from shoal.engine.model_directory import Model
     from shoal.engine.stage import StageOptions
     from shoal.planner.cost import range_ram_bytes
     from shoal.planning import planner_model

@@ -16,8 +16,8 @@ from tests.weights.rope_cases import CASES
 
 from shoal.engine.config import parse_config
 from shoal.engine.convert import convert
+from shoal.engine.model_directory import Model
 from shoal.engine.rope import inverse_frequencies
-from shoal.engine.shards import Model
 from shoal.engine.stage import Stage, StageOptions
 
 pytestmark = pytest.mark.oracle

@@ -13,7 +13,7 @@ from tests.weights.gguf_types import rewritten
 
 from shoal.engine.convert import convert
 from shoal.engine.generate import generate
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 from shoal.engine.stage import Stage, StageOptions
 from shoal.engine.tokenizer import Tokenizer
 from shoal.store import cache_directory

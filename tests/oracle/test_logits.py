@@ -11,7 +11,7 @@ import pytest
 from bench.quality import Comparison, all_logits, text_tokens, windows
 from tests.models import smollm2_dir, smollm2_gguf
 
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 from shoal.engine.stage import Stage, StageOptions
 from shoal.engine.tokenizer import Tokenizer
 from shoal.store import cache_directory

@@ -19,7 +19,7 @@ from shoal.engine.chat import Chat, Message
 from shoal.engine.convert import convert
 from shoal.engine.errors import ModelFileError, UnsupportedModelError
 from shoal.engine.index import SPECIAL_TOKENS
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 
 NAMED = "{{ bos_token }}[{{ messages[0].content }}]{{ messages[-1].content if messages[1:] }}{{ eos_token }}"
 

@@ -21,8 +21,8 @@ from shoal.engine.convert import convert
 from shoal.engine.equalise import equalise
 from shoal.engine.errors import ModelFileError, ShoalError, UnsupportedModelError
 from shoal.engine.host import Ram
-from shoal.engine.quant import unpack_q4
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
+from shoal.engine.packing import unpack_q4
 
 
 def weights(model: Path) -> dict[tuple[int, str], np.ndarray]:

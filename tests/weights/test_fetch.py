@@ -19,7 +19,7 @@ from shoal.cli import main
 from shoal.commands import pull
 from shoal.download import download
 from shoal.engine.errors import DownloadError, MissingDependencyError, ModelFileError
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 from shoal.fetch import Wheel, fetch_wheel_member
 from shoal.hub import fetch_hugging_face
 from shoal.progress import Progress

@@ -20,7 +20,7 @@ from shoal.engine.checkpoint.gguf_file import GgufFile
 from shoal.engine.config import parse_config
 from shoal.engine.convert import convert
 from shoal.engine.errors import ModelFileError, ShoalError, UnsupportedModelError
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 
 F32 = int(gguf.GGMLQuantizationType.F32)
 HUGE = (1 << 64) - 1

@@ -14,7 +14,7 @@ from shoal.engine.checkpoint import open_checkpoint
 from shoal.engine.checkpoint.gguf_names import models_of, part_names
 from shoal.engine.convert import convert
 from shoal.engine.errors import ModelFileError
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 
 U16, I32 = (2, "H"), (5, "i")  # GGUF's types of split.no and split.count, and of split.tensors.count
 

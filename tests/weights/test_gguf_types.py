@@ -15,7 +15,7 @@ from tests.weights.gguf_types import SCALES, WRITTEN, rewritten, write_random
 from shoal.engine.checkpoint import open_checkpoint
 from shoal.engine.convert import convert
 from shoal.engine.generate import generate
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 from shoal.engine.stage import Stage, StageOptions
 
 TOKENS = [3, 60, 17, 0, 42, 9, 33]

@@ -23,7 +23,7 @@ from tests.weights.conftest import TINY
 from tests.weights.gguf_files import write_tiny
 
 from shoal.engine.checkpoint import open_checkpoint
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 
 pytestmark = pytest.mark.slow
 

@@ -24,7 +24,7 @@ from shoal.engine.checkpoint import open_checkpoint
 from shoal.engine.convert import convert
 from shoal.engine.errors import ModelFileError, ShoalError
 from shoal.engine.index import read_index
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 from shoal.fetch import WHEELS
 from shoal.origin import ORIGIN
 from shoal.progress import Progress

@@ -16,7 +16,7 @@ from shoal.engine import families
 from shoal.engine.config import parse_config
 from shoal.engine.convert import convert
 from shoal.engine.errors import ModelFileError, ShoalError, UnsupportedModelError, Warn
-from shoal.engine.shards import Model
+from shoal.engine.model_directory import Model
 
 
 def _noted(warnings: list[str]) -> Warn:

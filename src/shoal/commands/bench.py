@@ -15,7 +15,7 @@ from dataclasses import asdict
 
 from ..benchmark import Row, check, measure, plan
 from ..engine.backends import choose
-from ..engine.shards import Model
+from ..engine.model_directory import Model
 from ..engine.threads import chosen
 from ..store import resolve
 

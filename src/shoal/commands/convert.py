@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 
 from ..engine.convert import convert
-from ..engine.memory import large_apart
+from ..engine.memory import return_large_frees
 from ..progress import Progress
 
 
 def run(args: argparse.Namespace) -> int:
     """Converts, with progress on standard error; prints the directory."""
-    large_apart()
+    return_large_frees()
     with Progress(f"converting {args.source.name}", unit="units") as bar:
         convert(
             args.source,

@@ -15,7 +15,7 @@ from ..distributed import measured_of, open_nodes
 from ..engine.batch import Sampling
 from ..engine.chat import Chat, Message
 from ..engine.errors import ShoalError
-from ..engine.shards import Model
+from ..engine.model_directory import Model
 from ..engine.stage import Stage, StageOptions
 from ..engine.tokenizer import Tokenizer
 from ..plan_report import render

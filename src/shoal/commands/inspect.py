@@ -13,8 +13,8 @@ from ..engine.chat import Chat, Message
 from ..engine.costs import constant_bytes, tied_bytes, unit_cost
 from ..engine.errors import MissingDependencyError, ShoalError, UnsupportedModelError
 from ..engine.index import CHAT_TEMPLATE, TOKENIZER
+from ..engine.model_directory import Model
 from ..engine.program import Op, Unit
-from ..engine.shards import Model
 from ..engine.tokenizer import Tokenizer
 from ..store import resolve
 from ..text_table import table

@@ -22,8 +22,8 @@ from ..engine.costs import constant_bytes, tied_bytes, unit_cost
 from ..engine.errors import NoPlanError, ShoalError
 from ..engine.host import Ram, ram, resident_bytes
 from ..engine.measure import Watch, measure, median, stopwatch
-from ..engine.memory import large_apart
-from ..engine.shards import Model
+from ..engine.memory import return_large_frees
+from ..engine.model_directory import Model
 from ..engine.stage import Stage, StageOptions
 from ..engine.threads import chosen
 from ..net.errors import NetError
@@ -48,7 +48,7 @@ from ..store import resolve
 def run(args: argparse.Namespace) -> int:
     """Serves until it is told to stop; 0 then. AddressInUseError, and whatever a model that cannot be opened
     raises."""
-    large_apart()
+    return_large_frees()
     host, port = args.listen
     slowness = Slowness(args.slow, args.slow_file)
     hosts = addresses(host)
@@ -207,7 +207,7 @@ class StageOpener:
 
 def bare_bytes(path: str) -> int:
     """Bytes of RAM that this process holds once it has measured itself with a model, as a node does."""
-    large_apart()
+    return_large_frees()
     measure(Model.open(path), StageOptions(resident=True), seconds=0.1, room=0)
     return resident_bytes()
 

@@ -10,7 +10,7 @@ from .. import planner
 from ..contexts import context_of, notice
 from ..device_files import read_devices
 from ..engine.errors import ShoalError
-from ..engine.shards import Model
+from ..engine.model_directory import Model
 from ..engine.stage import StageOptions
 from ..plan_report import render, to_json
 from ..plan_svg import draw

@@ -11,7 +11,7 @@ from ..engine.costs import unit_cost
 from ..engine.errors import ShoalError
 from ..engine.host import Ram, most_threads, ram
 from ..engine.measure import best_threads, measure
-from ..engine.shards import Model
+from ..engine.model_directory import Model
 from ..engine.stage import StageOptions
 from ..engine.threads import keep
 from ..planning import MB

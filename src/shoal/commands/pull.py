@@ -11,7 +11,7 @@ from pathlib import Path
 from ..engine.convert import convert
 from ..engine.errors import ModelFileError, ShoalError, UnsupportedModelError
 from ..engine.index import INDEX, KV_DTYPES, read_index
-from ..engine.memory import large_apart
+from ..engine.memory import return_large_frees
 from ..engine.temporary import remove_leavings
 from ..origin import Origin, options_of, read_origin
 from ..progress import Progress
@@ -61,7 +61,7 @@ def pull(
         if is_model(target):
             print(f"{wanted.where} has changed: {target.name} is made from it anew", file=sys.stderr)
         remove_leavings(target.parent)
-        large_apart()
+        return_large_frees()
         fetched = wanted.fetch()
 
         def finish(directory: Path) -> None:

@@ -17,7 +17,7 @@ from ..engine.chat import Chat, Message
 from ..engine.errors import ShoalError
 from ..engine.generate import check_prompt
 from ..engine.host import ram
-from ..engine.shards import Model
+from ..engine.model_directory import Model
 from ..engine.stage import Stage, StageOptions
 from ..engine.threads import chosen
 from ..engine.tokenizer import Tokenizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..engine.shards import Model
+from ..engine.model_directory import Model
 from ..progress import Progress
 from ..store import resolve
 

@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.engine.nibbles import quantise_q4
-from shoal.engine.quant import (
-    Nibbles,
+from shoal.engine.packing import (
+    Int4Arrays,
     pack_q4,
     pack_q8,
     packed_shapes,
@@ -18,6 +17,7 @@ from shoal.engine.quant import (
     unpack_q4,
     unpack_q8,
 )
+from shoal.engine.quantise_int4 import quantise_q4
 
 
 def by_hand(w: np.ndarray, r: int, c: int) -> tuple[int, float]:
@@ -90,7 +90,7 @@ def test_every_nibble_stands_where_the_kernels_look(rows: int, cols: int, has_mi
     scale, minimum = rng.normal(size=(2, rows, groups)).astype(np.float16)
     at = 0
 
-    def given(part: np.ndarray) -> Nibbles:
+    def given(part: np.ndarray) -> Int4Arrays:
         nonlocal at
         here, at = slice(at, at + len(part)), at + len(part)
         return q[here].copy(), scale[here], minimum[here] if has_min else None
@@ -129,7 +129,7 @@ def test_int4_is_no_worse_than_rounding_to_the_largest(
     importance = rng.random(groups * 32) + 0.01
     h = np.tile(importance.reshape(groups, 32), (rows, 1))
 
-    def quantise(part: np.ndarray) -> Nibbles:
+    def quantise(part: np.ndarray) -> Int4Arrays:
         return quantise_q4(part, importance, has_min=has_min)
 
     back = unpack_q4(*pack_q4(w.reshape(rows, -1), quantise), rows, groups * 32)

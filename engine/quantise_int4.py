@@ -10,13 +10,11 @@ alike."""
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
+from .arrays import F16, F32, F64, U8
 from .layout import GROUP
-from .quant import F16, F32, Nibbles
+from .packing import Int4Arrays
 
-F64 = NDArray[np.float64]
-U8 = NDArray[np.uint8]
 _LARGEST = 65504.0  # of an fp16
 _CHUNK = 1 << 11  # groups at once: their temporaries stay in the cache
 # The largest magnitude of a group becomes so many steps. The scale takes its sign, so that the larger end
@@ -25,7 +23,7 @@ _STEPS = (-8.0, -8.8, -8.4, -7.6, -7.2, -6.8, -6.4, -6.0)
 _CUTS = (0.0, 0.04, 0.08, 0.12)  # parts of a group's range that are left out at either end
 
 
-def quantise_q4(w: F32, importance: F64 | None = None, *, has_min: bool = False) -> Nibbles:
+def quantise_q4(w: F32, importance: F64 | None = None, *, has_min: bool = False) -> Int4Arrays:
     """Numbers, scales and minima of w `[rows, cols]`, cols a multiple of 32; importance `[cols]`, default
     1.
 

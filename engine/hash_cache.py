@@ -17,15 +17,15 @@ from .errors import ModelFileError
 from .files import write_whole
 from .index import FileEntry
 
-STAMPS = "stamps.json"
+HASHES = "stamps.json"
 _PIECE = 1 << 20
 
 
-class Stamps:
+class HashCache:
     """The stamps of one directory."""
 
     def __init__(self, directory: Path) -> None:
-        self._path = directory / STAMPS
+        self._path = directory / HASHES
         self._known: dict[str, list[object]] | None = None
 
     def check(
@@ -57,7 +57,7 @@ class Stamps:
         self._remember({path.name: stamp})
 
     def trust(self, files: Mapping[str, FileEntry]) -> None:
-        """Stamps files whose hash was computed while they were written."""
+        """Records files whose hash was computed while they were written."""
         self._remember({name: _stamp((self._path.parent / name).stat(), e) for name, e in files.items()})
 
     def _load(self) -> dict[str, list[object]]:

@@ -12,13 +12,13 @@ import pytest
 from tests.weights.conftest import TINY
 
 from shoal.cli import main
-from shoal.engine import stamps
+from shoal.engine import hash_cache
 from shoal.engine.convert import convert
 from shoal.engine.errors import ModelFileError, UnsupportedModelError
 from shoal.engine.index import FileEntry, read_index
-from shoal.engine.quant import unpack
+from shoal.engine.model_directory import Model
+from shoal.engine.packing import unpack
 from shoal.engine.safetensors_file import TensorInfo, open_file, write
-from shoal.engine.shards import Model
 
 UNIT = "unit-001.safetensors"
 
@@ -27,7 +27,7 @@ def register(directory: Path, name: str) -> None:
     """Makes the index agree with a file that a test has changed, as a malicious maker would."""
     values = json.loads((directory / "index.json").read_text())
     path = directory / name
-    values["files"][name] = {"size": path.stat().st_size, "sha256": stamps.file_sha256(path)}
+    values["files"][name] = {"size": path.stat().st_size, "sha256": hash_cache.file_sha256(path)}
     (directory / "index.json").write_text(json.dumps(values))
 
 
@@ -131,13 +131,13 @@ def test_an_alteration_behind_the_stamps_back_is_found_by_verify(model_dir: Path
 
 def test_an_unchanged_file_is_hashed_once(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[str] = []
-    sha256 = stamps.file_sha256
+    sha256 = hash_cache.file_sha256
 
     def counted(path: Path) -> str:
         hashed.append(path.name)
         return sha256(path)
 
-    monkeypatch.setattr(stamps, "file_sha256", counted)
+    monkeypatch.setattr(hash_cache, "file_sha256", counted)
     # The copy has other inodes than the directory that was stamped.
     Model.open(model_dir).unit_weights(1)
     assert sorted(hashed) == ["config.json", UNIT]
@@ -231,7 +231,7 @@ def test_the_index_of_another_family_is_refused(model_dir: Path) -> None:
 
 def test_the_model_hash_is_that_of_the_index(model_dir: Path) -> None:
     first = Model.open(model_dir).hash
-    assert first == stamps.file_sha256(model_dir / "index.json")
+    assert first == hash_cache.file_sha256(model_dir / "index.json")
     path = model_dir / "index.json"
     path.write_bytes(path.read_bytes() + b"\n")
     assert Model.open(model_dir).hash != first
@@ -249,5 +249,5 @@ def test_entries_of_the_index_are_the_files(converted: Path) -> None:
     index, _ = read_index(converted / "index.json")
     for name, entry in index.files.items():
         path = converted / name
-        assert entry == FileEntry(path.stat().st_size, stamps.file_sha256(path))
+        assert entry == FileEntry(path.stat().st_size, hash_cache.file_sha256(path))
     assert set(index.files) | {"index.json", "stamps.json"} == {path.name for path in converted.iterdir()}

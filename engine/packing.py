@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .arrays import F16, F32
 from .layout import GROUP, PANEL, QUAD, round_up
 
-F32 = NDArray[np.float32]
-F16 = NDArray[np.float16]
-Nibbles = tuple[NDArray[np.uint8], F16, F16 | None]
+Int4Arrays = tuple[NDArray[np.uint8], F16, F16 | None]
 """Numbers 0 to 15 `[rows, cols]`, scales and minima (or None) `[rows, groups]`."""
 _LIMIT = 127  # -128 has no positive twin: the kernels multiply magnitudes
 _MIDDLE = 8  # the nibble that stands for zero where a group has no minimum
@@ -85,7 +84,7 @@ def packed_shapes_q4(rows: int, cols: int) -> tuple[tuple[int, int, int], tuple[
     return (numbers[0], numbers[1] // 2, numbers[2]), scales
 
 
-def pack_q4(w: F32, quantise: Callable[[F32], Nibbles]) -> Nibbles:
+def pack_q4(w: F32, quantise: Callable[[F32], Int4Arrays]) -> Int4Arrays:
     """A matrix f32 `[rows, cols]` as packed nibbles, scales and minima.
 
     `quantise` chooses the numbers of some rows, padded to whole groups. ValueError: what it raises."""

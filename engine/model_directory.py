@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from . import families
 from .config import Config, read_config
 from .errors import ModelFileError
+from .hash_cache import HashCache
 from .index import COMMON, CONFIG, INDEX, Index, UnitEntry, read_index
 from .memory import Arena, affordable, fetch_ahead
+from .packing import packed_shapes, packed_shapes_q4
 from .program import Program, Unit, Weight, WeightType, typed
-from .quant import packed_shapes, packed_shapes_q4
 from .safetensors_file import PAD, SafetensorsFile, TensorInfo, open_file
-from .stamps import Stamps
 
 SCALE, MIN = ".scale", ".min"
 
@@ -46,7 +46,7 @@ class Model:
     """A model directory whose index and configuration have been read and agree. Opens weights when
     asked."""
 
-    def __init__(self, path: Path, index: Index, config: Config, digest: str, stamps: Stamps) -> None:
+    def __init__(self, path: Path, index: Index, config: Config, digest: str, hashes: HashCache) -> None:
         self.path = path
         self.index = index
         self.config = config
@@ -54,7 +54,7 @@ class Model:
         """SHA-256 of index.json: nodes with equal hashes hold the same model."""
         program = families.build(config, quantised=index.dtype != "f32")
         self.program: Program = typed(program, *index.types)
-        self._stamps = stamps
+        self._hashes = hashes
         self._check_units()
 
     @classmethod
@@ -63,9 +63,9 @@ class Model:
         UnsupportedModelError: of a family or version that is not here."""
         path = Path(path)
         index, data = read_index(path / INDEX)
-        stamps = Stamps(path)
-        stamps.check(path / CONFIG, index.files[CONFIG])
-        return cls(path, index, read_config(path / CONFIG), hashlib.sha256(data).hexdigest(), stamps)
+        hashes = HashCache(path)
+        hashes.check(path / CONFIG, index.files[CONFIG])
+        return cls(path, index, read_config(path / CONFIG), hashlib.sha256(data).hexdigest(), hashes)
 
     @property
     def dtype(self) -> str:
@@ -127,14 +127,14 @@ class Model:
         """Hashes every file that the index names anew; yields each name and size when it was right.
         ModelFileError: the first that is not."""
         for name, entry in self.index.files.items():
-            self._stamps.check(self.path / name, entry, trust=False, also=_check_numbers)
+            self._hashes.check(self.path / name, entry, trust=False, also=_check_numbers)
             yield name, entry.size
 
     def open_file(self, name: str, arena: Arena | None = None) -> SafetensorsFile:
         """A file that the index names: mapped, or read into the arena. ModelFileError: as for
         unit_weights."""
         path = self.path / name
-        self._stamps.check(path, self.index.files[name], also=_check_numbers)
+        self._hashes.check(path, self.index.files[name], also=_check_numbers)
         return open_file(path, arena)
 
     def _weight(self, file: SafetensorsFile, weight: Weight) -> Tensor:

@@ -6,8 +6,8 @@ One unit's tensors are in memory at a time. The directory appears under its name
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,12 @@ from .index import (
     Index,
     numerics_version,
 )
+from .kept import KEEP, held_in, kept_types
 from .kv_page import KV_TYPES
 from .layout import GROUP, PANEL, round_up
 from .model_directory import tensors_of, unit_file, units_of
 from .os_errors import check_space, translated
-from .packing import pack_q4, pack_q8, unpack_q4
+from .packing import pack_exactly, pack_q4, pack_q8, unpack_q4
 from .program import Program, Unit, Weight, typed
 from .quantise_int4 import quantise_q4
 from .safetensors_file import TensorInfo, write
@@ -65,9 +66,10 @@ class _Options:
     dtype: str
     head_dtype: str | None
     has_min: bool
-    kv_dtype: str
+    kv_dtype: str | None
     equalise: bool
     origin: str
+    keep: bool
 
 
 def convert(
@@ -86,7 +88,8 @@ def convert(
     warn: Warn = ignore,
 ) -> None:
     """Writes the model directory `target` from the checkpoint at `source`. With dtype int4 the head may
-    be int8 (`head_dtype`), and groups may have minima. `kv_dtype`: f16 (f32 with dtype f32) unless given.
+    be int8 (`head_dtype`), and groups may have minima. With dtype "keep" the types are those that hold
+    the file's values as they are (`kept`). `kv_dtype`: f16 (f32 with f32 weights) unless given.
 
     `origin` is what the index says of the source (default: local); equal origins, checkpoints and
     options give equal model hashes. `replace`: the new directory takes the place of one that has the
@@ -94,15 +97,16 @@ def convert(
     that is odd about the checkpoint and does not prevent its conversion. ShoalError: target exists.
     ModelFileError: the checkpoint is damaged. UnsupportedModelError: it is of a kind that is not here.
     OperatingSystemError: the disk is full, or the place cannot be written."""
-    if dtype not in KV_DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(KV_DTYPES)}, not {dtype!r}")
+    if dtype not in (*KV_DTYPES, KEEP):
+        raise ValueError(f"dtype must be one of {', '.join(KV_DTYPES)}, {KEEP}, not {dtype!r}")
+    if dtype == KEEP and (head_dtype or has_min):
+        raise ShoalError("--dtype keep finds the types in the file: omit --head-dtype and --min")
     head_dtype = None if head_dtype == dtype else head_dtype
     if head_dtype not in (None, "int8") or ((head_dtype or has_min) and dtype != "int4"):
         raise ShoalError("only with --dtype int4 can the head be int8 instead, or groups have a minimum")
-    kv_dtype = kv_dtype or KV_DTYPES[dtype]
-    if kv_dtype not in KV_TYPES:
+    if kv_dtype not in (None, *KV_TYPES):
         raise ValueError(f"kv_dtype must be one of {', '.join(KV_TYPES)}, not {kv_dtype!r}")
-    options = _Options(dtype, head_dtype, has_min, kv_dtype, equalise, origin or LOCAL)
+    options = _Options(dtype, head_dtype, has_min, kv_dtype, equalise, origin or LOCAL, dtype == KEEP)
     if target.exists() and not replace:
         raise ShoalError(f"{target} exists already: remove it, or choose another name")
     warn = _once(warn)
@@ -140,6 +144,11 @@ def _write_directory(
         program = families.build(config, quantised=options.dtype != "f32")
     except UnsupportedModelError as e:
         raise UnsupportedModelError(f"{checkpoint.path}: {e}") from e
+    _check_names(checkpoint, program)
+    if options.keep:
+        options = replace(options, **asdict(kept_types(checkpoint, program, warn)), equalise=False)
+        program = families.build(config, quantised=options.dtype != "f32")
+    kv_dtype = options.kv_dtype or KV_DTYPES[options.dtype]
     index = Index(
         dtype=options.dtype,
         family=config.family,
@@ -148,13 +157,12 @@ def _write_directory(
         files={},
         common=(COMMON,),
         units=units_of(program),
-        kv_dtype=options.kv_dtype,
+        kv_dtype=kv_dtype,
         has_min=options.has_min,
         head_dtype=options.head_dtype,
-        numerics_version=numerics_version(options.kv_dtype),
+        numerics_version=numerics_version(kv_dtype),
     )
     program = typed(program, *index.types)
-    _check_names(checkpoint, program)
     _check_room(checkpoint, program)
     check_space(part, _bytes(program), "the model")
     files = index.files
@@ -175,9 +183,12 @@ def _write_directory(
     constants = {name: np.array(values, np.float64) for name, values in program.constants}
     infos = [TensorInfo(name, "F64", values.shape) for name, values in constants.items()]
     files[COMMON] = FileEntry(*write(part / COMMON, infos, constants.values()))
-    calibrated = options.dtype == "int4" or (options.dtype == "int8" and options.equalise)
+    calibrated = options.dtype == "int8" and options.equalise
+    if options.dtype == "int4" and not options.keep:
+        calibrated = not all(_copied(checkpoint, unit) for unit in program.units)
     calibration = _calibration(checkpoint, config, chat.tokenizer) if calibrated else None
-    for done, (u, entry) in enumerate(_write_units(checkpoint, program, part, options, calibration), 1):
+    written = _write_units(checkpoint, program, part, options, calibration, warn)
+    for done, (u, entry) in enumerate(written, 1):
         files[unit_file(u)] = entry
         if progress is not None:
             progress(done, len(program.units))
@@ -192,7 +203,12 @@ def _bytes(program: Program) -> int:
 
 
 def _write_units(
-    checkpoint: Checkpoint, program: Program, part: Path, options: _Options, calibration: Calibration | None
+    checkpoint: Checkpoint,
+    program: Program,
+    part: Path,
+    options: _Options,
+    calibration: Calibration | None,
+    warn: Warn,
 ) -> Iterator[tuple[int, FileEntry]]:
     """Writes the units' files; a table that the last unit shares comes last, since only there it shows
     how large is what its columns multiply."""
@@ -200,22 +216,28 @@ def _write_units(
     shared = bool(program.units[last].tied)
     sizes: dict[str, F64] = {}
 
-    def write_unit(u: int, weights: dict[str, F32]) -> tuple[int, FileEntry]:
+    def write_unit(u: int, weights: dict[str, F32], changed: Collection[str] = ()) -> tuple[int, FileEntry]:
         own = [weight for weight in program.units[u].weights if weight.name in weights]
         infos = [info for weight in own for info in tensors_of(weight)]
-        arrays = _arrays(checkpoint, own, weights, sizes, program.units[last].tied)
+        for weight in own:
+            if not weight.vector and weight.name not in changed and held_in(checkpoint, weight):
+                del weights[weight.name]  # _arrays copies what it does not find
+        said = warn if options.keep else ignore
+        arrays = _arrays(checkpoint, own, weights, sizes, program.units[last].tied, said)
         return u, FileEntry(*write(part / unit_file(u), infos, arrays))
 
     for u in range(last + 1):
-        weights = _load(checkpoint, program.units[u])
+        weights, changed = _load(checkpoint, program.units[u]), frozenset[str]()
         if calibration is not None:
             measured = calibration.run(u, weights)
             # The last unit feeds nothing, and what it reads is often shared with the first.
-            if options.equalise and u < last and not (options.has_min and _on_even_steps(weights)):
-                equalise_unit(calibration.program.units[u], weights, measured)
+            even = options.has_min and _on_even_steps(weights)
+            copied = options.dtype == "int4" and _copied(checkpoint, program.units[u])
+            if options.equalise and u < last and not (even or copied):
+                changed = equalise_unit(calibration.program.units[u], weights, measured)
             sizes.update((name, size) for names, size in measured.items() for name in names)
         if u > 0 or not shared:
-            yield write_unit(u, weights)
+            yield write_unit(u, weights, changed)
     if shared:
         yield write_unit(0, _load(checkpoint, program.units[0]))
 
@@ -259,12 +281,25 @@ def _arrays(
     weights: dict[str, F32],
     sizes: dict[str, F64],
     tables: tuple[str, ...],
+    warn: Warn,
 ) -> Iterator[NDArray[Any]]:
-    """The tensors of a unit file in order; each weight is dropped once it is packed. `sizes` are the root
-    mean squares of what the columns of a matrix multiply, as far as they are known; `tables` are looked
-    up in too."""
+    """The tensors of a unit file in order; each weight is dropped once it is packed. What `weights` lacks is
+    copied from the checkpoint's own quantised values; `warn` is called where these must be rounded. `sizes`
+    are the root mean squares of what the columns of a matrix multiply, as far as they are known; `tables`
+    are looked up in too."""
     for weight in own:
-        values = weights.pop(weight.name)
+        values = weights.pop(weight.name, None)
+        if values is None:
+            held = checkpoint.quantised(weight.source)
+            exact = None if held is None else pack_exactly(held, weight.type)
+            if exact is not None:
+                yield from exact
+                continue
+            warn(
+                f"{checkpoint.path}: {weight.source} is {checkpoint.type_of(weight.source)} with values "
+                "beyond what the kernels multiply, such as -128: it is rounded; other tensors are kept"
+            )
+            values = checkpoint.tensor(weight.source)
         if weight.type == "f32":
             yield values
             continue
@@ -276,6 +311,12 @@ def _arrays(
                 yield from _packed_q4(values, size, table=weight.name in tables, has_min=has_min)
         except ValueError as e:
             raise UnsupportedModelError(f"{checkpoint.path}: tensor {weight.source!r} {e}") from e
+
+
+def _copied(checkpoint: Checkpoint, unit: Unit) -> bool:
+    """Whether every matrix of a unit's own is of a type that ours holds as it is."""
+    own = (weight for weight in unit.weights if not weight.vector and weight.name not in unit.tied)
+    return all(held_in(checkpoint, weight) for weight in own)
 
 
 def _on_even_steps(weights: dict[str, F32]) -> bool:

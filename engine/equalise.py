@@ -19,11 +19,13 @@ from .program import Attend, Gate, Matmul, Norm, Op, Store, Unit
 _RANGE = 64.0  # no channel moves by more
 
 
-def equalise(unit: Unit, weights: dict[str, F32], sizes: dict[tuple[str, ...], F64]) -> None:
-    """Rescales the unit's weights in place; in exact arithmetic the unit computes the same.
+def equalise(unit: Unit, weights: dict[str, F32], sizes: dict[tuple[str, ...], F64]) -> frozenset[str]:
+    """Rescales the unit's weights in place; in exact arithmetic the unit computes the same. Returns the names
+    of those that changed.
 
     `sizes` holds the size of every input column of each matmul, by its weights' names; it is rescaled
     too."""
+    changed: set[str] = set()
     for i, op in enumerate(unit.ops):
         readers = list(_readers(unit.ops, i))
         if not readers or not all(isinstance(reader, Matmul) for reader in readers):
@@ -37,11 +39,14 @@ def equalise(unit: Unit, weights: dict[str, F32], sizes: dict[tuple[str, ...], F
         if isinstance(op, Norm):
             s = _scales(size, largest)
             weights[op.weight] = (weights[op.weight] / s).astype(np.float32)
+            changed.add(op.weight)
         elif isinstance(op, Gate) and (part := _part(unit, i, op.x, size.size)):
             s = _scales(size, largest)
             weights[part] = (weights[part] / s[:, None]).astype(np.float32)
+            changed.add(part)
         elif isinstance(op, Attend) and (part := _value_part(unit, i, op)):
             s = _fold_values(unit, op, part, weights, size, largest)
+            changed.add(part)
         else:
             continue
         for name in names:
@@ -49,6 +54,8 @@ def equalise(unit: Unit, weights: dict[str, F32], sizes: dict[tuple[str, ...], F
         for reader in readers:
             if isinstance(reader, Matmul):
                 sizes[reader.weights] = sizes[reader.weights] / s
+        changed.update(names)
+    return frozenset(changed)
 
 
 def _fold_values(unit: Unit, op: Attend, part: str, weights: dict[str, F32], size: F64, largest: F64) -> F64:

@@ -8,6 +8,7 @@ int4 numbers, two a byte, `[panels, padded cols / 8, 64]`; scales, and minima wh
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,24 @@ from numpy.typing import NDArray
 
 from .arrays import F16, F32
 from .layout import GROUP, PANEL, QUAD, round_up
+from .program import WeightType
 
 Int4Arrays = tuple[NDArray[np.uint8], F16, F16 | None]
 """Numbers 0 to 15 `[rows, cols]`, scales and minima (or None) `[rows, groups]`."""
 _LIMIT = 127  # -128 has no positive twin: the kernels multiply magnitudes
 _MIDDLE = 8  # the nibble that stands for zero where a group has no minimum
 _HALF = GROUP // 2  # the second half of a group stands in the high nibbles
+
+
+@dataclass(frozen=True, slots=True)
+class Quantised:
+    """A matrix whose values are `numbers * scale`, plus `minimum` where there is one: integers `[rows, cols]`
+    (cols a multiple of 32; 0 to 15 where there are minima), and an fp16 scale and minimum for each group of
+    32 columns."""
+
+    numbers: NDArray[np.int8]
+    scale: F16
+    minimum: F16 | None = None
 
 
 def packed_shapes(rows: int, cols: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
@@ -62,11 +75,14 @@ def pack_q8(w: F32) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
         part = np.zeros(((last - first) * PANEL, numbers[1] * QUAD), np.float32)
         source = w[first * PANEL : last * PANEL]
         part[: len(source), :cols] = source
-        q, scale = quantise_q8(part)
-        quads = q.reshape(last - first, PANEL, numbers[1], QUAD).transpose(0, 2, 1, 3)
-        packed[first:last] = quads.reshape(last - first, numbers[1], numbers[2])
-        packed_scales[first:last] = scale.reshape(last - first, PANEL, scales[1]).transpose(0, 2, 1)
+        packed[first:last], packed_scales[first:last] = _packed_q8(*quantise_q8(part), last - first)
     return packed, packed_scales
+
+
+def _packed_q8(q: NDArray[np.int8], scale: F16, panels: int) -> tuple[NDArray[np.int8], F16]:
+    """Numbers `[rows, cols]` and scales `[rows, groups]` of some panels, packed."""
+    quads = _panels(q, panels, 0).reshape(panels, PANEL, -1, QUAD).transpose(0, 2, 1, 3)
+    return quads.reshape(panels, -1, PANEL * QUAD), _panels(scale, panels, 0).transpose(0, 2, 1)
 
 
 def unpack_q8(packed: NDArray[Any], scales: NDArray[Any], rows: int, cols: int) -> F32:
@@ -103,11 +119,41 @@ def pack_q4(w: F32, quantise: Callable[[F32], Int4Arrays]) -> Int4Arrays:
         q, scale, minimum = quantise(part)
         has_min = minimum is not None
         q[:, cols:] = 0 if has_min else _MIDDLE
-        packed[first:last] = _interleaved(_panels(q, last - first, 0 if has_min else _MIDDLE))
-        scales[first:last] = _panels(scale, last - first, 0).transpose(0, 2, 1)
-        if minimum is not None:
-            mins[first:last] = _panels(minimum, last - first, 0).transpose(0, 2, 1)
+        packed[first:last], scales[first:last], least = _packed_q4(q, scale, minimum, last - first)
+        if least is not None:
+            mins[first:last] = least
     return packed, scales, mins if has_min else None
+
+
+def _packed_q4(q: NDArray[np.uint8], scale: F16, minimum: F16 | None, panels: int) -> Int4Arrays:
+    """Nibbles `[rows, cols]`, scales and minima `[rows, groups]` of some panels, packed."""
+    packed = _interleaved(_panels(q, panels, _MIDDLE if minimum is None else 0))
+    least = None if minimum is None else _panels(minimum, panels, 0).transpose(0, 2, 1)
+    return packed, _panels(scale, panels, 0).transpose(0, 2, 1), least
+
+
+def pack_exactly(w: Quantised, kind: WeightType) -> tuple[NDArray[Any], ...] | None:
+    """Packed numbers, scales and (q4_min) minima of the same values, none of them rounded. None: the type
+    cannot hold them."""
+    panels = round_up(len(w.numbers), PANEL) // PANEL
+    low, high = int(w.numbers.min()), int(w.numbers.max())
+    if kind == "q8":
+        held = w.minimum is None and low >= -_LIMIT
+        return _packed_q8(w.numbers, w.scale, panels) if held else None
+    numbers, minimum = w.numbers, w.minimum
+    if minimum is None:
+        if low < -_MIDDLE or high >= _MIDDLE:
+            return None
+        numbers = numbers + np.int8(_MIDDLE)
+        if kind == "q4_min":
+            with np.errstate(over="ignore"):
+                minimum = w.scale * np.float16(-_MIDDLE)  # exact, unless it overflows
+    elif kind == "q4":
+        return None
+    if minimum is not None and not np.isfinite(minimum).all():
+        return None
+    packed, scales, mins = _packed_q4(numbers.astype(np.uint8), w.scale, minimum, panels)
+    return (packed, scales) if mins is None else (packed, scales, mins)
 
 
 def unpack_q4(

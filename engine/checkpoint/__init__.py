@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from ..arrays import F32
 from ..errors import ModelFileError, Warn, ignore
+from ..packing import Quantised
 from .gguf_names import models_of
 
 
@@ -38,6 +39,12 @@ class Checkpoint(Protocol):
 
     def tensor(self, name: str) -> F32:
         """A tensor as float32. ModelFileError: no such tensor, or its file is damaged."""
+
+    def type_of(self, name: str) -> str:
+        """The type in which the file holds a tensor, by the name that its format has for it: BF16, Q4_0."""
+
+    def quantised(self, name: str) -> Quantised | None:
+        """A matrix as the quantised values that the file holds; None: it holds no groups like ours."""
 
     def tokenizer_json(self) -> bytes | None:
         """A `tokenizer.json` for the `tokenizers` package; None when the checkpoint has no tokenizer."""

@@ -5,18 +5,23 @@ from __future__ import annotations
 import math
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..arrays import F32
 from ..errors import ModelFileError, UnsupportedModelError, Warn, ignore
+from ..packing import Quantised
+from .gguf_blocks import SCALES, quantised
+from .gguf_file import GgufTensor, import_gguf
 from .gguf_names import END_OF_TURN, PAIRED_ROPE, hugging_face_name
 from .gguf_parts import GgufParts
 from .gguf_tokenizer import CONTROL, tokenizer_json
 from .hugging_face_chat import default_template
 
 _FREQUENCY_FACTORS = "rope_freqs.weight"
+_T = TypeVar("_T", bound=np.generic)
 
 
 class GgufCheckpoint:
@@ -89,7 +94,24 @@ class GgufCheckpoint:
     def tensor(self, name: str) -> F32:
         if name not in self._gguf_names:
             raise ModelFileError(f"{self.path}: the tensor {name!r} is missing")
-        w = self._file.tensor(self._gguf_names[name])
+        return self._in_order(name, self._file.tensor(self._gguf_names[name]))
+
+    def type_of(self, name: str) -> str:
+        return str(import_gguf().GGMLQuantizationType(self._info(name).type).name)
+
+    def quantised(self, name: str) -> Quantised | None:
+        kind, shape = self.type_of(name), self._info(name).shape
+        if kind not in SCALES or len(shape) != 2:
+            return None
+        held = quantised(kind, self._file.bytes_of(self._gguf_names[name]), shape[0])
+        minimum = None if held.minimum is None else self._in_order(name, held.minimum)
+        return Quantised(self._in_order(name, held.numbers), self._in_order(name, held.scale), minimum)
+
+    def _info(self, name: str) -> GgufTensor:
+        return self._file.tensors[self._gguf_names[name]]
+
+    def _in_order(self, name: str, w: NDArray[_T]) -> NDArray[_T]:
+        """The rows of a tensor in Hugging Face's order, whatever it has in its columns."""
         if self._arch in PAIRED_ROPE and name.endswith((".q_proj.weight", ".k_proj.weight")):
             key = "num_attention_heads" if ".q_proj." in name else "num_key_value_heads"
             heads = self.config[key]

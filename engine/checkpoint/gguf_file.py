@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..arrays import F32
 from ..errors import MissingDependencyError, ModelFileError, UnsupportedModelError
@@ -65,7 +66,7 @@ class GgufFile:
         gguf = import_gguf()
         kind = gguf.GGMLQuantizationType(info.type)
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        data = np.frombuffer(self._memory, np.uint8, info.nbytes, info.begin)
+        data = self.bytes_of(name)
         if info.type == _F64:  # of which the package makes nothing
             with np.errstate(over="ignore"):
                 return data.view("<f8").astype(np.float32).reshape(info.shape)
@@ -84,6 +85,11 @@ class GgufFile:
                     ) from e
                 flat[first * block : first * block + values.size] = values.reshape(-1)
         return flat.reshape(info.shape)
+
+    def bytes_of(self, name: str) -> NDArray[np.uint8]:
+        """A tensor as the file holds it, mapped."""
+        info = self.tensors[name]
+        return np.frombuffer(self._memory, np.uint8, info.nbytes, info.begin)
 
 
 def import_gguf() -> ModuleType:

@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..arrays import F32
 from ..errors import ModelFileError
 from .gguf_file import GgufFile, GgufTensor
@@ -48,6 +51,10 @@ class GgufParts:
     def tensor(self, name: str) -> F32:
         """A tensor, dequantised. UnsupportedModelError: of a type that the gguf package cannot read."""
         return self._file_of[name].tensor(name)
+
+    def bytes_of(self, name: str) -> NDArray[np.uint8]:
+        """A tensor as its file holds it, mapped."""
+        return self._file_of[name].bytes_of(name)
 
 
 def _read(path: Path) -> list[GgufFile]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ..arrays import F32
 from ..errors import ModelFileError, UnsupportedModelError, Warn, ignore
 from ..files import is_inside, refuse_pointer
+from ..packing import Quantised
 from ..safetensors_file import SafetensorsFile, open_file
 from . import hugging_face_chat
 from .files import INDEX, SINGLE
@@ -96,6 +97,13 @@ class HuggingFaceCheckpoint:
                 f"{self._where(name)} is F64 with values beyond the range of f32, to which F64 is rounded"
             )
         return rounded
+
+    def type_of(self, name: str) -> str:
+        file, stored = self._stored[name]
+        return file.tensors[stored].dtype
+
+    def quantised(self, name: str) -> Quantised | None:
+        return None
 
     def _values(self, name: str) -> tuple[NDArray[Any], str]:
         """A tensor as its file holds it, and its type."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import gguf
 import numpy as np
@@ -38,10 +40,18 @@ def random_blocks(kind: str, shape: tuple[int, int], rng: np.random.Generator) -
     return scaled(0.05 / large)
 
 
-def write_random(path: Path, kind: str, *, seed: int = 0) -> Path:
-    """A random Llama of one layer whose matrices are all of one type."""
+def write_random(
+    path: Path,
+    kind: str,
+    *,
+    seed: int = 0,
+    others: Mapping[str, str] = MappingProxyType({}),
+    tied: bool = False,
+    blocks: Mapping[str, np.ndarray] = MappingProxyType({}),
+) -> Path:
+    """A random Llama of one layer whose matrices are of one type; `others` are the types of some matrices,
+    `blocks` their bytes. `tied`: it has no LM head of its own."""
     rng = np.random.default_rng(seed)
-    type_ = gguf.GGMLQuantizationType[kind]
     hidden, inner, vocab, keys = 256, 512, 64, 128
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(1)
@@ -63,9 +73,14 @@ def write_random(path: Path, kind: str, *, seed: int = 0) -> Path:
         "blk.0.ffn_down": (hidden, inner),
         "output": (vocab, hidden),
     }
+    if tied:
+        del matrices["output"]
     for name, shape in matrices.items():
-        if kind in SCALES:
-            data = random_blocks(kind, shape, rng)
+        type_ = gguf.GGMLQuantizationType[others.get(name, kind)]
+        if name in blocks:
+            data = blocks[name]
+        elif type_.name in SCALES:
+            data = random_blocks(type_.name, shape, rng)
         else:
             data = gguf.quants.quantize(rng.normal(0, 0.05, shape).astype(np.float32), type_)
         writer.add_tensor(f"{name}.weight", data, raw_dtype=type_)

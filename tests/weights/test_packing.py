@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from shoal.engine.packing import (
     Int4Arrays,
+    Quantised,
+    pack_exactly,
     pack_q4,
     pack_q8,
     packed_shapes,
@@ -174,3 +176,34 @@ def test_int4_at_the_edges_of_fp16(has_min: bool) -> None:
         w[1, 2] = bad
         with pytest.raises(ValueError, match="too large for int4"):
             quantise_q4(w, has_min=has_min)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(1, 32), (16, 64), (37, 96)])
+def test_quantised_values_are_packed_as_those_that_are_rounded_here(rows: int, cols: int) -> None:
+    w = np.random.default_rng(rows).normal(size=(rows, cols)).astype(np.float32)
+    q, scale = quantise_q8(w)
+    for packed, expected in zip(pack_exactly(Quantised(q, scale), "q8") or (), pack_q8(w), strict=True):
+        np.testing.assert_array_equal(packed, expected)
+    for has_min in (False, True):
+        nibbles, scale, minimum = quantise_q4(w, has_min=has_min)
+        numbers = nibbles.astype(np.int8) - (0 if has_min else 8)
+        exact = pack_exactly(
+            Quantised(numbers.astype(np.int8), scale, minimum), "q4_min" if has_min else "q4"
+        )
+        packed_q4 = pack_q4(w, lambda part, has_min=has_min: quantise_q4(part, has_min=has_min))
+        for packed, expected in zip(exact or (), (a for a in packed_q4 if a is not None), strict=True):
+            np.testing.assert_array_equal(packed, expected)
+
+
+def test_quantised_values_that_a_type_cannot_hold() -> None:
+    one = np.ones((1, 1), np.float16)
+    for low, high, held in ((-8, 7, 3), (-9, 0, 1), (0, 8, 1), (-127, 127, 1), (-128, 0, 0)):
+        numbers = np.zeros((1, 32), np.int8)
+        numbers[0, :2] = low, high
+        kinds = [pack_exactly(Quantised(numbers, one), kind) is not None for kind in ("q8", "q4", "q4_min")]
+        assert kinds == [held >= 1, held == 3, held == 3]
+    large = Quantised(np.zeros((1, 32), np.int8), one * np.float16(9000))
+    assert pack_exactly(large, "q4") and pack_exactly(large, "q4_min") is None
+    with_minimum = Quantised(np.zeros((1, 32), np.int8), one, one)
+    assert pack_exactly(with_minimum, "q4_min")
+    assert pack_exactly(with_minimum, "q4") is pack_exactly(with_minimum, "q8") is None

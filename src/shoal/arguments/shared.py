@@ -35,9 +35,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_dtype(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
-        choices=DTYPES,
+        choices=(*DTYPES, "keep"),
         default="int8",
-        help="int8: small and fast; int4: half of that, and less exact; f32: exact and four times as large "
+        help="int8: small and fast; int4: half of that, and less exact; f32: exact and four times as large; "
+        "keep: the values of the file, not rounded (GGUF: Q8_0, Q5_0, IQ4_NL as int8, Q4_0, Q4_1 as int4) "
         "(default int8)",
     )
     parser.add_argument(

@@ -4,7 +4,7 @@
 command raises ShoalError for anything the user can mend; the command line prints it and exits with its code.
 `args` (see `shoal.arguments`) holds:
 
-    pull      source: str, dtype: "int8"|"int4"|"f32", head_dtype: "int8"|"int4"|None, has_min: bool,
+    pull      source: str, dtype: "int8"|"int4"|"f32"|"keep", head_dtype: "int8"|"int4"|None, has_min: bool,
               kv_dtype: "f32"|"f16"|"int8"|None, name: str|None
     ls        (nothing)
     rm        names: list[str]

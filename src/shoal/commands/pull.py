@@ -51,7 +51,7 @@ def pull(
     wanted = source_of(source, refresh=refresh)
     options = options_of(dtype, head_dtype, has_min, kv_dtype)
     head_dtype = None if head_dtype == dtype else head_dtype
-    kv_dtype = None if kv_dtype == KV_DTYPES[dtype] else kv_dtype
+    kv_dtype = None if kv_dtype == KV_DTYPES.get(dtype) else kv_dtype
     target = model_path(name or default_name(source, dtype, head_dtype, has_min, kv_dtype))
     if _is_current(target, wanted, options):
         return target

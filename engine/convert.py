@@ -29,6 +29,7 @@ from .index import (
     COMMON,
     CONFIG,
     INDEX,
+    KEEP,
     KV_DTYPES,
     LOCAL,
     SPECIAL_TOKENS,
@@ -37,7 +38,7 @@ from .index import (
     Index,
     numerics_version,
 )
-from .kept import KEEP, held_in, kept_types
+from .kept import held_in, kept_types
 from .kv_page import KV_TYPES
 from .layout import GROUP, PANEL, round_up
 from .model_directory import tensors_of, unit_file, units_of

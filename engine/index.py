@@ -26,6 +26,8 @@ SPECIAL_TOKENS = "special_tokens_map.json"
 COMMON = "common.safetensors"
 KV_DTYPES = {"int8": "f16", "int4": "f16", "f32": "f32"}
 """Type of keys and values, by type of weights."""
+KEEP = "keep"
+"""Asks a conversion for the types that hold the values of the file as they are."""
 
 LOCAL = "local"
 """What the index says of the source where that was a checkpoint on the device that converted it: no path, so

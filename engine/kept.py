@@ -12,8 +12,6 @@ from .checkpoint import Checkpoint
 from .errors import UnsupportedModelError, Warn
 from .program import Program, Weight, WeightType
 
-KEEP = "keep"
-"""What asks for these types where a type is asked for."""
 _Q4 = frozenset({"Q4_0", "TQ1_0", "TQ2_0"})
 HELD: dict[WeightType, frozenset[str]] = {
     "q4": _Q4,

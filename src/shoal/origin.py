@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from .engine.files import write_whole
-from .engine.index import KV_DTYPES, LOCAL, Index
+from .engine.index import KEEP, KV_DTYPES, LOCAL, Index
 
 ORIGIN = "origin.json"
 
@@ -39,7 +39,8 @@ def read_origin(directory: Path, index: Index) -> Origin | None:
     options = options_of(index.dtype, index.head_dtype, index.has_min, index.kv_dtype)
     kept = _read(directory / ORIGIN)
     if kept is not None:
-        options = {**kept.options, **options}
+        found = kept.options.get("dtype") == KEEP  # then the index has types that were found in the file
+        options = dict(kept.options) if found else {**kept.options, **options}
     if index.source.startswith("pypi:"):
         return Origin(index.source.partition("==")[0], index.source, options)
     if index.source.startswith("hf:"):
@@ -56,7 +57,7 @@ def options_of(dtype: str, head_dtype: str | None, has_min: bool, kv_dtype: str 
         "dtype": dtype,
         "head_dtype": None if head_dtype == dtype else head_dtype,
         "has_min": has_min,
-        "kv_dtype": kv_dtype or KV_DTYPES[dtype],
+        "kv_dtype": kv_dtype or KV_DTYPES.get(dtype),
     }
 
 

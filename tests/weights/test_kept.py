@@ -249,3 +249,10 @@ def test_pull_names_and_types_what_it_keeps(tmp_path: Path, monkeypatch: pytest.
     model = Model.open(tmp_path / "cache/shoal/models/tiny.q8_0-keep-kv-int8")
     assert (model.dtype, model.kv_dtype, model.index.numerics_version) == ("int8", "int8", 2)
     check_equal(model, path)
+    made = (model.path / "index.json").stat()
+    assert main(["pull", str(path), "--dtype", "keep", "--kv-dtype", "int8"]) == 0
+    assert (model.path / "index.json").stat() == made  # nothing is left to do
+    write_random(path, "Q4_0")
+    assert main(["pull", str(path), "--dtype", "keep", "--kv-dtype", "int8"]) == 0
+    check_equal(Model.open(model.path), path)
+    assert main(["pull", str(path), "--name", model.path.name]) == 1  # taken by other options

@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 
 from shoal.engine.checkpoint import Checkpoint, open_checkpoint
 from shoal.engine.checkpoint.gguf_tokenizer import tokenizer_json
-from shoal.engine.config import Config, parse_config
+from shoal.engine.config import parse_config
 from shoal.engine.convert import convert
+from shoal.engine.decoder import Decoder
 from shoal.engine.index import INDEX
 from shoal.engine.safetensors_file import TensorInfo, write
 from shoal.progress import Progress
@@ -133,7 +134,7 @@ def write_checkpoint(shape: Shape, target: Path, name: str) -> None:
     tokenizer = tokenizer_json({f"tokenizer.ggml.{k}": v for k, v in _vocabulary(shape.vocab).items()}, name)
     assert tokenizer is not None
     (target / "tokenizer.json").write_bytes(tokenizer)
-    files = _files(parse_config(shape.config, name))
+    files = _files(Decoder.of(parse_config(shape.config, name)), shape.vocab)
     weight_map = {}
     seeds = itertools.count(SEED)
     for i, tensors in enumerate(files):
@@ -145,9 +146,8 @@ def write_checkpoint(shape: Shape, target: Path, name: str) -> None:
     (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
-def _files(config: Config) -> list[dict[str, tuple[int, ...]]]:
+def _files(c: Decoder, vocab: int) -> list[dict[str, tuple[int, ...]]]:
     """Shapes of the tensors by name, file by file: the tables, then each layer."""
-    c = config
     queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
     layer: dict[str, tuple[int, ...]] = {
         "input_layernorm": (c.hidden,),
@@ -161,9 +161,9 @@ def _files(config: Config) -> list[dict[str, tuple[int, ...]]]:
         "mlp.down_proj": (c.hidden, c.intermediate),
     }
     tables: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (c.vocab, c.hidden),
+        "model.embed_tokens.weight": (vocab, c.hidden),
         "model.norm.weight": (c.hidden,),
-        "lm_head.weight": (c.vocab, c.hidden),
+        "lm_head.weight": (vocab, c.hidden),
     }
     layers = (
         {f"model.layers.{i}.{tensor}.weight": dims for tensor, dims in layer.items()} for i in range(c.layers)
@@ -187,16 +187,17 @@ def write_gguf(source: Path, target: Path) -> None:
 
     read = open_checkpoint(source)
     config = parse_config(read.config, str(source))
+    c = Decoder.of(config)
     writer = GGUFWriter(target, "llama")
     writer.add_context_length(config.context)
-    writer.add_embedding_length(config.hidden)
-    writer.add_block_count(config.layers)
-    writer.add_feed_forward_length(config.intermediate)
-    writer.add_head_count(config.heads)
-    writer.add_head_count_kv(config.kv_heads)
-    writer.add_layer_norm_rms_eps(config.norm_epsilon)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_embedding_length(c.hidden)
+    writer.add_block_count(c.layers)
+    writer.add_feed_forward_length(c.intermediate)
+    writer.add_head_count(c.heads)
+    writer.add_head_count_kv(c.kv_heads)
+    writer.add_layer_norm_rms_eps(c.norm_epsilon)
+    writer.add_rope_dimension_count(c.head_dim)
+    writer.add_rope_freq_base(c.rotation.theta)
     writer.add_vocab_size(config.vocab)
     vocabulary = _vocabulary(config.vocab)
     writer.add_tokenizer_model(vocabulary["model"])
@@ -206,8 +207,8 @@ def write_gguf(source: Path, target: Path) -> None:
     writer.add_unk_token_id(UNKNOWN)
     writer.add_bos_token_id(BOS)
     writer.add_eos_token_id(EOS)
-    tensors = [(tensor, dims) for file in _files(config) for tensor, dims in file.items()]
-    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.layers)
+    tensors = [(tensor, dims) for file in _files(c, config.vocab) for tensor, dims in file.items()]
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, c.layers)
     for tensor, dims in tensors:
         kind = np.dtype(np.float32 if len(dims) == 1 else np.float16)
         size = int(np.prod(dims)) * kind.itemsize
@@ -215,19 +216,19 @@ def write_gguf(source: Path, target: Path) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for values in _gguf_tensors(read, config, [tensor for tensor, _ in tensors]):
+    for values in _gguf_tensors(read, c, [tensor for tensor, _ in tensors]):
         writer.write_tensor_data(values)
     writer.close()
 
 
-def _gguf_tensors(source: Checkpoint, config: Config, names: Sequence[str]) -> Iterator[NDArray[Any]]:
+def _gguf_tensors(source: Checkpoint, c: Decoder, names: Sequence[str]) -> Iterator[NDArray[Any]]:
     """In GGUF's order of rows: the two columns of a head that rotate together are neighbours."""
     for name in names:
         values: NDArray[Any] = source.tensor(name)
         if values.ndim > 1:
             values = values.astype(np.float16)
         if name.endswith((".q_proj.weight", ".k_proj.weight")):
-            heads = config.heads if ".q_proj." in name else config.kv_heads
+            heads = c.heads if ".q_proj." in name else c.kv_heads
             values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
         yield np.ascontiguousarray(values)
 

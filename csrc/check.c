@@ -160,11 +160,17 @@ static int32_t check_buffers_of(const checker *c, const shoal_op *op, const shoa
 
 static int32_t check_matmul(const checker *c, const shoal_op *op, const shoal_buffer *in, const shoal_buffer *out) {
   int64_t rows = 0;
+  NEED(c, op->n_biases == 0 || op->n_biases == op->n_weights, "number of biases");
   for (int32_t i = 0; i < op->n_weights; i++) {
     const shoal_weight *w = &c->p->weights[op->weights[i]];
     NEED(c, (w->type == SHOAL_F32) == (in->type == SHOAL_F32), "the type of a weight does not fit the input's");
     NEED(c, w->cols == in->cols, "a weight's columns are not those of the input");
     rows += w->rows;
+    if (op->n_biases == 0 || op->biases[i] == -1) continue;
+    NEED(c, op->biases[i] >= 0 && op->biases[i] < c->p->n_weights, "no such bias");
+    const shoal_weight *bias = &c->p->weights[op->biases[i]];
+    NEED(c, bias->type == SHOAL_F32 && bias->rows == 1 && bias->cols == w->rows,
+         "a bias is no f32 vector of its weight's rows");
   }
   NEED(c, rows == out->cols, "the weights' rows are not the columns of the output");
   return SHOAL_OK;
@@ -196,6 +202,13 @@ static int32_t check_op(const checker *c) {
     case SHOAL_OP_NORM:
       NEED(c, in->cols == out->cols && w->rows == 1 && w->cols == out->cols,
            "the columns of input, weight and output differ");
+      NEED(c, shoal_is_finite(op->epsilon) && op->epsilon >= 0, "epsilon is negative or not finite");
+      break;
+    case SHOAL_OP_HEAD_NORM:
+      NEED(c, op->column >= 0 && op->heads >= 1 && op->head_dim >= 1 &&
+               op->column + (int64_t)op->heads * op->head_dim <= out->cols,
+           "heads do not fit the columns");
+      NEED(c, w->rows == 1 && w->cols == op->head_dim, "the weight's columns are not those of a head");
       NEED(c, shoal_is_finite(op->epsilon) && op->epsilon >= 0, "epsilon is negative or not finite");
       break;
     case SHOAL_OP_QUANTISE: NEED(c, in->cols == out->cols, "the columns of input and output differ"); break;

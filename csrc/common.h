@@ -62,6 +62,7 @@ typedef struct {
   char *out;
   size_t in_stride, out_stride; /* bytes between rows */
   const shoal_weight *w;
+  const float *bias; /* by output of w, or NULL */
   int32_t row0, row1, panel0, panel1;
   int32_t add; /* 1: added to what out holds */
 } shoal_matmul;
@@ -139,7 +140,8 @@ enum {
   SHOAL_IN_PLACE = 8,      /* `out` is read and changed */
   SHOAL_ACCUMULATES = 16,  /* with accumulate = 1 the result is added to `out` */
   SHOAL_GATHERS = 32,      /* `out` may hold the wanted rows of an `in` that holds all rows */
-  SHOAL_HAS_STATE = 64     /* uses the pages of `state` */
+  SHOAL_HAS_STATE = 64,    /* uses the pages of `state` */
+  SHOAL_HAS_BIASES = 128   /* may have biases */
 };
 
 /* How an op's work is shared out over threads. */

@@ -109,6 +109,7 @@ static void run_matmul(const run *r, const shoal_op *op, const shoal_places *at,
         .in_stride = shoal_row_bytes(&p->buffers[op->in]),
         .out_stride = shoal_row_bytes(&p->buffers[op->out]),
         .w = w,
+        .bias = op->biases[part] < 0 ? NULL : (const float *)p->weights[op->biases[part]].data,
         .row0 = block * ROW_BLOCK,
         .row1 = SHOAL_MIN(rows, (block + 1) * ROW_BLOCK),
         .panel0 = panel,
@@ -236,6 +237,12 @@ static void run_row(const run *r, const shoal_op *op, const shoal_places *at, in
     case SHOAL_OP_ROPE:
       k->rope((float *)out, (const float *)shoal_row(r, at->angles, op->angles, row), op->heads, op->head_dim,
               p->buffers[op->angles].cols / 2);
+      break;
+    case SHOAL_OP_HEAD_NORM:
+      for (int32_t head = 0; head < op->heads; head++) {
+        float *x = (float *)out + op->column + (int64_t)head * op->head_dim;
+        k->norm(x, w->data, op->head_dim, op->epsilon, x); /* which reads all of x before it writes */
+      }
       break;
     case SHOAL_OP_GATE:
       if (to->type == SHOAL_Q8)

@@ -50,13 +50,15 @@ enum shoal_op_kind {
   SHOAL_OP_ANGLES = 1,   /* out f32[2 * half] = cos, then sin, of position * w0 (f64[half]) */
   SHOAL_OP_NORM = 2,     /* out (f32 or q8) = rms_norm(in, epsilon) * w0; gathers when out holds wanted rows only */
   SHOAL_OP_QUANTISE = 3, /* out q8 = in f32 */
-  SHOAL_OP_MATMUL = 4,   /* out f32 = in @ [w0; w1; ...]^T; accumulate = 1: added to what out holds */
+  SHOAL_OP_MATMUL = 4,   /* out f32 = in @ [w0; w1; ...]^T + [b0; b1; ...]; accumulate = 1: added to what out holds */
   SHOAL_OP_ROPE = 5,     /* in place: each of the first `heads` heads of head_dim columns of out f32 is rotated by angles,
                           * the first 2 * half columns of the head */
   SHOAL_OP_STORE = 6,    /* keys at column `key` of in, values at column `value`, into the pages of the state */
   SHOAL_OP_ATTEND = 7,   /* out f32 = attention of the `heads` query heads at `column` of in; scores times `scale` */
   SHOAL_OP_GATE = 8,     /* out (f32 or q8) = activation(in[:cols]) * in[cols:] */
-  SHOAL_OP_SAMPLE = 9    /* draws one token a sequence from in (logits, wanted rows) */
+  SHOAL_OP_SAMPLE = 9,   /* draws one token a sequence from in (logits, wanted rows) */
+  SHOAL_OP_HEAD_NORM = 10 /* in place: each of the `heads` heads of head_dim columns from `column` of out f32 on becomes
+                           * rms_norm(head, epsilon) * w0 */
 };
 
 typedef struct {
@@ -101,6 +103,8 @@ typedef struct {
   int32_t state;  /* state, or -1 */
   int32_t n_weights;
   int32_t weights[4];
+  int32_t n_biases; /* 0, or n_weights */
+  int32_t biases[4]; /* weight f32[rows of weights[i]], or -1: no bias */
   int32_t accumulate; /* 0 or 1 */
   int32_t activation; /* enum shoal_activation */
   int32_t column, heads, head_dim;

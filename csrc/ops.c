@@ -43,7 +43,7 @@ static const shoal_op_info OPS[] = {
                            .domains = ALL | WANTED,
                            .split = SHOAL_BY_ROWS},
     [SHOAL_OP_MATMUL] = {.name = "matmul",
-                         .flags = SHOAL_READS_IN | SHOAL_WRITES_OUT | SHOAL_ACCUMULATES,
+                         .flags = SHOAL_READS_IN | SHOAL_WRITES_OUT | SHOAL_ACCUMULATES | SHOAL_HAS_BIASES,
                          .in_types = F32 | Q8,
                          .out_types = F32,
                          .domains = ALL | WANTED,
@@ -78,6 +78,14 @@ static const shoal_op_info OPS[] = {
                          .in_types = F32,
                          .domains = WANTED,
                          .split = SHOAL_BY_SEQUENCES},
+    [SHOAL_OP_HEAD_NORM] = {.name = "head_norm",
+                            .flags = SHOAL_WRITES_OUT | SHOAL_IN_PLACE,
+                            .out_types = F32,
+                            .domains = ALL | WANTED,
+                            .least_weights = 1,
+                            .most_weights = 1,
+                            .weight_types = F32,
+                            .split = SHOAL_BY_ROWS},
 };
 enum { N_KINDS = sizeof OPS / sizeof *OPS };
 

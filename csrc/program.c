@@ -16,6 +16,8 @@ static void *copy(const void *rows, int32_t n, size_t size) {
 static void clear_unused(shoal_op *op) {
   if (!shoal_op_info_of(op->kind)->most_weights) op->n_weights = 0;
   for (int32_t i = op->n_weights; i < SHOAL_MAX_PARTS; i++) op->weights[i] = 0;
+  if (!(shoal_op_info_of(op->kind)->flags & SHOAL_HAS_BIASES)) op->n_biases = 0;
+  for (int32_t i = op->n_biases; i < SHOAL_MAX_PARTS; i++) op->biases[i] = -1;
 }
 
 static int32_t copy_tables(shoal_executor *e, const shoal_program *p) {

@@ -58,7 +58,7 @@ class Calibration:
     """The run of one text through a model; holds the activations between two units."""
 
     def __init__(self, program: Program, tokens: list[int]) -> None:
-        """`program` must be a float one (`quantised=False`)."""
+        """`program` is one of floats, as families build it."""
         self.program = program
         self._tokens = np.array(tokens[:_MAX_ROWS], np.int32)
         self.hidden: Any = None

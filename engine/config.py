@@ -1,4 +1,5 @@
-"""`config.json` of a model, as one frozen dataclass: the only place that knows Hugging Face's spellings.
+"""`config.json` of a model: what the engine needs to know of every model, and checked access to the rest,
+which each family reads for itself.
 
 Source of the keys and defaults: the `*Config` classes of Hugging Face transformers.
 """
@@ -6,39 +7,74 @@ Source of the keys and defaults: the `*Config` classes of Hugging Face transform
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .errors import ModelFileError, UnsupportedModelError, Warn, ignore
-from .layout import MAX_HEAD_DIM
 
-_TRAINED = "original_max_position_embeddings"
-_MAX_LAYERS = 1024  # csrc/check.c has room for some more; a program of millions would fill the memory
 _MAX_NUMBER = 1e30
 _MAX_COUNT = 1 << 24  # no honest dimension or vocabulary is larger; products of two fit in 64 bits
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Shape of a decoder. Counts are of elements; `context` is in tokens."""
+    """A configuration. `vocab` and `context` are in tokens."""
 
     family: str
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
     vocab: int
     context: int
-    norm_epsilon: float
-    rope_theta: float
-    rope_scaling: tuple[tuple[str, float | str], ...]
-    """Sorted items of the scaling dictionary; empty when angles are not scaled."""
-    tied: bool
     bos: int | None
     eos: tuple[int, ...]
+    values: Mapping[str, Any] = field(repr=False)
+    """All of config.json."""
+    limit: str = field(default="", compare=False)
+    """Why `context` is less than config.json says, in brackets; empty where it is not."""
+    where: str = field(default="config.json", compare=False)
+    """What errors and warnings call the file."""
+    warn: Warn = field(default=ignore, compare=False, repr=False)
+    """Called where two keys disagree."""
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A positive whole number. ModelFileError: the key is missing and has no default, or is none."""
+        value = self.values.get(key)
+        value = default if value is None else value
+        if type(value) is not int or not 0 < value <= _MAX_COUNT:
+            raise self.contradiction(f"{key} must be a count between 1 and {_MAX_COUNT}, not {value!r}")
+        return value
+
+    def number(
+        self, key: str, default: float | None = None, *, within: Mapping[str, Any] | None = None
+    ) -> float:
+        """A positive number, of the configuration or of a dictionary in it. ModelFileError: it is none."""
+        value = (self.values if within is None else within).get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MAX_NUMBER:
+            raise self.contradiction(f"{key} must be a positive number, not {value!r}")
+        return float(value)
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        """True or false. ModelFileError: it is neither."""
+        value = self.values.get(key)
+        if value is not None and type(value) is not bool:
+            raise self.contradiction(f"{key} must be true or false, not {value!r}")
+        return default if value is None else value
+
+    def within(self, window: int | None) -> Config:
+        """This configuration where attention looks back `window` positions (None: all): as long as a context
+        fits the window it changes nothing, and longer ones are not supported."""
+        if window is None or window >= self.context:
+            return self
+        limit = f" (its attention window is {window} tokens, and longer contexts are not supported yet)"
+        return replace(self, context=window, limit=limit)
+
+    def contradiction(self, message: str) -> ModelFileError:
+        """The error of a configuration that cannot be right."""
+        return ModelFileError(f"{self.where}: {message}")
+
+    def unsupported(self, message: str) -> UnsupportedModelError:
+        """The error of a configuration that asks for what is not here."""
+        return UnsupportedModelError(f"{self.where}: {message}")
 
 
 def read_config(path: Path) -> Config:
@@ -55,138 +91,20 @@ def read_config(path: Path) -> Config:
     return parse_config(values, str(path))
 
 
-def parse_config(values: dict[str, Any], where: str, warn: Warn = ignore) -> Config:
-    """The Config of a Hugging Face configuration; `where` names it in errors and in warnings, which
-    `warn` is called with where two keys disagree."""
-
-    def count(key: str, default: int | None = None) -> int:
-        value = values.get(key)
-        value = default if value is None else value
-        if type(value) is not int or not 0 < value <= _MAX_COUNT:
-            raise ModelFileError(f"{where}: {key} must be a count between 1 and {_MAX_COUNT}, not {value!r}")
-        return value
-
-    def flag(key: str) -> bool:
-        value = values.get(key)
-        if value is not None and type(value) is not bool:
-            raise ModelFileError(f"{where}: {key} must be true or false, not {value!r}")
-        return bool(value)
-
+def parse_config(values: Mapping[str, Any], where: str, warn: Warn = ignore) -> Config:
+    """The Config of a Hugging Face configuration; `where` names it in errors and in warnings, which `warn` is
+    called with where two keys disagree."""
     family = values.get("model_type")
     if not isinstance(family, str):
         raise ModelFileError(f"{where}: model_type must name the family, not {family!r}")
-    heads, hidden = count("num_attention_heads"), count("hidden_size")
-    kv_heads = count("num_key_value_heads", heads)
-    head_dim = count("head_dim", hidden // heads or 1)
-    if heads % kv_heads:
-        raise ModelFileError(
-            f"{where}: {heads} attention heads cannot share {kv_heads} key-value heads evenly"
-        )
-    if head_dim % 16 or head_dim > MAX_HEAD_DIM:
-        raise UnsupportedModelError(
-            f"{where}: head_dim is {head_dim}; the attention kernels need a multiple of 16 "
-            f"up to {MAX_HEAD_DIM}"
-        )
-    layers = count("num_hidden_layers")
-    if layers > _MAX_LAYERS:
-        raise UnsupportedModelError(f"{where}: num_hidden_layers is {layers}; up to {_MAX_LAYERS} can be run")
-    for key in ("attention_bias", "mlp_bias"):
-        if flag(key):
-            raise UnsupportedModelError(f"{where}: {key} is set; biases are not supported yet")
-    if values.get("hidden_act", "silu") != "silu":
-        raise UnsupportedModelError(f"{where}: hidden_act {values['hidden_act']!r} is not supported; silu is")
-    context = count("max_position_embeddings", 2048)
-    theta, scaling = _rope(values, context, where, warn)
-    return Config(
-        family=family,
-        layers=layers,
-        hidden=hidden,
-        intermediate=count("intermediate_size"),
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        vocab=count("vocab_size"),
-        context=context,
-        norm_epsilon=_number(values.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        tied=flag("tie_word_embeddings"),
+    config = Config(family, 1, 1, None, (), values, where=where, warn=warn)
+    return replace(
+        config,
+        vocab=config.count("vocab_size"),
+        context=config.count("max_position_embeddings", 2048),
         bos=_token(values.get("bos_token_id"), "bos_token_id", where),
         eos=_tokens(values.get("eos_token_id"), where),
     )
-
-
-def _rope(
-    values: dict[str, Any], context: int, where: str, warn: Warn
-) -> tuple[float, tuple[tuple[str, float | str], ...]]:
-    """The base of the rotary angles, and the items of their scaling (none: they are not scaled).
-
-    Configurations have spelled both in several ways, and some contradict themselves. What counts is what
-    counts in transformers (`modeling_rope_utils.py`); a contradiction is a warning."""
-
-    def read(key: str) -> dict[str, Any]:
-        """The scaling under a key, with its type and its base."""
-        given = values.get(key) or {}
-        if not isinstance(given, dict):
-            raise ModelFileError(f"{where}: {key} must be an object, not {given!r}")
-        if any(isinstance(value, dict) for value in given.values()):
-            raise UnsupportedModelError(f"{where}: {key} differs among layers, which is not supported")
-        kind = given.get("rope_type", given.get("type", "default"))
-        if given.get("type", kind) != kind:
-            warn(
-                f"{where}: {key} has the rope_type {kind!r} and the type {given['type']!r}; rope_type counts"
-            )
-        rope = {"rope_theta": values.get("rope_theta", 10000.0), **given, "rope_type": kind} if given else {}
-        rope.pop("type", None)
-        return rope
-
-    older, newer = read("rope_scaling"), read("rope_parameters")
-    if older and newer and older != newer:
-        warn(f"{where}: rope_scaling and rope_parameters differ; rope_scaling counts, as in transformers")
-    rope = older or newer or {"rope_theta": values.get("rope_theta", 10000.0), "rope_type": "default"}
-    base, kind = _number(rope.pop("rope_theta"), "rope_theta", where), rope.pop("rope_type")
-    theta = values.get("rope_theta")
-    if theta not in (None, base):
-        warn(f"{where}: rope_theta is {theta!r} by itself and {base:g} in the scaling, where it counts")
-    share = rope.pop("partial_rotary_factor", values.get("partial_rotary_factor"))
-    if share not in (None, 1):
-        raise UnsupportedModelError(
-            f"{where}: partial_rotary_factor is {share!r}; all columns of a head must be rotated"
-        )
-    if kind == "default":
-        if rope:
-            warn(
-                f"{where}: the scaling of rotary positions ({rope}) names no rope_type and is ignored, as in "
-                "transformers; if positions are to be scaled, its rope_type must say how (linear, llama3)"
-            )
-        rope = {}
-    else:
-        rope["rope_type"] = kind
-    if kind == "llama3":
-        rope[_TRAINED] = _trained_context(values, rope, context, where, warn)
-    factor = rope.get("factor")
-    if base < 1 or (isinstance(factor, int | float) and factor < 1):
-        raise UnsupportedModelError(
-            f"{where}: rope_theta {base:g} and rope_scaling {rope} give angles above 1 a position, "
-            "beyond what is computed exactly"
-        )
-    return base, tuple(sorted(rope.items()))
-
-
-def _trained_context(
-    values: dict[str, Any], rope: dict[str, Any], context: int, where: str, warn: Warn
-) -> object:
-    """The context before it was stretched; transformers looks beside the scaling first, then in it."""
-    outer, inner = values.get(_TRAINED), rope.get(_TRAINED)
-    if outer is not None and inner not in (None, outer):
-        warn(f"{where}: {_TRAINED} is {outer!r} by itself, which counts, and {inner!r} in the scaling")
-    return next((found for found in (outer, inner) if found is not None), context)
-
-
-def _number(value: object, key: str, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MAX_NUMBER:
-        raise ModelFileError(f"{where}: {key} must be a positive number, not {value!r}")
-    return float(value)
 
 
 def _token(value: object, key: str, where: str) -> int | None:

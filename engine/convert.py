@@ -5,6 +5,7 @@ One unit's tensors are in memory at a time. The directory appears under its name
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -44,11 +45,12 @@ from .layout import GROUP, PANEL, round_up
 from .model_directory import tensors_of, unit_file, units_of
 from .os_errors import check_space, translated
 from .packing import pack_exactly, pack_q4, pack_q8, unpack_q4
-from .program import Program, Unit, Weight, typed
+from .program import Program, Unit, Weight
 from .quantise_int4 import quantise_q4
 from .safetensors_file import TensorInfo, write
 from .temporary import new_directory, remove_leavings
 from .tokenizer import Tokenizer
+from .typed import typed
 
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel")  # how transformers' classes with an LM head end
 
@@ -141,14 +143,13 @@ def _write_directory(
     checkpoint: Checkpoint, part: Path, options: _Options, progress: Progress | None, warn: Warn
 ) -> None:
     config = parse_config(checkpoint.config, str(checkpoint.path), warn)
-    try:
-        program = families.build(config, quantised=options.dtype != "f32")
-    except UnsupportedModelError as e:
-        raise UnsupportedModelError(f"{checkpoint.path}: {e}") from e
+    program = families.build(config)
+    config = config.within(program.window)
+    if config.limit:
+        warn(f"{checkpoint.path}: the model's context is {config.context} tokens{config.limit}")
     _check_names(checkpoint, program)
     if options.keep:
         options = replace(options, **asdict(kept_types(checkpoint, program, warn)), equalise=False)
-        program = families.build(config, quantised=options.dtype != "f32")
     kv_dtype = options.kv_dtype or KV_DTYPES[options.dtype]
     index = Index(
         dtype=options.dtype,
@@ -251,7 +252,7 @@ def _calibration(checkpoint: Checkpoint, config: Config, tokenizer: bytes | None
         tokens = Tokenizer.parse(tokenizer, f"{checkpoint.path}: its tokenizer").encode(TEXT)
         if max(tokens, default=0) >= config.vocab:
             raise ModelFileError(f"{checkpoint.path}: its tokenizer has more tokens than its embedding")
-    return Calibration(families.build(config, quantised=False), tokens[: config.context])
+    return Calibration(families.build(config), tokens[: config.context])
 
 
 def _load(checkpoint: Checkpoint, unit: Unit) -> dict[str, F32]:
@@ -366,10 +367,8 @@ def _check_names(checkpoint: Checkpoint, program: Program) -> None:
             f"{checkpoint.path}: the tensor {missing[0]!r} is missing ({len(missing)} in all): "
             f"{_why_missing(missing, checkpoint.config)}"
         )
-    tied = any(unit.tied for unit in program.units)
     for name in sorted(set(checkpoint.names) - used):
-        # Old checkpoints store what is computed (inverse frequencies), and some store a tied table twice.
-        if not name.endswith("rotary_emb.inv_freq") and not (tied and name == "lm_head.weight"):
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in program.ignored):
             raise UnsupportedModelError(
                 f"{checkpoint.path}: the tensor {name!r} has no place in this family's program"
             )

@@ -2,14 +2,16 @@
 finely.
 
 Where one op's output feeds matmuls, channel j of it may be divided by s_j and column j of the matmuls
-multiplied by s_j; the division is folded into the weights that made the channel, so it costs nothing when
-the model runs. s = sqrt(size of the channel / largest weight of the column), as in SmoothQuant (Xiao et
-al., arXiv 2211.10438) with alpha 0.5, where the sizes are measured (`calibrate`). Three folds, found by
-the ops and not by names: a norm's weight; the ungated half of a Gate; the values of an attention."""
+multiplied by s_j; the division is folded into the weights that made the channel, so it costs nothing when the
+model runs. s = sqrt(size of the channel / largest weight of the column), as in SmoothQuant (Xiao et al.,
+arXiv 2211.10438) with alpha 0.5, where the sizes are measured (`calibrate`). Three folds, found by the ops
+and not by names: a norm's weight; the ungated half of a Gate; the values of an attention, the latter two with
+their biases."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -42,11 +44,11 @@ def equalise(unit: Unit, weights: dict[str, F32], sizes: dict[tuple[str, ...], F
             changed.add(op.weight)
         elif isinstance(op, Gate) and (part := _part(unit, i, op.x, size.size)):
             s = _scales(size, largest)
-            weights[part] = (weights[part] / s[:, None]).astype(np.float32)
-            changed.add(part)
+            part.divide(weights, s)
+            changed |= part.names
         elif isinstance(op, Attend) and (part := _value_part(unit, i, op)):
             s = _fold_values(unit, op, part, weights, size, largest)
-            changed.add(part)
+            changed |= part.names
         else:
             continue
         for name in names:
@@ -58,13 +60,14 @@ def equalise(unit: Unit, weights: dict[str, F32], sizes: dict[tuple[str, ...], F
     return frozenset(changed)
 
 
-def _fold_values(unit: Unit, op: Attend, part: str, weights: dict[str, F32], size: F64, largest: F64) -> F64:
-    """Folds into the values' rows; the query heads of a group share the values, so they share the
-    scales."""
+def _fold_values(
+    unit: Unit, op: Attend, part: _Part, weights: dict[str, F32], size: F64, largest: F64
+) -> F64:
+    """Folds into the values' rows; the query heads of a group share the values, so they share the scales."""
     state = unit.state(op.state)
     shape = (state.kv_heads, op.heads // state.kv_heads, state.head_dim)
     s = _scales(size.reshape(shape).max(axis=1).ravel(), largest.reshape(shape).max(axis=1).ravel())
-    weights[part] = (weights[part] / s[:, None]).astype(np.float32)
+    part.divide(weights, s)
     return np.broadcast_to(s.reshape(shape[0], 1, shape[2]), shape).reshape(-1)
 
 
@@ -89,9 +92,28 @@ def _readers(ops: tuple[Op, ...], i: int) -> Iterator[Op]:
             return
 
 
-def _part(unit: Unit, i: int, buffer: str, first: int) -> str | None:
-    """The weight whose rows make the columns from `first` on of a buffer that op i reads; None unless
-    exactly one does, and nothing else has touched those columns."""
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A weight of a matmul whose outputs are the last columns of a buffer, and their bias."""
+
+    weight: str
+    bias: str | None
+
+    @property
+    def names(self) -> set[str]:
+        """Names of what is there of the two."""
+        return {self.weight} if self.bias is None else {self.weight, self.bias}
+
+    def divide(self, weights: dict[str, F32], s: F64) -> None:
+        """Divides the outputs by s."""
+        weights[self.weight] = (weights[self.weight] / s[:, None]).astype(np.float32)
+        if self.bias is not None:
+            weights[self.bias] = (weights[self.bias] / s).astype(np.float32)
+
+
+def _part(unit: Unit, i: int, buffer: str, first: int) -> _Part | None:
+    """The part that makes the columns from `first` on of a buffer that op i reads; None unless exactly
+    one does, and nothing else has touched those columns."""
     for op in reversed(unit.ops[:i]):
         if op.writes() == buffer:
             changed = op.changes()
@@ -99,17 +121,15 @@ def _part(unit: Unit, i: int, buffer: str, first: int) -> str | None:
                 continue
             if not isinstance(op, Matmul) or op.accumulate:
                 return None
-            at = 0
-            for name in op.weights:
-                if at == first:
-                    return name if name == op.weights[-1] else None
-                at += unit.weight(name).rows
-            return None
+            *others, last = op.weights
+            if sum(unit.weight(name).rows for name in others) != first:
+                return None
+            return _Part(last, op.biases[-1] if op.biases else None)
     return None
 
 
-def _value_part(unit: Unit, i: int, attend: Attend) -> str | None:
-    """The weight that makes the values that op i, an Attend, reads from its state."""
+def _value_part(unit: Unit, i: int, attend: Attend) -> _Part | None:
+    """The part that makes the values that op i, an Attend, reads from its state."""
     stores = [
         (j, op) for j, op in enumerate(unit.ops[:i]) if isinstance(op, Store) and op.state == attend.state
     ]

@@ -1,7 +1,7 @@
 """Which types of ours hold a checkpoint's tensors as they are: the same values, none of them rounded.
 
 The index has one type for all matrices, and at most another for the LM head and the embedding tied to it
-(`program.typed`); this chooses them from what the file holds (`--dtype keep`)."""
+(`typed`); this chooses them from what the file holds (`--dtype keep`)."""
 
 from __future__ import annotations
 

@@ -23,8 +23,9 @@ from .hash_cache import HashCache
 from .index import COMMON, CONFIG, INDEX, Index, UnitEntry, read_index
 from .memory import Arena, affordable, fetch_ahead
 from .packing import packed_shapes, packed_shapes_q4
-from .program import Program, Unit, Weight, WeightType, typed
+from .program import Program, Unit, Weight, WeightType
 from .safetensors_file import PAD, SafetensorsFile, TensorInfo, open_file
+from .typed import typed
 
 SCALE, MIN = ".scale", ".min"
 
@@ -49,11 +50,10 @@ class Model:
     def __init__(self, path: Path, index: Index, config: Config, digest: str, hashes: HashCache) -> None:
         self.path = path
         self.index = index
-        self.config = config
         self.hash = digest
         """SHA-256 of index.json: nodes with equal hashes hold the same model."""
-        program = families.build(config, quantised=index.dtype != "f32")
-        self.program: Program = typed(program, *index.types)
+        self.program: Program = typed(families.build(config), *index.types)
+        self.config = config.within(self.program.window)
         self._hashes = hashes
         self._check_units()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from .layout import GROUP, PANEL, round_up
@@ -33,8 +33,8 @@ class Buffer:
 class Weight:
     """A tensor of one unit: a matrix `[rows, cols]`, or a vector `[cols]` with rows = 1.
 
-    `source` is its name in a Hugging Face checkpoint. Families leave `type` alone: the model directory
-    decides it (`typed`). Vectors stay f32 (f64 for inverse frequencies, which no checkpoint holds: their
+    `source` is its name in a Hugging Face checkpoint. Families write programs of floats: the model directory
+    decides `type` (`typed`). Vectors stay f32 (f64 for inverse frequencies, which no checkpoint holds: their
     values are in `Program.constants`)."""
 
     name: str
@@ -97,12 +97,17 @@ class Op:
         return None
 
     def weight_names(self) -> tuple[str, ...]:
-        """Names of the weights of its unit (of an op in the prologue: of the constants) that it reads."""
+        """Names of the weights of its unit (of an op in the prologue: of the constants) that it reads; biases
+        are apart."""
+        return ()
+
+    def bias_names(self) -> tuple[str, ...]:
+        """Names of the biases that it adds."""
         return ()
 
     def read_bytes(self, unit: Unit) -> int:
-        """Bytes of weights that one row makes it read."""
-        return sum(unit.weight(name).bytes for name in self.weight_names())
+        """Bytes of weights and biases that one row makes it read."""
+        return sum(unit.weight(name).bytes for name in (*self.weight_names(), *self.bias_names()))
 
     def macs(self, unit: Unit) -> int:
         """Multiply-accumulates of matrix products, a row."""
@@ -111,6 +116,11 @@ class Op:
     def attend_macs(self, unit: Unit) -> int:
         """Multiply-accumulates of attention, a row and position of the state."""
         return 0
+
+    @property
+    def writes_int8(self) -> bool:
+        """Whether it can write its output as int8 (q8) as well as in floats."""
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +169,37 @@ class Norm(Op):
     def reads(self) -> tuple[str, ...]:
         return (self.x,)
 
+    @property
+    def writes_int8(self) -> bool:
+        return True
+
     def writes(self) -> str:
         return self.out
+
+    def weight_names(self) -> tuple[str, ...]:
+        return (self.weight,)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorm(Op):
+    """RMS norm in place of each of `heads` heads of `head_dim` columns, from `column` of out on, times weight
+    `[head_dim]`."""
+
+    out: str
+    weight: str
+    column: int
+    heads: int
+    head_dim: int
+    epsilon: float
+
+    def reads(self) -> tuple[str, ...]:
+        return (self.out,)
+
+    def writes(self) -> str:
+        return self.out
+
+    def changes(self) -> tuple[int, int]:
+        return self.column, self.column + self.heads * self.head_dim
 
     def weight_names(self) -> tuple[str, ...]:
         return (self.weight,)
@@ -182,12 +221,14 @@ class Quantise(Op):
 
 @dataclass(frozen=True, slots=True)
 class Matmul(Op):
-    """out = x @ [weights stacked by rows]^T, added to what out holds if `accumulate`."""
+    """out = x @ [weights stacked by rows]^T + biases, added to what out holds if `accumulate`."""
 
     out: str
     x: str
     weights: tuple[str, ...]
     accumulate: bool = False
+    biases: tuple[str | None, ...] = ()
+    """By weight, the vector that is added to its outputs, or None; empty: no weight has a bias."""
 
     def reads(self) -> tuple[str, ...]:
         return (self.x, self.out) if self.accumulate else (self.x,)
@@ -197,6 +238,9 @@ class Matmul(Op):
 
     def weight_names(self) -> tuple[str, ...]:
         return self.weights
+
+    def bias_names(self) -> tuple[str, ...]:
+        return tuple(name for name in self.biases if name is not None)
 
     def macs(self, unit: Unit) -> int:
         return sum(w.rows * w.cols for w in map(unit.weight, self.weights))
@@ -274,6 +318,10 @@ class Gate(Op):
     def reads(self) -> tuple[str, ...]:
         return (self.x,)
 
+    @property
+    def writes_int8(self) -> bool:
+        return True
+
     def writes(self) -> str:
         return self.out
 
@@ -329,6 +377,10 @@ class Program:
     converted."""
     logits: str
     vocab: int
+    ignored: tuple[str, ...] = ()
+    """Patterns (fnmatch) of tensors that a checkpoint may hold and the program does not use."""
+    window: int | None = None
+    """Positions that attention looks back, itself included; None: all. Longer contexts are refused."""
 
     def buffer(self, name: str) -> Buffer:
         """The buffer of that name. KeyError: no such buffer."""
@@ -349,23 +401,3 @@ class Program:
         read = {name for _, op in body for name in op.reads()}
         yield from ((-1, op) for op in self.prologue if op.writes() in read)
         yield from body
-
-
-def typed(program: Program, matrices: WeightType, head: WeightType) -> Program:
-    """The program with the types of its matrices: `head` for the last unit's and the table that it shares
-    with unit 0, `matrices` for all others."""
-    last = len(program.units) - 1
-    shared = program.units[last].tied
-
-    def weight(u: int, w: Weight) -> Weight:
-        if w.vector:
-            return w
-        return replace(w, type=head if u == last or (u == 0 and w.name in shared) else matrices)
-
-    return replace(
-        program,
-        units=tuple(
-            replace(unit, weights=tuple(weight(u, w) for w in unit.weights))
-            for u, unit in enumerate(program.units)
-        ),
-    )

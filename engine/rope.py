@@ -7,43 +7,132 @@ not. Sources: Su et al., arXiv 2104.09864; the scaling rules of Hugging Face tra
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
+from typing import Any
 
 from .config import Config
 from .errors import UnsupportedModelError
 
-
-def inverse_frequencies(config: Config) -> tuple[float, ...]:
-    """head_dim / 2 angles per position, highest first. UnsupportedModelError: a scaling that we don't
-    have."""
-    plain = [config.rope_theta ** (-2 * j / config.head_dim) for j in range(config.head_dim // 2)]
-    scaling = dict(config.rope_scaling)
-    kind = scaling.get("rope_type", "default")
-    if kind == "default":
-        return tuple(plain)
-    if kind == "linear":
-        return tuple(f / _factor(scaling, "factor") for f in plain)
-    if kind == "llama3":
-        return tuple(_llama3(f, scaling) for f in plain)
-    raise UnsupportedModelError(f"rope_scaling {kind!r} is not supported; default, linear and llama3 are")
+_TRAINED = "original_max_position_embeddings"
+Scaling = tuple[tuple[str, float | str], ...]
 
 
-def _llama3(frequency: float, scaling: dict[str, float | str]) -> float:
-    """Long waves are stretched by `factor`, short ones kept, those between blended."""
-    factor, low, high, context = (
-        _factor(scaling, key)
-        for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    )
-    wavelength = 2 * math.pi / frequency
-    if wavelength < context / high:
-        return frequency
-    if wavelength > context / low:
-        return frequency / factor
-    blend = (context / wavelength - low) / (high - low)
-    return (1 - blend) * frequency / factor + blend * frequency
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """How positions turn the columns of a head."""
+
+    theta: float
+    """Base of the angles."""
+    scaling: Scaling
+    """Sorted items of the scaling dictionary; empty when angles are not scaled."""
+    where: str = field(default="config.json", compare=False)
+    """What errors call the configuration."""
+
+    @classmethod
+    def of(cls, config: Config) -> Rotation:
+        """As config.json says. Configurations have spelled base and scaling in several ways, and some
+        contradict themselves. What counts is what counts in transformers (`modeling_rope_utils.py`); a
+        contradiction is a warning."""
+        where, values = config.where, config.values
+        older, newer = _given(config, "rope_scaling"), _given(config, "rope_parameters")
+        if older and newer and older != newer:
+            config.warn(
+                f"{where}: rope_scaling and rope_parameters differ; rope_scaling counts, as in transformers"
+            )
+        rope = older or newer or {"rope_theta": values.get("rope_theta", 10000.0), "rope_type": "default"}
+        base, kind = config.number("rope_theta", within=rope), rope.pop("rope_type")
+        rope.pop("rope_theta", None)
+        theta = values.get("rope_theta")
+        if theta not in (None, base):
+            config.warn(
+                f"{where}: rope_theta is {theta!r} by itself and {base:g} in the scaling, where it counts"
+            )
+        share = rope.pop("partial_rotary_factor", values.get("partial_rotary_factor"))
+        if share not in (None, 1):
+            raise config.unsupported(
+                f"partial_rotary_factor is {share!r}; all columns of a head must be rotated"
+            )
+        if kind == "default":
+            if rope:
+                config.warn(
+                    f"{where}: the scaling of rotary positions ({rope}) names no rope_type and is ignored, "
+                    "as in transformers; if positions are to be scaled, its rope_type must say how (linear, "
+                    "llama3)"
+                )
+            rope = {}
+        else:
+            rope["rope_type"] = kind
+        if kind == "llama3":
+            rope[_TRAINED] = _trained_context(config, rope)
+        factor = rope.get("factor")
+        if base < 1 or (isinstance(factor, int | float) and factor < 1):
+            raise config.unsupported(
+                f"rope_theta {base:g} and rope_scaling {rope} give angles above 1 a position, "
+                "beyond what is computed exactly"
+            )
+        return cls(base, tuple(sorted(rope.items())), where)
+
+    def frequencies(self, head_dim: int) -> tuple[float, ...]:
+        """head_dim / 2 angles per position, highest first. UnsupportedModelError: a scaling that we don't
+        have."""
+        plain = [self.theta ** (-2 * j / head_dim) for j in range(head_dim // 2)]
+        kind = dict(self.scaling).get("rope_type", "default")
+        if kind == "default":
+            return tuple(plain)
+        if kind == "linear":
+            return tuple(f / self._factor("factor") for f in plain)
+        if kind == "llama3":
+            return tuple(self._llama3(f) for f in plain)
+        raise UnsupportedModelError(
+            f"{self.where}: rope_scaling {kind!r} is not supported; default, linear and llama3 are"
+        )
+
+    def _llama3(self, frequency: float) -> float:
+        """Long waves are stretched by `factor`, short ones kept, those between blended."""
+        factor, low, high, context = map(
+            self._factor, ("factor", "low_freq_factor", "high_freq_factor", _TRAINED)
+        )
+        wavelength = 2 * math.pi / frequency
+        if wavelength < context / high:
+            return frequency
+        if wavelength > context / low:
+            return frequency / factor
+        blend = (context / wavelength - low) / (high - low)
+        return (1 - blend) * frequency / factor + blend * frequency
+
+    def _factor(self, key: str) -> float:
+        value = dict(self.scaling).get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise UnsupportedModelError(
+                f"{self.where}: rope_scaling: {key} must be a positive number, not {value!r}"
+            )
+        return float(value)
 
 
-def _factor(scaling: dict[str, float | str], key: str) -> float:
-    value = scaling.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise UnsupportedModelError(f"rope_scaling: {key} must be a positive number, not {value!r}")
-    return float(value)
+def _given(config: Config, key: str) -> dict[str, Any]:
+    """The scaling under a key, with its type and its base."""
+    given = config.values.get(key) or {}
+    if not isinstance(given, dict):
+        raise config.contradiction(f"{key} must be an object, not {given!r}")
+    if any(isinstance(value, dict) for value in given.values()):
+        raise config.unsupported(f"{key} differs among layers, which is not supported")
+    kind = given.get("rope_type", given.get("type", "default"))
+    if given.get("type", kind) != kind:
+        config.warn(
+            f"{config.where}: {key} has the rope_type {kind!r} and the type {given['type']!r}; rope_type "
+            "counts"
+        )
+    theta = config.values.get("rope_theta", 10000.0)
+    rope = {"rope_theta": theta, **given, "rope_type": kind} if given else {}
+    rope.pop("type", None)
+    return rope
+
+
+def _trained_context(config: Config, rope: dict[str, Any]) -> object:
+    """The context before it was stretched; transformers looks beside the scaling first, then in it."""
+    outer, inner = config.values.get(_TRAINED), rope.get(_TRAINED)
+    if outer is not None and inner not in (None, outer):
+        config.warn(
+            f"{config.where}: {_TRAINED} is {outer!r} by itself, which counts, and {inner!r} in the scaling"
+        )
+    return next((found for found in (outer, inner) if found is not None), config.context)

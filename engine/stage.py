@@ -137,7 +137,10 @@ class Stage:
             longest = self.model.config.context
             context = longest if context is None else context
             if not 0 < context <= longest:
-                raise ContextError(f"a context of {context} tokens was asked for; the model's is {longest}")
+                raise ContextError(
+                    f"a context of {context} tokens was asked for; the model's is {longest}"
+                    f"{self.model.config.limit}"
+                )
             if len(history) > context:
                 raise ContextError(f"a history of {len(history)} tokens exceeds the context of {context}")
             self._check_tokens(history)

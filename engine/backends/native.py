@@ -302,6 +302,9 @@ def _op(
             row[name] = states[unit, value]
         elif name == "activation":
             row[name] = _ENUMS[f"SHOAL_{value.upper()}"]
+        elif name == "biases":
+            row["biases"] = [-1 if bias is None else weights[unit, bias] for bias in value]
+            row["n_biases"] = len(value)
         elif name in _OP_FIELDS and name not in row:
             row[name] = value
     return {**row, "kind": _ENUMS[f"SHOAL_OP_{op.kind.upper()}"]}

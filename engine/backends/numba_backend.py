@@ -20,7 +20,7 @@ from ..errors import MissingDependencyError
 from ..host import usable_cpus
 from ..layout import GROUP, PANEL, round_up
 from ..packing import unpack
-from ..program import Gate, Matmul, Norm
+from ..program import Gate, Norm
 from .base import BoundProgram, Outcome, SequenceRows, WeightData
 from .numpy_backend import NumpyExecutor
 
@@ -108,11 +108,6 @@ class NumbaExecutor(NumpyExecutor):
             matmul(x, sums, weight.words, weight.scales, weight.offsets, out)
         return out.reshape(rows, -1)[:, : weight.packed.rows]
 
-    def matmul(self, unit: int, op: Matmul) -> None:
-        products = [self.product(self.buffers[op.x], self.weights[unit, name]) for name in op.weights]
-        y = products[0] if len(products) == 1 else np.concatenate(products, axis=1)
-        self._write(op.out, self.buffers[op.out] + y if op.accumulate else y)
-
     def norm(self, unit: int, op: Norm) -> None:
         x = self.buffers[op.x]
         if self.domains[op.out] == self.domains[op.x]:
@@ -131,7 +126,6 @@ class NumbaExecutor(NumpyExecutor):
 
     ops: ClassVar[dict[type[Any], Callable[[Any, int, Any], None]]] = {
         **NumpyExecutor.ops,
-        Matmul: matmul,
         Norm: norm,
         Gate: gate,
     }

@@ -15,7 +15,7 @@ from ..arrays import F32
 from ..errors import CancelledRunError
 from ..layout import GROUP, round_up
 from ..packing import unpack
-from ..program import Angles, Attend, Embed, Gate, Matmul, Norm, Op, Quantise, Rope, Sample, Store
+from ..program import Angles, Attend, Embed, Gate, HeadNorm, Matmul, Norm, Op, Quantise, Rope, Sample, Store
 from ..sampler import draw
 from .base import CANCELLED, BoundProgram, Outcome, SequenceRows, WeightData
 
@@ -113,13 +113,24 @@ class NumpyExecutor:
         scale = 1 / np.sqrt(np.mean(x * x, axis=1, keepdims=True) + np.float32(op.epsilon))
         self._write(op.out, x * scale * self.weights[unit, op.weight].reshape(1, -1))
 
+    def head_norm(self, unit: int, op: HeadNorm) -> None:
+        x = self.buffers[op.out]
+        first, last = op.changes()
+        heads = x[:, first:last].reshape(len(x), op.heads, op.head_dim)
+        scale = 1 / np.sqrt(np.mean(heads * heads, axis=2, keepdims=True) + np.float32(op.epsilon))
+        normed = heads * scale * self.weights[unit, op.weight].reshape(1, 1, -1)
+        x[:, first:last] = normed.reshape(len(x), -1)
+
     def quantise(self, unit: int, op: Quantise) -> None:
         self._write(op.out, self.buffers[op.x])
 
     def matmul(self, unit: int, op: Matmul) -> None:
-        y = np.concatenate(
-            [self.product(self.buffers[op.x], self.weights[unit, w]) for w in op.weights], axis=1
-        )
+        x = self.buffers[op.x]
+        products = [self.product(x, self.weights[unit, name]) for name in op.weights]
+        for i, name in enumerate(op.biases):
+            if name is not None:
+                products[i] = products[i] + self.weights[unit, name].reshape(1, -1)
+        y = products[0] if len(products) == 1 else np.concatenate(products, axis=1)
         self._write(op.out, self.buffers[op.out] + y if op.accumulate else y)
 
     def product(self, x: F32, weight: Any) -> F32:
@@ -206,6 +217,7 @@ class NumpyExecutor:
         Embed: embed,
         Angles: angles,
         Norm: norm,
+        HeadNorm: head_norm,
         Quantise: quantise,
         Matmul: matmul,
         Rope: rope,

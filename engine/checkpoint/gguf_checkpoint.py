@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import families
 from ..arrays import F32
 from ..errors import ModelFileError, UnsupportedModelError, Warn, ignore
 from ..packing import Quantised
 from .gguf_blocks import SCALES, quantised
 from .gguf_file import GgufTensor, import_gguf
-from .gguf_names import END_OF_TURN, PAIRED_ROPE, hugging_face_name
+from .gguf_names import END_OF_TURN
 from .gguf_parts import GgufParts
 from .gguf_tokenizer import CONTROL, tokenizer_json
 from .hugging_face_chat import default_template
@@ -30,12 +31,12 @@ class GgufCheckpoint:
     def __init__(self, path: Path, warn: Warn = ignore) -> None:
         self.path, self._warn = path, warn
         self._file = GgufParts(path)
-        self._gguf_names = {hugging_face_name(name): name for name in self._file.tensors}
-        self._factors = self._gguf_names.pop(_FREQUENCY_FACTORS, None)
         arch = self._file.values.get("general.architecture")
         if not isinstance(arch, str):
             raise ModelFileError(f"{path}: general.architecture is missing, as in a file that is no model")
-        self._arch = arch
+        self._arch, self._spelling = arch, families.gguf_names(arch, str(path))
+        self._gguf_names = {self._spelling.hugging_face_name(name): name for name in self._file.tensors}
+        self._factors = self._gguf_names.pop(_FREQUENCY_FACTORS, None)
 
     @property
     def names(self) -> frozenset[str]:
@@ -112,13 +113,13 @@ class GgufCheckpoint:
 
     def _in_order(self, name: str, w: NDArray[_T]) -> NDArray[_T]:
         """The rows of a tensor in Hugging Face's order, whatever it has in its columns."""
-        if self._arch in PAIRED_ROPE and name.endswith((".q_proj.weight", ".k_proj.weight")):
-            key = "num_attention_heads" if ".q_proj." in name else "num_key_value_heads"
-            heads = self.config[key]
-            if w.ndim != 2 or w.shape[0] % (2 * heads):
-                raise ModelFileError(f"{self.path}: {name!r} has the shape {w.shape}, no {heads} heads")
-            w = w.reshape(heads, -1, 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
-        return w
+        key = self._spelling.heads_key(name)
+        if key is None:
+            return w
+        heads = self.config[key]
+        if w.shape[0] % (2 * heads):
+            raise ModelFileError(f"{self.path}: {name!r} has the shape {w.shape}, no {heads} heads")
+        return w.reshape(heads, -1, 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
 
     def _value(self, key: str) -> Any:
         return self._file.values.get(f"{self._arch}.{key}")

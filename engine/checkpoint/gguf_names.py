@@ -1,4 +1,4 @@
-"""GGUF's own spellings: architectures, tensors, pre-tokenizers. The one file that holds them.
+"""GGUF's own spellings: tensors, pre-tokenizers, parts of a file. What differs among families is in theirs.
 
 Source: ggml-org/llama.cpp, gguf-py/gguf/constants.py and src/llama-vocab.cpp; the regular expressions are
 those of Hugging Face transformers, integrations/gguf/gguf_tokenizer_mapping.py."""
@@ -6,7 +6,8 @@ those of Hugging Face transformers, integrations/gguf/gguf_tokenizer_mapping.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _BESIDE = re.compile(r"(^|[/._-])(mmproj|imatrix)([._-]|$)", re.IGNORECASE)
@@ -29,10 +30,6 @@ def models_of(names: Iterable[str]) -> dict[str, list[str]]:
     return dict(sorted({listed[0]: listed for listed in parts}.items()))
 
 
-PAIRED_ROPE = frozenset({"llama"})
-"""Architectures whose q and k rows GGUF reorders, so that the two columns that rotate together are
-neighbours."""
-
 _TENSORS = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -53,13 +50,30 @@ _LAYER_TENSORS = {
 }
 
 
-def hugging_face_name(name: str) -> str:
-    """The name of a tensor in a Hugging Face checkpoint; unchanged when there is none, so that it is refused
-    by its own name."""
-    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-    if match and match[2] in _LAYER_TENSORS:
-        return f"model.layers.{match[1]}.{_LAYER_TENSORS[match[2]]}.{match[3]}"
-    return _TENSORS.get(name, name)
+@dataclass(frozen=True, slots=True)
+class GgufNames:
+    """How GGUF spells a family."""
+
+    tensors: Mapping[str, str] = field(default_factory=lambda: _TENSORS)
+    """Tensors of the model: their names in a Hugging Face checkpoint."""
+    layer_tensors: Mapping[str, str] = field(default_factory=lambda: _LAYER_TENSORS)
+    """Tensors of a layer, without the layer's prefix and `.weight`."""
+    paired: Mapping[str, str] = field(default_factory=dict)
+    """Tensors of a layer (in Hugging Face's spelling) whose rows GGUF reorders, so that the two columns of a
+    head that rotate together are neighbours; with the key of config.json that counts their heads."""
+
+    def hugging_face_name(self, name: str) -> str:
+        """The name of a tensor in a Hugging Face checkpoint; unchanged when there is none, so that it is
+        refused by its own name."""
+        match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
+        if match and match[2] in self.layer_tensors:
+            return f"model.layers.{match[1]}.{self.layer_tensors[match[2]]}.{match[3]}"
+        return self.tensors.get(name, name)
+
+    def heads_key(self, name: str) -> str | None:
+        """The key of config.json that counts the heads of a reordered tensor; None: its rows are in order."""
+        match = re.fullmatch(r"model\.layers\.\d+\.(.+)\.(?:weight|bias)", name)
+        return self.paired.get(match[1]) if match else None
 
 
 BYTE_LEVEL = "gpt2"

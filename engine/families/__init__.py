@@ -1,30 +1,45 @@
-"""Model families: one module each, named as `model_type` in config.json, with `program(config, quantised) ->
-Program`."""
+"""Model families: one module each, with `program(config) -> Program`, in floats, and with `GGUF`, how GGUF
+files spell it. Nothing outside this folder names a family. docs/architecture.md says how to add one."""
 
 from __future__ import annotations
 
-import pkgutil
 from importlib import import_module
+from typing import Any
 
+from ..checkpoint.gguf_names import GgufNames
 from ..config import Config
 from ..errors import UnsupportedModelError
 from ..program import Program
 
+_MODULES = {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3"}
+"""By `model_type` of config.json, the module; by architecture of a GGUF file too, where they are equal."""
+
 
 def names() -> list[str]:
     """The families that there are, sorted."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(_MODULES)
 
 
-def build(config: Config, *, quantised: bool) -> Program:
-    """The program of a model. `quantised`: matmul inputs are int8, as int8 weights need.
+def build(config: Config) -> Program:
+    """The program of a model, in floats.
 
-    UnsupportedModelError: no such family, or a feature of it that we don't have.
-    """
-    if config.family not in names():
+    UnsupportedModelError: no such family, or a feature of it that is not here. ModelFileError: the
+    configuration contradicts itself."""
+    program: Program = _module(config.family, config.where).program(config)
+    return program
+
+
+def gguf_names(architecture: str, where: str) -> GgufNames:
+    """How the tensors of a GGUF file are called; `where` names the file. UnsupportedModelError: no such
+    family."""
+    spelling: GgufNames = _module(architecture, where).GGUF
+    return spelling
+
+
+def _module(family: str, where: str) -> Any:
+    if family not in _MODULES:
         raise UnsupportedModelError(
-            f"the model's family is {config.family!r}, which shoal does not have; "
+            f"{where}: the model's family is {family!r}, which shoal does not have; "
             f"it has: {', '.join(names())}"
         )
-    program: Program = import_module(f".{config.family}", __name__).program(config, quantised=quantised)
-    return program
+    return import_module(f".{_MODULES[family]}", __name__)

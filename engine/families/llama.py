@@ -5,100 +5,45 @@ Also SmolLM2, TinyLlama and whatever else says `"model_type": "llama"`.
 
 from __future__ import annotations
 
+from ..builder import Builder
+from ..checkpoint.gguf_names import GgufNames
 from ..config import Config
-from ..program import (
-    Angles,
-    Attend,
-    Buffer,
-    BufferType,
-    Embed,
-    Gate,
-    KvState,
-    Matmul,
-    Norm,
-    Program,
-    Quantise,
-    Rope,
-    Sample,
-    Store,
-    Unit,
-    Weight,
+from ..decoder import Decoder
+from ..program import Program
+
+GGUF = GgufNames(
+    paired={"self_attn.q_proj": "num_attention_heads", "self_attn.k_proj": "num_key_value_heads"}
 )
-from ..rope import inverse_frequencies
 
 
-def program(config: Config, *, quantised: bool) -> Program:
+def program(config: Config) -> Program:
     """The program of a Llama model."""
-    c = config
-    queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    act: BufferType = "q8" if quantised else "f32"
-    epsilon = c.norm_epsilon
-
-    embed = Weight("embed.weight", c.vocab, c.hidden, "model.embed_tokens.weight")
-    head = embed if c.tied else Weight("head.weight", c.vocab, c.hidden, "lm_head.weight")
-
-    def layer(i: int) -> Unit:
-        source = f"model.layers.{i}."
-        attended = "attended_q8" if quantised else "attended"
-        quantise = (Quantise("attended_q8", "attended"),) if quantised else ()
-        return Unit(
-            name=f"layer {i}",
-            ops=(
-                Norm("normed", "x", "attn_norm.weight", epsilon),
-                Matmul("qkv", "normed", ("q.weight", "k.weight", "v.weight")),
-                Rope("qkv", "angles", c.heads + c.kv_heads, c.head_dim),
-                Store("qkv", "kv", key=queries, value=queries + keys),
-                Attend("attended", "qkv", "kv", c.heads, c.head_dim**-0.5),
-                *quantise,
-                Matmul("x", attended, ("o.weight",), accumulate=True),
-                Norm("normed", "x", "mlp_norm.weight", epsilon),
-                Matmul("gate_up", "normed", ("gate.weight", "up.weight")),
-                Gate("gated", "gate_up", "silu"),
-                Matmul("x", "gated", ("down.weight",), accumulate=True),
-            ),
-            weights=(
-                Weight("attn_norm.weight", 1, c.hidden, source + "input_layernorm.weight", vector=True),
-                Weight("q.weight", queries, c.hidden, source + "self_attn.q_proj.weight"),
-                Weight("k.weight", keys, c.hidden, source + "self_attn.k_proj.weight"),
-                Weight("v.weight", keys, c.hidden, source + "self_attn.v_proj.weight"),
-                Weight("o.weight", c.hidden, queries, source + "self_attn.o_proj.weight"),
-                Weight(
-                    "mlp_norm.weight", 1, c.hidden, source + "post_attention_layernorm.weight", vector=True
-                ),
-                Weight("gate.weight", c.intermediate, c.hidden, source + "mlp.gate_proj.weight"),
-                Weight("up.weight", c.intermediate, c.hidden, source + "mlp.up_proj.weight"),
-                Weight("down.weight", c.hidden, c.intermediate, source + "mlp.down_proj.weight"),
-            ),
-            states=(KvState("kv", c.kv_heads, c.head_dim),),
+    c, b = Decoder.of(config), Builder(ignored=("*.rotary_emb.inv_freq",))
+    attention_bias, mlp_bias = config.flag("attention_bias"), config.flag("mlp_bias")
+    angles = b.angles(c.frequencies)
+    b.unit("embed")
+    x = b.embed("x", ("embed", "model.embed_tokens"), config.vocab, c.hidden)
+    for i in range(c.layers):
+        b.unit(f"layer {i}", f"model.layers.{i}.")
+        h = b.norm("normed", x, ("attn_norm", "input_layernorm"), c.norm_epsilon)
+        qkv = b.linear(
+            "qkv",
+            h,
+            {
+                "q": ("self_attn.q_proj", c.queries),
+                "k": ("self_attn.k_proj", c.keys),
+                "v": ("self_attn.v_proj", c.keys),
+            },
+            bias="qkv" if attention_bias else "",
         )
-
-    last = Unit(
-        name="head",
-        ops=(
-            Norm("final", "x", "norm.weight", epsilon),
-            Matmul("logits", "final", (head.name,)),
-            Sample("logits"),
-        ),
-        weights=(Weight("norm.weight", 1, c.hidden, "model.norm.weight", vector=True), head),
-        tied=(head.name,) if c.tied else (),
-    )
-    return Program(
-        units=(Unit("embed", (Embed("x", embed.name),), (embed,)), *map(layer, range(c.layers)), last),
-        prologue=(Angles("angles", "rope.inv_freq"),),
-        buffers=(
-            Buffer("x", c.hidden),
-            Buffer("angles", c.head_dim),
-            Buffer("normed", c.hidden, act),
-            Buffer("qkv", queries + 2 * keys),
-            Buffer("attended", queries),
-            *((Buffer("attended_q8", queries, "q8"),) if quantised else ()),
-            Buffer("gate_up", 2 * c.intermediate),
-            Buffer("gated", c.intermediate, act),
-            Buffer("final", c.hidden, act, "wanted"),
-            Buffer("logits", c.vocab, "f32", "wanted"),
-        ),
-        cut=("x",),
-        constants=(("rope.inv_freq", inverse_frequencies(c)),),
-        logits="logits",
-        vocab=c.vocab,
-    )
+        b.rope(qkv, angles, c.heads + c.kv_heads, c.head_dim)
+        attended = b.attend("attended", qkv, c.heads, c.kv_heads, c.head_dim)
+        b.add(x, attended, ("o", "self_attn.o_proj"), bias=attention_bias)
+        h = b.norm("normed", x, ("mlp_norm", "post_attention_layernorm"), c.norm_epsilon)
+        wide = {"gate": ("mlp.gate_proj", c.intermediate), "up": ("mlp.up_proj", c.intermediate)}
+        gate_up = b.linear("gate_up", h, wide, bias=tuple(wide) if mlp_bias else ())
+        b.add(x, b.gate("gated", gate_up, "silu"), ("down", "mlp.down_proj"), bias=mlp_bias)
+    b.unit("head")
+    h = b.norm("final", x, ("norm", "model.norm"), c.norm_epsilon, "wanted")
+    b.lm_head(h, ("head", "lm_head"), config.vocab, tied="embed" if c.tied else None)
+    return b.program(cut=x)

@@ -128,7 +128,7 @@ def check(cases: Sequence[Case], model: Model) -> None:
         if case.context > model.config.context:
             raise ContextError(
                 f"{case.name} needs a context of {case.context} tokens and the model's is "
-                f"{model.config.context}: lower -p, -n or -d"
+                f"{model.config.context}{model.config.limit}: lower -p, -n or -d"
             )
 
 

@@ -21,7 +21,9 @@ _LEAST_SHARE = 0.25
 def context_of(given: int | None, model: Model) -> int:
     """The tokens of context to begin with. ContextError: more than the model has."""
     if given is not None and given > model.config.context:
-        raise ContextError(f"--context {given} is more than the model's {model.config.context} tokens")
+        raise ContextError(
+            f"--context {given} is more than the model's {model.config.context} tokens{model.config.limit}"
+        )
     return model.config.context if given is None else given
 
 

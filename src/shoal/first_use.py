@@ -96,10 +96,10 @@ def _of_config(values: Mapping[str, Any], where: str, download: int) -> Costs:
     from .engine.config import parse_config
     from .engine.kv_page import page_bytes
     from .engine.layout import PAGE
-    from .engine.program import typed
+    from .engine.typed import typed
 
     config = parse_config(dict(values), where)
-    units = typed(families.build(config, quantised=True), "q8", "q8").units
+    units = typed(families.build(config), "q8", "q8").units
     disk = sum(w.bytes for unit in units for w in unit.weights if w.name not in unit.tied)
     pages = -(-min(_POSITIONS, config.context) // PAGE)
     kept = pages * sum(page_bytes(state, "f16") for unit in units for state in unit.states)

@@ -131,6 +131,18 @@ static int32_t make_program(void) {
     o->weights[0] = weight(matrix, heads * dim, hidden, 0.2f);
     o->weights[1] = weight(matrix, kv_heads * dim, hidden, 0.2f);
     o->weights[2] = weight(matrix, kv_heads * dim, hidden, 0.2f);
+    if (below(2)) {
+      o->n_biases = 3;
+      o->biases[0] = weight(SHOAL_F32, 1, heads * dim, 1);
+      o->biases[1] = below(2) ? -1 : weight(SHOAL_F32, 1, kv_heads * dim, 1);
+      o->biases[2] = weight(SHOAL_F32, 1, kv_heads * dim, 1);
+    }
+    for (int32_t keys = below(2) ? 0 : 2; keys < 2; keys++) {
+      step(SHOAL_OP_HEAD_NORM, qkv, -1, weight(SHOAL_F32, 1, dim, 1), 1e-6f);
+      ops[program.n_ops - 1].column = keys ? heads * dim : 0;
+      ops[program.n_ops - 1].heads = keys ? kv_heads : heads;
+      ops[program.n_ops - 1].head_dim = dim;
+    }
     o = op(SHOAL_OP_ROPE, qkv, -1, 0);
     o->angles = angles, o->heads = heads + kv_heads, o->head_dim = dim;
     o = op(SHOAL_OP_STORE, -1, qkv, 0);

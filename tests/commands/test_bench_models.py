@@ -12,6 +12,7 @@ from bench.models import Shape
 
 from shoal.engine.checkpoint import Checkpoint, open_checkpoint
 from shoal.engine.config import parse_config
+from shoal.engine.decoder import Decoder
 from shoal.engine.model_directory import Model
 from shoal.engine.tokenizer import Tokenizer
 
@@ -31,7 +32,7 @@ def source(cache: Path) -> Checkpoint:
 
 
 def test_the_checkpoint_has_the_shape_and_realistic_weights(source: Checkpoint) -> None:
-    config = parse_config(source.config, "here")
+    config = Decoder.of(parse_config(source.config, "here"))
     assert (config.hidden, config.layers, config.kv_heads, config.tied) == (64, 2, 2, False)
     table, head = source.tensor("model.embed_tokens.weight"), source.tensor("lm_head.weight")
     assert table.shape == head.shape == (400, 64)
@@ -58,9 +59,11 @@ def test_the_gguf_file_holds_the_same_weights_and_tokens(source: Checkpoint) -> 
     assert set(other.names) == set(source.names)
     for name in source.names:
         np.testing.assert_array_equal(other.tensor(name), source.tensor(name), err_msg=name)
-    read = parse_config(other.config, "")
-    assert read.norm_epsilon == np.float32(1e-5)  # GGUF has it in f32
-    assert replace(read, norm_epsilon=1e-5) == parse_config(source.config, "")
+    read, made = (parse_config(checkpoint.config, "") for checkpoint in (other, source))
+    assert replace(read, values=made.values) == made
+    shape = Decoder.of(read)
+    assert shape.norm_epsilon == np.float32(1e-5)  # GGUF has it in f32
+    assert replace(shape, norm_epsilon=1e-5) == Decoder.of(made)
     assert other.tokenizer_json() == source.tokenizer_json()
 
 

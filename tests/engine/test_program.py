@@ -9,14 +9,27 @@ import pytest
 from shoal.engine import program
 from shoal.engine.backends._abi import ffi
 from shoal.engine.backends.numpy_backend import NumpyExecutor
-from shoal.engine.program import Attend, Embed, Gate, KvState, Matmul, Norm, Op, Rope, Store, Unit, Weight
+from shoal.engine.program import (
+    Attend,
+    Embed,
+    Gate,
+    HeadNorm,
+    KvState,
+    Matmul,
+    Norm,
+    Op,
+    Rope,
+    Store,
+    Unit,
+    Weight,
+)
 
 KINDS = [
     kind
     for kind in vars(program).values()
     if isinstance(kind, type) and issubclass(kind, Op) and kind is not Op
 ]
-WEIGHTS = {"table", "inv_freq", "weight", "weights"}
+WEIGHTS = {"table", "inv_freq", "weight"}
 C_FIELDS = {name for name, _ in ffi.typeof("shoal_op").fields}
 
 
@@ -56,6 +69,16 @@ UNIT = Unit(
             5 * 33 * 4 + 2 * 16 * (32 + 2),
         ),
         (
+            Matmul("y", "x", ("a", "b"), biases=(None, "n")),
+            ("x",),
+            "y",
+            (None, None),
+            ("a", "b"),
+            (12 * 33, 0),
+            5 * 33 * 4 + 2 * 16 * (32 + 2) + 33 * 4,
+        ),
+        (HeadNorm("y", "n", 16, 2, 16, 1e-5), ("y",), "y", (None, None), ("n",), (0, 0), 33 * 4),
+        (
             Matmul("y", "x", ("a",), accumulate=True),
             ("x", "y"),
             "y",
@@ -83,4 +106,6 @@ def test_an_op_says_what_it_reads_writes_and_costs(
     assert (op.reads(), op.writes(), op.weight_names()) == (reads, writes, weights)
     assert (op.reads_state(), op.writes_state()) == states
     assert (op.macs(UNIT), op.attend_macs(UNIT), op.read_bytes(UNIT)) == (*macs, read)
-    assert op.changes() == ((0, 48) if isinstance(op, Rope) else None)
+    changed = {Rope: (0, 48), HeadNorm: (16, 48)}
+    assert op.changes() == changed.get(type(op))
+    assert op.bias_names() == (("n",) if isinstance(op, Matmul) and op.biases else ())

@@ -42,8 +42,8 @@ def op(name, **fields):
     def change(p):
         row = first(p, name)
         for field, value in fields.items():
-            if field == "w":
-                row.weights[0] = value
+            if field in ("w", "b"):
+                {"w": row.weights, "b": row.biases}[field][0] = value
             else:
                 setattr(row, {"x": "in"}.get(field, field), value)
 
@@ -130,10 +130,29 @@ PROGRAMS = {
     "norm negative epsilon": (op("NORM", epsilon=-1.0), "epsilon"),
     "norm into other columns": (op("NORM", out=3), "columns"),
     "norm scatters": (row("buffers", 0, domain=1), "rows that the output holds"),
-    "matmul parts too many rows": (op("MATMUL", n_weights=2), "rows"),
+    "matmul parts too many rows": (op("MATMUL", n_weights=2, n_biases=0), "rows"),
     "matmul of f32 by q8": (op("MATMUL", x=0), "does not fit the input's"),
     "matmul adds to nothing": (op("MATMUL", accumulate=1), "was not written"),
     "matmul accumulates twice": (op("MATMUL", accumulate=2), "neither 0 nor 1"),
+    "biases of some parts": (op("MATMUL", n_biases=2), "number of biases"),
+    "five biases": (op("MATMUL", n_biases=5, n_weights=5), "number of"),
+    "negative biases": (op("MATMUL", n_biases=-1), "number of biases"),
+    "bias beyond": (op("MATMUL", b=999), "no such bias"),
+    "bias below": (op("MATMUL", b=-2), "no such bias"),
+    "bias of other rows": (op("MATMUL", b=2), "bias is no f32 vector"),
+    "bias a matrix": (op("MATMUL", b=0), "bias is no f32 vector"),
+    "bias of f64": (op("MATMUL", b=1), "bias is no f32 vector"),
+    "head norm of nothing": (op("HEAD_NORM", out=5), "was not written"),
+    "head norm of q8": (op("HEAD_NORM", out=2), "type of the output"),
+    "head norm by a matrix": (op("HEAD_NORM", w=0), "type of a weight"),
+    "head norm of another width": (op("HEAD_NORM", w=2), "columns are not those of a head"),
+    "head norm of too many heads": (op("HEAD_NORM", heads=11), "heads do not fit"),
+    "head norm of no heads": (op("HEAD_NORM", heads=0), "heads do not fit"),
+    "head norm beyond": (op("HEAD_NORM", column=129), "heads do not fit"),
+    "head norm below": (op("HEAD_NORM", column=-1), "heads do not fit"),
+    "head norm overflow": (op("HEAD_NORM", heads=BIG, head_dim=BIG), "heads do not fit"),
+    "head norm of narrow heads": (op("HEAD_NORM", head_dim=0), "heads do not fit"),
+    "head norm epsilon": (op("HEAD_NORM", epsilon=float("nan")), "epsilon"),
     "rope without angles": (op("ROPE", angles=-1), "no angles"),
     "rope by itself": (op("ROPE", angles=4), "no angles"),
     "rope of too many heads": (op("ROPE", heads=999), "heads"),

@@ -9,19 +9,21 @@ import pytest
 
 from .harness import Program, Rows, everywhere, same
 from .test_ops import dequantised
-from .weights import GROUP, floats, q4, random_q8, random_weight
+from .weights import GROUP, f32, floats, q4, random_q8, random_weight
 
 KINDS = ("Q8", "Q4", "Q4M", "F32")
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 17, 64, 97)
 
 
-def program(kind, parts, cols, rng, accumulate=False):
+def program(kind, parts, cols, rng, accumulate=False, biases=()):
     p = Program(max_rows=200)
     x = p.input(cols)
     weights = [random_weight(kind, rng, n, cols) for n in parts]
     inputs = x if kind == "F32" else p.op("QUANTISE", p.buffer(cols, "Q8"), x)
     out = p.input(sum(parts)) if accumulate else p.buffer(sum(parts))
-    p.op("MATMUL", out, inputs, *map(p.weight, weights), accumulate=int(accumulate))
+    rows = [-1 if bias is None else p.weight(f32(bias)) for bias in biases]
+    places = {"accumulate": int(accumulate), "biases": rows, "n_biases": len(rows)}
+    p.op("MATMUL", out, inputs, *map(p.weight, weights), **places)
     p.output(out)
     return p, np.concatenate([w.dense for w in weights])
 
@@ -63,6 +65,27 @@ def test_added_to_what_is_there(kind, rows):
     added, _ = program(kind, (20, 19), 96, np.random.default_rng(5), accumulate=True)
     product = everywhere(plain, lambda e: e.run([Rows(rows)], [x]).outputs)[0]
     same(everywhere(added, lambda e: e.run([Rows(rows)], [x, before]).outputs)[0], before + product)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1, 4, 5, 17, 97])
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("parts", [(20, 1, 19), (7,), (16, 16, 5, 3)])
+def test_a_bias_is_added_to_the_product_before_what_is_there(kind, rows, accumulate, parts):
+    """Of the parts, the second has none. Only this order of the two additions gives these bits."""
+    rng = np.random.default_rng(rows)
+    biases = [None if i == 1 else floats(rng, n) for i, n in enumerate(parts)]
+    bias = np.concatenate(
+        [np.zeros(n, np.float32) if b is None else b for n, b in zip(parts, biases, strict=True)]
+    )
+    x, before = floats(rng, rows, 96), floats(rng, rows, sum(parts))
+    plain, _ = program(kind, parts, 96, np.random.default_rng(5))
+    biased, _ = program(kind, parts, 96, np.random.default_rng(5), accumulate, biases)
+    expected = plain.open().run([Rows(rows)], [x]).outputs[0] + bias
+    if accumulate:
+        expected = before + expected
+    inputs = [x, before] if accumulate else [x]
+    same(everywhere(biased, lambda e: e.run([Rows(rows)], inputs).outputs)[0], expected)
 
 
 @pytest.mark.parametrize("rows", [1, 4, 12])

@@ -187,6 +187,30 @@ def test_rope(heads, head_dim, half):
     same(got[:, untouched], data[:, untouched])
 
 
+@pytest.mark.parametrize(
+    ("column", "heads", "head_dim"), [(0, 1, 16), (3, 3, 48), (0, 9, 64), (64, 2, 64), (1, 5, 33), (0, 1, 1)]
+)
+def test_head_norm_is_the_norm_of_each_head_in_place(column, heads, head_dim):
+    rng = np.random.default_rng(head_dim)
+    first, last = column, column + heads * head_dim
+    data, w = floats(rng, 17, last + 5), f32(rng.uniform(0.5, 1.5, head_dim))
+    data[1] *= 1e-12
+    data[2] = 0
+    p = Program(max_rows=64)
+    x = p.input(last + 5)
+    p.op("HEAD_NORM", x, -1, p.weight(w), column=column, heads=heads, head_dim=head_dim, epsilon=1e-6)
+    p.output(x)
+    got = everywhere(p, lambda e: e.run([Rows(17)], [data]).outputs)[0]
+    per_head = data[:, first:last].reshape(-1, head_dim)
+    norm = one_op(head_dim, "NORM", w, max_rows=200, epsilon=1e-6).open()
+    normed = norm.run([Rows(len(per_head))], [per_head])
+    same(got[:, first:last].reshape(-1, head_dim), normed.outputs[0])
+    same(np.delete(got, range(first, last), axis=1), np.delete(data, range(first, last), axis=1))
+    wide = per_head.astype(np.float64)
+    expected = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + 1e-6) * w.dense[0]
+    np.testing.assert_allclose(got[:, first:last].reshape(-1, head_dim), expected, rtol=2e-6)
+
+
 @pytest.mark.parametrize("cols", COLS)
 @pytest.mark.parametrize("kind", ["Q8", "Q4", "Q4M", "F32"])
 def test_embed(cols, kind):

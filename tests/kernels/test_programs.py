@@ -19,7 +19,8 @@ VOCAB = 133
 
 
 def llama(kind, heads=6, kv_heads=2, dim=32, hidden=97, inner=160, max_rows=300):
-    """Two layers and a head; matrices take turns to be int8, int4 and int4 with mins."""
+    """Two layers and a head; matrices take turns to be int8, int4 and int4 with mins. Queries and values have
+    a bias, and each head of queries and keys a norm."""
     rng = np.random.default_rng(1)
     p = Program(max_rows=max_rows)
     kinds = cycle(("Q8", "Q4", "Q4M"))
@@ -40,7 +41,12 @@ def llama(kind, heads=6, kv_heads=2, dim=32, hidden=97, inner=160, max_rows=300)
             weight(heads * dim, hidden),
             weight(kv_heads * dim, hidden),
             weight(kv_heads * dim, hidden),
+            n_biases=3,
+            biases=[p.weight(f32(floats(rng, heads * dim))), -1, p.weight(f32(floats(rng, kv_heads * dim)))],
         )
+        for at, n in ((0, heads), (heads * dim, kv_heads)):
+            norm_of_heads = p.weight(f32(rng.uniform(0.5, 1.5, dim)))
+            p.op("HEAD_NORM", qkv, -1, norm_of_heads, column=at, heads=n, head_dim=dim, epsilon=1e-6)
         p.op("ROPE", qkv, -1, angles=angles, heads=heads + kv_heads, head_dim=dim)
         p.op("STORE", -1, qkv, state=state, key=heads * dim, value=(heads + kv_heads) * dim)
         p.op("ATTEND", attended, qkv, state=state, heads=heads, scale=dim**-0.5)

@@ -16,8 +16,8 @@ from tests.weights.rope_cases import CASES
 
 from shoal.engine.config import parse_config
 from shoal.engine.convert import convert
+from shoal.engine.decoder import Decoder
 from shoal.engine.model_directory import Model
-from shoal.engine.rope import inverse_frequencies
 from shoal.engine.stage import Stage, StageOptions
 
 pytestmark = pytest.mark.oracle
@@ -34,7 +34,7 @@ def test_rotary_positions(case: str) -> None:
     del values["rope_parameters"]
     values |= CASES[case][0]
     theirs = LlamaRotaryEmbedding(LlamaConfig(**json.loads(json.dumps(values)))).inv_freq.numpy()
-    np.testing.assert_allclose(inverse_frequencies(parse_config(values, "x")), theirs, rtol=1e-5)
+    np.testing.assert_allclose(Decoder.of(parse_config(values, "x")).frequencies, theirs, rtol=1e-5)
 
 
 def test_defaults() -> None:
@@ -42,12 +42,13 @@ def test_defaults() -> None:
 
     needed = {"hidden_size": 128, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 4}
     theirs = LlamaConfig(**needed, vocab_size=99)
-    ours = parse_config({**needed, "vocab_size": 99, "model_type": "llama"}, "x")
+    config = parse_config({**needed, "vocab_size": 99, "model_type": "llama"}, "x")
+    ours = Decoder.of(config)
     assert ours.head_dim == theirs.head_dim
     assert ours.kv_heads == theirs.num_key_value_heads
-    assert ours.context == theirs.max_position_embeddings
+    assert config.context == theirs.max_position_embeddings
     assert ours.norm_epsilon == theirs.rms_norm_eps
-    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.rotation.theta == theirs.rope_parameters["rope_theta"]
     assert ours.tied == theirs.tie_word_embeddings
 
 

@@ -151,7 +151,12 @@ def test_bad_checkpoints_are_refused_named_and_leave_nothing(
             UnsupportedModelError,
             "angles above 1 a position",
         ),
-        (good, {"attention_bias": True}, UnsupportedModelError, "biases are not supported"),
+        (
+            good,
+            {"attention_bias": True},
+            ModelFileError,
+            r"self_attn\.k_proj\.bias' is missing \(12 in all\)",
+        ),
     ]
     for values, changes, kind, message in cases:
         rewrite(checkpoint_dir, values)
@@ -253,7 +258,7 @@ def test_progress_ends_with_the_last_unit(tmp_path: Path) -> None:
 def test_equalised_weights_compute_the_same_in_floats() -> None:
     """The same activations leave every layer, although every matrix has changed."""
     checkpoint = open_checkpoint(TINY)
-    program = families.build(parse_config(checkpoint.config, "x"), quantised=False)
+    program = families.build(parse_config(checkpoint.config, "x"))
     before, after = Calibration(program, pseudo_tokens(267)), Calibration(program, pseudo_tokens(267))
     for u, unit in enumerate(program.units[:-1]):
         plain = {w.name: checkpoint.tensor(w.source) for w in unit.weights}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -19,6 +20,7 @@ from shoal.engine.checkpoint.gguf_checkpoint import GgufCheckpoint
 from shoal.engine.checkpoint.gguf_file import GgufFile
 from shoal.engine.config import parse_config
 from shoal.engine.convert import convert
+from shoal.engine.decoder import Decoder
 from shoal.engine.errors import ModelFileError, ShoalError, UnsupportedModelError
 from shoal.engine.model_directory import Model
 
@@ -34,11 +36,12 @@ def test_the_same_checkpoint_gives_the_same_weights(tmp_path: Path) -> None:
     for name in original.names:
         np.testing.assert_array_equal(from_gguf.tensor(name), original.tensor(name))
     config, expected = (parse_config(c.config, "x") for c in (from_gguf, original))
-    assert {f for f in config.__dataclass_fields__ if getattr(config, f) != getattr(expected, f)} <= {
-        "eos",  # the GGUF names one token
-        "norm_epsilon",  # which GGUF stores as f32
-    }
-    assert config.norm_epsilon == pytest.approx(expected.norm_epsilon, rel=1e-7)
+    assert (
+        replace(config, eos=expected.eos, values=expected.values) == expected
+    )  # the GGUF names one end token
+    shape, wanted = Decoder.of(config), Decoder.of(expected)
+    assert replace(shape, norm_epsilon=wanted.norm_epsilon) == wanted
+    assert shape.norm_epsilon == pytest.approx(wanted.norm_epsilon, rel=1e-7)  # which GGUF stores as f32
     assert from_gguf.license == "mit"
 
 
@@ -49,7 +52,7 @@ def test_a_gguf_converts_in_a_directory_too_and_may_be_tied(tmp_path: Path) -> N
     head, embed = model.unit_weights(4), model.unit_weights(0)
     np.testing.assert_array_equal(head["embed.weight"].data, embed["embed.weight"].data)
     assert model.files_of(4, 5)[-2:] == ("unit-004.safetensors", "unit-000.safetensors")
-    assert model.config.tied
+    assert Decoder.of(model.config).tied
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
@@ -176,7 +179,7 @@ def test_metadata_that_lie_are_refused(
 
 def test_counts_may_be_listed_by_layer_where_they_are_equal(tmp_path: Path) -> None:
     path = write_tiny(tmp_path / "a.gguf", attention__head_count_kv=[2, 2, 2], feed_forward_length=[104] * 3)
-    assert parse_config(open_checkpoint(path).config, "x").kv_heads == 2
+    assert Decoder.of(parse_config(open_checkpoint(path).config, "x")).kv_heads == 2
     path = write_tiny(tmp_path / "b.gguf", attention__head_count_kv=[2, 1, 2])
     with pytest.raises(UnsupportedModelError, match="head_count_kv differs among layers"):
         _ = open_checkpoint(path).config

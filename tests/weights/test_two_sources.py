@@ -15,8 +15,10 @@ from shoal.cli import main
 from shoal.engine import families
 from shoal.engine.config import parse_config
 from shoal.engine.convert import convert
+from shoal.engine.decoder import Decoder
 from shoal.engine.errors import ModelFileError, ShoalError, UnsupportedModelError, Warn
 from shoal.engine.model_directory import Model
+from shoal.engine.rope import Rotation
 
 
 def _noted(warnings: list[str]) -> Warn:
@@ -31,7 +33,7 @@ def test_a_head_of_its_own_is_used_though_the_config_says_tied(
     warnings: list[str] = []
     convert(checkpoint_dir, checkpoint_dir / "out", dtype="f32", warn=_noted(warnings))
     model = Model.open(checkpoint_dir / "out")
-    assert not model.config.tied
+    assert not model.program.units[-1].tied
     np.testing.assert_array_equal(model.unit_weights(4)["head.weight"].data, tensors(TINY)[HEAD])
     (warning,) = warnings
     assert "tie_word_embeddings" in warning
@@ -53,7 +55,7 @@ def test_a_tied_table_that_is_stored_twice_is_no_head_of_its_own(
     change_config(checkpoint_dir, tie_word_embeddings=True)
     warnings: list[str] = []
     convert(checkpoint_dir, checkpoint_dir / "out", dtype="f32", warn=_noted(warnings))
-    assert Model.open(checkpoint_dir / "out").config.tied == (row is None)
+    assert bool(Model.open(checkpoint_dir / "out").program.units[-1].tied) == (row is None)
     assert len(warnings) == (row is not None)
 
 
@@ -69,17 +71,13 @@ def test_optional_keys_may_be_missing() -> None:
     }
     needed = ["model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
     least = parse_config({key: values[key] for key in [*needed, "vocab_size"]}, "x")
-    assert (least.head_dim, least.kv_heads, least.context) == (16, 4, 2048)
-    assert (least.norm_epsilon, least.rope_theta, least.rope_scaling, least.tied) == (
-        1e-6,
-        10000.0,
-        (),
-        False,
-    )
+    shape = Decoder.of(least)
+    assert (shape.head_dim, shape.kv_heads, least.context) == (16, 4, 2048)
+    assert (shape.norm_epsilon, shape.rotation, shape.tied) == (1e-6, Rotation(10000.0, ()), False)
     assert least.vocab == full.vocab
     for key in [*needed, "vocab_size"]:
         with pytest.raises(ModelFileError, match=f"x: {key} must "):
-            parse_config({k: v for k, v in values.items() if k != key}, "x")
+            Decoder.of(parse_config({k: v for k, v in values.items() if k != key}, "x"))
 
 
 def test_a_tied_model_may_have_its_table_under_either_name(checkpoint_dir: Path) -> None:
@@ -90,7 +88,7 @@ def test_a_tied_model_may_have_its_table_under_either_name(checkpoint_dir: Path)
     warnings: list[str] = []
     convert(checkpoint_dir, checkpoint_dir / "out", dtype="f32", warn=_noted(warnings))
     model = Model.open(checkpoint_dir / "out")
-    assert model.config.tied
+    assert model.program.units[-1].tied
     np.testing.assert_array_equal(model.unit_weights(0)["embed.weight"].data, values[HEAD])
     assert warnings == []
 
@@ -102,8 +100,8 @@ def test_rotary_positions_that_are_spelled_in_several_ways(checkpoint_dir: Path,
     change_config(checkpoint_dir, **changes)
     warnings: list[str] = []
     convert(checkpoint_dir, checkpoint_dir / "out", dtype="f32", warn=_noted(warnings))
-    config = Model.open(checkpoint_dir / "out").config
-    assert {"rope_theta": config.rope_theta, **dict(config.rope_scaling)} == expected
+    rotation = Rotation.of(Model.open(checkpoint_dir / "out").config)
+    assert {"rope_theta": rotation.theta, **dict(rotation.scaling)} == expected
     assert [odd in warning for warning in warnings if odd] == ([True] if odd else [])
     assert all(str(checkpoint_dir) in warning for warning in warnings)
 
@@ -147,5 +145,5 @@ def test_rotary_positions_that_are_not_here_are_refused(
     changes: dict[str, object], kind: type[ShoalError], message: str
 ) -> None:
     values = json.loads((TINY / "config.json").read_text())
-    with pytest.raises(kind, match=message):
-        families.build(parse_config({**values, "rope_parameters": None, **changes}, "x"), quantised=False)
+    with pytest.raises(kind, match=f"^x: .*{message}"):
+        families.build(parse_config({**values, "rope_parameters": None, **changes}, "x"))

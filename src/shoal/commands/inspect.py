@@ -14,7 +14,7 @@ from ..engine.costs import constant_bytes, tied_bytes, unit_cost
 from ..engine.errors import MissingDependencyError, ShoalError, UnsupportedModelError
 from ..engine.index import CHAT_TEMPLATE, TOKENIZER
 from ..engine.model_directory import Model
-from ..engine.program import Op, Unit
+from ..engine.program import Attend, Op, Program, Unit
 from ..engine.tokenizer import Tokenizer
 from ..store import resolve
 from ..text_table import table
@@ -43,11 +43,7 @@ def run(args: argparse.Namespace) -> int:
     costs = [unit_cost(model, u) for u in range(len(units))]
     total = sum(cost.bytes for cost in costs) - tied_bytes(model) + constant_bytes(program)
     print(f"{model.path}")
-    print(
-        f"{config.family}, {config.layers} layers, hidden {config.hidden}, {config.heads} heads "
-        f"({config.kv_heads} for keys and values) of {config.head_dim}, vocabulary {config.vocab}, "
-        f"context {config.context}"
-    )
+    print(f"{config.family}, {_shape(program)}, vocabulary {config.vocab}, context {config.context}")
     macs, kv_bytes = sum(c.macs for c in costs), sum(c.kv_bytes_per_token for c in costs)
     print(
         f"{model.index.weights} weights, {total / 1e6:.1f} MB; {macs / 1e6:.1f} M MACs a token; "
@@ -128,6 +124,17 @@ def _text_lines(text: dict[str, Any] | None) -> list[str]:
     ]
 
 
+def _shape(program: Program) -> str:
+    """Layers, width and heads, as the first attention has them."""
+    layers = [unit for unit in program.units if unit.states]
+    attend = next(op for op in layers[0].ops if isinstance(op, Attend))
+    state = layers[0].state(attend.state)
+    return (
+        f"{len(layers)} layers, hidden {program.buffer(program.cut[0]).cols}, {attend.heads} heads "
+        f"({state.kv_heads} for keys and values) of {state.head_dim}"
+    )
+
+
 def _row(model: Model, unit: Unit | None, op: Op) -> _Row:
     """`unit` None: an op of the prologue, whose weights are constants."""
 
@@ -135,7 +142,7 @@ def _row(model: Model, unit: Unit | None, op: Op) -> _Row:
         buffer = model.program.buffer(name)
         return f"{name} [{'n' if buffer.domain == 'rows' else 'wanted'}, {buffer.cols}] {buffer.type}"
 
-    weights = [] if unit is None else [unit.weight(name) for name in op.weight_names()]
+    weights = [] if unit is None else [unit.weight(name) for name in (*op.weight_names(), *op.bias_names())]
     shapes = (f"{w.name} [{w.rows}, {w.cols}]" if not w.vector else f"{w.name} [{w.cols}]" for w in weights)
     inputs = [shape(name) for name in op.reads()] + [f"state {s}" for s in (op.reads_state(),) if s]
     out, state = op.writes(), op.writes_state()
@@ -172,7 +179,7 @@ def _json(model: Model) -> dict[str, Any]:
         "dtype": model.dtype,
         "head_dtype": model.index.head_dtype or model.dtype,
         "has_min": model.index.has_min,
-        "config": asdict(model.config),
+        "config": dict(model.config.values),
         "tied_bytes": tied_bytes(model),
         "text": _text(model),
         "units": units,

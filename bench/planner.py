@@ -20,7 +20,7 @@ from types import ModuleType
 
 from bench.simulator import Request, simulate
 
-from shoal.arguments.kinds import positive
+from shoal.arguments import positive
 from shoal.planner import (
     Cluster,
     Device,

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from bench.simulator import Event, Rules, random_requests, simulate
 
-from shoal.arguments.kinds import positive
+from shoal.arguments import positive
 from shoal.engine.layout import PAGE
 from shoal.planner import Assignment, Cluster, Device, LinkSpeed, ModelCosts, Question, Unit, Workload
 

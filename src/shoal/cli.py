@@ -1,23 +1,23 @@
-"""The command line: loads the one command that is asked for, and turns errors into a line and an exit code.
+"""The `shoal` command: runs one command line, and turns an error into one line and an exit code.
 
-Imports argparse and nothing heavy: `shoal --help` answers at once, and works where numpy does not. Exit
-codes: 0 done, 2 wrong usage, 129, 130 and 143 ended by SIGHUP, SIGINT (Ctrl-C) and SIGTERM, 141 the reader of
-our output went away; the others are in engine/errors.py and net/errors.py.
+Exit codes: 0 success; 2 wrong usage; 129, 130 and 143 ended by SIGHUP, SIGINT (Ctrl-C) and SIGTERM; 141 the
+reader of the output has gone away. The others are in engine/errors.py and net/errors.py.
 """
 
 import argparse
-import gc
-import importlib
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from importlib import import_module
+from types import FrameType, TracebackType
+from typing import Self
 
 from .arguments import build_parser
-from .deferred import deferred
 from .engine.errors import OperatingSystemError, ShoalError
 from .engine.host import limit_libraries
 from .engine.os_errors import translated
-from .signals import EndingSignals
 from .streams import standard_streams
 
 
@@ -47,33 +47,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Import the command that the line names, and run it."""
-    # trio imports these, a node that is told addresses uses neither, and they take 1.5 MB of a small device.
-    unused = ("ssl", "idna") if args.command == "node" else ()
+    """Run the command that was parsed."""
     limit_libraries()  # the command is about to import NumPy
-    collecting = gc.isenabled()
-    gc.disable()  # imports leave nothing to collect, and looking for it takes 10 ms
-    with deferred(*unused):
-        command = importlib.import_module(f"{__package__}.commands.{args.command}")
-    if collecting:
-        gc.enable()
-    code: int = command.run(args)
+    code: int = import_module(f"{__package__}.commands.{args.command}").run(args)
     return code
 
 
 def report(error: BaseException, leaves: Sequence[BaseException]) -> int:
-    """Print a line for each error meant for the user; return the exit code. Our own mistakes go on."""
+    """Print a line for each error that is meant for the user; return the exit code. Mistakes of this program
+    are raised again."""
     meant = [said for leaf in leaves if (said := _for_user(leaf)) is not None]
     if len(meant) < len(leaves):
         raise error
-    with suppress(BrokenPipeError):  # whoever reads the messages went away
+    with suppress(BrokenPipeError):  # the reader of the messages has gone away
         for message in dict.fromkeys(str(said) for said in meant):
             print(f"shoal: error: {message}", file=sys.stderr)
     return meant[0].exit_code
 
 
 def _for_user(error: BaseException) -> ShoalError | None:
-    """The error as the user is to read it; None: it is a mistake of this program."""
+    """The error as the user reads it. None: it is a mistake of this program."""
     said = translated(error) if isinstance(error, OSError | MemoryError) else error
     if isinstance(said, OperatingSystemError) and said.place is not None:
         from .store import cache_directory
@@ -86,9 +79,43 @@ def _for_user(error: BaseException) -> ShoalError | None:
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:
-    """The exceptions themselves, out of the groups in which nurseries wrap them."""
+    """The exceptions in an exception group, which nurseries raise; any other exception is its only leaf."""
     if isinstance(error, BaseExceptionGroup):
         for inner in error.exceptions:
             yield from _leaves(inner)
     else:
         yield error
+
+
+class EndingSignals:
+    """A context in which SIGTERM and SIGHUP raise KeyboardInterrupt, so that a command cleans up as after
+    Ctrl-C. A signal that the parent process made this one ignore stays ignored."""
+
+    def __init__(self) -> None:
+        self._received = signal.SIGINT
+        self._handled: list[signal.Signals] = []
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code of a process that was interrupted, as a shell reports it."""
+        return 128 + self._received
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) is signal.SIG_DFL:
+                    signal.signal(number, self._interrupt)
+                    self._handled.append(number)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        for number in self._handled:
+            signal.signal(number, signal.SIG_DFL)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._received = signal.Signals(number)
+        # An event loop has a handler of its own, which knows when it may be interrupted.
+        handler = signal.getsignal(signal.SIGINT)
+        (handler if callable(handler) else signal.default_int_handler)(signal.SIGINT, frame)

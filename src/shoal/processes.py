@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .arguments.kinds import address
+from .arguments import address
 from .engine.errors import ShoalError
 
 _PR_SET_PDEATHSIG = 1
@@ -44,7 +44,7 @@ class RunningNode:
 
 def bare_node_bytes(model: Path) -> int:
     """Bytes of RAM that a node's process takes on this machine while it holds no unit of the model."""
-    program = "import sys; from shoal.commands.node import bare_bytes; print(bare_bytes(sys.argv[1]))"
+    program = "import sys; from shoal.node_process import bare_bytes; print(bare_bytes(sys.argv[1]))"
     command = [sys.executable, "-c", program, str(model)]
     return int(subprocess.run(command, check=True, capture_output=True).stdout)
 

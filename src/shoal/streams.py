@@ -14,8 +14,10 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TextIO, cast
 
+from .engine.errors import ShoalError
 from .engine.os_errors import STANDARD_OUTPUT
 
 _ENCODING_ERRORS = "shoal.encoding"
@@ -121,3 +123,11 @@ def _empty(stream: TextIO) -> None:
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), stream.fileno())
         stream.flush()
+
+
+def write_output(path: Path, text: str) -> None:
+    """Writes a file that the command line names. ShoalError: it cannot be written."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ShoalError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -162,7 +162,7 @@ def test_run_takes_what_fits_into_this_process_and_says_so(
 ) -> None:
     weights = sum(file.size for file in model.index.files.values())
     room = int((weights + 5 * PAGE * kv_bytes(model)) / 0.75) + 1
-    monkeypatch.setattr(run, "ram", lambda: Ram(10**12, room))
+    monkeypatch.setattr("shoal.engine.host.ram", lambda: Ram(10**12, room))
     for more, context in (((), 5 * PAGE), (("--context", "9000"), 9000)):
         args = build_parser().parse_args(["run", str(model.path), "text", *more])
         with run.open_engine(args, model, run.settings_of(args, model)) as (engine, settings, _):

@@ -20,7 +20,7 @@ from typing import Self
 import pytest
 from tests.models import tiny_chat_checkpoint
 
-from shoal import terminal
+from shoal import conversation
 from shoal.answering import Settings
 from shoal.conversation import Conversation
 from shoal.engine.batch import Sampling
@@ -306,7 +306,7 @@ ASK = """
 import sys
 if sys.argv[1] != "readline":
     sys.modules["readline"] = None
-from shoal.terminal import Terminal
+from shoal.conversation import Terminal
 terminal = Terminal()
 while True:
     try:
@@ -363,17 +363,17 @@ def test_history_is_kept_for_its_owner_and_edited_with_arrows(state: Path) -> No
 def test_a_long_history_is_cut_down(state: Path) -> None:
     state.parent.mkdir(parents=True)
     state.write_text("".join(f'"{i}"\n' for i in range(2001)))
-    assert terminal._read_history() == [str(i) for i in range(1001, 2001)]
+    assert conversation._read_history() == [str(i) for i in range(1001, 2001)]
     assert len(state.read_text().splitlines()) == 1000
-    terminal._add_to_history("two\nlines")
-    assert terminal._read_history()[-1] == "two\nlines"
+    conversation._add_to_history("two\nlines")
+    assert conversation._read_history()[-1] == "two\nlines"
 
 
 def test_a_history_that_cannot_be_kept_ends_nothing(state: Path) -> None:
     state.parent.parent.mkdir()
     state.parent.write_text("a file where the directory would be")
-    assert terminal._read_history() == []
-    terminal._add_to_history("x")
+    assert conversation._read_history() == []
+    conversation._add_to_history("x")
 
 
 CHAT = "import sys; sys.modules['readline'] = None; from shoal.cli import main; sys.exit(main(sys.argv[1:]))"

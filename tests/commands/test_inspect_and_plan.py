@@ -109,7 +109,10 @@ def test_a_plan_keeps_to_what_is_asked_and_is_drawn(
     assert stages("--first", "phone")[0][0] == "phone"
     assert stages("--last", "phone", "--objective", "first-token")[-1][0] == "phone"
     for wrong, message in (
-        (["--layers", "1,2,0"], "--layers has 3 numbers, and there are 2 devices: laptop, phone"),
+        (
+            ["--layers", "1,2,0"],
+            "--layers has 3 numbers for 2 devices: give one number each for laptop",
+        ),
         (["--layers", "1,1"], "add up to 2, and the model has 3"),
         (["--exclude", "who"], "no device who"),
         (["--svg", str(tmp_path / "no" / "where.svg")], "cannot be written"),
@@ -125,6 +128,6 @@ def test_a_profile_is_shown_and_saved_for_plan(
     assert main(["profile", str(tiny), "--threads", "1", "--save", str(saved)]) == 0
     out = capsys.readouterr().out
     assert "GB/s of weights" in out
-    assert "more for the step after it" in out
+    assert "more in the first step after a pause" in out
     assert main(["plan", str(tiny), "--devices", str(saved), "--context", "128"]) == 0
     assert "this plan is that" in capsys.readouterr().out

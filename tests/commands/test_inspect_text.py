@@ -80,7 +80,7 @@ def test_a_template_that_fails(
 def test_without_a_tokenizer_or_its_package(
     tiny_llama: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert shown(tiny_llama.path, capsys) == (["no tokenizer: token ids in, token ids out"], None)
+    assert shown(tiny_llama.path, capsys) == (["no tokenizer: prompts and answers are token ids"], None)
     model = converted(tmp_path, {"": TURNS})
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
     lines, values = shown(model, capsys)

@@ -143,7 +143,7 @@ def test_a_profile_is_kept_and_named_by_run(
     def best(*_: Any) -> tuple[int, dict[int, float]]:
         return 2, {1: 1e9, 2: 2e9}
 
-    monkeypatch.setattr(profile, "best_threads", best)
+    monkeypatch.setattr("shoal.engine.measure.best_threads", best)
     line = ["run", model, "text", "--stats", "--backend", "numpy"]
 
     for least, said in ((1 << 40, "by the number of cores"), (1, "2 threads (the fastest by shoal profile)")):

@@ -119,8 +119,9 @@ def test_the_command_line_says_the_same_with_nodes(model: Model, running: list[R
     assert "one sequence" in together.stderr and "12 tokens" in together.stderr
 
 
-def test_an_answer_of_this_process_loads_no_event_loop(model: Model) -> None:
-    program = "import sys; from shoal.cli import main; main(sys.argv[1:]); print('trio' in sys.modules)"
+def test_an_answer_of_this_process_loads_no_network_no_planner_and_no_converter(model: Model) -> None:
+    heavy = {"trio", "shoal.planner", "pulp", "huggingface_hub", "shoal.sources", "shoal.engine.convert"}
+    program = f"import sys; from shoal.cli import main; main(sys.argv[1:]); print({heavy} & set(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", program, "run", str(model.path), "hello", "-n", "2"],
         capture_output=True,
@@ -128,4 +129,4 @@ def test_an_answer_of_this_process_loads_no_event_loop(model: Model) -> None:
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "False"
+    assert done.stdout.splitlines()[-1] == "set()"

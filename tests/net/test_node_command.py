@@ -17,7 +17,9 @@ from shoal.cli import main
 from shoal.commands import node
 from shoal.engine.errors import ShoalError
 from shoal.engine.host import Ram
+from shoal.engine.measure import stopwatch
 from shoal.net.errors import NetError
+from shoal.node_process import StageOpener, _offer, promised_bytes
 
 TINY = Path(__file__).resolve().parents[1] / "fixtures" / "tiny-llama"
 
@@ -44,7 +46,7 @@ def test_a_name_is_judged_by_all_of_its_addresses(monkeypatch: pytest.MonkeyPatc
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, 0)) for a in ("127.0.0.1", "192.168.1.20")]
 
     monkeypatch.setattr(socket, "getaddrinfo", both)
-    with pytest.raises(NetError, match=r"box \(192\.168\.1\.20\) can be reached by others.*--insecure"):
+    with pytest.raises(NetError, match=r"other devices can reach box \(192\.168\.1\.20\).*--insecure"):
         node.run(parse("nowhere --listen box:0"))
     with pytest.raises(ShoalError, match="nowhere"):
         node.run(parse("nowhere --listen box:0 --insecure"))
@@ -72,25 +74,23 @@ CONTAINER = Ram(400 << 20, 300 << 20, "that this container may use (the memory l
 def test_a_node_offers_a_share_of_what_is_available(
     ram: Ram, promised: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert node.promised_bytes(None, 50, ram) == pytest.approx(promised, abs=1)
+    assert promised_bytes(None, 50, ram) == pytest.approx(promised, abs=1)
     said = capsys.readouterr().err
-    assert ("a third of the 17180 MB that this machine has counts as available" in said) is (
-        ram.available is None
-    )
+    assert ("a third of the 17180 MB that this machine has is assumed" in said) is (ram.available is None)
 
 
 def test_a_node_that_knows_nothing_asks() -> None:
     with pytest.raises(ShoalError, match=r"how much this node may use with --ram MB"):
-        node.promised_bytes(None, 50, Ram(None, None))
-    assert node.promised_bytes(300, 50, Ram(None, None)) == 300_000_000
+        promised_bytes(None, 50, Ram(None, None))
+    assert promised_bytes(300, 50, Ram(None, None)) == 300_000_000
 
 
 def test_a_promise_that_would_get_the_node_killed_is_refused() -> None:
-    assert node.promised_bytes(420, 50, CONTAINER) == 420_000_000  # a limit in whole pages may be below
+    assert promised_bytes(420, 50, CONTAINER) == 420_000_000  # a limit in whole pages may be below
     with pytest.raises(ShoalError, match=r"--ram 421 is more than the 419 MB that this container may use"):
-        node.promised_bytes(421, 50, CONTAINER)
+        promised_bytes(421, 50, CONTAINER)
     with pytest.raises(ShoalError, match=r"--ram 17181 is more than the 17180 MB that this machine has"):
-        node.promised_bytes(17181, 50, Ram(16 * GB, None))
+        promised_bytes(17181, 50, Ram(16 * GB, None))
 
 
 @pytest.fixture(scope="module")
@@ -184,8 +184,8 @@ def test_stages_stay_within_the_promised_ram(model: Path) -> None:
         return Device("any", ram, 1e9, 1e9, 10**6)
 
     with pytest.raises(NoPlanError, match=r"of 1 MB promised: \d+ MB are missing"):
-        node.StageOpener(opened, StageOptions(), device(10**6))(0, 2)
-    with node.StageOpener(opened, StageOptions(), device(10**8))(0, 2) as stage:
+        StageOpener(opened, StageOptions(), device(10**6))(0, 2)
+    with StageOpener(opened, StageOptions(), device(10**8))(0, 2) as stage:
         left = stage.options.kv_bytes
     assert left is not None and 0 < left < 10**8 - 10**6
 
@@ -202,10 +202,10 @@ def test_a_plan_that_just_fits_opens_whatever_the_threads(model: Path, threads: 
 
     opened, options = Model.open(model), StageOptions(threads=threads)
     args = parse(f"{model} --ram 300 --measure-seconds 0.01")
-    offered = node._offer(args, opened, options, 10**6, 300 * 10**6, 0.0, node.stopwatch).device
+    offered = _offer(args, opened, options, 10**6, 300 * 10**6, 0.0, stopwatch).device
     rows = planner_model(opened, StageOptions())
     needed = range_ram_bytes(rows, offered, planner.Workload(context=128), 0, opened.n_units)
-    opener = node.StageOpener(opened, options, dataclasses.replace(offered, ram_bytes=needed))
+    opener = StageOpener(opened, options, dataclasses.replace(offered, ram_bytes=needed))
     with opener(0, opened.n_units) as stage:
         held = sum(unit.kv_bytes_per_token for unit in rows.units) * 128
         assert stage.options.kv_bytes is not None and stage.options.kv_bytes >= held

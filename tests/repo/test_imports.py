@@ -54,17 +54,18 @@ def test_import_shoal_loads_nothing_heavy() -> None:
 
 
 def test_an_answer_of_this_process_loads_no_network_and_no_planner() -> None:
-    modules = loaded("import shoal.commands.run, shoal.engine.backends.native")
+    run = "from shoal.cli import main; assert main(['run', 'no-such-model', 'text']) == 3"
+    modules = loaded(f"{run}; import shoal.answering, shoal.engine.backends.native")
     assert modules & HEAVY == {"numpy"}
 
 
 def test_a_node_needs_the_core_dependencies_only() -> None:
-    modules = loaded("import shoal.commands.node, shoal.engine.backends.native")
+    modules = loaded("import shoal.node_process, shoal.engine.backends.native")
     assert modules & HEAVY == {"numpy", "trio"}
 
 
 def test_a_node_loads_neither_the_planners_searches_nor_a_head() -> None:
-    code = "import sys, shoal.commands.node; print(*sys.modules)"
+    code = "import sys, shoal.node_process; print(*sys.modules)"
     modules = set(python(code).stdout.split())
     assert {"shoal.net.node", "shoal.planner.cost"} <= modules
     assert not modules & {"shoal.planner.solve", "shoal.planner.milp", "shoal.net.coordinator"}

@@ -25,7 +25,7 @@ WITH_TRIO = [
     "net/session.py",
     "src/shoal/distributed.py",
     "src/shoal/portal.py",
-    "src/shoal/commands/node.py",
+    "src/shoal/node_process.py",
 ]
 # The GGUF format calls some of its tokenizers and tensors after families; its names are kept in one table.
 NAMES_OF_GGUF = Path("engine/checkpoint/gguf_names.py")

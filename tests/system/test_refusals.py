@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -29,9 +28,7 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def run(args: argparse.Namespace) -> int:
         raise error
 
-    module = types.ModuleType("shoal.commands.ls")
-    vars(module)["run"] = run
-    monkeypatch.setitem(sys.modules, "shoal.commands.ls", module)
+    monkeypatch.setattr("shoal.commands.ls.run", run)
 
 
 def os_error(number: int, path: str | bytes | None = "/somewhere/file") -> OSError:

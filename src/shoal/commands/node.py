@@ -1,226 +1,60 @@
-"""`shoal node`: offers this device to heads that connect, until Ctrl-C or SIGTERM."""
+"""`shoal node`: runs layers of a model for coordinators that connect, until Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
 import argparse
-import platform
-import secrets
-import signal
-import sys
-import time
-from collections.abc import Awaitable, Callable
-from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import trio
+from ..arguments import Commands, add_command, add_engine, add_model, address, factor, positive, seconds
+from ..imports import quick_imports
 
-from .. import __version__
-from ..engine.backends import choose
-from ..engine.costs import constant_bytes, tied_bytes, unit_cost
-from ..engine.errors import NoPlanError, ShoalError
-from ..engine.host import Ram, ram, resident_bytes
-from ..engine.measure import Watch, measure, median, stopwatch
-from ..engine.memory import return_large_frees
-from ..engine.model_directory import Model
-from ..engine.stage import Stage, StageOptions
-from ..engine.threads import chosen
-from ..net.errors import NetError
-from ..net.identity import identity_of
-from ..net.listen import addresses, listen, named, reachable
-from ..net.messages import Offer
-from ..net.node import Node, NodeParts
-from ..net.slow import Slowness, SlowStage, SlowWatch, Turn, turn
-from ..planner import Device
-from ..planning import (
-    FREE_SHARE,
-    MB,
-    device_row,
-    planner_model,
-    scratch_bytes,
-    stage_expectation,
-    workspace_bytes,
-)
-from ..store import resolve
+
+def add_parser(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "node",
+        "run layers of a model for a coordinator",
+        "Serves until Ctrl-C. A coordinator, such as `shoal run --nodes`, connects and assigns layers to "
+        "this node.",
+    )
+    add_model(parser)
+    parser.add_argument(
+        "--listen",
+        type=address,
+        default=("127.0.0.1", 0),
+        metavar="HOST:PORT",
+        help="address to listen on. HOST may have several addresses, and [::] means all of this device; port "
+        "0 is any free one, which the node prints (default 127.0.0.1:0)",
+    )
+    parser.add_argument("--name", help="name of this device in plans (default: its host name)")
+    parser.add_argument(
+        "--ram",
+        type=positive,
+        metavar="MB",
+        help="RAM that this process never exceeds (default: three quarters of what is available; in a "
+        "container, of what the container may still use)",
+    )
+    parser.add_argument(
+        "--insecure",
+        action="store_true",
+        help="allow an address that other devices can reach, although connections are not encrypted",
+    )
+    add_engine(parser)
+    # Options of the lab and of tests: docs/lab.md.
+    hidden = partial(parser.add_argument, help=argparse.SUPPRESS)
+    hidden("--slow", type=factor, default=1.0)
+    hidden("--slow-file", type=Path)
+    hidden("--slow-turns", type=Path)
+    hidden("--measure-seconds", type=seconds, default=0.5)
+    hidden("--port-file", type=Path)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serves until it is told to stop; 0 then. AddressInUseError, and whatever a model that cannot be opened
-    raises."""
-    return_large_frees()
-    host, port = args.listen
-    slowness = Slowness(args.slow, args.slow_file)
-    hosts = addresses(host)
-    others = reachable(hosts)
-    if others is not None and not args.insecure:
-        what = host if host == others else f"{host} ({others})"
-        raise NetError(
-            f"{what} can be reached by others, and connections are not encrypted yet: listen on 127.0.0.1, "
-            "or say --insecure if you trust everybody on that network"
-        )
-    backend, reason = choose(args.backend)
-    if reason is not None:
-        _log(f"shoal: running on {backend}: {reason}")
-    model = Model.open(resolve(args.model))
-    base = resident_bytes()
-    trio.run(
-        _main,
-        args,
-        partial(listen, host, hosts, port),
-        model,
-        base,
-        promised_bytes(args.ram, base, ram()),
-        slowness,
-    )
+    """Serves until it is told to stop, and returns 0. AddressInUseError: the port is in use."""
+    # trio imports ssl and idna. A node has no TLS and connects to addresses, so it saves their 1.5 MB.
+    with quick_imports("ssl", "idna"):
+        from ..node_process import serve
+
+    serve(args)
     return 0
-
-
-async def _main(
-    args: argparse.Namespace,
-    open_listeners: Callable[[], Awaitable[list[trio.SocketListener]]],
-    model: Model,
-    base: int,
-    promised: int,
-    slowness: Slowness,
-) -> None:
-    listeners = await open_listeners()  # before anything slow is done: a port in use is said at once
-    found = named(listeners)
-    try:
-        threads, why = chosen(args.threads, choose(args.backend)[0], args.isa)  # as `shoal run` takes
-        options = StageOptions(args.backend, args.isa, threads, resident=args.resident)
-        hop = await _hop_seconds()
-        turns: Turn = nullcontext if args.slow_turns is None else partial(turn, args.slow_turns)
-        plays = args.slow_file is not None or slowness.factor() > 1
-        watch = SlowWatch(slowness, turn=turns) if plays else stopwatch
-        offer = await trio.to_thread.run_sync(_offer, args, model, options, base, promised, hop, watch)
-        opener = StageOpener(model, options, offer.device)
-        parts = NodeParts(
-            identity=identity_of(model, args.name or platform.node(), secrets.randbits(64), __version__),
-            offer=offer,
-            units=model.n_units,
-            open_stage=lambda first, last: SlowStage(opener(first, last), slowness, turn=turns),
-            resident=resident_bytes,
-            log=_log,
-            expect=stage_expectation(planner_model(model, options), offer.device),
-        )
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-            async with trio.open_nursery() as nursery:
-                await nursery.start(Node(parts).serve, listeners)
-                if args.port_file is not None:
-                    _write(args.port_file, found[0])
-                plural, by = "s" if offer.threads > 1 else "", f" ({why})" if why else ""
-                print(
-                    f"listening on {', '.join(found)} as {parts.identity.name}: {offer.backend}, "
-                    f"{offer.threads} thread{plural}{by}, {offer.device.ram_bytes / MB:.0f} MB",
-                    flush=True,
-                )
-                async for _ in signals:
-                    nursery.cancel_scope.cancel()
-                    break
-    finally:
-        for listener in listeners:
-            await trio.aclose_forcefully(listener)
-
-
-async def _hop_seconds() -> float:
-    """Median time to a worker thread and back, which every step takes on its way to the stage."""
-    times = []
-    for _ in range(25):
-        start = time.perf_counter()
-        await trio.to_thread.run_sync(int)
-        times.append(time.perf_counter() - start)
-    return median(times)
-
-
-def promised_bytes(asked_mb: int | None, base: int, ram: Ram) -> int:
-    """The RAM that this node offers, its process with `base` bytes included. ShoalError: `--ram` is more than
-    there is, or is needed because the system does not say how much RAM there is."""
-    if asked_mb is not None:
-        if ram.total is not None and asked_mb > -(-ram.total // MB):
-            raise ShoalError(
-                f"--ram {asked_mb} is more than the {ram.total / MB:.0f} MB {ram.bound}, and a node that "
-                "takes more is killed in the middle of an answer: give a smaller number"
-            )
-        return asked_mb * MB
-    if ram.total is None or ram.estimate is None:
-        raise ShoalError(
-            "this system does not say how much RAM it has: say how much this node may use with --ram MB"
-        )
-    promised = min(int(ram.estimate * FREE_SHARE) + base, ram.total)
-    if ram.available is None:
-        _log(
-            f"shoal: this system does not say how much RAM is available, so a third of the "
-            f"{ram.total / MB:.0f} MB {ram.bound} counts as available; --ram MB sets another limit"
-        )
-    return promised
-
-
-def _offer(
-    args: argparse.Namespace,
-    model: Model,
-    options: StageOptions,
-    base: int,
-    promised: int,
-    hop: float,
-    watch: Watch,
-) -> Offer:
-    """What this device does for a model, measured with `watch` (the way into the thread is not slowed)."""
-    scratch = scratch_bytes(model, chosen(options.threads, choose(options.backend)[0], options.isa)[0])
-    workspace = workspace_bytes(model, options, 0, model.n_units)
-    room = promised - base - scratch - constant_bytes(model.program) - workspace
-    measured = measure(model, options, seconds=args.measure_seconds, room=room, watch=watch)
-    device = device_row(
-        args.name or platform.node(),
-        measured,
-        ram_bytes=promised,
-        # What measuring left is part of it, and what depends on the threads: plans are made for one.
-        base_bytes=max(base, resident_bytes()) + scratch,
-        hop_s=hop,
-    )
-    return Offer(device, options.max_rows, measured.threads, measured.backend, measured.exact)
-
-
-class StageOpener:
-    """Opens stages within the RAM that was promised: what weights and workspace leave is for keys and
-    values."""
-
-    def __init__(self, model: Model, options: StageOptions, device: Device) -> None:
-        self._model, self._options, self._device = model, options, device
-
-    def __call__(self, first: int, last: int) -> Stage:
-        """The stage of units [first, last). NoPlanError: it does not fit."""
-        model, device = self._model, self._device
-        held = sum(unit_cost(model, u).bytes for u in range(first, last))
-        if (first, last) == (0, model.n_units):
-            held -= tied_bytes(model)
-        held += constant_bytes(model.program) + workspace_bytes(model, self._options, first, last)
-        left = device.ram_bytes - device.base_bytes - held
-        if left <= 0:
-            raise NoPlanError(
-                f"units [{first}, {last}) take {held / MB:.0f} MB and the process itself "
-                f"{device.base_bytes / MB:.0f} MB, of {device.ram_bytes / MB:.0f} MB promised: "
-                f"{-left / MB + 1:.0f} MB are missing"
-            )
-        return Stage(model, first, last, replace(self._options, kv_bytes=left))
-
-
-def bare_bytes(path: str) -> int:
-    """Bytes of RAM that this process holds once it has measured itself with a model, as a node does."""
-    return_large_frees()
-    measure(Model.open(path), StageOptions(resident=True), seconds=0.1, room=0)
-    return resident_bytes()
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all: somebody waits for this file."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        part.write_text(f"{text}\n", encoding="ascii")
-        part.replace(path)
-    except OSError as error:
-        raise ShoalError(f"{path} cannot be written: {error.strerror or error}") from error
-
-
-def _log(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -1,25 +1,87 @@
-"""`shoal plan`: who should hold which layers, how fast that will be, and whether one device is faster."""
+"""`shoal plan`: decides which device holds which layers, and predicts how fast that is."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .. import planner
-from ..contexts import context_of, notice
-from ..device_files import read_devices
+from ..arguments import Commands, add_command, add_json, add_model, add_nodes, names, positive, wholes
 from ..engine.errors import ShoalError
-from ..engine.model_directory import Model
-from ..engine.stage import StageOptions
-from ..plan_report import render, to_json
-from ..plan_svg import draw
-from ..planning import default_workload, plan_that_fits, planner_model
-from ..store import resolve
+from ..imports import quick_imports
+
+if TYPE_CHECKING:
+    from .. import planner
+
+
+def add_parser(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "plan",
+        "decide which device holds which layers",
+        "Predicts tokens/s and the time to the first token, and says whether one device alone would be "
+        "faster.",
+    )
+    add_model(parser)
+    devices = parser.add_mutually_exclusive_group(required=True)
+    devices.add_argument(
+        "--devices", type=Path, metavar="FILE", help="read the devices' profiles from a .toml or .json file"
+    )
+    add_nodes(devices, "ask these running nodes for their profiles")
+    parser.add_argument(
+        "--context",
+        type=positive,
+        metavar="N",
+        help="context length in tokens (default: the model's, or the largest that fits in RAM)",
+    )
+    parser.add_argument(
+        "--streams", type=positive, default=1, metavar="N", help="concurrent sequences (default 1)"
+    )
+    parser.add_argument(
+        "--objective",
+        choices=("latency", "throughput", "first-token"),
+        default="latency",
+        help="what to optimise. latency: tokens/s of one sequence; throughput: tokens/s of all concurrent "
+        "sequences; first-token: time to the first token of an answer (default latency)",
+    )
+    parser.add_argument(
+        "--prompt", type=positive, default=128, metavar="N", help="prompt length in tokens (default 128)"
+    )
+    group = parser.add_argument_group("constraints")
+    group.add_argument(
+        "--layers",
+        type=wholes,
+        default=(),
+        metavar="N,N,...",
+        help="number of layers on each device, in the devices' order; 0 excludes a device",
+    )
+    group.add_argument("--exclude", type=names, default=(), metavar="NAME,...", help="devices to exclude")
+    group.add_argument("--first", metavar="NAME", help="device that holds the embedding")
+    group.add_argument("--last", metavar="NAME", help="device that holds the LM head")
+    parser.add_argument(
+        "--svg",
+        type=Path,
+        metavar="FILE",
+        help="draw the timeline of one token and of several as an SVG file",
+    )
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the plan as a table or JSON, and draws it. NoPlanError: the devices cannot hold the model."""
+    with quick_imports():
+        from .. import planner
+        from ..contexts import context_of, notice
+        from ..device_files import read_devices
+        from ..engine.model_directory import Model
+        from ..engine.stage import StageOptions
+        from ..plan_report import render, to_json
+        from ..plan_svg import draw
+        from ..planning import default_workload, plan_that_fits, planner_model
+        from ..store import resolve
+        from ..streams import write_output
+
     model = Model.open(resolve(args.model))
     if args.nodes:
         from ..distributed import survey_cluster
@@ -40,29 +102,26 @@ def run(args: argparse.Namespace) -> int:
     if planned.context < context:
         print(notice(planned.context, context), file=sys.stderr)
     if args.svg is not None:
-        _write(args.svg, draw(plan))
+        write_output(args.svg, draw(plan))
     print(to_json(plan) if args.json else render(plan), end="")
     return 0
 
 
 def _constraints(args: argparse.Namespace, cluster: planner.Cluster) -> planner.Constraints:
-    """What was asked for; the devices keep their order if layers were counted out. ShoalError: the counts are
-    not one a device. ValueError: they contradict the rest."""
+    """The constraints of the command line. With --layers, the devices keep their order.
+
+    ShoalError: --layers does not have one number for each device. ValueError: constraints contradict each
+    other."""
+    from .. import planner
+
     names = [device.name for device in cluster.devices]
     layers: dict[str, int] = {}
     if args.layers:
         if len(args.layers) != len(names):
             raise ShoalError(
-                f"--layers has {len(args.layers)} numbers, and there are {len(names)} devices: "
-                f"{', '.join(names)}; 0 leaves one out"
+                f"--layers has {len(args.layers)} numbers for {len(names)} devices: give one number each for "
+                f"{', '.join(names)}; 0 excludes a device"
             )
         layers = dict(zip(names, args.layers, strict=True))
     order = tuple(name for name in names if name not in args.exclude) if layers else None
     return planner.Constraints(frozenset(args.exclude), layers, args.first, args.last, order)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ShoalError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -1,4 +1,4 @@
-"""`shoal pull`: fetches a checkpoint and converts it into the cache, whichever of it was not done before."""
+"""`shoal pull`: downloads a checkpoint and converts it into the cache, unless that is done already."""
 
 from __future__ import annotations
 
@@ -7,16 +7,31 @@ import re
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..engine.convert import convert
+from ..arguments import Commands, add_command, add_types
 from ..engine.errors import ModelFileError, ShoalError, UnsupportedModelError
-from ..engine.index import INDEX, KV_DTYPES, read_index
-from ..engine.memory import return_large_frees
-from ..engine.temporary import remove_leavings
-from ..origin import Origin, options_of, read_origin
-from ..progress import Progress
-from ..sources import HUGGING_FACE, Source, source_of
-from ..store import is_model, locked, model_path
+from ..imports import quick_imports
+
+if TYPE_CHECKING:
+    from ..sources import Source
+
+
+def add_parser(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "pull",
+        "download a model and convert it",
+        "An interrupted download is resumed. A model whose source has changed is converted again.",
+    )
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="smollm2-135m; or hf:ORG/NAME, a repository on Hugging Face; or hf:ORG/NAME:TYPE or "
+        "hf:ORG/NAME:FILE, one of its GGUF files; or a local directory or .gguf file",
+    )
+    add_types(parser)
+    parser.add_argument("--name", help="name of the model in `shoal ls` (default: from SOURCE)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,10 +59,20 @@ def pull(
     kv_dtype: str | None = None,
     refresh: bool = False,
 ) -> Path:
-    """The model directory of a source in the cache. It is made where there is none, and made anew where the
-    source has changed since (`refresh`: a repository on Hugging Face is asked whether it has).
+    """The model directory of a source in the cache. It is made if it is missing, and made again if the source
+    has changed since. With `refresh`, a repository on Hugging Face is asked whether it has changed.
 
-    ShoalError: the name is taken by another model. DownloadError: an unknown source, or no network."""
+    ShoalError: another model has that name. DownloadError: the source is unknown, or there is no network."""
+    with quick_imports():
+        from ..engine.convert import convert
+        from ..engine.index import KV_DTYPES
+        from ..engine.memory import return_large_frees
+        from ..engine.temporary import remove_leavings
+        from ..origin import Origin, options_of
+        from ..progress import Progress
+        from ..sources import source_of
+        from ..store import is_model, locked, model_path
+
     wanted = source_of(source, refresh=refresh)
     options = options_of(dtype, head_dtype, has_min, kv_dtype)
     head_dtype = None if head_dtype == dtype else head_dtype
@@ -59,7 +84,7 @@ def pull(
         if _is_current(target, wanted, options):  # another process has made it meanwhile
             return target
         if is_model(target):
-            print(f"{wanted.where} has changed: {target.name} is made from it anew", file=sys.stderr)
+            print(f"{wanted.where} has changed: converting {target.name} again", file=sys.stderr)
         remove_leavings(target.parent)
         return_large_frees()
         fetched = wanted.fetch()
@@ -86,11 +111,15 @@ def pull(
 
 
 def _is_current(target: Path, wanted: Source, options: dict[str, object]) -> bool:
-    """Whether the model that has this name is what is wanted; False: there is none, or its source has
-    changed. ShoalError: it is something else."""
+    """Whether the model of this name is the one that is wanted. False: it is missing, or its source has
+    changed. ShoalError: the name belongs to another model."""
+    from ..engine.index import INDEX, read_index
+    from ..origin import Origin, read_origin
+    from ..store import is_model
+
     if not is_model(target):
         return False
-    remedy = f"give this one another name with --name, or remove that one with `shoal rm {target.name}`"
+    remedy = f"choose another name with --name, or remove that model with `shoal rm {target.name}`"
     try:
         index, _ = read_index(target / INDEX)
     except (ModelFileError, UnsupportedModelError) as e:
@@ -98,7 +127,7 @@ def _is_current(target: Path, wanted: Source, options: dict[str, object]) -> boo
     known = read_origin(target, index)
     if known is None:
         raise ShoalError(
-            f"the name {target.name} is taken by a model of {index.source!r}, of which no more is known: "
+            f"the name {target.name} is taken by a model of {index.source!r}, and it is unknown which one: "
             f"{remedy}"
         )
     if known.options != options:
@@ -125,9 +154,11 @@ def default_name(
     has_min: bool = False,
     kv_dtype: str | None = None,
 ) -> str:
-    """The name that a source gets: its last part, and the types when they are not the usual ones."""
+    """The name of a source's model: the last part of the source, and the types that are not the default."""
+    from ..sources import HUGGING_FACE
+
     path = Path(source.removeprefix(HUGGING_FACE))
-    if path.name in ("", ".."):  # the directory that one is in
+    if path.name in ("", ".."):  # the current directory
         path = path.resolve()
     stem = path.name.removesuffix(".gguf")
     stem = re.sub(r"-\d{5}-of-\d{5}$", "", stem)  # a part of a split checkpoint

@@ -1,14 +1,26 @@
-"""`shoal rm`: removes models from this device."""
+"""`shoal rm`: deletes models from this device."""
 
 from __future__ import annotations
 
 import argparse
 
-from ..store import remove
+from ..arguments import Commands, add_command
+
+
+def add_parser(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "rm",
+        "delete models from this device",
+        "Downloaded checkpoints are kept; `shoal ls` shows where.",
+    )
+    parser.add_argument("names", metavar="NAME", nargs="+", help="name from `shoal ls`")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the name of each model that was removed. ModelFileError: there is none of that name."""
+    """Prints the name of each model that was removed. ModelFileError: no model has that name."""
+    from ..store import remove
+
     for name in args.names:
         remove(name)
         print(f"removed {name}")

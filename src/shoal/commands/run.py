@@ -1,92 +1,185 @@
-"""`shoal run`: answers one prompt, or chats on a terminal; in this process or on nodes."""
+"""`shoal run`: answers one prompt, or chats on a terminal, in this process or on nodes."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from ..answering import Engine, LocalEngine, Settings, answer
-from ..contexts import context_of, fitting, notice
-from ..engine.backends import choose
-from ..engine.batch import Sampling
-from ..engine.chat import Chat, Message
+from ..arguments import (
+    SHORT_ANSWER,
+    Commands,
+    add_command,
+    add_engine,
+    add_model,
+    add_nodes,
+    factor,
+    fraction,
+    non_negative,
+    positive,
+    whole,
+)
 from ..engine.errors import ShoalError
-from ..engine.generate import check_prompt
-from ..engine.host import ram
-from ..engine.model_directory import Model
-from ..engine.stage import Stage, StageOptions
-from ..engine.threads import chosen
-from ..engine.tokenizer import Tokenizer
-from ..first_use import model_directory
+from ..imports import quick_imports
 
-_SHORT = 16
-"""Tokens. Of an answer that is no longer, reading the weights into memory first takes more time than it saves
-(docs/performance.md)."""
+if TYPE_CHECKING:
+    from ..answering import Engine, Settings
+    from ..engine.model_directory import Model
+
+
+def add_parser(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "run",
+        "answer a prompt, or chat",
+        "Without PROMPT it is a chat if standard input is a terminal; otherwise the prompt is read from "
+        "there. MODEL may also be a SOURCE of `shoal pull` (hf:ORG/NAME, a .gguf file, a checkpoint "
+        "directory), which is converted on first use.",
+    )
+    add_model(parser)
+    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="text to answer")
+    add_nodes(parser, "run on these nodes (default: in this process alone)")
+    text = parser.add_argument_group("text")
+    text.add_argument(
+        "-n",
+        "--max-tokens",
+        type=positive,
+        default=512,
+        metavar="N",
+        help="end an answer after N tokens (default 512)",
+    )
+    text.add_argument("--system", metavar="TEXT", help="system message (default: the model's own)")
+    text.add_argument("--raw", action="store_true", help="continue PROMPT without the chat template")
+    text.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end an answer before TEXT; can be given several times",
+    )
+    text.add_argument(
+        "--context",
+        type=positive,
+        metavar="N",
+        help="context length in tokens, prompt and answer together (default: the model's, or the largest "
+        "that fits in RAM)",
+    )
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument(
+        "--temperature",
+        type=non_negative,
+        default=0.0,
+        metavar="T",
+        help="0 always takes the most likely token; larger values vary more (default 0)",
+    )
+    sampling.add_argument(
+        "--top-k",
+        type=whole,
+        default=0,
+        metavar="K",
+        help="draw from the K most likely tokens; 0: from all (default 0)",
+    )
+    sampling.add_argument(
+        "--top-p",
+        type=fraction,
+        default=1.0,
+        metavar="P",
+        help="draw from the most likely tokens whose probabilities sum to P (default 1: from all)",
+    )
+    sampling.add_argument(
+        "--min-p",
+        type=fraction,
+        default=0.0,
+        metavar="P",
+        help="exclude tokens less likely than P times the most likely one (default 0: none)",
+    )
+    sampling.add_argument(
+        "--repeat-penalty",
+        type=factor,
+        default=1.0,
+        metavar="R",
+        help="make tokens that occurred before less likely, by the factor R (default 1: off)",
+    )
+    sampling.add_argument(
+        "--seed",
+        type=whole,
+        metavar="S",
+        help="seed of the random draws; the same seed gives the same answer (default: a new one each time)",
+    )
+    add_engine(parser)
+    parser.add_argument(
+        "--stats", action="store_true", help="print times and tokens/s on standard error after an answer"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0 when the prompt was answered, or the chat was left."""
+    """Returns 0 when the prompt was answered, or the chat has ended."""
+    with quick_imports():
+        from ..answering import answer
+        from ..engine.chat import Chat, Message
+        from ..engine.generate import check_prompt
+        from ..engine.model_directory import Model
+        from ..engine.tokenizer import Tokenizer
+        from ..first_use import model_directory
+
     model = Model.open(model_directory(args.model))
-    interactive = args.prompt is None and sys.stdin.isatty()
-    prompt = args.prompt
-    if prompt is None and not interactive:
-        prompt = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
-    if prompt is not None and not prompt.strip():
-        raise ShoalError("there is no prompt: give one as an argument, or on standard input")
+    prompt = _prompt(args)
     if len(set(args.nodes)) < len(args.nodes):
-        raise ShoalError("--nodes names an address twice: give each node once")
+        raise ShoalError("--nodes has an address twice: give each node once")
     tokenizer = Tokenizer.open(model.path)
     template = None if args.raw else Chat.open(model.path, tokenizer)
     settings = settings_of(args, model)
-    if prompt is None:
-        _chat(args, model, tokenizer, template, settings)
-    else:
-        _answer(args, model, tokenizer, _encoded(args, tokenizer, template, _checked(prompt)), settings)
-    return 0
-
-
-def _encoded(args: argparse.Namespace, tokenizer: Tokenizer, template: Chat | None, prompt: str) -> list[int]:
-    if template is None:
-        return tokenizer.encode(prompt)
-    system = [Message("system", args.system)] if args.system else []
-    return template.encode([*system, Message("user", prompt)])
-
-
-def _answer(
-    args: argparse.Namespace, model: Model, tokenizer: Tokenizer, prompt: Sequence[int], settings: Settings
-) -> None:
-    check_prompt(prompt, settings.context, settings.vocab)
-    with (
-        open_engine(args, model, settings) as (engine, settings, _),
-        closing(engine.session(settings)) as session,
-    ):
-        made = answer(session, tokenizer, prompt, settings, show)
-    print(flush=True)
-    if args.stats:
-        print(f"[{made.summary()}]", file=sys.stderr)
-
-
-def _chat(
-    args: argparse.Namespace, model: Model, tokenizer: Tokenizer, template: Chat | None, settings: Settings
-) -> None:
-    from ..conversation import Conversation, say
-    from ..terminal import Terminal
-
+    tokens: list[int] = []
+    if prompt is not None:
+        system = [Message("system", args.system)] if args.system else []
+        messages = [*system, Message("user", prompt)]
+        tokens = tokenizer.encode(prompt) if template is None else template.encode(messages)
+        check_prompt(tokens, settings.context, settings.vocab)
     with (
         open_engine(args, model, settings) as (engine, settings, where),
         closing(engine.session(settings)) as session,
     ):
-        terminal = Terminal()
-        say(f"{model.path.name} on {where}; /help lists the commands, Ctrl-D or /exit leaves")
-        Conversation(session, tokenizer, template, settings, show, args.system, args.stats).run(terminal.ask)
+        if prompt is None:
+            from ..conversation import Conversation, Terminal, say
+
+            say(f"{model.path.name} on {where}; /help lists the commands, Ctrl-D or /exit leaves")
+            chat = Conversation(session, tokenizer, template, settings, show, args.system, args.stats)
+            chat.run(Terminal().ask)
+            return 0
+        made = answer(session, tokenizer, tokens, settings, show)
+    print(flush=True)
+    if args.stats:
+        print(f"[{made.summary()}]", file=sys.stderr)
+    return 0
+
+
+def _prompt(args: argparse.Namespace) -> str | None:
+    """The prompt of the command line or of standard input. None: this is a chat. ShoalError: it is empty or
+    not UTF-8."""
+    prompt: str | None = args.prompt
+    if prompt is None:
+        if sys.stdin.isatty():
+            return None
+        prompt = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
+    if not prompt.strip():
+        raise ShoalError("there is no prompt: give one as an argument, or on standard input")
+    try:
+        prompt.encode("utf-8")  # Python passes other bytes on as surrogates
+    except UnicodeEncodeError:
+        raise ShoalError("the prompt is not UTF-8: give it as UTF-8 text") from None
+    return prompt
 
 
 def settings_of(args: argparse.Namespace, model: Model) -> Settings:
-    """The command line's options as Settings. ShoalError: one is out of range."""
+    """The command line's options as Settings. ShoalError: an option is out of range."""
+    from ..answering import Settings
+    from ..contexts import context_of
+    from ..engine.batch import Sampling
+
     try:
         sampling = Sampling(
             temperature=args.temperature,
@@ -108,8 +201,15 @@ def settings_of(args: argparse.Namespace, model: Model) -> Settings:
 def open_engine(
     args: argparse.Namespace, model: Model, settings: Settings
 ) -> Iterator[tuple[Engine, Settings, str]]:
-    """The nodes that the command line names, or this process; the settings with a context that fits there,
-    and where it is, in words."""
+    """The nodes of the command line, or this process; the settings, with a context length that fits there;
+    and a description of where that is."""
+    from ..answering import LocalEngine
+    from ..contexts import fitting
+    from ..engine.backends import choose
+    from ..engine.host import ram
+    from ..engine.stage import Stage, StageOptions
+    from ..engine.threads import chosen
+
     free = args.context is None
     if args.nodes:
         from ..distributed import open_nodes
@@ -129,7 +229,7 @@ def open_engine(
         print(f"shoal: running on {backend}: {reason}", file=sys.stderr)
     threads, why = chosen(args.threads, backend, args.isa)
     resident = args.resident
-    if resident is None and args.prompt is not None and args.max_tokens <= _SHORT:
+    if resident is None and args.prompt is not None and args.max_tokens <= SHORT_ANSWER:
         resident = False
     options = StageOptions(args.backend, args.isa, threads, resident=resident)
     if free:
@@ -142,20 +242,13 @@ def open_engine(
 
 
 def _with_context(settings: Settings, context: int) -> Settings:
+    from ..contexts import notice
+
     if context < settings.context:
         print(notice(context, settings.context), file=sys.stderr)
     return replace(settings, context=context)
 
 
-def _checked(text: str) -> str:
-    """The text. ShoalError: bytes that are no UTF-8 stood in it (Python passes them on as surrogates)."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ShoalError("the prompt is not UTF-8: give it as UTF-8 text") from None
-    return text
-
-
 def show(text: str) -> None:
-    """Text as it comes."""
+    """Prints a piece of an answer at once."""
     print(text, end="", flush=True)

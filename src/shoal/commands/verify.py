@@ -1,16 +1,24 @@
-"""`shoal verify`: reads every file of a model again and compares its hash with the index."""
+"""`shoal verify`: compares every file of a model with the hash in its index."""
 
 from __future__ import annotations
 
 import argparse
 
-from ..engine.model_directory import Model
-from ..progress import Progress
-from ..store import resolve
+from ..arguments import Commands, add_command, add_model
+from ..imports import quick_imports
+
+
+def add_parser(commands: Commands) -> None:
+    add_model(add_command(commands, "verify", "check every file of a model against its SHA-256"))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the number of good files. ModelFileError: the first that is not as the index says."""
+    """Prints the number of files. ModelFileError: a file differs from the index."""
+    with quick_imports():
+        from ..engine.model_directory import Model
+        from ..progress import Progress
+        from ..store import resolve
+
     model = Model.open(resolve(args.model))
     total = sum(entry.size for entry in model.index.files.values())
     done = count = 0
@@ -18,5 +26,5 @@ def run(args: argparse.Namespace) -> int:
         for _, size in model.verify():
             done, count = done + size, count + 1
             bar.update(done, total)
-    print(f"{model.path}: all {count} files are as the index says; model hash {model.hash}")
+    print(f"{model.path}: all {count} files match the index; model hash {model.hash}")
     return 0

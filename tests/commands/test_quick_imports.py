@@ -1,4 +1,4 @@
-"""Imports that are put off until something of the module is used."""
+"""Imports without garbage collection, and without modules that are not used."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import sys
 import pytest
 
 HEAD = """import sys
-from shoal.deferred import deferred
-with deferred("ssl", "idna"):
+from shoal.imports import quick_imports
+with quick_imports("ssl", "idna"):
     import trio
 """
 
@@ -31,27 +31,25 @@ print("_ssl" in sys.modules, "idna.core" in sys.modules)
 
 
 def test_a_node_loads_neither_with_its_command() -> None:
-    head = "import sys, shoal.commands, shoal.cli\n"
     code = """
-class Command:
-    pass
-seen = []
-def run(args):
-    import shoal.commands.node as command
-    seen.append([name in sys.modules for name in ("trio", "_ssl", "idna.core")])
-    return 0
-import importlib
-load = importlib.import_module
-def loading(name, *rest):
-    module = load(name, *rest)
-    if name == "shoal.commands.node":
-        module.run = run
-    return module
-importlib.import_module = loading
-shoal.cli.main(["node", "no-model"])
-print(seen)
+code = shoal.cli.main(["node", "no-model"])
+print(code, *(name in sys.modules for name in ("shoal.net.node", "trio", "_ssl", "idna.core")))
 """
-    assert said(code, head) == "[[True, False, False]]"
+    assert said(code, "import sys, shoal.cli\n") == "3 True True False False"
+
+
+def test_garbage_is_collected_again_after_the_imports() -> None:
+    code = """
+import gc
+with quick_imports():
+    print(gc.isenabled(), end=" ")
+print(gc.isenabled(), end=" ")
+gc.disable()
+with quick_imports():
+    pass
+print(gc.isenabled())
+"""
+    assert said(code) == "False True False"
 
 
 def test_who_kept_a_stand_in_gets_the_module_when_it_uses_it() -> None:
@@ -95,7 +93,7 @@ def test_a_module_that_is_there_or_nowhere_is_left_alone(name: str) -> None:
     code = f"""
 import json
 before = sys.modules.get({name!r})
-with deferred({name!r}):
+with quick_imports({name!r}):
     print(sys.modules.get({name!r}) is before, end=" ")
 print(sys.modules.get({name!r}) is before)
 """
@@ -107,7 +105,7 @@ def test_what_cannot_be_imported_says_so_at_its_use(tmp_path_factory: pytest.Tem
     (folder / "broken.py").write_text("import no_such_module\n")
     code = f"""
 sys.path.insert(0, {str(folder)!r})
-with deferred("broken"):
+with quick_imports("broken"):
     import broken
 try:
     broken.anything

@@ -1,0 +1,271 @@
+"""The command line's parser, the kinds of values that its options have, and options that several commands
+share.
+
+Each command adds its own options in `shoal/commands/NAME.py`. This module and those import nothing heavy
+until a command runs, so `shoal --help` is quick and works where NumPy does not.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from typing import Any, TypeAlias
+
+from . import __version__
+
+_COMMANDS = (
+    "pull", "ls", "rm", "convert", "verify", "inspect", "run", "plan", "profile", "bench", "node", "demo",
+)  # fmt: skip
+SHORT_ANSWER = 16
+"""Tokens. Reading the weights into RAM before an answer of this length or less takes more time than it saves
+(docs/performance.md)."""
+DTYPES = ("int8", "int4", "f32", "keep")
+BACKENDS = ("auto", "native", "numba", "numpy")
+ISAS = ("auto", "scalar", "avx2", "avxvnni", "avx512", "neon", "neon_dot", "neon_i8mm")
+_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line. Its result has the command's name as `command`."""
+    parser = argparse.ArgumentParser(
+        prog="shoal",
+        description="Run one language model across the devices you own. Each device holds some of its "
+        "layers.",
+        epilog='Start with `shoal pull smollm2-135m`, then `shoal run smollm2-135m "Hello"`. '
+        "`shoal COMMAND --help` explains each command.",
+    )
+    parser.add_argument("--version", action="version", version=f"shoal {__version__}")
+    _add_traceback(parser, default=False, text="show the Python traceback of an error")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", parser_class=Parser)
+    for name in _COMMANDS:
+        import_module(f"{__package__}.commands.{name}").add_parser(commands)
+    return parser
+
+
+class Parser(argparse.ArgumentParser):
+    """The parser of one command. Options and positional arguments may be in any order; each option has one
+    value or none.
+
+    Before the Python releases of autumn 2024, argparse gives an optional positional argument its default as
+    soon as the required one before it is filled, and then rejects the "Hello" of `run MODEL -n 4 "Hello"`. So
+    options are moved to the front, where every version of argparse parses them in the same way.
+    """
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        given = sys.argv[1:] if args is None else args
+        return super().parse_known_args(self._options_first(given), namespace)
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """The value of one option or argument. A single "--" is a value here; older versions of argparse drop
+        it."""
+        if arg_strings == ["--"]:
+            value = self._get_value(action, "--")
+            self._check_value(action, value)
+            return value
+        return super()._get_values(action, arg_strings)
+
+    def _options_first(self, args: Sequence[str]) -> list[str]:
+        options: list[str] = []
+        positionals: list[str] = []
+        left = iter(args)
+        for arg in left:
+            if arg == "--":
+                positionals += left
+            elif self._is_option(arg):
+                options.append(self._with_value(arg, left))
+            else:
+                positionals.append(arg)
+        return [*options, "--", *positionals] if positionals else options
+
+    def _with_value(self, arg: str, left: Iterator[str]) -> str:
+        """The option as one word, joined with its value if that is the next argument."""
+        action = self._action(arg)
+        attached = "=" in arg or (arg[1] != "-" and len(arg) > 2)
+        if action is None or action.nargs == 0 or attached:
+            return arg
+        value = next(left, "--")
+        if value == "--" or self._is_option(value):
+            self.error(f"argument {'/'.join(action.option_strings)}: expected one argument")
+        return f"{max(action.option_strings, key=len)}={value}"
+
+    def _is_option(self, arg: str) -> bool:
+        """Whether this is an option, known or not: it begins with a dash, and is neither a negative number
+        nor text with white space."""
+        if len(arg) < 2 or arg[0] != "-":
+            return False
+        return self._action(arg) is not None or not (_NUMBER.fullmatch(arg) or re.search(r"\s", arg))
+
+    def _action(self, arg: str) -> argparse.Action | None:
+        """The option that `arg` names in full, abbreviated, or with its value attached. None: no option has
+        that name, or the abbreviation is ambiguous."""
+        known = self._option_string_actions
+        name = arg.partition("=")[0] if arg[1] == "-" else arg[:2]
+        if name in known:
+            return known[name]
+        matches = [known[option] for option in known if arg[1] == "-" and option.startswith(name)]
+        return matches[0] if len(matches) == 1 else None
+
+
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+
+
+# Kinds of values: each function converts the text of an argument, or says what is wrong with it.
+
+
+def address(text: str) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT, such as 192.168.1.20:7000")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def addresses(text: str) -> tuple[tuple[str, int], ...]:
+    return tuple(address(part.strip()) for part in text.split(","))
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def positives(text: str) -> tuple[int, ...]:
+    return tuple(positive(part.strip()) for part in text.split(","))
+
+
+def wholes(text: str) -> tuple[int, ...]:
+    return tuple(whole(part.strip()) for part in text.split(","))
+
+
+def names(text: str) -> tuple[str, ...]:
+    found = tuple(part.strip() for part in text.split(","))
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"{text!r} has an empty name")
+    return found
+
+
+def _number(text: str, low: float, high: float, what: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not low <= value <= high:  # false for nan
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+    return value
+
+
+def non_negative(text: str) -> float:
+    return _number(text, 0.0, sys.float_info.max, "a number from 0 up")
+
+
+def fraction(text: str) -> float:
+    return _number(text, 0.0, 1.0, "a number from 0 to 1")
+
+
+def factor(text: str) -> float:
+    return _number(text, sys.float_info.min, sys.float_info.max, "a number above 0")
+
+
+def seconds(text: str) -> float:
+    return _number(text, 0.01, 3600.0, "a number of seconds from 0.01 up")
+
+
+# Arguments that several commands have.
+
+
+def add_command(commands: Commands, name: str, summary: str, more: str = "") -> argparse.ArgumentParser:
+    """Adds a command with its line in `shoal --help`; its own help shows `more` after that line."""
+    description = f"{summary[0].upper()}{summary[1:]}.{' ' if more else ''}{more}"
+    parser = commands.add_parser(name, help=summary, description=description)
+    _add_traceback(parser, default=argparse.SUPPRESS, text=argparse.SUPPRESS)
+    return parser
+
+
+def _add_traceback(parser: argparse.ArgumentParser, *, default: object, text: str) -> None:
+    parser.add_argument("--traceback", action="store_true", default=default, help=text)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="name from `shoal ls`, or path to a model directory")
+
+
+def add_types(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say how a model's values are stored."""
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="int8",
+        help="type of the weights. int8: small and fast; int4: half the size, less exact; f32: not rounded, "
+        "four times the size; keep: the quantised values of a GGUF file, not rounded again (Q8_0, Q5_0, "
+        "IQ4_NL as int8; Q4_0, Q4_1 as int4) (default int8)",
+    )
+    parser.add_argument(
+        "--head-dtype",
+        choices=("int8", "int4"),
+        help="with --dtype int4: type of the LM head, and of the embedding if they share one table (default: "
+        "as --dtype)",
+    )
+    parser.add_argument(
+        "--min",
+        dest="has_min",
+        action="store_true",
+        help="with --dtype int4: store a minimum for each group of weights (an eighth larger, more exact)",
+    )
+    parser.add_argument(
+        "--kv-dtype",
+        choices=("f16", "int8", "f32"),
+        help="type of the KV cache; int8 needs half the RAM of f16 (default f16; f32 with --dtype f32)",
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def add_nodes(parser: argparse._ActionsContainer, text: str) -> None:
+    parser.add_argument("--nodes", type=addresses, default=(), metavar="HOST:PORT,...", help=text)
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("engine")
+    group.add_argument(
+        "--threads",
+        type=positive,
+        metavar="N",
+        help="threads to compute with (default: the fastest number if `shoal profile` measured it, else one "
+        "a core)",
+    )
+    add_kernels(group)
+
+
+def add_kernels(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--resident",
+        action=argparse.BooleanOptionalAction,
+        help="read the weights into RAM and keep them there; --no-resident maps the files, whose pages the "
+        "system may drop (default: read into RAM if that takes at most half of what is available, but map "
+        "for `shoal run` "
+        f"with a prompt and -n {SHORT_ANSWER} or less)",
+    )
+    group.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default="auto",
+        help="implementation of the operations; native is the C library (default auto: the fastest "
+        "available)",
+    )
+    group.add_argument(
+        "--isa",
+        choices=ISAS,
+        default="auto",
+        help="instruction set of the native backend (default auto: the fastest that the CPU has)",
+    )

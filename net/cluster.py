@@ -1,4 +1,5 @@
-"""What the head decides about its nodes: (state, event, now) -> (state, commands), with no I/O and no clock.
+"""The coordinator's decisions about its nodes: `decide(state, event, now) -> (state, commands)`, without I/O
+or a clock.
 
     gathering ──all joined──> measuring ──> planning ──> loading ──all loaded──> serving
                                                ↑                       │            │
@@ -42,7 +43,7 @@ from .events import (
     Timing,
 )
 from .messages import Assign, Epoch, Hello, Peer
-from .placement import HEAD, Placement
+from .placement import COORDINATOR, Placement
 
 NO_PLACEMENT = Placement(())
 Phase = Literal["gathering", "measuring", "planning", "loading", "serving", "failed"]
@@ -50,7 +51,7 @@ Phase = Literal["gathering", "measuring", "planning", "loading", "serving", "fai
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A node as the head knows it; members are named by their place in the list of addresses."""
+    """A node as the coordinator knows it; members are named by their place in the list of addresses."""
 
     host: str
     port: int
@@ -69,8 +70,8 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
-class Cluster:
-    """The head's view. `epoch` is that of the newest assignment; `placement` belongs to it."""
+class ClusterState:
+    """The coordinator's view. `epoch` is that of the newest assignment; `placement` belongs to it."""
 
     members: tuple[Member, ...]
     units: int
@@ -104,10 +105,10 @@ class Cluster:
         return tuple(labels.index(stage.device) for stage in self.placement.stages)
 
 
-Outcome = tuple[Cluster, tuple[Command, ...]]
+Outcome = tuple[ClusterState, tuple[Command, ...]]
 
 
-def step(state: Cluster, event: Event, now: float) -> Outcome:
+def decide(state: ClusterState, event: Event, now: float) -> Outcome:
     """The state after an event, and what is to be done about it."""
     if state.phase == "failed":
         return state, ()
@@ -131,7 +132,7 @@ def step(state: Cluster, event: Event, now: float) -> Outcome:
             return _tick(state, now)
 
 
-def check_placement(state: Cluster, placement: Placement) -> None:
+def check_placement(state: ClusterState, placement: Placement) -> None:
     """LocalProtocolError: a plan that does not cover the units in order, or names a node that is not there,
     or names one twice. Plans come from our own code."""
     edges = [0, *(stage.last for stage in placement.stages)]
@@ -149,16 +150,16 @@ def check_placement(state: Cluster, placement: Placement) -> None:
         raise LocalProtocolError(f"the plan has chunks of {placement.chunk_rows} rows")
 
 
-def _with_member(state: Cluster, member: int, **changes: object) -> Cluster:
+def _with_member(state: ClusterState, member: int, **changes: object) -> ClusterState:
     changed = replace(state.members[member], **changes)  # type: ignore[arg-type]
     return replace(state, members=(*state.members[:member], changed, *state.members[member + 1 :]))
 
 
-def _fail(state: Cluster, error: ShoalError) -> Outcome:
+def _fail(state: ClusterState, error: ShoalError) -> Outcome:
     return replace(state, phase="failed"), (Fail(error),)
 
 
-def _joined(state: Cluster, event: Joined, now: float) -> Outcome:
+def _joined(state: ClusterState, event: Joined, now: float) -> Outcome:
     state = _with_member(state, event.member, hello=event.hello, heard=now, pinged=now)
     if state.phase != "gathering" or any(member.hello is None for member in state.members):
         return state, ()
@@ -176,24 +177,24 @@ def _joined(state: Cluster, event: Joined, now: float) -> Outcome:
     return replace(state, phase="measuring"), (MeasureLinks(state.alive()),)
 
 
-def _devices(state: Cluster) -> list[tuple[Member, Hello]]:
+def _devices(state: ClusterState) -> list[tuple[Member, Hello]]:
     return [(member, member.hello) for member in state.members if member.hello is not None]
 
 
 def _labelled(members: Sequence[Member]) -> tuple[Member, ...]:
-    names = [HEAD, *(member.hello.name if member.hello else "" for member in members)]
+    names = [COORDINATOR, *(member.hello.name if member.hello else "" for member in members)]
     return tuple(
         replace(member, label=name if names.count(name) == 1 else f"{name}@{member.host}:{member.port}")
         for member, name in zip(members, names[1:], strict=True)
     )
 
 
-def _plan(state: Cluster) -> Outcome:
+def _plan(state: ClusterState) -> Outcome:
     state = replace(state, phase="planning", plans=state.plans + 1, loaded=frozenset())
     return state, (MakePlan(state.plans, state.alive()),)
 
 
-def _planned(state: Cluster, answer: Placement | ShoalError) -> Outcome:
+def _planned(state: ClusterState, answer: Placement | ShoalError) -> Outcome:
     if isinstance(answer, ShoalError):
         gone = "; ".join(member.lost for member in state.members if member.lost)
         return _fail(state, NodeLostError(f"{gone}; and without it: {answer}") if gone else answer)
@@ -219,7 +220,7 @@ def peer_of(member: Member) -> Peer:
     return Peer(member.hello.name, member.host, member.port, member.hello.incarnation)
 
 
-def _loaded(state: Cluster, member: int, epoch: Epoch) -> Outcome:
+def _loaded(state: ClusterState, member: int, epoch: Epoch) -> Outcome:
     if state.phase != "loading" or epoch != state.epoch or member not in state.holders():
         return state, ()
     state = replace(state, loaded=state.loaded | {member})
@@ -228,7 +229,7 @@ def _loaded(state: Cluster, member: int, epoch: Epoch) -> Outcome:
     return replace(state, phase="serving", served=True), (Serve(epoch),)
 
 
-def _broken(state: Cluster, event: StageBroken) -> Outcome:
+def _broken(state: ClusterState, event: StageBroken) -> Outcome:
     """A stage that cannot be loaded, or a next node that cannot be reached: whoever is to blame is out."""
     if event.epoch != state.epoch or state.phase not in ("loading", "serving"):
         return state, ()
@@ -240,7 +241,7 @@ def _broken(state: Cluster, event: StageBroken) -> Outcome:
     return _left(state, blamed, event.error)
 
 
-def _left(state: Cluster, member: int, error: ShoalError) -> Outcome:
+def _left(state: ClusterState, member: int, error: ShoalError) -> Outcome:
     if state.members[member].lost:
         return state, ()
     held = state.phase in ("loading", "serving") and member in state.holders()
@@ -256,7 +257,7 @@ def _left(state: Cluster, member: int, error: ShoalError) -> Outcome:
     return state, (HangUp(member),)
 
 
-def _tick(state: Cluster, now: float) -> Outcome:
+def _tick(state: ClusterState, now: float) -> Outcome:
     commands: list[Command] = []
     for i in state.alive():
         member = state.members[i]

@@ -1,4 +1,4 @@
-"""The head: brings nodes together into a chain and lets sessions run through it.
+"""The coordinator: brings nodes together into a chain and lets sessions run through it.
 
 Decisions are made in net/cluster.py; here a task per node turns what it says into events, one task takes the
 events in turn, and what the decision commands is done at once or given to a task of its own.
@@ -18,12 +18,12 @@ from ..engine.batch import Sampling
 from ..engine.errors import ShoalError
 from ..planner import LinkSpeed
 from . import events
-from .cluster import Cluster, Member, peer_of, step
+from .cluster import ClusterState, Member, decide, peer_of
+from .connection import Connection, Hop, Kind, OpenStream, dial, in_thread, open_tasks, open_tcp
 from .errors import NodeLostError, RemoteProtocolError, from_wire
 from .events import DEFAULT_TIMING, Command, Event, Timing
 from .generation import Flow, Generation
 from .identity import Identity, ModelShape
-from .link import Hop, Kind, Link, OpenStream, dial, in_thread, open_tasks, open_tcp
 from .messages import (
     Broken,
     Epoch,
@@ -40,16 +40,16 @@ from .messages import (
     Result,
     Stats,
 )
-from .pace import HeadPace
-from .placement import HEAD, NodeInfo, Placement, Plan, StageReport, fit_chunk
+from .pace import ChainPace
+from .placement import COORDINATOR, NodeInfo, Placement, Planner, StageReport, fit_chunk
 from .probe import measure_peer
 from .session import Answer, Chain, Places, Session
 
 
 @dataclass(frozen=True, slots=True)
-class HeadOptions:
-    """How a head behaves. `recover`: after the loss of a node go on with the others; `approximate`: nodes
-    whose results are not exact may mix with others. Tests replace `hop` and `open_stream`."""
+class CoordinatorOptions:
+    """Options of a coordinator. `recover`: go on with the other nodes after one is lost. `approximate`: allow
+    nodes whose results are not exact beside exact ones. Tests replace `hop` and `open_stream`."""
 
     timing: Timing = DEFAULT_TIMING
     measure_links: bool = True
@@ -60,7 +60,7 @@ class HeadOptions:
     open_stream: OpenStream = open_tcp
 
 
-DEFAULT_OPTIONS = HeadOptions()
+DEFAULT_OPTIONS = CoordinatorOptions()
 
 
 @dataclass(slots=True)
@@ -68,26 +68,26 @@ class _Peer:
     """A node's connection, as far as it goes."""
 
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    link: Link | None = None
+    connection: Connection | None = None
     loaded: Loaded | None = None
     asking: trio.Lock = field(default_factory=trio.Lock)
     answers: trio.MemorySendChannel[Message] | None = None
 
 
-class Head:
+class Coordinator:
     """A chain of nodes that answers prompts.
 
-        async with Head.open(addresses, identity, shape, plan) as head:
-            async with head.generate(prompt, sampling, max_tokens=64, end=eos) as tokens:
+        async with Coordinator.open(addresses, identity, shape, plan) as coordinator:
+            async with coordinator.generate(prompt, sampling, max_tokens=64, end=eos) as tokens:
                 async for token in tokens:
                     ...
-            for stage in await head.stats():
+            for stage in await coordinator.stats():
                 ...
 
     `open` returns when the chain is loaded. Any number of sessions may run at once, in tasks of their own;
-    `max_sessions` of them are served, the others wait. When a node is lost the head plans again with the
-    others and the answers go on; when that cannot be, the block is left with the error, which names the node:
-    NodeLostError, MismatchError, NoPlanError, or what a node's engine raised.
+    `max_sessions` of them are served at a time, the others wait. When a node is lost, the coordinator plans
+    again with the others and the answers go on. If that is impossible, the block ends with an error that
+    names the node: NodeLostError, MismatchError, NoPlanError, or an error of that node's engine.
 
     `links` is what was measured between the nodes, by their labels.
     """
@@ -97,15 +97,15 @@ class Head:
         addresses: Sequence[tuple[str, int]],
         identity: Identity,
         shape: ModelShape,
-        plan: Plan,
-        options: HeadOptions = DEFAULT_OPTIONS,
+        plan: Planner,
+        options: CoordinatorOptions = DEFAULT_OPTIONS,
     ) -> None:
         if not addresses or len(set(addresses)) < len(addresses):
-            raise ValueError("a head needs at least one address, and each once")
+            raise ValueError("a coordinator needs at least one address, and each once")
         self.identity, self.shape, self.options = identity, shape, options
         self.links: dict[tuple[str, str], LinkSpeed] = {}
         self._plan = plan
-        self._state = Cluster(
+        self._state = ClusterState(
             members=tuple(Member(host, port) for host, port in addresses),
             units=shape.units,
             epoch=Epoch(identity.incarnation, 0),
@@ -113,7 +113,7 @@ class Head:
             approximate=options.approximate,
             recover=options.recover,
         )
-        self._pace = HeadPace(self.links)
+        self._pace = ChainPace(self.links)
         self._peers = [_Peer() for _ in addresses]
         self._events, self._inbound = trio.open_memory_channel[Event](64)
         self._chain: Chain | None = None
@@ -129,19 +129,19 @@ class Head:
         addresses: Sequence[tuple[str, int]],
         identity: Identity,
         shape: ModelShape,
-        plan: Plan,
-        options: HeadOptions = DEFAULT_OPTIONS,
-    ) -> AsyncIterator[Head]:
+        plan: Planner,
+        options: CoordinatorOptions = DEFAULT_OPTIONS,
+    ) -> AsyncIterator[Coordinator]:
         """Connects to the nodes, plans, assigns, and waits until the chain serves."""
-        head = cls(addresses, identity, shape, plan, options)
+        coordinator = cls(addresses, identity, shape, plan, options)
         async with open_tasks() as tasks:
-            head._tasks = tasks
-            tasks.start_soon(head._decide)
-            tasks.start_soon(head._tick)
+            coordinator._tasks = tasks
+            tasks.start_soon(coordinator._decide)
+            tasks.start_soon(coordinator._tick)
             for member in range(len(addresses)):
-                tasks.start_soon(head._converse, member)
-            await head.chain()
-            yield head
+                tasks.start_soon(coordinator._converse, member)
+            await coordinator.chain()
+            yield coordinator
             tasks.cancel_scope.cancel()
 
     @property
@@ -216,13 +216,13 @@ class Head:
                 async with dial(
                     options.open_stream, where.host, where.port, self.identity, "control",
                     seconds=options.timing.handshake,
-                ) as (link, hello):  # fmt: skip
+                ) as (connection, hello):  # fmt: skip
                     if hello.offer is None:
-                        raise RemoteProtocolError(f"{link.peer} is no node: it offers no device")
-                    peer.link = link
+                        raise RemoteProtocolError(f"{connection.peer} is no node: it offers no device")
+                    peer.connection = connection
                     await self._events.send(events.Joined(member, hello))
                     while True:
-                        await self._hear(member, await link.receive())
+                        await self._hear(member, await connection.receive())
             except ShoalError as error:
                 await self._events.send(events.Left(member, error))
             finally:
@@ -268,7 +268,7 @@ class Head:
 
     async def _decide(self) -> None:
         async for event in self._inbound:
-            self._state, commands = step(self._state, event, trio.current_time())
+            self._state, commands = decide(self._state, event, trio.current_time())
             for command in commands:
                 self._carry_out(command)
 
@@ -296,10 +296,10 @@ class Head:
     def _post(self, member: int, message: Message) -> None:
         """Sends without waiting. A line that is gone, or that takes nothing, shows in `_converse`, or as
         silence."""
-        link = self._peers[member].link
-        if link is not None:
+        connection = self._peers[member].connection
+        if connection is not None:
             try:
-                link.post(message)
+                connection.post(message)
             except NodeLostError:
                 return
 
@@ -308,8 +308,8 @@ class Head:
         peer = self._peers[member]
         async with peer.asking:
             peer.answers, inbound = trio.open_memory_channel[Message](1)
-            if peer.link is not None:
-                await peer.link.send(message)
+            if peer.connection is not None:
+                await peer.connection.send(message)
                 async for answer in inbound:
                     if isinstance(answer, kind):
                         return answer
@@ -325,8 +325,9 @@ class Head:
             return
 
     async def _measure_links(self, members: Sequence[int]) -> None:
-        """From the head to each node, and from node to node; one at a time, so that they don't disturb each
-        other. The way back to the head is taken to be like the way there."""
+        """Measures the links from the coordinator to each node and between nodes, one at a time, so that the
+        measurements do not disturb each other. Links to the coordinator are assumed to be as quick as those
+        from it."""
         if self.options.measure_links:
             for member in members:
                 await self._measure_own(member)
@@ -342,7 +343,7 @@ class Head:
         except ShoalError as error:
             await self._events.send(events.Left(member, error))
         else:
-            self.links[HEAD, label] = self.links[label, HEAD] = found
+            self.links[COORDINATOR, label] = self.links[label, COORDINATOR] = found
 
     async def _measure_between(self, source: int, target: int) -> None:
         members = self._state.members
@@ -372,16 +373,16 @@ class Head:
             async with dial(
                 options.open_stream, where.host, where.port, self.identity, "step",
                 seconds=options.timing.handshake, peer=peer_of(where),
-            ) as (link, _):  # fmt: skip
+            ) as (connection, _):  # fmt: skip
                 if self._state.epoch != epoch or self._state.phase != "serving":
                     return
-                # One Step for each stage, and one on each way between the head and the ends.
+                # One Step for each stage, and one on each way between the coordinator and the ends.
                 flow = Flow(epoch, placement.chunk_rows, len(placement.stages) + 2)
-                self._chain = chain = Chain(flow, link)
+                self._chain = chain = Chain(flow, connection)
                 self._changed.set()
                 self._changed = trio.Event()
                 with chain.scope:  # until the epoch ends; nothing comes on this connection but its end
-                    await link.expect(Error)
+                    await connection.expect(Error)
         except ShoalError as error:
             await self._events.send(events.Left(member, error))
 

@@ -1,7 +1,7 @@
 """The exceptions of the network, each with the exit code the command line gives it.
 
     ShoalError                     see engine/errors.py
-    └── NetError                13   base; also: a node that serves another head
+    └── NetError                13   base; also: a node that serves another coordinator
         ├── MismatchError        7   protocol, numerics or model differ between two processes
         ├── AddressInUseError    8   the port to listen on is taken
         ├── RemoteProtocolError  9   the peer broke the protocol: garbage, half a frame, a lying size

@@ -1,6 +1,6 @@
-"""What can happen to a head's nodes, and what a head can do about it: the words of net/cluster.py.
+"""Events and commands of net/cluster.py: what can happen to nodes, and what a coordinator can do about it.
 
-Members are named by their place in the head's list of addresses.
+A member is identified by its index in the coordinator's list of addresses.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .placement import Placement
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds: how often the head pings, after which silence a peer counts as lost, and how long a
+    """Seconds: how often the coordinator pings, after which silence a peer counts as lost, and how long a
     connection may take to be made and greeted."""
 
     heartbeat: float = 1.0
@@ -126,7 +126,7 @@ class HangUp:
 
 @dataclass(frozen=True, slots=True)
 class MeasureLinks:
-    """Measure the links among these members and the head; then LinksMeasured."""
+    """Measure the links among these members and the coordinator; then LinksMeasured."""
 
     members: tuple[int, ...]
 

@@ -1,9 +1,9 @@
-"""One session as the head sees it: pure bookkeeping of what was sent to the chain, and what came back.
+"""One session as the coordinator sees it: pure bookkeeping of what was sent to the chain, and what came back.
 
-A session gives one answer after another. The head keeps the token ids, so it knows what the chain holds:
-the next prompt is sent from where it parts from that. Recovery is no path of its own: under a new epoch the
-chain holds nothing, everything known is sent again as a prompt, and the answer goes on with the same token,
-since a draw depends on history, parameters and position alone.
+A session gives one answer after another. The coordinator keeps the token ids, so it knows which positions the
+chain holds, and sends a prompt from the first position that differs. Recovery is no path of its own: under a
+new epoch the chain holds nothing, everything known is sent again as a prompt, and the answer goes on with the
+same token, since a draw depends on history, parameters and position alone.
 """
 
 from __future__ import annotations

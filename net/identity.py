@@ -30,8 +30,8 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What the head must know of a model besides its hash: units, vocabulary, positions, f32 columns of a
-    cut."""
+    """What a coordinator must know about a model besides its hash: the number of units, the size of the
+    vocabulary, the positions of a context, and the f32 columns that cross a cut."""
 
     units: int
     vocab: int

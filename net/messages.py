@@ -3,9 +3,9 @@
 `Hello` and `Error` may come on every connection, and Hello comes first, from the side that dialled. It states
 the connection's purpose, which settles what else may be said there:
 
-    control   head to node: orders down; answers, tokens and failures up
-    step      head to first node, node to next node: sessions and their rows; back come answers to pings only
-    probe     anyone to a node: pings and bytes that measure the link
+    control   coordinator to node: orders down; answers, tokens and failures up
+    step      coordinator to first node, node to next node: sessions and rows down; answers to pings up
+    probe     coordinator or node to a node: pings and bytes that measure the link
 
 docs/protocol.md says the same to people who write another implementation.
 """
@@ -45,14 +45,15 @@ Purpose = Literal["control", "step", "probe"]
 
 @dataclass(frozen=True, slots=True, order=True)
 class Epoch:
-    """One assignment by one run of one head. `head` is random for each head that starts, so that a restarted
-    head never meets its own past; `counter` grows with every assignment."""
+    """The period in which one plan of one coordinator is in force. `coordinator` is a random number drawn
+    when the coordinator starts, so that a restarted one never receives its own old messages; `counter` grows
+    with every plan."""
 
-    head: U64
+    coordinator: U64
     counter: U32
 
     def __str__(self) -> str:
-        return f"{self.head:016x}/{self.counter}"
+        return f"{self.coordinator:016x}/{self.counter}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,8 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class Pong:
-    """The answer to the Ping with the same nonce; to a head, with the pace of the stage that is at work."""
+    """The answer to the Ping with the same nonce. A coordinator also gets the pace of the stage, if there is
+    one."""
 
     nonce: U64
     pace: Pace | None = None
@@ -126,9 +128,9 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class Assign:
-    """Hold units [first, last) under this epoch, and nothing of older ones. `next` is the node after this
-    one; None on the last, which returns tokens to the head. No call takes more than `chunk_rows` prompt
-    rows."""
+    """An order to load units [first, last) for this epoch and to drop older assignments. `next` is the node
+    after this one; None on the last, which returns tokens to the coordinator. A call has at most `chunk_rows`
+    prompt rows."""
 
     epoch: Epoch
     first: Units
@@ -222,7 +224,7 @@ class Close:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A session cannot go on: its state is gone here, and the head is to close it."""
+    """A session cannot go on: its state is gone here, and the coordinator is to close it."""
 
     session: U64
     epoch: Epoch

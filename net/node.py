@@ -1,8 +1,8 @@
-"""The node: offers this device, holds the stage that a head assigns, and passes activations on.
+"""The node: a server that offers its device, runs the stage it is assigned, and passes activations on.
 
-Whoever connects says for what (net/messages.py). One head at a time; its connection carries orders down and
-tokens up, and when it ends the stage is dropped and the node waits for the next head. A peer that breaks the
-protocol is told so, loses its connection, and disturbs nobody else.
+Each connection states its purpose (net/messages.py). A node serves one coordinator at a time: that connection
+carries orders down and tokens up; when it ends, the node drops the stage and waits for the next coordinator.
+A peer that breaks the protocol gets an Error and loses its connection; no other connection is affected.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ import trio
 
 from ..engine.errors import ShoalError
 from ..planner import LinkSpeed
-from .errors import MismatchError, NetError, NodeLostError, RemoteProtocolError, to_wire
-from .events import DEFAULT_TIMING, Timing
-from .identity import Identity
-from .inbox import Inbox
-from .link import (
+from .connection import (
+    Connection,
     Hop,
-    Link,
     OpenStream,
     dial,
     greet,
     in_thread,
     is_peers_fault,
-    open_link,
+    open_connection,
     open_tasks,
     open_tcp,
 )
+from .errors import MismatchError, NetError, NodeLostError, RemoteProtocolError, to_wire
+from .events import DEFAULT_TIMING, Timing
+from .identity import Identity
+from .inbox import Inbox
 from .messages import (
     Assign,
     Broken,
@@ -91,17 +91,17 @@ class Node:
 
     def __init__(self, parts: NodeParts) -> None:
         self._parts = parts
-        self._head: Link | None = None
+        self._coordinator: Connection | None = None
         self._place = trio.Semaphore(1)
         self._assignment: _Assignment | None = None
         self._last: _Assignment | None = None
         """The assignment that was begun last; it may be ending."""
         self._pace = NodePace()
         self._links: dict[int, LinkSpeed] = {}
-        """To other nodes, by incarnation, as measured for this head."""
+        """To other nodes, by incarnation, as measured for this coordinator."""
         self._connections = trio.CapacityLimiter(MAX_CONNECTIONS)
         self._steps: set[trio.CancelScope] = set()
-        """Connections that bring rows: they end with the head for whom they came."""
+        """Connections that bring rows: they end with the coordinator for whom they came."""
 
     async def serve(
         self,
@@ -114,105 +114,109 @@ class Node:
 
     async def connected(self, stream: trio.abc.Stream) -> None:
         """Serves one connection to its end. What a peer does wrong ends here, with a line in the log."""
-        async with self._connections, open_link(stream, _address(stream), dialled=False) as link:
+        async with self._connections, open_connection(stream, _address(stream), dialled=False) as connection:
             try:
-                await self._serve(link)
+                await self._serve(connection)
             except ShoalError as error:
                 self._parts.log(str(error))
                 if is_peers_fault(error):
-                    await link.refuse(error)
+                    await connection.refuse(error)
             except Exception as error:  # a mistake of ours: this connection's end, not the node's
                 self._parts.log("".join(traceback.format_exception(error)).rstrip())
-                await link.refuse(NetError(f"{self._parts.identity.name} failed: {error!r}"))
+                await connection.refuse(NetError(f"{self._parts.identity.name} failed: {error!r}"))
             finally:
-                if self._head is link:
-                    self._head = None
+                if self._coordinator is connection:
+                    self._coordinator = None
                     for scope in self._steps:
                         scope.cancel()
                     self._place.release()
 
-    async def _serve(self, link: Link) -> None:
+    async def _serve(self, connection: Connection) -> None:
         parts = self._parts
         hello = await greet(
-            link,
+            connection,
             parts.identity,
             parts.offer,
             seconds=parts.timing.handshake,
-            admit=partial(self._admit, link),
+            admit=partial(self._admit, connection),
         )
         try:
             match hello.purpose:
                 case "control":
-                    await self._serve_head(link)
+                    await self._serve_coordinator(connection)
                 case "step":
-                    await self._serve_steps(link)
+                    await self._serve_steps(connection)
                 case "probe":
-                    await self._serve_probe(link)
-        except NodeLostError as error:  # the usual end; a head knows by its own connections if it matters
+                    await self._serve_probe(connection)
+        except NodeLostError as error:  # the usual end; a coordinator notices by its own connections
             if hello.purpose == "control":
-                parts.log(f"{error}; waiting for the next head")
+                parts.log(f"{error}; waiting for the next coordinator")
 
-    async def _admit(self, link: Link, hello: Hello) -> None:
-        """One head at a time; the next one waits a little, since the last may be about to leave."""
+    async def _admit(self, connection: Connection, hello: Hello) -> None:
+        """One coordinator at a time; the next one waits a little, since the last may be about to leave."""
         if hello.purpose != "control":
             return
         with trio.move_on_after(PATIENCE_SECONDS):
             await self._place.acquire()
-            self._head = link
+            self._coordinator = connection
             return
-        served = "another head" if self._head is None else self._head.peer
+        served = "another coordinator" if self._coordinator is None else self._coordinator.peer
         raise NetError(f"{self._parts.identity.name} is busy: it serves {served}")
 
-    async def _serve_head(self, link: Link) -> None:
-        """Follows a head's orders until it is gone; then nothing of its work is left."""
-        self._parts.log(f"{link.peer} is the head now")
+    async def _serve_coordinator(self, connection: Connection) -> None:
+        """Follows a coordinator's orders until it is gone; then nothing of its work is left."""
+        self._parts.log(f"{connection.peer} is the coordinator now")
         try:
             async with open_tasks() as tasks:
                 while True:
-                    self._follow(link, await _heard(link, self._parts.timing.overdue), tasks)
+                    self._follow(connection, await _heard(connection, self._parts.timing.overdue), tasks)
         finally:
             self._assignment = self._last = None
             self._pace, self._links = NodePace(), {}
 
-    def _follow(self, link: Link, message: Message, tasks: trio.Nursery) -> None:
+    def _follow(self, connection: Connection, message: Message, tasks: trio.Nursery) -> None:
         if isinstance(message, Assign | Measure) and len(tasks.child_tasks) >= MAX_TASKS:
-            raise RemoteProtocolError(f"{link.peer} wants too many things at once")
+            raise RemoteProtocolError(f"{connection.peer} wants too many things at once")
         match message:
             case Ping(nonce):
-                _post(link, Pong(nonce, None if self._assignment is None else self._assignment.pace()))
+                _post(connection, Pong(nonce, None if self._assignment is None else self._assignment.pace()))
             case Assign() | Release():
                 if self._assignment is not None:
                     self._assignment.stop()
                 self._assignment = None
                 if isinstance(message, Assign):
                     _check_assign(message, self._parts.units)
-                    self._assignment = _Assignment(self._parts, link, message, self._pace, self._links)
+                    self._assignment = _Assignment(self._parts, connection, message, self._pace, self._links)
                     tasks.start_soon(self._assignment.run, self._last)
                     self._last = self._assignment
             case Measure(peer):
-                tasks.start_soon(self._measure, link, peer)
+                tasks.start_soon(self._measure, connection, peer)
             case GetStats():
                 assignment = self._assignment
-                _post(link, Stats(None, _NO_WORK, _NO_WORK) if assignment is None else assignment.stats())
+                _post(
+                    connection, Stats(None, _NO_WORK, _NO_WORK) if assignment is None else assignment.stats()
+                )
             case _:
                 raise AssertionError(f"the wire lets no {type(message).__name__} through")
 
-    async def _serve_steps(self, link: Link) -> None:
-        """Puts what a previous stage sends into the inbox of its epoch; what has no inbox is dropped.
+    async def _serve_steps(self, connection: Connection) -> None:
+        """Puts the messages of the previous stage into the inbox of their epoch; drops those without an
+        inbox.
 
-        Only while there is a head, and from few: those who are quiet must not take the places of others."""
+        Accepted only while there is a coordinator, and from a few peers: idle connections must not use up the
+        node's connections."""
         name = self._parts.identity.name
-        if self._head is None:
-            raise NetError(f"{name} is not part of a chain: it has no head")
+        if self._coordinator is None:
+            raise NetError(f"{name} is not part of a chain: it has no coordinator")
         if len(self._steps) >= MAX_STEP_CONNECTIONS:
             raise NetError(f"{name} has {MAX_STEP_CONNECTIONS} connections that bring rows: end some")
         with trio.CancelScope() as scope:
             self._steps.add(scope)
             try:
                 while True:
-                    message = await link.receive()
+                    message = await connection.receive()
                     if isinstance(message, Ping):
-                        _post(link, Pong(message.nonce))
+                        _post(connection, Pong(message.nonce))
                         continue
                     assert isinstance(message, Open | Close | Step)
                     if self._assignment is not None:
@@ -220,15 +224,15 @@ class Node:
             finally:
                 self._steps.discard(scope)
 
-    async def _serve_probe(self, link: Link) -> None:
+    async def _serve_probe(self, connection: Connection) -> None:
         while True:
-            match await _heard(link, self._parts.timing.overdue):
+            match await _heard(connection, self._parts.timing.overdue):
                 case Ping(nonce):
-                    await link.send(Pong(nonce))
+                    await connection.send(Pong(nonce))
                 case message:
                     assert isinstance(message, Data)
 
-    async def _measure(self, head: Link, peer: Peer) -> None:
+    async def _measure(self, coordinator: Connection, peer: Peer) -> None:
         parts = self._parts
         try:
             found = await measure_peer(parts.open_stream, parts.identity, peer, parts.timing.handshake)
@@ -236,16 +240,21 @@ class Node:
             answer = Measured(peer.incarnation, found, "")
         except (NodeLostError, MismatchError, RemoteProtocolError) as error:
             answer = Measured(peer.incarnation, None, to_wire(error)[1])
-        await head.send(answer)
+        await coordinator.send(answer)
 
 
 class _Assignment:
     """One stage at work under one epoch."""
 
     def __init__(
-        self, parts: NodeParts, head: Link, assign: Assign, pace: NodePace, links: dict[int, LinkSpeed]
+        self,
+        parts: NodeParts,
+        coordinator: Connection,
+        assign: Assign,
+        pace: NodePace,
+        links: dict[int, LinkSpeed],
     ) -> None:
-        self._parts, self._head, self._assign, self._pace = parts, head, assign, pace
+        self._parts, self._coordinator, self._assign, self._pace = parts, coordinator, assign, pace
         self._onward = Onward(None if assign.next is None else links.get(assign.next.incarnation))
         self._inbox = Inbox(assign.epoch, parts.offer.max_rows, assign.chunk_rows)
         self._arrived, self._taken = trio.Event(), trio.Event()
@@ -288,7 +297,7 @@ class _Assignment:
         try:
             stage = await self._parts.hop(lambda: self._parts.open_stage(assign.first, assign.last))
         except (ShoalError, MemoryError) as error:
-            await self._head.send(Broken(assign.epoch, *to_wire(error), None))
+            await self._coordinator.send(Broken(assign.epoch, *to_wire(error), None))
             return
         try:
             async with AsyncExitStack() as stack:
@@ -297,19 +306,19 @@ class _Assignment:
                 expect = self._parts.expect
                 self._pace.assigned(None if expect is None else expect(assign.first, assign.last))
                 seconds = trio.current_time() - start
-                await self._head.send(Loaded(assign.epoch, seconds, self._parts.resident()))
-                await self._steps(self._work, onward or self._head)
+                await self._coordinator.send(Loaded(assign.epoch, seconds, self._parts.resident()))
+                await self._steps(self._work, onward or self._coordinator)
         except _NextLost as lost:
             assert assign.next is not None
-            await self._head.send(Broken(assign.epoch, *to_wire(lost.error), assign.next.incarnation))
+            await self._coordinator.send(Broken(assign.epoch, *to_wire(lost.error), assign.next.incarnation))
         finally:
             stage.close()
 
-    async def _reach(self, stack: AsyncExitStack, peer: Peer) -> Link:
+    async def _reach(self, stack: AsyncExitStack, peer: Peer) -> Connection:
         """Connects to the next node and watches that connection, on which nothing comes but its end."""
         parts = self._parts
         try:
-            link, _ = await stack.enter_async_context(
+            connection, _ = await stack.enter_async_context(
                 dial(
                     parts.open_stream, peer.host, peer.port, parts.identity, "step",
                     seconds=parts.timing.handshake, peer=peer,
@@ -319,10 +328,10 @@ class _Assignment:
             raise _NextLost(error) from error
         tasks = await stack.enter_async_context(open_tasks())
         stack.callback(tasks.cancel_scope.cancel)
-        tasks.start_soon(_watch, link, self._onward)
-        return link
+        tasks.start_soon(_watch, connection, self._onward)
+        return connection
 
-    async def _steps(self, work: StageWork, onward: Link) -> None:
+    async def _steps(self, work: StageWork, onward: Connection) -> None:
         """The loop of a stage: take what waits as one batch, one hop into a thread, pass it on."""
         while True:
             await self._arrived.wait()
@@ -337,9 +346,9 @@ class _Assignment:
             work.count(batch, end - start)
             self._pace.count(batch, start, end)
             for answer in answers:
-                link = self._head if isinstance(answer, Failed | Result) else onward
+                connection = self._coordinator if isinstance(answer, Failed | Result) else onward
                 try:
-                    await link.send(answer)
+                    await connection.send(answer)
                 except NodeLostError:  # whoever reads that connection reports its end, and cancels this
                     await trio.sleep_forever()
             nonce = self._onward.due(answers, end)
@@ -355,33 +364,33 @@ class _NextLost(Exception):
         self.error = error
 
 
-async def _watch(link: Link, onward: Onward) -> None:
+async def _watch(connection: Connection, onward: Onward) -> None:
     """Hears the next node's answers to pings, and the end of that connection."""
     try:
         while True:
-            message = await link.receive()
+            message = await connection.receive()
             assert isinstance(message, Pong)
             onward.answered(message.nonce, trio.current_time())
     except ShoalError as error:
         raise _NextLost(error) from error
 
 
-async def _heard(link: Link, seconds: float) -> Message:
+async def _heard(connection: Connection, seconds: float) -> Message:
     """The next message; NodeLostError after a silence of that long."""
     with trio.move_on_after(seconds):
-        return await link.receive()
-    raise NodeLostError(f"{link.peer} is lost: it has said nothing for {seconds:g} s")
+        return await connection.receive()
+    raise NodeLostError(f"{connection.peer} is lost: it has said nothing for {seconds:g} s")
 
 
-def _post(link: Link, message: Message) -> None:
-    if not link.post(message):
-        raise NodeLostError(f"{link.peer} is lost: it does not read what is sent to it")
+def _post(connection: Connection, message: Message) -> None:
+    if not connection.post(message):
+        raise NodeLostError(f"{connection.peer} is lost: it does not read what is sent to it")
 
 
 def _check_assign(assign: Assign, units: int) -> None:
     if not 0 <= assign.first < assign.last <= units or (assign.next is None) != (assign.last == units):
         raise RemoteProtocolError(
-            f"the head assigned units [{assign.first}, {assign.last}) of {units}, and "
+            f"the coordinator assigned units [{assign.first}, {assign.last}) of {units}, and "
             f"{'no' if assign.next is None else 'a'} next node"
         )
 

@@ -1,8 +1,8 @@
-"""How nodes and links keep up with what was measured of them, while they are at work.
+"""Measurements of nodes and links at work: factors and links that correct the offers for the next plan.
 
-A node compares each step with what its own offer says of it, and pings the next node right behind rows that
-it sends; it tells the head both with every Pong. The head pings each node. What comes of it are rows for the
-next plan. Nothing here waits or reads a clock; times are in seconds of any clock that never goes back.
+A node compares the time of each step with its own offer, and pings the next node right after rows that it
+sends; every Pong to the coordinator reports both. The coordinator pings each node itself. Nothing here waits
+or reads a clock; times are in seconds of any clock that never goes back.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from itertools import pairwise
 
 from ..planner import Device, LinkSpeed
 from ..planner.rows import FASTEST, MOST_SECONDS, SLOWEST, check_real
-from .cluster import Cluster
+from .cluster import ClusterState
 from .inbox import Batch
 from .messages import Pace, Pong, Step
-from .placement import HEAD
+from .placement import COORDINATOR
 
 Expect = Callable[[Sequence[tuple[int, int, bool]], float], float]
 """Seconds that a call should take by profile: of (rows, first position, wants a token) for each of its steps,
@@ -144,8 +144,8 @@ def after(link: LinkSpeed, size: int, seconds: float) -> LinkSpeed:
     return refreshed_link(link, size, max(seconds, 1e-6))
 
 
-class HeadPace:
-    """What a head hears of its nodes, by label; it keeps `links` true."""
+class ChainPace:
+    """What a coordinator hears of its nodes, by label; it keeps `links` true."""
 
     def __init__(self, links: dict[tuple[str, str], LinkSpeed]) -> None:
         self._links = links
@@ -163,13 +163,13 @@ class HeadPace:
         self._pinged[member] = (self._nonce, now)
         return self._nonce
 
-    def answered(self, state: Cluster, member: int, pong: Pong, now: float) -> None:
+    def answered(self, state: ClusterState, member: int, pong: Pong, now: float) -> None:
         """A member's Pong: half of the way there and back is each link's latency; and what it says of itself,
         when it is of the current epoch."""
         label = state.members[member].label
         nonce, sent = self._pinged.get(member, (-1, now))
         if pong.nonce == nonce:
-            for ends in ((HEAD, label), (label, HEAD)):
+            for ends in ((COORDINATOR, label), (label, COORDINATOR)):
                 if ends in self._links:
                     self._links[ends] = after(self._links[ends], 0, (now - sent) / 2)
         labels = [stage.device for stage in state.placement.stages]

@@ -1,6 +1,6 @@
 """Who holds what: the question that a plan answers, the answer, and a plan made by hand.
 
-The head is given a plan as a callable, so that this package needs no planner and tests need no solver.
+The coordinator is given a plan as a callable, so that this package needs no planner and tests need no solver.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from ..planner import Assignment, LinkSpeed
 from .messages import Offer, Stats
 from .wire import max_step_rows
 
-HEAD = "head"
-"""The head's own label among the nodes' labels: no node has it."""
+COORDINATOR = "coordinator"
+"""The coordinator's own label among the nodes' labels: no node has it."""
 
 
 @dataclass(frozen=True, slots=True)
 class NodeInfo:
-    """A node that has joined: its label (unique, never HEAD), where it listens, what it offers, and how many
-    times as long as that its steps take by now."""
+    """A node that has joined: its label (unique, never COORDINATOR), the address on which it listens, its
+    offer, and `slower`, the factor by which its steps now take longer than offered."""
 
     label: str
     host: str
@@ -52,12 +52,12 @@ class StageReport:
 
 
 Links = Mapping[tuple[str, str], LinkSpeed]
-Plan = Callable[[Sequence[NodeInfo], Links], Placement]
+Planner = Callable[[Sequence[NodeInfo], Links], Placement]
 """Chooses a placement for the nodes that are there, called in a worker thread; links go from label to label,
 one missing where it could not be measured. Raises NoPlanError if there is none."""
 
 
-def plan_at(edges: Sequence[int], chunk_rows: int = 128) -> Plan:
+def plan_at(edges: Sequence[int], chunk_rows: int = 128) -> Planner:
     """A plan with given cuts: node i, in the order of the addresses, holds units [edges[i], edges[i + 1])."""
 
     def plan(nodes: Sequence[NodeInfo], links: Links) -> Placement:

@@ -15,9 +15,9 @@ from typing import Protocol, Self
 
 import trio
 
+from .connection import Connection
 from .errors import NodeLostError, from_wire
 from .generation import Flow, Generation
-from .link import Link
 from .messages import Close, Failed, Open, Result, Step
 
 Answers = trio.MemorySendChannel[Result | Failed]
@@ -28,7 +28,7 @@ class Chain:
     """The nodes under one epoch, as sessions see them: where rows go in, and who waits for answers."""
 
     flow: Flow
-    link: Link
+    connection: Connection
     sessions: dict[int, Answers] = field(default_factory=dict)
     closing: deque[Close] = field(default_factory=deque)
     ended: trio.Event = field(default_factory=trio.Event)
@@ -50,7 +50,7 @@ class Chain:
     def flush(self) -> None:
         """Sends the Closes that wait, as far as the line takes them."""
         try:
-            while self.closing and self.link.post(self.closing[0]):
+            while self.closing and self.connection.post(self.closing[0]):
                 self.closing.popleft()
         except NodeLostError:
             self.closing.clear()  # the epoch is over, and with it every session's state
@@ -111,7 +111,7 @@ class Places:
 class Session:
     """A sequence in the chain that stays open from answer to answer.
 
-        async with head.session(sampling) as session:
+        async with coordinator.session(sampling) as session:
             async with session.answer(prompt, max_tokens=64, end=eos) as tokens:
                 async for token in tokens:
                     ...
@@ -206,7 +206,7 @@ class Session:
             assert self._chain is not None and self._answers is not None
             self._unsent.extend(self._generation.due())
             while self._unsent:
-                await self._chain.link.send(self._unsent[0])
+                await self._chain.connection.send(self._unsent[0])
                 self._unsent.popleft()
             return await self._answers.receive()
         except (trio.EndOfChannel, NodeLostError):
@@ -228,7 +228,7 @@ class Session:
         assert self._chain is not None
         self._unsent.extend(self._generation.due())
         try:
-            while self._unsent and self._chain.link.post(self._unsent[0]):
+            while self._unsent and self._chain.connection.post(self._unsent[0]):
                 self._unsent.popleft()
         except NodeLostError:
             return  # the next call finds the epoch ended, and sends everything again

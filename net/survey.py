@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..engine.errors import ShoalError
-from .coordinator import DEFAULT_OPTIONS, Head, HeadOptions
+from .coordinator import DEFAULT_OPTIONS, Coordinator, CoordinatorOptions
 from .identity import Identity, ModelShape
 from .placement import Links, NodeInfo, Placement
 
@@ -20,7 +20,7 @@ class Survey:
 
 
 class _Enough(ShoalError):
-    """Ends a head at the moment when it would plan."""
+    """Ends a coordinator at the moment when it would plan."""
 
     def __init__(self, survey: Survey) -> None:
         super().__init__("the survey is done")
@@ -31,15 +31,15 @@ async def survey(
     addresses: Sequence[tuple[str, int]],
     identity: Identity,
     shape: ModelShape,
-    options: HeadOptions = DEFAULT_OPTIONS,
+    options: CoordinatorOptions = DEFAULT_OPTIONS,
 ) -> Survey:
-    """The nodes at these addresses, in this order, and their links. Errors as for Head.open."""
+    """The nodes at these addresses, in this order, and their links. Errors as for Coordinator.open."""
 
     def plan(nodes: Sequence[NodeInfo], links: Links) -> Placement:
         raise _Enough(Survey(tuple(nodes), dict(links)))
 
     try:
-        async with Head.open(addresses, identity, shape, plan, replace(options, measure_links=True)):
-            raise AssertionError("a head without a plan does not serve")
+        async with Coordinator.open(addresses, identity, shape, plan, replace(options, measure_links=True)):
+            raise AssertionError("a coordinator without a plan does not serve")
     except _Enough as enough:
         return enough.survey

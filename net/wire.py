@@ -40,8 +40,8 @@ MAX_ROWS = 4096
 MAX_COLS = 1 << 16
 MAX_POSITION = 1 << 31
 
-_STEP = struct.Struct("<QQIIIB3xI")  # session, epoch (head, counter), first, rows, want, cols
-_RESULT = struct.Struct("<QQIIIi")  # session, epoch (head, counter), first, rows, token or -1
+_STEP = struct.Struct("<QQIIIB3xI")  # session, epoch (coordinator, counter), first, rows, want, cols
+_RESULT = struct.Struct("<QQIIIi")  # session, epoch (coordinator, counter), first, rows, token or -1
 _NO_TOKEN = -1
 
 
@@ -56,7 +56,7 @@ NEED_DATA = Signal.NEED_DATA
 CLOSED = Signal.CLOSED
 
 
-class Connection:
+class WireProtocol:
     """One end. `dialled` is True on the side that opened the connection and says Hello first."""
 
     def __init__(self, dialled: bool) -> None:
@@ -188,7 +188,7 @@ def _encode(message: Message) -> list[bytes]:
         case Result():
             token = _NO_TOKEN if message.token is None else message.token
             epoch = message.epoch
-            body = (message.session, epoch.head, epoch.counter, message.first, message.rows, token)
+            body = (message.session, epoch.coordinator, epoch.counter, message.first, message.rows, token)
             return [_RESULT.pack(*body)]
         case Data():
             return [bytes(message.size)]
@@ -201,13 +201,12 @@ def _encode_step(step: Step) -> list[bytes]:
     if step.hidden is not None and step.hidden.shape != (rows, cols):
         raise ValueError(f"{rows} tokens come with hidden rows of shape {step.hidden.shape}")
     _check_run(step.first, rows, int(step.want), cols)
-    head = _STEP.pack(
-        step.session, step.epoch.head, step.epoch.counter, step.first, rows, int(step.want), cols
-    )
+    epoch = step.epoch
+    fixed = _STEP.pack(step.session, epoch.coordinator, epoch.counter, step.first, rows, int(step.want), cols)
     tokens = struct.pack(f"<{rows}i", *step.tokens)
     # tobytes copies: the stage may use its buffer again while this waits to be written.
     hidden = b"" if step.hidden is None else step.hidden.astype("<f4", copy=False).tobytes()
-    return [head + tokens, hidden]
+    return [fixed + tokens, hidden]
 
 
 def _decode(entry: Entry, body: bytearray) -> Message:
@@ -224,7 +223,7 @@ def _decode(entry: Entry, body: bytearray) -> Message:
 def _decode_step(body: bytearray) -> Step:
     if len(body) < _STEP.size:
         raise ValueError(f"a Step of {len(body)} bytes is shorter than its own header")
-    session, head, counter, first, rows, want, cols = _STEP.unpack_from(body)
+    session, coordinator, counter, first, rows, want, cols = _STEP.unpack_from(body)
     _check_run(first, rows, want, cols)
     size = _STEP.size + 4 * rows + 4 * rows * cols
     if len(body) != size:
@@ -236,7 +235,7 @@ def _decode_step(body: bytearray) -> Step:
     hidden = np.frombuffer(body, "<f4", rows * cols, _STEP.size + 4 * rows).astype(np.float32)
     return Step(
         session,
-        Epoch(head, counter),
+        Epoch(coordinator, counter),
         first,
         tuple(tokens.tolist()),
         Want(want),
@@ -247,11 +246,11 @@ def _decode_step(body: bytearray) -> Step:
 def _decode_result(body: bytearray) -> Result:
     if len(body) != _RESULT.size:
         raise ValueError(f"a Result has {len(body)} bytes, not {_RESULT.size}")
-    session, head, counter, first, rows, token = _RESULT.unpack(body)
+    session, coordinator, counter, first, rows, token = _RESULT.unpack(body)
     _check_run(first, rows, 0, 0)
     if token < _NO_TOKEN:
         raise ValueError(f"a Result holds the token id {token}")
-    return Result(session, Epoch(head, counter), first, rows, None if token == _NO_TOKEN else token)
+    return Result(session, Epoch(coordinator, counter), first, rows, None if token == _NO_TOKEN else token)
 
 
 def _check_run(first: int, rows: int, want: int, cols: int) -> None:

@@ -1,7 +1,7 @@
 """What a stage does with a batch, and what comes of it: blocking, without a network, run in a worker thread.
 
 In go the batches of the inbox; out come the messages to pass on: sessions and hidden rows for the next node,
-tokens and failures for the head. A failure of one session never touches the others of its batch.
+tokens and failures for the coordinator. A failure of one session never touches the others of its batch.
 """
 
 from __future__ import annotations

@@ -176,7 +176,7 @@ class Delays:
         ends: tuple[Place, ...] = (place, place if source is None else source)
         if address[0] in self._free:
             ends = (place,)
-        elif source is place:  # the head on its own device
+        elif source is place:  # the coordinator on its own device
             ends = ()
         _prepare(client)
         node = socket.socket(socket.AF_INET, socket.SOCK_STREAM)

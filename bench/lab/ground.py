@@ -26,7 +26,7 @@ _RUN = Path("/run")
 LOCK = (_RUN if os.access(_RUN, os.W_OK) else Path(tempfile.gettempdir())) / "shoal-lab.lock"
 BRIDGE = "shoal-lab"
 HOST = "10.197.77.1"
-"""Of the bridge: where the head's connections come from, and where the air listens for every device."""
+"""The address of the bridge: the coordinator connects from it, and the air listens on it for all devices."""
 NODE_PORT = 7000
 _CLONE_NEWNET = 0x40000000
 _PR_SET_PDEATHSIG = 1

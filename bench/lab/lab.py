@@ -141,7 +141,7 @@ class LabNode:
 
 @dataclass(slots=True)
 class Lab:
-    """An open lab. `addresses`: where a head reaches the nodes, in the order of the spec."""
+    """An open lab. `addresses`: where a coordinator reaches the nodes, in the order of the spec."""
 
     spec: LabSpec
     ground: ground.Ground
@@ -296,14 +296,14 @@ def _start_air(lab: Lab, lock: int) -> subprocess.Popen[bytes]:
     places = []
     for i, device in enumerate(lab.spec.devices):
         sources = [ground.address(i)] if lab.ground.namespaces else []
-        if device.name == lab.spec.head:
+        if device.name == lab.spec.coordinator:
             sources.append(lab.addresses[i][0])
         target = _node_address(lab.ground, i)
         link = device.link
         places.append(Place(device.name, lab.addresses[i], target, sources, link.delay_s, link.jitter_s))
         if lab.ground.namespaces:
             ground.set_rate(i, link.bytes_per_s)
-    free = [ground.HOST] if lab.spec.head is None else []
+    free = [ground.HOST] if lab.spec.coordinator is None else []
     process = subprocess.Popen(
         [sys.executable, "-m", f"{__package__}.air", Air(places, free, lab.ground).to_json()],
         stdin=subprocess.PIPE,

@@ -21,11 +21,11 @@ import trio
 from bench.models import model_path
 
 from shoal import planner
-from shoal.distributed import head_identity, survey_cluster
+from shoal.distributed import coordinator_identity, survey_cluster
 from shoal.engine.errors import ShoalError
 from shoal.engine.model_directory import Model
 from shoal.engine.stage import StageOptions
-from shoal.net.coordinator import Head, HeadOptions
+from shoal.net.coordinator import Coordinator, CoordinatorOptions
 from shoal.net.identity import shape_of
 from shoal.net.placement import Links, NodeInfo, Placement
 from shoal.planner.cost import range_ram_bytes
@@ -90,13 +90,15 @@ async def fill(
     def fixed(nodes: Sequence[NodeInfo], links: Links) -> Placement:
         return Placement(tuple(stages), _CHUNK_ROWS)
 
-    options = HeadOptions(measure_links=False)
-    async with Head.open(lab.addresses, head_identity(model), shape_of(model), fixed, options) as head:
+    options = CoordinatorOptions(measure_links=False)
+    async with Coordinator.open(
+        lab.addresses, coordinator_identity(model), shape_of(model), fixed, options
+    ) as coordinator:
 
         async def answer(seed: int) -> None:
             rng = random.Random(seed)
             prompt = [rng.randrange(3, model.program.vocab) for _ in range(workload.context - _ANSWER)]
-            session = head.generate(prompt, max_tokens=_ANSWER, context=workload.context)
+            session = coordinator.generate(prompt, max_tokens=_ANSWER, context=workload.context)
             async with session as tokens:
                 async for _ in tokens:
                     pass

@@ -60,7 +60,9 @@ def plans(
     theirs = lingualinked(
         rows,
         replace(
-            cluster, links=_without_coordinator(cluster), coordinator=spec.head or cluster.devices[0].name
+            cluster,
+            links=_without_coordinator(cluster),
+            coordinator=spec.coordinator or cluster.devices[0].name,
         ),
     )
     if theirs is None:

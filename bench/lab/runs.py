@@ -15,9 +15,9 @@ import numpy as np
 import trio
 
 from shoal import planner
-from shoal.distributed import head_identity
+from shoal.distributed import coordinator_identity
 from shoal.engine.model_directory import Model
-from shoal.net.coordinator import Head, HeadOptions
+from shoal.net.coordinator import Coordinator, CoordinatorOptions
 from shoal.net.identity import shape_of
 from shoal.net.placement import Links, NodeInfo, Placement
 
@@ -66,13 +66,15 @@ async def measure(
     def fixed(nodes: Sequence[NodeInfo], links: Links) -> Placement:
         return Placement(tuple(stages), CHUNK_ROWS)
 
-    options = HeadOptions(measure_links=False)
-    async with Head.open(lab.addresses, head_identity(model), shape_of(model), fixed, options) as head:
+    options = CoordinatorOptions(measure_links=False)
+    async with Coordinator.open(
+        lab.addresses, coordinator_identity(model), shape_of(model), fixed, options
+    ) as coordinator:
 
         async def once() -> Timed:
-            before, others = await head.stats(), Others(lab)
-            speed = await run(head, model, streams, tokens)
-            cores, after = others.cores(), await head.stats()
+            before, others = await coordinator.stats(), Others(lab)
+            speed = await run(coordinator, model, streams, tokens)
+            cores, after = others.cores(), await coordinator.stats()
             work = [(b.stats.decode, a.stats.decode) for b, a in zip(before, after, strict=True)]
             calls = [max(a.steps - b.steps, 1) for b, a in work]
             return Timed(
@@ -82,7 +84,7 @@ async def measure(
                 cores,
             )
 
-        await run(head, model, streams, FEWEST_TOKENS // 2)
+        await run(coordinator, model, streams, FEWEST_TOKENS // 2)
         return [await quiet(once) for _ in range(repeats)]
 
 
@@ -91,7 +93,7 @@ def tokens_for(predicted: float, streams: int, context: int, seconds: float = RU
     return min(max(FEWEST_TOKENS, int(predicted / streams * seconds)), context - PROMPT)
 
 
-async def run(head: Head, model: Model, streams: int, tokens: int) -> float:
+async def run(coordinator: Coordinator, model: Model, streams: int, tokens: int) -> float:
     """Tokens/s while all streams decode: from the last one's first token to the first one's last."""
     rng = np.random.default_rng(0)
     prompts = rng.integers(3, model.program.vocab, (streams, PROMPT))
@@ -99,7 +101,7 @@ async def run(head: Head, model: Model, streams: int, tokens: int) -> float:
 
     async def answer(i: int) -> None:
         prompt = [int(token) for token in prompts[i]]
-        async with head.generate(prompt, max_tokens=tokens, context=PROMPT + tokens) as answers:
+        async with coordinator.generate(prompt, max_tokens=tokens, context=PROMPT + tokens) as answers:
             async for _ in answers:
                 times[i].append(trio.current_time())
 

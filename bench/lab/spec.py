@@ -1,6 +1,6 @@
 """What a lab looks like: a TOML file as frozen rows, checked in full.
 
-head = "flagship"        # the device that the head runs on; left out: a place of its own, without delay
+coordinator = "flagship" # the device that the coordinator runs on; default: a host of its own, without delay
 turns = true             # one device computes at a time, with the machine's memory to itself; default false
 
 [link]                   # of every device that has no link of its own
@@ -61,15 +61,15 @@ class LabSpec:
     """Devices in the order in which the equal split takes them."""
 
     devices: tuple[DeviceSpec, ...]
-    head: str | None = None
+    coordinator: str | None = None
     turns: bool = False
 
     def __post_init__(self) -> None:
         names = [device.name for device in self.devices]
         if not names or len(set(names)) < len(names):
             raise ValueError("it needs at least one [[device]], and each name once")
-        if self.head is not None and self.head not in names:
-            raise ValueError(f"the head is on {self.head!r}, and there is no such device")
+        if self.coordinator is not None and self.coordinator not in names:
+            raise ValueError(f"the coordinator is on {self.coordinator!r}, and there is no such device")
         self.check_speeds([device.speed for device in self.devices])
 
     def check_speeds(self, speeds: list[float]) -> None:
@@ -92,7 +92,7 @@ def read_spec(path: Path) -> LabSpec:
 
 def spec_of(body: dict[str, Any]) -> LabSpec:
     """The lab of a table. ValueError: unknown keys, values out of range."""
-    _keys("the lab", body, {"head", "turns", "link", "device"})
+    _keys("the lab", body, {"coordinator", "turns", "link", "device"})
     link = _link("[link]", body.get("link", {}), LinkSpec())
     rows = body.get("device", [])
     if not isinstance(rows, list):
@@ -101,7 +101,7 @@ def spec_of(body: dict[str, Any]) -> LabSpec:
     turns = body.get("turns", False)
     if not isinstance(turns, bool):
         raise ValueError(f"turns must be true or false, not {turns!r}")
-    return LabSpec(devices, body.get("head"), turns)
+    return LabSpec(devices, body.get("coordinator"), turns)
 
 
 def _device(row: Any, link: LinkSpec) -> DeviceSpec:

@@ -160,7 +160,7 @@ def cluster_json(cluster: planner.Cluster) -> dict[str, Any]:
     return {
         "devices": [asdict(device) for device in cluster.devices],
         "links": links,
-        "head": cluster.coordinator,
+        "coordinator": cluster.coordinator,
     }
 
 
@@ -171,7 +171,7 @@ def cluster_of_json(body: dict[str, Any]) -> planner.Cluster:
         for device in body["devices"]
     ]
     links = {(a, b): planner.LinkSpeed(latency, rate) for a, b, latency, rate in body["links"]}
-    return planner.Cluster(tuple(devices), links, body["head"])
+    return planner.Cluster(tuple(devices), links, body["coordinator"])
 
 
 def predicted_again(record: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Joins the network with the planner: plans for the nodes that a head has found, reports in the plan's
+"""Joins the network with the planner: plans for the nodes that a coordinator has found, reports in the plan's
 terms."""
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from . import __version__, planner
 from .answering import Settings
 from .engine.model_directory import Model
 from .engine.stage import StageOptions
-from .net.coordinator import Head
+from .net.coordinator import Coordinator
 from .net.identity import Identity, identity_of, shape_of
 from .net.pace import slowed
-from .net.placement import HEAD, Links, NodeInfo, Placement, StageReport
+from .net.placement import COORDINATOR, Links, NodeInfo, Placement, StageReport
 from .net.session import Session
 from .net.survey import survey
 from .plan_report import RunMeasurements
@@ -31,30 +31,31 @@ CALL_SECONDS = 0.1
 _CHUNKS = (8, 256)
 
 
-def head_identity(model: Model) -> Identity:
-    """Who this process is as a head; a new incarnation each time, so that nodes never mix up two heads."""
-    return identity_of(model, f"head on {platform.node()}", secrets.randbits(64), __version__)
+def coordinator_identity(model: Model) -> Identity:
+    """The identity of this process as a coordinator, with a new incarnation each time, so that nodes never
+    confuse two coordinators."""
+    return identity_of(model, f"coordinator on {platform.node()}", secrets.randbits(64), __version__)
 
 
 def cluster_of(nodes: Sequence[NodeInfo], links: Links) -> planner.Cluster:
     """The planner's view of the nodes that answered and of the links between them, as they are by now."""
     devices = tuple(slowed(replace(node.offer.device, name=node.label), node.slower) for node in nodes)
-    there = {HEAD, *(node.label for node in nodes)}
+    there = {COORDINATOR, *(node.label for node in nodes)}
     return planner.Cluster(
-        devices, {ends: link for ends, link in links.items() if there.issuperset(ends)}, HEAD
+        devices, {ends: link for ends, link in links.items() if there.issuperset(ends)}, COORDINATOR
     )
 
 
 def survey_cluster(model: Model, addresses: Sequence[tuple[str, int]]) -> planner.Cluster:
     """Asks running nodes what they offer and measures their links. NetError: a node cannot be reached."""
-    found = trio.run(partial(survey, addresses, head_identity(model), shape_of(model)))
+    found = trio.run(partial(survey, addresses, coordinator_identity(model), shape_of(model)))
     return cluster_of(found.nodes, found.links)
 
 
 class NetworkPlanner:
-    """Plans for whatever nodes are there, each time the head asks; remembers the last plan for the report.
-    With `shrink`, a context that does not fit becomes the largest that does: `workload` is what was planned
-    for.
+    """Plans for the nodes that are there, each time the coordinator asks; keeps the last plan for the report.
+    With `shrink`, a context that does not fit is reduced to the largest that does: `workload` is what was
+    planned for.
 
     NoPlanError: the nodes cannot hold the model.
     """
@@ -73,7 +74,7 @@ class NetworkPlanner:
         self.plan: planner.Plan | None = None
 
     def __call__(self, nodes: Sequence[NodeInfo], links: Links) -> Placement:
-        """The Plan that a Head is given (net/placement.py)."""
+        """The Plan that a Coordinator is given (net/placement.py)."""
         cluster = cluster_of(nodes, links)
         question = self._question(cluster, self._asked)
         plan, self.workload = plan_that_fits(question, shrink=self._shrink)
@@ -81,8 +82,8 @@ class NetworkPlanner:
         return Placement(plan.assignments, self._chunk_rows(plan, cluster))
 
     def now(self, nodes: Sequence[NodeInfo], links: Links) -> planner.Plan:
-        """What the plan's stages should do by what nodes and links have turned out to be (a Head's `nodes`
-        and `links`), while its nodes are there."""
+        """The plan's stages with new predictions from what nodes and links have turned out to be (a
+        Coordinator's `nodes` and `links`), while its nodes are there."""
         assert self.plan is not None, "something was planned"
         question = self._question(cluster_of(nodes, links), self.workload)
         found = planner.evaluate(question, self.plan.stages)
@@ -119,7 +120,7 @@ def measured_of(
 class NodeSession:
     """A session on nodes, as answering.Session."""
 
-    def __init__(self, portal: Portal[Head], session: Session) -> None:
+    def __init__(self, portal: Portal[Coordinator], session: Session) -> None:
         self._portal, self._session = portal, session
 
     def answer(
@@ -142,7 +143,7 @@ class NodeSession:
 class Nodes:
     """Nodes in a chain, behind plain calls: what the network does runs in an event loop of its own thread."""
 
-    def __init__(self, portal: Portal[Head], plans: NetworkPlanner) -> None:
+    def __init__(self, portal: Portal[Coordinator], plans: NetworkPlanner) -> None:
         self._portal, self._plans = portal, plans
 
     @property
@@ -158,16 +159,16 @@ class Nodes:
 
     def session(self, settings: Settings) -> NodeSession:
         """A sequence on the nodes."""
-        head = self._portal.opened
-        return NodeSession(self._portal, head.session(settings.sampling, context=settings.context))
+        coordinator = self._portal.opened
+        return NodeSession(self._portal, coordinator.session(settings.sampling, context=settings.context))
 
     def stats(self) -> tuple[Sequence[StageReport], planner.Plan]:
         """What each stage has done, and what the plan's stages should do by what is known of nodes and links
         now. NodeLostError: a node was lost over it."""
 
         async def ask() -> tuple[Sequence[StageReport], planner.Plan]:
-            head = self._portal.opened
-            return await head.stats(), self._plans.now(head.nodes, head.links)
+            coordinator = self._portal.opened
+            return await coordinator.stats(), self._plans.now(coordinator.nodes, coordinator.links)
 
         return self._portal.call(ask)
 
@@ -179,6 +180,6 @@ def open_nodes(
     """Nodes that run the model; `shrink` as for NetworkPlanner. NoPlanError: they cannot hold it; NetError:
     one cannot be reached."""
     plans = NetworkPlanner(model, workload, shrink=shrink)
-    opening = partial(Head.open, addresses, head_identity(model), shape_of(model), plans)
+    opening = partial(Coordinator.open, addresses, coordinator_identity(model), shape_of(model), plans)
     with open_portal(opening) as portal:
         yield Nodes(portal, plans)

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import trio
 
-from shoal.distributed import head_identity
+from shoal.distributed import coordinator_identity
 from shoal.engine.batch import Sampling
 from shoal.engine.chat import Chat, Message
 from shoal.engine.generate import generate
 from shoal.engine.model_directory import Model
 from shoal.engine.stage import Stage, StageOptions
-from shoal.net.coordinator import Head
+from shoal.net.coordinator import Coordinator
 from shoal.net.identity import shape_of
 from shoal.net.placement import plan_at
 from shoal.processes import NodeSpec, RunningNode, nodes
@@ -84,10 +84,10 @@ async def ask(
     answers: list[list[int]] = [[] for _ in prompts]
     addresses = [node.address for node in running]
     plan = plan_at(edges, chunk_rows=16)
-    async with Head.open(addresses, head_identity(model), shape_of(model), plan) as head:
+    async with Coordinator.open(addresses, coordinator_identity(model), shape_of(model), plan) as coordinator:
 
         async def one(i: int) -> None:
-            async with head.generate(prompts[i], sampling, max_tokens=TOKENS) as tokens:
+            async with coordinator.generate(prompts[i], sampling, max_tokens=TOKENS) as tokens:
                 async for token in tokens:
                     answers[i].append(token)
                     during(len(answers[i]))
@@ -95,7 +95,7 @@ async def ask(
         async with trio.open_nursery() as nursery:
             for i in range(len(prompts)):
                 nursery.start_soon(one, i)
-        return answers, head.recoveries
+        return answers, coordinator.recoveries
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])

@@ -18,14 +18,14 @@ from bench.lab.lab import Lab
 from bench.lab.spec import DeviceSpec, LabSpec, LinkSpec, read_spec
 
 from shoal import planner
-from shoal.distributed import NetworkPlanner, head_identity
+from shoal.distributed import NetworkPlanner, coordinator_identity
 from shoal.engine.errors import ShoalError
 from shoal.engine.generate import generate
 from shoal.engine.model_directory import Model
 from shoal.engine.stage import Stage
-from shoal.net.coordinator import Head
+from shoal.net.coordinator import Coordinator
 from shoal.net.identity import shape_of
-from shoal.net.placement import Plan, StageReport, plan_at
+from shoal.net.placement import Planner, StageReport, plan_at
 
 pytestmark = [pytest.mark.lab, pytest.mark.slow]
 
@@ -43,17 +43,19 @@ def expected(smollm2: Model) -> list[int]:
 
 
 async def ask(
-    model: Model, lab: Lab, plan: Plan, during: Callable[[int], None] = lambda token: None
+    model: Model, lab: Lab, plan: Planner, during: Callable[[int], None] = lambda token: None
 ) -> tuple[list[int], int, Sequence[StageReport]]:
-    """An answer, how often the head had to recover, and what each stage did."""
+    """An answer, how often the coordinator had to recover, and what each stage did."""
     answer: list[int] = []
-    async with Head.open(lab.addresses, head_identity(model), shape_of(model), plan) as head:
+    async with Coordinator.open(
+        lab.addresses, coordinator_identity(model), shape_of(model), plan
+    ) as coordinator:
         with trio.fail_after(120):
-            async with head.generate(PROMPT, max_tokens=TOKENS, context=128) as tokens:
+            async with coordinator.generate(PROMPT, max_tokens=TOKENS, context=128) as tokens:
                 async for token in tokens:
                     answer.append(token)
                     during(len(answer))
-            return answer, head.recoveries, await head.stats()
+            return answer, coordinator.recoveries, await coordinator.stats()
 
 
 @pytest.mark.whole_lab

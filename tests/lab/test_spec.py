@@ -17,7 +17,7 @@ def test_the_phones_are_those_that_the_results_refer_to(labs: Path) -> None:
     spec = read_spec(labs / "phones.toml")
     assert [(d.speed, d.cap_layers) for d in spec.devices] == [(0.8, 16), (0.5, 12), (0.2, 8), (0.2, 8)]
     assert {d.link for d in spec.devices} == {LinkSpec(0.002, 0.0005, 10e6)}
-    assert (spec.head, spec.devices[2].slow) == ("flagship", 5.0)
+    assert (spec.coordinator, spec.devices[2].slow) == ("flagship", 5.0)
 
 
 @pytest.mark.parametrize("name", ["phones", "pis", "laptop+phones"])
@@ -47,7 +47,7 @@ DEVICE = '[[device]]\nname = "a"\nspeed = 0.5\n'
         (DEVICE.replace('"a"', '"a b"'), "a name is letters"),
         ("turns = 1\n" + DEVICE, "turns must be true or false"),
         ("turns = true\n" + DEVICE.replace("0.5", "0.95"), "0.95 cores, and beyond 0.9"),
-        ('head = "b"\n' + DEVICE, "the head is on 'b'"),
+        ('coordinator = "b"\n' + DEVICE, "the coordinator is on 'b'"),
         ("[link]\ndelay_ms = 1\njitter_ms = 2\n" + DEVICE, "the jitter exceeds the delay"),
         ("[link]\ndelay_ms = -1\n" + DEVICE, "delay_ms must be a number from 0"),
         ("[[device", "Expected"),
@@ -98,7 +98,7 @@ def test_layers_are_split_evenly_as_far_as_the_caps_allow() -> None:
 def test_a_cap_in_layers_has_room_for_them_and_either_end(
     monkeypatch: pytest.MonkeyPatch, context: int, sequences: int
 ) -> None:
-    """Each sequence has pages of its own, and the head may work on more than a layer does."""
+    """Each sequence has pages of its own, and the LM head may work on more than a layer does."""
     table = planner.Unit("table", 10**7, 10, 0, 0, 0, 1000, workspace_bytes=3 * 10**6)
     layer = planner.Unit("layer", 10**7, 10**7, 10**6, 10**5, 5 * 10**6, 1000, workspace_bytes=10**6)
     model = planner.ModelCosts((table, *[layer] * 6, table), 0, 64)

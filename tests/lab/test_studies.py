@@ -238,13 +238,15 @@ def test_rivals_are_named_or_it_is_said_why_there_are_none() -> None:
     assert "5.00 | 7.00 | 6.00 to 8.00, 2 |" in text
 
 
-@pytest.mark.parametrize("head", [None, "b"])
-def test_lingualinkeds_head_is_a_device_whether_or_not_the_lab_names_one(head: str | None) -> None:
+@pytest.mark.parametrize("coordinator", [None, "b"])
+def test_lingualinkeds_coordinator_is_a_device_whether_or_not_the_lab_names_one(
+    coordinator: str | None,
+) -> None:
     roomy = planner.Cluster(tuple(replace(d, ram_bytes=10**9) for d in DEVICES), LINKS, "head")
-    spec = LabSpec(tuple(DeviceSpec(d.name, 0.3, LinkSpec()) for d in DEVICES), head)
+    spec = LabSpec(tuple(DeviceSpec(d.name, 0.3, LinkSpec()) for d in DEVICES), coordinator)
     found, said = rivals.plans(ROWS, roomy, spec, 1)
     assert "lingualinked" not in said
-    assert found["lingualinked"][0].device == (head or "a")
+    assert found["lingualinked"][0].device == (coordinator or "a")
 
 
 def test_several_streams_alone_are_not_compared_with_one() -> None:

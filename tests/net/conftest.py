@@ -21,11 +21,11 @@ import trio.testing
 
 from shoal.engine.batch import Result, Run, Sampling, Want
 from shoal.engine.errors import ContextError
-from shoal.net.coordinator import Head, HeadOptions
+from shoal.net.coordinator import Coordinator, CoordinatorOptions
 from shoal.net.identity import Identity, ModelShape
 from shoal.net.messages import Offer
 from shoal.net.node import Node, NodeParts
-from shoal.net.placement import Plan
+from shoal.net.placement import Planner
 from shoal.planner import Device
 
 UNITS, VOCAB, CONTEXT, COLS, PRIME = 6, 97, 64, 2, 65521
@@ -203,15 +203,15 @@ class FakeNetwork:
             await trio.aclose_forcefully(stream)
 
     @asynccontextmanager
-    async def head(
-        self, *ports: int, plan: Plan, measure_links: bool = False, **options: Any
-    ) -> AsyncIterator[Head]:
-        settings = HeadOptions(
+    async def coordinator(
+        self, *ports: int, plan: Planner, measure_links: bool = False, **options: Any
+    ) -> AsyncIterator[Coordinator]:
+        settings = CoordinatorOptions(
             hop=inline, open_stream=self.open_stream, measure_links=measure_links, **options
         )
         addresses = [("host", port) for port in ports or self.nodes]
-        async with Head.open(addresses, identity("laptop", 99), SHAPE, plan, settings) as head:
-            yield head
+        async with Coordinator.open(addresses, identity("laptop", 99), SHAPE, plan, settings) as coordinator:
+            yield coordinator
 
 
 @asynccontextmanager
@@ -221,8 +221,8 @@ async def network() -> AsyncIterator[FakeNetwork]:
         nursery.cancel_scope.cancel()
 
 
-async def collect(head: Head, prompt: Sequence[int], count: int, **how: Any) -> list[int]:
-    async with head.generate(prompt, max_tokens=count, **how) as tokens:
+async def collect(coordinator: Coordinator, prompt: Sequence[int], count: int, **how: Any) -> list[int]:
+    async with coordinator.generate(prompt, max_tokens=count, **how) as tokens:
         return [token async for token in tokens]
 
 

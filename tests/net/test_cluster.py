@@ -1,4 +1,4 @@
-"""The head's decisions as a function: literal cases, and random interleavings that hold its invariants."""
+"""The coordinator's decisions as a function: literal cases, and invariants under random interleavings."""
 
 import random
 from dataclasses import replace
@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from shoal.engine.errors import NoPlanError, ShoalError
-from shoal.net.cluster import Cluster, Member, step
+from shoal.net.cluster import ClusterState, Member, decide
 from shoal.net.errors import LocalProtocolError, MismatchError, NodeLostError
 from shoal.net.events import (
     Command,
@@ -31,7 +31,7 @@ from shoal.net.events import (
     Timing,
 )
 from shoal.net.messages import Assign, Epoch, Hello, Offer, Peer
-from shoal.net.placement import Placement
+from shoal.net.placement import COORDINATOR, Placement
 from shoal.planner import Assignment, Device
 
 NAMES = ("a", "b", "c")
@@ -49,16 +49,16 @@ def hello(name: str, number: int, exact: bool = True) -> Hello:
     return Hello("control", name, number, "0.1.0", 1, "aa", replace(OFFER, exact=exact))
 
 
-def fresh(names: tuple[str, ...] = NAMES, **changes: object) -> Cluster:
+def fresh(names: tuple[str, ...] = NAMES, **changes: object) -> ClusterState:
     members = tuple(Member("host", 7001 + i) for i in range(len(names)))
-    return Cluster(members, 6, Epoch(99, 0), Timing(1.0, 10.0, 10.0), **changes)  # type: ignore[arg-type]
+    return ClusterState(members, 6, Epoch(99, 0), Timing(1.0, 10.0, 10.0), **changes)  # type: ignore[arg-type]
 
 
-def after(state: Cluster, *events: Event, now: float = 0.0) -> tuple[Cluster, list[Command]]:
+def after(state: ClusterState, *events: Event, now: float = 0.0) -> tuple[ClusterState, list[Command]]:
     """The state, and the commands of the last event."""
     commands: tuple[Command, ...] = ()
     for event in events:
-        state, commands = step(state, event, now)
+        state, commands = decide(state, event, now)
     return state, list(commands)
 
 
@@ -97,8 +97,14 @@ def test_a_node_without_a_stage_is_released() -> None:
 
 
 def test_nodes_of_one_name_get_labels_that_differ() -> None:
-    state, _ = after(fresh(), *(Joined(i, hello(name, i)) for i, name in enumerate(("pi", "pi", "head"))))
-    assert [member.label for member in state.members] == ["pi@host:7001", "pi@host:7002", "head@host:7003"]
+    state, _ = after(
+        fresh(), *(Joined(i, hello(name, i)) for i, name in enumerate(("pi", "pi", COORDINATOR)))
+    )
+    assert [member.label for member in state.members] == [
+        "pi@host:7001",
+        "pi@host:7002",
+        "coordinator@host:7003",
+    ]
 
 
 def test_exact_and_approximate_nodes_mix_only_when_asked_for() -> None:
@@ -228,7 +234,7 @@ def test_silence_before_serving_is_a_failure_that_names_the_node() -> None:
     assert isinstance(fail, Fail) and "a (host:7001) has said nothing for 10 s" in str(fail.error)
 
 
-def consistent(state: Cluster, commands: tuple[Command, ...], before: Cluster) -> None:
+def consistent(state: ClusterState, commands: tuple[Command, ...], before: ClusterState) -> None:
     """What must hold after every event, whatever happened."""
     for command in commands:
         match command:
@@ -253,7 +259,7 @@ def consistent(state: Cluster, commands: tuple[Command, ...], before: Cluster) -
     assert state.epoch >= before.epoch
 
 
-def random_event(rng: random.Random, state: Cluster) -> Event:
+def random_event(rng: random.Random, state: ClusterState) -> Event:
     member, counter = rng.randrange(3), rng.randint(max(0, state.epoch.counter - 1), state.epoch.counter)
     alive = [state.members[i].label for i in state.alive()]
     placement = None
@@ -290,7 +296,7 @@ def test_random_interleavings_never_mix_epochs_or_use_the_lost() -> None:
         for _ in range(60):
             now += rng.random()
             before = state
-            state, commands = step(state, random_event(rng, state), now)
+            state, commands = decide(state, random_event(rng, state), now)
             consistent(state, commands, before)
             phases.add(state.phase)
             served += any(isinstance(c, Serve) for c in commands)
@@ -309,7 +315,7 @@ def test_when_every_command_is_carried_out_what_remains_serves() -> None:
             if not todo:
                 break
             event = todo.pop(rng.randrange(len(todo)))
-            state, commands = step(state, event, 0.0)
+            state, commands = decide(state, event, 0.0)
             for command in commands:
                 match command:
                     case MeasureLinks():

@@ -6,6 +6,7 @@ import trio
 import shoal.engine.errors
 import shoal.net.errors
 from shoal.engine.errors import ContextError, ModelFileError, ShoalError
+from shoal.net.connection import open_tasks
 from shoal.net.errors import (
     NetError,
     NodeLostError,
@@ -15,7 +16,6 @@ from shoal.net.errors import (
     printable,
     to_wire,
 )
-from shoal.net.link import open_tasks
 
 
 def all_errors() -> list[type[ShoalError]]:

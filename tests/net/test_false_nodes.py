@@ -1,4 +1,5 @@
-"""Nodes that lie to a head: what they do ends their answer or their connection, never the head's sense."""
+"""Nodes that lie to a coordinator: a lie ends their answer or connection and never confuses the
+coordinator."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -9,8 +10,8 @@ import pytest
 import trio
 import trio.testing
 
+from shoal.net.connection import Connection, greet, open_connection, open_tasks
 from shoal.net.errors import MismatchError, NodeLostError, RemoteProtocolError, to_wire
-from shoal.net.link import Link, greet, open_link, open_tasks
 from shoal.net.messages import (
     Assign,
     Epoch,
@@ -28,7 +29,7 @@ from shoal.net.messages import (
 )
 from shoal.net.placement import plan_at
 
-Answer = Callable[[Link, Step], Awaitable[None]]
+Answer = Callable[[Connection, Step], Awaitable[None]]
 
 
 class FalseNode:
@@ -36,31 +37,31 @@ class FalseNode:
 
     def __init__(self, lab: ModuleType, answer: Answer, number: int) -> None:
         self._lab, self._answer, self._number = lab, answer, number
-        self._control: Link | None = None
+        self._control: Connection | None = None
 
     async def connected(self, stream: trio.abc.Stream) -> None:
         async def anyone(hello: Hello) -> None:
             pass
 
         try:
-            async with open_link(stream, "head", dialled=False) as link:
+            async with open_connection(stream, "coordinator", dialled=False) as connection:
                 me = self._lab.identity(f"liar{self._number}", self._number)
-                hello = await greet(link, me, self._lab.OFFER, seconds=5, admit=anyone)
+                hello = await greet(connection, me, self._lab.OFFER, seconds=5, admit=anyone)
                 if hello.purpose == "control":
-                    self._control = link
+                    self._control = connection
                 while True:
-                    await self._hear(link, await link.receive())
+                    await self._hear(connection, await connection.receive())
         except NodeLostError:
             pass
 
-    async def _hear(self, link: Link, message: Any) -> None:
+    async def _hear(self, connection: Connection, message: Any) -> None:
         match message:
             case Ping(nonce):
-                await link.send(Pong(nonce))
+                await connection.send(Pong(nonce))
             case Assign(epoch):
-                await link.send(Loaded(epoch, 0.0, 1))
+                await connection.send(Loaded(epoch, 0.0, 1))
             case GetStats():
-                await link.send(Stats(None, Work(0, 0, 0.0), Work(0, 0, 0.0)))
+                await connection.send(Stats(None, Work(0, 0, 0.0), Work(0, 0, 0.0)))
             case Step():
                 assert self._control is not None
                 await self._answer(self._control, message)
@@ -69,7 +70,7 @@ class FalseNode:
 
 
 def ask(lab: ModuleType, answer: Answer, edges: tuple[int, ...] = (0, 6)) -> list[int]:
-    """What a head gets from a chain of false nodes."""
+    """What a coordinator gets from a chain of false nodes."""
 
     async def main() -> list[int]:
         async with open_tasks() as nursery:
@@ -83,8 +84,8 @@ def ask(lab: ModuleType, answer: Answer, edges: tuple[int, ...] = (0, 6)) -> lis
             net = lab.FakeNetwork(nursery)
             net.open_stream = open_stream
             try:
-                async with net.head(*falses, plan=plan_at(edges)) as head:
-                    tokens: list[int] = await lab.collect(head, [1, 2], 3)
+                async with net.coordinator(*falses, plan=plan_at(edges)) as coordinator:
+                    tokens: list[int] = await lab.collect(coordinator, [1, 2], 3)
             finally:
                 nursery.cancel_scope.cancel()
         return tokens
@@ -98,7 +99,7 @@ def result(step: Step, **changes: Any) -> Result:
 
 
 def test_a_false_node_that_behaves_is_believed(lab: ModuleType) -> None:
-    async def answer(control: Link, step: Step) -> None:
+    async def answer(control: Connection, step: Step) -> None:
         await control.send(result(step))
 
     assert ask(lab, answer) == [5, 5, 5]
@@ -106,7 +107,7 @@ def test_a_false_node_that_behaves_is_believed(lab: ModuleType) -> None:
 
 @pytest.mark.parametrize("changes", [{"first": 9}, {"rows": 7}, {"token": None}, {"token": 97}], ids=str)
 def test_a_result_that_was_not_due_ends_the_answer(lab: ModuleType, changes: dict[str, Any]) -> None:
-    async def answer(control: Link, step: Step) -> None:
+    async def answer(control: Connection, step: Step) -> None:
         await control.send(result(step, **changes))
 
     with pytest.raises(RemoteProtocolError, match="the last node"):
@@ -114,7 +115,7 @@ def test_a_result_that_was_not_due_ends_the_answer(lab: ModuleType, changes: dic
 
 
 def test_results_of_other_sessions_and_epochs_are_dropped(lab: ModuleType) -> None:
-    async def answer(control: Link, step: Step) -> None:
+    async def answer(control: Connection, step: Step) -> None:
         await control.send(result(step, session=77, token=1))
         await control.send(result(step, epoch=Epoch(99, 0), token=2))
         await control.send(result(step, epoch=Epoch(98, 1), token=3))
@@ -124,7 +125,7 @@ def test_results_of_other_sessions_and_epochs_are_dropped(lab: ModuleType) -> No
 
 
 def test_a_flood_of_results_loses_the_node(lab: ModuleType) -> None:
-    async def answer(control: Link, step: Step) -> None:
+    async def answer(control: Connection, step: Step) -> None:
         frames = [frame for _ in range(50) for frame in control._wire.send(result(step))]
         await control._stream.send_all(b"".join(frames))  # all at once, before the session can look
 
@@ -133,7 +134,7 @@ def test_a_flood_of_results_loses_the_node(lab: ModuleType) -> None:
 
 
 def test_a_result_from_the_middle_of_the_chain_loses_the_node(lab: ModuleType) -> None:
-    async def answer(control: Link, step: Step) -> None:
+    async def answer(control: Connection, step: Step) -> None:
         await control.send(result(step))
 
     words = "liar1 sent a Result, and is not the chain's last node; and without it: .* need 2 nodes"
@@ -146,28 +147,28 @@ def test_a_peer_that_offers_no_device_is_no_node(lab: ModuleType) -> None:
         async with open_tasks() as tasks:
             net = lab.FakeNetwork(tasks)
 
-            async def another_head(stream: trio.abc.Stream) -> None:
-                async with open_link(stream, "head", dialled=False) as link:
-                    hello = await link.expect(Hello)
-                    await link.send(lab.identity("laptop2", 8).hello(hello.purpose))
+            async def another_coordinator(stream: trio.abc.Stream) -> None:
+                async with open_connection(stream, "coordinator", dialled=False) as connection:
+                    hello = await connection.expect(Hello)
+                    await connection.send(lab.identity("laptop2", 8).hello(hello.purpose))
                     with pytest.raises(NodeLostError):
-                        await link.receive()
+                        await connection.receive()
 
             async def open_stream(host: str, port: int) -> trio.abc.Stream:
                 here, there = trio.testing.memory_stream_pair()
-                tasks.start_soon(another_head, there)
+                tasks.start_soon(another_coordinator, there)
                 return here
 
             net.open_stream = open_stream
             with pytest.raises(RemoteProtocolError, match=r"laptop2 .* is no node: it offers no device"):
-                async with net.head(7001, plan=plan_at((0, 6))):
+                async with net.coordinator(7001, plan=plan_at((0, 6))):
                     pass
 
     lab.run(main)
 
 
 def test_an_error_from_a_node_is_raised_as_what_it_says(lab: ModuleType) -> None:
-    async def answer(control: Link, step: Step) -> None:
+    async def answer(control: Connection, step: Step) -> None:
         await control.send(Error(*to_wire(MismatchError("something changed"))))
 
     with pytest.raises(MismatchError, match="something changed"):

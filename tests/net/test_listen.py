@@ -1,4 +1,4 @@
-"""Every address of a name is checked and served, on one port, and named so that a head can dial it."""
+"""Every address of a name is checked and served, on one port, and named so that a coordinator can dial it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import trio
 
 from shoal.net import listen
+from shoal.net.connection import open_tcp
 from shoal.net.errors import AddressInUseError, NetError
-from shoal.net.link import open_tcp
 
 REAL = socket.getaddrinfo
 Names = Callable[[dict[str, Sequence[str]]], None]
@@ -100,7 +100,7 @@ def test_every_address_of_the_device_is_every_one_of_both_families() -> None:
     assert listen.addresses("0.0.0.0") == ("0.0.0.0",)
     found = serve("::")
     own = [each.rpartition(":")[0] for each in found]
-    assert own[0] == "127.0.0.1"  # what a head on this device can use
+    assert own[0] == "127.0.0.1"  # what a coordinator on this device can use
     assert ("[::1]" in own) == has_ipv6()
     assert not {"0.0.0.0", "[::]"} & set(own)
     assert len(ports(found)) == 1

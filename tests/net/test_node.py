@@ -15,8 +15,8 @@ import trio
 import trio.testing
 
 from shoal.engine.batch import Sampling, Want
+from shoal.net.connection import Connection, dial
 from shoal.net.errors import NetError, NodeLostError, RemoteProtocolError
-from shoal.net.link import Link, dial
 from shoal.net.messages import (
     Assign,
     Broken,
@@ -39,21 +39,23 @@ from shoal.net.messages import (
 )
 from shoal.net.node import MAX_STEP_CONNECTIONS
 from shoal.net.placement import plan_at
-from shoal.net.wire import Connection
+from shoal.net.wire import WireProtocol
 
 HEADER = struct.Struct("<4sHHI")
 EPOCH = Epoch(5, 1)
 
 
 @asynccontextmanager
-async def connected(lab: ModuleType, net: Any, port: int, purpose: str) -> AsyncIterator[Link]:
+async def connected(lab: ModuleType, net: Any, port: int, purpose: str) -> AsyncIterator[Connection]:
     me = lab.identity("laptop", 99)
-    async with dial(net.open_stream, "host", port, me, purpose, seconds=5) as (link, _):  # type: ignore[arg-type]
-        yield link
+    async with dial(net.open_stream, "host", port, me, purpose, seconds=5) as (connection, _):  # type: ignore[arg-type]
+        yield connection
 
 
-def alone(lab: ModuleType, test: Callable[[Any, Link, Link], Awaitable[None]], **changes: Any) -> None:
-    """A node with the whole model under EPOCH, and a head's two connections to it."""
+def alone(
+    lab: ModuleType, test: Callable[[Any, Connection, Connection], Awaitable[None]], **changes: Any
+) -> None:
+    """A node with the whole model under EPOCH, and a coordinator's two connections to it."""
 
     async def main() -> None:
         async with lab.network() as net:
@@ -78,7 +80,7 @@ def rows(session: int, first: int, *tokens: int, epoch: Epoch = EPOCH) -> Step:
 
 
 def test_rows_of_another_epoch_are_dropped(lab: ModuleType) -> None:
-    async def test(net: Any, control: Link, steps: Link) -> None:
+    async def test(net: Any, control: Connection, steps: Connection) -> None:
         old = Epoch(4, 9)
         for message in (opened(1, old), opened(1), rows(1, 0, 3, epoch=old), rows(1, 0, 5), Close(1, old)):
             await steps.send(message)
@@ -90,7 +92,7 @@ def test_rows_of_another_epoch_are_dropped(lab: ModuleType) -> None:
 
 
 def test_a_new_assignment_drops_the_old_one_and_its_sessions(lab: ModuleType) -> None:
-    async def test(net: Any, control: Link, steps: Link) -> None:
+    async def test(net: Any, control: Connection, steps: Connection) -> None:
         await steps.send(opened(1))
         newer = Epoch(5, 2)
         await control.send(Assign(newer, 0, 6, None, 4))
@@ -110,7 +112,7 @@ def test_a_new_assignment_drops_the_old_one_and_its_sessions(lab: ModuleType) ->
 
 
 def test_assignments_in_a_hurry_end_with_the_last_one(lab: ModuleType) -> None:
-    async def test(net: Any, control: Link, steps: Link) -> None:
+    async def test(net: Any, control: Connection, steps: Connection) -> None:
         for counter in range(2, 6):
             await control.send(Assign(Epoch(5, counter), 0, 6, None, 4))
         last = await control.expect(Loaded)
@@ -123,7 +125,7 @@ def test_assignments_in_a_hurry_end_with_the_last_one(lab: ModuleType) -> None:
 
 
 def test_pings_are_answered_while_a_stage_loads_and_computes(lab: ModuleType) -> None:
-    async def test(net: Any, control: Link, steps: Link) -> None:
+    async def test(net: Any, control: Connection, steps: Connection) -> None:
         await control.send(Assign(Epoch(5, 2), 0, 6, None, 4))
         start = trio.current_time()
         await control.send(Ping(7))
@@ -136,7 +138,7 @@ def test_pings_are_answered_while_a_stage_loads_and_computes(lab: ModuleType) ->
 
 
 def test_wrong_rows_end_their_session_only(lab: ModuleType) -> None:
-    async def test(net: Any, control: Link, steps: Link) -> None:
+    async def test(net: Any, control: Connection, steps: Connection) -> None:
         for message in (opened(1), opened(2), rows(1, 4, 5), rows(2, 0, 5)):
             await steps.send(message)
         answers = [await control.receive(), await control.receive()]
@@ -148,7 +150,7 @@ def test_wrong_rows_end_their_session_only(lab: ModuleType) -> None:
 
 
 def test_a_long_queue_holds_back_its_connection_and_loses_nothing(lab: ModuleType) -> None:
-    async def test(net: Any, control: Link, steps: Link) -> None:
+    async def test(net: Any, control: Connection, steps: Connection) -> None:
         history = [5]
         await steps.send(opened(1))
         async with trio.open_nursery() as tasks:
@@ -255,7 +257,7 @@ def test_fuzz_whatever_comes_after_a_greeting_the_node_lives(lab: ModuleType, pu
             net.add("a")
             for _ in range(60):
                 stream = await net.open_stream("host", 7001)
-                sender = Connection(True)
+                sender = WireProtocol(True)
                 await stream.send_all(b"".join(sender.send(lab.identity("stranger", 66).hello(purpose))))
                 data = bytearray(b"".join(b"".join(sender.send(rng.choice(down))) for _ in range(8)))
                 for _ in range(rng.randint(0, 3)):
@@ -266,8 +268,8 @@ def test_fuzz_whatever_comes_after_a_greeting_the_node_lives(lab: ModuleType, pu
                 await stream.aclose()
                 await trio.testing.wait_all_tasks_blocked()
             assert any("it sent" in line or "is not" in line for line in net.nodes[7001].log)
-            async with net.head(plan=plan_at((0, 6))) as head:
-                assert await lab.collect(head, [1], 3) == lab.oracle([1], 3)
+            async with net.coordinator(plan=plan_at((0, 6))) as coordinator:
+                assert await lab.collect(coordinator, [1], 3) == lab.oracle([1], 3)
 
     lab.run(main)
 
@@ -308,9 +310,9 @@ def test_rows_are_taken_only_while_there_is_a_head(lab: ModuleType) -> None:
     async def main() -> None:
         async with lab.network() as net:
             net.add("a")
-            async with connected(lab, net, 7001, "step") as link:
+            async with connected(lab, net, 7001, "step") as connection:
                 with pytest.raises(NetError, match="a is not part of a chain"):
-                    await link.receive()
+                    await connection.receive()
             async with connected(lab, net, 7001, "control") as control, AsyncExitStack() as stack:
                 quiet = [
                     await stack.enter_async_context(connected(lab, net, 7001, "step"))
@@ -322,11 +324,11 @@ def test_rows_are_taken_only_while_there_is_a_head(lab: ModuleType) -> None:
                 await control.send(Ping(1))
                 assert (await control.expect(Pong)).nonce == 1
                 await trio.aclose_forcefully(control._stream)
-                for link in quiet:
+                for connection in quiet:
                     with pytest.raises(NodeLostError, match="it closed the connection"):
-                        await link.receive()
-            async with net.head(plan=plan_at((0, 6))) as head:
-                assert await lab.collect(head, [1], 3) == lab.oracle([1], 3)
+                        await connection.receive()
+            async with net.coordinator(plan=plan_at((0, 6))) as coordinator:
+                assert await lab.collect(coordinator, [1], 3) == lab.oracle([1], 3)
 
     lab.run(main)
 
@@ -344,10 +346,10 @@ def test_a_mistake_of_ours_ends_one_connection_and_not_the_node(lab: ModuleType,
 
             node._parts = replace(parts, open_stage=broken)
             with pytest.raises(NetError, match=re.escape(str(error))):
-                async with net.head(plan=plan_at((0, 6))):
+                async with net.coordinator(plan=plan_at((0, 6))):
                     pass
             node._parts = parts
-            async with net.head(plan=plan_at((0, 6))) as head:
-                assert await lab.collect(head, [1], 3) == lab.oracle([1], 3)
+            async with net.coordinator(plan=plan_at((0, 6))) as coordinator:
+                assert await lab.collect(coordinator, [1], 3) == lab.oracle([1], 3)
 
     lab.run(main)

@@ -16,7 +16,7 @@ from shoal.net.messages import (
     Hello,
 )
 from shoal.net.placement import plan_at
-from shoal.net.wire import Connection
+from shoal.net.wire import WireProtocol
 
 HEADER = struct.Struct("<4sHHI")
 
@@ -30,14 +30,14 @@ EPOCH = Epoch(5, 1)
 
 
 def greeting(lab: ModuleType, purpose: str) -> bytes:
-    return b"".join(Connection(True).send(lab.identity("stranger", 66).hello(purpose)))
+    return b"".join(WireProtocol(True).send(lab.identity("stranger", 66).hello(purpose)))
 
 
 def hostile(lab: ModuleType) -> dict[str, tuple[bytes, bytes | None, type[NetError], str]]:
     """What a stranger sends first, what it sends when greeted (None: nothing), and what it is told."""
     hello, step = greeting(lab, "control"), header(32, 0xFFFFFFFF)
     small, remote = header(32, 40), RemoteProtocolError
-    body = b'{"epoch":{"head":1,"counter":1},"first":0,"last":99,"next":null,"chunk_rows":9}'
+    body = b'{"epoch":{"coordinator":1,"counter":1},"first":0,"last":99,"next":null,"chunk_rows":9}'
     return {
         "garbage": (b"GET / HTTP/1.1\r\n\r\n", None, remote, "does not speak this protocol"),
         "random": (random.Random(1).randbytes(5000), None, remote, "does not speak this protocol"),
@@ -46,7 +46,7 @@ def hostile(lab: ModuleType) -> dict[str, tuple[bytes, bytes | None, type[NetErr
             HEADER.pack(b"SHOL", 7, 1, 2), None, MismatchError, f"version 7 and this process {PROTOCOL}"
         ),
         "another model": (
-            b"".join(Connection(True).send(lab.identity("stranger", 6, "cc" * 32).hello("step"))),
+            b"".join(WireProtocol(True).send(lab.identity("stranger", 6, "cc" * 32).hello("step"))),
             None, MismatchError, "has the model cccccccccccccccc, a has aaaaaaaaaaaaaaaa",
         ),
         "4 GB for a greeting": (header(1, 0xFFFFFFFF), None, remote, "the limit is 65536"),
@@ -67,7 +67,7 @@ CASES = (
 )  # fmt: skip
 
 
-async def told(stream: trio.abc.Stream, connection: Connection) -> Any:
+async def told(stream: trio.abc.Stream, connection: WireProtocol) -> Any:
     """The next message, or what next_message says at the end."""
     while True:
         message = connection.next_message()
@@ -92,7 +92,7 @@ def test_a_stranger_is_told_why_and_the_node_goes_on(lab: ModuleType, case: str)
 
             async def intrude() -> None:
                 stream = await net.open_stream("host", 7001)
-                connection = Connection(True)
+                connection = WireProtocol(True)
                 connection.send(
                     lab.identity("stranger", 66).hello("step" if b'"step"' in first else "control")
                 )
@@ -109,14 +109,14 @@ def test_a_stranger_is_told_why_and_the_node_goes_on(lab: ModuleType, case: str)
 
             if case in ("rows on control", "garbage once greeted", "a false assignment"):
                 await intrude()
-            async with net.head(plan=plan_at((0, 3, 6))) as head:
-                async with head.generate([1, 2], max_tokens=10) as tokens:
+            async with net.coordinator(plan=plan_at((0, 3, 6))) as coordinator:
+                async with coordinator.generate([1, 2], max_tokens=10) as tokens:
                     got = [await anext(tokens)]
                     if b'"control"' not in first:
                         await intrude()
                     got += [token async for token in tokens]
                 assert got == lab.oracle([1, 2], 10)
-                assert head.recoveries == 0
+                assert coordinator.recoveries == 0
 
     lab.run(main)
 

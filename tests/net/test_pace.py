@@ -13,15 +13,15 @@ import trio
 
 from shoal.distributed import cluster_of
 from shoal.engine.batch import Want
-from shoal.net.cluster import Cluster, Member
-from shoal.net.coordinator import Head, HeadOptions
+from shoal.net.cluster import ClusterState, Member
+from shoal.net.connection import in_thread, open_tcp
+from shoal.net.coordinator import Coordinator, CoordinatorOptions
 from shoal.net.events import Timing
 from shoal.net.inbox import Batch
-from shoal.net.link import in_thread, open_tcp
 from shoal.net.messages import Epoch, Pace, Pong, Step
 from shoal.net.node import Node
-from shoal.net.pace import HeadPace, NodePace, Onward, row_bytes
-from shoal.net.placement import HEAD, Links, NodeInfo, Placement
+from shoal.net.pace import ChainPace, NodePace, Onward, row_bytes
+from shoal.net.placement import COORDINATOR, Links, NodeInfo, Placement
 from shoal.planner import (
     Assignment,
     LinkSpeed,
@@ -78,15 +78,15 @@ def test_pings_behind_rows_tell_latency_and_rate() -> None:
     rows = [Step(1, EPOCH, 0, (1, 2), Want.TOKEN, np.zeros((2, 1000), np.float32))]
     size = row_bytes(rows[0])
     assert size == pytest.approx(8000, abs=100)
-    link = Onward(LinkSpeed(0.002, 1e6, 0.003))
+    connection = Onward(LinkSpeed(0.002, 1e6, 0.003))
     for at in range(300):
-        nonce = link.due(rows, float(at))
+        nonce = connection.due(rows, float(at))
         assert nonce is not None
-        assert link.due(rows, at + 0.1) is None  # not so often
-        link.answered(nonce + 1, at + 0.2)  # not its answer
-        assert link.measured is not None
-        link.answered(nonce, at + 0.020 + link.measured.latency_s)
-    measured = link.measured
+        assert connection.due(rows, at + 0.1) is None  # not so often
+        connection.answered(nonce + 1, at + 0.2)  # not its answer
+        assert connection.measured is not None
+        connection.answered(nonce, at + 0.020 + connection.measured.latency_s)
+    measured = connection.measured
     assert measured is not None
     # 20 ms for what took 10: the larger part, the bytes, takes more of the blame
     assert measured.latency_s + size / measured.bytes_per_s == pytest.approx(0.020, rel=1e-3)
@@ -100,14 +100,14 @@ def test_pings_behind_rows_tell_latency_and_rate() -> None:
 
 def test_the_head_keeps_what_it_hears_of_the_current_epoch() -> None:
     old = LinkSpeed(0.002, 1e6)
-    links = dict.fromkeys(((HEAD, "a"), ("a", HEAD), ("a", "b"), ("b", "a")), old)
-    state = Cluster(
+    links = dict.fromkeys(((COORDINATOR, "a"), ("a", COORDINATOR), ("a", "b"), ("b", "a")), old)
+    state = ClusterState(
         (Member("h", 1, label="a"), Member("h", 2, label="b")),
         6,
         EPOCH,
         placement=Placement((Assignment("a", 0, 3), Assignment("b", 3, 6))),
     )
-    pace = HeadPace(links)
+    pace = ChainPace(links)
     nonce = pace.pinged(0, 10.0)
     new = LinkSpeed(0.008, 2e6, 0.009)
     pace.answered(state, 0, Pong(nonce, Pace(EPOCH, 2.5, new)), 10.008)  # 4 ms each way instead of 2
@@ -115,14 +115,14 @@ def test_the_head_keeps_what_it_hears_of_the_current_epoch() -> None:
     assert pace.slower("b") == 1.0
     assert links["a", "b"] == new
     assert links["b", "a"] == replace(new, bytes_per_s=1e6)
-    assert links[HEAD, "a"].latency_s == links["a", HEAD].latency_s == pytest.approx(0.0022)
+    assert links[COORDINATOR, "a"].latency_s == links["a", COORDINATOR].latency_s == pytest.approx(0.0022)
     before = dict(links)
     pace.answered(state, 0, Pong(nonce + 1, Pace(Epoch(1, 0), 9.0, old)), 11.0)
     assert (pace.slower("a"), links) == (2.5, before)
 
 
 def follow(plans: list[Plan]) -> Callable[[Sequence[NodeInfo], Links], Placement]:
-    """A head's plan by the planner, for the fake model's units; keeps the plans."""
+    """A coordinator's plan by the planner, for the fake model's units; keeps the plans."""
 
     def place(nodes: Sequence[NodeInfo], links: Links) -> Placement:
         question = Question(UNITS, cluster_of(nodes, links), Workload(64, 4, 1, 4), "throughput")
@@ -179,11 +179,11 @@ def test_a_node_that_gets_hot_has_fewer_layers_in_the_next_plan(lab: ModuleType)
                 addresses[name] = listeners[0].socket.getsockname()[:2]
                 scopes[name] = trio.CancelScope()
                 tasks.start_soon(serve, Node(parts), listeners, scopes[name])
-            options = HeadOptions(timing=Timing(heartbeat=0.05))
+            options = CoordinatorOptions(timing=Timing(heartbeat=0.05))
             identity = lab.identity("laptop", 9)
-            async with Head.open(
+            async with Coordinator.open(
                 list(addresses.values()), identity, lab.SHAPE, follow(plans), options
-            ) as head:
+            ) as coordinator:
 
                 async def answers(count: int) -> None:
                     async with trio.open_nursery() as some:
@@ -191,21 +191,21 @@ def test_a_node_that_gets_hot_has_fewer_layers_in_the_next_plan(lab: ModuleType)
                             some.start_soon(one, seed, count)
 
                 async def one(seed: int, count: int) -> None:
-                    assert await lab.collect(head, [seed + 1], count) == lab.oracle([seed + 1], count)
+                    assert await lab.collect(coordinator, [seed + 1], count) == lab.oracle([seed + 1], count)
 
                 await answers(10)
                 first = layers(plans[-1])
                 assert sorted(first.values()) == [2, 2, 2]
-                calm = {node.label: node.slower for node in head.nodes}
+                calm = {node.label: node.slower for node in coordinator.nodes}
                 assert all(0.5 < slower < 2.0 for slower in calm.values())
                 hot, dies = plans[-1].stages[0].device, plans[-1].stages[1].device
                 clocks[hot].factor = 4.0
                 await answers(50)
-                slower = {node.label: node.slower for node in head.nodes}
+                slower = {node.label: node.slower for node in coordinator.nodes}
                 assert slower[hot] > 2.0 * max(slower[name] for name in slower if name != hot)
                 scopes[dies].cancel()
                 await answers(5)
-                assert head.recoveries == 1
+                assert coordinator.recoveries == 1
                 after = layers(plans[-1])
                 (other,) = set("abc") - {hot, dies}
                 assert after.get(hot, 0) <= 1 < after[other]

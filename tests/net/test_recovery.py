@@ -33,15 +33,17 @@ def test_an_answer_survives_the_death_of_any_node(lab: ModuleType, port: int, af
         async with lab.network() as net:
             for name in "abc":
                 net.add(name)
-            async with net.head(plan=spread) as head:
-                async with head.generate([3, 1, 4, 1, 5], sampling, max_tokens=20) as tokens:
+            async with net.coordinator(plan=spread) as coordinator:
+                async with coordinator.generate([3, 1, 4, 1, 5], sampling, max_tokens=20) as tokens:
                     got = [await anext(tokens) for _ in range(after)]
                     await net.kill(port)
                     got += [token async for token in tokens]
                 assert got == lab.oracle([3, 1, 4, 1, 5], 20, sampling)
-                assert head.recoveries == 1
-                assert [node.port for node in head.nodes] == [p for p in (7001, 7002, 7003) if p != port]
-                assert len(await head.stats()) == 2
+                assert coordinator.recoveries == 1
+                assert [node.port for node in coordinator.nodes] == [
+                    p for p in (7001, 7002, 7003) if p != port
+                ]
+                assert len(await coordinator.stats()) == 2
 
     lab.run(main)
 
@@ -51,15 +53,15 @@ def test_a_prompt_on_its_way_survives(lab: ModuleType) -> None:
         async with lab.network() as net:
             for name in "abc":
                 net.add(name, hop=lab.slow_hop(1.0))
-            async with net.head(plan=spread) as head, trio.open_nursery() as tasks:
+            async with net.coordinator(plan=spread) as coordinator, trio.open_nursery() as tasks:
 
                 async def kill() -> None:
                     await trio.sleep(3.5)
                     await net.kill(7002)
 
                 tasks.start_soon(kill)
-                assert await lab.collect(head, [9] * 40, 5) == lab.oracle([9] * 40, 5)
-                assert head.recoveries == 1
+                assert await lab.collect(coordinator, [9] * 40, 5) == lab.oracle([9] * 40, 5)
+                assert coordinator.recoveries == 1
 
     lab.run(main)
 
@@ -72,7 +74,7 @@ def test_deaths_at_random_times_never_change_an_answer(lab: ModuleType) -> None:
         async with lab.network() as net:
             for name in "abcd":
                 net.add(name, hop=lab.slow_hop(0.01))
-            async with net.head(plan=spread) as head, trio.open_nursery() as tasks:
+            async with net.coordinator(plan=spread) as coordinator, trio.open_nursery() as tasks:
 
                 async def die(seconds: float, port: int) -> None:
                     await trio.sleep(seconds)
@@ -80,7 +82,7 @@ def test_deaths_at_random_times_never_change_an_answer(lab: ModuleType) -> None:
 
                 async def one(seed: int) -> None:
                     prompt, sampling = [seed] * (1 + 5 * seed), Sampling(seed=seed)
-                    assert await lab.collect(head, prompt, 15, sampling=sampling) == lab.oracle(
+                    assert await lab.collect(coordinator, prompt, 15, sampling=sampling) == lab.oracle(
                         prompt, 15, sampling
                     )
 
@@ -88,7 +90,7 @@ def test_deaths_at_random_times_never_change_an_answer(lab: ModuleType) -> None:
                     tasks.start_soon(die, *death)
                 for seed in range(4):
                     tasks.start_soon(one, seed)
-            return int(head.recoveries)
+            return int(coordinator.recoveries)
 
     recoveries = 0
     for _ in range(8):
@@ -102,15 +104,15 @@ def test_a_node_that_falls_silent_is_lost_after_ten_seconds(lab: ModuleType) -> 
         async with lab.network() as net:
             for name in "abc":
                 net.add(name)
-            async with net.head(plan=spread) as head:
-                async with head.generate([1, 2], max_tokens=12) as tokens:
+            async with net.coordinator(plan=spread) as coordinator:
+                async with coordinator.generate([1, 2], max_tokens=12) as tokens:
                     got = [await anext(tokens)]
                     net.mute(7002)
                     start = trio.current_time()
                     got += [token async for token in tokens]
                 assert 9 <= trio.current_time() - start <= 12
                 assert got == lab.oracle([1, 2], 12)
-                assert [node.label for node in head.nodes] == ["a", "c"]
+                assert [node.label for node in coordinator.nodes] == ["a", "c"]
 
     lab.run(main)
 
@@ -120,13 +122,13 @@ def test_a_broken_link_between_two_nodes_blames_the_next(lab: ModuleType) -> Non
         async with lab.network() as net:
             for name in "abc":
                 net.add(name)
-            async with net.head(plan=spread) as head:
-                async with head.generate([1, 2], max_tokens=12) as tokens:
+            async with net.coordinator(plan=spread) as coordinator:
+                async with coordinator.generate([1, 2], max_tokens=12) as tokens:
                     got = [await anext(tokens)]
                     await trio.aclose_forcefully(net.nodes[7002].streams[-1])  # a's way to b, the newest
                     got += [token async for token in tokens]
                 assert got == lab.oracle([1, 2], 12)
-                assert [node.label for node in head.nodes] == ["a", "c"]
+                assert [node.label for node in coordinator.nodes] == ["a", "c"]
 
     lab.run(main)
 
@@ -138,14 +140,14 @@ def test_without_recovery_a_loss_ends_the_head_and_names_the_node(lab: ModuleTyp
                 net.add(name)
 
             async def lose() -> None:
-                async with net.head(plan=spread, recover=False) as head:
+                async with net.coordinator(plan=spread, recover=False) as coordinator:
                     await net.kill(7002)
-                    await lab.collect(head, [1], 5)
+                    await lab.collect(coordinator, [1], 5)
 
             with pytest.raises(NodeLostError, match=r"b \(host:7002\) is lost"):
                 await lose()
-            async with net.head(7001, 7003, plan=spread) as head:
-                assert await lab.collect(head, [1], 5) == lab.oracle([1], 5)
+            async with net.coordinator(7001, 7003, plan=spread) as coordinator:
+                assert await lab.collect(coordinator, [1], 5) == lab.oracle([1], 5)
 
     lab.run(main)
 
@@ -162,7 +164,10 @@ def test_when_the_others_cannot_hold_the_model_the_error_says_both(lab: ModuleTy
                 net.add(name)
 
             async def lose() -> None:
-                async with net.head(plan=three) as head, head.generate([1], max_tokens=9) as tokens:
+                async with (
+                    net.coordinator(plan=three) as coordinator,
+                    coordinator.generate([1], max_tokens=9) as tokens,
+                ):
                     await anext(tokens)
                     await net.kill(7003)
                     async for _ in tokens:
@@ -181,10 +186,10 @@ def test_an_idle_chain_recovers_too(lab: ModuleType) -> None:
             for name in "ab":
                 net.add(name)
             timing = Timing(heartbeat=0.5, overdue=5, handshake=5)
-            async with net.head(plan=spread, timing=timing) as head:
+            async with net.coordinator(plan=spread, timing=timing) as coordinator:
                 await net.kill(7001)
                 await trio.sleep(1)
-                assert head.recoveries == 1
-                assert await lab.collect(head, [1], 5) == lab.oracle([1], 5)
+                assert coordinator.recoveries == 1
+                assert await lab.collect(coordinator, [1], 5) == lab.oracle([1], 5)
 
     lab.run(main)

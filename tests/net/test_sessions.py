@@ -49,7 +49,7 @@ def test_each_turn_of_a_chat_computes_only_what_is_new(
         async with lab.network() as net:
             for name in names:
                 net.add(name)
-            async with net.head(plan=spread) as head, head.session(sampling) as session:
+            async with net.coordinator(plan=spread) as coordinator, coordinator.session(sampling) as session:
                 known: list[int] = []
                 for turn in range(10):
                     prompt = [*known, turn, 90, turn]
@@ -73,7 +73,10 @@ def test_prompts_that_part_anywhere_give_the_tokens_of_a_fresh_session(lab: Modu
         async with lab.network() as net:
             net.add("a")
             net.add("b")
-            async with net.head(plan=plan_at((0, 3, 6), 4)) as head, head.session(SAMPLING) as session:
+            async with (
+                net.coordinator(plan=plan_at((0, 3, 6), 4)) as coordinator,
+                coordinator.session(SAMPLING) as session,
+            ):
                 known = [1]
                 for _ in range(40):
                     kept = known[: rng.randint(0, len(known))]
@@ -94,14 +97,14 @@ def test_a_session_that_is_closed_frees_its_state_and_one_that_waits_keeps_it(la
         async with lab.network() as net:
             net.add("a")
             net.add("b")
-            async with net.head(plan=plan_at((0, 3, 6), 4)) as head:
-                async with head.session() as session:
+            async with net.coordinator(plan=plan_at((0, 3, 6), 4)) as coordinator:
+                async with coordinator.session() as session:
                     await said(session, [1, 2], 2)
                     await trio.testing.wait_all_tasks_blocked()
                     assert held(net) == [1, 1]
                 await trio.testing.wait_all_tasks_blocked()
                 assert held(net) == [0, 0]
-                await lab.collect(head, [1, 2], 2)  # one answer alone keeps nothing
+                await lab.collect(coordinator, [1, 2], 2)  # one answer alone keeps nothing
                 await trio.testing.wait_all_tasks_blocked()
                 assert held(net) == [0, 0]
 
@@ -118,7 +121,7 @@ def test_an_answer_that_is_left_in_the_middle_does_not_disturb_the_next(
         async with lab.network() as net:
             for name in "abc":
                 net.add(name, hop=lab.slow_hop(1.0))
-            async with net.head(plan=spread) as head, head.session(SAMPLING) as session:
+            async with net.coordinator(plan=spread) as coordinator, coordinator.session(SAMPLING) as session:
                 with trio.move_on_after(after) as scope:
                     await said(session, [7] * 20, 30)
                 assert scope.cancelled_caught
@@ -139,7 +142,7 @@ def test_a_node_that_dies_between_or_within_answers_changes_no_token(
         async with lab.network() as net:
             for name in "abc":
                 net.add(name)
-            async with net.head(plan=spread) as head, head.session(SAMPLING) as session:
+            async with net.coordinator(plan=spread) as coordinator, coordinator.session(SAMPLING) as session:
                 known = [1, 2, 3, 4, 5]
                 known += await said(session, known, 4)
                 if not during:
@@ -152,7 +155,7 @@ def test_a_node_that_dies_between_or_within_answers_changes_no_token(
                         await net.kill(port)
                     answer += [token async for token in tokens]
                 assert answer == lab.oracle(prompt, 6, SAMPLING)
-                assert head.recoveries == 1
+                assert coordinator.recoveries == 1
                 prompt += [*answer, 2]
                 assert await said(session, prompt, 5) == lab.oracle(prompt, 5, SAMPLING)
 
@@ -164,11 +167,11 @@ def test_a_waiting_session_gives_its_place_to_one_that_answers(lab: ModuleType) 
         async with lab.network() as net:
             net.add("a")
             net.add("b")
-            async with net.head(plan=plan_at((0, 3, 6), 4), max_sessions=2) as head:
-                async with head.session() as first, head.session() as second:
+            async with net.coordinator(plan=plan_at((0, 3, 6), 4), max_sessions=2) as coordinator:
+                async with coordinator.session() as first, coordinator.session() as second:
                     await said(first, [1, 2], 2)
                     await said(second, [3, 4], 2)
-                    assert await lab.collect(head, [5, 6], 3) == lab.oracle([5, 6], 3)
+                    assert await lab.collect(coordinator, [5, 6], 3) == lab.oracle([5, 6], 3)
                     await trio.testing.wait_all_tasks_blocked()
                     assert held(net) == [1, 1]  # the first, idle for longest, had to go
                     before = rows(net)
@@ -188,15 +191,15 @@ def test_the_memory_of_waiting_sessions_goes_to_one_that_answers(lab: ModuleType
         async with lab.network() as net:
             net.add("a")
             net.add("b", room=60)
-            async with net.head(plan=plan_at((0, 3, 6), 4)) as head:
-                async with head.session() as first, head.session() as second:
+            async with net.coordinator(plan=plan_at((0, 3, 6), 4)) as coordinator:
+                async with coordinator.session() as first, coordinator.session() as second:
                     for session in (first, second):
                         await said(session, [1] * 20, 2)
-                    assert await lab.collect(head, [5] * 30, 3) == lab.oracle([5] * 30, 3)
+                    assert await lab.collect(coordinator, [5] * 30, 3) == lab.oracle([5] * 30, 3)
                     again = [1] * 20 + [4]
                     assert await said(first, again, 3) == lab.oracle(again, 3)
                 with pytest.raises(ContextError, match="have filled"):
-                    await lab.collect(head, [5] * 60, 3)
+                    await lab.collect(coordinator, [5] * 60, 3)
                 await trio.testing.wait_all_tasks_blocked()
                 assert held(net) == [0, 0]
 
@@ -208,7 +211,10 @@ def test_a_failure_of_an_answer_that_was_left_is_not_the_next_ones(lab: ModuleTy
         async with lab.network() as net:
             net.add("a", hop=lab.slow_hop(1.0))
             net.add("b", hop=lab.slow_hop(1.0), room=10)
-            async with net.head(plan=plan_at((0, 3, 6), 4)) as head, head.session() as session:
+            async with (
+                net.coordinator(plan=plan_at((0, 3, 6), 4)) as coordinator,
+                coordinator.session() as session,
+            ):
                 with trio.move_on_after(0.5):
                     await said(session, [7] * 40, 3)
                 assert await said(session, [7, 7, 1], 3) == lab.oracle([7, 7, 1], 3)
@@ -224,7 +230,10 @@ def test_a_node_that_forgot_a_session_gets_it_again(lab: ModuleType) -> None:
         async with lab.network() as net:
             net.add("a")
             net.add("b")
-            async with net.head(plan=plan_at((0, 3, 6), 4)) as head, head.session(SAMPLING) as session:
+            async with (
+                net.coordinator(plan=plan_at((0, 3, 6), 4)) as coordinator,
+                coordinator.session(SAMPLING) as session,
+            ):
                 await said(session, [1, 2, 3], 3)
                 net.nodes[7002].stages[0].room = 2  # the next rows fail there
                 with pytest.raises(ContextError):
@@ -239,7 +248,7 @@ def test_a_session_gives_one_answer_at_a_time(lab: ModuleType) -> None:
     async def main() -> None:
         async with lab.network() as net:
             net.add("a")
-            async with net.head(plan=plan_at((0, 6))) as head, head.session() as session:
+            async with net.coordinator(plan=plan_at((0, 6))) as coordinator, coordinator.session() as session:
                 async with session.answer([1], max_tokens=4) as tokens:
                     got = [await anext(tokens)]
                     with pytest.raises(ValueError, match="one answer at a time"):
@@ -256,7 +265,10 @@ def test_a_prompt_beyond_the_context_is_refused_and_the_session_goes_on(lab: Mod
         async with lab.network() as net:
             net.add("a")
             net.add("b")
-            async with net.head(plan=spread) as head, head.session(context=20) as session:
+            async with (
+                net.coordinator(plan=spread) as coordinator,
+                coordinator.session(context=20) as session,
+            ):
                 known = [1, 2, 3, *await said(session, [1, 2, 3], 4)]
                 with pytest.raises(ContextError, match="the context holds 20"):
                     session.answer([*known, *range(13)], max_tokens=1)

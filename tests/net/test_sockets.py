@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import trio
 
-from shoal.net.coordinator import Head
+from shoal.net.connection import in_thread, open_tcp
+from shoal.net.coordinator import Coordinator
 from shoal.net.errors import NodeLostError
-from shoal.net.link import in_thread, open_tcp
 from shoal.net.node import Node
 from shoal.net.placement import plan_at
 
@@ -44,16 +44,17 @@ def test_a_chain_over_sockets_and_threads_gives_the_same_tokens(lab: ModuleType)
     async def main() -> None:
         async with nodes(lab, 3) as (addresses, _):
             plan = plan_at((0, 2, 4, 6), 4)
-            async with Head.open(addresses, lab.identity("laptop", 9), lab.SHAPE, plan) as head:
+            async with Coordinator.open(addresses, lab.identity("laptop", 9), lab.SHAPE, plan) as coordinator:
 
                 async def one(seed: int) -> None:
                     prompt = [seed] * (5 * seed + 1)
-                    assert await lab.collect(head, prompt, 10) == lab.oracle(prompt, 10)
+                    assert await lab.collect(coordinator, prompt, 10) == lab.oracle(prompt, 10)
 
                 async with trio.open_nursery() as tasks:
                     for seed in range(4):
                         tasks.start_soon(one, seed)
-                assert all(link.latency_s < 1 and link.bytes_per_s > 1e5 for link in head.links.values())
+                links = coordinator.links.values()
+                assert all(link.latency_s < 1 and link.bytes_per_s > 1e5 for link in links)
 
     limited(main)
 
@@ -72,8 +73,10 @@ def test_a_stranger_hears_why_before_the_socket_closes(lab: ModuleType, flood: b
                     answer += data
             assert b"does not speak this protocol" in answer
             await stream.aclose()
-            async with Head.open(addresses, lab.identity("laptop", 9), lab.SHAPE, plan_at((0, 6))) as head:
-                assert await lab.collect(head, [1], 3) == lab.oracle([1], 3)
+            async with Coordinator.open(
+                addresses, lab.identity("laptop", 9), lab.SHAPE, plan_at((0, 6))
+            ) as coordinator:
+                assert await lab.collect(coordinator, [1], 3) == lab.oracle([1], 3)
 
     limited(main)
 
@@ -85,7 +88,7 @@ def test_a_port_where_nobody_listens_is_said_in_the_systems_words(lab: ModuleTyp
             address = taken.getsockname()
             words = f"127.0.0.1:{address[1]} cannot be reached: Connection refused: is `shoal node` running"
             with pytest.raises(NodeLostError, match=words):
-                async with Head.open([address], lab.identity("laptop", 9), lab.SHAPE, plan_at((0, 6))):
+                async with Coordinator.open([address], lab.identity("laptop", 9), lab.SHAPE, plan_at((0, 6))):
                     pass
 
     limited(main)
@@ -95,7 +98,7 @@ def test_a_port_where_nobody_listens_is_said_in_the_systems_words(lab: ModuleTyp
 def test_a_host_that_is_no_name_is_a_node_that_cannot_be_reached(lab: ModuleType, host: str) -> None:
     async def main() -> None:
         with pytest.raises(NodeLostError, match="cannot be reached: the host's name is not one"):
-            async with Head.open([(host, 1)], lab.identity("laptop", 9), lab.SHAPE, plan_at((0, 6))):
+            async with Coordinator.open([(host, 1)], lab.identity("laptop", 9), lab.SHAPE, plan_at((0, 6))):
                 pass
 
     limited(main)

@@ -38,7 +38,7 @@ from shoal.net.messages import (
     Step,
     Work,
 )
-from shoal.net.wire import CLOSED, NEED_DATA, Connection, max_step_rows
+from shoal.net.wire import CLOSED, NEED_DATA, WireProtocol, max_step_rows
 from shoal.planner import Device, LinkSpeed
 
 TOP = (1 << 64) - 1
@@ -85,13 +85,13 @@ def hello(purpose: str, offer: Offer | None = None) -> Hello:
     return Hello(purpose, "laptop", 1, "0.1.0", 1, "ab" * 32, offer)  # type: ignore[arg-type]
 
 
-def greeted(message_kind: type, from_dialler: bool | None = None) -> tuple[Connection, Connection]:
+def greeted(message_kind: type, from_dialler: bool | None = None) -> tuple[WireProtocol, WireProtocol]:
     """(sender, receiver) that have greeted each other on a connection where the message may be sent."""
     entry = BY_KIND[message_kind]
     if from_dialler is None:
         from_dialler = bool(entry.down)
     purpose = sorted(entry.down if from_dialler else entry.up)[0]
-    dialler, other = Connection(True), Connection(False)
+    dialler, other = WireProtocol(True), WireProtocol(False)
     other.receive_data(b"".join(dialler.send(hello(purpose))))
     assert isinstance(other.next_message(), Hello)
     dialler.receive_data(b"".join(other.send(hello(purpose, OFFER))))
@@ -107,12 +107,12 @@ def same(a: Message, b: object) -> bool:
 
 def frame(message: Message) -> bytes:
     if isinstance(message, Hello):
-        return b"".join(Connection(True).send(message))
+        return b"".join(WireProtocol(True).send(message))
     return b"".join(greeted(type(message))[0].send(message))
 
 
-def receiver(message: Message) -> Connection:
-    return Connection(False) if isinstance(message, Hello) else greeted(type(message))[1]
+def receiver(message: Message) -> WireProtocol:
+    return WireProtocol(False) if isinstance(message, Hello) else greeted(type(message))[1]
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: type(m).__name__)
@@ -166,14 +166,14 @@ def control(code: int, body: object) -> bytes:
 def step_body(
     rows: int = 1, tokens: tuple[int, ...] = (5,), want: int = 1, cols: int = 0, first: int = 0, more: int = 0
 ) -> bytes:
-    head = struct.pack("<QQIIIB3xI", 1, 2, 3, first, rows, want, cols)
-    return head + struct.pack(f"<{len(tokens)}i", *tokens) + bytes(more)
+    coordinator = struct.pack("<QQIIIB3xI", 1, 2, 3, first, rows, want, cols)
+    return coordinator + struct.pack(f"<{len(tokens)}i", *tokens) + bytes(more)
 
 
 PING, ASSIGN, LOADED, OPEN, STEP, RESULT, DATA = 3, 5, 7, 13, 32, 33, 34
 GOOD_OPEN = {
     "session": 1,
-    "epoch": {"head": 1, "counter": 1},
+    "epoch": {"coordinator": 1, "counter": 1},
     "sampling": {
         "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 0,
     },
@@ -279,7 +279,7 @@ def test_an_announced_size_is_refused_before_a_byte_of_it_has_come() -> None:
 
 
 def test_another_protocol_version_names_both() -> None:
-    other = Connection(False)
+    other = WireProtocol(False)
     other.receive_data(header(1, 10, version=PROTOCOL + 6))
     with pytest.raises(MismatchError, match=f"version {PROTOCOL + 6} and this process {PROTOCOL}"):
         other.next_message()
@@ -297,18 +297,18 @@ def test_an_end_in_the_middle_of_a_frame_is_the_peers_fault(cut: int) -> None:
 
 
 def test_the_first_message_is_hello() -> None:
-    other = Connection(False)
+    other = WireProtocol(False)
     other.receive_data(control(PING, {"nonce": 1}))
     with pytest.raises(RemoteProtocolError, match="Ping out of turn"):
         other.next_message()
     with pytest.raises(LocalProtocolError, match="Ping out of turn"):
-        Connection(True).send(Ping(1))
+        WireProtocol(True).send(Ping(1))
 
 
 def test_an_answer_for_another_purpose_is_refused() -> None:
-    dialler = Connection(True)
+    dialler = WireProtocol(True)
     dialler.send(hello("control"))
-    dialler.receive_data(b"".join(Connection(True).send(hello("step"))))
+    dialler.receive_data(b"".join(WireProtocol(True).send(hello("step"))))
     with pytest.raises(RemoteProtocolError, match="Hello for step answers one for control"):
         dialler.next_message()
 
@@ -336,7 +336,7 @@ def test_our_own_mistakes_are_ours(message: Message, words: str) -> None:
 
 
 def test_data_after_the_end_is_our_mistake() -> None:
-    connection = Connection(False)
+    connection = WireProtocol(False)
     connection.receive_data(b"")
     with pytest.raises(LocalProtocolError):
         connection.receive_data(b"x")

@@ -18,7 +18,7 @@ MAY_IMPORT = {
 # The files that carry decisions out; everything else is pure.
 WITH_TRIO = [
     "net/coordinator.py",
-    "net/link.py",
+    "net/connection.py",
     "net/listen.py",
     "net/node.py",
     "net/probe.py",

@@ -7,8 +7,8 @@ import pytest
 import trio
 import trio.testing
 
+from shoal.net.connection import Connection, dial, greet, open_connection
 from shoal.net.errors import LocalProtocolError, NodeLostError, RemoteProtocolError
-from shoal.net.link import Link, dial, greet, open_link
 from shoal.net.messages import Data, Hello, Open, Ping, Pong
 from shoal.net.probe import measure
 
@@ -21,8 +21,8 @@ async def pair(lab: ModuleType, test: Any, purpose: str = "control", queue: int 
     """Two links that have greeted each other."""
     here, there = trio.testing.memory_stream_pair()
     async with (
-        open_link(here, "pi", dialled=True, queue=queue) as a,
-        open_link(there, "laptop", dialled=False) as b,
+        open_connection(here, "pi", dialled=True, queue=queue) as a,
+        open_connection(there, "laptop", dialled=False) as b,
     ):
         await a.send(lab.identity("laptop", 1).hello(purpose))
         await greet(b, lab.identity("pi", 2), lab.OFFER, seconds=1, admit=anyone)
@@ -31,7 +31,7 @@ async def pair(lab: ModuleType, test: Any, purpose: str = "control", queue: int 
 
 
 def test_an_end_between_frames_loses_the_peer(lab: ModuleType) -> None:
-    async def test(a: Link, b: Link, here: Any, there: Any) -> None:
+    async def test(a: Connection, b: Connection, here: Any, there: Any) -> None:
         await there.aclose()
         with pytest.raises(NodeLostError, match="pi is lost: it closed the connection"):
             await a.receive()
@@ -42,7 +42,7 @@ def test_an_end_between_frames_loses_the_peer(lab: ModuleType) -> None:
 
 
 def test_a_write_that_fails_wakes_the_reader_and_ends_sending(lab: ModuleType) -> None:
-    async def test(a: Link, b: Link, here: Any, there: Any) -> None:
+    async def test(a: Connection, b: Connection, here: Any, there: Any) -> None:
         async def broken(data: object) -> None:
             raise trio.BrokenResourceError from OSError(32, "Broken pipe")
 
@@ -60,7 +60,7 @@ def test_a_write_that_fails_wakes_the_reader_and_ends_sending(lab: ModuleType) -
 
 
 def test_a_read_that_fails_names_the_cause(lab: ModuleType) -> None:
-    async def test(a: Link, b: Link, here: Any, there: Any) -> None:
+    async def test(a: Connection, b: Connection, here: Any, there: Any) -> None:
         async def broken(most: object = None) -> bytes:
             raise trio.BrokenResourceError from OSError(104, "Connection reset by peer")
 
@@ -72,7 +72,7 @@ def test_a_read_that_fails_names_the_cause(lab: ModuleType) -> None:
 
 
 def test_the_wrong_message_is_the_peers_fault(lab: ModuleType) -> None:
-    async def test(a: Link, b: Link, here: Any, there: Any) -> None:
+    async def test(a: Connection, b: Connection, here: Any, there: Any) -> None:
         await a.send(Ping(1))
         with pytest.raises(RemoteProtocolError, match="Ping came, Open was due"):
             await b.expect(Open)
@@ -85,14 +85,14 @@ def test_the_wrong_message_is_the_peers_fault(lab: ModuleType) -> None:
 def test_a_full_queue_is_said_and_drains(lab: ModuleType) -> None:
     async def main() -> None:
         here, there = trio.testing.lockstep_stream_pair()
-        async with open_link(here, "pi", dialled=True, queue=2) as a:
+        async with open_connection(here, "pi", dialled=True, queue=2) as a:
             await a.send(lab.identity("laptop", 1).hello("control"))
             await trio.testing.wait_all_tasks_blocked()
             assert [a.post(Ping(i)) for i in range(4)] == [True, True, False, False]
             with trio.move_on_after(1) as scope:
                 await a.send(Ping(9))
             assert scope.cancelled_caught
-            async with open_link(there, "laptop", dialled=False) as b:
+            async with open_connection(there, "laptop", dialled=False) as b:
                 await b.expect(Hello)
                 assert [(await b.expect(Ping)).nonce for _ in range(2)] == [0, 1]
                 await trio.testing.wait_all_tasks_blocked()
@@ -104,8 +104,8 @@ def test_a_full_queue_is_said_and_drains(lab: ModuleType) -> None:
 def test_what_was_queued_is_written_before_the_end(lab: ModuleType) -> None:
     async def main() -> None:
         here, there = trio.testing.memory_stream_pair()
-        async with open_link(there, "laptop", dialled=False) as b:
-            async with open_link(here, "pi", dialled=True) as a:
+        async with open_connection(there, "laptop", dialled=False) as b:
+            async with open_connection(here, "pi", dialled=True) as a:
                 await a.send(lab.identity("laptop", 1).hello("control"))
                 for i in range(50):
                     await a.send(Ping(i))
@@ -120,7 +120,7 @@ def test_what_was_queued_is_written_before_the_end(lab: ModuleType) -> None:
 def test_an_end_waits_a_second_for_a_peer_that_does_not_read(lab: ModuleType) -> None:
     async def main() -> None:
         here, there = trio.testing.lockstep_stream_pair()
-        async with open_link(here, "pi", dialled=True) as a:
+        async with open_connection(here, "pi", dialled=True) as a:
             await a.send(lab.identity("laptop", 1).hello("control"))
         assert trio.current_time() == 1
         await there.aclose()
@@ -144,7 +144,7 @@ def test_a_refusal_ends_within_two_seconds_whatever_the_peer_does(lab: ModuleTyp
                     tasks.start_soon(flood)
                 elif do == "leave":
                     await there.aclose()
-                async with open_link(here, "pi", dialled=False) as a:
+                async with open_connection(here, "pi", dialled=False) as a:
                     await a.refuse(RemoteProtocolError("garbage"))
                 assert trio.current_time() - start <= 2
                 tasks.cancel_scope.cancel()
@@ -171,7 +171,7 @@ def test_dialling_has_one_deadline_for_all_of_it(lab: ModuleType) -> None:
 
 
 def test_a_link_is_measured_as_it_is(lab: ModuleType) -> None:
-    async def test(a: Link, b: Link, here: Any, there: Any) -> None:
+    async def test(a: Connection, b: Connection, here: Any, there: Any) -> None:
         latency, rate, filled = 0.03, 1e6, 0.0
 
         async def line(data: bytes) -> None:

@@ -27,7 +27,7 @@ from .errors import (
 )
 from .identity import Identity, check_hello, check_peer
 from .messages import Error, Hello, Message, Offer, Peer, Purpose
-from .wire import Connection, Signal
+from .wire import Signal, WireProtocol
 
 READ_BYTES = 256 * 1024
 FLUSH_SECONDS = 1.0
@@ -51,13 +51,13 @@ async def in_thread(call: Callable[[], T], /) -> T:
     return await trio.to_thread.run_sync(call)
 
 
-class Link:
+class Connection:
     """One end of a connection. Made by `open_link`; `peer` names the other end in every error."""
 
     def __init__(self, stream: trio.abc.Stream, peer: str, *, dialled: bool, queue: int = QUEUE) -> None:
         self.peer = peer
         self._stream = stream
-        self._wire = Connection(dialled)
+        self._wire = WireProtocol(dialled)
         self._lost: NodeLostError | None = None
         self._outgoing, self._queue = trio.open_memory_channel[list[bytes]](queue)
         self._written = trio.Event()
@@ -175,18 +175,18 @@ async def open_tasks() -> AsyncIterator[trio.Nursery]:
 
 
 @asynccontextmanager
-async def open_link(
+async def open_connection(
     stream: trio.abc.Stream, peer: str, *, dialled: bool, queue: int = QUEUE
-) -> AsyncIterator[Link]:
+) -> AsyncIterator[Connection]:
     """A link over a stream, which is closed with it, after what was queued is written."""
-    link = Link(stream, peer, dialled=dialled, queue=queue)
+    connection = Connection(stream, peer, dialled=dialled, queue=queue)
     async with open_tasks() as tasks:
-        tasks.start_soon(link._write_queued)
+        tasks.start_soon(connection._write_queued)
         try:
-            yield link
-            await link._drained()
+            yield connection
+            await connection._drained()
         finally:
-            link._outgoing.close()
+            connection._outgoing.close()
             await trio.aclose_forcefully(stream)
             tasks.cancel_scope.cancel()
 
@@ -206,7 +206,7 @@ async def dial(
     *,
     seconds: float,
     peer: Peer | None = None,
-) -> AsyncIterator[tuple[Link, Hello]]:
+) -> AsyncIterator[tuple[Connection, Hello]]:
     """Connects to a node and greets it: the link, and what the node said.
 
     NodeLostError: nobody there, or no greeting within `seconds`, or not the `peer` that was meant.
@@ -223,34 +223,41 @@ async def dial(
         raise NodeLostError(f"{who} cannot be reached: {_reason(error)}: {hint}") from error
     if stream is None:
         raise NodeLostError(f"{who} did not answer within {seconds:g} s: {hint}")
-    async with open_link(stream, who, dialled=True, queue=STEP_QUEUE if purpose == "step" else QUEUE) as link:
+    async with open_connection(
+        stream, who, dialled=True, queue=STEP_QUEUE if purpose == "step" else QUEUE
+    ) as connection:
         hello = None
         with trio.move_on_at(deadline):
-            await link.send(me.hello(purpose))
-            hello = await link.expect(Hello)
+            await connection.send(me.hello(purpose))
+            hello = await connection.expect(Hello)
         if hello is None:
             raise NodeLostError(f"{who} did not greet within {seconds:g} s: is it a shoal node?")
-        link.peer = f"{hello.name} ({where})"
-        check_hello(me, hello, link.peer)
+        connection.peer = f"{hello.name} ({where})"
+        check_hello(me, hello, connection.peer)
         if peer is not None:
             check_peer(peer, hello)
-        yield link, hello
+        yield connection, hello
 
 
 async def greet(
-    link: Link, me: Identity, offer: Offer, *, seconds: float, admit: Callable[[Hello], Awaitable[None]]
+    connection: Connection,
+    me: Identity,
+    offer: Offer,
+    *,
+    seconds: float,
+    admit: Callable[[Hello], Awaitable[None]],
 ) -> Hello:
     """The side that was dialled: hears who is there, checks, and answers, if `admit` does not object.
 
     Errors as for `dial`."""
     with trio.move_on_after(seconds):
-        hello = await link.expect(Hello)
-        link.peer = f"{hello.name} ({link.peer})"
-        check_hello(me, hello, link.peer)
+        hello = await connection.expect(Hello)
+        connection.peer = f"{hello.name} ({connection.peer})"
+        check_hello(me, hello, connection.peer)
         await admit(hello)
-        await link.send(me.hello(hello.purpose, offer))
+        await connection.send(me.hello(hello.purpose, offer))
         return hello
-    raise NodeLostError(f"{link.peer} connected and did not greet within {seconds:g} s")
+    raise NodeLostError(f"{connection.peer} connected and did not greet within {seconds:g} s")
 
 
 def is_peers_fault(error: ShoalError) -> bool:

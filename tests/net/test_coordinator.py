@@ -1,4 +1,4 @@
-"""Head and nodes over memory streams and a fake stage: the same tokens as one process, and every refusal."""
+"""Coordinator and nodes over memory streams with a fake stage: the tokens of one process; every refusal."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,11 +10,11 @@ import trio.testing
 
 from shoal.engine.batch import Sampling
 from shoal.engine.errors import ContextError, ModelFileError, NoPlanError
-from shoal.net.coordinator import Head
+from shoal.net.coordinator import Coordinator
 from shoal.net.errors import MismatchError, NetError, NodeLostError
 from shoal.net.events import Timing
 from shoal.net.messages import Work
-from shoal.net.placement import HEAD, Links, NodeInfo, Placement, plan_at
+from shoal.net.placement import COORDINATOR, Links, NodeInfo, Placement, plan_at
 from shoal.net.survey import survey
 from shoal.planner import Assignment, LinkSpeed
 
@@ -31,10 +31,10 @@ def test_tokens_are_those_of_one_process_for_every_cut(lab: ModuleType, edges: S
         async with lab.network() as net:
             for i in range(len(edges) - 1):
                 net.add(f"n{i}")
-            async with net.head(plan=plan_at(edges, 4)) as head:
+            async with net.coordinator(plan=plan_at(edges, 4)) as coordinator:
                 for prompt in PROMPTS:
-                    assert await lab.collect(head, prompt, 12) == lab.oracle(prompt, 12)
-                    got = await lab.collect(head, prompt, 12, sampling=sampling)
+                    assert await lab.collect(coordinator, prompt, 12) == lab.oracle(prompt, 12)
+                    got = await lab.collect(coordinator, prompt, 12, sampling=sampling)
                     assert got == lab.oracle(prompt, 12, sampling)
 
     lab.run(main)
@@ -45,11 +45,11 @@ def test_many_answers_at_once_are_batched_and_none_disturbs_another(lab: ModuleT
         async with lab.network() as net:
             for name in "abc":
                 net.add(name, hop=lab.slow_hop(0.01))
-            async with net.head(plan=plan_at((0, 2, 4, 6), 4), max_sessions=6) as head:
+            async with net.coordinator(plan=plan_at((0, 2, 4, 6), 4), max_sessions=6) as coordinator:
 
                 async def one(seed: int) -> None:
                     prompt = [seed] * (3 * seed + 1)
-                    assert await lab.collect(head, prompt, 10) == lab.oracle(prompt, 10)
+                    assert await lab.collect(coordinator, prompt, 10) == lab.oracle(prompt, 10)
 
                 async with trio.open_nursery() as tasks:
                     for seed in range(10):
@@ -69,14 +69,18 @@ def test_an_answer_ends_like_that_of_one_process(lab: ModuleType) -> None:
         async with lab.network() as net:
             net.add("a")
             net.add("b")
-            async with net.head(plan=plan_at((0, 3, 6), 4)) as head:
+            async with net.coordinator(plan=plan_at((0, 3, 6), 4)) as coordinator:
                 free = lab.oracle([1, 2], 30)
-                assert await lab.collect(head, [1, 2], 30, end=(free[7],)) == free[: free.index(free[7])]
-                assert await lab.collect(head, [1, 2], 30, context=10) == lab.oracle([1, 2], 30, context=10)
-                assert await lab.collect(head, [1, 2], 0) == []
-                assert await lab.collect(head, [1] * 60, 99) == lab.oracle([1] * 60, 99)
+                assert (
+                    await lab.collect(coordinator, [1, 2], 30, end=(free[7],)) == free[: free.index(free[7])]
+                )
+                assert await lab.collect(coordinator, [1, 2], 30, context=10) == lab.oracle(
+                    [1, 2], 30, context=10
+                )
+                assert await lab.collect(coordinator, [1, 2], 0) == []
+                assert await lab.collect(coordinator, [1] * 60, 99) == lab.oracle([1] * 60, 99)
                 with pytest.raises(ContextError, match="64 tokens and the context holds 64"):
-                    head.generate([1] * 64, max_tokens=1)
+                    coordinator.generate([1] * 64, max_tokens=1)
 
     lab.run(main)
 
@@ -86,19 +90,19 @@ def test_a_session_that_is_left_frees_its_state_on_all_nodes(lab: ModuleType) ->
         async with lab.network() as net:
             for name in "abc":
                 net.add(name)
-            async with net.head(plan=plan_at((0, 2, 4, 6), 4)) as head:
+            async with net.coordinator(plan=plan_at((0, 2, 4, 6), 4)) as coordinator:
                 stages = [node.stages[0] for node in net.nodes.values()]
-                async with head.generate([1] * 50, max_tokens=10) as tokens:
+                async with coordinator.generate([1] * 50, max_tokens=10) as tokens:
                     await anext(tokens)
                     assert [len(stage.sequences) for stage in stages] == [1, 1, 1]
                 await trio.testing.wait_all_tasks_blocked()
                 assert [len(stage.sequences) for stage in stages] == [0, 0, 0]
                 with trio.move_on_after(0) as scope:
-                    await lab.collect(head, [2] * 50, 10)
+                    await lab.collect(coordinator, [2] * 50, 10)
                 assert scope.cancelled_caught
                 await trio.testing.wait_all_tasks_blocked()
                 assert [len(stage.sequences) for stage in stages] == [0, 0, 0]
-                assert await lab.collect(head, [3], 5) == lab.oracle([3], 5)
+                assert await lab.collect(coordinator, [3], 5) == lab.oracle([3], 5)
 
     lab.run(main)
 
@@ -107,7 +111,10 @@ def test_a_cancelled_reader_loses_no_token(lab: ModuleType) -> None:
     async def main() -> None:
         async with lab.network() as net:
             net.add("a", hop=lab.slow_hop(3.0))
-            async with net.head(plan=plan_at((0, 6))) as head, head.generate([4], max_tokens=6) as tokens:
+            async with (
+                net.coordinator(plan=plan_at((0, 6))) as coordinator,
+                coordinator.generate([4], max_tokens=6) as tokens,
+            ):
                 got: list[int] = []
                 while len(got) < 6:
                     with trio.move_on_after(0.7):
@@ -121,7 +128,10 @@ def test_a_reader_that_is_cancelled_at_once_may_go_on(lab: ModuleType) -> None:
     async def main() -> None:
         async with lab.network() as net:
             net.add("a")
-            async with net.head(plan=plan_at((0, 6))) as head, head.generate([4], max_tokens=6) as tokens:
+            async with (
+                net.coordinator(plan=plan_at((0, 6))) as coordinator,
+                coordinator.generate([4], max_tokens=6) as tokens,
+            ):
                 with trio.move_on_after(0) as scope:
                     await anext(tokens)
                 assert scope.cancelled_caught
@@ -136,15 +146,15 @@ def test_a_session_without_room_fails_alone(lab: ModuleType) -> None:
         async with lab.network() as net:
             net.add("a")
             net.add("b", room=30)
-            async with net.head(plan=plan_at((0, 3, 6), 4)) as head:
+            async with net.coordinator(plan=plan_at((0, 3, 6), 4)) as coordinator:
 
                 async def small() -> None:
-                    assert await lab.collect(head, [1, 2], 20) == lab.oracle([1, 2], 20)
+                    assert await lab.collect(coordinator, [1, 2], 20) == lab.oracle([1, 2], 20)
 
                 async with trio.open_nursery() as tasks:
                     tasks.start_soon(small)
                     with pytest.raises(ContextError, match="have filled"):
-                        await lab.collect(head, [3] * 40, 5)
+                        await lab.collect(coordinator, [3] * 40, 5)
                 await trio.testing.wait_all_tasks_blocked()
                 assert [len(node.stages[0].sequences) for node in net.nodes.values()] == [0, 0]
 
@@ -163,17 +173,17 @@ def test_the_plan_is_asked_with_what_was_measured_and_places_nodes_in_any_order(
         async with lab.network() as net:
             for name in "abc":
                 net.add(name)
-            async with net.head(plan=plan, measure_links=True) as head:
-                assert await lab.collect(head, [1, 2, 3], 5) == lab.oracle([1, 2, 3], 5)
-                assert [stage.node for stage in await head.stats()] == ["c", "a"]
-                assert head.placement.chunk_rows == lab.OFFER.max_rows
-                assert [node.label for node in head.nodes] == ["a", "b", "c"]
+            async with net.coordinator(plan=plan, measure_links=True) as coordinator:
+                assert await lab.collect(coordinator, [1, 2, 3], 5) == lab.oracle([1, 2, 3], 5)
+                assert [stage.node for stage in await coordinator.stats()] == ["c", "a"]
+                assert coordinator.placement.chunk_rows == lab.OFFER.max_rows
+                assert [node.label for node in coordinator.nodes] == ["a", "b", "c"]
                 assert net.nodes[7002].stages == []
 
     lab.run(main)
     ((nodes, links),) = asked
     assert nodes == [NodeInfo(name, "host", 7001 + i, lab.OFFER) for i, name in enumerate("abc")]
-    assert set(links) == {(s, t) for s in (*"abc", HEAD) for t in (*"abc", HEAD) if s != t}
+    assert set(links) == {(s, t) for s in (*"abc", COORDINATOR) for t in (*"abc", COORDINATOR) if s != t}
     assert all(isinstance(link, LinkSpeed) for link in links.values())
 
 
@@ -182,9 +192,9 @@ def test_stats_count_the_work_of_each_stage_and_slow_stages_take_longer(lab: Mod
         async with lab.network() as net:
             net.add("a", hop=lab.slow_hop(0.5))
             net.add("b", hop=lab.slow_hop(2.0))
-            async with net.head(plan=plan_at((0, 2, 6), 4)) as head:
-                await lab.collect(head, [1] * 8, 5)
-                first, second = await head.stats()
+            async with net.coordinator(plan=plan_at((0, 2, 6), 4)) as coordinator:
+                await lab.collect(coordinator, [1] * 8, 5)
+                first, second = await coordinator.stats()
                 assert (first.node, first.first, first.last, first.ram_bytes) == ("a", 0, 2, 1)
                 assert (first.stats.prefill, second.stats.prefill) == (Work(2, 8, 1.0), Work(2, 8, 4.0))
                 assert (first.stats.decode, second.stats.decode) == (Work(4, 4, 2.0), Work(4, 4, 8.0))
@@ -200,13 +210,13 @@ def test_no_plan_is_the_heads_failure_and_the_nodes_stay(lab: ModuleType) -> Non
         async with lab.network() as net:
             net.add("a")
             with pytest.raises(NoPlanError, match="12 MB are missing"):
-                async with net.head(plan=plan):
+                async with net.coordinator(plan=plan):
                     pass
             with pytest.raises(NoPlanError, match="need 2 nodes, and there are 1"):
-                async with net.head(plan=plan_at((0, 3, 6))):
+                async with net.coordinator(plan=plan_at((0, 3, 6))):
                     pass
-            async with net.head(plan=plan_at((0, 6))) as head:
-                assert await lab.collect(head, [1], 3) == lab.oracle([1], 3)
+            async with net.coordinator(plan=plan_at((0, 6))) as coordinator:
+                assert await lab.collect(coordinator, [1], 3) == lab.oracle([1], 3)
 
     lab.run(main)
 
@@ -216,11 +226,11 @@ def test_a_survey_gives_a_node_nothing_to_do(lab: ModuleType) -> None:
         async with lab.network() as net:
             net.add("a")
             net.add("b")
-            options = lab.HeadOptions(hop=lab.inline, open_stream=net.open_stream)
+            options = lab.CoordinatorOptions(hop=lab.inline, open_stream=net.open_stream)
             addresses = [("host", 7001), ("host", 7002)]
             found = await survey(addresses, lab.identity("laptop", 9), lab.SHAPE, options)
             assert [node.label for node in found.nodes] == ["a", "b"]
-            assert ("a", "b") in found.links and (HEAD, "b") in found.links
+            assert ("a", "b") in found.links and (COORDINATOR, "b") in found.links
             assert all(node.stages == [] for node in net.nodes.values())
 
     lab.run(main)
@@ -232,7 +242,7 @@ def test_another_model_is_refused_with_both_hashes(lab: ModuleType) -> None:
             net.add("a")
             net.add("b", model="bb" * 32)
             with pytest.raises(MismatchError) as caught:
-                async with net.head(plan=plan_at((0, 3, 6))):
+                async with net.coordinator(plan=plan_at((0, 3, 6))):
                     pass
             assert "laptop (a peer) has the model aaaaaaaaaaaaaaaa, b has bbbbbbbbbbbbbbbb" in str(
                 caught.value
@@ -246,7 +256,7 @@ def test_another_numerics_version_is_refused_with_both(lab: ModuleType) -> None:
         async with lab.network() as net:
             net.add("a", identity=replace(lab.identity("a", 1), numerics=2))
             with pytest.raises(MismatchError, match=r"numerics version 1 .* by 2"):
-                async with net.head(plan=plan_at((0, 6))):
+                async with net.coordinator(plan=plan_at((0, 6))):
                     pass
 
     lab.run(main)
@@ -257,7 +267,7 @@ def test_nobody_there_names_the_address(lab: ModuleType) -> None:
         async with lab.network() as net:
             net.add("a")
             with pytest.raises(NodeLostError, match="host:7009 cannot be reached: Connection refused"):
-                async with net.head(7001, 7009, plan=plan_at((0, 6))):
+                async with net.coordinator(7001, 7009, plan=plan_at((0, 6))):
                     pass
 
     lab.run(main)
@@ -274,7 +284,7 @@ def test_somebody_who_never_greets_is_no_node(lab: ModuleType) -> None:
 
             net.open_stream = silent
             with pytest.raises(NodeLostError, match="did not greet within 10 s"):
-                async with net.head(7001, plan=plan_at((0, 6))):
+                async with net.coordinator(7001, plan=plan_at((0, 6))):
                     pass
 
     lab.run(main)
@@ -289,7 +299,7 @@ def test_a_stage_that_cannot_be_loaded_is_the_heads_error_with_the_nodes_name(la
             net.add("a")
             net.add("b", open_stage=broken)
             with pytest.raises(ModelFileError, match=r"b: unit-03\.safetensors is missing"):
-                async with net.head(plan=plan_at((0, 3, 6))):
+                async with net.coordinator(plan=plan_at((0, 3, 6))):
                     pass
 
     lab.run(main)
@@ -313,7 +323,7 @@ def test_a_node_that_another_cannot_reach_has_no_link_and_fails_in_a_chain(lab: 
             with pytest.raises(
                 NodeLostError, match=r"a: b \(host:7002\) cannot be reached: No route to host"
             ):
-                async with net.head(plan=plan, measure_links=True):
+                async with net.coordinator(plan=plan, measure_links=True):
                     pass
 
     lab.run(main)
@@ -324,15 +334,15 @@ def test_a_second_head_is_refused_while_a_node_is_busy_and_served_after(lab: Mod
     async def main() -> None:
         async with lab.network() as net:
             net.add("a")
-            async with net.head(plan=plan_at((0, 6))) as head:
+            async with net.coordinator(plan=plan_at((0, 6))) as coordinator:
                 with pytest.raises(NetError, match="a is busy: it serves laptop"):
-                    async with net.head(plan=plan_at((0, 6))):
+                    async with net.coordinator(plan=plan_at((0, 6))):
                         pass
-                assert await lab.collect(head, [1], 5) == lab.oracle([1], 5)
+                assert await lab.collect(coordinator, [1], 5) == lab.oracle([1], 5)
             await trio.testing.wait_all_tasks_blocked()
             assert [stage.closed for stage in net.nodes[7001].stages] == [True]
-            async with net.head(plan=plan_at((0, 6))) as head:
-                assert await lab.collect(head, [1], 5) == lab.oracle([1], 5)
+            async with net.coordinator(plan=plan_at((0, 6))) as coordinator:
+                assert await lab.collect(coordinator, [1], 5) == lab.oracle([1], 5)
 
     lab.run(main)
 
@@ -343,11 +353,11 @@ def test_a_head_that_follows_another_at_once_is_served(lab: ModuleType) -> None:
             net.add("a", hop=lab.slow_hop(1.0))
             for seed in range(3):
                 async with (
-                    net.head(plan=plan_at((0, 6))) as head,
-                    head.generate([seed], max_tokens=9) as tokens,
+                    net.coordinator(plan=plan_at((0, 6))) as coordinator,
+                    coordinator.generate([seed], max_tokens=9) as tokens,
                 ):
                     await anext(tokens)
-                    await trio.sleep(0.5)  # the node computes the next one when the head leaves
+                    await trio.sleep(0.5)  # the node computes the next one when the coordinator leaves
             assert [stage.closed for stage in net.nodes[7001].stages] == [True, True, False]
 
     lab.run(main)
@@ -359,7 +369,7 @@ def test_a_head_that_hangs_is_lost_to_its_nodes(lab: ModuleType) -> None:
             net.add("a")
             never = Timing(heartbeat=1e9, overdue=1e9, handshake=10)
             with pytest.raises(NodeLostError, match="it closed the connection"):
-                async with net.head(plan=plan_at((0, 6)), timing=never):
+                async with net.coordinator(plan=plan_at((0, 6)), timing=never):
                     await trio.sleep_forever()
             assert 10 <= trio.current_time() < 11
             assert net.nodes[7001].stages[0].closed
@@ -373,10 +383,10 @@ def test_heartbeats_keep_an_idle_chain_alive(lab: ModuleType) -> None:
         async with lab.network() as net:
             net.add("a")
             net.add("b")
-            async with net.head(plan=plan_at((0, 3, 6))) as head:
+            async with net.coordinator(plan=plan_at((0, 3, 6))) as coordinator:
                 await trio.sleep(60)
-                assert await lab.collect(head, [1], 5) == lab.oracle([1], 5)
-                assert head.recoveries == 0
+                assert await lab.collect(coordinator, [1], 5) == lab.oracle([1], 5)
+                assert coordinator.recoveries == 0
 
     lab.run(main)
 
@@ -386,7 +396,7 @@ def test_the_failure_of_the_block_itself_comes_out_as_it_is(lab: ModuleType) -> 
         async with lab.network() as net:
             net.add("a")
             with pytest.raises(ZeroDivisionError):
-                async with net.head(plan=plan_at((0, 6))):
+                async with net.coordinator(plan=plan_at((0, 6))):
                     _ = 1 / 0
 
     lab.run(main)
@@ -395,4 +405,4 @@ def test_the_failure_of_the_block_itself_comes_out_as_it_is(lab: ModuleType) -> 
 @pytest.mark.parametrize("addresses", [[], [("host", 1), ("host", 1)]])
 def test_a_head_needs_addresses_each_once(lab: ModuleType, addresses: list[tuple[str, int]]) -> None:
     with pytest.raises(ValueError, match="at least one address, and each once"):
-        Head(addresses, lab.identity("laptop", 1), lab.SHAPE, plan_at((0, 6)))
+        Coordinator(addresses, lab.identity("laptop", 1), lab.SHAPE, plan_at((0, 6)))

@@ -1,5 +1,4 @@
-"""What a stage is asked and what it answers: plain rows, shared by the engine's backends and by the
-network."""
+"""Inputs and outputs of a stage, as plain dataclasses shared by the engine's backends and the network."""
 
 from __future__ import annotations
 
@@ -12,10 +11,10 @@ from .arrays import F32
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are drawn. The defaults are greedy.
+    """Sampling parameters; the defaults are greedy decoding. ValueError: a value is out of range.
 
-    The draw is a pure function of logits, these values, the token history and (seed, position): a replay,
-    or another device, draws the same token. Order: repetition penalty, temperature, top-k, top-p,
+    A draw is a pure function of the logits, these values, the token history and (seed, position), so a
+    replay, or another device, draws the same token. Order: repetition penalty, temperature, top-k, top-p,
     min-p."""
 
     temperature: float = 0.0
@@ -40,22 +39,22 @@ class Sampling:
 
 
 class Want(IntEnum):
-    """What the last stage returns for a run of rows."""
+    """What the last stage returns for a `Run`."""
 
     NOTHING = 0
-    """Rows that only fill the cache: all chunks of a prompt but the last."""
+    """Nothing: the rows only fill the KV cache, as all chunks of a prompt but the last do."""
     TOKEN = 1
     """A token drawn from the last row."""
     LOGITS = 2
-    """Logits of every row, and no token."""
+    """Logits of every row, without drawing a token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
     """Consecutive rows of one sequence, at positions [first, first + len(tokens)).
 
-    A run at position p forgets whatever the sequence held from p on. `hidden` is the cut `[rows, hidden]`
-    that the previous stage returned; None for a stage that starts with the embedding."""
+    A run at position p drops the sequence's keys and values from p on. `hidden` is the cut
+    `[rows, hidden]` that the previous stage returned; None for a stage that starts with the embedding."""
 
     sequence: int
     first: int
@@ -66,10 +65,10 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Answer to the Run at the same place of the batch.
+    """Result of the `Run` at the same index of the batch.
 
-    `hidden` is set by every stage but the last, `token` by the last for Want.TOKEN, `logits` by the last
-    for Want.LOGITS (`[rows, vocab]`)."""
+    `hidden` (`[rows, hidden]`) is set by every stage but the last; `token` by the last stage for
+    Want.TOKEN; `logits` (`[rows, vocab]`) by the last stage for Want.LOGITS."""
 
     sequence: int
     first: int
@@ -80,6 +79,6 @@ class Result:
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """The number of token ids, counted from the first, that two sequences share."""
+    """Length of the longest common prefix of two sequences of token ids."""
     shorter = min(len(a), len(b))
     return next((i for i in range(shorter) if a[i] != b[i]), shorter)

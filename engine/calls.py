@@ -1,4 +1,4 @@
-"""Calls that threads make to one stage: one at a time, in order, and cancelled if asked."""
+"""Serialises the calls that several threads make to one stage, in order of arrival, with cancellation."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from numpy.typing import NDArray
 from .errors import CancelledRunError
 
 Flag = NDArray[np.int32]
-"""`[1]`: 1 once a run is cancelled. The backend reads it between two operations."""
+"""Cancel flag `[1]`: 1 once a run is cancelled. The backend reads it between two operations."""
 
 
 class FairLock:
-    """A lock that goes to the thread that has waited longest. The thread that holds it may take it again.
+    """A fair, re-entrant lock: the thread that has waited longest acquires it next.
 
-    A `threading.Lock` may be taken again by the thread that has just released it: a thread that generates
-    tokens in a loop would keep the others waiting for its whole answer."""
+    A `threading.Lock` can be re-acquired by the thread that has just released it, so a thread that
+    generates tokens in a loop would block the others for its whole answer."""
 
     def __init__(self) -> None:
-        # One thread at a time waits for `_turn`, within the door. A thread that releases `_turn` and
-        # wants it again has to pass the door, which the waiting thread leaves only once it has `_turn`.
+        # One thread at a time waits for `_turn`, and holds `_door` meanwhile. A thread that releases `_turn`
+        # and wants it again needs `_door` first, which the waiting thread releases only once it has `_turn`.
         self._door, self._turn = threading.RLock(), threading.RLock()
 
     def __enter__(self) -> None:
@@ -42,13 +42,13 @@ class FairLock:
 
 
 class Calls:
-    """What the calls of one stage share: whose turn it is, which sequences run, and which are
+    """The state that all calls of one stage share: the lock, the sequences that run, and those that are
     cancelled."""
 
     def __init__(self, tidy: Callable[[], None], restart: Callable[[list[int]], None]) -> None:
-        """`tidy` is called before and after each call; `restart` before the first one in a forked
-        process, with the sequences that other threads were running: it has none of those threads, nor the
-        stage's own."""
+        """`tidy` is called before and after each call. `restart` is called before the first call in a
+        forked process, which has no thread but the one that forked, with the sequences that other threads
+        were running."""
         self._tidy, self._restart = tidy, restart
         self.closed = False
         self._runs: list[tuple[frozenset[int], Flag]] = []
@@ -59,10 +59,11 @@ class Calls:
         self._process = os.getpid()
         self._lock = FairLock()
         self._busy = False  # read and written by the thread whose turn it is
-        self._state = threading.RLock()  # of runs and cancellations; never held while a batch runs
+        self._state = threading.RLock()  # guards _runs and _cancelled; never held while a batch runs
 
     def check(self) -> None:
-        """Makes a forked process ready. ValueError: the stage has been closed."""
+        """Checks that calls are possible; restarts threads in a forked process. ValueError: the stage has
+        been closed."""
         if self._process != os.getpid():
             lost = [sequence for sequences, _ in self._runs for sequence in sequences]
             self._runs = []
@@ -78,7 +79,7 @@ class Calls:
         self.check()
         with self._lock:
             if self._busy:
-                raise RuntimeError("a stage was called in the middle of a call by the same thread")
+                raise RuntimeError("the stage was called from within one of its own calls")
             self.check()
             self._busy = True
             try:
@@ -89,16 +90,16 @@ class Calls:
                 self._busy = False
 
     def tidy(self) -> None:
-        """Tidies when it is this thread's turn. Called by the garbage collector in the middle of a call
-        of this thread, it leaves that to the call's end."""
+        """Waits for this thread's turn and tidies. If the garbage collector calls it during a call of this
+        thread, that call tidies at its end instead."""
         if self._process != os.getpid():
-            return  # a fork's first call tidies
+            return  # the first call in the forked process tidies
         with self._lock:
             if not self._busy:
                 self._tidy()
 
     def close(self, end: Callable[[], None]) -> None:
-        """Refuses calls from now on; calls `end` once those that came before have returned."""
+        """Refuses new calls, and calls `end` once all earlier ones have returned."""
         if self.closed:
             return
         self.check()
@@ -110,9 +111,9 @@ class Calls:
 
     @contextmanager
     def run(self, sequences: list[int]) -> Iterator[Flag]:
-        """Waits for this thread's turn to run these sequences, with the flag that cancels it. ValueError:
-        one of them is there twice, or in a run of another thread. CancelledRunError: cancelled
-        meanwhile."""
+        """Waits for this thread's turn to run these sequences; yields the flag that cancels the run.
+        ValueError: a sequence is listed twice, or another thread is running it. CancelledRunError: the run
+        was cancelled."""
         mine = frozenset(sequences), np.zeros(1, np.int32)
         if len(mine[0]) != len(sequences):
             raise ValueError("a sequence is in one batch twice")
@@ -121,7 +122,7 @@ class Calls:
             for others, _ in self._runs:
                 for sequence in mine[0] & others:
                     raise ValueError(
-                        f"sequence {sequence} is being run by another thread: use a number of your own"
+                        f"sequence {sequence} is being run by another thread: use another sequence number"
                     )
             self._runs.append(mine)
         try:
@@ -135,8 +136,8 @@ class Calls:
                 self._runs = [run for run in self._runs if run is not mine]
 
     def cancel(self, sequence: int | None, known: Iterable[int]) -> None:
-        """Sets the flags of the runs with this sequence, or of all, and notes that it was cancelled, or
-        that all the known ones were."""
+        """Sets the cancel flags of the runs that include `sequence`, and remembers it as cancelled. None:
+        all runs, and all sequences in `known`."""
         with self._state:
             self._cancelled.update(known if sequence is None else [sequence])
             for sequences, flag in self._runs:
@@ -144,13 +145,13 @@ class Calls:
                     flag[0] = 1
 
     def cancelled(self, sequence: int) -> bool:
-        """Whether the sequence was cancelled; asked once, it is forgotten."""
+        """Whether the sequence was cancelled since the last call, which this call resets."""
         with self._state:
             noted = sequence in self._cancelled
             self._cancelled.discard(sequence)
             return noted
 
     def forget(self, sequences: Iterable[int]) -> None:
-        """Forgets that they were cancelled."""
+        """Clears the cancellation of these sequences."""
         with self._state:
             self._cancelled.difference_update(sequences)

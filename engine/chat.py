@@ -1,8 +1,8 @@
-"""Chat messages as the token ids that a model was trained on, by the model's own Jinja template.
+"""Converts chat messages to token ids with the model's own Jinja template.
 
-The content of messages is data: a control token, such as the one that ends a turn, is recognised only
-where the template wrote it. Where a message spells one, its ids are those of the spelling as text. All
-other messages have the ids of Hugging Face transformers' `apply_chat_template`."""
+The content of messages is data: a control token, such as the end of a turn, is recognised only where the
+template wrote it. If a message spells one, the spelling is encoded as ordinary text. All other messages get
+the ids of Hugging Face transformers' `apply_chat_template`."""
 
 from __future__ import annotations
 
@@ -27,38 +27,36 @@ _ANSWERING = frozenset({"assistant", "model"})
 _ASKING = frozenset({"system", "developer", "user", "human", "context", "documents", "critic"})
 _TOOLS = frozenset({"tool", "tool_response", "function", "ipython", "environment", "observation"})
 _ROLES = _ANSWERING | _ASKING | _TOOLS
-"""Names of roles, of which templates may make control tokens: '<|' + role + '|>'. Others are data."""
+"""Roles whose names templates may use in control tokens: '<|' + role + '|>'. Other roles are data."""
 MARKER = re.compile(r"[<\[][|\uff5c]\S+?[|\uff5c][>\]]|</?(?:start|end)_of_\w+>")
-"""Spelling of a token that begins or ends a turn."""
+"""Matches the spelling of a token that starts or ends a turn."""
 _TAG = re.compile(r"</?\w+>")
-"""Spelling of a token that a model writes around a part of its answer: `<think>`, `</tool_call>`."""
+"""Matches the spelling of a token around a part of an answer, such as `<think>` or `</tool_call>`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn: role is system, user or assistant."""
+    """One turn of a chat; the role is system, user or assistant."""
 
     role: str
     content: str
 
 
 Messages = Sequence[Message | Mapping[str, Any]]
-"""A mapping may have more than a role and a content: what the template at hand reads, such as
-tool_calls."""
+"""Chat messages. A mapping may have further keys that the template reads, such as tool_calls."""
 
 
 class Chat:
-    """The template of a model directory with its tokenizer. Without a template, messages are plain
-    text."""
+    """A chat template with its tokenizer. Without a template, messages are encoded as plain text."""
 
     def __init__(self, tokenizer: Tokenizer, template: str | None, special: Mapping[str, str | None]) -> None:
-        """`special`: spellings of the special tokens that templates name (`bos_token`, `eos_token`, …);
-        None: the model has no such token."""
+        """`special`: spellings of the special tokens that templates use by name (`bos_token`, `eos_token`,
+        …); None: the model has no such token. Errors: see `open`."""
         self.tokenizer = tokenizer
         self.special = {name: token for name, token in special.items() if token is not None}
         self._template = None if template is None else _compile(template)
         words = _literals(template)
-        self.control = frozenset(  # tokens that messages cannot write
+        self.control = frozenset(  # tokens that are ordinary text when messages spell them
             i
             for i, (content, hidden) in tokenizer.added_tokens.items()
             if hidden or MARKER.fullmatch(content) or (content.strip() and content in words)
@@ -66,8 +64,8 @@ class Chat:
 
     @classmethod
     def open(cls, directory: Path | str, tokenizer: Tokenizer | None = None) -> Chat:
-        """The chat of a model directory. MissingDependencyError: no jinja2; ModelFileError: a damaged
-        file; UnsupportedModelError: a template that does not compile."""
+        """The chat template of a model directory. MissingDependencyError: the jinja2 package is missing.
+        ModelFileError: a file is damaged. UnsupportedModelError: the template does not compile."""
         directory = Path(directory)
         index, _ = read_index(directory / INDEX)
 
@@ -87,19 +85,19 @@ class Chat:
 
     @property
     def has_template(self) -> bool:
-        """Whether the model was made for chats."""
+        """Whether the model has a chat template."""
         return self._template is not None
 
     def render(self, messages: Messages, *, generation_prompt: bool = True, **variables: Any) -> str:
-        """The text of the messages; with `generation_prompt`, up to where the assistant's answer begins.
-        `variables` are what else the template reads: tools, documents, enable_thinking, date_string.
+        """The text of the messages; with `generation_prompt`, it ends where the assistant's answer starts.
+        `variables` are further inputs of the template: tools, documents, enable_thinking, date_string.
 
         ShoalError: the template refuses the messages."""
         return "".join(self._render(messages, generation_prompt, variables)[0])
 
     def encode(self, messages: Messages, *, generation_prompt: bool = True, **variables: Any) -> list[int]:
-        """Token ids of the rendered messages. Control tokens that messages or variables spell are encoded
-        as text."""
+        """Token ids of the rendered messages. Control tokens that messages or variables spell are encoded as
+        ordinary text. Errors and arguments: see `render`."""
         text, data = self._render(messages, generation_prompt, variables)
         if self._template is None:
             return self.tokenizer.encode(text, control=False)
@@ -123,7 +121,7 @@ class Chat:
     def _render(
         self, messages: Messages, generation_prompt: bool, variables: Mapping[str, Any]
     ) -> tuple[Traced | str, list[Any]]:
-        """The rendered text, and all that is data in it."""
+        """The rendered text, and the data that went into it."""
         plain = [asdict(message) if isinstance(message, Message) else dict(message) for message in messages]
         plain = [{key: value for key, value in message.items() if value is not None} for message in plain]
         data = [*plain, dict(variables)]
@@ -146,11 +144,11 @@ class Chat:
         except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
             raise ShoalError(f"the model's chat template refuses these messages: {e}") from e
         except RecursionError as e:
-            raise ShoalError("the model's chat template recurses without end on these messages") from e
+            raise ShoalError("the model's chat template recurses endlessly on these messages") from e
 
 
 def special_tokens(tokenizer: Tokenizer, bos: int | None, eos: Sequence[int]) -> dict[str, str]:
-    """The special tokens that a template may name, where only a configuration's ids are known."""
+    """Spellings of the special tokens that a template may use by name, from the ids in a configuration."""
     ids = {"bos_token": bos, "eos_token": eos[0] if eos else None}
     spelled = {key: tokenizer.token(i) for key, i in ids.items() if i is not None}
     return {key: token for key, token in spelled.items() if token is not None}
@@ -160,17 +158,17 @@ def _parse_special(text: str, path: Path) -> dict[str, str | None]:
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as e:
-        raise ModelFileError(f"{path} cannot be read as JSON: {e}") from e
+        raise ModelFileError(f"{path} is not valid JSON ({e}): pull or convert the model again") from e
     if not isinstance(values, dict) or not all(isinstance(value, str | None) for value in values.values()):
         raise ModelFileError(
-            f"{path} must hold an object of strings and nulls: pull or convert the model again"
+            f"{path} is not a JSON object of strings and nulls: pull or convert the model again"
         )
     return values
 
 
 def _traced_message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message for the template, with origins. The name of a usual role may be part of a control
-    token."""
+    """A message for the template, as traced strings. The name of a usual role counts as the template's, since
+    it may be part of a control token."""
     from .chat_template import ANSWER, DATA, TEMPLATE, traced
 
     role = message.get("role")
@@ -181,7 +179,7 @@ def _traced_message(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """All strings in JSON-like data."""
+    """All strings in JSON-like data, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -205,11 +203,11 @@ def _compile(template: str) -> Callable[..., str]:
         import jinja2
     except ImportError as e:
         raise MissingDependencyError(
-            f"chat templates need the jinja2 package ({e}): pip install jinja2, or give `--raw`"
+            f"chat templates need the jinja2 package ({e}): pip install jinja2, or use --raw"
         ) from e
     from .chat_template import compile_template
 
     try:
         return compile_template(template)
     except (jinja2.TemplateError, RecursionError) as e:
-        raise UnsupportedModelError(f"the model's chat template does not compile: {e}; give `--raw`") from e
+        raise UnsupportedModelError(f"the model's chat template does not compile ({e}): use --raw") from e

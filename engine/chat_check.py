@@ -1,7 +1,8 @@
-"""The chat of a checkpoint, checked at conversion, before the long work: what is odd is said, or refused.
+"""Checks the tokenizer and chat template of a checkpoint at conversion, before the long work, and decides on
+end tokens and special tokens.
 
-Sources disagree about end tokens and special tokens: config.json has ids, the tokenizer's settings have
-spellings, and the template writes what it writes. Settled here is what a model directory says of them."""
+Their sources can disagree: config.json has ids, the tokenizer's settings have spellings, and the template
+may write yet other tokens. Oddities are warnings, contradictions are errors."""
 
 from __future__ import annotations
 
@@ -21,22 +22,21 @@ _QUESTION, _ANSWER = "What is three and four?", "Seven."
 
 @dataclass(frozen=True, slots=True)
 class ChatParts:
-    """What a model directory keeps for its chats."""
+    """The parts of a checkpoint that a model directory keeps for text and chats."""
 
     tokenizer: bytes | None
     template: str | None
     special: bytes | None
-    """special_tokens_map.json; None where the ids of config.json say the same."""
+    """special_tokens_map.json; None if the ids in config.json are enough."""
     bos: int | None
     eos: tuple[int, ...]
 
 
 def chat_parts(checkpoint: Checkpoint, config: Config, warn: Warn) -> ChatParts:
-    """The tokenizer, template, special and end tokens of a checkpoint. `warn` is told what is odd about
-    them.
+    """The tokenizer, template, special tokens and end tokens of a checkpoint. `warn` is called for each
+    oddity.
 
-    ModelFileError: they contradict each other. UnsupportedModelError: a tokenizer that is not
-    supported."""
+    ModelFileError: they contradict each other. UnsupportedModelError: the tokenizer is not supported."""
     where = str(checkpoint.path)
     data, template = checkpoint.tokenizer_json(), checkpoint.chat_template
     parts = ChatParts(data, template, None, config.bos, config.eos)
@@ -62,7 +62,7 @@ def chat_parts(checkpoint: Checkpoint, config: Config, warn: Warn) -> ChatParts:
     if chat is not None:
         eos = _once([*eos, *_check(chat, settled, eos)])
     if not eos:
-        warn(f"{where} has no end token: answers end only where the context or --max-tokens does")
+        warn(f"{where} has no end token, so answers end only at the end of the context or at --max-tokens")
     return replace(
         parts,
         special=json.dumps(named, indent=1, sort_keys=True).encode() + b"\n" if named else None,
@@ -72,13 +72,13 @@ def chat_parts(checkpoint: Checkpoint, config: Config, warn: Warn) -> ChatParts:
 
 
 class _Settled:
-    """Tokens that the tokenizer can write and the model can read; others are named in a warning."""
+    """Finds tokens that are in both the tokenizer and the model's embedding; warns about others."""
 
     def __init__(self, tokenizer: Tokenizer, config: Config, where: str, warn: Warn) -> None:
         self.tokenizer, self.vocab, self.where, self.warn = tokenizer, config.vocab, where, warn
 
     def tokens(self, ids: Iterable[int | None], key: str) -> list[int]:
-        """Those of the ids that are tokens."""
+        """The ids that are tokens, without None; warns about the others. `key` names them in warnings."""
         known = []
         for i in ids:
             if i is not None and i < self.vocab and self.tokenizer.token(i) is not None:
@@ -88,11 +88,11 @@ class _Settled:
         return known
 
     def spelled(self, names: Mapping[str, str | None], key: str) -> list[int]:
-        """The id of the token called `key`, if it has one."""
+        """The id, in a list, of the token that the setting `key` spells; empty if there is none."""
         for name, token in names.items():
             if name in ("bos_token", key) and token and self.tokenizer.token_id(token) is None:
                 self.warn(
-                    f"{self.where}: {name} {token!r} is not in the vocabulary, so that it is plain text"
+                    f"{self.where}: {name} {token!r} is not in the vocabulary, so it will be plain text"
                 )
         token = names.get(key)
         i = None if token is None else self.tokenizer.token_id(token)
@@ -106,7 +106,7 @@ def _once(ids: Iterable[int]) -> list[int]:
 def _opened(
     tokenizer: Tokenizer, template: str | None, special: Mapping[str, str | None], warn: Warn
 ) -> Chat | None:
-    """The chat; None, with a warning, where there is none or it cannot be checked."""
+    """The chat of a template; None if there is no template, or, with a warning, if it cannot be checked."""
     if template is None:
         return None
     try:
@@ -119,8 +119,8 @@ def _opened(
 
 
 def _check(chat: Chat, settled: _Settled, eos: list[int]) -> list[int]:
-    """Renders and encodes a chat of two messages, and returns the tokens that end the answer in it as far
-    as they are not in `eos`. ModelFileError: it has tokens that the embedding lacks."""
+    """Renders and encodes a chat of two messages. Returns the token that ends the answer in it, in a list,
+    unless `eos` has it. ModelFileError: the chat has tokens that the embedding lacks."""
     warn, where, tokenizer = settled.warn, settled.where, settled.tokenizer
     messages = [Message("user", _QUESTION), Message("assistant", _ANSWER)]
     try:
@@ -132,24 +132,27 @@ def _check(chat: Chat, settled: _Settled, eos: list[int]) -> list[int]:
         return []
     beyond = [tokenizer.token(i) for i in ids if i >= settled.vocab]
     if beyond:
-        raise ModelFileError(f"{where}: its chat template writes {beyond[0]!r}, which its embedding lacks")
+        raise ModelFileError(
+            f"{where}: its chat template writes {beyond[0]!r}, which its embedding lacks: the files are of "
+            "different models; fetch the checkpoint again"
+        )
     if _QUESTION.casefold() not in prompt.casefold():
-        warn(f"{where}: its chat template leaves out what the user says")
+        warn(f"{where}: its chat template leaves out the user's message")
     markers = dict.fromkeys(MARKER.findall(prompt + text))
     split = [marker for marker in markers if tokenizer.token_id(marker) not in ids]
     if split:
         warn(
             f"{where}: its chat template writes {', '.join(split)}, which the tokenizer splits into several "
-            "tokens; if the model was trained with them as single tokens, the tokenizer is another's"
+            "tokens; if the model was trained with them as single tokens, the tokenizer is another model's"
         )
     bos = tokenizer.token_id(chat.special.get("bos_token", ""))
     if bos is not None and ids[:2] == [bos, bos]:
-        warn(f"{where}: its chat template begins with {chat.special['bos_token']!r} twice")
+        warn(f"{where}: its chat template starts with {chat.special['bos_token']!r} twice")
     return _unlisted_end(chat, settled, text, eos)
 
 
 def _unlisted_end(chat: Chat, settled: _Settled, text: str, eos: list[int]) -> list[int]:
-    """The token after the answer in the rendered chat, unless it is an end token already."""
+    """The token after the answer in the rendered chat `text`, in a list; empty if `eos` has it."""
     at = text.rfind(_ANSWER)
     if at < 0:
         return []
@@ -161,13 +164,13 @@ def _unlisted_end(chat: Chat, settled: _Settled, text: str, eos: list[int]) -> l
             said = repr(after.splitlines()[0]) if after else "nothing"
             settled.warn(
                 f"{settled.where}: its chat template writes {said} after an answer, and none of the end "
-                f"tokens ({known}): answers may not end; --stop ends them at a text"
+                f"tokens ({known}), so answers may not end; --stop ends them at a given text"
             )
         return []
     if end[0] in eos:
         return []
     settled.warn(
         f"{settled.where}: its chat template ends an answer with {settled.tokenizer.token(end[0])!r}, which "
-        f"is not among its end tokens ({known}); it is taken as one of them"
+        f"is not among its end tokens ({known}); it is used as one of them"
     )
     return end

@@ -1,13 +1,12 @@
-"""Chat templates in Jinja, rendered to a text with an origin for each character: the template or a
-message.
+"""Renders Jinja chat templates with an origin for each character: the template or a message.
 
-Only the template may write control tokens, and a rendered text does not show whether its `<|im_end|>`
-ends a turn or was typed by a user. Nor can it be seen beforehand: templates trim, split, join and
-upper-case what messages say. So every string that a template handles is a `Traced`, a str with an origin
-for each character. The text is what Hugging Face transformers renders (`utils/chat_template_utils.py`):
-the sandbox, its options, filters and globals are the same.
+Only the template may write control tokens, but the rendered text does not show whether an `<|im_end|>` ends
+a turn or was typed by a user. Searching the messages beforehand is not enough, because templates trim,
+split, join and upper-case them. So every string that a template handles is a `Traced`: a str with an origin
+for each character. The text is the same as in Hugging Face transformers (`utils/chat_template_utils.py`):
+the sandbox, its options, filters and globals are equal.
 
-Imported only where a template is used, because it needs jinja2."""
+This module is imported only where a template is used, because it needs jinja2."""
 
 from __future__ import annotations
 
@@ -25,21 +24,21 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 TEMPLATE, ANSWER, DATA, UNKNOWN = "tad?"
-"""Origins of a character: the template; an assistant's message; any other message, tool or document; or
-an operation that keeps no record, such as `indent`."""
+"""Origins of a character: the template; an assistant's message; other data (messages, tools, documents); or
+unknown, after an operation that loses origins, such as `indent`."""
 
 _FIELD = re.compile(r"\{(\w*)\}")
 
 
 class Traced(str):
-    """A string with the origin of each character. Operations that are not here give a plain str, whose
-    origin is unknown."""
+    """A string with the origin of each character. Methods that are not overridden here return a plain str,
+    whose origin is unknown."""
 
     __slots__ = ("_origin",)
     _origin: str
 
     def __new__(cls, text: str, origin: str | None = None) -> Self:
-        """`origin`: one letter for each character."""
+        """`origin`: one letter for each character; None: all unknown."""
         made = super().__new__(cls, text)
         made._origin = UNKNOWN * len(text) if origin is None else origin
         return made
@@ -133,7 +132,7 @@ class Traced(str):
         return self._spelled(str.swapcase(self))
 
     def _pieces(self, pieces: list[str], sep: str | None) -> list[str]:
-        """The pieces of self, in order, between which there is `sep`, or white space if that is None."""
+        """Slices of self for consecutive `pieces` that are separated by `sep` (None: by white space)."""
         at, found = 0, []
         for piece in pieces:
             at = self.find(piece, at) if sep is None else at
@@ -142,14 +141,14 @@ class Traced(str):
         return found
 
     def _spelled(self, text: str) -> str:
-        """Self in other letters: "ß" in upper case has one more of them."""
+        """`text`, a change of case of self, with origins. Its length may differ: "ß" becomes "SS"."""
         if len(text) == len(self):
             return Traced(text, self._origin)
         return Traced(text, (self._origin[0] if len(set(self._origin)) == 1 else DATA) * len(text))
 
 
 def _filled(text: str, pieces: list[str], values: Iterable[Any]) -> str:
-    """`text` with origins, if it is the pieces with the values between them; else as it is."""
+    """`text` with origins, if it is equal to the pieces with the values between them; else unchanged."""
     between = [*map(str, values), ""]
     if len(pieces) != len(between):
         return text
@@ -158,13 +157,13 @@ def _filled(text: str, pieces: list[str], values: Iterable[Any]) -> str:
 
 
 def origins(text: str) -> str:
-    """The origin of each character of a string."""
+    """The origins of a string, one letter for each character."""
     return text._origin if isinstance(text, Traced) else UNKNOWN * len(text)
 
 
 def traced(value: Any, origin: str) -> Any:
-    """A copy of JSON-like data whose strings have all one origin. Other objects become the names of their
-    types."""
+    """A copy of JSON-like data in which every string is `Traced` with the given origin. Other objects are
+    replaced by the names of their types."""
     if isinstance(value, str):
         return Traced(value, origin * len(value))
     if isinstance(value, Mapping):
@@ -177,20 +176,21 @@ def traced(value: Any, origin: str) -> Any:
 
 
 def compile_template(source: str) -> Callable[..., str]:
-    """A function from variables to the rendered text. jinja2.TemplateError: `source` is no template."""
+    """The function that renders a template from its variables. jinja2.TemplateError: `source` is not a valid
+    template."""
     template = _Environment().from_string(source)
     return template.render
 
 
 def literals(source: str) -> str:
-    """What the template says in letters: its text and its string constants, apart from each other."""
+    """The literal strings of a template: its text and its string constants, separated by NUL."""
     tree = jinja2.Environment(extensions=[_Generation, "jinja2.ext.loopcontrols"]).parse(source)
     constants = [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
     return "\0".join([*(node.data for node in tree.find_all(nodes.TemplateData)), *constants])
 
 
 class _Code(CodeGenerator):
-    """Generates code whose string constants, and what is joined from them, are Traced."""
+    """A code generator for templates whose string constants and concatenations are `Traced`."""
 
     def visit_Const(self, node: nodes.Const, frame: Frame) -> None:
         if isinstance(node.value, str):
@@ -213,10 +213,9 @@ class _Code(CodeGenerator):
 
 
 class _Generation(Extension):
-    """The tag `{% generation %}`: it marks the assistant's words for training, and renders as its
-    content."""
+    """The tag `{% generation %}`, which marks the assistant's words for training. It renders its content."""
 
-    tags = {"generation"}  # noqa: RUF012 as the base class has it
+    tags = {"generation"}  # noqa: RUF012 the base class declares it like this
 
     def parse(self, parser: Parser) -> nodes.Node:
         """A block that calls `_body`."""
@@ -233,14 +232,13 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         extensions = [_Generation, "jinja2.ext.loopcontrols"]
-        # Not optimised: that would join constants before they are traced.
+        # Not optimised, because the optimiser joins constants before they are traced.
         super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=extensions)
         self.filters["tojson"] = _to_json
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """The sandbox's `format` of a string, with origins if its fields are plain: `{}`, `{0}`,
-        `{name}`."""
+        """The sandbox's `str.format`, with origins if all fields are plain: `{}`, `{0}`, `{name}`."""
         wrapped = super().wrap_str_format(value)
         if wrapped is None or not isinstance(value.__self__, Traced):
             return wrapped
@@ -258,12 +256,12 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     @staticmethod
     def written(text: str) -> Traced:
-        """A constant of the template."""
+        """A constant of the template as a traced string."""
         return Traced(text, TEMPLATE * len(text))
 
     @staticmethod
     def concat(parts: Iterable[str]) -> str:
-        """In place of "".join, for all that is output or made by `~`, macros and blocks."""
+        """Replaces "".join for output, `~`, macros and blocks, to keep origins."""
         return Traced("", "").join(parts)
 
 
@@ -274,7 +272,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Unlike Jinja's own filter, nothing is escaped for HTML."""
+    """The filter `tojson`. Unlike Jinja's own, it does not escape for HTML."""
     text = json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
@@ -282,7 +280,7 @@ def _to_json(
 
 
 def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)  # noqa: DTZ005 the local time, as transformers has it
+    return datetime.now().strftime(form)  # noqa: DTZ005 local time, as in transformers
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -1,9 +1,9 @@
-"""Encoding of texts in which a control token's spelling may be ordinary text.
+"""Encodes texts in which the spelling of a control token may be ordinary text.
 
-The `tokenizers` library recognises added tokens wherever a text spells them. Where only some of them are
-meant, the text is encoded by a twin of the tokenizer, in which control tokens have the same ids and
-private spellings. Those that are meant are written in their private spelling. To the twin everything else
-is words, in their usual context."""
+The `tokenizers` library recognises added tokens wherever a text spells them. If only some of these are
+genuine, the text is encoded by a twin of the tokenizer, whose control tokens have the same ids but private
+spellings. Genuine tokens are written in their private spelling; the twin treats everything else as words,
+in their usual context."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ if TYPE_CHECKING:
     import tokenizers
 
 Genuine = Callable[[int, int, int], bool]
-"""Whether a token that is spelled by the characters [first, last) of a text is meant: f(id, first,
-last)."""
+"""A function f(id, first, last): whether the characters [first, last) of a text, which spell the token, stand
+for the token rather than for ordinary text."""
 
 _PRIVATE = 0xF0000
-"""First of the code points for private use (planes 15 and 16) of which private spellings are made."""
+"""First of the private-use code points (planes 15 and 16) that private spellings are made of."""
 _PRIVATE_MARKS = [*range(0x10FFFD, 0x100000 - 1, -1), *range(0xF8FF, 0xE000 - 1, -1)]
 
 
 def never(token: int, first: int, last: int) -> bool:
-    """Genuine where no spelling is meant."""
+    """The `Genuine` of a text without control tokens."""
     return False
 
 
 class PlainTwins:
-    """The twins of a tokenizer, made when they are needed, and what they are needed for."""
+    """Finds spellings of control tokens in texts, and encodes texts in which some are ordinary text. Twins of
+    the tokenizer are made on demand."""
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
@@ -41,13 +42,13 @@ class PlainTwins:
     def find(
         self, encoding: tokenizers.Encoding, text: str, spelled: Mapping[int, tokenizers.AddedToken]
     ) -> Iterator[tuple[int, int, int]]:
-        """Ids and characters of the tokens `spelled` in the backend's encoding of a text. The token for
-        what the vocabulary lacks is among them only where the text spells it."""
+        """Occurrences (id, first, last) of the tokens `spelled` in the backend's encoding of a text, as
+        character ranges. The unknown token counts only where the text spells it."""
         for token, (first, last) in zip(encoding.ids, encoding.offsets, strict=True):
             if token not in spelled:
                 continue
             content, part = spelled[token].content, text[first:last]
-            at = part.find(content)  # white space around it may belong to the token
+            at = part.find(content)  # the token may include white space around its spelling
             if at >= 0:
                 yield token, first + at, first + at + len(content)
             elif spelled[token].normalized and self._normalised(content) in self._normalised(part):
@@ -60,13 +61,13 @@ class PlainTwins:
         spelled: Mapping[int, tokenizers.AddedToken],
         genuine: Genuine,
     ) -> tokenizers.Encoding:
-        """Encoding of the text with only the genuine ones of the tokens `spelled`. `encoding` is that of
-        the backend. ShoalError: the text has every character for private use."""
+        """The encoding of a text in which the tokens `spelled` are recognised only where genuine. `encoding`
+        is the backend's own. ShoalError: the text contains every private-use character."""
         contents = {token.content: i for i, token in spelled.items()}
         names = {content: chr(_PRIVATE + n) for n, content in enumerate(sorted(contents))}
         mark = self._mark(text)
         meant = [found for found in self.find(encoding, text, spelled) if genuine(*found)]
-        # A spelling that is not meant may have swallowed the beginning of one that is.
+        # A spelling that is not genuine may overlap the start of one that is.
         meant += [found for found in _search(text, contents) if genuine(*found)]
         pieces, at = [], 0
         for token, first, last in sorted(meant, key=lambda found: (found[1], -found[2])):
@@ -81,17 +82,17 @@ class PlainTwins:
         return text if normalizer is None else normalizer.normalize_str(text)
 
     def _mark(self, text: str) -> str:
-        """A character that the text lacks; that of the last twin, if possible."""
+        """A private-use character that the text lacks; the last twin's, if possible."""
         if self._twin is not None and self._twin[0] not in text:
             return self._twin[0]
         used = set(text)
         for mark in map(chr, _PRIVATE_MARKS):
             if mark not in used:
                 return mark
-        raise ShoalError("the text has every character for private use: remove them")
+        raise ShoalError("the text contains every private-use character of Unicode: remove them")
 
     def _named(self, mark: str, names: Mapping[str, str]) -> tokenizers.Tokenizer:
-        """The twin whose tokens have the spellings `names`, each after `mark`."""
+        """The twin whose control tokens are spelled `mark` + name; `names` has the names by spelling."""
         if self._twin is None or self._twin[0] != mark or self._twin[1] != names.keys():
             document = json.loads(self._backend.to_str())
             _rename(document, {content: mark + name for content, name in names.items()})
@@ -101,7 +102,8 @@ class PlainTwins:
 
 
 def _search(text: str, contents: Mapping[str, int]) -> Iterator[tuple[int, int, int]]:
-    """Every token that is spelled in the text as in `contents`, overlapping ones too."""
+    """All occurrences (id, first, last) in a text of the spellings in `contents`, including overlapping
+    ones."""
     longest_first = sorted(filter(None, contents), key=len, reverse=True)
     anywhere = re.compile("|".join(map(re.escape, longest_first)))
     match = anywhere.search(text)
@@ -114,7 +116,8 @@ def _search(text: str, contents: Mapping[str, int]) -> Iterator[tuple[int, int, 
 
 
 def _rename(document: dict[str, Any], names: Mapping[str, str]) -> None:
-    """Gives tokens of a tokenizer.json other spellings and the same ids; no text is merged into them."""
+    """Changes the spellings of tokens in a tokenizer.json, and removes the merges that would produce them.
+    Ids stay the same."""
     for token in document["added_tokens"]:
         token["content"] = names.get(token["content"], token["content"])
     model = document["model"]

@@ -1,8 +1,8 @@
-"""The exceptions that a user of the engine can meet, each with the exit code the command line gives it.
+"""Exceptions for users of the engine, each with its exit code on the command line.
 
     ShoalError                    1   base: anything this project raises on purpose
-    ├── ModelFileError            3   a model file is missing, truncated, altered, or lies about itself
-    ├── UnsupportedModelError     4   the model is sound, but of a family, type or format we do not have
+    ├── ModelFileError            3   a model file is missing, truncated, altered or inconsistent
+    ├── UnsupportedModelError     4   the model is valid, but its family, type or format is not supported
     ├── ContextError              5   the prompt does not fit the context
     ├── NoPlanError               6   no assignment of layers meets the devices' limits
     ├── DownloadError            11   a model could not be fetched
@@ -12,19 +12,19 @@
     └── OperatingSystemError     16   a full disk, a permission, no memory: see engine/os_errors.py
 
 A message is one sentence for the person at the terminal: it names the culprit (the file, the device, the
-option) and says what to do. Exceptions of libraries are translated once, where the library is called.
+option) and the remedy. Exceptions of libraries are translated once, where the library is called.
 """
 
 from collections.abc import Callable
 from typing import ClassVar
 
 Warn = Callable[[str], None]
-"""A function that is called with a warning: one sentence about something odd that does not end the work.
-The command line prints it as `shoal: warning: …`."""
+"""A callback for warnings. A warning is one sentence about something odd that does not stop the work; the
+command line prints it as `shoal: warning: …`."""
 
 
 def ignore(message: str) -> None:
-    """The Warn of a caller that wants no warnings."""
+    """A `Warn` that discards warnings."""
 
 
 class ShoalError(Exception):
@@ -40,20 +40,19 @@ class ModelFileError(ShoalError):
 
 
 class UnsupportedModelError(ShoalError):
-    """The model is well formed, but needs a family, a tensor type or a format version that is not
-    here."""
+    """The model is valid, but its family, a tensor type or its format version is not supported."""
 
     exit_code = 4
 
 
 class ContextError(ShoalError):
-    """The prompt, or the prompt and the tokens asked for, do not fit the context."""
+    """The prompt, or the prompt with the requested tokens, does not fit the context."""
 
     exit_code = 5
 
 
 class CancelledRunError(ShoalError):
-    """A run was ended by `Stage.cancel`: the positions of its batch hold nothing."""
+    """A run was ended by `Stage.cancel`. Its positions are empty; earlier ones are kept."""
 
     exit_code = 15
 
@@ -71,14 +70,14 @@ class DownloadError(ShoalError):
 
 
 class MissingDependencyError(ShoalError):
-    """An optional package is needed and not installed; the message is the one line that installs it."""
+    """An optional package is needed and not installed; the message has the command that installs it."""
 
     exit_code = 12
 
 
 class OperatingSystemError(ShoalError):
-    """The operating system refused something: space on a disk, access to a file, memory. `place` is the
-    file or directory, if another would not have been refused."""
+    """The operating system refused something: disk space, access to a file, memory. `place` is the file or
+    directory, where choosing another one can help."""
 
     exit_code = 16
 

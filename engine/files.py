@@ -1,5 +1,5 @@
-"""Files of models and checkpoints, read whole, where errors name the file; names that others gave files;
-and the directory of everything that can be fetched or made again."""
+"""Helpers for files: reading whole files with errors that name them, checking untrusted file names, atomic
+writes, and the cache directory."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def is_inside(name: object) -> bool:
-    """Whether `name`, which a file or a server gave, names a file inside a directory: a relative path
-    without `..`, that no shell or terminal reads as anything else."""
+    """Whether an untrusted `name` is safe as the path of a file inside a directory: relative, without `..`,
+    backslashes or unprintable characters."""
     return (
         isinstance(name, str)
         and name.isprintable()
@@ -24,20 +24,20 @@ def is_inside(name: object) -> bool:
 
 
 def refuse_pointer(path: Path) -> None:
-    """ModelFileError: in the file's place there is what Git keeps of it."""
+    """ModelFileError: the file is a Git LFS pointer instead of its contents."""
     try:
         with path.open("rb") as file:
             start = file.read(len(_POINTER))
     except OSError:
-        return  # said by whoever reads it
+        return  # reported by the code that reads the file
     if start == _POINTER:
         raise ModelFileError(
-            f"{path} is a pointer of Git LFS and not the file itself: run `git lfs pull` there"
+            f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its directory"
         )
 
 
 def read_bytes(path: Path) -> bytes:
-    """ModelFileError: unreadable."""
+    """The bytes of a file. ModelFileError: unreadable."""
     try:
         return path.read_bytes()
     except OSError as e:
@@ -45,16 +45,16 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """ModelFileError: unreadable, or no UTF-8."""
+    """The text of a UTF-8 file. ModelFileError: unreadable, or not UTF-8."""
     try:
         return read_bytes(path).decode("utf-8")
     except UnicodeDecodeError as e:
-        raise ModelFileError(f"{path} is no UTF-8 text: {e}") from e
+        raise ModelFileError(f"{path} is not UTF-8 text: {e}") from e
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file under another name first, so that nobody reads half of it. OSError: it cannot be written,
-    and nothing is left."""
+    """Writes a file atomically: under a temporary name first, so that nobody reads half of it. OSError: it
+    cannot be written; no partial file is left."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         part.write_text(text, encoding="utf-8")
@@ -68,5 +68,5 @@ def write_whole(path: Path, text: str) -> None:
 def cache_directory() -> Path:
     """`$XDG_CACHE_HOME/shoal`, or `~/.cache/shoal`. RuntimeError: there is no home directory."""
     base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG rules say that a relative path is to be ignored.
+    # The XDG specification says to ignore relative paths.
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "shoal"

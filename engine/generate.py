@@ -1,4 +1,4 @@
-"""Generation in one process: the engine that apps embed, and the oracle of every distributed test."""
+"""Generation in one process: what apps embed, and the reference for every distributed test."""
 
 from __future__ import annotations
 
@@ -13,24 +13,26 @@ from .tokenizer import Detokenizer, StopBuffer, Tokenizer
 
 
 def check_prompt(prompt: Sequence[int], context: int, vocab: int | None = None) -> None:
-    """ContextError: an empty prompt, or one that leaves no position for an answer. UnsupportedModelError:
-    a token that is none of `vocab`, which happens where a tokenizer was given more than the model."""
+    """Checks the token ids of a prompt. ContextError: it is empty, or leaves no position for an answer.
+    UnsupportedModelError: a token id is not below `vocab`, because the tokenizer has more tokens than the
+    model's embedding."""
     if not prompt:
         raise ContextError("the prompt is empty")
     if len(prompt) >= context:
         raise ContextError(
-            f"the prompt has {len(prompt)} tokens and the context holds {context}, the answer included: "
+            f"the prompt has {len(prompt)} tokens and the context holds {context}, including the answer: "
             "shorten the prompt, or raise --context if the model allows"
         )
     if vocab is not None and max(prompt) >= vocab:
         raise UnsupportedModelError(
-            f"the prompt has the token {max(prompt)} and the model knows {vocab}: its tokenizer.json has "
-            "more than its embedding; ask without them, or fetch a checkpoint whose parts belong together"
+            f"the prompt has the token {max(prompt)} and the model's embedding has {vocab} tokens, fewer "
+            "than its tokenizer.json: leave that token out, or fetch a checkpoint whose files belong together"
         )
 
 
 def prompt_runs(sequence: int, first: int, tokens: Sequence[int], chunk: int) -> Iterator[Run]:
-    """Runs that fill positions [first, first + len(tokens)); the last one asks for the next token."""
+    """Runs of at most `chunk` rows for positions [first, first + len(tokens)). The last one asks for the
+    next token."""
     for at in range(0, len(tokens), chunk):
         part = tokens[at : at + chunk]
         want = Want.TOKEN if at + chunk >= len(tokens) else Want.NOTHING
@@ -38,14 +40,13 @@ def prompt_runs(sequence: int, first: int, tokens: Sequence[int], chunk: int) ->
 
 
 class Session:
-    """A sequence of a stage that stays open from answer to answer; the stage holds all units of the
-    model.
+    """A sequence that stays open from answer to answer, on a stage with all units of the model.
 
     with Session(stage, sampling) as session: for token in session.answer(prompt, max_tokens=64): ...
 
-    Each answer computes what its prompt does not share with the prompt and answer before, and gives the
-    tokens that the whole prompt would give. An answer may be left in the middle, by closing its
-    generator."""
+    Each answer computes only the part of its prompt after the longest common prefix with the previous
+    prompt and answer; the tokens are those of computing the whole prompt. Closing its generator ends an
+    answer early."""
 
     def __init__(
         self,
@@ -55,17 +56,19 @@ class Session:
         context: int | None = None,
         sequence: int | None = None,
     ) -> None:
-        """Opens the sequence of this number; None: of a free one. ValueError: it is open already, or the
-        stage lacks units; ContextError: the context is too long."""
+        """Opens a sequence with this number, or a free number if None. `context` is in tokens; None: the
+        model's. ValueError: the sequence is already open, or the stage lacks units. ContextError: the
+        context is longer than the model's."""
         units = stage.model.n_units
         if (stage.first, stage.last) != (0, units):
             raise ValueError(
-                f"the stage has units [{stage.first}, {stage.last}) and an answer needs all {units}"
+                f"the stage has units [{stage.first}, {stage.last}), but an answer needs all {units}: open a "
+                f"stage with units [0, {units})"
             )
         self.stage = stage
         self.context = stage.model.config.context if context is None else context
         self._held: list[int] = []
-        """Token ids whose keys and values the stage has."""
+        """Token ids whose keys and values the stage holds."""
         self._answers = 0
         self.sequence = stage.open_sequence(sequence, sampling, self.context)
 
@@ -78,19 +81,20 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """Frees the sequence's pages."""
+        """Closes the sequence and frees its pages."""
         self.stage.close_sequence(self.sequence)
 
     def answer(
         self, prompt: Sequence[int], *, max_tokens: int = 256, end: Collection[int] | None = None
     ) -> Generator[int, None, None]:
-        """Token ids that follow `prompt`, one at a time; ends as `generate` does. ContextError: the
-        prompt does not fit. ValueError: it goes on after another answer of the session has begun."""
+        """Yields the token ids that follow `prompt`; ends as `generate` does. ContextError: the prompt does
+        not fit. CancelledRunError: `Stage.cancel` was called. ValueError: the generator is continued after
+        a later answer of the session has begun."""
         check_prompt(prompt, self.context)
         end = self.stage.model.config.eos if end is None else end
         self._answers += 1
         answer = self._answers
-        self.stage.cancelled(self.sequence)  # what was cancelled is an answer before
+        self.stage.cancelled(self.sequence)  # clears the cancellation of an earlier answer
         first = min(common_prefix(self._held, prompt), len(prompt) - 1)
         runs = prompt_runs(self.sequence, first, prompt[first:], self.stage.options.max_rows)
         position = len(prompt)
@@ -107,10 +111,10 @@ class Session:
 
     def _run(self, run: Run, answer: int) -> int | None:
         if answer != self._answers:
-            raise ValueError("another answer of this session has begun: a session gives one at a time")
+            raise ValueError("a later answer of this session has begun: a session has one answer at a time")
         if self.stage.cancelled(self.sequence):
             raise CancelledRunError("the answer was cancelled")
-        del self._held[run.first :]  # first: an error, or Ctrl-C, may leave nothing behind that position
+        del self._held[run.first :]  # before the run: after an error or Ctrl-C, these positions are invalid
         (result,) = self.stage.run([run])
         self._held += run.tokens
         return result.token
@@ -126,19 +130,20 @@ def generate(
     context: int | None = None,
     sequence: int | None = None,
 ) -> Generator[int, None, None]:
-    """Token ids that follow `prompt`, one at a time; `stage` holds all units of the model.
+    """Yields the token ids that follow `prompt`; `stage` must have all units of the model.
 
-    Stops after `max_tokens`, at the context's end, or before a token of `end`: None stands for the
-    model's own end tokens, () for none. The answer has the stage's sequence of this number (None: a free
-    one) until the generator ends or is closed. Errors are raised when the first token is asked for.
-    ContextError: the prompt does not fit. CancelledRunError: `Stage.cancel` was called. ValueError: the
-    stage lacks units, or the sequence is open already."""
+    Stops after `max_tokens`, at the end of the context, or before a token in `end` (None: the model's own
+    end tokens; (): none). The answer uses the sequence number `sequence` (None: a free one) until the
+    generator ends or is closed. Errors are raised when the first token is requested. ContextError: the
+    prompt does not fit. CancelledRunError: `Stage.cancel` was called. ValueError: the stage lacks units,
+    or the sequence is already open."""
     with Session(stage, sampling, context=context, sequence=sequence) as session:
         yield from session.answer(prompt, max_tokens=max_tokens, end=end)
 
 
 class TextStream:
-    """Tokens in, text out: whole characters only, and nothing of a stop string or behind it."""
+    """Converts tokens to text as they arrive: whole characters only, and nothing from the start of a stop
+    string on."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
         self._detokenizer = Detokenizer(tokenizer)
@@ -146,13 +151,13 @@ class TextStream:
 
     @property
     def stopped(self) -> bool:
-        """A stop string has been met: push no more."""
+        """True once a stop string has been met; later tokens give no text."""
         return self._stops.stopped
 
     def push(self, token: int) -> str:
-        """Text that is certain after one more token; may be empty."""
+        """Adds a token; returns the text that has become final, which may be empty."""
         return self._stops.push(self._detokenizer.push(token))
 
     def flush(self) -> str:
-        """What was held back, when the answer has ended."""
+        """Returns the text that was held back. Call it when the answer has ended."""
         return self._stops.push(self._detokenizer.flush()) + self._stops.flush()

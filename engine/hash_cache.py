@@ -1,8 +1,8 @@
-"""Which files of a model directory are known to have the hash that the index gives them.
+"""A cache of verified hashes: the files of a model directory whose SHA-256 was found equal to the index's.
 
-A stamp is (size, modification time, inode). While it stands, a load does not read the file to hash it;
-when it changes, the file is hashed again, and refused if the hash is another. A directory that cannot be
-written keeps no stamps: its files are hashed once a process."""
+A stamp is (size, modification time, inode, SHA-256). While it is unchanged, loading does not hash the file;
+otherwise the file is hashed again, and refused if the hash differs. If the directory is not writable, no
+stamps are saved, and each process hashes the files once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PIECE = 1 << 20
 
 
 class HashCache:
-    """The stamps of one directory."""
+    """The stamps of one model directory, read from `stamps.json` on first use."""
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / HASHES
@@ -31,8 +31,9 @@ class HashCache:
     def check(
         self, path: Path, entry: FileEntry, *, trust: bool = True, also: Callable[[Path], None] | None = None
     ) -> None:
-        """Compares a file with the index; unless it is known and `trust`, hashes it and does what `also`
-        must be looked at. ModelFileError: missing, truncated or altered."""
+        """Compares a file with its index entry. Hashes it, and calls `also` with its path for further
+        checks, unless `trust` is set and the stamp is unchanged. ModelFileError: missing, truncated or
+        altered."""
         try:
             stat = path.stat()
         except OSError as e:
@@ -42,7 +43,7 @@ class HashCache:
         if stat.st_size != entry.size:
             how = "is truncated" if stat.st_size < entry.size else "has grown"
             raise ModelFileError(
-                f"{path} {how}: it has {stat.st_size} bytes and the index says {entry.size}: "
+                f"{path} {how}: it has {stat.st_size} bytes, and {entry.size} by the index: "
                 "pull or convert the model again"
             )
         stamp = _stamp(stat, entry)
@@ -50,14 +51,14 @@ class HashCache:
             return
         if file_sha256(path) != entry.sha256:
             raise ModelFileError(
-                f"{path} was altered: its SHA-256 is not that of the index: pull or convert the model again"
+                f"{path} was altered: its SHA-256 differs from the index's: pull or convert the model again"
             )
         if also is not None:
             also(path)
         self._remember({path.name: stamp})
 
     def trust(self, files: Mapping[str, FileEntry]) -> None:
-        """Records files whose hash was computed while they were written."""
+        """Stores stamps for files whose hash was computed while they were written."""
         self._remember({name: _stamp((self._path.parent / name).stat(), e) for name, e in files.items()})
 
     def _load(self) -> dict[str, list[object]]:
@@ -66,9 +67,9 @@ class HashCache:
         return self._known
 
     def _remember(self, stamps: Mapping[str, list[object]]) -> None:
-        # Another process may have added its own since: read again, so that little is lost.
+        # Another process may have added stamps since: read the file again, so that few are lost.
         self._known = {**self._load(), **_read(self._path), **stamps}
-        with suppress(OSError):  # on a read-only or full disk: this process keeps its own
+        with suppress(OSError):  # a read-only or full disk: only this process knows the stamps
             write_whole(self._path, json.dumps(self._known))
 
 
@@ -77,7 +78,7 @@ def _stamp(stat: os.stat_result, entry: FileEntry) -> list[object]:
 
 
 def _read(path: Path) -> dict[str, list[object]]:
-    """The stamps on disk; none when they cannot be read, since then every file is simply hashed again."""
+    """The stamps on disk by file name; empty if unreadable, since files can always be hashed again."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -86,7 +87,7 @@ def _read(path: Path) -> dict[str, list[object]]:
 
 
 def file_sha256(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """SHA-256 of a file in hexadecimal; `progress` is called with the bytes of each piece that was read.
+    """SHA-256 of a file in hexadecimal. `progress` is called with the number of bytes of each piece read.
     ModelFileError: unreadable."""
     digest = hashlib.sha256()
     try:

@@ -1,10 +1,10 @@
-"""The host: how much RAM and how many CPUs this process may use. In a container that is less than the
-machine has, and a process that takes more is killed or stopped.
+"""The RAM and CPUs that this process may use. In a container they are fewer than the machine's, and a process
+that exceeds them is killed or throttled.
 
-RAM is bounded by the machine, by every control group from the process's own up to the topmost that can be
-seen (cgroup v1 and v2, also both at once), and by the limits of the process (`ulimit -v`, `ulimit -d`).
-CPUs are bounded by the affinity mask (taskset, cpusets) and by the control groups' quotas. The functions
-take the root of the file system, so that tests can give them files of other systems."""
+RAM is bounded by the machine, by every visible control group from the process's own upwards (cgroup v1, v2
+or both), and by the limits of the process (`ulimit -v`, `ulimit -d`). CPUs are bounded by the affinity mask
+(taskset, cpusets) and by the control groups' quotas. The parameter `root` is the root of the file system, so
+that tests can provide the files of other systems."""
 
 from __future__ import annotations
 
@@ -18,49 +18,48 @@ from pathlib import Path
 
 _ROOT = Path("/")
 _BIG = 0.7
-"""Least speed of a big core, as a share of the fastest: middle cores have 0.75 to 0.9 of it, small ones
+"""Lowest speed of a big core, as a fraction of the fastest core's. Middle cores have 0.75 to 0.9, small ones
 0.5 to 0.65."""
 _MOST_THREADS = 4
-"""More threads share one memory, and heat a phone."""
+"""Default limit of threads: more of them compete for memory bandwidth, and heat a phone."""
 _UNKNOWN = 3
-"""Where the system does not say how much RAM is available, 1/_UNKNOWN of all of it counts as
-available."""
+"""If the system does not report the available RAM, 1/_UNKNOWN of the total counts as available."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ram:
-    """Bytes of RAM that this process may use. None: the system does not say."""
+    """Bytes of RAM that this process may use. None: the system does not report it."""
 
     total: int | None
-    """The most that it can ever have."""
+    """The most that the process can ever have."""
     available: int | None
-    """What it can have now without swapping: unused RAM, and pages of files that can be dropped."""
+    """Bytes that it can get now without swapping: unused RAM, and file pages that can be dropped."""
     bound: str = "that this machine has"
-    """What sets `total`, in words that follow a number of MB."""
+    """The source of `total`, as words that follow a number of MB."""
 
     @property
     def estimate(self) -> int | None:
-        """`available`, or a third of `total` where the system does not say. None: nothing is known."""
+        """`available`, or a third of `total` if that is not reported. None: neither is."""
         if self.available is None and self.total is not None:
             return self.total // _UNKNOWN
         return self.available
 
 
 def ram(root: Path = _ROOT) -> Ram:
-    """The RAM that this process may use: the least of all bounds."""
+    """The RAM that this process may use: the lowest of all bounds."""
     machine = _machine(root)
     bounds = [machine, *_group_bounds(root), *_process_bounds(root)]
     totals = [(bound.total, bound.bound) for bound in bounds if bound.total is not None]
     if not totals:
         return Ram(None, None)
     total, name = min(totals, key=lambda item: item[0])
-    if machine.available is None:  # the bounds of containers and processes say nothing about other programs
+    if machine.available is None:  # limits of containers and processes do not count other programs' memory
         return Ram(total, None, name)
     return Ram(total, min(total, *(b.available for b in bounds if b.available is not None)), name)
 
 
 def resident_bytes() -> int:
-    """Bytes of RAM that this process holds; the most that it ever held where only that is known."""
+    """Bytes of RAM that this process uses, or its peak where the system reports only that."""
     sizes = _statm(_ROOT)
     if sizes is not None:
         return sizes[1]
@@ -69,16 +68,16 @@ def resident_bytes() -> int:
 
 
 def usable_cpus() -> frozenset[int]:
-    """CPUs that this process may run on."""
+    """Numbers of the CPUs that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return frozenset(os.sched_getaffinity(0))
     return frozenset(range(os.cpu_count() or 1))
 
 
 def big_cores(usable: Collection[int] | None = None, root: Path = _ROOT) -> frozenset[int]:
-    """Those of the usable CPUs (default: all that this process may run on) that are nearly as fast as the
-    fastest, since small cores slow down the big ones, which wait for them. All where the system does not
-    say how fast they are."""
+    """The big cores among the usable CPUs (default: all that this process may run on): those nearly as fast
+    as the fastest. Big cores would wait for small ones at every operation. All usable CPUs, if the system
+    does not report speeds."""
     usable = usable_cpus() if usable is None else usable
     for name in ("cpu_capacity", "cpufreq/cpuinfo_max_freq"):
         speeds = {cpu: _number(root / f"sys/devices/system/cpu/cpu{cpu}" / name) for cpu in usable}
@@ -89,13 +88,13 @@ def big_cores(usable: Collection[int] | None = None, root: Path = _ROOT) -> froz
 
 
 def cpu_quota(root: Path = _ROOT) -> float | None:
-    """CPU seconds that this process and its control groups' other members may use in a second; None: no
+    """CPU seconds per second that this process and the other members of its control groups may use; None: no
     quota."""
     shares = []
     for group in control_groups("cpu", root):
         v2 = (_text(group / "cpu.max") or "").split()  # such as "max 100000" or "150000 100000"
-        quota, period = map(_whole, v2 if len(v2) == 2 else ("", ""))
-        if not v2:  # v1; -1: no quota
+        quota, period = map(_integer, v2 if len(v2) == 2 else ("", ""))
+        if not v2:  # cgroup v1, where -1 means no quota
             quota, period = _number(group / "cpu.cfs_quota_us"), _number(group / "cpu.cfs_period_us")
         if quota and period and quota > 0:
             shares.append(quota / period)
@@ -103,30 +102,28 @@ def cpu_quota(root: Path = _ROOT) -> float | None:
 
 
 def most_threads(root: Path = _ROOT) -> int:
-    """The most threads that compute at the same time: one a big core, and no more than a CPU quota keeps
-    running, since a thread that the system stops keeps the others waiting."""
+    """The most threads that can compute at the same time: one per big core, and no more than the CPU quota
+    allows, because the others wait for a thread that is throttled."""
     quota = cpu_quota(root)
     cores = len(big_cores(root=root))
     return cores if quota is None else max(1, min(cores, int(quota)))
 
 
 def default_threads(root: Path = _ROOT) -> int:
-    """The number of threads to run with where nothing was measured: `most_threads`, and four at most."""
+    """The number of threads to use if nothing was measured: `most_threads`, at most four."""
     return min(_MOST_THREADS, most_threads(root))
 
 
 def control_groups(controller: str, root: Path = _ROOT) -> Iterator[Path]:
-    """Directories of the control groups that this process is a member of and that may limit what
-    `controller` does: in each hierarchy its own first, then those above as far as they are mounted."""
+    """Directories of the control groups that limit this process through `controller` ("cpu", "memory"): in
+    each hierarchy its own group first, then its ancestors as far as they are mounted."""
     paths: dict[bool, str] = {}
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
         if not controllers or controller in controllers.split(","):
-            paths[not controllers] = path  # True: the one hierarchy of v2
-    mounts: dict[bool, dict[Path, str]] = {
-        True: {},
-        False: {},
-    }  # a later mount at the same place hides the first
+            paths[not controllers] = path  # True: the single hierarchy of v2
+    # By mount point: a later mount at the same point hides the earlier one.
+    mounts: dict[bool, dict[Path, str]] = {True: {}, False: {}}
     for line in _lines(root / "proc/self/mountinfo"):
         place, _, filesystem = line.partition(" - ")
         kind, _, options = filesystem.partition(" ")
@@ -137,8 +134,8 @@ def control_groups(controller: str, root: Path = _ROOT) -> Iterator[Path]:
     for version, path in paths.items():
         below = {top: _below(path, of) for top, of in mounts[version].items()}
         shown = {top: way for top, way in below.items() if way is not None}
-        # Where no mount shows the process's own group, what is mounted is a group above it, as containers
-        # see it: its limits apply as well.
+        # If no mount shows the process's own group, the mounted group is one of its ancestors, as in some
+        # containers: its limits apply as well.
         for top, way in (shown or dict.fromkeys(below, "")).items():
             group = top / way
             while group != top:
@@ -148,10 +145,10 @@ def control_groups(controller: str, root: Path = _ROOT) -> Iterator[Path]:
 
 
 def limit_libraries() -> None:
-    """Tells the libraries that multiply matrices for NumPy how many threads a CPU quota keeps running.
+    """Limits the threads of NumPy's matrix libraries to the CPU quota, by setting OMP_NUM_THREADS.
 
-    They count CPUs otherwise, and their threads wait for each other without sleeping. It has an effect
-    only before NumPy is imported; a number that the environment holds already stays."""
+    Without it they start one thread per CPU, and their threads busy-wait for throttled ones. It has an effect
+    only before NumPy is imported. A value that is already set stays."""
     if cpu_quota() is not None:
         os.environ.setdefault("OMP_NUM_THREADS", str(most_threads()))
 
@@ -173,12 +170,12 @@ def _machine(root: Path) -> Ram:
 
 
 def _group_bounds(root: Path) -> Iterator[Ram]:
-    """What each memory control group allows. Clean pages of files count as available, since the kernel
-    drops them before it kills a process."""
+    """The bound of each memory control group. Clean file pages count as available, since the kernel drops
+    them before it kills a process."""
     for group in control_groups("memory", root):
         stat = _fields(group / "memory.stat")
         limits = [_number(group / f"memory.{name}") for name in ("max", "high", "limit_in_bytes")]
-        limits.append(stat.get("hierarchical_memory_limit"))  # v1: of groups above that cannot be seen, too
+        limits.append(stat.get("hierarchical_memory_limit"))  # v1: includes ancestors that are not mounted
         limit = min((limit for limit in limits if limit is not None), default=None)
         used = _number(group / "memory.current")
         if used is None:
@@ -187,7 +184,7 @@ def _group_bounds(root: Path) -> Iterator[Ram]:
             continue
         available = None
         if used is not None:
-            # v1 counts members of groups below under names with "total_"; v2 always counts them.
+            # v1 has totals with descendant groups under names with "total_"; v2 always includes them.
             part = {name.removeprefix("total_"): n for name, n in sorted(stat.items(), key=_total_last)}
             clean = part.get("inactive_file", 0) + part.get("active_file", 0)
             for name in ("dirty", "file_dirty", "writeback", "file_writeback"):
@@ -201,7 +198,7 @@ def _total_last(item: tuple[str, int]) -> bool:
 
 
 def _process_bounds(root: Path) -> Iterator[Ram]:
-    """What the limits of the process itself allow."""
+    """The bounds from the limits of the process itself."""
     sizes = _statm(root)
     for kind, column, option in ((resource.RLIMIT_AS, 0, "-v"), (resource.RLIMIT_DATA, 5, "-d")):
         limit = resource.getrlimit(kind)[0]
@@ -211,37 +208,37 @@ def _process_bounds(root: Path) -> Iterator[Ram]:
 
 
 def _below(path: str, top: str) -> str | None:
-    """The way from one control group down to another; None: it does not lead there."""
-    if ".." in path.split("/") or ".." in top.split("/"):  # outside of this process's namespace
+    """The path of a control group relative to the group `top`; None: it is not below `top`."""
+    if ".." in path.split("/") or ".." in top.split("/"):  # outside this process's namespace
         return None
     prefix = top.rstrip("/") + "/"
     return path[len(prefix) :] if f"{path}/".startswith(prefix) else None
 
 
 def _unescaped(field: str) -> str:
-    """A path of mountinfo, which has spaces and such in octal."""
+    """A path from mountinfo with its octal escapes (of spaces and such) decoded."""
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), field)
 
 
 def _statm(root: Path) -> list[int] | None:
-    """Sizes of this process in bytes: virtual, resident, shared, text, 0, data. None: unknown."""
+    """Sizes of this process in bytes: virtual, resident, shared, text, 0, data. None: not reported."""
     text = _text(root / "proc/self/statm")
     return None if text is None else [int(pages) * os.sysconf("SC_PAGE_SIZE") for pages in text.split()]
 
 
 def _fields(path: Path, unit: int = 1) -> dict[str, int]:
-    """Numbers by name of a file such as meminfo or memory.stat; none if it cannot be read."""
+    """Integers by name, in a file such as meminfo or memory.stat; empty if unreadable. `unit` multiplies
+    them."""
     rows = [line.replace(":", " ").split() for line in _lines(path)]
     return {row[0]: int(row[1]) * unit for row in rows if len(row) > 1 and row[1].isdecimal()}
 
 
 def _number(path: Path) -> int | None:
-    """The number that a file holds; None: no number, such as "max", or unreadable, as many phones have
-    it."""
-    return _whole(_text(path) or "")
+    """The integer in a file; None: not an integer, such as "max", or unreadable, as on many phones."""
+    return _integer(_text(path) or "")
 
 
-def _whole(text: str) -> int | None:
+def _integer(text: str) -> int | None:
     try:
         return int(text)
     except ValueError:

@@ -1,7 +1,7 @@
 """`index.json` of a model directory: what the model is, which files hold it, and their hashes.
 
-Parsed strictly: what is not known here is refused, so that an old reader never misreads a new directory.
-The SHA-256 of the file's bytes is the model hash that nodes compare."""
+The parser is strict: unknown keys and values are refused, so that an old version never misreads a new
+directory. The SHA-256 of the file's bytes is the model hash that nodes compare."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ KEEP = "keep"
 """Asks a conversion for the types that hold the values of the file as they are."""
 
 LOCAL = "local"
-"""What the index says of the source where that was a checkpoint on the device that converted it: no path, so
-that devices which convert the same checkpoint have equal indexes."""
+"""The `source` of a model that was converted from a local checkpoint. It is not a path, so that devices which
+convert the same checkpoint write equal indexes."""
 
 _MAX_INDEX = 16 << 20
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
@@ -39,7 +39,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """A file of the directory: bytes, and SHA-256 in hexadecimal."""
+    """A file of the directory: its size in bytes, and its SHA-256 in hexadecimal."""
 
     size: int
     sha256: str
@@ -47,7 +47,7 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class UnitEntry:
-    """A unit: its own file first; a head tied to the embedding names that file too."""
+    """A unit: its name and its files, its own file first. A tied LM head also lists the embedding's file."""
 
     name: str
     files: tuple[str, ...]
@@ -68,18 +68,18 @@ class Index:
     kv_dtype: str = "f16"
     group_size: int = GROUP
     has_min: bool = False
-    """Groups of int4 matrices have a minimum."""
+    """Whether groups of int4 matrices have a minimum."""
     head_dtype: str | None = None
-    """Type of the head's matrix, and of the embedding tied to it, where it is not `dtype`; left out of
-    the file where it is None."""
+    """Type of the LM head, and of an embedding tied to it, if it differs from `dtype`. None is not written
+    to the file."""
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
     layout_version: int = LAYOUT_VERSION
     numerics_version: int = 1
-    """See numerics_version."""
+    """See the function `numerics_version`."""
 
     def to_json(self) -> bytes:
-        """The file's bytes; equal directories give equal bytes, so hashes compare."""
+        """The file's bytes. Equal directories give equal bytes, so that their hashes are equal."""
         values = asdict(self)
         if self.head_dtype is None:
             del values["head_dtype"]
@@ -87,7 +87,7 @@ class Index:
 
     @property
     def types(self) -> tuple[WeightType, WeightType]:
-        """Types of the matrices and of the head's."""
+        """Types of the matrices and of the LM head."""
         names: dict[str, WeightType] = {
             "f32": "f32",
             "int8": "q8",
@@ -97,21 +97,22 @@ class Index:
 
     @property
     def weights(self) -> str:
-        """The types as a person would say them: "int4 with minima, head int8"."""
+        """The types for display, such as "int4 with minima, head int8"."""
         minima = " with minima" if self.has_min else ""
         head = f", head {self.head_dtype}" if self.head_dtype else ""
         return f"{self.dtype}{minima}{head}"
 
 
 def numerics_version(kv_dtype: object) -> int:
-    """Of the versions of docs/numerics.md, the last that changed what a model with such keys and values
-    answers: 2 changed int8 ones alone, so other model directories stay as they are."""
+    """The version of docs/numerics.md that a model with keys and values of this type depends on: the last one
+    that changed its results. Version 2 changed int8 keys and values only, so model directories with other
+    types stay valid with version 1."""
     return 2 if kv_dtype == "int8" else 1
 
 
 def read_index(path: Path) -> tuple[Index, bytes]:
-    """The index at `path` and its bytes. ModelFileError: unreadable or wrong; UnsupportedModelError:
-    another version."""
+    """The index at `path` and the file's bytes. ModelFileError: unreadable or invalid. UnsupportedModelError:
+    another format version."""
     try:
         if path.stat().st_size > _MAX_INDEX:
             raise ModelFileError(f"{path} is too large to be an index")
@@ -126,12 +127,12 @@ def read_index(path: Path) -> tuple[Index, bytes]:
 
 
 def parse_index(data: bytes, where: str) -> Index:
-    """An Index from the bytes of index.json; `where` names them in errors."""
+    """The Index in the bytes of index.json; `where` names the file in errors. Errors: see `read_index`."""
     refuse = _Refuse(where)
     try:
         values = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as e:
-        raise refuse(f"is not the JSON object it must be: {e}") from e
+        raise refuse(f"is not valid JSON ({e})") from e
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise refuse("does not describe a shoal model")
     _check_versions(values, where)
@@ -140,7 +141,7 @@ def parse_index(data: bytes, where: str) -> Index:
         raise refuse(f"{'lacks' if key in fields else 'has the unknown key'} {key!r}")
     for key in ("dtype", "kv_dtype", "cut_dtype", "family", "source"):
         if not isinstance(values[key], str):
-            raise refuse(f"needs a string as {key!r}")
+            raise refuse(f"has a value of {key!r} that is not a string")
     if values["dtype"] not in KV_DTYPES or values["kv_dtype"] not in KV_TYPES:
         raise refuse(f"has the unknown types {values['dtype']!r}, {values['kv_dtype']!r}")
     group = type(values["group_size"]) is int and values["group_size"] == GROUP
@@ -149,7 +150,7 @@ def parse_index(data: bytes, where: str) -> Index:
     if values["cut_dtype"] != "f32" or not group or not minima or not head:
         raise refuse("describes weights that this version cannot read")
     if not isinstance(values["license"], str | None):
-        raise refuse("needs a string or null as 'license'")
+        raise refuse("has a value of 'license' that is neither a string nor null")
     files = _files(values["files"], refuse)
     index = Index(
         **{
@@ -161,12 +162,12 @@ def parse_index(data: bytes, where: str) -> Index:
     )
     for name in (CONFIG, *index.common):
         if name not in files:
-            raise refuse(f"names no file {name}")
+            raise refuse(f"does not list the file {name}")
     return index
 
 
 class _Refuse:
-    """Makes the errors that name the index and say what to do."""
+    """Makes errors that name the index and the remedy."""
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -178,7 +179,7 @@ class _Refuse:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("duplicate key")
     return result
 
 
@@ -191,41 +192,41 @@ def _check_versions(values: dict[str, Any], where: str) -> None:
     for key, version in known.items():
         if type(values.get(key)) is not int or values[key] != version:
             raise UnsupportedModelError(
-                f"{where}: {key} is {values.get(key)!r} and this shoal reads {version}: "
+                f"{where}: {key} is {values.get(key)!r}, and this version of shoal reads {version}: "
                 "remove the model, and pull or convert it again with this version"
             )
 
 
 def _files(value: object, refuse: _Refuse) -> dict[str, FileEntry]:
     if not isinstance(value, dict):
-        raise refuse("needs an object as 'files'")
+        raise refuse("has a value of 'files' that is not an object")
     files = {}
     for name, entry in value.items():
         if not _NAME.fullmatch(name) or name == INDEX:
-            raise refuse(f"names the file {name!r}, which is no plain name")
+            raise refuse(f"lists the file {name!r}, which is not a plain file name")
         if not isinstance(entry, dict) or set(entry) != {"size", "sha256"}:
-            raise refuse(f"must give exactly size and sha256 of {name}")
+            raise refuse(f"has an entry for {name} without exactly 'size' and 'sha256'")
         size, digest = entry["size"], entry["sha256"]
         if type(size) is not int or not 0 <= size < 1 << 62:
-            raise refuse(f"gives {name} the size {size!r}")
+            raise refuse(f"has an invalid size for {name}, {size!r}")
         if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
-            raise refuse(f"gives {name} a sha256 that is none")
+            raise refuse(f"has an invalid sha256 for {name}")
         files[name] = FileEntry(size, digest)
     return files
 
 
 def _names(value: object, files: dict[str, FileEntry], refuse: _Refuse) -> tuple[str, ...]:
     if not isinstance(value, list) or not value or not all(isinstance(name, str) for name in value):
-        raise refuse("needs a list of file names for each unit and for 'common'")
+        raise refuse("lacks a list of file names for a unit or for 'common'")
     for name in value:
         if name not in files:
-            raise refuse(f"names {name!r}, which stands not among its files")
+            raise refuse(f"lists {name!r}, which is missing from its 'files'")
     return tuple(value)
 
 
 def _units(value: object, files: dict[str, FileEntry], refuse: _Refuse) -> tuple[UnitEntry, ...]:
     if not isinstance(value, list):
-        raise refuse("needs a list as 'units'")
+        raise refuse("has a value of 'units' that is not a list")
     units = []
     for entry in value:
         if (
@@ -233,6 +234,6 @@ def _units(value: object, files: dict[str, FileEntry], refuse: _Refuse) -> tuple
             or set(entry) != {"name", "files"}
             or not isinstance(entry["name"], str)
         ):
-            raise refuse("must give exactly name and files of each unit")
+            raise refuse("has a unit without exactly 'name' and 'files'")
         units.append(UnitEntry(entry["name"], _names(entry["files"], files, refuse)))
     return tuple(units)

@@ -1,7 +1,7 @@
-"""Keys and values of sequences: a pool of pages, and what each sequence holds of it, unit by unit.
+"""The KV cache: a pool of pages, and the pages of each sequence, unit by unit.
 
-Pages are written by absolute position, so writing a position again is harmless, and forgetting from a
-position on needs no work on pages kept."""
+Pages are written by absolute position, so writing a position again is harmless, and truncating a sequence
+does not touch the pages that stay."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .layout import CHUNK, PAGE
 from .memory import Arena, forget
 from .program import KvState
 
-_SLAB = 32 << 20  # addresses, not memory: that comes as pages are written
+_SLAB = 32 << 20  # bytes of address space; the system provides memory as pages are written
 
 
 class Page:
-    """A page of the pool: its memory, and how many sequences it belongs to."""
+    """A page of the pool: its memory, and the number of sequences that use it."""
 
     __slots__ = ("address", "bytes", "huge", "missing", "users")
 
@@ -30,24 +30,24 @@ class Page:
         self.bytes = memory
         self.address = memory.ctypes.data
         self.huge = huge
-        """Cut from a slab of huge pages."""
+        """Whether it was cut from a slab of huge pages."""
         self.missing = 0
-        """Bytes that went back to the system: they come again as they are written."""
+        """Bytes that were returned to the system, which provides them again on the next write."""
         self.users = 1
 
 
 class PagePool:
-    """Pages for all sequences of a stage. A freed page is used again by whichever sequence needs one.
+    """Pages for all sequences of a stage. A freed page is reused by the next sequence that needs one.
 
-    `limit` bounds the memory that the pool takes from the system: pages in use, free pages, and what a
-    huge page holds beyond the last page cut from it. A sequence's first pages are cut from memory in
-    small pages, of which a short context touches no more than it fills; the others from huge pages, since
-    attention reads all of them."""
+    `limit` bounds the memory that the pool takes from the system: pages in use, free pages, and the unused
+    rest of a huge page. The first page of a sequence is cut from small (4 KiB) memory pages, so that a short
+    context touches only what it fills. Later pages are cut from huge memory pages, which attention reads
+    faster."""
 
     def __init__(self, kv_type: str, limit: int | None = None) -> None:
         self.kv_type = kv_type
         self.used = 0
-        """Bytes of the pages that belong to sequences, each counted once."""
+        """Bytes of the pages that sequences use; a shared page counts once."""
         self.held = 0
         """Bytes of memory taken from the system."""
         self._limit = limit
@@ -57,8 +57,8 @@ class PagePool:
 
     @property
     def limit(self) -> int | None:
-        """Bytes of memory that the pool may take; None: as much as there is. A lower limit returns free
-        pages to the system; pages in use stay."""
+        """Bytes of memory that the pool may take; None: no limit. Lowering it returns free pages to the
+        system; pages in use stay."""
         return self._limit
 
     @limit.setter
@@ -67,27 +67,27 @@ class PagePool:
         self._return(0)
 
     def take(self, size: int, *, first: bool) -> Page:
-        """A page of `size` bytes, contents undefined; `first` of a sequence's. ContextError: the limit is
-        reached, or there is no more memory."""
+        """A page of `size` bytes with undefined contents. `first`: it is for the first positions of a
+        sequence. ContextError: the limit is reached, or the system is out of memory."""
         try:
             page = (
                 self._reused(size, huge=not first)
                 or self._refilled(size)
                 or self._cut(size, huge=not first)
-                # The limit forbids another of the kind that is wanted.
+                # The limit allows no page of the preferred kind: the other kind will do.
                 or self._reused(size, huge=first)
                 or self._cut(size, huge=first)
             )
-            if page is None and self._return(size):  # free pages of another size have made room
+            if page is None and self._return(size):  # free pages of another size made room
                 page = self._refilled(size) or self._cut(size, huge=False)
         except MemoryError:
             raise ContextError(
-                "out of memory for keys and values: end another request, or promise less"
+                "out of memory for keys and values: end another request, or promise less RAM"
             ) from None
         if page is None:
             assert self._limit is not None
             raise ContextError(
-                f"keys and values have filled the {self._limit / 1e6:.0f} MB promised to them: "
+                f"keys and values have filled the {self._limit / 1e6:.0f} MB promised for them: "
                 "end another request, shorten the prompt, or promise more RAM"
             )
         page.users = 1
@@ -95,7 +95,7 @@ class PagePool:
         return page
 
     def give(self, page: Page) -> None:
-        """Takes a page back from one of the sequences that it belongs to."""
+        """Drops one sequence's use of a page; the last one frees it."""
         page.users -= 1
         if page.users == 0:
             self.used -= page.bytes.nbytes
@@ -130,7 +130,8 @@ class PagePool:
         return Page(memory, huge)
 
     def _return(self, size: int) -> bool:
-        """Returns free pages to the system until the limit allows `size` bytes more; whether it does."""
+        """Returns free pages to the system until the limit allows `size` more bytes. False: it still does
+        not."""
         for free in self._free.values():
             while free and not self._allows(size):
                 page = free.pop()
@@ -141,7 +142,7 @@ class PagePool:
 
 
 class _UnitKv:
-    """Pages of the states of one unit, and how many positions they hold."""
+    """One sequence's pages of one unit, by state, and the number of positions they hold."""
 
     __slots__ = ("pages", "positions", "states")
 
@@ -155,22 +156,24 @@ class _UnitKv:
 
 
 class SequenceKv:
-    """Keys and values of one sequence, unit by unit, and the table of addresses that C reads.
+    """Keys and values of one sequence, unit by unit, and the page table that C reads.
 
-    Every unit of the range that runs holds the positions that have been run; a unit that came into the
-    range holds none until they are imported. Pages that another sequence shares are never written to."""
+    `table` holds page addresses `[states of the running range, pages of the context]`. Every unit of the
+    running range holds the positions that have been run; a unit added to the range holds none until they
+    are imported. Pages shared with another sequence are copied before they are written."""
 
     def __init__(self, pool: PagePool, states: Sequence[Sequence[KvState]], context: int) -> None:
-        """`states`: those of each unit of the model. The range that runs is empty: see `arrange`."""
+        """`states`: the states of each unit of the model. The running range is empty at first: see
+        `arrange`."""
         self.pool = pool
         self._states, self._context = states, context
         self._units: dict[int, _UnitKv] = {}
-        self._end = 0  # no unit has pages or positions behind it
-        self._shared = 0  # pages of positions before it may be shared
+        self._end = 0  # no unit has pages or positions from here on
+        self._shared = 0  # pages before this position may be shared
         self.arrange(0, 0)
 
     def arrange(self, first: int, last: int) -> None:
-        """Units [first, last) are those that run: their states are the rows of the table, in order."""
+        """Sets the running range to units [first, last): the table's rows are their states, in order."""
         self._range = first, last
         self._running = [(u, self._unit(u)) for u in range(first, last) if self._states[u]]
         self._rows = [(state, pages) for _, unit in self._running for state, pages in unit.rows()]
@@ -185,21 +188,21 @@ class SequenceKv:
             self._cut_off(self._units.pop(u), 0)
 
     def positions(self, u: int) -> int:
-        """How many positions unit u holds."""
+        """Number of positions that unit u holds."""
         return self._units[u].positions if u in self._units else 0
 
     def check(self, first: int) -> None:
-        """ValueError: a unit that runs lacks positions before `first`."""
+        """ValueError: a running unit lacks positions before `first`."""
         for u, unit in self._running:
             if unit.positions < first:
                 raise ValueError(
                     f"unit {u} holds {unit.positions} of the {first} positions before the run: "
-                    "import them, or run them again"
+                    "import the others, or run them again"
                 )
 
     def prepare(self, first: int, end: int) -> None:
-        """Makes room for a run at positions [first, end), and forgets what was there and behind.
-        ContextError: no room for more pages."""
+        """Allocates pages for a run at positions [first, end), and truncates the sequence to `first`.
+        ContextError: no memory for more pages."""
         self.truncate(first)
         if -(-end // PAGE) > self._held or first < self._shared:
             for s, (state, pages) in enumerate(self._rows):
@@ -208,12 +211,12 @@ class SequenceKv:
         self._end = max(self._end, end)
 
     def ran(self, end: int) -> None:
-        """Notes that the units hold positions [0, end) now."""
+        """Records that the running units hold positions [0, end)."""
         for _, unit in self._running:
             unit.positions = end
 
     def truncate(self, positions: int) -> None:
-        """Forgets positions from `positions` on; pages that hold nothing any more go back to the pool."""
+        """Drops positions from `positions` on; pages without positions are returned to the pool."""
         if positions >= self._end:
             return
         self._end = positions
@@ -222,8 +225,8 @@ class SequenceKv:
             self._cut_off(unit, positions)
 
     def fork(self, positions: int) -> SequenceKv:
-        """Another sequence that holds the first `positions` of this one, as far as each unit holds them:
-        full pages are shared, the rest is copied. ContextError: no room for the copy."""
+        """A new sequence with the first `positions` of this one, as far as each unit holds them. Full pages
+        are shared, the last partial page is copied. ContextError: no memory for the copy."""
         other = SequenceKv(self.pool, self._states, self._context)
         try:
             for u, unit in self._units.items():
@@ -244,8 +247,9 @@ class SequenceKv:
         return other
 
     def export(self, u: int, first: int, last: int) -> bytes:
-        """Positions [first, last) of unit u, for `accept` of the same unit elsewhere: whole chunks of 64
-        positions, state by state, zeros where no position is. ValueError: the unit does not hold them."""
+        """Keys and values of positions [first, last) of unit u, for `accept` on another device: whole chunks
+        of 64 positions, state by state, with zeros from `last` on. ValueError: the unit does not hold
+        them."""
         if not 0 <= first < last <= self.positions(u):
             raise ValueError(f"unit {u} holds {self.positions(u)} positions, not [{first}, {last})")
         parts = []
@@ -261,8 +265,8 @@ class SequenceKv:
         return b"".join(parts)
 
     def accept(self, u: int, first: int, last: int, data: bytes | memoryview) -> None:
-        """Takes what `export` gave for these positions; the unit then holds positions [0, last).
-        ValueError: it is not that, or the unit lacks positions before. ContextError: no room."""
+        """Imports what `export` returned for these positions; the unit then holds positions [0, last).
+        ValueError: `data` does not fit, or the unit lacks earlier positions. ContextError: no memory."""
         if not (0 <= u < len(self._states) and self._states[u]):
             raise ValueError(f"unit {u} has no keys and values")
         unit, begin, chunks = self._unit(u), first // CHUNK, -(-last // CHUNK)
@@ -273,7 +277,10 @@ class SequenceKv:
             )
         sizes = [page_bytes(state, self.pool.kv_type) * CHUNK // PAGE for state in unit.states]
         if len(data) != (chunks - begin) * sum(sizes):
-            raise ValueError(f"{len(data)} bytes are not positions [{first}, {last}) of unit {u}")
+            raise ValueError(
+                f"{len(data)} bytes cannot be positions [{first}, {last}) of unit {u}, which have "
+                f"{(chunks - begin) * sum(sizes)}"
+            )
         left = np.frombuffer(data, np.uint8)
         self._end = max(self._end, last)
         unit.positions = min(unit.positions, first)
@@ -282,18 +289,19 @@ class SequenceKv:
             try:
                 self._reserve(state, pages, begin * CHUNK, last)
             finally:
-                self.arrange(*self._range)  # the unit may be one that runs
+                self.arrange(*self._range)  # the unit may be in the running range
             for chunk, part in enumerate(parts.reshape(-1, state.kv_heads, size // state.kv_heads), begin):
                 page, at = divmod(chunk, PAGE // CHUNK)
                 keys, values = chunks_of(pages[page].bytes, state, self.pool.kv_type)
                 keys[:, at], values[:, at] = np.split(part, [keys.shape[2]], axis=1)
                 if not views(pages[page].bytes, state, self.pool.kv_type).sound(at):
-                    raise ValueError(f"keys or values of unit {u} are not finite, or not of this type")
+                    raise ValueError(f"keys or values of unit {u} are not finite, or of another type")
         unit.positions = last
 
     def keys_values(self, s: int, n: int) -> tuple[F32, F32, F32 | None]:
-        """Keys and values of positions [0, n) of row s: two arrays f32 `[kv_heads, n, head_dim]`; of
-        int8, the values are quantised and the third array holds their scales, `[kv_heads, n]`."""
+        """Keys and values of positions [0, n) in row s of the table: two arrays f32
+        `[kv_heads, n, head_dim]`. With int8, the second holds the quantised values, and the third array
+        their scales `[kv_heads, n]`."""
         state, pages = self._rows[s]
         pages_read = [views(page.bytes, state, self.pool.kv_type) for page in pages[: -(-n // PAGE)]]
         parts = (view.read(min(n - i * PAGE, PAGE)) for i, view in enumerate(pages_read))
@@ -302,8 +310,8 @@ class SequenceKv:
         return join(keys), join(values), None if scales[0] is None else join(scales)
 
     def write(self, s: int, first: int, keys: F32, values: F32) -> None:
-        """Writes keys and values f32 `[rows, kv_heads, head_dim]` of row s at positions first, first + 1,
-        …"""
+        """Writes keys and values f32 `[rows, kv_heads, head_dim]` to row s of the table, at positions from
+        `first` on."""
         state, pages = self._rows[s]
         for i, (key, value) in enumerate(zip(keys, values, strict=True)):
             page, at = divmod(first + i, PAGE)
@@ -317,7 +325,8 @@ class SequenceKv:
     def _reserve(
         self, state: KvState, pages: list[Page], first: int, end: int, row: NDArray[np.uint64] | None = None
     ) -> None:
-        """Pages of a state for positions [0, end), of which those from `first` on may be written to."""
+        """Makes the pages of positions [first, end) of a state present and unshared, so that they can be
+        written. `row` is the state's row of the table, if it has one."""
         for i in range(first // PAGE, -(-end // PAGE)):
             if i < len(pages) and pages[i].users == 1:
                 pass
@@ -331,7 +340,7 @@ class SequenceKv:
                 row[i] = pages[i].address
 
     def _copy(self, state: KvState, page: Page, positions: int, *, first: bool) -> Page:
-        """A page of its own with the first positions of another, and no memory touched for the others."""
+        """A new page with the first `positions` of another page; the memory of the rest is not touched."""
         copy, chunks = self.pool.take(page.bytes.nbytes, first=first), -(-positions // CHUNK)
         halves = (chunks_of(p.bytes, state, self.pool.kv_type) for p in (copy, page))
         for to, source in zip(*halves, strict=True):

@@ -1,9 +1,9 @@
-"""How keys and values lie in a page of 256 positions of one layer.
+"""The memory layout of a page: keys and values of 256 positions of one layer.
 
-A page is one flat array: for each kv head, keys `[256 / 64][head_dim][64]`, then values
-`[256][head_dim]`; of int8, four packed matrices, keys `[64, head_dim]` with fp16 scales, then four more,
-values `[head_dim, 64]` with an f32 scale a position (csrc/kernels.h). The layout is the same on every
-device, and so is that of a chunk of 64 positions: for each kv head its keys, then its values."""
+A page is one flat array. For each kv head it has f32 or f16 keys `[256 / 64][head_dim][64]`, then values
+`[256][head_dim]`. With int8 it has four packed matrices of keys `[64, head_dim]` with fp16 scales, then
+four of values `[head_dim, 64]` with one f32 scale per position (csrc/kernels.h). A chunk is 64 positions:
+for each kv head its keys, then its values. Both layouts are the same on every device."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ KV_TYPES: dict[str, np.dtype[Any]] = {
     "f16": np.dtype(np.float16),
     "int8": np.dtype(np.int8),
 }
-"""What a page's numbers are; those of int8 have scales."""
+"""Element types of keys and values; int8 values have scales."""
 _LIMIT = np.float32(127)
 
 
 def page_bytes(state: KvState, kv_type: str) -> int:
-    """Bytes of one page of a state: keys and values of 256 positions, and their scales."""
+    """Bytes of one page of a state: keys, values and scales of 256 positions."""
     return state.kv_heads * _head_bytes(state, kv_type)
 
 
@@ -38,7 +38,7 @@ def _head_bytes(state: KvState, kv_type: str) -> int:
 
 
 def _key_bytes(state: KvState, kv_type: str) -> int:
-    """Bytes of a chunk of keys of one head."""
+    """Bytes of one head's keys in a chunk."""
     if kv_type == "int8":
         padded = round_up(state.head_dim, GROUP)
         return CHUNK * (padded + padded // GROUP * 2)
@@ -46,7 +46,7 @@ def _key_bytes(state: KvState, kv_type: str) -> int:
 
 
 class _Floats:
-    """Keys and values of a page of a state, as views."""
+    """A page of f32 or f16 keys and values, as views."""
 
     def __init__(self, page: Bytes, state: KvState, kv_type: str) -> None:
         heads, dim = state.kv_heads, state.head_dim
@@ -55,29 +55,29 @@ class _Floats:
         self._values = halves[:, 1].reshape(heads, PAGE, dim)
 
     def read(self, n: int) -> tuple[F32, F32, None]:
-        """The page's first n positions: two arrays f32 `[kv_heads, n, head_dim]`."""
+        """Keys and values of the first n positions: two arrays f32 `[kv_heads, n, head_dim]`."""
         heads, _, dim = self._values.shape
         keys = self._keys[:, : -(-n // CHUNK)].transpose(0, 1, 3, 2).reshape(heads, -1, dim)
         return keys[:, :n].astype(np.float32), self._values[:, :n].astype(np.float32), None
 
     def write(self, at: int, keys: F32, values: F32) -> None:
-        """Keys and values f32 `[kv_heads, head_dim]` of the page's position `at`."""
+        """Writes keys and values f32 `[kv_heads, head_dim]` at position `at` of the page."""
         self._keys[:, at // CHUNK, :, at % CHUNK] = keys
         self._values[:, at] = values
 
     def clear(self, at: int) -> None:
-        """Zeros at the first chunk's positions from `at` on."""
+        """Zeroes the positions of the first chunk from `at` on."""
         self._keys[:, 0, :, at:] = 0
         self._values[:, at:CHUNK] = 0
 
     def sound(self, chunk: int) -> bool:
-        """Whether the chunk holds what attention may read."""
+        """Whether attention may read the chunk: all keys and values are finite."""
         values = self._values[:, chunk * CHUNK : (chunk + 1) * CHUNK]
         return bool(np.isfinite(self._keys[:, chunk]).all() and np.isfinite(values).all())
 
 
 class _Int8:
-    """The same of int8."""
+    """A page of int8 keys and values, as views. The methods are those of `_Floats`."""
 
     def __init__(self, page: Bytes, state: KvState) -> None:
         heads, self._dim = state.kv_heads, state.head_dim
@@ -96,7 +96,8 @@ class _Int8:
         self._value_scales = value_scales.view(np.float32)
 
     def read(self, n: int) -> tuple[F32, F32, F32]:
-        """As of _Floats, but for the values' scales, which are the third: `[kv_heads, n]`."""
+        """Keys f32 and quantised values as f32, both `[kv_heads, n, head_dim]`, and the scales of the values
+        `[kv_heads, n]`, for the first n positions."""
         heads, chunks = len(self._keys), -(-n // CHUNK)
         grouped = heads, chunks * CHUNK, self._groups, GROUP
         keys = self._keys[:, :chunks].transpose(0, 1, 2, 4, 3, 5).reshape(grouped).astype(np.float32)
@@ -107,7 +108,7 @@ class _Int8:
         return keys, values[:, :n].astype(np.float32), scales[:, :n]
 
     def write(self, at: int, keys: F32, values: F32) -> None:
-        """As of _Floats."""
+        """Quantises and writes keys and values f32 `[kv_heads, head_dim]` at position `at` of the page."""
         heads, (chunk, at) = len(keys), divmod(at, CHUNK)
         panel, lane = divmod(at, PANEL)
         groups = np.zeros((heads, self._groups * GROUP), np.float32)
@@ -119,7 +120,7 @@ class _Int8:
         self._values[:, chunk, :, at // QUAD, :, at % QUAD] = numbers.reshape(heads, -1, PANEL)
 
     def clear(self, at: int) -> None:
-        """See _Floats."""
+        """Zeroes the positions of the first chunk from `at` on."""
         for i in range(at, CHUNK):
             panel, lane = divmod(i, PANEL)
             self._keys[:, 0, panel, :, lane] = self._key_scales[:, 0, panel, :, lane] = 0
@@ -127,7 +128,8 @@ class _Int8:
         self._value_scales[:, 0, at:] = 0
 
     def sound(self, chunk: int) -> bool:
-        """See _Floats; -128 has no positive twin, and not all instruction sets multiply it alike."""
+        """Whether attention may read the chunk: scales are finite, and no quantised value is -128, which has
+        no int8 negative, so that instruction sets disagree on its products."""
         scales = self._key_scales[:, chunk], self._value_scales[:, chunk]
         numbers = self._keys[:, chunk], self._values[:, chunk]
         return all(np.isfinite(s).all() for s in scales) and all(n.min() > -128 for n in numbers)
@@ -138,7 +140,7 @@ def views(page: Bytes, state: KvState, kv_type: str) -> _Floats | _Int8:
 
 
 def chunks_of(page: Bytes, state: KvState, kv_type: str) -> tuple[Bytes, Bytes]:
-    """The page's keys and its values, `[kv_heads, chunks of 64 positions, bytes]` each, as views."""
+    """The keys and the values of a page as views, each `[kv_heads, chunks of 64 positions, bytes]`."""
     chunks, keys = PAGE // CHUNK, _key_bytes(state, kv_type)
     heads = page.reshape(state.kv_heads, -1)
     first, second = np.split(heads, [chunks * keys], axis=1)
@@ -146,7 +148,7 @@ def chunks_of(page: Bytes, state: KvState, kv_type: str) -> tuple[Bytes, Bytes]:
 
 
 def cleared(part: Bytes, state: KvState, kv_type: str, n: int) -> Bytes:
-    """A chunk `[kv_heads, bytes]` of keys, then values, with zeros for its positions from n on."""
+    """A copy of a chunk `[kv_heads, bytes]` with zeros for its positions from n on."""
     page = np.zeros(page_bytes(state, kv_type), np.uint8)
     keys, values = chunks_of(page, state, kv_type)
     keys[:, 0], values[:, 0] = np.split(part, [keys.shape[2]], axis=1)
@@ -155,7 +157,7 @@ def cleared(part: Bytes, state: KvState, kv_type: str, n: int) -> Bytes:
 
 
 def _rounded(x: F32) -> tuple[F32, F32]:
-    """Whole numbers in [-127, 127] of x `[..., n]`, and scales `[...]`."""
+    """Quantised values in [-127, 127] of x `[..., n]`, as floats, and their scales `[...]`."""
     largest = np.abs(x).max(axis=-1)
     inverse = np.divide(_LIMIT, largest, out=np.zeros_like(largest), where=largest >= 1e-30)
     return np.rint(np.clip(x * inverse[..., None], -_LIMIT, _LIMIT)), np.where(

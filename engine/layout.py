@@ -1,6 +1,5 @@
-"""Layout constants, read from csrc/kernels.h through the generated cffi module.
-
-Works without the C library: only the parsed header is needed.
+"""Layout constants, read from csrc/kernels.h through the generated cffi module, which works without the C
+library.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Measures this device with the real kernels on the model's own layers: what the planner is told is what
-runs.
+"""Measures this device's rates for the planner, with the real kernels on the model's own layers.
 
-One row gives bytes/s (decode reads every weight once), several row counts give MAC/s, a filled state
-gives what attention adds, a stage that only looks up an embedding gives what a step costs before any
-layer, and a nap before each step what it costs after one: clocks fall, caches empty, threads sleep. The
-embedding is looked up right after steps that read many weights: in a chain, too, code and tables have
-left the caches by then (at once again such a step takes a quarter of the time, and few layers would be
-promised too quick)."""
+Steps of one row give bytes/s, since decoding reads every weight once; steps of several rows give MAC/s;
+steps at a long context give the cost of attention; and steps of the embedding alone give the overhead per
+step. Steps after a pause give the extra cost of an idle device, whose clocks fall and threads sleep.
+
+The embedding-only step is timed right after a step that reads many weights, so that the caches are cold, as
+in a real chain. Timed back to back it is four times faster, and short stages would be predicted too
+fast."""
 
 from __future__ import annotations
 
@@ -23,44 +23,44 @@ from .costs import unit_cost
 from .model_directory import Model
 from .stage import Stage, StageOptions
 
-_BYTES = 128_000_000  # of layers, so that weights do not stay in a cache between steps
-_FEW = 2  # layers where computing counts, not reading
+_BYTES = 128_000_000  # bytes of layers to run: too many to stay in a cache between steps
+_FEW = 2  # layers to run where computing dominates, not reading
 READING_ROWS = (1, 2, 4, 8)
 COMPUTING_ROWS = (16, 64, 256)
-DEPTH = 512  # positions of state beside which attention is measured
-NAP_SECONDS = 0.004  # as long as a hop over Wi-Fi; from 1 ms to 16 ms on it costs about the same
-SAME = 1.03  # a thread more must gain this much
+DEPTH = 512  # positions of context at which attention is measured
+NAP_SECONDS = 0.004  # as long as a hop over Wi-Fi; pauses from 1 ms to 16 ms cost about the same
+SAME = 1.03  # more threads must be at least this much faster
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A device as measured. Rates are in bytes/s and MAC/s, times in seconds."""
+    """Measured rates of a device. Rates are in bytes/s and MAC/s, times in seconds."""
 
     backend: str
     exact: bool
     threads: int
     read_bytes_per_s: float
-    """Weights of one row."""
+    """Weight bytes read per second in a step of one row."""
     macs_per_s: float
-    """Matmuls of many rows."""
+    """MAC/s of matmuls in a step of many rows."""
     row_rates: tuple[tuple[int, float], ...]
-    """(rows of a call, MAC/s of its matmuls), ascending."""
+    """(rows of a call, MAC/s of its matmuls), ascending in rows."""
     attend_macs_per_s: float
-    """Attention of one row."""
+    """MAC/s of attention in a step of one row."""
     prefill_attend_macs_per_s: float
-    """Attention of many rows."""
+    """MAC/s of attention in a step of many rows."""
     step_overhead_s: float
-    """A step outside its layers."""
+    """Time of a step outside its layers."""
     idle_overhead_s: float
-    """What a step takes more after a nap."""
+    """Extra time of a step after a pause of NAP_SECONDS."""
 
 
 Watch = Callable[[Callable[[], object]], float]
-"""Runs a call and says how long it took."""
+"""A function that runs a call and returns the seconds it took."""
 
 
 def stopwatch(call: Callable[[], object]) -> float:
-    """Seconds until a call has returned."""
+    """Runs a call; the wall-clock seconds it took."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
@@ -74,16 +74,18 @@ def measure(
     room: int = _BYTES,
     watch: Watch = stopwatch,
 ) -> Measured:
-    """Measures with the layers that are on this device; takes about `seconds` after loading them, more
-    where a few steps last longer. Their weights take at most `room` bytes, as far as one layer does. A
-    device that plays a slower one has its own `watch`.
+    """Measures with layers of the model. Takes about `seconds` after loading them, or longer if a few steps
+    take longer. Loads at most `room` bytes of layers, but at least one layer. `watch` times the steps; a
+    device that imitates a slower one has its own.
 
     ValueError: the model has no layers."""
     first, count = _layers(model, room)
     few = min(_FEW, count)
     share = seconds / (len(READING_ROWS) + len(COMPUTING_ROWS) + 8)
     with (
-        Stage(model, 0, 1, replace(options, resident=False)) as none,  # one row of a table: never all of it
+        Stage(
+            model, 0, 1, replace(options, resident=False)
+        ) as none,  # reads one row: the table is only mapped
         Stage(model, first, first + count, options) as many,
     ):
         reading, overhead, idle = _reading(many, none, (len(READING_ROWS) + 6) * share, watch)
@@ -91,7 +93,7 @@ def measure(
     with Stage(model, first, first + few, options) as small:
         computing = _by_rows(small, COMPUTING_ROWS, len(COMPUTING_ROWS) * share, watch)
         decode, prefill = _attend_rates(small, 2 * share, watch)
-    overhead = min(overhead, reading[1] / 2)  # of a model so small that the layers cost nothing beside it
+    overhead = min(overhead, reading[1] / 2)  # in a tiny model the layers may take less than the overhead
     rates = []
     for times, layers in ((reading, count), (computing, few)):
         macs = sum(unit_cost(model, u).macs for u in range(first, first + layers))
@@ -113,8 +115,8 @@ def measure(
 def best_threads(
     model: Model, options: StageOptions, most: int, *, seconds: float = 0.2
 ) -> tuple[int, dict[int, float]]:
-    """The thread count that decodes fastest among 1, 2, 4 … and `most` (the fewest of those that are as
-    fast), and the bytes/s of each tried. All cores are often slower than the big ones.
+    """The number of threads that decodes fastest among 1, 2, 4 … and `most`, and the bytes/s of each number
+    tried. Of numbers within 3 %, the smallest. Using all cores is often slower than the big ones alone.
 
     ValueError: the model has no layers.
     """
@@ -132,7 +134,7 @@ def best_threads(
 
 
 def _layers(model: Model, room: int = _BYTES) -> tuple[int, int]:
-    """The first layer, and how many from there on to measure with."""
+    """Unit of the first layer, and the number of layers from there on to measure with."""
     layers = [u for u in range(len(model.program.units)) if model.program.units[u].states]
     if not layers:
         raise ValueError("the model has no layers to measure with")
@@ -148,21 +150,21 @@ def _allowed(stage: Stage, rows: int) -> bool:
 
 
 def median(values: Sequence[float]) -> float:
-    """The middle one, or the mean of the two in the middle: without `statistics`, which brings `decimal`,
-    or `np.median`, which brings `numpy.ma`; both are memory of a small device."""
+    """The median. `statistics` and `np.median` are not used, because they import `decimal` and `numpy.ma`,
+    which cost a small device memory."""
     ascending = sorted(values)
     return (ascending[(len(ascending) - 1) // 2] + ascending[len(ascending) // 2]) / 2
 
 
 def _values(count: int) -> NDArray[np.float32]:
-    """Numbers like those of hidden rows, without numpy.random, whose import takes 3 MB of a small
-    device."""
+    """Values with the spread of hidden rows. numpy.random is not used: importing it takes 3 MB of memory."""
     values: NDArray[np.float32] = np.sin(np.arange(count, dtype=np.float32) * np.float32(12.9898))
     return values * np.float32(2)
 
 
 class _Steps:
-    """Steps of `rows` rows of a sequence of its own that holds `depth` positions before them."""
+    """A repeatable step of `rows` rows, on its own sequence with `depth` earlier positions. As a context
+    manager it gives a function that runs the step and returns its seconds."""
 
     def __init__(self, stage: Stage, rows: int, watch: Watch, depth: int = 0, sequence: int = 0) -> None:
         width = stage.model.program.cut_cols
@@ -170,7 +172,7 @@ class _Steps:
         self._stage, self._watch, self._sequence = stage, watch, sequence
         stage.open_sequence(sequence, Sampling(), depth + rows)
         at = 0
-        while at <= depth:  # the last one warms up
+        while at <= depth:  # the last of these runs is the step itself, as a warm-up
             count = rows if at == depth else min(depth - at, stage.options.max_rows)
             hidden = None if stage.first == 0 else values[:count]
             run = Run(sequence, at, [0] * count, Want.NOTHING, hidden)
@@ -191,9 +193,9 @@ class _Steps:
 def _rounds(
     cases: Sequence[tuple[Stage, int, int]], seconds: float, watch: Watch, nap: float | None = None
 ) -> tuple[list[float], float]:
-    """Median times of steps of such (stage, rows, depth), taken in turn for about `seconds` and at least
-    5 times, so that what changes meanwhile (heat, neighbours) is in all of them alike; and the median of
-    what the first case takes more after a nap than right after another step."""
+    """Median seconds of a step for each case (stage, rows, depth), and the median extra seconds of the first
+    case after a pause of `nap` seconds (0 without `nap`). Cases are timed in turn, for about `seconds` and at
+    least 5 times, so that heat and other programs affect all of them alike."""
     with ExitStack() as stack:
         steps = [
             stack.enter_context(_Steps(stage, rows, watch, depth, sequence))
@@ -211,7 +213,7 @@ def _rounds(
 
 
 def _by_rows(stage: Stage, counts: Sequence[int], seconds: float, watch: Watch) -> dict[int, float]:
-    """Median time of a step of each of these row counts that the stage takes."""
+    """Median seconds of a step by number of rows, for the row counts that the stage allows."""
     allowed = [rows for rows in counts if _allowed(stage, rows)]
     times, _ = _rounds([(stage, rows, 0) for rows in allowed], seconds, watch) if allowed else ([], 0.0)
     return dict(zip(allowed, times, strict=True))
@@ -220,8 +222,8 @@ def _by_rows(stage: Stage, counts: Sequence[int], seconds: float, watch: Watch) 
 def _reading(
     stage: Stage, none: Stage, seconds: float, watch: Watch
 ) -> tuple[dict[int, float], float, float]:
-    """The same for READING_ROWS; a step of `none` after those; and what one row takes more after a
-    nap."""
+    """Median seconds of a step by number of rows for READING_ROWS, of a step of `none` right after those,
+    and the extra seconds of one row after a pause."""
     allowed = [rows for rows in READING_ROWS if _allowed(stage, rows)]
     cases = [*((stage, rows, 0) for rows in allowed), (none, 1, 0)]
     (*times, overhead), more = _rounds(cases, seconds, watch, NAP_SECONDS)
@@ -229,8 +231,8 @@ def _reading(
 
 
 def _attend_rates(stage: Stage, seconds: float, watch: Watch) -> tuple[float, float]:
-    """MAC/s of attention over DEPTH positions (or what the context has), of one row and of many: from
-    what a step takes more with a filled state than with an empty one. 0 where that is lost in noise."""
+    """MAC/s of attention in steps of one row and of many rows, from the extra time of a step at DEPTH
+    positions (or as many as the context allows) compared with position 0. 0 where noise exceeds it."""
     rows = min(COMPUTING_ROWS[1], stage.options.max_rows, stage.model.config.context // 2)
     depth = min(DEPTH, stage.model.config.context - rows)
     macs = sum(unit_cost(stage.model, u).attend_macs for u in range(stage.first, stage.last))

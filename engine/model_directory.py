@@ -1,9 +1,8 @@
-"""A model directory: opens the files of the units that are asked for, and only those.
+"""A model directory: reads its index and configuration, and opens the files of single units.
 
-A device holds the files of its own layers and no others. Loading maps them (no copy, no repacking) and
-checks each against the index (size, hash) and against the program (names, shapes, types). A hash is
-computed once per file: `stamps.json` remembers size, modification time and inode of files whose hash was
-right."""
+A device needs only the files of its own layers. Opening a file maps it (no copy, no repacking) and checks
+it against the index (size, hash) and against the program (names, shapes, types). Each file is hashed once:
+see `hash_cache`."""
 
 from __future__ import annotations
 
@@ -32,8 +31,8 @@ SCALE, MIN = ".scale", ".min"
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A weight, mapped: f32 `[rows, cols]`, or packed with scales and minima (layout: quant).
-    Read-only."""
+    """A read-only weight in memory: f32 `[rows, cols]`, or packed quantised values with scales and minima
+    (see `packing`)."""
 
     data: NDArray[Any]
     scales: NDArray[np.float16] | None
@@ -44,14 +43,14 @@ class Tensor:
 
 
 class Model:
-    """A model directory whose index and configuration have been read and agree. Opens weights when
-    asked."""
+    """An open model directory: its index, configuration and program, which agree. Weights are opened
+    unit by unit."""
 
     def __init__(self, path: Path, index: Index, config: Config, digest: str, hashes: HashCache) -> None:
         self.path = path
         self.index = index
         self.hash = digest
-        """SHA-256 of index.json: nodes with equal hashes hold the same model."""
+        """SHA-256 of index.json. Nodes with equal hashes have the same model."""
         self.program: Program = typed(families.build(config), *index.types)
         self.config = config.within(self.program.window)
         self._hashes = hashes
@@ -59,8 +58,8 @@ class Model:
 
     @classmethod
     def open(cls, path: Path | str) -> Model:
-        """Opens the directory at `path`; reads no weights. ModelFileError: not a model, or damaged;
-        UnsupportedModelError: of a family or version that is not here."""
+        """Opens the directory at `path` without reading weights. ModelFileError: it is not a model directory,
+        or damaged. UnsupportedModelError: its family or version is not supported."""
         path = Path(path)
         index, data = read_index(path / INDEX)
         hashes = HashCache(path)
@@ -79,24 +78,24 @@ class Model:
 
     @property
     def n_units(self) -> int:
-        """Embedding, layers, head."""
+        """Number of units: the embedding, the layers, and the final norm with the LM head."""
         return len(self.program.units)
 
     def files_of(self, first: int, last: int) -> tuple[str, ...]:
-        """Names of the files that a stage of units [first, last) needs beside index.json."""
+        """Names of the files that a stage of units [first, last) needs in addition to index.json."""
         units = self.index.units[first:last]
         names = (CONFIG, *self.index.common, *(name for unit in units for name in unit.files))
         return tuple(dict.fromkeys(names))
 
     def unit_bytes(self, u: int) -> int:
-        """Bytes of the files of unit u, those shared with unit 0 included."""
+        """Bytes of the files of unit u, including a table that it shares with unit 0."""
         return sum(self.index.files[name].size for name in self.index.units[u].files)
 
     def unit_weights(
         self, u: int, opened: Callable[[str], SafetensorsFile] | None = None
     ) -> dict[str, Tensor]:
-        """The weights of unit u by name, from files that `opened` gives, or mapped. ModelFileError: a
-        file is missing, truncated, altered, or does not hold what the program needs."""
+        """The weights of unit u by name. `opened` opens a file by its name; None maps it. ModelFileError: a
+        file is missing, truncated, altered, or does not match the program."""
         unit, entry = self.program.units[u], self.index.units[u]
         files = [(opened or self.open_file)(name) for name in entry.files]
         own = [weight for weight in unit.weights if weight.name not in unit.tied]
@@ -104,8 +103,8 @@ class Model:
         return {w.name: self._weight(files[w.name in unit.tied], w) for w in unit.weights}
 
     def fetch_ahead(self, first: int, last: int) -> None:
-        """Lets the system begin to read the files of units [first, last), in order; waits for none. No
-        more than half of the RAM that is available: further ones would push out the first before they are
+        """Asks the system to read the files of units [first, last) into its page cache, in order, without
+        waiting. Stops at half of the available RAM: more would evict the first files before they are
         used."""
         left = affordable()
         for name in dict.fromkeys(name for unit in self.index.units[first:last] for name in unit.files):
@@ -115,7 +114,8 @@ class Model:
             fetch_ahead(self.path / name)
 
     def constants(self) -> dict[str, NDArray[np.float64]]:
-        """The f64 vectors that every stage holds. ModelFileError: as for unit_weights."""
+        """The f64 vectors by name that every stage needs, such as rotary frequencies. ModelFileError: the
+        file is missing, altered, or does not match the program."""
         file = self.open_file(COMMON)
         wanted = {name: len(values) for name, values in self.program.constants}
         self._check_names(file, set(wanted))
@@ -124,17 +124,17 @@ class Model:
         return {name: file.tensor(name) for name in wanted}
 
     def verify(self) -> Iterator[tuple[str, int]]:
-        """Hashes every file that the index names anew; yields each name and size when it was right.
-        ModelFileError: the first that is not."""
+        """Hashes every file of the index again; yields the name and size of each correct file.
+        ModelFileError: a file is missing, truncated or altered."""
         for name, entry in self.index.files.items():
-            self._hashes.check(self.path / name, entry, trust=False, also=_check_numbers)
+            self._hashes.check(self.path / name, entry, trust=False, also=_check_int8)
             yield name, entry.size
 
     def open_file(self, name: str, arena: Arena | None = None) -> SafetensorsFile:
-        """A file that the index names: mapped, or read into the arena. ModelFileError: as for
-        unit_weights."""
+        """A file of the index by its name: mapped, or read into the arena. ModelFileError: missing,
+        truncated or altered."""
         path = self.path / name
-        self._hashes.check(path, self.index.files[name], also=_check_numbers)
+        self._hashes.check(path, self.index.files[name], also=_check_int8)
         return open_file(path, arena)
 
     def _weight(self, file: SafetensorsFile, weight: Weight) -> Tensor:
@@ -153,17 +153,19 @@ class Model:
             raise ModelFileError(f"{file.path}: tensor {wanted.name!r} is missing: convert the model again")
         if (info.dtype, info.shape) != (wanted.dtype, wanted.shape):
             raise ModelFileError(
-                f"{file.path}: tensor {wanted.name!r} is {info.dtype} {list(info.shape)} and the model "
+                f"{file.path}: tensor {wanted.name!r} is {info.dtype} {list(info.shape)}, but the model "
                 f"needs {wanted.dtype} {list(wanted.shape)}: convert the model again"
             )
 
     def _check_names(self, file: SafetensorsFile, wanted: set[str]) -> None:
         for name in file.tensors:
             if name not in wanted and not name.startswith(PAD):
-                raise ModelFileError(f"{file.path}: tensor {name!r} does not belong there: convert again")
+                raise ModelFileError(
+                    f"{file.path}: tensor {name!r} does not belong there: convert the model again"
+                )
 
     def _check_units(self) -> None:
-        """The index and the program must speak of the same units."""
+        """ModelFileError: the index and the configuration describe different units or families."""
         expected = units_of(self.program)
         if self.index.units != expected or self.index.common != (COMMON,):
             raise ModelFileError(
@@ -172,14 +174,14 @@ class Model:
             )
         if self.index.family != self.config.family:
             raise ModelFileError(
-                f"{self.path / INDEX} says {self.index.family!r} and config.json {self.config.family!r}: "
-                "pull or convert the model again"
+                f"{self.path / INDEX} has the family {self.index.family!r}, but config.json "
+                f"{self.config.family!r}: pull or convert the model again"
             )
 
 
-def _check_numbers(path: Path) -> None:
-    """ModelFileError: an int8 number is -128. It has no positive twin, and instruction sets that multiply
-    magnitudes would make something else of it than others do."""
+def _check_int8(path: Path) -> None:
+    """ModelFileError: an int8 value is -128. It has no int8 negative, so kernels that multiply magnitudes
+    would give another product than those that do not."""
     if path.suffix != ".safetensors":
         return
     file = open_file(path)
@@ -194,7 +196,7 @@ def unit_file(u: int) -> str:
 
 
 def units_of(program: Program) -> tuple[UnitEntry, ...]:
-    """The units of a program with the files that hold them."""
+    """Index entries of the units of a program: their names and files."""
 
     def files(u: int, unit: Unit) -> tuple[str, ...]:
         return (unit_file(u), unit_file(0)) if unit.tied else (unit_file(u),)
@@ -203,8 +205,8 @@ def units_of(program: Program) -> tuple[UnitEntry, ...]:
 
 
 def tensors_of(weight: Weight) -> tuple[TensorInfo, ...]:
-    """The tensors of a unit file that hold a weight: one, or packed numbers, scales and perhaps
-    minima."""
+    """The tensors of a unit file that store a weight: one f32 tensor, or packed values, scales and, with
+    minima, those."""
     if weight.vector:
         return (TensorInfo(weight.name, "F32", (weight.cols,)),)
     if weight.type == "f32":

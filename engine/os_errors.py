@@ -1,4 +1,4 @@
-"""What the operating system refuses, as errors for a person: what was refused, and what to do."""
+"""Translates errors of the operating system into errors for users: what was refused, and the remedy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .errors import OperatingSystemError
 
 _PATH = "check the path"
 _DISK = "check the disk"
-_LATER = "try again when what uses it has ended"
+_LATER = "try again when the program that uses it has ended"
 _REMEDIES = {
     errno.ENOSPC: "free space there",
     errno.EDQUOT: "free space there",
@@ -39,11 +39,11 @@ _REMEDIES = {
     errno.ENOLCK: _DISK,
     errno.ENOTSUP: _DISK,
 }
-"""Errors that come from the system even where no file is named. Without a name, any other (a bad file
-descriptor, an invalid argument) is a mistake of this program."""
+"""Remedies by errno, for errors that are the system's even if they name no file. Any other error without a
+file name (a bad file descriptor, an invalid argument) is a bug in this program."""
 
 _PLACES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
-"""Errors that another place would not have."""
+"""Errors that choosing another file or directory can avoid."""
 
 STANDARD_OUTPUT = "standard output"
 
@@ -51,8 +51,8 @@ STANDARD_OUTPUT = "standard output"
 def translated(
     error: OSError | MemoryError, path: object = None, what: str = ""
 ) -> OperatingSystemError | None:
-    """The error for the user; None: it is a mistake of this program. `path` is what was refused, if it is
-    not the file that the error names, and `what` says what was refused of it."""
+    """The error for the user, or None if `error` is a bug in this program. `path` replaces the file that the
+    error names; `what` says which operation on it was refused."""
     number = errno.ENOMEM if isinstance(error, MemoryError) else error.errno
     if path is None and isinstance(error, OSError):
         path = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
@@ -66,14 +66,14 @@ def translated(
 
 
 def is_full(error: OSError) -> bool:
-    """Whether a disk, or what a user may have of it, is full."""
+    """Whether the disk or the user's quota is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def check_space(directory: Path, needed: int, what: str) -> None:
     """OperatingSystemError: the disk of `directory` has less than `needed` bytes free for `what`."""
     disk = shutil.disk_usage(directory)
-    if disk.total and disk.free < needed:  # some file systems do not say how large they are
+    if disk.total and disk.free < needed:  # some file systems report a size of 0
         raise OperatingSystemError(
             f"{directory}: too little space on the disk: {what} needs {needed / 1e6:.1f} MB and "
             f"{disk.free / 1e6:.1f} MB are free: free space there",

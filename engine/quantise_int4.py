@@ -1,11 +1,12 @@
-"""Chooses int4 numbers: which nibbles, scale and minimum of a group of 32 weights do least harm.
+"""int4 quantisation of weights: chooses the values, scale and minimum of each group of 32.
 
-The harm of an error e in column j is taken as importance_j * e^2, where the importance is the mean square
-of what the column multiplies (`calibrate`). Candidates for the scale are tried on many groups side by
-side; each gets its numbers by rounding, then the scale that fits those numbers best.
+It minimises the sum of importance_j * e_j^2, where e_j is the error in column j and the importance is the
+mean square of the activations that the column multiplies (`calibrate`). Several candidate scales are tried
+for many groups at once. Each candidate rounds the weights to quantised values, and then fits the scale to
+those values.
 
-Groups stand in columns, `[32, n]`, and are summed by a fixed tree, so that every machine chooses
-alike."""
+Arrays have one group per column, `[32, n]`, and columns are summed by a fixed tree, so that every machine
+makes the same choice."""
 
 from __future__ import annotations
 
@@ -15,20 +16,20 @@ from .arrays import F16, F32, F64, U8
 from .layout import GROUP
 from .packing import Int4Arrays
 
-_LARGEST = 65504.0  # of an fp16
-_CHUNK = 1 << 11  # groups at once: their temporaries stay in the cache
-# The largest magnitude of a group becomes so many steps. The scale takes its sign, so that the larger end
-# of -8 ... 7 is its own.
+_LARGEST = 65504.0  # largest fp16 value
+_CHUNK = 1 << 11  # groups per pass: their temporaries stay in the cache
+# Candidates for w / scale, where w is the weight of largest magnitude in a group. They are negative (the
+# scale has the opposite sign of w), because the range -8 ... 7 extends further on that side.
 _STEPS = (-8.0, -8.8, -8.4, -7.6, -7.2, -6.8, -6.4, -6.0)
-_CUTS = (0.0, 0.04, 0.08, 0.12)  # parts of a group's range that are left out at either end
+_CLIPS = (0.0, 0.04, 0.08, 0.12)  # candidate fractions of a group's range to clip at either end
 
 
 def quantise_q4(w: F32, importance: F64 | None = None, *, has_min: bool = False) -> Int4Arrays:
-    """Numbers, scales and minima of w `[rows, cols]`, cols a multiple of 32; importance `[cols]`, default
-    1.
+    """Quantised values, scales and minima of w `[rows, cols]`, where cols is a multiple of 32; importance
+    is `[cols]`, 1 by default.
 
-    Without minima w is about (q - 8) * scale, with them q * scale + min. ValueError: NaN, infinity, or
-    values beyond what an fp16 scale can reach."""
+    Without minima w is about (q - 8) * scale, with minima q * scale + min. ValueError: NaN, infinity, or
+    values too large for an fp16 scale."""
     rows, cols = w.shape
     groups = w.reshape(-1, GROUP)
     if not np.all(np.abs(groups) < _LARGEST):  # false for NaN as well
@@ -42,17 +43,17 @@ def quantise_q4(w: F32, importance: F64 | None = None, *, has_min: bool = False)
         at = slice(first, first + _CHUNK)
         part, h = np.ascontiguousarray(groups[at].T), np.ascontiguousarray(weights[at].T)
         if minimum is None:
-            numbers, scale[at] = _best_scale(part, h)
+            values, scale[at] = _best_scale(part, h)
         else:
-            numbers, scale[at], minimum[at] = _best_line(part, h)
-        q[at] = numbers.T
+            values, scale[at], minimum[at] = _best_line(part, h)
+        q[at] = values.T
     shape = (rows, cols // GROUP)
     return q.reshape(rows, cols), scale.reshape(shape), None if minimum is None else minimum.reshape(shape)
 
 
 def _normalised(importance: F64) -> F32:
-    """Importances about 1, of 8 bits, which cuts off the last bits, in which machines differ; none so
-    small that its column no longer matters."""
+    """Importances scaled to a mean of 1, at least 1e-4 and rounded to 8 bits. Rounding removes the last
+    bits, in which machines differ; the lower bound keeps every column relevant."""
     mean = float(np.mean(importance))
     if not mean > 0:
         return np.ones(importance.shape, np.float32)
@@ -62,7 +63,8 @@ def _normalised(importance: F64) -> F32:
 
 
 def _best_scale(w: F32, h: F32) -> tuple[U8, F16]:
-    """For groups `[32, n]` of weights and importances: numbers and scales without a minimum."""
+    """Quantised values `[32, n]` and scales `[n]` without minima, for groups `[32, n]` of weights w and
+    importances h."""
     largest = np.take_along_axis(w, np.abs(w).argmax(axis=0)[None], axis=0)
     hw = h * w
     best, best_scale = np.zeros_like(w), np.zeros_like(largest)
@@ -81,7 +83,8 @@ def _best_scale(w: F32, h: F32) -> tuple[U8, F16]:
 
 
 def _best_line(w: F32, h: F32) -> tuple[U8, F16, F16]:
-    """The same with a minimum. What already lies on 16 even steps, as in a Q4_1 file, is found again."""
+    """Quantised values `[32, n]`, scales and minima `[n]`, for groups `[32, n]` of weights w and importances
+    h. Weights that are 16 evenly spaced values already, as from a Q4_1 file, are reproduced."""
     low, high = w.min(axis=0, keepdims=True), w.max(axis=0, keepdims=True)
     h_sum, hw_sum = _sum(h), _sum(h * w)
     best = np.zeros_like(w)
@@ -97,8 +100,8 @@ def _best_line(w: F32, h: F32) -> tuple[U8, F16, F16]:
             np.copyto(kept, value, where=better)
         return q
 
-    for below in _CUTS:
-        for above in _CUTS:
+    for below in _CLIPS:
+        for above in _CLIPS:
             minimum = _f16(low + np.float32(below) * (high - low))
             q = consider(_f16((high - low) * np.float32((1 - below - above) / 15)), minimum)
             hq = h * q
@@ -111,7 +114,7 @@ def _best_line(w: F32, h: F32) -> tuple[U8, F16, F16]:
 
 
 def _rounded(w: F32, scale: F32, low: int, high: int) -> F32:
-    """w in steps of the scale, to the nearest that there is."""
+    """w / scale, rounded to the nearest integer and clipped to [low, high]."""
     q = w * _quotient(np.float32(1), scale)
     np.rint(q, out=q)
     np.clip(q, low, high, out=q)
@@ -119,7 +122,7 @@ def _rounded(w: F32, scale: F32, low: int, high: int) -> F32:
 
 
 def _sum(x: F32) -> F32:
-    """The sums of the columns, `[1, n]`."""
+    """Sums of the columns, `[1, n]`, by a fixed tree."""
     while len(x) > 1:
         half = len(x) // 2
         x = x[:half] + x[half:]
@@ -132,5 +135,5 @@ def _quotient(a: F32 | np.float32, b: F32) -> F32:
 
 
 def _f16(x: F32) -> F32:
-    """What an fp16 keeps of x."""
+    """x rounded to fp16."""
     return x.astype(np.float16).astype(np.float32)

@@ -1,9 +1,9 @@
-"""safetensors files: a reader that believes nothing it has not checked, and a writer that aligns tensors.
+"""safetensors files: a reader that checks everything in the header, and a writer that aligns tensors.
 
-The format: a u64 header length, a JSON header, then the data; no holes, no overlap. The writer pads the
-header with spaces so that data starts at a multiple of 16384 (a page of any machine) and fills the gaps
-before tensors with U8 tensors named `__pad_N`, so that each starts at a multiple of 64 (a line of
-weights) and every other reader still opens the file. Source: huggingface/safetensors,
+The format: a u64 header length, a JSON header, then the data without holes or overlap. The writer pads the
+header with spaces, so that the data starts at a multiple of 16384 (the largest common memory page size). It
+fills the gaps before tensors with U8 tensors named `__pad_N`, so that each tensor starts at a multiple of 64
+(a cache line) and every other reader still opens the file. Source: huggingface/safetensors,
 `safetensors/src/tensor.rs`."""
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MAX_HEADER = 100_000_000
 _MAX_DIMS = 64
 _MAX_BYTES = 1 << 62
 
-# BF16 and the 8-bit floats have no NumPy type: they come as the unsigned integers that hold their bits.
+# BF16 and the 8-bit floats have no NumPy type: they are read as unsigned integers with the same bits.
 DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
     {
         name: np.dtype(kind).newbyteorder("<")
@@ -56,13 +56,13 @@ DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
         }.items()
     }
 )
-# Types of the format that have less than a byte, or no use here.
+# Types of the format that are not supported: smaller than a byte, or not used by language models.
 _NOT_READ = ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64")
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What a header says of one tensor; `begin` and `end` are offsets in the file."""
+    """The header's entry of one tensor. `begin` and `end` are byte offsets in the file."""
 
     name: str
     dtype: str
@@ -76,7 +76,8 @@ class TensorInfo:
 
 
 class SafetensorsFile:
-    """An open file. Its arrays are read-only views of its memory, which lives as long as any of them."""
+    """An open safetensors file. Its arrays are read-only views of its memory, which is freed once the last of
+    them is."""
 
     def __init__(self, path: Path, tensors: dict[str, TensorInfo], memory: memoryview) -> None:
         self.path = path
@@ -84,33 +85,40 @@ class SafetensorsFile:
         self._memory = memory
 
     def tensor(self, name: str) -> NDArray[Any]:
-        """A view of a tensor in its own type (see DTYPES). ModelFileError: no such tensor."""
+        """A read-only view of a tensor, in its stored type (see DTYPES). ModelFileError: the file has no such
+        tensor."""
         info = self.tensors.get(name)
         if info is None:
-            raise ModelFileError(f"{self.path}: tensor {name!r} is missing")
+            raise ModelFileError(f"{self.path}: tensor {name!r} is missing: fetch or convert the model again")
         dtype = DTYPES[info.dtype]
         flat = np.frombuffer(self._memory, dtype, math.prod(info.shape), info.begin)
         return flat.reshape(info.shape)
 
 
 def open_file(path: Path, arena: Arena | None = None) -> SafetensorsFile:
-    """Maps a file, or reads it into an arena, and checks all of its header. ModelFileError: missing,
-    truncated or lying."""
+    """Maps a file, or reads it into an arena, and checks its whole header. ModelFileError: missing, truncated
+    or invalid. UnsupportedModelError: a tensor's type is not supported."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size < 8:
-                raise ModelFileError(f"{path} is truncated: {size} bytes hold no safetensors header")
+                raise ModelFileError(
+                    f"{path} is truncated: {size} bytes are no safetensors file; fetch it again"
+                )
             memory = arena.read(file, size) if arena is not None else _mapped(file)
     except FileNotFoundError:
-        raise ModelFileError(f"{path} is missing") from None
+        raise ModelFileError(f"{path} is missing: fetch or convert the model again") from None
     except OSError as e:
         raise ModelFileError(f"{path} cannot be read: {e.strerror}") from e
     length = int.from_bytes(memory[:8], "little")
     if length > _MAX_HEADER:
-        raise ModelFileError(f"{path}: the header claims {length} bytes; no safetensors header is so long")
+        raise ModelFileError(
+            f"{path} is not a safetensors file: its header length is {length} bytes, more than {_MAX_HEADER}"
+        )
     if 8 + length > size:
-        raise ModelFileError(f"{path} is truncated: the header claims {length} bytes, the file has {size}")
+        raise ModelFileError(
+            f"{path} is truncated: its header has {length} bytes and the file {size}; fetch it again"
+        )
     return SafetensorsFile(path, parse_header(bytes(memory[8 : 8 + length]), size, str(path)), memory)
 
 
@@ -119,8 +127,8 @@ def _mapped(file: BufferedReader) -> memoryview:
 
 
 def parse_header(header: bytes, size: int, where: str) -> dict[str, TensorInfo]:
-    """The tensors of a file of `size` bytes, checked in full; `where` names it in errors. In file
-    order."""
+    """The tensors in the header of a file of `size` bytes, in file order and fully checked; `where` names the
+    file in errors. Errors: see `open_file`."""
     entries = _decode(header, where)
     start = 8 + len(header)
     tensors = [_tensor(name, entry, start, where) for name, entry in entries.items()]
@@ -129,11 +137,13 @@ def parse_header(header: bytes, size: int, where: str) -> dict[str, TensorInfo]:
     for info in tensors:
         if info.begin != at:
             what = "overlaps the tensor before it" if info.begin < at else "leaves a hole before it"
-            raise ModelFileError(f"{where}: tensor {info.name!r} {what}; the file is damaged")
+            raise ModelFileError(f"{where}: tensor {info.name!r} {what}: the file is damaged; fetch it again")
         at = info.end
     if at != size:
         what = "is truncated" if at > size else "has bytes that belong to no tensor"
-        raise ModelFileError(f"{where} {what}: the header describes {at} bytes, the file has {size}")
+        raise ModelFileError(
+            f"{where} {what}: its header describes {at} bytes, and the file has {size}; fetch it again"
+        )
     return {info.name: info for info in tensors}
 
 
@@ -141,47 +151,48 @@ def _decode(header: bytes, where: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            raise ValueError("a key stands twice")
+            raise ValueError("duplicate key")
         return result
 
     try:
-        # Spaces may follow the object (padding), but nothing may come before it.
+        # Spaces may follow the object as padding, but nothing may precede it.
         if header[:1] != b"{":
-            raise ValueError("it does not begin with {")
+            raise ValueError("it does not start with {")
         entries = json.loads(header.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as e:
-        raise ModelFileError(f"{where}: the header is not the JSON object it must be: {e}") from e
+        raise ModelFileError(f"{where} is not a safetensors file: its header is not valid JSON ({e})") from e
     assert isinstance(entries, dict)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise ModelFileError(f"{where}: __metadata__ must map strings to strings")
+        raise ModelFileError(f"{where}: __metadata__ in its header does not map strings to strings")
     return entries
 
 
 def _tensor(name: str, entry: object, start: int, where: str) -> TensorInfo:
     def refuse(what: str) -> ModelFileError:
-        return ModelFileError(f"{where}: tensor {name!r} {what}")
+        return ModelFileError(f"{where}: tensor {name!r} {what}: the file is damaged; fetch it again")
 
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise refuse("must have exactly dtype, shape and data_offsets")
+        raise refuse("does not have exactly 'dtype', 'shape' and 'data_offsets'")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if dtype in _NOT_READ:
         raise UnsupportedModelError(
-            f"{where}: tensor {name!r} has the type {dtype}, which is not read: F64, F32, F16 and BF16 are"
+            f"{where}: tensor {name!r} has the type {dtype}, which is not supported: fetch the model in F32, "
+            "F16 or BF16"
         )
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise refuse(f"has the unknown type {dtype!r}")
     if not _counts(shape) or len(shape) > _MAX_DIMS:
-        raise refuse("has a shape that is not a list of counts")
+        raise refuse("has a shape that is not a list of non-negative integers")
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise refuse("has data_offsets that are not two ascending counts")
+        raise refuse("has data_offsets that are not two ascending non-negative integers")
     needed = largest = DTYPES[dtype].itemsize
     for n in shape:
-        needed, largest = needed * n, largest * max(n, 1)  # NumPy refuses [0, 2^62] too
+        needed, largest = needed * n, largest * max(n, 1)  # NumPy refuses a shape like [0, 2^62], too
         if largest > _MAX_BYTES:
             raise refuse(f"has the impossible shape {shape}")
     if needed != offsets[1] - offsets[0]:
-        raise refuse(f"needs {needed} bytes for {dtype} {shape} and has {offsets[1] - offsets[0]}")
+        raise refuse(f"has {offsets[1] - offsets[0]} bytes, but {dtype} {shape} needs {needed}")
     return TensorInfo(name, dtype, tuple(shape), start + offsets[0], start + offsets[1])
 
 
@@ -190,9 +201,11 @@ def _counts(value: object) -> bool:
 
 
 def write(path: Path, tensors: Sequence[TensorInfo], arrays: Iterable[NDArray[Any]]) -> tuple[int, str]:
-    """Writes `arrays`, which belong to `tensors` in order, one at a time; returns size and SHA-256.
+    """Writes a file of `tensors`, whose contents are `arrays` in the same order; arrays are consumed one at a
+    time. Returns the file's size in bytes and its SHA-256.
 
-    The file appears under its name only when it is whole and on the disk."""
+    The file appears under its name only when it is complete and on the disk. ValueError: an array does not
+    match its tensor. OSError: it cannot be written."""
     placed, header = _lay_out(tensors)
     digest = hashlib.sha256()
     part = path.with_name(path.name + ".part")
@@ -211,7 +224,7 @@ def write(path: Path, tensors: Sequence[TensorInfo], arrays: Iterable[NDArray[An
 
 
 def _lay_out(tensors: Sequence[TensorInfo]) -> tuple[list[TensorInfo], bytes]:
-    """Tensors and pads at offsets of the data, and the header that describes them."""
+    """Tensors and padding tensors with their offsets in the data, and the header that describes them."""
     placed: list[TensorInfo] = []
     at = 0
     for tensor in tensors:
@@ -236,7 +249,9 @@ def _chunks(
             continue
         array = next(arrays)
         if array.shape != tensor.shape or array.dtype != DTYPES[tensor.dtype]:
-            raise ValueError(f"{tensor.name} is {array.dtype} {array.shape}, not as announced: {tensor}")
+            raise ValueError(
+                f"the array of {tensor.name} is {array.dtype} {array.shape}, which is not {tensor}"
+            )
         if array.size:
             yield np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
     if next(arrays, None) is not None:

@@ -1,7 +1,8 @@
-"""Drawing a token in NumPy: what `csrc/sample.c` does, for the backends that have no C, and its oracle in
-tests.
+"""The sampler in NumPy, with the rules of `csrc/sample.c`: for the backends without C, and as the reference
+in tests.
 
-A pure function of logits, parameters, token history and (seed, position): a replay draws the same token.
+A draw is a pure function of logits, parameters, token history and (seed, position), so a replay draws the
+same token.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ _MASK = (1 << 64) - 1
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on (seed, position) only: SplitMix64 finalisers (Steele et al.,
-    2014), 53 bits."""
+    """A uniform number in [0, 1) with 53 bits, from (seed, position) alone, by SplitMix64's finaliser
+    (Steele et al., 2014)."""
     z = _mix((seed + 0x9E3779B97F4A7C15) & _MASK)
     z = _mix((z ^ position) + 0x9E3779B97F4A7C15 & _MASK)
     return (z >> 11) * 2.0**-53
@@ -30,10 +31,10 @@ def _mix(z: int) -> int:
 
 
 def draw(logits: F32, sampling: Sampling, history: NDArray[np.int32], position: int) -> int:
-    """The token at `position`, from logits `[vocab]` and the tokens before it.
+    """The token at `position`, from logits `[vocab]` and the earlier tokens `history`.
 
-    Repetition penalty, then temperature (0: the largest, ties to the lowest id), top-k, top-p over what
-    is left, min-p against the largest; then the inverse of the cumulative distribution."""
+    Repetition penalty, then temperature (0: the largest logit, ties to the lowest id), top-k, top-p over
+    the remaining tokens, min-p against the largest; then inverse transform sampling."""
     logits = logits.astype(np.float32)
     if sampling.repetition_penalty != 1:
         seen = np.unique(history)
@@ -43,7 +44,7 @@ def draw(logits: F32, sampling: Sampling, history: NDArray[np.int32], position: 
         return int(np.argmax(logits))
     logits /= np.float32(sampling.temperature)
     truncated = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
-    # Stable: equal logits stay in the order of their ids.
+    # A stable sort keeps equal logits in the order of their ids.
     ids = np.argsort(-logits, kind="stable") if truncated else np.arange(len(logits))
     if sampling.top_k:
         ids = ids[: sampling.top_k]

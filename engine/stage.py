@@ -1,9 +1,8 @@
-"""A stage: a contiguous range of a model's units, with its weights, and the state of the sequences that
-pass through.
+"""A stage: a contiguous range of a model's units with their weights, and the sequences that run through it.
 
-`Stage(model, 0, n)` is the engine that other programs embed; the network is stages in a chain. A stage
-puts together three things with lives of their own: weights by unit (`weights`), keys and values by
-sequence and unit (`kv`), and an executor for its range, with threads that outlive it (`backends`)."""
+`Stage(model, 0, n)` is the engine that other programs embed; over a network, stages form a chain. A stage
+combines three parts with separate lifetimes: weights by unit (`weights`), keys and values by sequence and
+unit (`kv`), and an executor for the range, whose threads outlive it (`backends`)."""
 
 from __future__ import annotations
 
@@ -32,28 +31,30 @@ from .weights import WeightStore
 
 @dataclass(frozen=True, slots=True)
 class StageOptions:
-    """How a stage runs. `kv_bytes` caps keys and values. One batch has at most `max_rows` rows, and
-    logits of at most `max_wanted` of them: both size the workspace."""
+    """Options of a stage. `kv_bytes` caps the keys and values of all sequences. A batch has at most
+    `max_rows` rows and returns logits of at most `max_wanted` of them; both determine the workspace's
+    size."""
 
     backend: str = "auto"
     isa: str = "auto"
     threads: int | None = None
-    """None: as many as `shoal profile` found fastest here, else one a big core within the CPU quota, four
-    at most (`Stage.threads` says how many). The results are the same bits for any number."""
+    """None: the number that `shoal profile` found fastest on this device, else one per big core within the
+    CPU quota, at most four. `Stage.threads` is the number in use. Results have the same bits for any
+    number."""
     max_rows: int = 256
     max_wanted: int = 32
     kv_bytes: int | None = None
     resident: bool | None = None
-    """Weights read into memory (quicker) and, if True, locked there as far as the system lets us; or in
-    maps of the files (can be dropped when memory runs short). None: read into memory if that takes no
-    more than half of the RAM that is available."""
+    """Where weights are. True: read into memory (faster), and locked there as far as the system allows.
+    False: in mappings of the files, which the system can drop when memory runs short. None: read into
+    memory if that takes at most half of the available RAM, else mapped."""
 
 
 @dataclass(slots=True)
 class _Sequence:
     kv: SequenceKv
     tokens: NDArray[np.int32]
-    """Ids by position; only [0, length) are there."""
+    """Token ids by position; only [0, length) are valid."""
     length: int
     sampling: Sampling
 
@@ -61,9 +62,11 @@ class _Sequence:
 class Stage:
     """Units [first, last) of a model, ready to run batches.
 
-    Any number of threads may use one stage: it does one thing at a time, and calls wait for their turn in
-    the order in which they came. A forked process goes on with a copy of its own, but for sequences that
-    another thread was running at the fork: in the child they are closed."""
+    A stage is thread-safe: it executes one call at a time, in order of arrival. A forked process continues
+    with its own copy, in which sequences that another thread was running at the fork are closed.
+
+    ValueError: not a range of the model's units. ModelFileError: a file is missing or damaged.
+    MissingDependencyError: the backend is not available. MemoryError: out of memory."""
 
     def __init__(self, model: Model, first: int, last: int, options: StageOptions = StageOptions()) -> None:
         _check_range(model, first, last)
@@ -73,7 +76,7 @@ class Stage:
         self._sequences: dict[int, _Sequence] = {}
         self._ended: deque[int] = deque()  # sequences to be closed
         self._calls = Calls(self._close_ended, self._restart)
-        self._range_lock = threading.Lock()  # for loading weights, which waits for no run
+        self._range_lock = threading.Lock()  # held while loading weights, which does not wait for runs
         self._states = [unit.states for unit in model.program.units]
         self._pool = PagePool(model.kv_dtype, options.kv_bytes)
         self._weights = WeightStore(model, options.resident)
@@ -92,27 +95,28 @@ class Stage:
 
     @property
     def backend(self) -> str:
-        """What computes, as a person would say it: "native (avx512)"."""
+        """Backend and kernel set for display, such as "native (avx512)"."""
         return self._backend.name
 
     @property
     def exact(self) -> bool:
-        """True when the results are the same bits on every device (docs/numerics.md)."""
+        """Whether results have the same bits on every device (docs/numerics.md)."""
         return self._backend.exact
 
     @property
     def bound(self) -> BoundProgram:
-        """The units' ops and the weights that they read, where they are in memory."""
+        """The ops of the units, bound to their weights in memory."""
         return self._bound
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the pages of keys and values that sequences have now."""
+        """Bytes of the pages of keys and values in use by sequences."""
         return self._pool.used
 
     def clock_ops(self) -> NDArray[np.uint64]:
-        """From now on, until the range changes, nanoseconds that each of `bound.ops` took in the latest
-        run, `[ops]`. MissingDependencyError: the backend has no such clock; the native one has."""
+        """Starts timing ops. The returned array `[ops]` is updated by each run until the range changes: the
+        nanoseconds that each of `bound.ops` took. MissingDependencyError: the backend cannot time ops; the
+        native one can."""
         from .backends.native import NativeExecutor
 
         with self._calls.alone():
@@ -129,16 +133,17 @@ class Stage:
         context: int | None = None,
         history: Sequence[int] = (),
     ) -> int:
-        """Starts a sequence of at most `context` positions and returns its number; None takes a free one.
-        `history` holds the tokens of positions that were run elsewhere: each unit needs them imported
-        before the first run. ValueError: the number is taken, or a token is not of the vocabulary.
-        ContextError: the model's context is shorter, or the history longer."""
+        """Opens a sequence of at most `context` positions (None: the model's) and returns its number;
+        `sequence` None chooses a free number. `history` is the tokens of positions that were run on another
+        device: each unit needs them imported before the first run. ValueError: the number is taken, or a
+        token is not in the vocabulary. ContextError: the context is longer than the model's, or the history
+        longer than the context."""
         with self._calls.alone():
             longest = self.model.config.context
             context = longest if context is None else context
             if not 0 < context <= longest:
                 raise ContextError(
-                    f"a context of {context} tokens was asked for; the model's is {longest}"
+                    f"a context of {context} tokens is not between 1 and the model's {longest}"
                     f"{self.model.config.limit}"
                 )
             if len(history) > context:
@@ -159,15 +164,15 @@ class Stage:
         positions: int | None = None,
         sampling: Sampling | None = None,
     ) -> int:
-        """Starts a sequence that holds the first `positions` (None: all) of another, and returns its
-        number. Full pages are shared as long as neither writes there. KeyError: no such source.
-        ValueError: the number is taken, or the source holds fewer positions. ContextError: no room for
-        the page that is copied."""
+        """Opens a sequence with the first `positions` (None: all) of the sequence `source`, and returns its
+        number. Full pages are shared until one of the two writes to them; the last partial page is copied.
+        KeyError: `source` is not open. ValueError: the number is taken, or the source has fewer positions.
+        ContextError: no memory for the copied page."""
         with self._calls.alone():
             state = self._sequences[source]
             n = state.length if positions is None else positions
             if not 0 <= n <= state.length:
-                raise ValueError(f"sequence {source} holds {state.length} positions: {n} cannot be forked")
+                raise ValueError(f"sequence {source} holds {state.length} positions, so {n} cannot be forked")
             number = self._free_number(sequence)
             kv = state.kv.fork(n)
             kv.arrange(self.first, self.last)
@@ -175,52 +180,51 @@ class Stage:
             return number
 
     def close_sequence(self, sequence: int) -> None:
-        """Ends a sequence and frees its pages; harmless when it is not open, and when the stage is
-        closed."""
+        """Closes a sequence and frees its pages. Does nothing if it is not open or the stage is closed."""
         self._ended.append(sequence)
         self._calls.tidy()
 
     def positions(self, sequence: int, unit: int) -> int:
-        """How many positions of a sequence a unit holds. KeyError: no such sequence."""
+        """Number of positions of a sequence that a unit holds. KeyError: the sequence is not open."""
         with self._calls.alone():
             return self._sequences[sequence].kv.positions(unit)
 
     def export_positions(self, sequence: int, unit: int, first: int, last: int) -> bytes:
         """Keys and values of positions [first, last) of a unit, in the same layout on every device.
-        KeyError: no such sequence. ValueError: the unit does not hold them."""
+        KeyError: the sequence is not open. ValueError: the unit does not hold these positions."""
         with self._calls.alone():
             return self._sequences[sequence].kv.export(unit, first, last)
 
     def import_positions(
         self, sequence: int, unit: int, first: int, last: int, data: bytes | memoryview
     ) -> None:
-        """Takes what a stage of the same model has exported of this unit, which need not be in the range
-        yet; it then holds positions [0, last). KeyError: no such sequence. ValueError: this is not that,
-        positions before are missing, or the sequence has no tokens there. ContextError: no room for
-        pages."""
+        """Imports what `export_positions` returned for this unit on a stage of the same model. The unit need
+        not be in the range yet; it then holds positions [0, last). KeyError: the sequence is not open.
+        ValueError: `data` does not fit, earlier positions are missing, or the sequence has no tokens there.
+        ContextError: no memory for pages."""
         with self._calls.alone():
             state = self._sequences[sequence]
             if last > state.length:
                 raise ValueError(
                     f"sequence {sequence} has the tokens of {state.length} positions, not of {last}: "
-                    "open it with its history"
+                    "open it with its history of tokens"
                 )
             state.kv.accept(unit, first, last, data)
 
     def load(self, first: int, last: int) -> None:
-        """Loads the weights of further units, for a `set_range` that is to be quick; others may run
-        meanwhile. What no later range has is unloaded by it. ModelFileError, MemoryError: nothing has
-        changed."""
+        """Loads the weights of units [first, last) in advance, so that a later `set_range` is quick; runs
+        continue meanwhile. `set_range` unloads units that its range does not have. ModelFileError: a file is
+        missing or damaged. MemoryError: out of memory. After an error nothing has changed."""
         _check_range(self.model, first, last)
         with self._range_lock:
             self._calls.check()
             self._weights.load(first, last)
 
     def set_range(self, first: int, last: int, kv_bytes: int | None = None) -> None:
-        """Makes [first, last) the units that run: loads what is missing while others run, changes over
-        between two runs, and unloads what is left out. Sequences keep the pages of units that stay; a
-        unit that comes holds the positions that were imported, and a run that needs more is a ValueError.
-        `kv_bytes` is the new cap of keys and values, None leaves it. After an error nothing has
+        """Changes the stage's range to units [first, last): loads missing units while runs continue, switches
+        between two runs, and unloads the others. Sequences keep the pages of units that stay. An added unit
+        holds only the positions that were imported; a run that needs more is a ValueError. `kv_bytes` is the
+        new cap on keys and values; None keeps the old one. Errors: see `load`. After an error nothing has
         changed."""
         _check_range(self.model, first, last)
         with self._range_lock:
@@ -245,7 +249,7 @@ class Stage:
             self._weights.keep(range(first, last))
 
     def close(self) -> None:
-        """Waits for the calls that came before, ends all sequences, and gives up threads and memory."""
+        """Waits for earlier calls, closes all sequences, and frees threads and memory."""
         with self._range_lock:
             self._calls.close(self._end)
 
@@ -255,31 +259,31 @@ class Stage:
         self._sequences.clear()
         self._executor.close()
         self._backend.close()
-        # Weights and pages go now, not once nobody holds this object: the next stage needs the room.
+        # Frees weights and pages now, not when this object is collected: the next stage needs the memory.
         self._weights.keep(())
         self._pool = PagePool(self._pool.kv_type)
         del self._executor, self._bound
         trim_heap()
 
     def cancel(self, sequence: int | None = None) -> None:
-        """Ends runs early, from another thread: those with this sequence, or all; those that wait for
-        their turn too. `run` and `generate` raise CancelledRunError then. What a sequence held before the
-        run, it still holds. Does not wait, and does nothing where nothing runs."""
+        """Cancels runs from another thread: those that include `sequence`, or all; waiting ones too. `run`
+        and `generate` then raise CancelledRunError, and sequences keep what they held before the run. Does
+        not wait, and does nothing if nothing runs."""
         self._calls.cancel(sequence, list(self._sequences))
 
     def cancelled(self, sequence: int) -> bool:
-        """Whether `cancel` has named the sequence since it was opened or this was asked: for loops of
-        runs, which may have been between two of them then."""
+        """Whether `cancel` was called for the sequence since it was opened or since the last call of this
+        method. For loops of runs, which may have been between two runs at that time."""
         return self._calls.cancelled(sequence)
 
     def run(self, batch: Sequence[Run]) -> list[Result]:
-        """Runs a batch of rows of distinct sequences, when it is its turn; the results are in the batch's
-        order.
+        """Runs a batch of runs of distinct sequences; the results are in the order of the batch. Waits for
+        earlier calls.
 
-        ValueError: a run that does not fit the sequences or this stage, or a sequence that another thread
-        is running. ContextError: a sequence outgrows its context, or the pages are used up.
-        FloatingPointError: NaN or infinity. CancelledRunError: see `cancel`. After an error the sequences
-        hold what they held before the batch's positions, and nothing from there on."""
+        ValueError: a run does not fit its sequence or this stage, or another thread is running the sequence.
+        ContextError: a sequence exceeds its context, or no memory for pages. FloatingPointError: NaN or
+        infinity in inputs or logits. CancelledRunError: see `cancel`. After an error the sequences hold the
+        positions before the batch's, and none from there on."""
         with self._calls.run([run.sequence for run in batch]) as cancel:
             try:
                 return self._run(batch, cancel)
@@ -291,12 +295,14 @@ class Stage:
 
     def _run(self, batch: Sequence[Run], cancel: Flag) -> list[Result]:
         if sum(len(run.tokens) for run in batch) > self.options.max_rows:
-            raise ValueError(f"a batch may have at most {self.options.max_rows} rows")
+            raise ValueError(f"the batch has more than {self.options.max_rows} rows, this stage's max_rows")
         if cancel[0]:
             raise CancelledRunError(CANCELLED)
         rows = [self._rows(run) for run in batch]
         if sum(item.wanted for item in rows) > self._bound.max_wanted:
-            raise ValueError(f"a batch may want logits of at most {self._bound.max_wanted} rows")
+            raise ValueError(
+                f"the batch wants logits of more than {self._bound.max_wanted} rows, this stage's max_wanted"
+            )
         hidden = None if self._bound.reads_tokens else _joined([run.hidden for run in batch])
         outcome = self._executor.run(rows, hidden, any(run.want is Want.LOGITS for run in batch), cancel)
         for run in batch:
@@ -306,26 +312,31 @@ class Stage:
         return self._results(batch, rows, outcome)
 
     def _rows(self, run: Run) -> SequenceRows:
-        """Checks one run, makes room for it, and forgets what lies behind its first position."""
+        """Checks one run, truncates its sequence to the run's first position, and allocates its pages."""
         state = self._sequences.get(run.sequence)
         n, end = len(run.tokens), run.first + len(run.tokens)
         if state is None:
             raise ValueError(f"sequence {run.sequence} is not open")
         if n == 0 or not 0 <= run.first <= state.length:
             raise ValueError(
-                f"{n} rows from position {run.first}: the sequence holds {state.length} positions"
+                f"sequence {run.sequence} holds {state.length} positions and cannot run {n} rows from "
+                f"position {run.first}"
             )
         if end > len(state.tokens):
-            raise ContextError(f"position {end} is beyond the context of {len(state.tokens)} tokens")
+            raise ContextError(
+                f"sequence {run.sequence} would have {end} positions, more than its context of "
+                f"{len(state.tokens)}"
+            )
         self._check_tokens(run.tokens)
         if not self._bound.reads_tokens:
             width = self.model.program.cut_cols
             if run.hidden is None or run.hidden.shape != (n, width):
                 raise ValueError(
-                    f"stage [{self.first}, {self.last}) needs hidden rows of shape ({n}, {width})"
+                    f"the stage of units [{self.first}, {self.last}) needs hidden rows of shape "
+                    f"({n}, {width})"
                 )
         state.kv.check(run.first)
-        state.length = min(state.length, run.first)  # until all has gone well
+        state.length = min(state.length, run.first)  # set to the new length once the run succeeds
         state.kv.prepare(run.first, end)
         state.tokens[run.first : end] = run.tokens
         want = run.want if self._bound.last else Want.NOTHING
@@ -337,18 +348,18 @@ class Stage:
             raise ValueError(f"a token id is not in [0, {self.model.program.vocab})")
 
     def _free_number(self, sequence: int | None) -> int:
-        """The number, or one that is free."""
+        """The given sequence number, or a free one for None. ValueError: it is taken."""
         if sequence is None:
-            sequence = min([0, *self._sequences]) - 1  # below those that callers choose
+            sequence = min([0, *self._sequences]) - 1  # negative: callers usually choose from 0 up
         if sequence in self._sequences:
             raise ValueError(
-                f"sequence {sequence} is open already: answers at the same time need numbers of their own"
+                f"sequence {sequence} is already open: concurrent answers need distinct sequence numbers"
             )
         self._calls.forget([sequence])
         return sequence
 
     def _restart(self, lost: Sequence[int]) -> None:
-        """Threads and a workspace for a forked process, and locks that no lost thread holds."""
+        """Prepares a forked process: new threads, workspace and locks; closes the sequences `lost`."""
         self._ended.extend(lost)
         self._range_lock = threading.Lock()
         self._weights.unlock()
@@ -385,7 +396,7 @@ def _check_range(model: Model, first: int, last: int) -> None:
 
 
 def bind(weights: WeightStore, first: int, last: int, options: StageOptions) -> BoundProgram:
-    """The ops, weights and states of units [first, last), which are loaded."""
+    """Binds the ops of units [first, last) to their weights. KeyError: a unit is not loaded."""
     model = weights.model
     ops = tuple(model.program.ops(first, last))
     held = weights.of(first, last)

@@ -1,10 +1,10 @@
-"""The strict decoder of JSON, and of tables that another parser read: text from anywhere to frozen
-dataclasses and back.
+"""Strict decoding of untrusted JSON, or of tables from another parser such as TOML, into frozen dataclasses;
+and encoding of dataclasses as JSON.
 
-The dataclass is the schema: every field must be there and no other, of the very type that is declared
-(`Annotated` adds a range or a length), finite, and no key may come twice. Anything else is a ValueError
-that says where, and so is what the dataclass itself refuses. The standard library only, so a phone needs
-no codec."""
+The dataclass is the schema. Exactly its fields must be present, once each, with exactly the declared types
+(`Annotated` adds a range or a length); numbers must be finite. Anything else is a ValueError that names the
+place, as are the dataclass's own checks. It uses the standard library only, so that a phone needs no
+codec."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Between:
 
 @dataclass(frozen=True, slots=True)
 class AtMost:
-    """A list of so many items."""
+    """A list of at most `items` items."""
 
     items: int
 
@@ -43,7 +43,8 @@ class AtMost:
 
 @dataclass(frozen=True, slots=True)
 class Printable:
-    """A string of [low, high] characters, none of which moves a cursor; lone surrogates count as such."""
+    """A string of low to high printable characters: no control characters, which could move the terminal's
+    cursor, and no lone surrogates."""
 
     low: int
     high: int
@@ -56,8 +57,7 @@ class Printable:
 
 
 def parse(body: bytes | bytearray | str) -> Any:
-    """The value that JSON text states. ValueError: no JSON, a key twice in one object, NaN or an
-    infinity."""
+    """The value of a JSON text. ValueError: invalid JSON, a duplicate key, NaN or infinity."""
     try:
         text = body if isinstance(body, str) else bytes(body).decode("utf-8")
         return json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
@@ -66,19 +66,20 @@ def parse(body: bytes | bytearray | str) -> Any:
 
 
 def decode(kind: type[T], body: bytes | bytearray) -> T:
-    """The dataclass that the JSON text states. ValueError: anything about it that is not right."""
+    """The dataclass `kind` from a JSON text. ValueError: the text does not match it exactly."""
     return convert(kind, parse(body), kind.__name__)
 
 
 def convert(kind: type[T], value: Any, where: str, *, defaults: bool = False) -> T:
-    """The dataclass that a parsed value states; `where` names it in errors. `defaults`: fields that have
-    one may be left out. ValueError: anything about it that is not right."""
+    """The dataclass `kind` from a parsed value; `where` names the value in errors. `defaults`: fields with a
+    default may be missing. ValueError: the value does not match it."""
     result: T = _convert(kind, value, where, defaults)
     return result
 
 
 def encode(message: Any) -> bytes:
-    """JSON text of a dataclass that `decode` gives back equal. ValueError: a field it would refuse."""
+    """The JSON text of a dataclass, which `decode` turns back into an equal one. ValueError: `decode` would
+    refuse a field."""
     body = asdict(message)
     _convert(type(message), body, type(message).__name__, False)
     return json.dumps(body, allow_nan=False, separators=(",", ":")).encode("utf-8")
@@ -87,7 +88,7 @@ def encode(message: Any) -> bytes:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     body = dict(pairs)
     if len(body) < len(pairs):
-        raise ValueError("a key comes twice in one object")
+        raise ValueError("duplicate key in an object")
     return body
 
 
@@ -109,7 +110,7 @@ def _optional(kind: type) -> frozenset[str]:
 
 
 def _convert(hint: Any, value: Any, where: str, defaults: bool) -> Any:
-    """The value as the declared type, or a ValueError that names the place."""
+    """The value converted to the type `hint`. ValueError, with the place: it has another type."""
     origin = get_origin(hint)
     if origin is Annotated:
         base, *checks = get_args(hint)
@@ -135,11 +136,11 @@ def _convert(hint: Any, value: Any, where: str, defaults: bool) -> Any:
     return value
 
 
-_WORDS = {float: "a number", int: "a whole number", str: "a string", bool: "true or false"}
+_WORDS = {float: "a number", int: "an integer", str: "a string", bool: "true or false"}
 
 
 def _convert_list(kinds: tuple[Any, ...], value: Any, where: str, defaults: bool) -> Any:
-    """For tuple[X, ...], or for a tuple of so many."""
+    """A list converted to a tuple: tuple[X, ...], or a tuple of fixed length."""
     if type(value) not in (list, tuple):
         raise ValueError(f"{where} = {_short(value)} is not a list")
     if kinds[-1] is Ellipsis:
@@ -181,9 +182,9 @@ def _finite(value: float, where: str) -> float:
 
 
 def _short(value: object) -> str:
-    """What a stranger sent, fit for a message: short, and with escapes for what does not print."""
+    """An untrusted value for an error message: at most 60 characters, unprintable ones escaped."""
     try:
         text = ascii(value)
-    except (RecursionError, ValueError):  # an integer of thousands of digits has no decimal text
+    except (RecursionError, ValueError):  # Python refuses to format integers of thousands of digits
         text = f"a {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,4 +1,4 @@
-"""Directories that get their name when they are whole, and leave nothing behind."""
+"""Directories that appear under their name only when complete, and are removed if they never are."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ SUFFIX = ".part"
 
 @contextmanager
 def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A directory that becomes `target` when the context ends without an error, and is removed when it
-    does not. `replace`: what has the name until then is removed afterwards."""
+    """A temporary directory that is renamed to `target` when the context ends without an error, and removed
+    otherwise. `replace`: an existing `target` is removed once the new one is complete."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         part = _locked(target, stack)
@@ -28,7 +28,8 @@ def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def remove_directory(path: Path) -> None:
-    """Removes a directory, in one step as far as its name is concerned. OSError: it cannot be removed."""
+    """Removes a directory: renames it first, so that its name disappears in one step. OSError: it cannot be
+    removed."""
     with ExitStack() as stack:
         _put_aside(path, stack)
 
@@ -41,11 +42,11 @@ def _put_aside(path: Path, stack: ExitStack) -> None:
 
 
 def remove_leavings(directory: Path, name: str | None = None) -> None:
-    """Removes what processes that were killed left of directories of that name, or of any name."""
+    """Removes the temporary directories of killed processes: those for `name`, or all in `directory`."""
     for part in directory.glob(f".*{SUFFIX}"):
         if name is not None and part.name.removesuffix(SUFFIX).rpartition(".")[0] != f".{name}":
             continue
-        with suppress(OSError):  # a lock that is held, or somebody else's directory
+        with suppress(OSError):  # the lock is held, or the directory belongs to another user
             descriptor = os.open(part, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -55,14 +56,14 @@ def remove_leavings(directory: Path, name: str | None = None) -> None:
 
 
 def _locked(target: Path, stack: ExitStack) -> Path:
-    """A new directory under a lock, which ends with the process however that ends."""
+    """A new directory with a file lock on it, which the system releases even if the process is killed."""
     while True:
         part = _made(target, stack)
         descriptor = os.open(part, os.O_RDONLY)
         stack.callback(os.close, descriptor)
-        with suppress(OSError):  # a file system that knows no locks
+        with suppress(OSError):  # a file system without locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if part.exists():  # else remove_leavings found it before the lock was there
+        if part.exists():  # else remove_leavings removed it before it was locked
             return part
 
 

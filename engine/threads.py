@@ -1,8 +1,8 @@
-"""The number of threads to compute with where nobody says: what `shoal profile` found fastest here, else
-one a big core.
+"""The default number of compute threads: what `shoal profile` found fastest on this device, else one per
+big core.
 
-What was found is kept in the cache directory under what it depends on: the backend, the instruction set
-and build of the C library, and the CPUs that this process may use."""
+The profiled number is saved in the cache directory. Its key has everything that it depends on: the backend,
+the instruction set and build of the C library, the CPUs that this process may use and its CPU quota."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .host import cpu_quota, default_threads, most_threads, usable_cpus
 
 
 def chosen(given: int | None, backend: str, isa: str) -> tuple[int, str]:
-    """The number of threads, and in words how it was found ("" if it was given)."""
+    """The number of threads, and how it was chosen, in words; "" if it was `given`."""
     if given is not None:
         return given, ""
     kept = _read().get(_key(backend, isa))
@@ -26,12 +26,12 @@ def chosen(given: int | None, backend: str, isa: str) -> tuple[int, str]:
 
 
 def keep(threads: int, backend: str, isa: str) -> bool:
-    """Remembers the number that is fastest here; False if the cache directory cannot be written."""
+    """Saves the fastest number of threads on this device; False if the cache directory is not writable."""
     try:
         path = _path()
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps({**_read(), _key(backend, isa): threads}, indent=1))
-    except (OSError, RuntimeError):  # a profile is worth printing with a full disk, or without a home
+    except (OSError, RuntimeError):  # a full disk, or no home directory: the profile is still printed
         return False
     return True
 
@@ -54,9 +54,9 @@ def _key(backend: str, isa: str) -> str:
 
 
 def _read() -> dict[str, object]:
-    """What was kept; nothing where it cannot be read, since it only saves time."""
+    """The saved numbers by key; empty if unreadable, since they only save time."""
     try:
         values = json.loads(_path().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, RuntimeError):  # RuntimeError: no home
+    except (OSError, ValueError, RecursionError, RuntimeError):  # RuntimeError: no home directory
         return {}
     return values if isinstance(values, dict) else {}

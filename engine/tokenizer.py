@@ -1,7 +1,6 @@
-"""Text to token ids and back; ids to text one at a time, never splitting a character.
+"""Text to token ids and back, including decoding token by token without splitting characters.
 
-The work is done by Hugging Face's `tokenizers`, imported on first use: a node without a head needs
-none."""
+It wraps Hugging Face's `tokenizers`, imported on first use, because a node does not need it."""
 
 from __future__ import annotations
 
@@ -35,35 +34,35 @@ class Tokenizer:
 
     @classmethod
     def open(cls, directory: Path | str) -> Tokenizer:
-        """The tokenizer of the model directory. MissingDependencyError: no `tokenizers`; ModelFileError:
-        the model has no tokenizer, or a damaged one."""
+        """The tokenizer of the model directory. MissingDependencyError: the `tokenizers` package is missing.
+        ModelFileError: the model has no tokenizer, or a damaged one."""
         directory = Path(directory)
         index, _ = read_index(directory / "index.json")
         path = directory / TOKENIZER
         if TOKENIZER not in index.files:
             raise ModelFileError(
-                f"{directory} has no tokenizer.json: its checkpoint had none, so it takes token ids only"
+                f"{directory} has no tokenizer.json, since its checkpoint had none: give token ids, not text"
             )
         HashCache(directory).check(path, index.files[TOKENIZER])
         return cls.parse(read_bytes(path), str(path))
 
     @classmethod
     def parse(cls, data: bytes, where: str) -> Tokenizer:
-        """A tokenizer from the bytes of tokenizer.json; `where` names them in errors."""
+        """The tokenizer in the bytes of tokenizer.json; `where` names the file in errors. Errors: see
+        `open`."""
         library = _import_tokenizers()
         try:
             backend = library.Tokenizer.from_str(data.decode("utf-8"))
-            backend.no_truncation()  # a file may hold what its trainer had set for batches
+            backend.no_truncation()  # the file may have settings from training in batches
             backend.no_padding()
             return cls(backend)
         except Exception as e:  # the library raises plain Exception
-            raise ModelFileError(f"{where} is not a tokenizer that `tokenizers` reads: {e}") from e
+            raise ModelFileError(f"{where} cannot be read by the `tokenizers` package: {e}") from e
 
     def encode(self, text: str, *, special: bool = True, control: bool = True) -> list[int]:
-        """Ids of a text. `special`: with the begin and end tokens that the model asks for (a rendered
-        chat template has its own). `control`: special tokens that are spelled in the text are recognised,
-        as a raw prompt wants; otherwise their spelling is text like any other, as for text that others
-        wrote."""
+        """Token ids of a text. `special` adds the begin and end tokens that the model asks for; a rendered
+        chat template has its own. `control` recognises special tokens that the text spells, as in a raw
+        prompt. Without it their spelling is ordinary text, as it should be in text from other people."""
         if control:
             return list(self._backend.encode(text, add_special_tokens=special).ids)
         return self.encode_where(text, self._special, never, special=special)
@@ -71,8 +70,8 @@ class Tokenizer:
     def encode_where(
         self, text: str, control: frozenset[int], genuine: Genuine, *, special: bool = False
     ) -> list[int]:
-        """Ids of a text. Each of the tokens `control`, which are added tokens, is recognised only where
-        it is `genuine`; elsewhere its spelling is text like any other."""
+        """Token ids of a text. An added token in `control` is recognised only where it is `genuine`;
+        elsewhere its spelling is ordinary text. `special` adds begin and end tokens."""
         encoding = self._backend.encode(text, add_special_tokens=False)
         spelled = {i: self._added[i] for i in control}
         if not all(genuine(*found) for found in self._twins.find(encoding, text, spelled)):
@@ -81,18 +80,18 @@ class Tokenizer:
 
     @property
     def added_tokens(self) -> dict[int, tuple[str, bool]]:
-        """Spellings of the tokens that are matched whole, before the text is cut into words, and whether
-        each is special: its id is shown to nobody."""
+        """The added tokens, which are matched whole before the text is split into words: by id, the spelling
+        and whether it is special, so that decoded text leaves it out."""
         return {i: (token.content, token.special) for i, token in self._added.items()}
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """Text of ids. Bytes that are no UTF-8 come out as U+FFFD."""
+        """The text of token ids. Invalid UTF-8 becomes U+FFFD."""
         text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special)
         return text
 
     @property
     def kind(self) -> str:
-        """How it cuts text: its model, and what the model's symbols are."""
+        """A description for display: the tokenizer's model and the model's symbols."""
         model = type(self._backend.model).__name__
         steps = f"{self._backend.normalizer} {self._backend.pre_tokenizer}"
         if "ByteLevel" in steps:
@@ -103,46 +102,46 @@ class Tokenizer:
 
     @property
     def size(self) -> int:
-        """Number of tokens, added ones included."""
+        """Number of tokens, including added tokens."""
         return int(self._backend.get_vocab_size())
 
     def token(self, i: int) -> str | None:
-        """Spelling of a token in the vocabulary; None: no such token."""
+        """The spelling of a token in the vocabulary; None: no such token."""
         return self._backend.id_to_token(i)
 
     def token_id(self, token: str) -> int | None:
-        """Id of a token spelled as in the vocabulary; None: no such token."""
+        """The id of a token by its spelling in the vocabulary; None: no such token."""
         return self._backend.token_to_id(token)
 
     def is_special(self, i: int) -> bool:
-        """Whether the token stands for something other than text (a turn's end, say)."""
+        """Whether the token is special: a marker, such as the end of a turn, rather than text."""
         return i in self._special
 
 
 class Detokenizer:
-    """Ids in, text out: joined, the pieces are the decoding of all ids together.
+    """Decodes token ids one at a time. The pieces, joined, are the decoding of all ids together.
 
-    Decoding depends on what came before (a first space is stripped, bytes join into characters), so a
-    window of recent ids is decoded with and without the new one, and the text between is what is new. It
-    is held back while it ends within a character, and within a run of byte tokens: those of sentencepiece
-    become characters together, or, if one of them fits nowhere, none of them does."""
+    Decoding depends on earlier ids (a first space is stripped, bytes join into characters), so a window of
+    recent ids is decoded with and without the new one, and the new text is the difference. Text is held back
+    while it ends within a character, or within a run of byte tokens: sentencepiece decodes such a run to
+    characters as a whole, and if one byte is invalid, none of the run."""
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special
         self._ids: list[int] = []
         self._given = 0
-        """Ids up to here are given out; those before that stay as the context that decoding needs."""
+        """Number of ids whose text was returned. They stay as the context that decoding needs."""
 
     def push(self, token: int) -> str:
-        """Text that is certain after one more token; may be empty."""
+        """Adds a token; returns the text that has become final, which may be empty."""
         if self._skip and self._tokenizer.is_special(token):
             return ""
         self._ids.append(token)
         return "" if _BYTE.fullmatch(self._tokenizer.token(token) or "") else self._take(hold=True)
 
     def flush(self) -> str:
-        """What was held back, when no more will come."""
+        """Returns the text that was held back. Call it after the last token."""
         return self._take(hold=False)
 
     def _take(self, *, hold: bool) -> str:
@@ -159,16 +158,16 @@ class Detokenizer:
 
 
 class StopBuffer:
-    """Holds back text that may be the beginning of a stop string."""
+    """Holds back text that may be the start of a stop string."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [stop for stop in stops if stop]
         self._held = ""
         self.stopped = False
-        """A stop string was met; the text up to it has been given out."""
+        """True once a stop string was met and the text before it returned."""
 
     def push(self, text: str) -> str:
-        """Text that is certain to stand before any stop string; may be empty."""
+        """Adds text; returns the part that certainly precedes any stop string, which may be empty."""
         if self.stopped:
             return ""
         self._held += text
@@ -179,11 +178,11 @@ class StopBuffer:
         return self._give(len(self._held) - self._pending())
 
     def flush(self) -> str:
-        """What was held back, when no more will come."""
+        """Returns the text that was held back. Call it after the last text."""
         return "" if self.stopped else self._give(len(self._held))
 
     def _pending(self) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
+        """Length of the longest suffix of the held text that is a prefix of a stop string."""
         longest = max(map(len, self._stops), default=1) - 1
         for n in range(min(longest, len(self._held)), 0, -1):
             if any(stop.startswith(self._held[-n:]) for stop in self._stops):
@@ -200,7 +199,7 @@ def _import_tokenizers() -> Any:
         import tokenizers
     except ImportError as e:
         raise MissingDependencyError(
-            f"text needs the tokenizers package ({e}): pip install tokenizers "
+            f"converting text to tokens needs the tokenizers package ({e}): pip install tokenizers "
             "(Termux: pkg install tur-repo && pkg install python-tokenizers)"
         ) from e
     return tokenizers

@@ -1,4 +1,4 @@
-"""Weights of the units that are loaded, each file once."""
+"""The weights of the loaded units; a file that two units share is loaded once."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .safetensors_file import SafetensorsFile
 
 
 class WeightStore:
-    """Weights by unit. Units are loaded and unloaded while others are being read.
+    """Weights by unit. Units can be loaded and unloaded while others run.
 
-    Files are copied into memory or mapped, as `StageOptions.resident` says. The memory of a file is freed
-    once neither a loaded unit nor a bound program refers to it: a table that two units share stays for
-    the second."""
+    Files are copied into memory or mapped, according to `StageOptions.resident`. The memory of a file is
+    freed once neither a loaded unit nor a bound program refers to it, so a table that two units share stays
+    while one of them is loaded."""
 
     def __init__(self, model: Model, resident: bool | None = None) -> None:
         self.model = model
@@ -32,21 +32,21 @@ class WeightStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the files that are loaded, each counted once."""
+        """Total bytes of the loaded files."""
         return sum(self.model.index.files[name].size for name in list(self._files))
 
     @property
     def units(self) -> frozenset[int]:
-        """The units that are loaded."""
+        """The loaded units."""
         return frozenset(self._units)
 
     def unlock(self) -> None:
-        """Forgets who was loading: in a forked process nobody is."""
+        """Replaces the lock. Called in a forked process, where the thread that held it does not exist."""
         self._lock = threading.Lock()
 
     def load(self, first: int, last: int) -> None:
-        """Loads units [first, last), but for those that are loaded. ModelFileError: a file is missing or
-        not what it should be; MemoryError: there is no room. Then nothing more than before is held."""
+        """Loads those of units [first, last) that are not loaded yet. ModelFileError: a file is missing or
+        wrong. MemoryError: out of memory. After an error the same units are loaded as before."""
         model = self.model
         with self._lock:
             if not self._constants:
@@ -55,9 +55,8 @@ class WeightStore:
             files, units = dict(self._files), dict(self._units)
             arena = self._arena({name for u in missing for name in model.index.units[u].files} - files.keys())
             if arena is None and missing:
-                model.fetch_ahead(
-                    missing[0], missing[-1] + 1
-                )  # each is read from disk while those before it run
+                # The system reads each file from disk while the units before it run.
+                model.fetch_ahead(missing[0], missing[-1] + 1)
 
             def opened(name: str) -> SafetensorsFile:
                 if name not in files:
@@ -66,28 +65,28 @@ class WeightStore:
 
             for i, unit in enumerate(missing):
                 if arena is not None and i + 1 < len(missing):
-                    model.fetch_ahead(missing[i + 1], missing[i + 1] + 1)  # while this one is copied
+                    model.fetch_ahead(missing[i + 1], missing[i + 1] + 1)  # read while this unit is copied
                 units[unit] = model.unit_weights(unit, opened)
             self._files, self._units = files, units
 
     def keep(self, units: Container[int]) -> None:
-        """Unloads all units but these."""
+        """Unloads all other units."""
         with self._lock:
             self._units = {u: tensors for u, tensors in self._units.items() if u in units}
             used = {name for u in self._units for name in self.model.index.units[u].files}
             self._files = {name: file for name, file in self._files.items() if name in used}
 
     def of(self, first: int, last: int) -> dict[tuple[int, str], WeightData]:
-        """The weights of units [first, last) by unit and name. KeyError: one of them is not loaded."""
+        """The weights of units [first, last) by (unit, name). KeyError: a unit is not loaded."""
         units = self._units
         return {(u, name): tensor for u in range(first, last) for name, tensor in units[u].items()}
 
     def constants(self) -> dict[tuple[int, str], WeightData]:
-        """The constants of the program, under unit -1."""
+        """The constants of the program by (-1, name)."""
         return {(-1, name): constant for name, constant in self._constants.items()}
 
     def _arena(self, names: Iterable[str]) -> Arena | None:
-        """Memory for copies of these files; None: they are mapped."""
+        """Memory for copies of these files; None: the files are to be mapped."""
         size = room(self.model.index.files[name].size for name in names)
         if self._resident is False or (self._resident is None and size > affordable()):
             return None
@@ -96,7 +95,7 @@ class WeightStore:
 
 @dataclass(frozen=True, slots=True)
 class _Constant:
-    """An f64 vector of the program, seen as a weight."""
+    """An f64 vector of the program as a weight with one row."""
 
     data: NDArray[np.float64]
 

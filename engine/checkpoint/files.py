@@ -1,4 +1,4 @@
-"""The files of a checkpoint: what a reader of this package may open, and no others."""
+"""Lists the files of a checkpoint: those that the readers of this package may open."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ BESIDE_WEIGHTS = (
     "README.md",
     INDEX,
 )
-"""Patterns of the files of a Hugging Face directory that hold no weights."""
+"""Patterns of the files of a Hugging Face directory other than weights."""
 
 
 def checkpoint_files(path: Path) -> dict[str, Path]:
-    """The files of the checkpoint at `path` that are there: by their names in a directory, by their numbers
-    where they are parts of a GGUF."""
+    """The existing files of the checkpoint at `path`: by name in a directory, by part number in a GGUF
+    checkpoint."""
     if not path.is_dir():
         return _parts(path.parent, path.name)
     names = [file.name for file in path.iterdir()]
@@ -48,7 +48,7 @@ def _parts(directory: Path, name: str) -> dict[str, Path]:
 
 
 def _shards(index: Path) -> list[str]:
-    """Files that an index names. A damaged one names none here: a reader says what is wrong with it."""
+    """Names of the files that an index lists; empty if it is damaged, which a reader reports."""
     try:
         listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):

@@ -1,4 +1,4 @@
-"""GGUF's own spellings: tensors, pre-tokenizers, parts of a file. What differs among families is in theirs.
+"""GGUF's names of tensors, pre-tokenizers and parts of a checkpoint. Families override them in their modules.
 
 Source: ggml-org/llama.cpp, gguf-py/gguf/constants.py and src/llama-vocab.cpp; the regular expressions are
 those of Hugging Face transformers, integrations/gguf/gguf_tokenizer_mapping.py."""
@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _BESIDE = re.compile(r"(^|[/._-])(mmproj|imatrix)([._-]|$)", re.IGNORECASE)
-"""Files that accompany a model: the image encoder, and what was measured for its quantisation."""
+"""Matches files that accompany a model: an image encoder, or importances for quantisation."""
 
 
 def part_names(name: str) -> list[str]:
-    """Names of all parts of the checkpoint that a file belongs to, in order. A file not named as a part is
-    the only one."""
+    """Names of all parts of the checkpoint that a file belongs to, in order. A file whose name is not that of
+    a part is a checkpoint by itself."""
     match = _PART.fullmatch(name)
     if match is None or not 1 <= int(match[2]) <= int(match[3]):
         return [name]
@@ -24,8 +24,8 @@ def part_names(name: str) -> list[str]:
 
 
 def models_of(names: Iterable[str]) -> dict[str, list[str]]:
-    """The models among files, sorted: all parts of each, by the name of its first part, whichever of them are
-    there."""
+    """The models among file names, sorted: by the name of the first part, the names of all parts, including
+    missing ones."""
     parts = (part_names(name) for name in names if name.endswith(".gguf") and not _BESIDE.search(name))
     return dict(sorted({listed[0]: listed for listed in parts}.items()))
 
@@ -52,35 +52,35 @@ _LAYER_TENSORS = {
 
 @dataclass(frozen=True, slots=True)
 class GgufNames:
-    """How GGUF spells a family."""
+    """GGUF's names of a family's tensors."""
 
     tensors: Mapping[str, str] = field(default_factory=lambda: _TENSORS)
-    """Tensors of the model: their names in a Hugging Face checkpoint."""
+    """Hugging Face names by GGUF name, of tensors outside layers."""
     layer_tensors: Mapping[str, str] = field(default_factory=lambda: _LAYER_TENSORS)
-    """Tensors of a layer, without the layer's prefix and `.weight`."""
+    """Hugging Face names by GGUF name, of tensors in layers, without the layer's prefix and `.weight`."""
     paired: Mapping[str, str] = field(default_factory=dict)
-    """Tensors of a layer (in Hugging Face's spelling) whose rows GGUF reorders, so that the two columns of a
-    head that rotate together are neighbours; with the key of config.json that counts their heads."""
+    """Layer tensors whose rows GGUF reorders, so that the two columns of a head that rotate together are
+    adjacent: by Hugging Face name, the key of config.json with their number of heads."""
 
     def hugging_face_name(self, name: str) -> str:
-        """The name of a tensor in a Hugging Face checkpoint; unchanged when there is none, so that it is
-        refused by its own name."""
+        """The Hugging Face name of a GGUF tensor. An unknown name is returned unchanged, so that errors show
+        it."""
         match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
         if match and match[2] in self.layer_tensors:
             return f"model.layers.{match[1]}.{self.layer_tensors[match[2]]}.{match[3]}"
         return self.tensors.get(name, name)
 
     def heads_key(self, name: str) -> str | None:
-        """The key of config.json that counts the heads of a reordered tensor; None: its rows are in order."""
+        """The key of config.json with the number of heads of a reordered tensor; None: not reordered."""
         match = re.fullmatch(r"model\.layers\.\d+\.(.+)\.(?:weight|bias)", name)
         return self.paired.get(match[1]) if match else None
 
 
 BYTE_LEVEL = "gpt2"
 SENTENCEPIECE = "llama"
-"""Values of tokenizer.ggml.model: byte-level BPE, and BPE over characters with bytes as a last resort."""
+"""Values of tokenizer.ggml.model: byte-level BPE, and BPE over characters with a fallback to bytes."""
 
-_GPT2 = None  # the pattern that ByteLevel brings
+_GPT2 = None  # the pattern that is built into ByteLevel
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -107,10 +107,10 @@ PRE_TOKENIZERS: dict[str, str | None] = {
     "megrez": _QWEN2,
     "tekken": _TEKKEN,
 }
-"""Pattern that cuts text into words, by tokenizer.ggml.pre. (Like transformers, `smollm` gets GPT-2's: the
-digits it was trained to see alone are not in its merges.)"""
+"""Patterns that split text into words, by tokenizer.ggml.pre. As in transformers, `smollm` has GPT-2's
+pattern: it was trained with single digits, so no merge has digits."""
 
 END_OF_TURN = frozenset(
     {"<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>"}
 )
-"""Control tokens that end an answer even where the metadata name only one of them."""
+"""Control tokens that end an answer, even if the metadata name only one of them."""

@@ -1,6 +1,7 @@
-"""The tokenizer in a GGUF's metadata, as a `tokenizer.json` for the `tokenizers` package.
+"""Converts the tokenizer in a GGUF's metadata to a `tokenizer.json` for the `tokenizers` package.
 
-Equal, text for text, to what Hugging Face transformers builds from the same file (`make oracle` compares)."""
+It encodes texts to the same ids as the tokenizer that Hugging Face transformers builds from the same file
+(`make oracle` compares them)."""
 
 from __future__ import annotations
 
@@ -12,18 +13,19 @@ from ..errors import ModelFileError, UnsupportedModelError, Warn, ignore
 from .gguf_names import BYTE_LEVEL, PRE_TOKENIZERS, SENTENCEPIECE
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
-"""Values of tokenizer.ggml.token_type: never made by merging, always matched whole."""
+"""Values of tokenizer.ggml.token_type for tokens that are matched whole and never produced by merges."""
 
 _SPACE = "\u2581"
 
 
 def tokenizer_json(values: Mapping[str, Any], where: str, warn: Warn = ignore) -> bytes | None:
-    """tokenizer.json of the metadata of the file `where`; None, with a warning, if they hold no tokenizer.
+    """The bytes of a tokenizer.json made from GGUF metadata; None, with a warning, if they have no tokenizer.
+    `where` names the file in errors.
 
-    UnsupportedModelError: a kind of tokenizer that is not here. ModelFileError: contradictory metadata."""
+    UnsupportedModelError: the kind of tokenizer is not supported. ModelFileError: contradictory metadata."""
     kind = values.get("tokenizer.ggml.model")
     if kind is None or kind == "none":
-        warn(f"{where} has no tokenizer: the model will take token ids, and no text")
+        warn(f"{where} has no tokenizer, so the model will accept token ids only, not text")
         return None
     metadata = _Metadata(values, where)
     if kind == BYTE_LEVEL:
@@ -32,7 +34,7 @@ def tokenizer_json(values: Mapping[str, Any], where: str, warn: Warn = ignore) -
         parts = _sentencepiece(metadata)
     else:
         raise UnsupportedModelError(
-            f"{where}: its tokenizer is {kind!r}; {BYTE_LEVEL!r} and {SENTENCEPIECE!r} are supported"
+            f"{where}: its tokenizer {kind!r} is not supported; {BYTE_LEVEL!r} and {SENTENCEPIECE!r} are"
         )
     document = {
         "version": "1.0",
@@ -47,7 +49,7 @@ def tokenizer_json(values: Mapping[str, Any], where: str, warn: Warn = ignore) -
 
 
 class _Metadata:
-    """The tokenizer's keys, checked."""
+    """The checked tokenizer metadata of a GGUF file."""
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
         self.values, self.where = values, where
@@ -73,13 +75,13 @@ class _Metadata:
         if len(vocabulary) != len(self.tokens):
             twice, first = next((i, t) for i, t in enumerate(self.tokens) if vocabulary[t] != i)[::-1]
             raise ModelFileError(
-                f"{self.where}: the token {twice!r} has two ids, {first} and {vocabulary[twice]}, so that "
-                "text has no single encoding: use another conversion of the model to GGUF, or its safetensors"
+                f"{self.where}: the token {twice!r} has two ids, {first} and {vocabulary[twice]}, so its "
+                "encoding is ambiguous: use another conversion of the model to GGUF, or its safetensors"
             )
         return vocabulary
 
     def merges(self) -> list[list[str]]:
-        """Pairs to merge, best first: those of the file, or those that scores imply."""
+        """Pairs of tokens to merge, best first: listed in the file, or derived from scores."""
         listed = self._list("merges", str)
         if listed is None:
             if self.scores is None:
@@ -90,7 +92,8 @@ class _Metadata:
         for pair in pairs:
             if len(pair) != 2 or not {pair[0], pair[1], "".join(pair)} <= vocabulary.keys():
                 raise ModelFileError(
-                    f"{self.where}: tokenizer.ggml.merges has {' '.join(pair)!r}, which joins no tokens"
+                    f"{self.where}: tokenizer.ggml.merges has {' '.join(pair)!r}, which does not join two "
+                    "tokens to a third"
                 )
         return pairs
 
@@ -114,11 +117,13 @@ class _Metadata:
         if value is None:
             return None
         if type(value) is not int or not 0 <= value < len(self.tokens):
-            raise ModelFileError(f"{self.where}: tokenizer.ggml.{key}_token_id is {value!r}, no token")
+            raise ModelFileError(
+                f"{self.where}: tokenizer.ggml.{key}_token_id is {value!r}, which is not a token id"
+            )
         return value
 
     def post_processor(self, *, default_bos: bool) -> dict[str, Any]:
-        """Begin and end tokens around a text, where the file asks for them."""
+        """The post-processor that adds begin and end tokens to a text, if the file asks for them."""
         special: dict[str, Any] = {}
 
         def around(key: str, default: bool) -> list[dict[str, Any]]:
@@ -140,17 +145,18 @@ class _Metadata:
 
 
 def _byte_level(metadata: _Metadata, warn: Warn) -> dict[str, Any]:
-    """BPE over bytes that are spelled as printable characters."""
+    """Parts of a tokenizer.json for byte-level BPE, which spells bytes as printable characters."""
     pre = metadata.values.get("tokenizer.ggml.pre")
     if pre is None:
         pre = "default"
         warn(
-            f"{metadata.where}: tokenizer.ggml.pre names no pre-tokenizer, so that words are cut as GPT-2 "
-            "cuts them; if answers look wrong, use a newer conversion of the model to GGUF"
+            f"{metadata.where} names no pre-tokenizer (tokenizer.ggml.pre), so text is split into words as "
+            "by GPT-2; if answers look wrong, use a newer conversion of the model to GGUF"
         )
     if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
         raise UnsupportedModelError(
-            f"{metadata.where}: its pre-tokenizer is {pre!r}; there are: {', '.join(sorted(PRE_TOKENIZERS))}"
+            f"{metadata.where}: its pre-tokenizer {pre!r} is not supported; supported are "
+            f"{', '.join(sorted(PRE_TOKENIZERS))}"
         )
     pattern = PRE_TOKENIZERS[pre]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -167,7 +173,8 @@ def _byte_level(metadata: _Metadata, warn: Warn) -> dict[str, Any]:
 
 
 def _sentencepiece(metadata: _Metadata) -> dict[str, Any]:
-    """BPE over characters, spaces spelled as U+2581; what is not in the vocabulary becomes bytes."""
+    """Parts of a tokenizer.json for sentencepiece BPE: over characters, with spaces spelled as U+2581 and a
+    fallback to byte tokens for characters outside the vocabulary."""
     prefix = bool(metadata.values.get("tokenizer.ggml.add_space_prefix", True))
     unknown = metadata.token_id("unknown")
     decoders: list[dict[str, Any]] = [
@@ -207,13 +214,14 @@ def _bpe(metadata: _Metadata, *, unknown: str | None, byte_fallback: bool) -> di
 
 
 def _merges_of_scores(vocabulary: Mapping[str, int], scores: list[float]) -> list[list[str]]:
-    """sentencepiece merges the pair whose whole has the best score: every split of every token is a merge."""
+    """Merges that are equivalent to sentencepiece scores. sentencepiece joins the pair whose token has the
+    best score, so every split of a token into two tokens is a merge, ordered by the token's score."""
     merges: list[tuple[float, int, int, int, int, str, str]] = []
     for token, i in vocabulary.items():
         for at in range(1, len(token)):
             left, right = token[:at], token[at:]
             if left in vocabulary and right in vocabulary:
-                # Best score first; then as transformers orders ties: longer parts, then order of appearance.
+                # Best score first. Ties are as in transformers: longer parts, then order of appearance.
                 rank = (-scores[i], -len(left), -len(right), i, vocabulary[left])
                 merges.append((*rank, left, right))
     merges.sort(key=lambda merge: merge[:5])

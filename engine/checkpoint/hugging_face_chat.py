@@ -1,6 +1,6 @@
-"""The chat of a Hugging Face model directory: its template, its special tokens, its tokenizer.
+"""Reads the chat template, special tokens and tokenizer of a Hugging Face directory.
 
-The files, and which of them counts where two disagree, are those of Hugging Face transformers
+The files, and their precedence if two disagree, are those of Hugging Face transformers
 (`tokenization_utils_base.py`, `from_pretrained`)."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ..errors import ModelFileError, UnsupportedModelError, Warn
 from ..files import read_bytes, read_text
 
 Json = Callable[[Path], dict[str, Any]]
-"""Reads a file that holds a JSON object. ModelFileError: it holds something else."""
+"""A function that reads a JSON object from a file. ModelFileError: it contains something else."""
 
 _TEMPLATE = "chat_template.jinja"
 _MORE_TEMPLATES = "additional_chat_templates"
@@ -25,23 +25,24 @@ _OTHER_TOKENIZERS = ("*.model", "vocab.json", "vocab.txt", "tekken.json", "*.tik
 
 
 def tokenizer_json(path: Path, warn: Warn) -> bytes | None:
-    """The bytes of tokenizer.json. UnsupportedModelError: the tokenizer is in other files only."""
+    """The bytes of tokenizer.json; None, with a warning, if there is no tokenizer. UnsupportedModelError: the
+    tokenizer is only in other files."""
     if (path / _TOKENIZER).exists():
         return read_bytes(path / _TOKENIZER)
     others = sorted(file.name for pattern in _OTHER_TOKENIZERS for file in path.glob(pattern))
     if others:
         raise UnsupportedModelError(
-            f"{path} has its tokenizer in {' and '.join(others)} and no {_TOKENIZER}, which is needed: "
+            f"{path} has its tokenizer in {' and '.join(others)} but not in {_TOKENIZER}, which is needed: "
             f'`python -c "from transformers import AutoTokenizer as T; T.from_pretrained({str(path)!r})'
             f'.save_pretrained({str(path)!r})"` writes it'
         )
-    warn(f"{path} has no {_TOKENIZER}: the model will take token ids, and no text")
+    warn(f"{path} has no {_TOKENIZER}, so the model will accept token ids only, not text")
     return None
 
 
 def chat_template(path: Path, read: Json, warn: Warn) -> str | None:
-    """The template for a chat without tools: a file of its own, or the tokenizer's setting, or one named
-    "default" among several."""
+    """The template for a chat without tools: from its own file, else from the tokenizer's settings. Of
+    several named templates it is the "default" one."""
     settings = read(path / _SETTINGS).get("chat_template") if (path / _SETTINGS).exists() else None
     named = {file.stem: read_text(file) for file in sorted((path / _MORE_TEMPLATES).glob("*.jinja"))}
     if (path / _TEMPLATE).exists():
@@ -59,30 +60,30 @@ def chat_template(path: Path, read: Json, warn: Warn) -> str | None:
 
 
 def default_template(named: Mapping[str, object], where: str, warn: Warn) -> str | None:
-    """The one of several templates that is for every chat; None, with a warning, when none is."""
+    """The template named "default" among several; None, with a warning, if none is."""
     template = named.get("default")
     if isinstance(template, str):
         return template
     if named:
         warn(
             f"{where}: its chat templates are called {', '.join(sorted(named))} and none is the default, so "
-            f"that chats will be plain text; save the one to use as {_TEMPLATE} beside the model"
+            f"chats will be plain text; save the one to use as {_TEMPLATE} in the model's directory"
         )
     return None
 
 
 def special_tokens(path: Path, read: Json) -> dict[str, str | None]:
-    """Spellings of the special tokens that templates may name, such as bos_token; None: the model has no such
-    token."""
+    """Spellings of the special tokens that templates use by name, such as bos_token; None: the model has no
+    such token."""
     values = read(path / _SETTINGS) if (path / _SETTINGS).exists() else {}
     if "added_tokens_decoder" not in values and (path / _MAP).exists():
         values = values | read(path / _MAP)
     tokens = {}
     for key, value in values.items():
         spelling = value.get("content") if isinstance(value, dict) else value
-        if not key.endswith("_token") or isinstance(spelling, bool):  # add_bos_token is a switch
+        if not key.endswith("_token") or isinstance(spelling, bool):  # add_bos_token is a boolean setting
             continue
         if not isinstance(spelling, str | None):
-            raise ModelFileError(f"{path}: {key} must be the spelling of a token, not {value!r}")
+            raise ModelFileError(f"{path}: {key} is {value!r}, which is not the spelling of a token")
         tokens[key] = spelling
     return tokens

@@ -210,7 +210,7 @@ def test_forks_that_cannot_be(stage: Stage) -> None:
     for positions in (-1, 101):
         with pytest.raises(ValueError, match="holds 100 positions"):
             stage.fork_sequence(0, 1, positions)
-    with pytest.raises(ValueError, match="sequence 0 is open already"):
+    with pytest.raises(ValueError, match="sequence 0 is already open"):
         stage.fork_sequence(0, 0)
     with pytest.raises(KeyError):
         stage.fork_sequence(7)
@@ -277,8 +277,8 @@ def test_imports_that_are_refused_change_nothing(stage: Stage) -> None:
     data = stage.export_positions(0, 2, 0, 70)
     stage.open_sequence(1, history=tokens(70))
     for unit, first, last, sent, why in (
-        (2, 0, 70, data[:-1], "bytes are not positions"),
-        (2, 0, 64, data, "bytes are not positions"),
+        (2, 0, 70, data[:-1], "bytes cannot be positions"),
+        (2, 0, 64, data, "bytes cannot be positions"),
         (2, 64, 70, data[len(data) // 2 :], "do not follow the 0"),
         (2, 5, 5, b"", "do not follow"),
         (2, 0, 71, data, "has the tokens of 70 positions"),
@@ -311,7 +311,7 @@ def test_minus_128_is_refused(tiny_quantised: Model) -> None:
         data = bytearray(page_bytes(state, "int8") // 4)
         stage.import_positions(0, 1, 0, 1, bytes(data))
         data[0] = 0x80
-        with pytest.raises(ValueError, match="not of this type"):
+        with pytest.raises(ValueError, match="of another type"):
             stage.import_positions(0, 1, 0, 1, bytes(data))
 
 

@@ -144,6 +144,6 @@ def test_an_answer_that_goes_on_after_another_has_begun_is_refused(stage: Stage)
         first = session.answer([1, 2, 3], max_tokens=9, end=())
         next(first)
         second = list(session.answer([1, 2, 3, 4, 5, 6, 7], max_tokens=9, end=()))
-        with pytest.raises(ValueError, match="another answer of this session has begun"):
+        with pytest.raises(ValueError, match="a later answer of this session has begun"):
             next(first)
         assert list(session.answer([1, 2, 3, 4, 5, 6, 7], max_tokens=9, end=())) == second

@@ -40,7 +40,7 @@ def test_runs_that_do_not_fit_are_refused_and_nothing_is_lost(stage: Stage) -> N
     ):
         with pytest.raises(ValueError, match=error):
             stage.run([run])
-    with pytest.raises(ContextError, match="beyond the context"):
+    with pytest.raises(ContextError, match="more than its context"):
         stage.run([Run(1, 3, [1] * 38, Want.TOKEN)])
     with pytest.raises(ValueError, match="twice"):
         stage.run([Run(1, 3, [1], Want.TOKEN), Run(1, 3, [1], Want.TOKEN)])
@@ -52,7 +52,7 @@ def test_after_an_error_positions_of_the_batch_hold_nothing(tiny_int8: Model) ->
     with Stage(tiny_int8, 0, len(tiny_int8.program.units), StageOptions(max_wanted=4)) as stage:
         stage.open_sequence(0, Sampling(), 110)
         stage.run([Run(0, 0, [1] * 101, Want.NOTHING)])
-        with pytest.raises(ValueError, match="logits of at most 4 rows"):
+        with pytest.raises(ValueError, match="logits of more than 4 rows"):
             stage.run([Run(0, 5, [2] * 40, Want.LOGITS)])
         with pytest.raises(ValueError, match="holds 5 positions"):
             stage.run([Run(0, 100, [1], Want.TOKEN)])
@@ -98,7 +98,7 @@ def test_generation_stops_where_it_should(stage: Stage) -> None:
     with pytest.raises(ContextError, match="empty"):
         check_prompt([], 8)
     check_prompt([1, 7], 8, 8)
-    with pytest.raises(UnsupportedModelError, match="the token 8 and the model knows 8"):
+    with pytest.raises(UnsupportedModelError, match="the token 8 and the model's embedding has 8"):
         check_prompt([1, 8], 8, 8)
     seeded = Sampling(temperature=0.8, top_k=40, top_p=0.95, seed=11)
     drawn = list(generate(stage, [1, 2, 3], seeded, max_tokens=20))

@@ -44,7 +44,7 @@ def test_what_was_encoded_is_decoded_equal() -> None:
         ({"pairs": 3}, "Outer.pairs = 3 is not a list"),
         ({"pairs": [[1, 1.0], 5]}, "Outer.pairs[1] = 5 is not a list"),
         ({"pairs": [[1, 1.0, 2]]}, "Outer.pairs[0] has 3 items, not 2"),
-        ({"pairs": [[True, 1.0]]}, "Outer.pairs[0][0] = True is not a whole number"),
+        ({"pairs": [[True, 1.0]]}, "Outer.pairs[0][0] = True is not an integer"),
         ({"pairs": [[1, "x"]]}, "Outer.pairs[0][1] = 'x' is not a number"),
         ({"pairs": [[1, 1.0]] * 4}, "Outer.pairs has 4 items, more than 3"),
         ({"many": [{"rows": 0, "rate": 1}]}, "Outer.many[0].rows = 0 is not between 1 and 9"),
@@ -81,7 +81,7 @@ def test_defaults_may_be_left_out_only_where_that_is_asked_for() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (b'{"name": "x", "name": "y"}', "a key comes twice"),
+        (b'{"name": "x", "name": "y"}', "duplicate key"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"rows": NaN}', "NaN is not a number"),
         (b'{"rows": 1, "rate": 1e999}', "Inner.rate is not finite"),

@@ -119,7 +119,7 @@ def test_two_answers_with_one_number_are_refused_and_without_are_apart(stage: St
     alone = list(generate(stage, PROMPTS[1], max_tokens=8))
     first = generate(stage, PROMPTS[1], max_tokens=8, sequence=7)
     tokens = [next(first)]
-    with pytest.raises(ValueError, match="sequence 7 is open already"):
+    with pytest.raises(ValueError, match="sequence 7 is already open"):
         next(generate(stage, PROMPTS[2], sequence=7))
     other = generate(stage, PROMPTS[2], max_tokens=8)
     pairs = [(token, next(other)) for token in first]

@@ -266,5 +266,5 @@ def test_a_text_of_all_private_characters_is_refused() -> None:
     everything = "".join(map(chr, [*range(0xE000, 0xF900), *range(0x100000, 0x10FFFE)]))
     tokens = tokenizer("byte level")
     assert len(tokens.encode(everything, control=False)) > len(everything)
-    with pytest.raises(ShoalError, match="every character for private use"):
+    with pytest.raises(ShoalError, match="every private-use character"):
         tokens.encode(f"<|im_end|>{everything}", control=False)

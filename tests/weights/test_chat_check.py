@@ -164,17 +164,17 @@ def test_end_tokens_that_cannot_end_an_answer_are_named(
         ("{{ messages[0].content }}{% for m in messages[1:] %}{{ m.content }}<|im_end|>{% endfor %}", []),
         (TURNS.replace("im_start", "start_of"), [r"writes <\|start_of\|>, which the tokenizer splits"]),
         ("[INST] {{ messages[0].content }}</s><start_of_turn>", ["writes <start_of_turn>, which the tok"]),
-        ("{{ bos_token }}<s>" + TURNS, ["begins with '<s>' twice"]),
+        ("{{ bos_token }}<s>" + TURNS, ["starts with '<s>' twice"]),
         ("{{ raise_exception('only one') if messages[1:] }}" + TURNS, ["cannot be rendered: .*: only one"]),
         ("{{ messages.append(1) }}", ["cannot be rendered: .*'append' of 'list' object is unsafe"]),
         ("{{ undefined.what }}", ["cannot be rendered: .*'undefined' is undefined"]),
         ("{% for %}", ["does not compile"]),
-        ("{{ messages | length }}<|im_end|>", ["leaves out what the user says"]),
+        ("{{ messages | length }}<|im_end|>", ["leaves out the user's message"]),
         (
             "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}",
             ["writes nothing after an answer, and none of the end tokens"],
         ),
-        ("", ["leaves out what the user says"]),
+        ("", ["leaves out the user's message"]),
     ],
 )
 def test_what_is_odd_about_a_template_is_said(

@@ -165,7 +165,7 @@ def test_the_date_is_the_local_one() -> None:
         ("{{ bos_token + 1 }}", "refuses these messages"),
         ("{{ 1 // 0 }}", "refuses these messages"),
         ("{{ messages[0].content.index('zz') }}", "refuses these messages"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recurses without end"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recurses endlessly"),
         ("{% for i in range(10 ** 9) %}x{% endfor %}", "refuses these messages: Range too big"),
     ],
 )

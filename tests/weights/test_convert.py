@@ -173,7 +173,7 @@ def test_bad_checkpoints_are_refused_named_and_leave_nothing(
 def test_text_files_that_cannot_be_read_are_named(checkpoint_dir: Path) -> None:
     template = checkpoint_dir / "chat_template.jinja"
     template.write_bytes(b"\xff")
-    with pytest.raises(ModelFileError, match=r"chat_template\.jinja is no UTF-8"):
+    with pytest.raises(ModelFileError, match=r"chat_template\.jinja is not UTF-8"):
         convert(checkpoint_dir, checkpoint_dir / "out")
     template.unlink()
     (checkpoint_dir / "tokenizer.json").unlink(missing_ok=True)

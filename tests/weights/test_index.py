@@ -51,10 +51,10 @@ GOOD_FILE = {"size": 1, "sha256": 64 * "0"}
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "is not the JSON object"),
-        (b"\xff", "is not the JSON object"),
-        (b"[" * 100_000, "is not the JSON object"),
-        (b'{"format": "shoal-model", "format": "shoal-model"}', "a key stands twice"),
+        (b"", "is not valid JSON"),
+        (b"\xff", "is not valid JSON"),
+        (b"[" * 100_000, "is not valid JSON"),
+        (b'{"format": "shoal-model", "format": "shoal-model"}', "duplicate key"),
         (b"[]", "does not describe a shoal model"),
         (changed(format="other"), "does not describe a shoal model"),
         (changed(surprise=1), "has the unknown key 'surprise'"),
@@ -63,7 +63,7 @@ GOOD_FILE = {"size": 1, "sha256": 64 * "0"}
             "lacks 'units'",
         ),
         (changed(dtype="int3"), "unknown types 'int3'"),
-        (changed(dtype=["int8"]), "needs a string as 'dtype'"),
+        (changed(dtype=["int8"]), "has a value of 'dtype' that is not a string"),
         (changed(kv_dtype="f8"), "unknown types"),
         (changed(group_size=64), "weights that this version cannot read"),
         (changed(has_min=0), "weights that this version cannot read"),
@@ -73,27 +73,27 @@ GOOD_FILE = {"size": 1, "sha256": 64 * "0"}
         (changed(dtype="int4", head_dtype=None), "weights that this version cannot read"),
         (changed(dtype="int4", has_min=1), "weights that this version cannot read"),
         (changed(cut_dtype="f16"), "weights that this version cannot read"),
-        (changed(family=1), "needs a string as 'family'"),
-        (changed(license=1), "needs a string or null"),
-        (changed(files=[]), "needs an object as 'files'"),
-        (changed(files={"../x": GOOD_FILE}), "'../x', which is no plain name"),
-        (changed(files={"/etc/passwd": GOOD_FILE}), "no plain name"),
-        (changed(files={"a\\b": GOOD_FILE}), "no plain name"),
-        (changed(files={"..": GOOD_FILE}), "no plain name"),
-        (changed(files={"": GOOD_FILE}), "no plain name"),
-        (changed(files={"a\n": GOOD_FILE}), "no plain name"),
-        (changed(files={"index.json": GOOD_FILE}), "no plain name"),
-        (changed(files={"a": {"size": 1}}), "exactly size and sha256 of a"),
-        (changed(files={"a": {**GOOD_FILE, "size": -1}}), "the size -1"),
-        (changed(files={"a": {**GOOD_FILE, "size": True}}), "the size True"),
-        (changed(files={"a": {**GOOD_FILE, "sha256": 64 * "A"}}), "a sha256 that is none"),
-        (changed(common=["nothing"]), "'nothing', which stands not among its files"),
-        (changed(common=[]), "needs a list of file names"),
-        (changed(units={}), "needs a list as 'units'"),
-        (changed(units=[{"name": "embed"}]), "exactly name and files"),
-        (changed(units=[{"name": 1, "files": ["config.json"]}]), "exactly name and files"),
-        (changed(units=[{"name": "embed", "files": "config.json"}]), "needs a list of file names"),
-        (changed(units=[{"name": "embed", "files": [["config.json"]]}]), "needs a list of file names"),
+        (changed(family=1), "has a value of 'family' that is not a string"),
+        (changed(license=1), "neither a string nor null"),
+        (changed(files=[]), "has a value of 'files' that is not an object"),
+        (changed(files={"../x": GOOD_FILE}), "'../x', which is not a plain file name"),
+        (changed(files={"/etc/passwd": GOOD_FILE}), "not a plain file name"),
+        (changed(files={"a\\b": GOOD_FILE}), "not a plain file name"),
+        (changed(files={"..": GOOD_FILE}), "not a plain file name"),
+        (changed(files={"": GOOD_FILE}), "not a plain file name"),
+        (changed(files={"a\n": GOOD_FILE}), "not a plain file name"),
+        (changed(files={"index.json": GOOD_FILE}), "not a plain file name"),
+        (changed(files={"a": {"size": 1}}), "an entry for a without exactly 'size' and 'sha256'"),
+        (changed(files={"a": {**GOOD_FILE, "size": -1}}), "an invalid size for a, -1"),
+        (changed(files={"a": {**GOOD_FILE, "size": True}}), "an invalid size for a, True"),
+        (changed(files={"a": {**GOOD_FILE, "sha256": 64 * "A"}}), "an invalid sha256 for a"),
+        (changed(common=["nothing"]), "'nothing', which is missing from its 'files'"),
+        (changed(common=[]), "lacks a list of file names"),
+        (changed(units={}), "has a value of 'units' that is not a list"),
+        (changed(units=[{"name": "embed"}]), "a unit without exactly 'name' and 'files'"),
+        (changed(units=[{"name": 1, "files": ["config.json"]}]), "a unit without exactly 'name' and 'files'"),
+        (changed(units=[{"name": "embed", "files": "config.json"}]), "lacks a list of file names"),
+        (changed(units=[{"name": "embed", "files": [["config.json"]]}]), "lacks a list of file names"),
     ],
 )
 def test_a_bad_index_is_refused_and_the_remedy_named(data: bytes, message: str) -> None:
@@ -106,13 +106,17 @@ def test_a_bad_index_is_refused_and_the_remedy_named(data: bytes, message: str) 
 @pytest.mark.parametrize("key", ["format_version", "layout_version", "numerics_version"])
 @pytest.mark.parametrize("version", [2, "1", True, None])
 def test_another_version_is_no_damage(key: str, version: object) -> None:
-    with pytest.raises(UnsupportedModelError, match=f"{key} is {version!r} and this shoal reads 1"):
+    with pytest.raises(
+        UnsupportedModelError, match=f"{key} is {version!r}, and this version of shoal reads 1"
+    ):
         parse_index(changed(**{key: version}), "index.json")
 
 
 def test_version_2_of_the_arithmetic_is_that_of_int8_keys_alone() -> None:
     assert parse_index(changed(kv_dtype="int8", numerics_version=2), "index.json").kv_dtype == "int8"
-    with pytest.raises(UnsupportedModelError, match="numerics_version is 1 and this shoal reads 2: remove"):
+    with pytest.raises(
+        UnsupportedModelError, match="numerics_version is 1, and this version of shoal reads 2: remove"
+    ):
         parse_index(changed(kv_dtype="int8"), "index.json")
 
 

@@ -174,9 +174,9 @@ def test_a_file_with_the_right_hash_must_still_fit_the_program(model_dir: Path) 
         ({**infos, "extra": TensorInfo("extra", "F32", norm.shape)}, "'extra' does not belong there"),
         (
             {**infos, norm.name: TensorInfo(norm.name, "F32", (8, 9))},
-            r"F32 \[8, 9\] and the model needs F32 \[72\]",
+            r"F32 \[8, 9\], but the model needs F32 \[72\]",
         ),
-        ({**infos, norm.name: TensorInfo(norm.name, "I32", (72,))}, r"I32 \[72\] and the model needs F32"),
+        ({**infos, norm.name: TensorInfo(norm.name, "I32", (72,))}, r"I32 \[72\], but the model needs F32"),
     ]
     for changed, message in cases:
         values = [arrays.get(n, arrays[norm.name]).view() for n in changed]
@@ -225,7 +225,7 @@ def test_index_and_configuration_must_agree(model_dir: Path) -> None:
 def test_the_index_of_another_family_is_refused(model_dir: Path) -> None:
     values = json.loads((model_dir / "index.json").read_text())
     (model_dir / "index.json").write_text(json.dumps({**values, "family": "mystery"}))
-    with pytest.raises(ModelFileError, match=r"says 'mystery' and config\.json 'llama'"):
+    with pytest.raises(ModelFileError, match=r"has the family 'mystery', but config\.json 'llama'"):
         Model.open(model_dir)
 
 

@@ -1,6 +1,8 @@
-"""Settings for every test: hypothesis draws the same cases each time, without a clock to race; and
-`--library PATH`, for tests of the C code as some other build has it (make sanitize)."""
+"""Settings for every test: hypothesis draws the same cases each time, without a clock to race;
+`--library PATH` selects the C library that another build made (make sanitize); and signals have their usual
+actions, since a shell that starts a program in the background may have told it to ignore them."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     library = config.getoption("--library")
     if library is not None:
         from tests.kernels import harness

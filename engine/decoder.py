@@ -1,5 +1,6 @@
-"""The shape that most decoders share, read from config.json: grouped-query attention with rotary positions,
-RMS norms, a gated MLP. A family reads with it what it has in common with others, and its own keys by itself.
+"""The architecture that most decoders share: grouped-query attention with rotary positions, RMS norms and a
+gated MLP. `Decoder.of` reads its shape from config.json and `Decoder.program` writes its program; a family
+adds its own keys and its differences.
 
 Source of the keys and defaults: the `*Config` classes of Hugging Face transformers."""
 
@@ -7,8 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .builder import Builder
 from .config import Config
 from .layout import MAX_HEAD_DIM
+from .program import Program
 from .rope import Rotation
 
 _MAX_LAYERS = 1024  # csrc/check.c has room for some more; a program of millions would fill the memory
@@ -16,7 +19,7 @@ _MAX_LAYERS = 1024  # csrc/check.c has room for some more; a program of millions
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """Counts are of elements."""
+    """The shape of such a decoder. Counts are of elements."""
 
     layers: int
     hidden: int
@@ -41,7 +44,7 @@ class Decoder:
 
     @property
     def frequencies(self) -> tuple[float, ...]:
-        """Of the rotary positions."""
+        """Inverse frequencies of the rotary positions."""
         return self.rotation.frequencies(self.head_dim)
 
     @classmethod
@@ -75,3 +78,45 @@ class Decoder:
             rotation=Rotation.of(config),
             tied=config.flag("tie_word_embeddings"),
         )
+
+    def program(
+        self,
+        vocab: int,
+        b: Builder,
+        *,
+        qkv_bias: bool = False,
+        o_bias: bool = False,
+        mlp_bias: bool = False,
+        head_norm: bool = False,
+    ) -> Program:
+        """The program of all units. The options add biases, and an RMS norm of each head of queries and keys
+        before rotation."""
+        epsilon, angles = self.norm_epsilon, b.angles(self.frequencies)
+        b.unit("embed")
+        x = b.embed("x", ("embed", "model.embed_tokens"), vocab, self.hidden)
+        qkv_parts = {
+            "q": ("self_attn.q_proj", self.queries),
+            "k": ("self_attn.k_proj", self.keys),
+            "v": ("self_attn.v_proj", self.keys),
+        }
+        mlp_parts = {"gate": ("mlp.gate_proj", self.intermediate), "up": ("mlp.up_proj", self.intermediate)}
+        for i in range(self.layers):
+            b.unit(f"layer {i}", f"model.layers.{i}.")
+            h = b.norm("normed", x, ("attn_norm", "input_layernorm"), epsilon)
+            qkv = b.linear("qkv", h, qkv_parts, bias=tuple(qkv_parts) if qkv_bias else ())
+            if head_norm:
+                for names, heads, at in (
+                    (("q_norm", "self_attn.q_norm"), self.heads, 0),
+                    (("k_norm", "self_attn.k_norm"), self.kv_heads, self.queries),
+                ):
+                    b.head_norm(qkv, names, epsilon, heads, self.head_dim, at)
+            b.rope(qkv, angles, self.heads + self.kv_heads, self.head_dim)
+            attended = b.attend("attended", qkv, self.heads, self.kv_heads, self.head_dim)
+            b.add(x, attended, ("o", "self_attn.o_proj"), bias=o_bias)
+            h = b.norm("normed", x, ("mlp_norm", "post_attention_layernorm"), epsilon)
+            gate_up = b.linear("gate_up", h, mlp_parts, bias=tuple(mlp_parts) if mlp_bias else ())
+            b.add(x, b.gate("gated", gate_up, "silu"), ("down", "mlp.down_proj"), bias=mlp_bias)
+        b.unit("head")
+        h = b.norm("final", x, ("norm", "model.norm"), epsilon, "wanted")
+        b.lm_head(h, ("head", "lm_head"), vocab, tied="embed" if self.tied else None)
+        return b.program(cut=x)

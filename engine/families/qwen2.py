@@ -23,31 +23,6 @@ def window(config: Config, layers: int) -> int | None:
 
 def program(config: Config) -> Program:
     """The program of a Qwen2 model."""
-    c, b = Decoder.of(config), Builder()
-    b.window(window(config, c.layers))
-    angles = b.angles(c.frequencies)
-    b.unit("embed")
-    x = b.embed("x", ("embed", "model.embed_tokens"), config.vocab, c.hidden)
-    for i in range(c.layers):
-        b.unit(f"layer {i}", f"model.layers.{i}.")
-        h = b.norm("normed", x, ("attn_norm", "input_layernorm"), c.norm_epsilon)
-        qkv = b.linear(
-            "qkv",
-            h,
-            {
-                "q": ("self_attn.q_proj", c.queries),
-                "k": ("self_attn.k_proj", c.keys),
-                "v": ("self_attn.v_proj", c.keys),
-            },
-            bias="qkv",
-        )
-        b.rope(qkv, angles, c.heads + c.kv_heads, c.head_dim)
-        attended = b.attend("attended", qkv, c.heads, c.kv_heads, c.head_dim)
-        b.add(x, attended, ("o", "self_attn.o_proj"))
-        h = b.norm("normed", x, ("mlp_norm", "post_attention_layernorm"), c.norm_epsilon)
-        wide = {"gate": ("mlp.gate_proj", c.intermediate), "up": ("mlp.up_proj", c.intermediate)}
-        b.add(x, b.gate("gated", b.linear("gate_up", h, wide), "silu"), ("down", "mlp.down_proj"))
-    b.unit("head")
-    h = b.norm("final", x, ("norm", "model.norm"), c.norm_epsilon, "wanted")
-    b.lm_head(h, ("head", "lm_head"), config.vocab, tied="embed" if c.tied else None)
-    return b.program(cut=x)
+    decoder, builder = Decoder.of(config), Builder()
+    builder.window(window(config, decoder.layers))
+    return decoder.program(config.vocab, builder, qkv_bias=True)

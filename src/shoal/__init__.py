@@ -1,7 +1,7 @@
 """shoal runs one language model across the devices a person already owns.
 
-This is the whole public API; everything else may change without notice. Names load on first use, so
-`import shoal` costs nothing, and a phone that only runs a node never needs the tokenizer or the solver.
+These names are the public API; everything else may change without notice. Names load on first use, so
+`import shoal` is quick, and a phone that only runs a node never needs the tokenizer or the solver.
 
     import shoal
 

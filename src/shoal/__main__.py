@@ -1,4 +1,4 @@
-"""`python -m shoal`: the same as the `shoal` command."""
+"""Runs the `shoal` command for `python -m shoal`."""
 
 from .cli import main
 

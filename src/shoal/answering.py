@@ -1,7 +1,8 @@
-"""Answers as text: tokens drawn here or on nodes, given out as characters, and timed.
+"""Answers as text, with their times: tokens come from a session, and characters go to the caller piece by
+piece.
 
-Used by `shoal run` and `shoal demo`. Where tokens come from is a `Session`: of this process
-(engine.generate), or of nodes (distributed). Imports no event loop: an answer of this process needs none.
+A session is in this process (engine.generate) or on nodes (distributed). This module imports no event loop,
+since an answer of this process needs none.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from .engine.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How answers are made. `max_tokens` None: until the context is full."""
+    """How answers are generated. `max_tokens` None: until the context is full."""
 
     context: int
     sampling: Sampling
@@ -29,12 +30,12 @@ class Settings:
     end: Collection[int] = ()
     stops: Sequence[str] = ()
     vocab: int | None = None
-    """Tokens that the model knows, if prompts are to be checked for others."""
+    """Size of the vocabulary. None: prompts are not checked for other token ids."""
 
 
 @dataclass(slots=True)
 class Answer:
-    """One answer and its times, in seconds since the prompt was handed over."""
+    """An answer and its times, in seconds since `answer` was called."""
 
     prompt_tokens: int
     tokens: list[int] = field(default_factory=list)
@@ -45,42 +46,42 @@ class Answer:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Decode speed: tokens after the first one; None when there are too few."""
+        """Decode speed, without the first token. None: there are fewer than two tokens."""
         if len(self.tokens) < 2:
             return None
         return (len(self.tokens) - 1) / max(self.last_s - self.first_s, 1e-9)
 
     def summary(self) -> str:
-        """One line for a person."""
+        """The counts and times in one line."""
         speed = "" if self.tokens_per_s is None else f", {self.tokens_per_s:.1f} tokens/s"
         return (
-            f"{self.prompt_tokens} tokens of prompt, the first token after {self.first_s:.2f} s, "
+            f"{self.prompt_tokens} tokens of prompt, first token after {self.first_s:.2f} s, "
             f"{len(self.tokens)} tokens{speed}"
         )
 
 
 class Session(Protocol):
-    """Where tokens come from; its sequence stays open from answer to answer, so that each computes only what
-    its prompt does not share with the prompt and answer before."""
+    """A source of tokens. Its sequence stays open from answer to answer, so that each answer computes only
+    what its prompt does not share with the previous prompt and answer."""
 
     def answer(
         self, prompt: Sequence[int], *, max_tokens: int, end: Collection[int]
     ) -> Generator[int, None, None]:
-        """Token ids that follow a prompt, as engine.generate gives them; closing it ends the answer."""
+        """Token ids that follow a prompt, as from engine.generate. Closing the generator ends the answer."""
 
     def close(self) -> None:
         """Frees the sequence's state."""
 
 
 class Engine(Protocol):
-    """What opens sessions: this process, or nodes."""
+    """Opens sessions, in this process or on nodes."""
 
     def session(self, settings: Settings) -> Session:
-        """A sequence of its own."""
+        """A new session, with a sequence of its own."""
 
 
 class LocalEngine:
-    """A stage of this process that holds all units of a model, as Engine. It opens one session at a time."""
+    """An engine in this process: a stage with all units of a model. It has one session at a time."""
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
@@ -99,9 +100,9 @@ def answer(
     *,
     interruptible: bool = False,
 ) -> Answer:
-    """The answer to a prompt; `show` gets the text piece by piece. With `interruptible`, KeyboardInterrupt
-    ends the answer, of which the part so far is returned. ContextError, UnsupportedModelError: see
-    check_prompt."""
+    """The answer to a prompt; `show` is called with the text piece by piece. With `interruptible`,
+    KeyboardInterrupt ends the answer, and what there is of it is returned. ContextError,
+    UnsupportedModelError: as for check_prompt."""
     check_prompt(prompt, settings.context, settings.vocab)
     stream, made = TextStream(tokenizer, settings.stops), Answer(len(prompt))
     room = settings.context - len(prompt)

@@ -1,7 +1,6 @@
-"""Tokens/s of a whole model on this device: the cases, the clock around `Stage.run`, and what
-was read and computed.
+"""Measures tokens/s of a whole model on this device, for `shoal bench`: cases, times, bytes read and MACs.
 
-`shoal bench` prints it. What each figure means: docs/performance.md.
+What each figure means: docs/performance.md.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _WARM_TOKENS = 4
 
 
 class Ceilings(Protocol):
-    """What `Peaks` is to the measurement."""
+    """The peak speeds that a measurement is compared with, such as peaks.Peaks."""
 
     def bytes_per_s(self) -> float | None: ...
     def macs_per_s(self) -> float | None: ...
@@ -39,7 +38,8 @@ class Ceilings(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One row to measure: a prompt of `prompt` tokens, or `generated` tokens of each of `sequences`."""
+    """One test: a prompt of `prompt` tokens, or `generated` tokens of each of `sequences` concurrent
+    sequences."""
 
     threads: int
     depth: int
@@ -54,18 +54,18 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        """Tokens of one repetition, all sequences together."""
+        """Tokens of one repetition, of all sequences together."""
         return self.prompt or self.generated * self.sequences
 
     @property
     def context(self) -> int:
-        """Positions that a sequence comes to hold."""
+        """Positions that a sequence has at the end."""
         return self.depth + (self.prompt or self.generated)
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row as measured: llama-bench's names where it has the figure, then ours."""
+    """The measurement of a case: first llama-bench's fields under its names, then ours."""
 
     model_filename: str
     model_type: str
@@ -88,19 +88,19 @@ class Row:
     isa: str
     n_sequences: int
     read_bytes_per_s: float | None
-    """Weights, keys and values read by decoding; None for a prompt, which computes and hardly reads."""
+    """Weights, keys and values that decoding reads. None for a prompt, which is limited by computing."""
     loop_bytes_per_s: float | None
-    """Of a loop that only reads the same memory: the median of one measurement before each repetition. None
-    for a prompt, and without the C library."""
+    """Peak speed of reading the same memory: the median of one measurement before each repetition. None for a
+    prompt, and without the C library."""
     macs_per_s: float
     """Multiply-accumulates of the matmuls; attention is not counted."""
     peak_macs_per_s: float | None
-    """Of a loop of the instruction set's dot products on registers, likewise. None for decoding, and where
-    there is no such loop."""
+    """Peak of the instruction set's dot products in registers: the median of one measurement before each
+    repetition. None for decoding, and if the instruction set has no such loop."""
     load_ns: int
-    """From the path to the first token of the stage that this row ran on."""
+    """Time from the path to the first token of the stage that ran the case."""
     peak_rss: int
-    """Bytes, the highest of the process until the row's end."""
+    """Highest RAM of the process until the end of the case, in bytes."""
     model_hash: str
 
 
@@ -111,7 +111,7 @@ def plan(
     generated: Sequence[int],
     sequences: Sequence[int],
 ) -> list[Case]:
-    """All combinations, ordered by threads, then depth, prompts first. ShoalError: there are none."""
+    """All combinations, by threads, then by depth, prompts first. ShoalError: there is none."""
     cases = []
     for t in threads:
         for d in depths:
@@ -123,7 +123,7 @@ def plan(
 
 
 def check(cases: Sequence[Case], model: Model) -> None:
-    """ContextError: a case that the model's context does not hold; better now than an hour later."""
+    """Checks the cases before the long work. ContextError: a case exceeds the model's context."""
     for case in cases:
         if case.context > model.config.context:
             raise ContextError(
@@ -135,7 +135,7 @@ def check(cases: Sequence[Case], model: Model) -> None:
 def measure(
     path: Path, cases: Sequence[Case], repetitions: int, backend: str, isa: str, resident: bool | None = None
 ) -> Iterator[Row]:
-    """Rows of the cases, in order; one stage, freshly opened, for each number of threads."""
+    """Measures the cases in order, on a newly opened stage for each number of threads."""
     most = max(case.sequences for case in cases)
     for threads in dict.fromkeys(case.threads for case in cases):
         options = StageOptions(
@@ -152,7 +152,7 @@ def measure(
 def _on_one_stage(
     path: Path, cases: Sequence[Case], repetitions: int, options: StageOptions
 ) -> Iterator[Row]:
-    """A function of its own, so that nothing holds the weights when the next stage is opened."""
+    """A separate function, so that the weights are freed before the next stage is opened."""
     start = time.perf_counter_ns()
     model = Model.open(path)
     with Stage(model, 0, model.n_units, options) as stage:
@@ -209,11 +209,11 @@ def _row(stage: Stage, case: Case, repetitions: int, ceilings: Ceilings, load: i
 def time_case(
     stage: Stage, case: Case, repetitions: int, ceilings: Ceilings
 ) -> tuple[list[int], list[float]]:
-    """Nanoseconds of each repetition, and what limits it as measured just before: bytes/s of the read loop
-    when the case decodes, multiply-accumulates/s for a prompt; empty where there are no such figures.
+    """Nanoseconds of each repetition, and the peak speed measured just before it: bytes/s of reading if the
+    case decodes, MACs/s for a prompt. There are no peaks if the ceilings have no figure.
 
-    The context is filled to its depth once, untimed, and the case warmed up; each repetition then starts
-    from that depth."""
+    The context is filled to its depth once, untimed, and the case is warmed up; each repetition starts from
+    that depth."""
     random = np.random.default_rng(0)
     samples: list[int] = []
     peaks: list[float] = []
@@ -238,7 +238,7 @@ def time_case(
 
 
 def warm_up(case: Case) -> Case:
-    """What is run once before the clock: the whole prompt, or a few tokens."""
+    """The case that is run once, untimed: the whole prompt, or a few tokens."""
     return replace(case, generated=min(_WARM_TOKENS, case.generated))
 
 
@@ -252,7 +252,7 @@ def _fill(stage: Stage, sequence: int, first: int, tokens: list[int]) -> None:
 
 
 def _generate(stage: Stage, case: Case, random: np.random.Generator) -> None:
-    """Tokens one by one, greedily; every sequence starts with a token drawn at random."""
+    """Generates tokens one by one, greedily. Every sequence starts with a random token."""
     tokens = _tokens(stage, case.sequences, random)
     for position in range(case.depth, case.depth + case.generated):
         results = stage.run([Run(s, position, [token], Want.TOKEN) for s, token in enumerate(tokens)])
@@ -266,21 +266,21 @@ def _tokens(stage: Stage, count: int, random: np.random.Generator) -> list[int]:
 def work(model: Model, case: Case) -> tuple[int, int]:
     """(multiply-accumulates of the matmuls, bytes of weights, keys and values read) of one repetition.
 
-    The head is computed for rows that draw a token: the last of a prompt, every generated one. Bytes are
-    those of decoding, where a step reads every weight once for all sequences; of a prompt they are 0."""
-    *body, head = [unit_cost(model, u) for u in range(model.n_units)]
+    The LM head is computed for rows that draw a token: the last row of a prompt, and every generated one.
+    Decoding reads every weight once a step for all sequences; the bytes of a prompt are given as 0."""
+    *body, last = [unit_cost(model, u) for u in range(model.n_units)]
     drawn = case.generated * case.sequences or 1
-    macs = case.tokens * sum(cost.macs for cost in body) + drawn * head.macs
+    macs = case.tokens * sum(cost.macs for cost in body) + drawn * last.macs
     if case.prompt:
         return macs, 0
-    weights = case.generated * sum(cost.read_bytes for cost in (*body, head))
+    weights = case.generated * sum(cost.read_bytes for cost in (*body, last))
     positions = sum(range(case.depth + 1, case.context + 1))
     state = positions * sum(cost.kv_bytes_per_token for cost in body)
     return macs, weights + case.sequences * state
 
 
 def parameters(model: Model) -> int:
-    """Weights of the model, those shared between units once."""
+    """Number of weights of the model. Those that units share are counted once."""
     return sum(
         weight.rows * weight.cols
         for unit in model.program.units
@@ -290,7 +290,7 @@ def parameters(model: Model) -> int:
 
 
 def peak_rss() -> int:
-    """Bytes of RAM that this process has held at most. Pages of mapped files count."""
+    """The most RAM that this process has used, in bytes, with pages of mapped files."""
     try:
         with open("/proc/self/status", encoding="ascii") as lines:
             for line in lines:
@@ -298,11 +298,11 @@ def peak_rss() -> int:
                     return int(line.split()[1]) * 1024
     except FileNotFoundError:  # not Linux
         pass
-    # Where both are there, Linux would make a process inherit this one from its parent.
+    # On Linux a process inherits this figure from its parent, so /proc is preferred.
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 
 
 def _deviation(values: Sequence[float]) -> float:
-    """Standard deviation of a sample; 0 for a single value."""
+    """Standard deviation of a sample, and 0 for a single value."""
     return statistics.stdev(values) if len(values) > 1 else 0.0

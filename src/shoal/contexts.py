@@ -1,7 +1,7 @@
-"""How many tokens of context are made room for: one rule for `shoal run`, on nodes or not, and `shoal plan`.
+"""The context length for `shoal run`, on nodes or not, and `shoal plan`.
 
-What was asked for is what it is, or an error. Where nobody asks it is the model's context, or, where the keys
-and values of so many tokens do not fit the RAM, the most that do.
+A length that was asked for is used, or is an error. Otherwise it is the model's length, or the largest whose
+keys and values fit in RAM.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from .engine.layout import PAGE
 from .engine.model_directory import Model
 
 _SHARE = 0.75
-"""Of the available RAM: other programs want to grow, too."""
+"""Share of the available RAM that may be used; other programs need some, too."""
 _LEAST_SHARE = 0.25
-"""What keys and values may take beside weights that fill the RAM: those are mapped, and can be dropped."""
+"""Share for keys and values even if the weights fill the RAM: such weights are mapped and can be dropped."""
 
 
 def context_of(given: int | None, model: Model) -> int:
-    """The tokens of context to begin with. ContextError: more than the model has."""
+    """The context length in tokens before RAM is considered. ContextError: the model's is smaller."""
     if given is not None and given > model.config.context:
         raise ContextError(
             f"--context {given} is more than the model's {model.config.context} tokens{model.config.limit}"
@@ -28,8 +28,8 @@ def context_of(given: int | None, model: Model) -> int:
 
 
 def fitting(model: Model, most: int, ram: Ram) -> int:
-    """The tokens of context, `most` or fewer, whose keys and values fit the RAM beside all weights of the
-    model; a page of them at least."""
+    """The largest context length up to `most` whose keys and values fit in RAM beside all weights of the
+    model, but at least one page."""
     if ram.estimate is None:
         return most
     page = sum(page_bytes(state, model.kv_dtype) for unit in model.program.units for state in unit.states)
@@ -39,8 +39,8 @@ def fitting(model: Model, most: int, ram: Ram) -> int:
 
 
 def notice(context: int, most: int) -> str:
-    """What a person is told of a context that is smaller than the model's."""
+    """The message for the user about a context that is smaller than the model's."""
     return (
-        f"shoal: the context is {context} tokens, the most that the RAM has room for (the model has {most}); "
-        "--context N asks for another"
+        f"shoal: the context is {context} tokens, the most that the RAM has room for (the model has {most}): "
+        "--context N sets another"
     )

@@ -25,23 +25,23 @@ from .engine.generate import check_prompt
 from .engine.tokenizer import Tokenizer
 
 _HISTORY = 1000
-"""Messages of the history that are offered; a file of twice as many is cut down to these."""
+"""Messages of the history that can be recalled. A file with twice as many is cut down to these."""
 _PASTE_SECONDS = 0.05
 """Lines of a paste follow each other closer than this."""
 _COMMAND = re.compile(r"/([A-Za-z]+)(?:[ \t]+(.*))?")
-"""A whole message of one line. "/etc/hosts" is none, and "//word" sends "/word"."""
+"""A message that is a command. "/etc/hosts" is not one, and "//word" sends "/word" as text."""
 HELP = """\
-/clear          forget the conversation
-/system TEXT    set the system message (alone: show it)
-/stats          how long the last answer took, and how much of the context is used
-/help           this list
-/exit           leave (or Ctrl-D)
-Ctrl-C ends an answer. A message that begins with / is a command; begin it with // to send it."""
+/clear          start a new conversation
+/system TEXT    set the system message (without TEXT: show it)
+/stats          show the times of the last answer, and how much of the context is used
+/help           show this list
+/exit           leave the chat (or Ctrl-D)
+Ctrl-C ends an answer. To send a message that begins with /, type // first."""
 
 
 @dataclass(slots=True)
 class Conversation:
-    """The state of a chat. `template` None: messages are continued as they are."""
+    """A chat. `template` None: each message is continued as it is."""
 
     session: Session
     tokenizer: Tokenizer
@@ -50,12 +50,12 @@ class Conversation:
     show: Callable[[str], None]
     system: str | None = None
     stats: bool = False
-    """Say after each answer how long it took."""
+    """Whether the times of each answer are printed."""
     turns: list[Message] = field(default_factory=list)
     last: Answer | None = None
 
     def run(self, ask: Callable[[str], str]) -> None:
-        """Asks for messages and answers them until the input ends or /exit; `ask` as Terminal.ask."""
+        """Answers messages until the input ends or /exit. `ask` is called like Terminal.ask."""
         while True:
             try:
                 text = ask("> ")
@@ -64,7 +64,7 @@ class Conversation:
                 print(file=sys.stderr)
                 return
             except UnicodeError:
-                say("that message has bytes that are no text in the terminal's encoding: type it again")
+                say("that message is not text in the terminal's encoding: type it again")
                 continue
             except KeyboardInterrupt:
                 say("\nCtrl-D or /exit leaves the chat")
@@ -79,30 +79,30 @@ class Conversation:
                 self.turn(text[1:] if text.startswith("//") else text)
 
     def command(self, name: str, rest: str) -> None:
-        """Carries out /name."""
+        """Carries out the command /name."""
         match name:
             case "clear":
                 self.turns, self.last = [], None
-                say("the conversation begins anew")
+                say("this is a new conversation")
             case "system" if rest:
                 self.system = rest
                 say("the system message is set")
             case "system":
-                say(self.system or "there is no system message but the model's own, if it has one")
+                say(self.system or "no system message is set; the model may have one of its own")
             case "stats":
-                say("nothing has been answered yet" if self.last is None else self._summary(self.last))
+                say("there is no answer yet" if self.last is None else self._summary(self.last))
             case "help":
                 say(HELP)
             case _:
                 say(f"there is no command /{name}: /help lists them, and //{name} sends it as text")
 
     def turn(self, text: str) -> None:
-        """Answers a message. What is wrong with it alone is said, and the chat goes on; NetError: it
-        cannot."""
+        """Answers a message. The chat goes on after an error that concerns only this message. NetError: it
+        cannot go on."""
         self.turns.append(Message("user", text))
         try:
             prompt = self._prompt()
-        except (ShoalError, KeyboardInterrupt) as error:  # the template refuses it, say
+        except (ShoalError, KeyboardInterrupt) as error:  # such as one that the template rejects
             del self.turns[-1:]
             say(str(error) or "[ended by Ctrl-C]")
             return
@@ -112,25 +112,23 @@ class Conversation:
             )
         except ContextError as error:
             self.turns = []
-            say(f"{error}; the conversation begins anew")
+            say(f"{error}; this is a new conversation")
             return
         self.turns.append(Message("assistant", self.last.text))
         print(flush=True)
         if self.last.interrupted:
             say("[ended by Ctrl-C]")
         elif len(prompt) + len(self.last.tokens) >= self.settings.context:
-            say(f"[the context of {self.settings.context} tokens is full; /clear begins anew]")
+            say(f"[the context of {self.settings.context} tokens is full; /clear starts a new conversation]")
         if self.stats:
             say(f"[{self.last.summary()}]")
 
     def _prompt(self) -> list[int]:
-        """The conversation as token ids. When it has outgrown the context, only its last message is kept."""
+        """The conversation as token ids. If it is too long for the context, only its last message is kept."""
         tokens = self._encoded()
         if len(tokens) >= self.settings.context and len(self.turns) > 1:
             self.turns = self.turns[-1:]
-            say(
-                f"the conversation has outgrown the context of {self.settings.context} tokens and begins anew"
-            )
+            say(f"the conversation exceeds the context of {self.settings.context} tokens: this is a new one")
             tokens = self._encoded()
         check_prompt(tokens, self.settings.context, self.settings.vocab)
         return tokens
@@ -147,16 +145,16 @@ class Conversation:
 
 
 def say(text: str) -> None:
-    """A line that is no part of an answer."""
+    """Prints a line that is not part of an answer."""
     print(text, file=sys.stderr, flush=True)
 
 
 class Terminal:
-    """Asks for messages on standard input."""
+    """Reads messages from standard input, with line editing and history if Python has readline."""
 
     def __init__(self) -> None:
         self._readline = _readline()
-        # GNU readline takes a bracketed paste as one line; others get what a terminal sends after the first.
+        # GNU readline returns a bracketed paste as one line. Otherwise its lines arrive one by one.
         self._whole = (
             self._readline is not None
             and "libedit" not in (self._readline.__doc__ or "")
@@ -170,8 +168,8 @@ class Terminal:
                 self._readline.add_history(line)
 
     def ask(self, prompt: str) -> str:
-        """The next message; one that was pasted may have several lines. EOFError: there is none.
-        UnicodeDecodeError: bytes that are no text in the terminal's encoding."""
+        """The next message; a pasted one may have several lines. EOFError: the input has ended.
+        UnicodeDecodeError: the message is not text in the terminal's encoding."""
         lines = [input(prompt)]
         while not self._whole and _more_waits():
             try:
@@ -186,7 +184,7 @@ class Terminal:
 
 
 def _readline() -> ModuleType | None:
-    """The readline module: imported here, since that alone makes input() use it."""
+    """The readline module, if there is one. Importing it makes input() use it."""
     try:
         import readline
     except ImportError:
@@ -195,22 +193,22 @@ def _readline() -> ModuleType | None:
 
 
 def _more_waits() -> bool:
-    """Whether input is there that nobody has read."""
+    """Whether there is input to read within _PASTE_SECONDS."""
     try:
         return bool(select.select([sys.stdin], [], [], _PASTE_SECONDS)[0])
-    except (OSError, ValueError):  # no file
+    except (OSError, ValueError):  # standard input is not a file
         return False
 
 
 def _history() -> Path:
-    """RuntimeError: there is no home directory."""
+    """The file of the history. RuntimeError: there is no home directory."""
     base = os.environ.get("XDG_STATE_HOME", "")
     # The XDG rules say that a relative path is to be ignored.
     return (Path(base) if os.path.isabs(base) else Path.home() / ".local" / "state") / "shoal" / "history"
 
 
 def _read_history() -> list[str]:
-    """The latest messages; none where they cannot be read: history is a convenience."""
+    """The latest messages. There are none if the file cannot be read: history is a convenience."""
     try:
         lines = _history().read_text(encoding="utf-8", errors="replace").splitlines()
         if len(lines) > 2 * _HISTORY:
@@ -219,7 +217,7 @@ def _read_history() -> list[str]:
         return []
     found = []
     for line in lines[-_HISTORY:]:
-        with suppress(ValueError, RecursionError):  # a line that somebody else wrote
+        with suppress(ValueError, RecursionError):  # a line that another program wrote
             message = json.loads(line)
             if isinstance(message, str) and "\0" not in message:
                 found.append(message)
@@ -235,5 +233,5 @@ def _write_history(text: str, how: int) -> None:
     path = _history()
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | how, 0o600), "w", encoding="utf-8") as file:
-        os.fchmod(file.fileno(), 0o600)  # one that was there may have been open to others
+        os.fchmod(file.fileno(), 0o600)  # an existing file may be readable by others
         file.write(text)

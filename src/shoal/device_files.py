@@ -1,5 +1,5 @@
-"""Files that describe devices: TOML written by a person, and the JSON that `shoal profile` writes. Both are
-decoded strictly (engine/strict) into the planner's rows."""
+"""Files that describe devices: TOML that a person writes, and JSON that `shoal profile` writes. Both are
+decoded strictly (engine/strict) to the planner's rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _Word = Annotated[str, Printable(1, 64)]
 
 @dataclass(frozen=True, slots=True)
 class DeviceProfile:
-    """What one device would offer, measured alone with the kernels that will run, and how it was measured."""
+    """A device as it would offer itself, measured with the kernels that will run, and how it was measured."""
 
     device: Device
     backend: _Word
@@ -43,7 +43,7 @@ class DeviceProfile:
 
 @dataclass(frozen=True, slots=True)
 class ProfiledLink:
-    """What one direction between two devices reached."""
+    """The measured speed of one direction between two devices."""
 
     source: _Word
     target: _Word
@@ -52,7 +52,7 @@ class ProfiledLink:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """All that was measured of a cluster. Its first device is the coordinator."""
+    """All measurements of a cluster. The coordinator is on the first device."""
 
     shoal_profile: int
     devices: tuple[DeviceProfile, ...]
@@ -60,24 +60,25 @@ class Profile:
 
     @property
     def cluster(self) -> Cluster:
-        """The planner's view. ValueError: no device, one twice, a link twice or to a device that is not
-        there."""
+        """The planner's view. ValueError: no device, a duplicate device or link, or a link to an unknown
+        device."""
         if not self.devices:
-            raise ValueError("it describes no device")
+            raise ValueError("it has no devices")
         links = {(link.source, link.target): link.speed for link in self.links}
         if len(links) < len(self.links):
-            raise ValueError("it has a link twice")
+            raise ValueError("it has a duplicate link")
         devices = tuple(profile.device for profile in self.devices)
         return Cluster(devices, links, devices[0].name)
 
 
 def device_profile(name: str, measured: Measured, ram: Ram) -> DeviceProfile:
-    """A measurement as a row of a profile, which promises FREE_SHARE of the free RAM. ShoalError: the system
-    does not say how much RAM it has."""
+    """A measurement as a row of a profile. The device promises FREE_SHARE of its free RAM.
+
+    ShoalError: the system does not say how much RAM it has."""
     if ram.total is None or ram.estimate is None:
         raise ShoalError(
-            "this system does not say how much RAM it has, so there is no profile of it: describe the device "
-            "in a .toml file with its ram_mb"
+            "this system does not say how much RAM it has, which a profile needs: describe the device in a "
+            ".toml file with its ram_mb"
         )
     backend, _, isa = measured.backend.partition(" ")
     promised = int(ram.estimate * FREE_SHARE)
@@ -88,28 +89,28 @@ def device_profile(name: str, measured: Measured, ram: Ram) -> DeviceProfile:
 
 
 def dump_profile(devices: tuple[DeviceProfile, ...], links: tuple[ProfiledLink, ...] = ()) -> str:
-    """JSON text of a profile, one that `load_profile` gives back equal."""
+    """A profile as JSON text; `load_profile` returns an equal profile."""
     return json.dumps(asdict(Profile(PROFILE_VERSION, devices, links)), indent=2, allow_nan=False) + "\n"
 
 
 def load_profile(text: str) -> Profile:
-    """The profile in JSON text from anywhere. ValueError names what is wrong."""
+    """The profile in untrusted JSON text. ValueError names what is wrong."""
     body = parse(text)
     if not isinstance(body, dict):
         raise ValueError("a profile must be a JSON object")
     version = body.get("shoal_profile")
     if version != PROFILE_VERSION or isinstance(version, bool):
         raise ValueError(
-            f"the profile has version {version!r:.20} and this shoal reads {PROFILE_VERSION}: "
+            f"the profile has version {version!r:.20}, and this shoal reads version {PROFILE_VERSION}: "
             "measure again with `shoal profile --save`"
         )
     return convert(Profile, body, "the profile", defaults=True)
 
 
 def read_devices(path: Path) -> Cluster:
-    """The cluster that a file describes: TOML written by a person (README), or the JSON of `shoal profile`.
+    """The cluster that a file describes: TOML as in the README, or JSON of `shoal profile`.
 
-    ShoalError: unreadable, unknown keys, values out of range.
+    ShoalError: the file cannot be read, has an unknown key, or a value is out of range.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -119,7 +120,7 @@ def read_devices(path: Path) -> Cluster:
 
         return _cluster(tomllib.loads(text))
     except FileNotFoundError:
-        raise ShoalError(f"{path} is missing: name a file that describes the devices") from None
+        raise ShoalError(f"{path} does not exist: name a file that describes the devices") from None
     except RecursionError:
         raise ShoalError(f"{path} is nested too deeply") from None
     except (OSError, ValueError) as e:
@@ -131,7 +132,7 @@ _Number = Annotated[float, Between(-1e15, 1e15)]
 
 @dataclass(frozen=True, slots=True)
 class _DeviceTable:
-    """A [[device]], in units for people."""
+    """A [[device]] table of a TOML file."""
 
     name: str
     read_gb_per_s: _Number
@@ -156,7 +157,7 @@ class _DeviceTable:
 
 @dataclass(frozen=True, slots=True)
 class _LinkTable:
-    """A link, in units for people."""
+    """The speed of a link in a TOML file."""
 
     latency_ms: _Number
     mbit_per_s: _Number
@@ -167,9 +168,11 @@ class _LinkTable:
 
 
 def _cluster(body: dict[str, Any]) -> Cluster:
-    """A Cluster of a TOML file. ValueError names what is wrong."""
-    for key in sorted(body.keys() - {"device", "head", "default_link", "link"}):
-        raise ValueError(f"the file has an unknown key {key!r}; known: default_link, device, head, link")
+    """The cluster of a TOML file. ValueError names what is wrong."""
+    for key in sorted(body.keys() - {"device", "coordinator", "default_link", "link"}):
+        raise ValueError(
+            f"the file has an unknown key {key!r}; known: coordinator, default_link, device, link"
+        )
     rows = body.get("device")
     if not isinstance(rows, list) or not rows:
         raise ValueError("it needs at least one [[device]]")
@@ -177,14 +180,14 @@ def _cluster(body: dict[str, Any]) -> Cluster:
         convert(_DeviceTable, row, f"[[device]] {_named(row)}", defaults=True).row for row in rows
     )
     names = [device.name for device in devices]
-    coordinator = _name("head", body.get("head", names[0]))
+    coordinator = _name("coordinator", body.get("coordinator", names[0]))
     links = {}
     if "default_link" in body:
         link = convert(_LinkTable, body["default_link"], "default_link").row
         links = {(a, b): link for a in {coordinator, *names} for b in {coordinator, *names} if a != b}
     rows = body.get("link", [])
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError("a link is a table of its own: [[link]]")
+        raise ValueError("each link must be a [[link]] table")
     for row in rows:
         ends = (_name("[[link]]: from", row.get("from")), _name("[[link]]: to", row.get("to")))
         speed = {key: value for key, value in row.items() if key not in ("from", "to")}

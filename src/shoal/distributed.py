@@ -1,4 +1,4 @@
-"""Joins the network with the planner: plans for the nodes that a coordinator has found, reports in the plan's
+"""Joins the network and the planner: plans for the nodes that a coordinator has found, reports in the plan's
 terms."""
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from .planning import plan_that_fits, planner_model
 from .portal import Portal, open_portal
 
 CALL_SECONDS = 0.1
-"""How long one call with rows of a prompt should last at most: others, and a cancel, wait that long."""
+"""Longest time that a call with rows of a prompt should take, since other sequences and a cancel wait for
+it."""
 _CHUNKS = (8, 256)
 
 
@@ -38,7 +39,7 @@ def coordinator_identity(model: Model) -> Identity:
 
 
 def cluster_of(nodes: Sequence[NodeInfo], links: Links) -> planner.Cluster:
-    """The planner's view of the nodes that answered and of the links between them, as they are by now."""
+    """The planner's view of the nodes that answered and of their links, by the latest measurements."""
     devices = tuple(slowed(replace(node.offer.device, name=node.label), node.slower) for node in nodes)
     there = {COORDINATOR, *(node.label for node in nodes)}
     return planner.Cluster(
@@ -74,7 +75,7 @@ class NetworkPlanner:
         self.plan: planner.Plan | None = None
 
     def __call__(self, nodes: Sequence[NodeInfo], links: Links) -> Placement:
-        """The Plan that a Coordinator is given (net/placement.py)."""
+        """The assignments of the best plan for these nodes, as net/placement.py needs them."""
         cluster = cluster_of(nodes, links)
         question = self._question(cluster, self._asked)
         plan, self.workload = plan_that_fits(question, shrink=self._shrink)
@@ -82,8 +83,7 @@ class NetworkPlanner:
         return Placement(plan.assignments, self._chunk_rows(plan, cluster))
 
     def now(self, nodes: Sequence[NodeInfo], links: Links) -> planner.Plan:
-        """The plan's stages with new predictions from what nodes and links have turned out to be (a
-        Coordinator's `nodes` and `links`), while its nodes are there."""
+        """The plan's stages, predicted anew by the latest measurements of nodes and links."""
         assert self.plan is not None, "something was planned"
         question = self._question(cluster_of(nodes, links), self.workload)
         found = planner.evaluate(question, self.plan.stages)
@@ -107,7 +107,7 @@ def measured_of(
     tokens_per_s: float | None,
     alone: dict[str, float] | None = None,
 ) -> RunMeasurements:
-    """What the stages did, for the report beside the prediction."""
+    """Measurements of a run, for the report beside the prediction."""
     return RunMeasurements(
         tokens_per_s=tokens_per_s,
         stage_seconds={
@@ -118,7 +118,7 @@ def measured_of(
 
 
 class NodeSession:
-    """A session on nodes, as answering.Session."""
+    """An answering.Session on nodes."""
 
     def __init__(self, portal: Portal[Coordinator], session: Session) -> None:
         self._portal, self._session = portal, session
@@ -126,7 +126,7 @@ class NodeSession:
     def answer(
         self, prompt: Sequence[int], *, max_tokens: int, end: Collection[int]
     ) -> Generator[int, None, None]:
-        """See answering.Session. NodeLostError: a node is lost, and the others cannot hold the model."""
+        """As answering.Session. NodeLostError: a node is lost, and the others cannot hold the model."""
 
         async def feed(put: Callable[[int], None]) -> None:
             async with self._session.answer(prompt, max_tokens=max_tokens, end=end) as tokens:
@@ -136,35 +136,35 @@ class NodeSession:
         return self._portal.stream(feed)
 
     def close(self) -> None:
-        """Frees the session's state on all nodes."""
+        """Frees the session's keys and values on all nodes."""
         self._portal.tell(self._session.close)
 
 
 class Nodes:
-    """Nodes in a chain, behind plain calls: what the network does runs in an event loop of its own thread."""
+    """A chain of nodes behind blocking calls. The network runs in an event loop in a thread of its own."""
 
     def __init__(self, portal: Portal[Coordinator], plans: NetworkPlanner) -> None:
         self._portal, self._plans = portal, plans
 
     @property
     def plan(self) -> planner.Plan:
-        """Who holds what, and what was predicted of it."""
+        """The plan in force."""
         assert self._plans.plan is not None, "nodes that serve were planned for"
         return self._plans.plan
 
     @property
     def context(self) -> int:
-        """Tokens of a sequence that the nodes have room for."""
+        """The context length of the plan, in tokens."""
         return self._plans.workload.context
 
     def session(self, settings: Settings) -> NodeSession:
-        """A sequence on the nodes."""
+        """A new session on the nodes."""
         coordinator = self._portal.opened
         return NodeSession(self._portal, coordinator.session(settings.sampling, context=settings.context))
 
     def stats(self) -> tuple[Sequence[StageReport], planner.Plan]:
-        """What each stage has done, and what the plan's stages should do by what is known of nodes and links
-        now. NodeLostError: a node was lost over it."""
+        """Measurements of each stage, and the plan's prediction by the latest measurements of nodes and
+        links. NodeLostError: a node was lost meanwhile."""
 
         async def ask() -> tuple[Sequence[StageReport], planner.Plan]:
             coordinator = self._portal.opened
@@ -177,8 +177,8 @@ class Nodes:
 def open_nodes(
     model: Model, addresses: Sequence[tuple[str, int]], workload: planner.Workload, *, shrink: bool = False
 ) -> Iterator[Nodes]:
-    """Nodes that run the model; `shrink` as for NetworkPlanner. NoPlanError: they cannot hold it; NetError:
-    one cannot be reached."""
+    """A chain of nodes that run the model; `shrink` as for NetworkPlanner. NoPlanError: the nodes cannot hold
+    the model. NetError: a node cannot be reached."""
     plans = NetworkPlanner(model, workload, shrink=shrink)
     opening = partial(Coordinator.open, addresses, coordinator_identity(model), shape_of(model), plans)
     with open_portal(opening) as portal:

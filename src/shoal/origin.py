@@ -1,7 +1,7 @@
-"""What a model was made from, kept beside it in `origin.json` (docs/format.md).
+"""The origin of a model: the checkpoint and the options of its conversion, in `origin.json` (docs/format.md).
 
-It belongs to this device and is no part of the model: two devices that convert one checkpoint have models of
-equal hash, wherever the checkpoint was."""
+It is not part of the model's hash: two devices that convert the same checkpoint have equal models, wherever
+the checkpoint was."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ ORIGIN = "origin.json"
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a checkpoint is, which bytes it had, and how it was converted."""
+    """Where a checkpoint is, what identifies its bytes, and how it was converted."""
 
     where: str
     """A path; hf:ORG/NAME; pypi:PROJECT."""
     content: str
-    """Equal for equal bytes: hash, revision or version."""
+    """Hash, revision or version: equal for equal bytes."""
     options: Mapping[str, object]
-    """Those of `convert` that change the model."""
+    """The options of `convert` that change the model."""
     stamps: Mapping[str, list[int]] = field(default_factory=dict)
-    """Of files, by name: what changes when the file does. Empty: it cannot be told from that."""
+    """Size and times of each file by name, which change with it. Empty: they say nothing."""
 
     def write(self, directory: Path) -> None:
-        """OSError: it cannot be written."""
+        """Writes `origin.json`. OSError: it cannot be written."""
         write_whole(directory / ORIGIN, json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
 
 
 def read_origin(directory: Path, index: Index) -> Origin | None:
-    """The origin of a model; None: nothing tells. What the index says counts, whatever is beside it."""
+    """The origin of a model. None: it is unknown. The index has precedence over `origin.json`."""
     options = options_of(index.dtype, index.head_dtype, index.has_min, index.kv_dtype)
     kept = _read(directory / ORIGIN)
     if kept is not None:
-        found = kept.options.get("dtype") == KEEP  # then the index has types that were found in the file
+        found = kept.options.get("dtype") == KEEP  # then the index has the types that were in the file
         options = dict(kept.options) if found else {**kept.options, **options}
     if index.source.startswith("pypi:"):
         return Origin(index.source.partition("==")[0], index.source, options)
@@ -52,7 +52,7 @@ def read_origin(directory: Path, index: Index) -> Origin | None:
 
 
 def options_of(dtype: str, head_dtype: str | None, has_min: bool, kv_dtype: str | None) -> dict[str, object]:
-    """The options of a conversion, equal where they give equal models."""
+    """The options of a conversion, in a form that is equal if the models are."""
     return {
         "dtype": dtype,
         "head_dtype": None if head_dtype == dtype else head_dtype,
@@ -62,7 +62,7 @@ def options_of(dtype: str, head_dtype: str | None, has_min: bool, kv_dtype: str 
 
 
 def _read(path: Path) -> Origin | None:
-    """The origin in a file; None where there is none that can be read: then nothing is known."""
+    """The origin in a file. None: the file is missing or damaged."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         origin = Origin(**values)

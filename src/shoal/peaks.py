@@ -1,8 +1,7 @@
-"""What this device reaches at most, measured beside the engine: the ceilings of decoding and of prompts.
+"""Peak speeds of this device: bytes/s of reading, which limits decoding, and MACs/s, which limits prompts.
 
-A loop in C reads the very memory that a stage's weights stand in, with as many threads, each in long
-stretches, with lines fetched ahead or not, whichever is faster; another computes the dot products of an
-instruction set on registers (csrc/peak.c)."""
+One loop in C reads the memory of a stage's weights with the stage's number of threads, with and without
+prefetching; the other computes dot products of an instruction set in registers (csrc/peak.c)."""
 
 from __future__ import annotations
 
@@ -20,16 +19,16 @@ from .engine.program import Matmul
 from .engine.stage import Stage
 
 _SECONDS = 0.05
-_PIECE = 1 << 18  # bytes: when the stretches are done, threads take pieces, so that a slow core paces nobody
+_PIECE = 1 << 18  # bytes that a thread reads at a time at the end, so that none waits for a slow core
 _TURNS = 1 << 12
 
 
 class Peaks:
-    """The loops, on threads of their own that sleep in between. A context: its end ends the threads."""
+    """The loops, on threads of their own. A context manager: its end ends the threads."""
 
     def __init__(self, arrays: Sequence[NDArray[Any]], threads: int, isa: str | None) -> None:
-        """`arrays` is what is read; isa None: dot products have no peak. Without the C library there is no
-        figure at all."""
+        """Reads `arrays`. `isa` None: there is no peak of dot products. Without the C library there are no
+        peaks."""
         self._pool: Any = None
         if available() is not None:
             return
@@ -37,7 +36,7 @@ class Peaks:
         flat = [array.reshape(-1).view(np.uint8) for array in arrays]
         pieces = [a[at : at + _PIECE] for a in flat for at in range(0, a.nbytes, _PIECE)]
         self.bytes = sum(piece.nbytes // 64 * 64 for piece in pieces)
-        """Bytes of one pass; whole lines are read."""
+        """Bytes of one pass, in whole cache lines."""
         self._keep = [ffi.from_buffer("char[]", piece) for piece in pieces]
         self._data = ffi.new("const char *[]", self._keep)
         self._sizes = ffi.new("uint64_t[]", [piece.nbytes for piece in pieces])
@@ -56,15 +55,14 @@ class Peaks:
             self._pool = None
 
     def read(self, passes: int, *, fetch: bool) -> tuple[float, int]:
-        """(seconds, the exclusive or of all 64-bit words) of reading everything `passes` times, with lines
-        fetched ahead or not."""
+        """Reads everything `passes` times: (seconds, exclusive or of all 64-bit words)."""
         nanoseconds = library().shoal_read_peak(
             self._pool, self._data, self._sizes, len(self._sizes), passes, fetch, self._result
         )
         return nanoseconds / 1e9, int(self._result[0])
 
     def bytes_per_s(self) -> float | None:
-        """Of reading, over about 50 ms each with and without fetching ahead, the better of both. None: no
+        """Speed of reading: the better of about 50 ms with and without prefetching. None: there is no
         figure."""
         if self._pool is None or not self.bytes:
             return None
@@ -73,11 +71,11 @@ class Peaks:
         return self.bytes * passes / min(self.read(passes, fetch=fetch)[0] for fetch in (False, True))
 
     def macs_per_s(self) -> float | None:
-        """Multiply-accumulates of int8 in dot products, over about 50 ms. None: no such figure."""
+        """int8 multiply-accumulates/s, over about 50 ms. None: there is no figure."""
         if self._pool is None or self._isa is None:
             return None
         turns, took = _TURNS, 0
-        for _ in range(2):  # the first to see how many turns to take
+        for _ in range(2):  # the first one finds the number of turns
             took = int(library().shoal_dot_peak(self._pool, self._isa, turns, self._result))
             if not took:
                 return None
@@ -86,12 +84,12 @@ class Peaks:
 
 
 def arrays_of(weights: Iterable[WeightData]) -> list[NDArray[Any]]:
-    """Numbers, scales and mins of some weights, as many as there are."""
+    """The arrays of some weights: quantised values, and scales and minima if there are any."""
     return [array for w in weights for array in (w.data, w.scales, w.mins) if array is not None]
 
 
 def peaks_of(stage: Stage) -> Peaks:
-    """The peaks to hold a stage against: of the memory that its matmuls read, on as many threads."""
+    """The peaks for a stage: the memory that its matmuls read, and its number of threads."""
     weights = [
         stage.bound.weights[unit, name]
         for unit, op in stage.bound.ops

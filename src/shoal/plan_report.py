@@ -1,5 +1,5 @@
-"""A plan as text for people (`shoal plan`, the demo) and as JSON for programs; measured beside predicted if
-given."""
+"""A plan as text (`shoal plan`, the demo) or JSON, with measurements beside the predictions if there are
+any."""
 
 import json
 import math
@@ -15,7 +15,7 @@ MB = 1e6
 
 @dataclass(frozen=True, slots=True)
 class RunMeasurements:
-    """What a run of the plan gave, in the plan's own terms; leave out what was not measured."""
+    """Measurements of a run of the plan, in the plan's terms. What was not measured is left out."""
 
     tokens_per_s: float | None = None
     stage_seconds: Mapping[str, float] = field(default_factory=dict)  # per decode call, by device
@@ -23,10 +23,10 @@ class RunMeasurements:
 
 
 def render(plan: Plan, measured: RunMeasurements | None = None) -> str:
-    """The plan as lines of text: stages and hops in the order a token takes, the prediction, one device
-    alone, reasons.
+    """The plan as text: stages and hops in the order of a token's lap, the prediction, each device alone, and
+    reasons.
 
-    ValueError: something was measured of a device that the plan does not have.
+    ValueError: there is a measurement of a device that is not in the plan.
     """
     measured = measured or RunMeasurements()
     _check(plan, measured)
@@ -37,13 +37,13 @@ def render(plan: Plan, measured: RunMeasurements | None = None) -> str:
 
 
 def render_infeasible(answer: Infeasible) -> str:
-    """Why there is no plan, how many MB are missing, and what would help."""
+    """Why there is no plan, and what would help."""
     remedy = "Raise a cap, add a device, or shorten the context." if answer.missing_bytes else "Add a link."
     return f"No plan: {answer.reason}. {remedy}\n"
 
 
 def to_json(answer: Plan | Infeasible) -> str:
-    """The answer as JSON: its fields by name, `feasible` first; an infinite rate becomes null."""
+    """The answer as JSON: `feasible`, then its fields by name. An infinite rate becomes null."""
     body = {"feasible": isinstance(answer, Plan), **asdict(answer)}
     return json.dumps(_finite(body), indent=2, allow_nan=False) + "\n"
 
@@ -68,7 +68,7 @@ def _check(plan: Plan, measured: RunMeasurements) -> None:
 
 
 def _table(plan: Plan, measured: RunMeasurements) -> list[str]:
-    """A row per hop and stage, in a token's order."""
+    """A row for each hop and stage, in the order of a token's lap."""
     with_measured = bool(measured.stage_seconds)
     rows: list[Sequence[str]] = [
         ["device", "units", "layers", "RAM MB", "cap MB", "ms"] + ["measured"] * with_measured
@@ -112,21 +112,21 @@ def _summary(plan: Plan, measured: RunMeasurements) -> list[str]:
         if stage.ram_bytes > stage.cap_bytes
     ]
     if plan.batch > 1:
-        lines.append(f"Sequences that wait share a call, {plan.batch} of them by this prediction.")
+        lines.append(f"Predicted with {plan.batch} sequences in each call.")
     return lines
 
 
 def _alone(plan: Plan, measured: RunMeasurements) -> list[str]:
-    """Whether one device by itself would be faster, and every device's own figure."""
+    """Whether one device alone would be faster, and the speed of each device alone."""
     best = plan.best_alone
     if best is None or best.tokens_per_s is None:
-        verdict = "One device alone: none holds the whole model under its cap."
+        verdict = "One device alone: none can hold the whole model under its cap."
         if any(not alone.missing_bytes for alone in plan.alone):
             verdict = (
                 "One device alone: none that holds the whole model has links to the coordinator and back."
             )
     elif [stage.device for stage in plan.stages] == [best.device]:
-        verdict = f"One device alone: this plan is that, {best.device} by itself."
+        verdict = f"One device alone: this plan is {best.device} alone."
     else:
         than = "faster" if best.tokens_per_s > plan.tokens_per_s else "slower"
         verdict = (

@@ -1,5 +1,5 @@
-"""A plan as a picture: a lane per device, a bar per stage, a line per hop, once for one token and once for
-several in flight. Plain SVG, written by hand: no package draws it."""
+"""A plan as an SVG timeline: a lane for each device, a bar for each stage, a line for each hop. One panel
+shows one token, the other several in flight."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .planner.streams import Fixed, Message, Walker, Way
 
 WIDTH, LABELS, LANE, BAR, TITLE, MARGIN = 960, 150, 34, 20, 34, 16
 COLOURS = ("#3b6ea5", "#c9692c", "#4d8f5b", "#8a5fa3", "#a8433f", "#5a7f8c", "#b0912f", "#6b6b6b")
-MOST_CALLS = 8  # that stay apart to the eye
+MOST_CALLS = 8  # more calls could not be told apart
 
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A stage's work on one call: seconds from `start` to `end` in a lane."""
+    """A stage's work on one call, from `start` to `end` in seconds."""
 
     lane: int
     call: int
@@ -28,7 +28,7 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """A message from lane to lane."""
+    """A message between two lanes, from `start` to `end` in seconds."""
 
     source: int
     target: int
@@ -65,8 +65,8 @@ class _Recorder(Walker):
 
 
 def schedule(plan: Plan, calls: int) -> list[Bar | Hop]:
-    """What `calls` decode calls that start together do, each stage and link taking one at a time. Lane 0 is
-    the coordinator's; the stages follow in their order."""
+    """The timeline of `calls` decode calls that start together; each stage and link serves one at a time.
+    Lane 0 is the coordinator's, and the stages follow in their order."""
     walker = _Recorder(plan)
     walker.send(0, [(1, 0, True, call) for call in range(calls)], 0.0)
     while walker.next_call < math.inf:
@@ -75,7 +75,7 @@ def schedule(plan: Plan, calls: int) -> list[Bar | Hop]:
 
 
 def draw(plan: Plan) -> str:
-    """The picture as SVG text."""
+    """The timeline as SVG text."""
     many = min(MOST_CALLS, max(2, len(plan.stages), -(-plan.streams // plan.batch)))
     share = f" of {plan.batch} sequences" if plan.batch > 1 else ""
     # Of several sequences a call finds stages busy and pays no pause, which one token by itself would.

@@ -1,6 +1,6 @@
-"""Joins engine and planner: a model's costs and a device's measurements as the planner's rows.
+"""Joins the engine and the planner: a model's costs and a device's measurements as the planner's rows.
 
-The planner imports nothing of ours, the engine nothing of the planner: this is the one place that knows both.
+Neither package imports the other; this module imports both.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from .planner.cost import PAUSE_SECONDS, StageCost, Step
 
 MB = 1_000_000
 USUAL_TOKENS = 2048
-"""Positions that a conversation fills, where nobody says how many it may."""
+"""Positions of a usual conversation, for plans without a given context length."""
 BASE_BYTES = 60 * MB
-"""What a node's process holds before its first unit, when nobody measured it."""
+"""RAM of a node's process without any unit, if it was not measured."""
 FREE_SHARE = 0.75
-"""Of the free RAM is promised when nobody says how much: other programs want to grow, too."""
+"""Share of the free RAM that is promised by default; other programs need some, too."""
 
 
 def planner_model(model: Model, options: StageOptions) -> planner.ModelCosts:
-    """The planner's view of a model: one row per unit."""
+    """The planner's view of a model: one row for each unit."""
     units = []
     constants = constant_bytes(model.program)
     for u in range(len(model.program.units)):
@@ -50,9 +50,10 @@ def planner_model(model: Model, options: StageOptions) -> planner.ModelCosts:
 
 
 def workspace_bytes(model: Model, options: StageOptions, first: int, last: int) -> int:
-    """Activations of the largest batch in a stage of units [first, last): all buffers at once. Those that
-    never live together share memory in a stage, which leaves room for messages. Embedding and head, where no
-    layer is with them, touch few buffers: these, and the rows once more in a message."""
+    """Bytes of activations of the largest batch in a stage of units [first, last), with every buffer in
+    memory of its own. A stage reuses memory of buffers that are not live at the same time, which leaves room
+    for messages. Stages without a layer (embedding or LM head alone) touch few buffers: these are counted,
+    and the rows of a message."""
     program = model.program
     rows = {"rows": options.max_rows, "wanted": min(options.max_rows, options.max_wanted)}
     names = [buffer.name for buffer in program.buffers]
@@ -64,15 +65,17 @@ def workspace_bytes(model: Model, options: StageOptions, first: int, last: int) 
 
 
 def scratch_bytes(model: Model, threads: int) -> int:
-    """What drawing tokens takes beside that, whichever units are held: three numbers a logit and thread, and
-    one for every 64 (csrc/sample.c); and what several threads share of one attention."""
+    """Bytes of scratch memory beside the workspace, whichever units are loaded: for each thread, three
+    numbers a logit and one for every 64 logits (csrc/sample.c); and partial results that threads share in an
+    attention."""
     padded = round_up(model.program.vocab, 64)
     shared = PART_BYTES if threads > 1 else 0
     return threads * round_up(padded * 12 + padded // 64 * 4, 64) + shared
 
 
 def _row_bytes(buffer: Buffer) -> int:
-    """A row of a buffer: floats, or int8 with a scale and a sum a group; whole cache lines."""
+    """Bytes of a row of a buffer, in whole cache lines: floats, or int8 with a scale and a sum for each
+    group."""
     groups = -(-buffer.cols // GROUP)
     return round_up(4 * buffer.cols if buffer.type == "f32" else groups * (GROUP + 8), 64)
 
@@ -80,8 +83,8 @@ def _row_bytes(buffer: Buffer) -> int:
 def stage_expectation(
     costs: planner.ModelCosts, device: planner.Device
 ) -> Callable[[int, int], Callable[[Sequence[Step], float], float]]:
-    """For stages [first, last) of a device: seconds that a call should take, of its steps and of how long the
-    stage has waited for them."""
+    """A function of (first, last), a stage of a device. It returns a function of (steps, pause): the
+    predicted seconds of a call with these steps after the stage has waited for `pause` seconds."""
 
     def stage(first: int, last: int) -> Callable[[Sequence[Step], float], float]:
         cost = StageCost(costs, device, first, last)
@@ -97,8 +100,8 @@ def stage_expectation(
 def device_row(
     name: str, measured: Measured, *, ram_bytes: int, base_bytes: int, hop_s: float = 0.0
 ) -> planner.Device:
-    """A measured device as the planner's row, which the network and the files of profiles carry as it is: it
-    promises `ram_bytes`, its process takes `base_bytes` of them, and every step takes `hop_s` beside what was
+    """A measured device as the planner's row, which network messages and profile files contain unchanged. It
+    promises `ram_bytes`, of which its process needs `base_bytes`; every step needs `hop_s` more than was
     measured."""
     return planner.Device(
         name=name,
@@ -115,8 +118,8 @@ def device_row(
 
 
 def plan_or_error(question: planner.Question) -> planner.Plan:
-    """The best plan. NoPlanError: none fits; the message says how many MB are missing."""
-    from .plan_report import render_infeasible  # only here: a node reports no plan
+    """The best plan. NoPlanError: there is none; the message says how many MB are missing."""
+    from .plan_report import render_infeasible  # only here, since a node prints no plan
 
     answer = planner.plan(question)
     if isinstance(answer, planner.Infeasible):
@@ -125,16 +128,16 @@ def plan_or_error(question: planner.Question) -> planner.Plan:
 
 
 def default_workload(context: int, *, given: bool, prompt: int = 1, streams: int = 1) -> planner.Workload:
-    """What `shoal run` and `shoal plan` ask a plan for. Unless the context was `given`, speed is that of the
-    middle of a conversation of usual length, not of half of what the model could hold."""
+    """The workload of `shoal run` and `shoal plan`. Unless the context length was `given`, speed is predicted
+    for the middle of a conversation of usual length instead of the middle of the context."""
     prompt = min(prompt, context)
     depth = None if given else (prompt + min(context, USUAL_TOKENS)) // 2
     return planner.Workload(context, sequences=streams, prompt_tokens=prompt, streams=streams, depth=depth)
 
 
 def plan_that_fits(question: planner.Question, *, shrink: bool) -> tuple[planner.Plan, planner.Workload]:
-    """The best plan, and the workload that it is for: where the context that is asked for does not fit the
-    devices' RAM and may `shrink`, the largest that does. Errors as for plan_or_error."""
+    """The best plan and its workload. If the context length does not fit in the devices' RAM and may
+    `shrink`, it becomes the largest that fits. Errors as for plan_or_error."""
     workload = question.workload
     try:
         return plan_or_error(question), workload
@@ -154,7 +157,7 @@ def plan_that_fits(question: planner.Question, *, shrink: bool) -> tuple[planner
         answer = planner.plan(of(pages), method="dp", explain=False)
         return not isinstance(answer, planner.Infeasible)
 
-    # The least that does not fit is above `low`; one page is tried in the end, whether it fits or not.
+    # `high` pages do not fit. If none was found to fit, one page is tried at the end.
     low, high = 1, -(-workload.context // PAGE)
     while high - low > 1:
         middle = (low + high) // 2

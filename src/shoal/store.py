@@ -1,7 +1,7 @@
-"""Where models are kept on this device, and how a name finds one.
+"""The models on this device, by name.
 
-The directory follows the XDG rules: `$XDG_CACHE_HOME/shoal`, or `~/.cache/shoal`. In it: `models/NAME`, and
-`downloads/` for what was fetched."""
+They are kept in `$XDG_CACHE_HOME/shoal` or `~/.cache/shoal`, as XDG says: models in `models/NAME`, downloaded
+checkpoints in `downloads/`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def cache_directory() -> Path:
-    """The directory of everything that can be fetched or made again. OperatingSystemError: no home."""
+    """The directory of files that can be made again. OperatingSystemError: there is no home directory."""
     try:
         return files.cache_directory()
     except RuntimeError:
@@ -35,24 +35,24 @@ def cache_directory() -> Path:
 
 
 def models_directory() -> Path:
-    """The directory with one model directory for each name."""
+    """The directory of all models."""
     return cache_directory() / "models"
 
 
 def downloads_directory() -> Path:
-    """The directory of fetched checkpoints, whole and in part."""
+    """The directory of downloaded checkpoints, complete and partial."""
     return cache_directory() / "downloads"
 
 
 def model_path(name: str) -> Path:
-    """Where the model of that name is, or would be. ShoalError: no good name."""
+    """The path of the model of that name, whether it exists or not. ShoalError: the name is invalid."""
     if not _NAME.fullmatch(name):
-        raise ShoalError(f"{name!r} is no good name for a model: use letters, digits, dots, - and _")
+        raise ShoalError(f"{name!r} is not a valid name for a model: use letters, digits, dots, - and _")
     return models_directory() / name
 
 
 def names() -> list[str]:
-    """Names of the models that are here, sorted. OSError: the directory cannot be read."""
+    """Names of the models on this device, sorted. OSError: the directory cannot be read."""
     directory = models_directory()
     try:
         with os.scandir(directory) as entries:
@@ -65,12 +65,12 @@ def names() -> list[str]:
 def _listed(path: Path) -> bool:
     try:
         return is_model(path)
-    except OSError:  # a model that we may not read is one
+    except OSError:  # a model without read permission is listed, too
         return True
 
 
 def is_model(path: Path) -> bool:
-    """Whether there is a model directory, damaged or not. OSError: the system does not let us look."""
+    """Whether this is a model directory, damaged or not. OSError: permission was denied."""
     try:
         return stat.S_ISREG((path / INDEX).stat().st_mode)
     except OSError as error:
@@ -80,7 +80,7 @@ def is_model(path: Path) -> bool:
 
 
 def expanded(path: str) -> Path:
-    """The path, with `~` and `~USER` replaced where there is such a user."""
+    """The path, with `~` and `~USER` replaced if there is such a user."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -88,13 +88,13 @@ def expanded(path: str) -> Path:
 
 
 def resolve(name_or_path: str) -> Path:
-    """The model directory of a name that `shoal ls` shows, or of a path. ModelFileError: there is none."""
+    """The model directory of a name or a path. ModelFileError: there is none."""
     refused: OSError | OperatingSystemError | None = None
     if _NAME.fullmatch(name_or_path):
         try:
             if is_model(models_directory() / name_or_path):
                 return models_directory() / name_or_path
-        except (OSError, OperatingSystemError) as error:  # it may be a path all the same
+        except (OSError, OperatingSystemError) as error:  # it may be a path nevertheless
             refused = error
     path = expanded(name_or_path)
     if is_model(path):
@@ -102,32 +102,32 @@ def resolve(name_or_path: str) -> Path:
     if refused is not None:
         raise refused
     try:
-        here = f"here are: {', '.join(names())}" if names() else "there are none yet"
+        here = f"there are: {', '.join(names())}" if names() else "there are none yet"
     except (OSError, OperatingSystemError):
-        here = "no model can be kept here"
+        here = "models cannot be kept on this device"
     exists = os.path.exists(path)
-    what = f"{path} is no model directory" if exists else f"there is no model {name_or_path!r}"
-    raise ModelFileError(f"{what}; {here}; `shoal pull smollm2-135m` fetches a small one")
+    what = f"{path} is not a model directory" if exists else f"there is no model {name_or_path!r}"
+    raise ModelFileError(f"{what}; {here}; `shoal pull smollm2-135m` downloads a small one")
 
 
 def remove(name: str) -> None:
-    """Removes the model of that name, damaged or not. ModelFileError: there is none."""
+    """Deletes the model of that name, damaged or not. ModelFileError: there is none."""
     path = model_path(name)
     if not path.is_dir():
-        raise ModelFileError(f"there is no model {name!r} to remove; `shoal ls` lists those on this device")
+        raise ModelFileError(f"there is no model {name!r} to delete: `shoal ls` lists the models")
     with locked(name):
         remove_directory(path)
 
 
 @contextmanager
 def locked(name: str) -> Iterator[None]:
-    """Held by one process at a time: a second pull of a model waits, and then finds the work done."""
+    """A lock for making or deleting a model. A second pull of a model waits, and then finds the work done."""
     directory = models_directory()
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / f".{name}.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"waiting for another shoal that is fetching {name}", file=sys.stderr)
+            print(f"waiting for another shoal process that is making {name}", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

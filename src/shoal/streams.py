@@ -1,8 +1,7 @@
-"""The standard streams, made safe before a command runs.
+"""Output of a command: the standard streams, made safe before it runs, and files that the user names.
 
-A stream may be closed, full, or in an encoding that lacks a character. Output never fails because of a
-character, messages on standard error never stop the work that they are about, and an error of standard output
-says its name.
+A standard stream may be closed, full, or in an encoding that lacks a character. Output never fails because of
+a character, an error on standard error never stops the work, and an error of standard output names it.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ _SAFE = {
     "r": ("surrogateescape", "ignore", "replace", "backslashreplace"),
     "w": (_ENCODING_ERRORS, "ignore", "replace", "backslashreplace", "namereplace", "xmlcharrefreplace"),
 }
-"""Error handlers that never raise, by direction; the first is what we set in place of any other."""
+"""Error handlers that never raise, by direction. The first one replaces any that can raise."""
 
 
 @contextmanager
 def standard_streams() -> Iterator[None]:
-    """Gives the process three streams that can be used; at the end flushes them and restores the old ones."""
+    """Gives the process three usable streams. At the end they are flushed and the old ones restored."""
     codecs.register_error(_ENCODING_ERRORS, _encode)
     _occupy_descriptors()
     before = sys.stdin, sys.stdout, sys.stderr
@@ -48,7 +47,8 @@ def standard_streams() -> Iterator[None]:
 
 
 class _Guarded:
-    """A stream for text whose errors name it, or do not stop its writer. A reader that went away does."""
+    """A text stream whose errors name it, or are ignored unless `stops`. A reader that has gone away always
+    stops the writer."""
 
     def __init__(self, stream: TextIO, name: str, *, stops: bool) -> None:
         self._stream, self._name, self._stops = stream, name, stops
@@ -62,7 +62,8 @@ class _Guarded:
             return len(text)
 
     def flush(self) -> None:
-        """Raises the error of an earlier write, too: its writer may have ignored it, as argparse does."""
+        """Flushes. An error of an earlier write is raised again, since its writer may have ignored it, as
+        argparse does."""
         try:
             self._stream.flush()
         except OSError as error:
@@ -81,7 +82,7 @@ class _Guarded:
 
 
 class _Closed(io.TextIOBase):
-    """Standard output where the process was started without one."""
+    """Standard output of a process that was started without one."""
 
     encoding = "utf-8"
 
@@ -93,22 +94,24 @@ class _Closed(io.TextIOBase):
 
 
 def _occupy_descriptors() -> None:
-    """Opens what is closed of descriptors 0 to 2, or the next file that is opened would be taken for a
-    standard stream by whatever is written to one."""
+    """Opens those of descriptors 0 to 2 that are closed. Otherwise the next file that is opened would get
+    such a number, and output for a standard stream would be written to it."""
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(fd, True)
     os.close(fd)
 
 
 def _safe(stream: TextIO, direction: str) -> TextIO:
-    """The stream, with an error handler that never raises; one that was chosen (PYTHONIOENCODING) stays."""
+    """The stream, with an error handler that never raises. One that was chosen with PYTHONIOENCODING is
+    kept."""
     if isinstance(stream, io.TextIOWrapper) and stream.errors not in _SAFE[direction]:
         stream.reconfigure(errors=_SAFE[direction][0])
     return stream
 
 
 def _encode(error: UnicodeError) -> tuple[str | bytes, int]:
-    """A byte of a file name that was no text goes out as it came in; what the encoding lacks becomes "?"."""
+    """Encodes a byte of a file name that is not text as that byte, and a character that the encoding lacks as
+    "?"."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     code = ord(error.object[error.start])
@@ -116,7 +119,8 @@ def _encode(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def _empty(stream: TextIO) -> None:
-    """Flushes the stream. What it does not take is dropped: the interpreter would try again and complain."""
+    """Flushes the stream. Output that it rejects is dropped, or the interpreter would try again and
+    complain."""
     try:
         stream.flush()
     except OSError:

@@ -1,4 +1,4 @@
-"""Plain-text tables: columns as wide as they must be, numbers to the right."""
+"""Plain-text tables with columns of minimal width and right-aligned numbers."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ from collections.abc import Sequence
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table without frames; a column whose cells are all numbers (or empty) is set to the right."""
+    """A table without frames. A column of numbers (or empty cells) is right-aligned."""
     right = [all(not row[i] or row[i][0].isdigit() for row in rows) for i in range(len(header))]
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     return "\n".join(columns([header, ["-" * width for width in widths], *rows], right))
 
 
 def columns(rows: Sequence[Sequence[str]], right: Sequence[bool] = ()) -> list[str]:
-    """Lines whose cells are two spaces apart, flush right in the columns where `right` says so (default:
-    none)."""
+    """Lines with two spaces between columns; those marked in `right` are right-aligned (default: none)."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     to_right = right or [False] * len(widths)
 

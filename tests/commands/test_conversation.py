@@ -162,7 +162,7 @@ def test_the_system_message_is_set_shown_and_sent(talk: Talk, capsys: pytest.Cap
 def test_stats_and_help(talk: Talk, capsys: pytest.CaptureFixture[str]) -> None:
     talk.type("/stats", "hello", "/STATS", "/help")
     err = capsys.readouterr().err
-    assert "nothing has been answered yet" in err
+    assert "there is no answer yet" in err
     assert re.search(r"4 tokens, .*; \d+ of 200 tokens of context are used", err)
     for command in ("/clear", "/system", "/stats", "/help", "/exit"):
         assert command in err
@@ -224,7 +224,7 @@ def test_a_conversation_that_outgrows_the_context_goes_on_with_its_last_message(
     finally:
         talk.session.close()
     err = capsys.readouterr().err
-    assert "has outgrown the context of 60 tokens and begins anew" in err
+    assert "exceeds the context of 60 tokens: this is a new one" in err
     assert "the context holds 60" in err  # the one that fits in no conversation
     assert all(len(prompt) < 60 for prompt in talk.session.prompts)
     assert contents(talk)[-2] == ("user", "hello")
@@ -246,7 +246,7 @@ def test_memory_that_runs_out_begins_the_conversation_anew(
 ) -> None:
     talk.session.fail = ContextError("keys and values have filled it")
     talk.type("hello", "again")
-    assert "begins anew" in capsys.readouterr().err
+    assert "this is a new conversation" in capsys.readouterr().err
     assert contents(talk)[0][1] == "again"
 
 

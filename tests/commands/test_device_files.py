@@ -93,7 +93,7 @@ DEVICE = ["devices", 0, "device"]
 @pytest.mark.parametrize(
     ("where", "value", "message"),
     [
-        (["shoal_profile"], 2, "version 2 and this shoal reads 3: measure again"),
+        (["shoal_profile"], 2, "version 2, and this shoal reads version 3: measure again"),
         (["shoal_profile"], True, "version True"),
         (["extra"], 1, "unknown key 'extra'"),
         (["devices"], {}, r"the profile\.devices = \{\} is not a list"),
@@ -170,9 +170,9 @@ def test_a_cluster_is_made_of_a_profile(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("devices", "links", "message"),
     [
-        ((), (), "it describes no device"),
+        ((), (), "it has no devices"),
         ((PI, PI), (), "device pi is listed twice"),
-        ((PI, LAPTOP), (LINKS[0], LINKS[0]), "it has a link twice"),
+        ((PI, LAPTOP), (LINKS[0], LINKS[0]), "it has a duplicate link"),
         ((PI,), LINKS, "there is no device laptop"),
     ],
 )

@@ -12,7 +12,7 @@ from shoal.engine.errors import NoPlanError, ShoalError
 from shoal.planning import plan_or_error
 
 GOOD = """
-head = "laptop"
+coordinator = "laptop"
 [default_link]
 latency_ms = 4
 mbit_per_s = 80
@@ -64,7 +64,7 @@ def test_units_of_the_file(tmp_path: Path) -> None:
         (GOOD.replace('to = "phone"', 'to = ["phone"]'), "to must be a name"),
         (GOOD.replace('name = "phone"', 'name = ["phone"]'), "name = .* is not a string"),
         (GOOD.replace('"phone"', '"pho\\u0001ne"'), "cannot be printed"),
-        (GOOD.replace('head = "laptop"', "head = [1]"), "head must be a name"),
+        (GOOD.replace('coordinator = "laptop"', "coordinator = [1]"), "coordinator must be a name"),
         ("link = 3\n" + GOOD[: GOOD.index("[[link]]")], r"\[\[link\]\]"),
         *((GOOD.replace("= 300", f"= {bad}"), "ram_mb") for bad in ("inf", "nan", "1e400", "9" * 400)),
     ],
@@ -76,7 +76,7 @@ def test_a_bad_file_is_named_with_its_fault(tmp_path: Path, text: str, message: 
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ShoalError, match=r"nowhere\.toml is missing"):
+    with pytest.raises(ShoalError, match=r"nowhere\.toml does not exist"):
         read_devices(tmp_path / "nowhere.toml")
 
 

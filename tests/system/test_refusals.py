@@ -118,7 +118,9 @@ def test_no_home(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert main(["verify", str(tmp_path / "tiny")]) == 0
     monkeypatch.chdir(tmp_path)
     assert main(["verify", "tiny"]) == 0
-    with pytest.raises(ModelFileError, match=r"there is no model '\./x'; no model can be kept here"):
+    with pytest.raises(
+        ModelFileError, match=r"there is no model '\./x'; models cannot be kept on this device"
+    ):
         store.resolve("./x")
 
 
@@ -126,7 +128,7 @@ def test_a_user_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "~no-such-user/model", "hi"]) == 3
     assert "there is no model '~no-such-user/model'" in capsys.readouterr().err
     assert main(["pull", "~no-such-user/model"]) == 11
-    assert "'~no-such-user/model' is neither" in capsys.readouterr().err
+    assert "'~no-such-user/model' is not a source" in capsys.readouterr().err
 
 
 def test_a_name_that_no_file_can_have(capsys: pytest.CaptureFixture[str]) -> None:

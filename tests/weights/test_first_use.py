@@ -34,8 +34,8 @@ def test_a_directory_is_converted_on_first_use_and_not_again(
     line = ["run", str(checkpoint), "hello", "-n", "3"]
     assert main(line) == 0
     first = capsys.readouterr()
-    assert re.search(r"first use of .*Tiny: converting it to int8, which takes about 0 MB of disk", first.err)
-    assert "of RAM to run it" in first.err and "it is called tiny" in first.err
+    assert re.search(r"first use of .*Tiny: converting it to int8, which needs about 0 MB of disk", first.err)
+    assert "of RAM to run it" in first.err and "its name from now on is tiny" in first.err
     assert main(line) == 0
     again = capsys.readouterr()
     assert again.out == first.out

@@ -190,8 +190,8 @@ def test_a_gguf_of_a_repository(
     ("source", "code", "message"),
     [
         ("hf:org/several", 11, "has tiny-F32-00001-of-00003.gguf (3 parts), tiny-f16.gguf"),
-        ("hf:org/torch", 11, "has neither model.safetensors nor model.safetensors.index.json nor a GGUF"),
-        ("hf:org/missing", 11, "has no odd.safetensors, which its own model.safetensors.index.json names"),
+        ("hf:org/torch", 11, "has no checkpoint: neither model.safetensors nor model.safetensors.index.json"),
+        ("hf:org/missing", 11, "has no odd.safetensors, which its model.safetensors.index.json lists"),
         ("hf:org/traversal", 3, "in '../../odd.safetensors', which is no name of a .safetensors file"),
     ],
 )  # fmt: skip
@@ -207,7 +207,7 @@ def test_a_repository_that_has_not_what_is_wanted(
 def test_no_such_repository(hub: str, tmp_path: Path) -> None:
     done = shoal(hub, tmp_path, "pull", "hf:org/none")
     assert done.returncode == 11
-    assert done.stderr.startswith("shoal: error: hf:org/none could not be fetched: ")
+    assert done.stderr.startswith("shoal: error: hf:org/none could not be downloaded: ")
     assert "check the name and the network" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
@@ -218,9 +218,9 @@ def test_a_repository_that_is_run_is_fetched_once_after_its_costs_were_said(hub:
     costs, *_, named = done.stderr.splitlines()
     size = len(Hub.repositories["org/chat"][SINGLE])
     assert (
-        f"first use of hf:org/chat: converting it to int8, which takes {size / 1e6:.0f} MB to down" in costs
+        f"first use of hf:org/chat: converting it to int8, which needs {size / 1e6:.0f} MB to down" in costs
     )
-    assert "of disk" in costs and "of RAM" in costs and named.endswith("it is called chat")
+    assert "of disk" in costs and "of RAM" in costs and named.endswith("its name from now on is chat")
     again = shoal("http://127.0.0.1:9", tmp_path, "run", "hf:org/chat", "hello", "-n", "3")
     assert (again.returncode, again.stdout) == (0, done.stdout)
     assert "first use" not in again.stderr

@@ -185,7 +185,7 @@ def test_the_same_bytes_are_the_same_source(final: Path, tmp_path: Path, no_work
     pull(str(tmp_path / "link"), name="final")
     shutil.rmtree(final)
     pull(str(final))  # its model is here
-    with pytest.raises(ShoalError, match="neither a name that can be pulled"):
+    with pytest.raises(ShoalError, match="is not a source: give smollm2-135m"):
         pull(str(tmp_path / "c" / "final"))
 
 
@@ -298,7 +298,7 @@ def test_a_checkpoint_that_changes_meanwhile_is_not_kept(
     train(final)
     with monkeypatch.context() as patch:
         patch.setattr(Progress, "update", update)
-        with pytest.raises(ModelFileError, match="has changed while it was read: pull it again"):
+        with pytest.raises(ModelFileError, match="changed while it was read: pull it again"):
             pull(str(final))
     assert {path.name: path.read_bytes() for path in before.iterdir()} == kept
     assert [path.name for path in before.parent.iterdir() if path.name.endswith(".part")] == []
@@ -409,7 +409,7 @@ def test_ls_shows_where_models_are_from_and_rm_removes_them(
     assert store.names() == []
     assert [path.name for path in store.models_directory().iterdir() if path.is_dir()] == []
     assert main(["rm", "final"]) == 3
-    assert "there is no model 'final' to remove; `shoal ls` lists" in capsys.readouterr().err
+    assert "there is no model 'final' to delete: `shoal ls` lists" in capsys.readouterr().err
     assert main(["rm", "../models"]) == 1
 
 

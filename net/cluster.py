@@ -4,11 +4,11 @@ or a clock.
     gathering ──all joined──> measuring ──> planning ──> loading ──all loaded──> serving
                                                ↑                       │            │
                                                └───── a node is lost ──┴────────────┘
-    failed: from anywhere, once; nothing is decided after it
+    failed: reached from any phase, and final
 
-Every plan that is carried out gets an epoch of its own. A node that is lost while it holds a stage ends the
-epoch; with survivors the next plan is made at once. Before the first epoch has been served any loss is a
-failure, since then somebody is there to mend it. `now` is in seconds of any clock that never goes back.
+Each plan that is carried out gets an epoch of its own. The loss of a node that holds a stage ends the epoch,
+and the survivors are planned for at once. Before the first epoch is served any loss is a failure: the user is
+still at the terminal and can correct it. `now` is in seconds of any monotonic clock.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ Phase = Literal["gathering", "measuring", "planning", "loading", "serving", "fai
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A node as the coordinator knows it; members are named by their place in the list of addresses."""
+    """A node as the coordinator knows it, identified by its index in the list of addresses."""
 
     host: str
     port: int
     hello: Hello | None = None
     label: str = ""
-    """The node's name, or name@host:port where two have the same."""
+    """The node's name, or name@host:port if another has the same name."""
     lost: str = ""
-    """Why it is lost, if it is."""
+    """The reason for its loss; empty while it is not lost."""
     heard: float = 0.0
     pinged: float = 0.0
 
@@ -71,36 +71,36 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class ClusterState:
-    """The coordinator's view. `epoch` is that of the newest assignment; `placement` belongs to it."""
+    """The coordinator's view of its nodes. `epoch` and `placement` are those of the newest plan."""
 
     members: tuple[Member, ...]
     units: int
     epoch: Epoch
     timing: Timing = DEFAULT_TIMING
     approximate: bool = False
-    """Nodes whose results are not exact may mix with others."""
+    """Allow nodes whose results are not exact beside exact ones."""
     recover: bool = True
     phase: Phase = "gathering"
     plans: int = 0
-    """Plans asked for: an answer to an older question is ignored."""
+    """The number of plans requested so far; an answer to an earlier request is ignored."""
     placement: Placement = NO_PLACEMENT
     loaded: frozenset[int] = frozenset()
     served: bool = False
-    """Some epoch has been served."""
+    """Whether any epoch has been served."""
 
     def index(self, label: str) -> int:
-        """The living member of that label. KeyError: none."""
+        """The index of the live member with that label. KeyError: there is none."""
         for i, member in enumerate(self.members):
             if member.label == label and member.alive:
                 return i
         raise KeyError(label)
 
     def alive(self) -> tuple[int, ...]:
-        """Members that have joined and are not lost."""
+        """The indices of members that have joined and are not lost."""
         return tuple(i for i, member in enumerate(self.members) if member.alive)
 
     def holders(self) -> tuple[int, ...]:
-        """Members of the placement, in the chain's order, lost ones too."""
+        """The members with a stage, in the order of the chain, including lost ones."""
         labels = [member.label for member in self.members]
         return tuple(labels.index(stage.device) for stage in self.placement.stages)
 
@@ -109,7 +109,7 @@ Outcome = tuple[ClusterState, tuple[Command, ...]]
 
 
 def decide(state: ClusterState, event: Event, now: float) -> Outcome:
-    """The state after an event, and what is to be done about it."""
+    """The state after an event, and the commands to carry out."""
     if state.phase == "failed":
         return state, ()
     match event:
@@ -133,8 +133,8 @@ def decide(state: ClusterState, event: Event, now: float) -> Outcome:
 
 
 def check_placement(state: ClusterState, placement: Placement) -> None:
-    """LocalProtocolError: a plan that does not cover the units in order, or names a node that is not there,
-    or names one twice. Plans come from our own code."""
+    """Checks a plan. LocalProtocolError, since plans are made by our own code: it does not cover the units in
+    order, or names an absent node, or a node twice."""
     edges = [0, *(stage.last for stage in placement.stages)]
     if (
         [stage.first for stage in placement.stages] != edges[:-1]
@@ -171,7 +171,7 @@ def _joined(state: ClusterState, event: Joined, now: float) -> Outcome:
             state,
             MismatchError(
                 f"{first.label} computes exactly and {second.label} approximately (its backend is not "
-                "native): answers would depend on the cut; start all nodes with the same kind of backend"
+                "native), so answers would depend on the plan: start all nodes with the same --backend"
             ),
         )
     return replace(state, phase="measuring"), (MeasureLinks(state.alive()),)
@@ -197,7 +197,9 @@ def _plan(state: ClusterState) -> Outcome:
 def _planned(state: ClusterState, answer: Placement | ShoalError) -> Outcome:
     if isinstance(answer, ShoalError):
         gone = "; ".join(member.lost for member in state.members if member.lost)
-        return _fail(state, NodeLostError(f"{gone}; and without it: {answer}") if gone else answer)
+        return _fail(
+            state, NodeLostError(f"{gone}; the other nodes cannot go on: {answer}") if gone else answer
+        )
     try:
         check_placement(state, answer)
     except LocalProtocolError as error:
@@ -215,7 +217,7 @@ def _planned(state: ClusterState, answer: Placement | ShoalError) -> Outcome:
 
 
 def peer_of(member: Member) -> Peer:
-    """A member as another node finds it."""
+    """The address and incarnation by which another node connects to a member."""
     assert member.hello is not None
     return Peer(member.hello.name, member.host, member.port, member.hello.incarnation)
 
@@ -230,7 +232,7 @@ def _loaded(state: ClusterState, member: int, epoch: Epoch) -> Outcome:
 
 
 def _broken(state: ClusterState, event: StageBroken) -> Outcome:
-    """A stage that cannot be loaded, or a next node that cannot be reached: whoever is to blame is out."""
+    """Removes the node at fault: the sender, whose stage failed, or the next node, which it cannot reach."""
     if event.epoch != state.epoch or state.phase not in ("loading", "serving"):
         return state, ()
     blamed = event.member
@@ -245,7 +247,7 @@ def _left(state: ClusterState, member: int, error: ShoalError) -> Outcome:
     if state.members[member].lost:
         return state, ()
     held = state.phase in ("loading", "serving") and member in state.holders()
-    state = _with_member(state, member, lost=str(error) or "it is lost")
+    state = _with_member(state, member, lost=str(error) or "a node is lost")
     if not state.served or not state.alive() or (held and not state.recover):
         return _fail(state, error)
     if held:
@@ -265,7 +267,7 @@ def _tick(state: ClusterState, now: float) -> Outcome:
         if silence >= state.timing.overdue:
             error = NodeLostError(
                 f"{member.label or 'the node'} ({member.host}:{member.port}) has said nothing for "
-                f"{silence:.0f} s: is it asleep, or off the network?"
+                f"{silence:.0f} s: check that it is awake and on the network"
             )
             state, more = _left(state, i, error)
             commands += more

@@ -1,8 +1,9 @@
-"""A connection to one peer over any trio stream: messages in and out, and every failure as one of our errors.
+"""Connections to a peer over any trio stream, which send and receive messages and raise the errors of
+net/errors.
 
-One task reads (whoever calls `receive`), one task of the link's own writes what waits in a bounded queue, so
-that a slow line delays its own messages and never a computation that could go on. This file is the only one
-that sees trio's and the system's exceptions of streams; it names the peer in each.
+The caller of `receive` reads. A task of each connection writes what is in its bounded queue, so that a slow
+network delays that connection's messages and not the computation. Only this file handles stream exceptions of
+trio and the operating system; it translates each into an error that names the peer.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ READ_BYTES = 256 * 1024
 FLUSH_SECONDS = 1.0
 QUEUE = 64
 STEP_QUEUE = 4
-"""Frames of up to 4 MiB: few of them, so that a slow line holds back the stage before it."""
+"""Length of the queue of a `step` connection, whose frames have up to 4 MiB. It is short so that a slow
+network throttles the stage that sends."""
 
 OpenStream = Callable[[str, int], Awaitable[trio.abc.Stream]]
 Kind = TypeVar("Kind")
@@ -47,12 +49,12 @@ class Hop(Protocol):
 
 
 async def in_thread(call: Callable[[], T], /) -> T:
-    """Runs a blocking call in a worker thread; a cancelled caller still waits for its end."""
+    """Runs a blocking call in a worker thread; a cancelled caller still waits until it returns."""
     return await trio.to_thread.run_sync(call)
 
 
 class Connection:
-    """One end of a connection. Made by `open_link`; `peer` names the other end in every error."""
+    """One end of a connection, made by `open_connection`. `peer` is the name of the other end in errors."""
 
     def __init__(self, stream: trio.abc.Stream, peer: str, *, dialled: bool, queue: int = QUEUE) -> None:
         self.peer = peer
@@ -70,7 +72,7 @@ class Connection:
             raise self._loss("the connection has ended") from None
 
     def post(self, message: Message) -> bool:
-        """Queues a message if there is room, and says whether there was. NodeLostError: the connection has
+        """Queues a message if the queue has room; returns whether it had. NodeLostError: the connection has
         ended."""
         try:
             self._outgoing.send_nowait(self._wire.send(message))
@@ -81,7 +83,7 @@ class Connection:
         return True
 
     async def receive(self) -> Message:
-        """The next message; an Error from the peer is raised as what it says.
+        """Returns the next message. An Error message is raised as the exception that it describes.
 
         NodeLostError: the connection has ended. MismatchError, RemoteProtocolError: the peer is at fault."""
         while True:
@@ -99,17 +101,19 @@ class Connection:
                 return message
 
     async def expect(self, kind: type[Kind]) -> Kind:
-        """The next message, which has to be of that kind."""
+        """Returns the next message. RemoteProtocolError: it is of another kind."""
         message = await self.receive()
         if not isinstance(message, kind):
-            raise RemoteProtocolError(f"{self.peer}: {type(message).__name__} came, {kind.__name__} was due")
+            raise RemoteProtocolError(
+                f"{self.peer} sent {type(message).__name__} where {kind.__name__} was expected"
+            )
         return message
 
     async def refuse(self, error: Exception) -> None:
-        """Says why the connection ends here, and lets the peer read it.
+        """Sends the reason for ending the connection, and gives the peer time to read it.
 
-        A socket that is closed while it holds unread bytes takes back what it sent last; so these are read,
-        for a second at most."""
+        Closing a socket that has unread bytes resets the connection, which can discard what was sent last. So
+        incoming bytes are read first, for at most a second."""
         try:
             await self.send(Error(*to_wire(error)))
             await self._drained()
@@ -119,9 +123,9 @@ class Connection:
                 while await self._stream.receive_some(READ_BYTES):
                     pass
         except (NodeLostError, trio.BrokenResourceError, trio.ClosedResourceError):
-            return  # it has gone already: nobody is left to be told
+            return  # the peer has gone already
         except trio.BusyResourceError:
-            return  # it reads nothing, so what waits to be written is stuck, and this would be too
+            return  # a write is stuck because the peer reads nothing, so the reason cannot be sent either
 
     async def _read(self) -> bytes | bytearray:
         try:
@@ -132,26 +136,26 @@ class Connection:
             raise self._loss("the connection has ended") from error
 
     def _loss(self, why: str) -> NodeLostError:
-        """The first reason stays: what comes after it are consequences."""
+        """The error to raise. It keeps the first reason, since later ones are its consequences."""
         if self._lost is None:
             self._lost = NodeLostError(f"{self.peer} is lost: {why}")
         return NodeLostError(str(self._lost))
 
     async def _write_queued(self) -> None:
-        """The writing task. When the peer cannot be written to, whoever reads or sends hears of it."""
+        """The writing task. When a write fails, every later `send` and `receive` raises NodeLostError."""
         try:
             async for buffers in self._queue:
                 await self._stream.send_all(b"".join(buffers))
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             self._loss(f"the connection broke ({_cause(error)})")
-            self._queue.close()  # first: from here on no message may seem to be sent
+            self._queue.close()  # before closing the stream, so that no further `send` appears to succeed
             await trio.aclose_forcefully(self._stream)
         finally:
             self._queue.close()
             self._written.set()
 
     async def _drained(self) -> None:
-        """Waits until all that was queued is written, or a second has passed. No send may follow."""
+        """Closes the queue and waits until it is written, for at most a second."""
         self._outgoing.close()
         with trio.move_on_after(FLUSH_SECONDS, shield=True):
             await self._written.wait()
@@ -163,7 +167,7 @@ def _cause(error: BaseException) -> str:
 
 @asynccontextmanager
 async def open_tasks() -> AsyncIterator[trio.Nursery]:
-    """A nursery of which a single failure comes out as itself, not as a group of one."""
+    """A nursery that raises a single failure as itself instead of as an exception group."""
     try:
         async with trio.open_nursery() as nursery:
             yield nursery
@@ -178,7 +182,7 @@ async def open_tasks() -> AsyncIterator[trio.Nursery]:
 async def open_connection(
     stream: trio.abc.Stream, peer: str, *, dialled: bool, queue: int = QUEUE
 ) -> AsyncIterator[Connection]:
-    """A link over a stream, which is closed with it, after what was queued is written."""
+    """A connection over a stream. On leaving the block the queue is written, then the stream is closed."""
     connection = Connection(stream, peer, dialled=dialled, queue=queue)
     async with open_tasks() as tasks:
         tasks.start_soon(connection._write_queued)
@@ -192,7 +196,7 @@ async def open_connection(
 
 
 async def open_tcp(host: str, port: int) -> trio.abc.Stream:
-    """A TCP connection; small messages leave at once (trio sets TCP_NODELAY)."""
+    """A TCP connection. Small messages are sent at once, since trio sets TCP_NODELAY."""
     return await trio.open_tcp_stream(host, port)
 
 
@@ -207,20 +211,20 @@ async def dial(
     seconds: float,
     peer: Peer | None = None,
 ) -> AsyncIterator[tuple[Connection, Hello]]:
-    """Connects to a node and greets it: the link, and what the node said.
+    """Connects to a node and exchanges Hello: yields the connection and the node's Hello.
 
-    NodeLostError: nobody there, or no greeting within `seconds`, or not the `peer` that was meant.
-    MismatchError: the two cannot work together."""
+    NodeLostError: nobody answers, or sends Hello within `seconds`, or another process than `peer` does.
+    MismatchError: the two cannot compute together."""
     where = f"{host}:{port}"
     who = f"{peer.name} ({where})" if peer else where
-    hint = "is `shoal node` running there, and the address right?"
+    hint = "check that `shoal node` is running there and that the address is right"
     deadline = trio.current_time() + seconds
     stream = None
     try:
         with trio.move_on_at(deadline):
             stream = await open_stream(host, port)
-    except (OSError, UnicodeError) as error:  # UnicodeError: a host that no name server could be asked for
-        raise NodeLostError(f"{who} cannot be reached: {_reason(error)}: {hint}") from error
+    except (OSError, UnicodeError) as error:  # UnicodeError: no valid host name
+        raise NodeLostError(f"{who} cannot be reached ({_reason(error)}): {hint}") from error
     if stream is None:
         raise NodeLostError(f"{who} did not answer within {seconds:g} s: {hint}")
     async with open_connection(
@@ -231,7 +235,9 @@ async def dial(
             await connection.send(me.hello(purpose))
             hello = await connection.expect(Hello)
         if hello is None:
-            raise NodeLostError(f"{who} did not greet within {seconds:g} s: is it a shoal node?")
+            raise NodeLostError(
+                f"{who} did not say Hello within {seconds:g} s: check that it is a shoal node"
+            )
         connection.peer = f"{hello.name} ({where})"
         check_hello(me, hello, connection.peer)
         if peer is not None:
@@ -247,9 +253,11 @@ async def greet(
     seconds: float,
     admit: Callable[[Hello], Awaitable[None]],
 ) -> Hello:
-    """The side that was dialled: hears who is there, checks, and answers, if `admit` does not object.
+    """The counterpart of `dial` on the side that was dialled: receives a Hello, checks it, asks `admit`,
+    answers.
 
-    Errors as for `dial`."""
+    NodeLostError: no Hello within `seconds`. MismatchError: the two cannot compute together. Errors of
+    `admit`."""
     with trio.move_on_after(seconds):
         hello = await connection.expect(Hello)
         connection.peer = f"{hello.name} ({connection.peer})"
@@ -257,22 +265,22 @@ async def greet(
         await admit(hello)
         await connection.send(me.hello(hello.purpose, offer))
         return hello
-    raise NodeLostError(f"{connection.peer} connected and did not greet within {seconds:g} s")
+    raise NodeLostError(f"{connection.peer} connected and did not say Hello within {seconds:g} s")
 
 
 def is_peers_fault(error: ShoalError) -> bool:
-    """The peer is still there and ought to hear what was wrong."""
+    """Whether the peer should receive the error: it is still connected, and the fault is not ours."""
     return not isinstance(error, NodeLostError | LocalProtocolError) and isinstance(error, NetError)
 
 
 def _reason(error: OSError | UnicodeError) -> str:
-    """The system's words; trio puts one error per address tried into the cause."""
+    """The operating system's reason. trio tries every address and puts one error for each into the cause."""
     cause = error.__cause__
     while isinstance(cause, ExceptionGroup):
         cause = cause.exceptions[0]
     inner = cause if isinstance(cause, OSError) else error
     if isinstance(inner, UnicodeError):
-        return "the host's name is not one"
+        return "the host name is not valid"
     if inner.errno is not None and inner.errno > 0:
-        return os.strerror(inner.errno)  # trio puts the address before it, and we do so, too
+        return os.strerror(inner.errno)  # trio's text repeats the address
     return inner.strerror or str(inner) or type(inner).__name__

@@ -1,7 +1,7 @@
-"""The coordinator: brings nodes together into a chain and lets sessions run through it.
+"""The coordinator: connects to nodes, makes a chain of them, and runs sessions through it.
 
-Decisions are made in net/cluster.py; here a task per node turns what it says into events, one task takes the
-events in turn, and what the decision commands is done at once or given to a task of its own.
+Decisions are made in net/cluster.py. Here one task for each node turns its messages into events, one task
+passes the events to `decide` in order, and each command is carried out at once or by a task of its own.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from .messages import (
 from .pace import ChainPace
 from .placement import COORDINATOR, NodeInfo, Placement, Planner, StageReport, fit_chunk
 from .probe import measure_peer
-from .session import Answer, Chain, Places, Session
+from .session import Answer, Chain, Session, SessionSlots
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ DEFAULT_OPTIONS = CoordinatorOptions()
 
 @dataclass(slots=True)
 class _Peer:
-    """A node's connection, as far as it goes."""
+    """The control connection to one node, and what was received on it."""
 
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     connection: Connection | None = None
@@ -89,7 +89,7 @@ class Coordinator:
     again with the others and the answers go on. If that is impossible, the block ends with an error that
     names the node: NodeLostError, MismatchError, NoPlanError, or an error of that node's engine.
 
-    `links` is what was measured between the nodes, by their labels.
+    `links` has the measured links by pairs of labels, `placement.COORDINATOR` among them.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Coordinator:
         options: CoordinatorOptions = DEFAULT_OPTIONS,
     ) -> None:
         if not addresses or len(set(addresses)) < len(addresses):
-            raise ValueError("a coordinator needs at least one address, and each once")
+            raise ValueError("a coordinator needs at least one address, and no address twice")
         self.identity, self.shape, self.options = identity, shape, options
         self.links: dict[tuple[str, str], LinkSpeed] = {}
         self._plan = plan
@@ -118,7 +118,7 @@ class Coordinator:
         self._events, self._inbound = trio.open_memory_channel[Event](64)
         self._chain: Chain | None = None
         self._changed = trio.Event()
-        self._places = Places(options.max_sessions)
+        self._slots = SessionSlots(options.max_sessions)
         self._numbers = count()
         self._tasks: trio.Nursery
 
@@ -132,7 +132,7 @@ class Coordinator:
         plan: Planner,
         options: CoordinatorOptions = DEFAULT_OPTIONS,
     ) -> AsyncIterator[Coordinator]:
-        """Connects to the nodes, plans, assigns, and waits until the chain serves."""
+        """Connects to the nodes, plans, assigns stages, and waits until the chain is loaded."""
         coordinator = cls(addresses, identity, shape, plan, options)
         async with open_tasks() as tasks:
             coordinator._tasks = tasks
@@ -146,25 +146,25 @@ class Coordinator:
 
     @property
     def nodes(self) -> tuple[NodeInfo, ...]:
-        """The nodes that are there, in the order of their addresses."""
+        """The nodes that have joined and are not lost, in the order of their addresses."""
         return tuple(self._info(i) for i in self._state.alive())
 
     @property
     def placement(self) -> Placement:
-        """Who holds what."""
+        """The newest plan: which node holds which units."""
         return self._state.placement
 
     @property
     def recoveries(self) -> int:
-        """How often a lost node made a new chain necessary."""
+        """The number of times that the chain was replaced after a node was lost."""
         return self._state.epoch.counter - 1
 
     def session(self, sampling: Sampling | None = None, *, context: int | None = None) -> Session:
-        """A sequence of at most `context` tokens (default: the model's) for one answer after another, each of
-        which computes only what is new in its prompt."""
+        """A sequence of at most `context` tokens (default: the model's context) for consecutive answers, each
+        of which computes only the new part of its prompt."""
         most = self.shape.context if context is None else min(context, self.shape.context)
         generation = Generation(0, sampling or Sampling(), most, self.shape.vocab)
-        return Session(self, generation, self._places, self._numbers)
+        return Session(self, generation, self._slots, self._numbers)
 
     def generate(
         self,
@@ -175,31 +175,31 @@ class Coordinator:
         end: Collection[int] = (),
         context: int | None = None,
     ) -> Answer:
-        """The answer to a prompt of token ids, as engine.generate gives it: at most `max_tokens`, to the
-        context's end, or before a token of `end`. Errors as for Session.answer."""
+        """The answer to a prompt of token ids. As in engine.generate, it ends after `max_tokens`, at the end
+        of the context, or before a token in `end`. Errors as for Session.answer."""
         session = self.session(sampling, context=context)
         return session.answer(prompt, max_tokens=max_tokens, end=end, keep=False)
 
     async def stats(self) -> tuple[StageReport, ...]:
-        """What each stage of the chain has done under this epoch. NodeLostError: a node was lost over it."""
+        """The work of each stage of the chain in this epoch. NodeLostError: a node was lost meanwhile."""
         reports = []
         for member, stage in zip(self._state.holders(), self._state.placement.stages, strict=True):
             answer = await self._ask(member, GetStats(), Stats)
             loaded = self._peers[member].loaded
             if loaded is None:
-                raise NodeLostError(f"{stage.device} is loading layers that a lost node held: ask again")
+                raise NodeLostError(f"{stage.device} is still loading the layers of a lost node: ask again")
             reports.append(
                 StageReport(stage.device, stage.first, stage.last, loaded.seconds, loaded.ram_bytes, answer)
             )
         return tuple(reports)
 
     async def chain(self) -> Chain:
-        """The chain that serves now; waits for one (for sessions)."""
+        """The current chain, for sessions; waits while there is none."""
         while self._chain is None:
             await self._changed.wait()
         return self._chain
 
-    # --- what happens
+    # --- events
 
     async def _tick(self) -> None:
         while True:
@@ -209,7 +209,8 @@ class Coordinator:
                 self._chain.flush()
 
     async def _converse(self, member: int) -> None:
-        """One node's connection: greets it and hears it out. Its end is an event, whatever the reason."""
+        """Connects to one node and receives its messages. The end of the connection, for any reason, is an
+        event."""
         peer, where, options = self._peers[member], self._state.members[member], self.options
         with peer.scope:
             try:
@@ -218,7 +219,7 @@ class Coordinator:
                     seconds=options.timing.handshake,
                 ) as (connection, hello):  # fmt: skip
                     if hello.offer is None:
-                        raise RemoteProtocolError(f"{connection.peer} is no node: it offers no device")
+                        raise RemoteProtocolError(f"{connection.peer} is not a node: it offers no device")
                     peer.connection = connection
                     await self._events.send(events.Joined(member, hello))
                     while True:
@@ -249,22 +250,22 @@ class Coordinator:
         await self._events.send(events.Heard(member))
 
     def _deliver(self, member: int, message: Result | Failed) -> None:
-        """An answer to a session; those of old epochs, and to sessions that have ended, are dropped."""
+        """Passes an answer to its session. Answers of old epochs and to ended sessions are dropped."""
         chain = self._chain
         answers = None if chain is None else chain.sessions.get(message.session)
         if chain is None or answers is None or message.epoch != chain.flow.epoch:
             return
         who = self._state.members[member].label
         if isinstance(message, Result) and member != self._state.holders()[-1]:
-            raise RemoteProtocolError(f"{who} sent a Result, and is not the chain's last node")
+            raise RemoteProtocolError(f"{who} sent a Result and is not the last node of the chain")
         try:
             answers.send_nowait(message)
         except trio.WouldBlock:
-            raise RemoteProtocolError(f"{who} sent more answers than were asked for") from None
+            raise RemoteProtocolError(f"{who} sent more answers than were requested") from None
         except trio.BrokenResourceError:
             return  # the session has just been left
 
-    # --- what is done about it
+    # --- commands
 
     async def _decide(self) -> None:
         async for event in self._inbound:
@@ -294,8 +295,8 @@ class Coordinator:
                 raise error
 
     def _post(self, member: int, message: Message) -> None:
-        """Sends without waiting. A line that is gone, or that takes nothing, shows in `_converse`, or as
-        silence."""
+        """Sends without waiting. A lost connection is noticed by `_converse`, and one that accepts no
+        messages by the node's silence."""
         connection = self._peers[member].connection
         if connection is not None:
             try:
@@ -304,7 +305,7 @@ class Coordinator:
                 return
 
     async def _ask(self, member: int, message: Message, kind: type[Kind]) -> Kind:
-        """Sends a question and waits for the answer. NodeLostError: the node is gone."""
+        """Sends a question and waits for the answer of that kind. NodeLostError: the node is lost."""
         peer = self._peers[member]
         async with peer.asking:
             peer.answers, inbound = trio.open_memory_channel[Message](1)
@@ -316,7 +317,7 @@ class Coordinator:
             raise NodeLostError(f"{self._state.members[member].label} is lost")
 
     def _answer(self, member: int, message: Message) -> None:
-        """Hands an answer to whoever asked; if it has left, a second answer would be one too many."""
+        """Passes an answer to the task in `_ask`; dropped if no task waits or one answer is there already."""
         answers = self._peers[member].answers
         try:
             if answers is not None:
@@ -351,7 +352,7 @@ class Coordinator:
         try:
             answer = await self._ask(source, Measure(peer), Measured)
         except NodeLostError:
-            return  # an event of its own says so
+            return  # `_converse` reports the loss as an event
         if answer.link is not None and answer.peer == peer.incarnation:
             self.links[members[source].label, members[target].label] = answer.link
 
@@ -366,7 +367,8 @@ class Coordinator:
         await self._events.send(events.Planned(number, answer))
 
     async def _serve(self, epoch: Epoch) -> None:
-        """Opens the way into the chain and lets sessions run, until the epoch or that connection ends."""
+        """Connects to the first node for steps and starts the chain, until the epoch or that connection
+        ends."""
         member, options = self._state.holders()[0], self.options
         where, placement = self._state.members[member], self._state.placement
         try:
@@ -376,12 +378,12 @@ class Coordinator:
             ) as (connection, _):  # fmt: skip
                 if self._state.epoch != epoch or self._state.phase != "serving":
                     return
-                # One Step for each stage, and one on each way between the coordinator and the ends.
+                # One Step for each stage, and one on each of the two links to the coordinator.
                 flow = Flow(epoch, placement.chunk_rows, len(placement.stages) + 2)
                 self._chain = chain = Chain(flow, connection)
                 self._changed.set()
                 self._changed = trio.Event()
-                with chain.scope:  # until the epoch ends; nothing comes on this connection but its end
+                with chain.scope:  # cancelled when the epoch ends; the node sends nothing here but an Error
                     await connection.expect(Error)
         except ShoalError as error:
             await self._events.send(events.Left(member, error))

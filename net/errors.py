@@ -1,15 +1,15 @@
-"""The exceptions of the network, each with the exit code the command line gives it.
+"""Exceptions of the network, and the exit code of the command line for each.
 
     ShoalError                     see engine/errors.py
-    └── NetError                13   base; also: a node that serves another coordinator
+    └── NetError                13   base; also: a node that is busy with another coordinator
         ├── MismatchError        7   protocol, numerics or model differ between two processes
         ├── AddressInUseError    8   the port to listen on is taken
-        ├── RemoteProtocolError  9   the peer broke the protocol: garbage, half a frame, a lying size
+        ├── RemoteProtocolError  9   the peer broke the protocol: garbage, half a frame, a false length
         ├── NodeLostError       10   a node cannot be reached, closed the connection, or fell silent
-        └── LocalProtocolError  14   we broke the protocol: a bug here
+        └── LocalProtocolError  14   this process broke the protocol: a bug here
 
-A message names the peer at fault. An error crosses the wire as its exit code and its text (`to_wire`,
-`from_wire`): the code tells the class, on every version that knows it.
+A message names the peer at fault. An error is sent over the wire as its exit code and its text (`to_wire`,
+`from_wire`). The code identifies the class; an unknown code becomes a NetError.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TEXT_LIMIT = 1000
 
 
 class NetError(ShoalError):
-    """Something between processes went wrong."""
+    """Base of the errors between processes."""
 
     exit_code = 13
 
@@ -61,7 +61,7 @@ class NodeLostError(NetError):
 
 
 class LocalProtocolError(NetError):
-    """We broke the protocol: a bug of ours, not the peer's fault."""
+    """This process broke the protocol: a bug here, not the peer's fault."""
 
     exit_code = 14
 
@@ -77,26 +77,27 @@ _BY_CODE: dict[int, type[ShoalError]] = {
 
 
 def to_wire(error: Exception) -> tuple[int, str]:
-    """The code and the printable text that say an error to a peer."""
+    """The exit code and the printable text with which an error is sent to a peer."""
     code = error.exit_code if isinstance(error, ShoalError) else NetError.exit_code
     return code, printable(str(error) or type(error).__name__, TEXT_LIMIT)
 
 
 def from_wire(code: int, text: str, peer: str) -> ShoalError:
-    """The error that a peer said, with the peer named."""
+    """The exception for an error that a peer sent; its text names the peer."""
     return _BY_CODE.get(code, NetError)(f"{peer}: {text}")
 
 
 def printable(text: str, limit: int) -> str:
-    """The text on one line, at most `limit` characters, nothing in it that would move a terminal's cursor."""
+    """The text as one line of at most `limit` characters, without control characters for a terminal."""
     clean = "".join(c if c.isprintable() else " " for c in text)
     return clean if len(clean) <= limit else clean[: limit - 1] + "…"
 
 
 def leading(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """What to raise for a group of tasks that failed: the one error there is, without its group.
+    """The exception to raise for a group of failed tasks: a single error is taken out of its group.
 
-    Of several errors meant for the user the first, with the others as notes; anything else stays a group.
+    If all of several errors are ShoalErrors, it is the first one, with the others as notes. Any other group
+    is returned as it is.
     """
     leaves = list(_leaves(group))
     if len(leaves) == 1:

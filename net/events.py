@@ -14,8 +14,8 @@ from .placement import Placement
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds: how often the coordinator pings, after which silence a peer counts as lost, and how long a
-    connection may take to be made and greeted."""
+    """Times in seconds: between the coordinator's pings, of silence before a peer counts as lost, and the
+    limit for connecting and exchanging Hello."""
 
     heartbeat: float = 1.0
     overdue: float = 10.0
@@ -25,12 +25,12 @@ class Timing:
 DEFAULT_TIMING = Timing()
 
 
-# --- events: what happened
+# --- events
 
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """The node has greeted and been greeted."""
+    """The node and the coordinator have exchanged Hello."""
 
     member: int
     hello: Hello
@@ -38,14 +38,14 @@ class Joined:
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """The node said something."""
+    """A message arrived from the node."""
 
     member: int
 
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """The connection to the node has ended, or never was."""
+    """The connection to the node has ended, or could not be made."""
 
     member: int
     error: ShoalError
@@ -53,12 +53,12 @@ class Left:
 
 @dataclass(frozen=True, slots=True)
 class LinksMeasured:
-    """The measurements asked for are there."""
+    """The links have been measured, as MeasureLinks asked."""
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """The answer to MakePlan `number`: a placement, or why there is none."""
+    """The answer to MakePlan `number`: a placement, or the reason why there is none."""
 
     number: int
     answer: Placement | ShoalError
@@ -66,7 +66,7 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class StageLoaded:
-    """The node holds its stage of the epoch."""
+    """The node has loaded its stage of the epoch."""
 
     member: int
     epoch: Epoch
@@ -74,8 +74,8 @@ class StageLoaded:
 
 @dataclass(frozen=True, slots=True)
 class StageBroken:
-    """The node cannot go on with its stage of the epoch; `peer` is the incarnation of a node to blame
-    instead."""
+    """The node cannot run its stage of the epoch. `peer` is the incarnation of another node, if that one is
+    at fault."""
 
     member: int
     epoch: Epoch
@@ -85,13 +85,13 @@ class StageBroken:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Time has passed."""
+    """A heartbeat interval has passed: time to look for pings due and silent nodes."""
 
 
 Event = Joined | Heard | Left | LinksMeasured | Planned | StageLoaded | StageBroken | Tick
 
 
-# --- commands: what to do
+# --- commands
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ class SendAssign:
 
 @dataclass(frozen=True, slots=True)
 class SendRelease:
-    """The node has no part in the epoch."""
+    """Tell the node that it has no stage in the epoch."""
 
     member: int
     epoch: Epoch
@@ -126,14 +126,14 @@ class HangUp:
 
 @dataclass(frozen=True, slots=True)
 class MeasureLinks:
-    """Measure the links among these members and the coordinator; then LinksMeasured."""
+    """Measure the links between these members and the coordinator, then report LinksMeasured."""
 
     members: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class MakePlan:
-    """Plan with these members; then Planned with the same number."""
+    """Make a plan for these members, then report Planned with the same number."""
 
     number: int
     members: tuple[int, ...]
@@ -141,21 +141,21 @@ class MakePlan:
 
 @dataclass(frozen=True, slots=True)
 class Serve:
-    """The chain of the epoch is ready: connect to its first node and let sessions go on."""
+    """Connect to the first node of the loaded chain, and let sessions go on."""
 
     epoch: Epoch
 
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """The epoch is over: sessions wait for the next one."""
+    """End the epoch: sessions wait for the next one."""
 
     epoch: Epoch
 
 
 @dataclass(frozen=True, slots=True)
 class Fail:
-    """Give up with this error."""
+    """End the coordinator with this error."""
 
     error: ShoalError
 

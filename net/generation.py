@@ -1,9 +1,11 @@
-"""One session as the coordinator sees it: pure bookkeeping of what was sent to the chain, and what came back.
+"""The state of one session at the coordinator: which tokens were sent to the chain, and which results are
+due.
 
 A session gives one answer after another. The coordinator keeps the token ids, so it knows which positions the
-chain holds, and sends a prompt from the first position that differs. Recovery is no path of its own: under a
-new epoch the chain holds nothing, everything known is sent again as a prompt, and the answer goes on with the
-same token, since a draw depends on history, parameters and position alone.
+chain holds, and sends a prompt from the first position that differs. Recovery uses the same code: in a new
+epoch the chain holds nothing, all known tokens are sent again as a prompt, and the answer goes on with the
+same token, since sampling depends only on the history, the parameters and the position. Nothing here does
+I/O.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from .messages import Close, Epoch, Open, Result, Step
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """How a session feeds the chain under one epoch: rows per Step, and Steps in flight at once."""
+    """The flow control of sessions in one epoch: rows in a Step of a prompt, and Steps in flight at once."""
 
     epoch: Epoch
     chunk_rows: int
@@ -29,8 +31,8 @@ class Flow:
 
 @dataclass(slots=True)
 class Generation:
-    """State of one session. `ask` begins an answer, which ends after `max_tokens`, where the context ends, or
-    before a token of `end`; exactly as engine.generate does in one process."""
+    """The state of one session. `ask` begins an answer. As with engine.generate in one process, it ends after
+    `max_tokens`, at the end of the context, or before a token in `end`."""
 
     session: int
     sampling: Sampling
@@ -40,31 +42,32 @@ class Generation:
     """Token ids by position: the prompt, then the answer so far."""
     finished: bool = field(init=False, default=True)
     _last: int = field(init=False, default=0)
-    """Length of `known` with which the answer is complete."""
+    """The length of `known` at which the answer is complete."""
     _end: Collection[int] = field(init=False, default=())
     _flow: Flow | None = field(init=False, default=None)
     _carried: bool = field(init=False, default=False)
     _sent: int = field(init=False, default=0)
-    """The chain holds, or will hold once it has done all Steps in flight, known[:_sent]."""
+    """The chain holds known[:_sent], or will when all Steps in flight are done."""
     _in_flight: deque[Step] = field(init=False, default_factory=deque)
     _old: int = field(init=False, default=0)
-    """Steps in flight, the first ones, that belong to an answer that was left."""
+    """How many of the Steps in flight, from the first, belong to an abandoned answer."""
 
     def check(self, prompt: Sequence[int]) -> None:
-        """ContextError: an empty prompt, or one that leaves no position for an answer. ValueError: a token id
-        that the vocabulary does not have."""
+        """Checks a prompt. ContextError: it is empty, or leaves no position for an answer. ValueError: a
+        token id is not in the vocabulary."""
         if not 0 < len(prompt) < self.context:
             raise ContextError(
                 f"the prompt has {len(prompt)} tokens and the context holds {self.context}, the answer "
-                "included: a prompt has at least one token, and leaves room for one"
+                "included: it needs at least one token and room for one more; shorten it, or raise --context"
             )
         for token in prompt:
             if not 0 <= token < self.vocab:
                 raise ValueError(f"the prompt holds the token id {token}, which is not in [0, {self.vocab})")
 
     def ask(self, prompt: Sequence[int], max_tokens: int, end: Collection[int] = ()) -> None:
-        """Begins an answer. What `prompt` shares with the tokens that the chain holds is not sent again, but
-        for its last token, whose row draws. Errors as for `check`."""
+        """Begins an answer. The common prefix of `prompt` and the tokens that the chain holds is not sent
+        again. The prompt's last token always is, since the answer's first token is sampled from its logits.
+        Errors as for `check`."""
         self.check(prompt)
         self._old = len(self._in_flight)
         self._sent = min(common_prefix(self.known[: self._sent], prompt), len(prompt) - 1)
@@ -74,18 +77,18 @@ class Generation:
         self.finished = max_tokens <= 0
 
     def start(self, flow: Flow) -> Open:
-        """Begins, or begins again, under an epoch: nothing counts as sent."""
+        """Begins the session in an epoch, in which nothing was sent yet; returns the Open message."""
         self._forget()
         self._flow = flow
         return Open(self.session, flow.epoch, self.sampling, self.context)
 
     @property
     def carried(self) -> bool:
-        """The answer builds on what earlier answers left in the chain."""
+        """Whether the answer uses state that earlier answers left in the chain."""
         return self._carried
 
     def due(self) -> list[Step]:
-        """Steps to send now, within the window. The one that reaches the end of what is known wants a
+        """The Steps to send now, as far as the window allows. The Step with the last known token wants a
         token."""
         steps: list[Step] = []
         if self.finished:
@@ -103,32 +106,34 @@ class Generation:
         return steps
 
     def take(self, result: Result) -> int | None:
-        """Counts what came back for a Step; returns the token it adds to the answer, if any.
-        RemoteProtocolError: not what was due."""
+        """Accepts the result of the oldest Step in flight; returns the token that it adds to the answer, if
+        any. RemoteProtocolError: the result does not match that Step."""
         step = self._in_flight.popleft() if self._in_flight else None
         wanted = step is not None and step.want is Want.TOKEN
         if step is None or (result.first, result.rows, result.token is not None) != (
             step.first, len(step.tokens), wanted,
         ):  # fmt: skip
             raise RemoteProtocolError(
-                f"the last node answered {result.rows} rows from position {result.first}, which were not due"
+                f"the last node sent a Result of {result.rows} rows at {result.first}, which was not due"
             )
         if result.token is not None and result.token >= self.vocab:
-            raise RemoteProtocolError(f"the last node drew token {result.token} of {self.vocab}")
+            raise RemoteProtocolError(
+                f"the last node sent token {result.token}, which is not in [0, {self.vocab})"
+            )
         if self._old:
             self._old -= 1
             return None
         return None if result.token is None else self._append(result.token)
 
     def leave(self) -> Close | None:
-        """Forgets what the chain holds, and returns what frees it there under the session's epoch; None if
-        the session never began."""
+        """Forgets what the chain holds; returns the Close message that frees it there, or None if the session
+        was not open."""
         flow = self._flow
         self._forget()
         return None if flow is None else Close(self.session, flow.epoch)
 
     def close(self) -> Close | None:
-        """Ends the answer and leaves the chain, see `leave`."""
+        """Ends the answer and leaves the chain; see `leave`."""
         self.finished = True
         return self.leave()
 

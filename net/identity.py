@@ -1,4 +1,4 @@
-"""Who a process is, and whether two of them can work together: pure checks on what Hello says."""
+"""The identity of a process, and checks of Hello messages: whether two processes can compute together."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A process: `incarnation` is a random u64 drawn when it starts, `model` the hash of the model it has."""
+    """A process. `incarnation` is a random u64 drawn when it starts, and `model` the hash of its model."""
 
     name: str
     incarnation: int
@@ -24,7 +24,7 @@ class Identity:
     model: str
 
     def hello(self, purpose: Purpose, offer: Offer | None = None) -> Hello:
-        """What this process says first on a connection."""
+        """The first message of this process on a connection."""
         return Hello(purpose, self.name, self.incarnation, self.engine, self.numerics, self.model, offer)
 
 
@@ -40,7 +40,7 @@ class ModelShape:
 
 
 def identity_of(model: Model, name: str, incarnation: int, version: str) -> Identity:
-    """The identity of a process of `version` that has opened a model."""
+    """The identity of a process that runs shoal `version` and has opened `model`."""
     return Identity(printable(name, 64) or "?", incarnation, version, NUMERICS_VERSION, model.hash)
 
 
@@ -52,10 +52,11 @@ def shape_of(model: Model) -> ModelShape:
 
 
 def check_hello(mine: Identity, theirs: Hello, who: str) -> None:
-    """MismatchError, naming both values, when the two cannot compute one answer together."""
+    """Checks that two processes can compute one answer together. MismatchError: they differ in numerics or
+    model; the message names both values."""
     if theirs.numerics != mine.numerics:
         raise MismatchError(
-            f"{who} computes by numerics version {theirs.numerics} (shoal {theirs.engine}), {mine.name} by "
+            f"{who} has numerics version {theirs.numerics} (shoal {theirs.engine}), {mine.name} has "
             f"{mine.numerics} (shoal {mine.engine}): install the same shoal on both"
         )
     if theirs.model != mine.model:
@@ -66,9 +67,10 @@ def check_hello(mine: Identity, theirs: Hello, who: str) -> None:
 
 
 def check_peer(peer: Peer, theirs: Hello) -> None:
-    """NodeLostError when another process answers at the address of the node that was meant."""
+    """Checks that the expected node answered. NodeLostError: another process has its address."""
     if theirs.incarnation != peer.incarnation:
         raise NodeLostError(
-            f"at {peer.host}:{peer.port} answers {theirs.name} ({theirs.incarnation:016x}), not {peer.name} "
-            f"({peer.incarnation:016x}): was it restarted, or is the address good on one device only?"
+            f"{theirs.name} ({theirs.incarnation:016x}) answers at {peer.host}:{peer.port}, not {peer.name} "
+            f"({peer.incarnation:016x}): connect again if it has restarted, or give an address that is the "
+            "same on all devices"
         )

@@ -1,7 +1,7 @@
-"""What waits at a stage, and what of it makes the next batch: a pure queue, one line per session.
+"""The queue of messages at a stage, and the choice of the next batch. Nothing here does I/O.
 
-Each session's messages keep their order. A batch takes at most one Step of each session, sessions in turn, so
-that a long prompt delays other answers by one call and no more.
+Messages of one session stay in order. A batch has at most one Step of each session, taken round-robin, so
+that a long prompt delays other answers by no more than one call.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from .messages import Close, Epoch, Open, Step
 
 Item = Open | Close | Step
 MAX_STEPS = 32
-"""Steps of a batch: each may want a row of logits, for which a stage has room 32 times by default."""
+"""The most Steps in a batch. Each may want a logit row, and a stage has room for 32 by default."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What to do next: sessions that open or close, in order, then one call of the stage."""
+    """The next work of a stage: sessions to open and close, in order, then the Steps of one call."""
 
     notices: tuple[Open | Close, ...]
     steps: tuple[Step, ...]
@@ -26,8 +26,8 @@ class Batch:
 
 @dataclass(slots=True)
 class Inbox:
-    """Items of one epoch. `max_rows`: rows of a call; `chunk_rows`: prompt rows of a call; `limit`: items
-    that may wait."""
+    """A queue for one epoch. `max_rows` and `chunk_rows` limit all rows and the prompt rows of a call,
+    `limit` the number of queued items."""
 
     epoch: Epoch
     max_rows: int
@@ -38,15 +38,16 @@ class Inbox:
 
     @property
     def full(self) -> bool:
-        """Take a batch before another item is put."""
+        """Whether a batch must be taken before the next item is put."""
         return self._items >= self.limit
 
     def __bool__(self) -> bool:
         return bool(self._lines)
 
     def put(self, item: Item) -> None:
-        """Appends an item; one of another epoch is dropped. A Close drops the session's Steps that wait, and
-        itself together with an Open that waits: nobody further down has heard of that session."""
+        """Appends an item; drops it if it is of another epoch. A Close drops the queued Steps of its session.
+        If the session's Open is still queued, both are dropped, since the rest of the chain does not know the
+        session."""
         if item.epoch != self.epoch:
             return
         line = self._lines.setdefault(item.session, deque())
@@ -61,7 +62,7 @@ class Inbox:
         line.append(item)
 
     def take(self) -> Batch:
-        """Removes and returns the next batch; an empty one if nothing waits."""
+        """Removes and returns the next batch, which is empty if nothing is queued."""
         notices: list[Open | Close] = []
         steps: list[Step] = []
         served: list[int] = []
@@ -79,15 +80,15 @@ class Inbox:
                 served.append(session)
             if not line:
                 del self._lines[session]
-        for session in served:  # to the end: their turn comes after the others'
+        for session in served:  # moved behind the others, for the round-robin
             if session in self._lines:
                 self._lines[session] = self._lines.pop(session)
         self._items -= len(steps) + len(notices)
         return Batch(tuple(notices), tuple(steps))
 
     def _fits(self, item: Item, steps: int, rows: int, prompt_rows: int) -> bool:
-        """Whether a Step goes into a batch of `rows` rows. The first always goes: one that is too long for
-        any batch must fail rather than wait for ever."""
+        """Whether a Step fits into a batch that has `steps` Steps with `rows` rows. The first Step always
+        does: one that is too long for any batch must fail in the stage instead of waiting for ever."""
         assert isinstance(item, Step)
         prompt = _prompt_rows(item)
         room = steps < MAX_STEPS and rows + len(item.tokens) <= self.max_rows

@@ -1,7 +1,7 @@
-"""Where a node listens: every address of a name, on one port; and the names by which others find it there.
+"""Listening sockets of a node: all addresses of a host name on one port, and the addresses to tell the user.
 
-A name may have several addresses: `localhost` is 127.0.0.1 and ::1, and who dials it may try either. The
-addresses are looked up once, so those that were checked are those that are served.
+A host name may have several addresses: `localhost` is 127.0.0.1 and ::1, and a client may try either. The
+name is resolved once, so that exactly the addresses that were checked are served.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ import trio
 from .errors import AddressInUseError, NetError
 
 _TRIES = 20
-"""Free ports that are tried until one is free on every address."""
+"""How many free ports of the first address are tried on the others before giving up."""
 _ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 _FAR = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
-"""Addresses that are kept for documentation: the way to them is the way to others."""
+"""Addresses reserved for documentation. The route to them is the default route."""
 
 
 def addresses(host: str) -> tuple[str, ...]:
-    """The numeric addresses of a host; `::`, every IPv6 address, brings every IPv4 address with it. NetError:
-    it has none."""
+    """The numeric addresses of a host. `::` (all IPv6 addresses) also gives 0.0.0.0 (all IPv4 addresses).
+    NetError: the host has no address."""
     try:
-        # ASCII as bytes: a node never needs the codec for other names, which takes memory.
+        # An ASCII name is passed as bytes, so that a node does not load the IDNA codec, which needs memory.
         name = host.encode("ascii") if host.isascii() else host
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "that is no name of a host"
+        reason = error.strerror if isinstance(error, OSError) else "the host name is not valid"
         raise NetError(
-            f"cannot listen on {host}: {reason}; give an address of this device, such as 127.0.0.1, or with "
-            "--insecure one that others can reach"
+            f"cannot listen on {host} ({reason}): give an address of this device, such as 127.0.0.1, or with "
+            "--insecure one that other devices can reach"
         ) from error
     numeric = dict.fromkeys(_plain(str(sockaddr[0])) for *_, sockaddr in found)
     if "::" in numeric:
@@ -42,13 +42,14 @@ def addresses(host: str) -> tuple[str, ...]:
 
 
 def reachable(numeric: Sequence[str]) -> str | None:
-    """The first of some addresses that others can reach; None: all are this device's own."""
+    """The first address that other devices can reach; None if all are loopback addresses."""
     return next((address for address in numeric if not ipaddress.ip_address(address).is_loopback), None)
 
 
 async def listen(host: str, numeric: Sequence[str], port: int) -> list[trio.SocketListener]:
-    """Listeners on all addresses of a host, on the same port; 0 takes one that is free on all. Addresses that
-    this device does not have are left out, unless none is left. AddressInUseError; NetError."""
+    """Listeners on all addresses of a host, on the same port. Port 0 chooses one that is free on all of them.
+    Addresses that this device does not have are left out, if any other is left. AddressInUseError: the port
+    is taken. NetError: the system refuses for another reason."""
     tries = _TRIES if port == 0 else 1
     while True:
         tries -= 1
@@ -59,15 +60,15 @@ async def listen(host: str, numeric: Sequence[str], port: int) -> list[trio.Sock
                 continue
             if error.errno == errno.EADDRINUSE:
                 raise AddressInUseError(
-                    f"port {port} of {host} is in use: stop what listens there, or choose another port "
-                    "(port 0 takes a free one)"
+                    f"port {port} of {host} is in use: stop the program that listens on it, or give another "
+                    "port (0 takes a free one)"
                 ) from error
             raise NetError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
 
 
 def named(listeners: Sequence[trio.SocketListener]) -> list[str]:
-    """HOST:PORT of each address under which the listeners are found: of one that stands for all of a family,
-    this device's own first, then the one that others on its network see."""
+    """HOST:PORT for each address of the listeners, loopback first. An unspecified address (0.0.0.0 or ::) is
+    shown as the loopback address and the one that other devices on the network see."""
     found = []
     for listener in listeners:
         host, port = listener.socket.getsockname()[:2]
@@ -104,7 +105,7 @@ async def _on_all(numeric: Sequence[str], port: int) -> list[trio.SocketListener
 
 
 def _plain(address: str) -> str:
-    """An IPv4 address that is written as IPv6, as itself."""
+    """The address, with an IPv4-mapped IPv6 address as plain IPv4."""
     if ":" in address and "%" not in address:
         mapped = ipaddress.IPv6Address(address).ipv4_mapped
         return str(mapped or address)
@@ -112,7 +113,7 @@ def _plain(address: str) -> str:
 
 
 def _seen_by_others(family: int) -> str | None:
-    """This device's address on the network that leads on; None where nothing does. Nothing is sent."""
+    """This device's address on the interface of the default route; None if there is none. Sends nothing."""
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect((_FAR[socket.AddressFamily(family)], 9))

@@ -1,13 +1,14 @@
-"""What processes say to each other: one frozen dataclass per message, and the one table of them.
+"""The messages between processes: a frozen dataclass for each, and the table MESSAGES of their types and
+rules.
 
-`Hello` and `Error` may come on every connection, and Hello comes first, from the side that dialled. It states
-the connection's purpose, which settles what else may be said there:
+`Hello` and `Error` are allowed on every connection. Hello is first, from the side that dialled, and states
+the purpose of the connection, which determines the other messages allowed on it:
 
     control   coordinator to node: orders down; answers, tokens and failures up
     step      coordinator to first node, node to next node: sessions and rows down; answers to pings up
     probe     coordinator or node to a node: pings and bytes that measure the link
 
-docs/protocol.md says the same to people who write another implementation.
+docs/protocol.md is the description for readers of a capture and writers of other implementations.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from ..engine.strict import Between, Printable
 from ..planner import Device, LinkSpeed
 
 PROTOCOL = 2
-"""Raised by every change that an older process would not understand; it stands in each frame's header."""
+"""The protocol version in the header of each frame, raised by every change that older processes cannot
+read."""
 
 CONTROL_LIMIT = 64 * 1024
 STEP_LIMIT = 4 * 1024 * 1024
@@ -58,20 +60,21 @@ class Epoch:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What a node offers: the device as measured (a factor by which it plays a slower one is in the numbers),
-    and how it computes."""
+    """A node's device as measured, and how the node computes. The rates of a node that simulates a slower
+    device are those of the simulated device."""
 
     device: Device
     max_rows: Rows
     threads: Annotated[int, Between(1, 4096)]
     backend: Name
     exact: bool
-    """Results are the same bits as on every other exact device."""
+    """Whether results have the same bits as on every other exact device."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """Who speaks, for what purpose, and what must agree. `offer` is stated by nodes that answer."""
+    """The first message of each side: the purpose of the connection, the sender, and the values that must
+    agree. Only a node that answers has an `offer`."""
 
     purpose: Purpose
     name: Name
@@ -84,7 +87,7 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Error:
-    """Why the sender ends the connection: an exit code of net/errors.py, and a sentence."""
+    """The reason why the sender ends the connection: an exit code (net/errors.py) and a sentence."""
 
     code: ErrorCode
     text: Text
@@ -92,15 +95,15 @@ class Error:
 
 @dataclass(frozen=True, slots=True)
 class Ping:
-    """Answered by Pong at once."""
+    """A request for an immediate Pong."""
 
     nonce: U64
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How a node keeps up under an epoch: its steps take `slower` times as long as it offered, and `onward`
-    is the link to the next node as its rows find it."""
+    """Speeds that a node has measured at work in an epoch: its steps take `slower` times as long as offered,
+    and `onward` is the link to the next node."""
 
     epoch: Epoch
     slower: Annotated[float, Between(1e-6, 1e6)]
@@ -118,7 +121,8 @@ class Pong:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A node as another one finds it; `incarnation` proves that it is the one that was meant."""
+    """The address of a node for other nodes. `incarnation` tells whether the process there is the expected
+    one."""
 
     name: Name
     host: Host
@@ -141,14 +145,15 @@ class Assign:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """Drop the assignment: this node has no part in the epoch that comes."""
+    """An order to drop the assignment: the node has no stage in this epoch."""
 
     epoch: Epoch
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The stage is open and the next node reached. `ram_bytes` is what the process holds now."""
+    """Report that the stage is loaded and the next node connected. `ram_bytes` is the process's resident
+    memory."""
 
     epoch: Epoch
     seconds: Seconds
@@ -157,7 +162,7 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """The assignment cannot go on here. `peer` is the next node's incarnation if that one is at fault."""
+    """Report that the stage cannot run. `peer` is the next node's incarnation if that node is at fault."""
 
     epoch: Epoch
     code: ErrorCode
@@ -167,14 +172,14 @@ class Broken:
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """Measure the link from you to that node."""
+    """An order to measure the link to another node."""
 
     peer: Peer
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """The link to the node of that incarnation; without a measure, `problem` says why."""
+    """The measured link to the node with incarnation `peer`. If `link` is None, `problem` is the reason."""
 
     peer: U64
     link: LinkSpeed | None
@@ -183,12 +188,12 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class GetStats:
-    """Answered by Stats."""
+    """A request for Stats."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Calls of the stage, rows in them, and the time they took."""
+    """Calls of a stage: their number, their rows, and their time."""
 
     steps: Bytes
     rows: Bytes
@@ -197,7 +202,8 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """A stage's work under its epoch: `decode` are calls whose runs all had one row, `prefill` the others."""
+    """The work of a stage in its epoch. `decode` counts calls in which each sequence had one row, `prefill`
+    all others."""
 
     epoch: Epoch | None
     decode: Work
@@ -206,7 +212,7 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """A session begins; it travels down the chain ahead of its rows."""
+    """The start of a session, sent down the chain ahead of its rows."""
 
     session: U64
     epoch: Epoch
@@ -216,7 +222,8 @@ class Open:
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """A session ends; its rows that wait anywhere are dropped, and its state freed."""
+    """The end of a session, sent down the chain. Each node drops the session's queued rows and frees its
+    state."""
 
     session: U64
     epoch: Epoch
@@ -224,7 +231,7 @@ class Close:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A session cannot go on: its state is gone here, and the coordinator is to close it."""
+    """Report that a session cannot go on. The node has freed its state, and the coordinator must close it."""
 
     session: U64
     epoch: Epoch
@@ -234,10 +241,11 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Rows of one session at positions [first, first + len(tokens)), with the cut of the previous stage.
+    """Rows of one session at positions [first, first + len(tokens)), with the output of the previous stage.
 
-    `hidden` is f32 [rows, cols]; None for the first stage, which needs the token ids only. Later stages need
-    the ids too, for the sampler's history. `want` is NOTHING or TOKEN: logits do not cross the network."""
+    `hidden` is f32 [rows, cols], or None for the first stage, which needs only the token ids. Later stages
+    need the ids for the sampler's history. `want` is NOTHING or TOKEN, since logits are not sent over the
+    network."""
 
     session: int
     epoch: Epoch
@@ -249,7 +257,8 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The rows [first, first + rows) of a session have passed the last stage; `token` if one was wanted."""
+    """Report of the last stage that it has run positions [first, first + rows) of a session; with the sampled
+    token, if one was wanted."""
 
     session: int
     epoch: Epoch
@@ -260,7 +269,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """Bytes that fill a link while it is measured; their values mean nothing."""
+    """Bytes of any value, sent to measure the rate of a link."""
 
     size: int
 
@@ -273,8 +282,9 @@ Message = (
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A row of the message table. `down` and `up` are the purposes of the connections on which the side that
-    dialled, or that was dialled, may send it."""
+    """A row of the message table. `limit` is the largest body in bytes. The side that dialled may send the
+    message on connections with a purpose in `down`, and the side that was dialled on those with a purpose in
+    `up`."""
 
     code: int
     kind: type[Message]

@@ -70,9 +70,10 @@ _NO_WORK = Work(0, 0, 0.0)
 
 @dataclass(frozen=True, slots=True)
 class NodeParts:
-    """What a node is made of. `open_stage(first, last)` blocks while it loads; `resident()` is the bytes the
-    process holds; `log` takes a line for the person at the terminal. Tests replace `hop` (runs a blocking
-    call) and `open_stream`. `expect(first, last)` is what calls of such a stage should take by the offer."""
+    """What a Node needs from its process. `open_stage(first, last)` loads a stage and blocks meanwhile;
+    `resident()` is the process's resident memory in bytes; `log` prints a line for the user. `expect(first,
+    last)` predicts the times of a stage's calls from the offer. Tests replace `hop` (runs a blocking call)
+    and `open_stream`."""
 
     identity: Identity
     offer: Offer
@@ -87,21 +88,21 @@ class NodeParts:
 
 
 class Node:
-    """Serves connections until it is cancelled."""
+    """A node, which serves connections until it is cancelled."""
 
     def __init__(self, parts: NodeParts) -> None:
         self._parts = parts
         self._coordinator: Connection | None = None
-        self._place = trio.Semaphore(1)
+        self._slot = trio.Semaphore(1)
         self._assignment: _Assignment | None = None
         self._last: _Assignment | None = None
-        """The assignment that was begun last; it may be ending."""
+        """The newest assignment, which may be ending."""
         self._pace = NodePace()
         self._links: dict[int, LinkSpeed] = {}
-        """To other nodes, by incarnation, as measured for this coordinator."""
+        """Links to other nodes by incarnation, as measured for this coordinator."""
         self._connections = trio.CapacityLimiter(MAX_CONNECTIONS)
         self._steps: set[trio.CancelScope] = set()
-        """Connections that bring rows: they end with the coordinator for whom they came."""
+        """Cancel scopes of the connections that bring rows. They end when their coordinator leaves."""
 
     async def serve(
         self,
@@ -109,11 +110,11 @@ class Node:
         *,
         task_status: trio.TaskStatus[list[trio.SocketListener]] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Accepts connections on the listeners, which it closes in the end."""
+        """Accepts connections on the listeners until cancelled, and closes the listeners."""
         await trio.serve_listeners(self.connected, listeners, task_status=task_status)
 
     async def connected(self, stream: trio.abc.Stream) -> None:
-        """Serves one connection to its end. What a peer does wrong ends here, with a line in the log."""
+        """Serves one connection until it ends. Errors are logged and end only this connection."""
         async with self._connections, open_connection(stream, _address(stream), dialled=False) as connection:
             try:
                 await self._serve(connection)
@@ -121,15 +122,17 @@ class Node:
                 self._parts.log(str(error))
                 if is_peers_fault(error):
                     await connection.refuse(error)
-            except Exception as error:  # a mistake of ours: this connection's end, not the node's
+            except Exception as error:  # a bug here must not end the node
                 self._parts.log("".join(traceback.format_exception(error)).rstrip())
-                await connection.refuse(NetError(f"{self._parts.identity.name} failed: {error!r}"))
+                await connection.refuse(
+                    NetError(f"{self._parts.identity.name} failed ({error!r}): its log has the traceback")
+                )
             finally:
                 if self._coordinator is connection:
                     self._coordinator = None
                     for scope in self._steps:
                         scope.cancel()
-                    self._place.release()
+                    self._slot.release()
 
     async def _serve(self, connection: Connection) -> None:
         parts = self._parts
@@ -153,18 +156,19 @@ class Node:
                 parts.log(f"{error}; waiting for the next coordinator")
 
     async def _admit(self, connection: Connection, hello: Hello) -> None:
-        """One coordinator at a time; the next one waits a little, since the last may be about to leave."""
+        """Admits one coordinator at a time. A second one waits a moment, since the first may be about to
+        leave."""
         if hello.purpose != "control":
             return
         with trio.move_on_after(PATIENCE_SECONDS):
-            await self._place.acquire()
+            await self._slot.acquire()
             self._coordinator = connection
             return
         served = "another coordinator" if self._coordinator is None else self._coordinator.peer
-        raise NetError(f"{self._parts.identity.name} is busy: it serves {served}")
+        raise NetError(f"{self._parts.identity.name} is busy with {served}: stop that one or try again later")
 
     async def _serve_coordinator(self, connection: Connection) -> None:
-        """Follows a coordinator's orders until it is gone; then nothing of its work is left."""
+        """Follows a coordinator's orders until it disconnects, then drops all state kept for it."""
         self._parts.log(f"{connection.peer} is the coordinator now")
         try:
             async with open_tasks() as tasks:
@@ -176,7 +180,9 @@ class Node:
 
     def _follow(self, connection: Connection, message: Message, tasks: trio.Nursery) -> None:
         if isinstance(message, Assign | Measure) and len(tasks.child_tasks) >= MAX_TASKS:
-            raise RemoteProtocolError(f"{connection.peer} wants too many things at once")
+            raise RemoteProtocolError(
+                f"{connection.peer} has sent more than {MAX_TASKS} orders that are still being carried out"
+            )
         match message:
             case Ping(nonce):
                 _post(connection, Pong(nonce, None if self._assignment is None else self._assignment.pace()))
@@ -207,9 +213,11 @@ class Node:
         node's connections."""
         name = self._parts.identity.name
         if self._coordinator is None:
-            raise NetError(f"{name} is not part of a chain: it has no coordinator")
+            raise NetError(f"{name} has no coordinator, so it accepts no rows")
         if len(self._steps) >= MAX_STEP_CONNECTIONS:
-            raise NetError(f"{name} has {MAX_STEP_CONNECTIONS} connections that bring rows: end some")
+            raise NetError(
+                f"{name} has {MAX_STEP_CONNECTIONS} connections that bring rows, the most it accepts: end one"
+            )
         with trio.CancelScope() as scope:
             self._steps.add(scope)
             try:
@@ -244,7 +252,7 @@ class Node:
 
 
 class _Assignment:
-    """One stage at work under one epoch."""
+    """A stage in one epoch: loads it, takes batches from its inbox, and sends results on."""
 
     def __init__(
         self,
@@ -262,19 +270,19 @@ class _Assignment:
         self._work: StageWork | None = None
 
     def stop(self) -> None:
-        """Ends it; `run` returns once the stage is closed."""
+        """Cancels the assignment; `run` returns when the stage is closed."""
         self._scope.cancel()
 
     def stats(self) -> Stats:
-        """The work done so far."""
+        """The stage's work so far."""
         return Stats(self._assign.epoch, _NO_WORK, _NO_WORK) if self._work is None else self._work.stats()
 
     def pace(self) -> Pace:
-        """How it keeps up so far."""
+        """The measured speeds of the stage and of the link to the next node."""
         return Pace(self._assign.epoch, self._pace.slower, self._onward.measured)
 
     async def put(self, item: Open | Close | Step) -> None:
-        """Queues an item, waiting while too many wait; drops it once the assignment has ended."""
+        """Queues an item, waiting while the inbox is full; drops it if the assignment has ended."""
         while self._inbox.full and not self._ended.is_set():
             await self._taken.wait()
         if not self._ended.is_set():
@@ -282,7 +290,8 @@ class _Assignment:
             self._arrived.set()
 
     async def run(self, before: _Assignment | None) -> None:
-        """Loads the stage once the assignment before has let go of its own, and serves until stopped."""
+        """Waits until the previous assignment has closed its stage, loads this one, and serves until
+        stopped."""
         try:
             if before is not None:
                 await before._ended.wait()
@@ -315,7 +324,7 @@ class _Assignment:
             stage.close()
 
     async def _reach(self, stack: AsyncExitStack, peer: Peer) -> Connection:
-        """Connects to the next node and watches that connection, on which nothing comes but its end."""
+        """Connects to the next node, and starts a task that receives on that connection."""
         parts = self._parts
         try:
             connection, _ = await stack.enter_async_context(
@@ -332,7 +341,7 @@ class _Assignment:
         return connection
 
     async def _steps(self, work: StageWork, onward: Connection) -> None:
-        """The loop of a stage: take what waits as one batch, one hop into a thread, pass it on."""
+        """The loop of a stage: takes a batch, runs it in a worker thread, and sends the answers on."""
         while True:
             await self._arrived.wait()
             batch = self._inbox.take()
@@ -349,7 +358,7 @@ class _Assignment:
                 connection = self._coordinator if isinstance(answer, Failed | Result) else onward
                 try:
                     await connection.send(answer)
-                except NodeLostError:  # whoever reads that connection reports its end, and cancels this
+                except NodeLostError:  # the task that reads that connection reports its end and cancels this
                     await trio.sleep_forever()
             nonce = self._onward.due(answers, end)
             if nonce is not None:
@@ -357,7 +366,7 @@ class _Assignment:
 
 
 class _NextLost(Exception):
-    """The next node of the chain cannot be reached or is gone, for this reason."""
+    """The next node of the chain cannot be reached or is lost; `error` is the reason."""
 
     def __init__(self, error: ShoalError) -> None:
         super().__init__(str(error))
@@ -365,7 +374,7 @@ class _NextLost(Exception):
 
 
 async def _watch(connection: Connection, onward: Onward) -> None:
-    """Hears the next node's answers to pings, and the end of that connection."""
+    """Receives the next node's Pongs. _NextLost: the connection has ended."""
     try:
         while True:
             message = await connection.receive()
@@ -376,7 +385,7 @@ async def _watch(connection: Connection, onward: Onward) -> None:
 
 
 async def _heard(connection: Connection, seconds: float) -> Message:
-    """The next message; NodeLostError after a silence of that long."""
+    """Returns the next message. NodeLostError: none arrived for `seconds`."""
     with trio.move_on_after(seconds):
         return await connection.receive()
     raise NodeLostError(f"{connection.peer} is lost: it has said nothing for {seconds:g} s")
@@ -390,17 +399,17 @@ def _post(connection: Connection, message: Message) -> None:
 def _check_assign(assign: Assign, units: int) -> None:
     if not 0 <= assign.first < assign.last <= units or (assign.next is None) != (assign.last == units):
         raise RemoteProtocolError(
-            f"the coordinator assigned units [{assign.first}, {assign.last}) of {units}, and "
-            f"{'no' if assign.next is None else 'a'} next node"
+            f"the coordinator assigned units [{assign.first}, {assign.last}) of {units} with "
+            f"{'no' if assign.next is None else 'a'} next node: such a stage cannot be in a chain"
         )
 
 
 def _address(stream: trio.abc.Stream) -> str:
-    """Where a connection comes from, for messages."""
+    """The remote address of a connection, for messages."""
     if not isinstance(stream, trio.SocketStream):
         return "a peer"
     try:
         host, port = stream.socket.getpeername()[:2]
-    except OSError:  # it has gone already
+    except OSError:  # the peer has disconnected already
         return "a peer"
     return f"{host}:{port}"

@@ -20,32 +20,33 @@ from .messages import Pace, Pong, Step
 from .placement import COORDINATOR
 
 Expect = Callable[[Sequence[tuple[int, int, bool]], float], float]
-"""Seconds that a call should take by profile: of (rows, first position, wants a token) for each of its steps,
-after a pause of so many seconds."""
+"""Predicts the seconds of a call from the profile. The arguments are (rows, first position, wants a token)
+for each step of the call, and the seconds of idle time before it."""
 
 PING_SECONDS = 0.5
-"""At most so often behind rows."""
+"""The shortest time between two pings after rows."""
 WEIGHT = 0.1
-"""Of one measurement: about the last twenty count."""
+"""The weight of a new measurement in the moving average: about the last twenty count."""
 MOST_CHANGE = 4.0
-"""Times quicker or slower that one measurement may look: beyond, it is a hiccup."""
+"""The largest change, as a factor, that one measurement may show; a larger one is a hiccup and is clamped."""
 
 
 class NodePace:
-    """A node's steps against its offer, from one assignment to the next."""
+    """How many times as long as offered a node's steps take. The factor is kept from one assignment to the
+    next."""
 
     def __init__(self) -> None:
         self.slower = 1.0
-        """How many times as long as its offer says its steps take."""
+        """The time of the node's steps, divided by the time that its offer predicts."""
         self._expect: Expect | None = None
         self._ended: float | None = None
 
     def assigned(self, expect: Expect | None) -> None:
-        """A stage begins, which should take so long; None: nobody knows."""
+        """Begins a stage, whose times `expect` predicts; None if nothing is known."""
         self._expect, self._ended = expect, None
 
     def count(self, batch: Batch, start: float, end: float) -> None:
-        """A call of the stage. The first one is not counted: weights come from the disk, pages are new."""
+        """Counts a call of the stage, except the first, which reads weights from disk and allocates pages."""
         if not batch.steps:
             return
         before, self._ended = self._ended, end
@@ -58,7 +59,8 @@ class NodePace:
 
 
 class Onward:
-    """The link to the next node as rows find it, from what was measured before; None: nothing was."""
+    """The link to the next node, measured with the rows that are sent. It starts from the value measured by a
+    probe; with None it is not measured at all."""
 
     def __init__(self, measured: LinkSpeed | None) -> None:
         self.measured = measured
@@ -67,7 +69,7 @@ class Onward:
         self._nonce = 0
 
     def due(self, rows: Sequence[object], start: float) -> int | None:
-        """The nonce of a ping to send behind these rows, which began to leave at `start`; None: no ping."""
+        """The nonce of a ping to send after rows whose sending began at `start`; None if no ping is due."""
         size = sum(row_bytes(row) for row in rows if isinstance(row, Step))
         if self.measured is None or not size or start - self._pinged < PING_SECONDS:
             return None
@@ -75,25 +77,27 @@ class Onward:
         return self._nonce
 
     def answered(self, nonce: int, now: float) -> None:
-        """Its answer is here; one to an older ping says nothing."""
+        """Updates the link from the Pong with that nonce; a Pong to an older ping is ignored."""
         if self.measured is not None and nonce == self._nonce:
             way = now - self._pinged - self.measured.latency_s
             self.measured = after(self.measured, self._size, way)
 
 
 def row_bytes(step: Step) -> int:
-    """About what a Step takes on the wire."""
+    """The approximate size of a Step on the wire."""
     return 64 + 4 * len(step.tokens) + (0 if step.hidden is None else step.hidden.nbytes)
 
 
 def slowed(device: Device, factor: float) -> Device:
-    """The device with everything it does taking `factor` times as long (below 1: quicker): one that gets hot,
-    or shares its cores, is slower in all it does, and the shape that its profile found stays. ValueError: a
-    factor that is not above 0."""
+    """The device with all of its times multiplied by `factor`. A device that is hot or shares its cores is
+    slower in everything it does, so one factor for all rates is a good model. ValueError: a factor that is
+    not above 0."""
     check_real(f"the slow factor of {device.name}", factor, above=0)
 
     def slower(rate: float) -> float:
-        return _within(rate / factor) if rate < FASTEST else FASTEST  # the latter was never measured
+        return (
+            _within(rate / factor) if rate < FASTEST else FASTEST
+        )  # FASTEST means that the rate was not measured
 
     return replace(
         device,
@@ -108,9 +112,9 @@ def slowed(device: Device, factor: float) -> Device:
 
 
 def refreshed_factor(factor: float, expected_s: float, measured_s: float) -> float:
-    """The factor by which something takes longer than its row says, after it took `measured_s` where the row
-    says `expected_s`: an exponentially weighted mean, in which a hiccup counts no more than MOST_CHANGE.
-    ValueError: values that are not above 0."""
+    """The factor between measured and expected times, updated by one measurement: an exponentially weighted
+    moving average, in which one measurement changes by at most MOST_CHANGE. ValueError: values that are not
+    above 0."""
     for what, value in (("factor", factor), ("expected time", expected_s), ("measured time", measured_s)):
         check_real(f"the {what}", value, above=0)
     ratio = min(MOST_CHANGE, max(1 / MOST_CHANGE, measured_s / (factor * expected_s)))
@@ -118,9 +122,10 @@ def refreshed_factor(factor: float, expected_s: float, measured_s: float) -> flo
 
 
 def refreshed_link(link: LinkSpeed, size: int, measured_s: float) -> LinkSpeed:
-    """The link after a message of `size` bytes that took `measured_s` (see refreshed_factor). Latency and
-    rate share the blame by their parts in what was expected, so a small message moves the one and a large one
-    the other; the spread of the latency moves with it. ValueError: a time that is not above 0."""
+    """The link, updated by a message of `size` bytes that took `measured_s` (see refreshed_factor). The
+    change is divided between latency and rate by their shares in the expected time, so a small message mostly
+    changes the latency and a large one the rate. The 95th percentile of the latency changes with the latency.
+    ValueError: a time that is not above 0."""
     check_real("the measured hop", measured_s, above=0)
     busy = size / link.bytes_per_s
     expected = link.latency_s + busy
@@ -140,12 +145,12 @@ def _within(rate: float) -> float:
 
 
 def after(link: LinkSpeed, size: int, seconds: float) -> LinkSpeed:
-    """A link after a message of `size` bytes that took so long, or no time that a clock shows."""
+    """refreshed_link for a time that may be 0 or less, within the clock's resolution."""
     return refreshed_link(link, size, max(seconds, 1e-6))
 
 
 class ChainPace:
-    """What a coordinator hears of its nodes, by label; it keeps `links` true."""
+    """The measured speeds of all nodes of a coordinator, by label. It updates `links` in place."""
 
     def __init__(self, links: dict[tuple[str, str], LinkSpeed]) -> None:
         self._links = links
@@ -154,18 +159,18 @@ class ChainPace:
         self._nonce = 0
 
     def slower(self, label: str) -> float:
-        """How many times as long as it offered a node takes; 1 as long as it has said nothing."""
+        """How many times as long as offered a node's steps take; 1 before it has reported anything."""
         return self._slower.get(label, 1.0)
 
     def pinged(self, member: int, now: float) -> int:
-        """The nonce for a ping that is sent to a member now."""
+        """Records a ping to a member, sent now; returns its nonce."""
         self._nonce += 1
         self._pinged[member] = (self._nonce, now)
         return self._nonce
 
     def answered(self, state: ClusterState, member: int, pong: Pong, now: float) -> None:
-        """A member's Pong: half of the way there and back is each link's latency; and what it says of itself,
-        when it is of the current epoch."""
+        """Evaluates a member's Pong. Half of the round trip is taken as the latency of the links to and from
+        the member. Its own report counts if it is of the current epoch."""
         label = state.members[member].label
         nonce, sent = self._pinged.get(member, (-1, now))
         if pong.nonce == nonce:
@@ -177,8 +182,9 @@ class ChainPace:
             self._told(label, dict(pairwise(labels)).get(label), pong.pace)
 
     def _told(self, label: str, following: str | None, pace: Pace) -> None:
-        """A radio that is slow one way is taken to be so the other way too: else the next plan would turn a
-        chain round for nothing."""
+        """Records a member's report. Its latency is used for both directions of the link, since a radio that
+        is slow in one direction is usually slow in both; otherwise the next plan would reverse the chain for
+        nothing."""
         self._slower[label] = pace.slower
         if following is not None and pace.onward is not None:
             self._links[label, following] = pace.onward

@@ -1,6 +1,7 @@
-"""Who holds what: the question that a plan answers, the answer, and a plan made by hand.
+"""The coordinator's interface to a planner: its arguments, the plan that it returns, and plans with given
+cuts.
 
-The coordinator is given a plan as a callable, so that this package needs no planner and tests need no solver.
+The coordinator calls a function to plan, so that this package needs no solver, and tests can use fixed plans.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from .messages import Offer, Stats
 from .wire import max_step_rows
 
 COORDINATOR = "coordinator"
-"""The coordinator's own label among the nodes' labels: no node has it."""
+"""The label of the coordinator in `Links`. No node has this label."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +32,9 @@ class NodeInfo:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A plan: assignments to nodes by label, in the chain's order, and the most prompt rows of one call. A
-    call ought to last no longer than 100 ms by profile, so that other answers, and the end of this one, get
-    their turn."""
+    """A plan: assignments to nodes by label, in the order of the chain, and the most prompt rows of a call. A
+    call should take at most 100 ms by the profile, so that it does not delay other answers or a cancellation
+    for longer."""
 
     stages: tuple[Assignment, ...]
     chunk_rows: int = 128
@@ -41,7 +42,7 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class StageReport:
-    """A stage of the chain: what it holds, how long it took to load, and its work since."""
+    """A stage of the chain: its units, the time and memory that loading took, and its work since."""
 
     node: str
     first: int
@@ -53,17 +54,19 @@ class StageReport:
 
 Links = Mapping[tuple[str, str], LinkSpeed]
 Planner = Callable[[Sequence[NodeInfo], Links], Placement]
-"""Chooses a placement for the nodes that are there, called in a worker thread; links go from label to label,
-one missing where it could not be measured. Raises NoPlanError if there is none."""
+"""A function that makes a plan for the nodes that have joined. It is called in a worker thread. Links are
+keyed by (from label, to label); those that could not be measured are missing. It raises NoPlanError if no
+plan exists."""
 
 
 def plan_at(edges: Sequence[int], chunk_rows: int = 128) -> Planner:
-    """A plan with given cuts: node i, in the order of the addresses, holds units [edges[i], edges[i + 1])."""
+    """A Planner with given cuts: node i, in the order of the addresses, holds units [edges[i], edges[i +
+    1])."""
 
     def plan(nodes: Sequence[NodeInfo], links: Links) -> Placement:
         if len(nodes) < len(edges) - 1:
             raise NoPlanError(
-                f"the cuts {list(edges)} need {len(edges) - 1} nodes, and there are {len(nodes)}"
+                f"the cuts {list(edges)} need {len(edges) - 1} nodes and there are {len(nodes)}: start more"
             )
         ranges = zip(nodes, edges, edges[1:], strict=False)
         return Placement(tuple(Assignment(n.label, first, last) for n, first, last in ranges), chunk_rows)
@@ -72,6 +75,6 @@ def plan_at(edges: Sequence[int], chunk_rows: int = 128) -> Planner:
 
 
 def fit_chunk(placement: Placement, nodes: Sequence[NodeInfo], cut_cols: int) -> Placement:
-    """The placement with chunks that every node takes and every frame carries."""
+    """The placement with chunks reduced to what every node accepts and a Step can carry."""
     limits = [node.offer.max_rows for node in nodes] + [max_step_rows(cut_cols)]
     return replace(placement, chunk_rows=min(placement.chunk_rows, *limits))

@@ -1,6 +1,7 @@
-"""Measures a link: the latencies of some pings, and the rate of a growing pile of bytes.
+"""Measurement of a link: latency from pings, and rate from messages of growing size.
 
-The way there and back is taken as symmetric in latency; the rate is that of the direction from here.
+Latency is half of the round trip, as if both directions were equal. The rate is that of the outgoing
+direction.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ from .errors import NodeLostError
 from .identity import Identity
 from .messages import BULK_LIMIT, Data, Peer, Ping, Pong
 
-PINGS, FEWEST, PING_SECONDS = 20, 8, 0.2  # so many, or as many as go into that time, and never too few
-PAUSE_SECONDS = 0.004  # between them, as between a chain's tokens: who has rested answers later
+PINGS, FEWEST, PING_SECONDS = 20, 8, 0.2  # at most PINGS, within PING_SECONDS, but at least FEWEST
+PAUSE_SECONDS = 0.004  # between pings, as between the tokens of a chain, since an idle device answers later
 ENOUGH_SECONDS = 0.05
 MOST_BYTES = 4 * 1024 * 1024
 
 
 async def measure_peer(open_stream: OpenStream, me: Identity, peer: Peer, seconds: float) -> LinkSpeed:
-    """The link from here to a node, over a connection of its own, made and measured within `seconds` each.
+    """Measures the link to a node over a new connection. Connecting and measuring may take `seconds` each.
 
-    Errors as for `dial`."""
+    Errors as for `dial`. NodeLostError: the measurement took too long."""
     async with dial(open_stream, peer.host, peer.port, me, "probe", seconds=seconds, peer=peer) as (
         connection,
         _,
@@ -30,14 +31,14 @@ async def measure_peer(open_stream: OpenStream, me: Identity, peer: Peer, second
         with trio.move_on_after(seconds):
             return await measure(connection)
     raise NodeLostError(
-        f"the link to {peer.name} ({peer.host}:{peer.port}) was not measured in {seconds:g} s"
+        f"measuring the link to {peer.name} ({peer.host}:{peer.port}) took more than {seconds:g} s"
     )
 
 
 async def measure(connection: Connection) -> LinkSpeed:
-    """The link from here to the peer, which answers pings (a connection for `probe`).
+    """Measures the link to the peer of a `probe` connection.
 
-    Takes some round trips, and about 0.1 s of the line's time, or one frame's on a line slower than that.
+    It takes some round trips, and then about 0.1 s of traffic, or one frame on a slower link.
     """
     start, trips = trio.current_time(), list[float]()
     while len(trips) < FEWEST or (len(trips) < PINGS and trio.current_time() - start < PING_SECONDS):
@@ -54,7 +55,7 @@ async def measure(connection: Connection) -> LinkSpeed:
 
 
 async def _round_trip(connection: Connection, nonce: int, size: int) -> float:
-    """Seconds until the answer to a ping behind `size` bytes is there."""
+    """The seconds until the Pong to a Ping sent after `size` bytes arrives."""
     start = trio.current_time()
     for at in range(0, size, BULK_LIMIT):
         await connection.send(Data(min(BULK_LIMIT, size - at)))

@@ -1,8 +1,9 @@
-"""A session's answers, token by token: feeds a chain and reads what it draws; when it changes, goes on.
+"""Sessions: sequences in a chain, whose answers are read token by token, and which survive a change of the
+chain.
 
-`Generation` (pure) knows what to send and what is due back; this file only waits. An epoch that ends under
-the session closes its channel of answers; the session then joins the next chain and sends all it knows as a
-prompt, and the answer goes on with the same token as if nothing had happened.
+`Generation` decides what to send and which results are due; this file only sends and waits. The end of an
+epoch closes a session's channel of results. The session then joins the next chain and sends all known tokens
+as a prompt, and the answer goes on with the same token.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ Answers = trio.MemorySendChannel[Result | Failed]
 
 @dataclass(slots=True)
 class Chain:
-    """The nodes under one epoch, as sessions see them: where rows go in, and who waits for answers."""
+    """The chain of one epoch as sessions use it: the connection to its first node, and a channel for each
+    session's results."""
 
     flow: Flow
     connection: Connection
@@ -35,12 +37,12 @@ class Chain:
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
     def join(self, session: int) -> trio.MemoryReceiveChannel[Result | Failed]:
-        """A channel for the answers of a session, with room for all that can be in flight."""
+        """Opens a channel for the results of a session, with room for all that can be in flight."""
         self.sessions[session], answers = trio.open_memory_channel[Result | Failed](self.flow.window + 1)
         return answers
 
     def leave(self, close: Close) -> None:
-        """Ends a session: its state is freed everywhere, at once or as soon as the line takes the message."""
+        """Ends a session and sends its Close, now or as soon as the connection accepts it."""
         answers = self.sessions.pop(close.session, None)
         if answers is not None and not self.ended.is_set():
             answers.close()
@@ -48,15 +50,15 @@ class Chain:
             self.flush()
 
     def flush(self) -> None:
-        """Sends the Closes that wait, as far as the line takes them."""
+        """Sends waiting Close messages, as many as the connection accepts."""
         try:
             while self.closing and self.connection.post(self.closing[0]):
                 self.closing.popleft()
         except NodeLostError:
-            self.closing.clear()  # the epoch is over, and with it every session's state
+            self.closing.clear()  # the epoch is over, so the nodes free all sessions
 
     def end(self) -> None:
-        """The epoch is over: whoever waits for an answer of it wakes."""
+        """Ends the epoch and wakes the sessions that wait for results."""
         self.ended.set()
         self.scope.cancel()
         for answers in self.sessions.values():
@@ -64,40 +66,41 @@ class Chain:
 
 
 class Chains(Protocol):
-    """Where sessions find the chain of the day (the coordinator)."""
+    """The source of the current chain, for sessions; a Coordinator is one."""
 
     async def chain(self) -> Chain:
-        """The chain that serves now, waiting for one if need be."""
+        """The current chain; waits while there is none."""
 
 
-class Places:
-    """Room for sessions in the chain. Those that answer have a place until their answer ends; those that
-    wait for their next prompt keep their state until somebody else needs the place, or the memory."""
+class SessionSlots:
+    """Limits how many sessions hold state in the chain. A session that answers has a slot until its answer
+    ends. A session that is idle between answers keeps its state until another session needs the slot or the
+    memory."""
 
     def __init__(self, most: int) -> None:
         self._limiter = trio.CapacityLimiter(most)
         self._idle: dict[Session, None] = {}
-        """In the order in which they became idle."""
+        """Idle sessions with state in the chain, longest idle first."""
 
     async def take(self, session: Session) -> None:
-        """Waits for a place, and takes the state of the longest idle session if all are in use."""
+        """Waits for a slot. If all are in use, drops the state of the longest idle session."""
         await self._limiter.acquire_on_behalf_of(session)
         self._idle.pop(session, None)
         while self._limiter.borrowed_tokens + len(self._idle) > self._limiter.total_tokens:
             self._drop(next(iter(self._idle)))
 
     def give(self, session: Session, *, keep: bool) -> None:
-        """The session's answer has ended; `keep`: it may go on from what the chain holds."""
+        """Returns the slot of a session whose answer has ended. With `keep` its state stays in the chain."""
         self._limiter.release_on_behalf_of(session)
         if keep:
             self._idle[session] = None
 
     def forget(self, session: Session) -> None:
-        """The session asks for nothing any more."""
+        """Removes a session that has ended."""
         self._idle.pop(session, None)
 
     def make_room(self) -> bool:
-        """Frees the state of all idle sessions; False if there were none."""
+        """Drops the state of all idle sessions; returns whether there were any."""
         idle = list(self._idle)
         for session in idle:
             self._drop(session)
@@ -116,13 +119,13 @@ class Session:
                 async for token in tokens:
                     ...
 
-    Each answer computes what its prompt does not share with the prompt and answer before. An answer may be
-    left in the middle. Leaving the session frees its state on all nodes."""
+    Each answer computes only the part of its prompt after the common prefix with the previous prompt and
+    answer. An answer may be left before its end. Leaving the session frees its state on all nodes."""
 
     def __init__(
-        self, chains: Chains, generation: Generation, places: Places, numbers: Iterator[int]
+        self, chains: Chains, generation: Generation, slots: SessionSlots, numbers: Iterator[int]
     ) -> None:
-        self._chains, self._generation, self._places, self._numbers = chains, generation, places, numbers
+        self._chains, self._generation, self._slots, self._numbers = chains, generation, slots, numbers
         self._chain: Chain | None = None
         self._answers: trio.MemoryReceiveChannel[Result | Failed] | None = None
         self._unsent: deque[Open | Step] = deque()
@@ -139,19 +142,19 @@ class Session:
     def answer(
         self, prompt: Sequence[int], *, max_tokens: int, end: Collection[int] = (), keep: bool = True
     ) -> Answer:
-        """The answer to a prompt of token ids; with `keep` false the session's state is freed after it.
+        """The answer to a prompt of token ids. Unless `keep`, the session's state is freed after it.
 
-        ContextError: the prompt does not fit. ValueError: a token id that the vocabulary does not have."""
+        ContextError: the prompt does not fit. ValueError: a token id is not in the vocabulary."""
         self._generation.check(prompt)
         return Answer(self, prompt, max_tokens, end, keep=keep)
 
     def close(self) -> None:
-        """Frees the session's state on all nodes."""
-        self._places.forget(self)
+        """Ends the session and frees its state on all nodes."""
+        self._slots.forget(self)
         self.leave()
 
     def leave(self) -> None:
-        """Frees the session's state on all nodes; the next answer begins with nothing there."""
+        """Frees the session's state on all nodes. The next answer computes its whole prompt."""
         close = self._generation.leave()
         if self._chain is not None and close is not None:
             self._chain.leave(close)
@@ -159,47 +162,49 @@ class Session:
         self._unsent.clear()
 
     async def begin(self, prompt: Sequence[int], max_tokens: int, end: Collection[int]) -> None:
-        """Waits for a place and begins an answer. ValueError: the session is in the middle of one."""
+        """Waits for a slot and begins an answer. ValueError: an answer of this session has not ended."""
         if self._answering:
-            raise ValueError("a session gives one answer at a time: leave the one before, or open another")
+            raise ValueError(
+                "a session gives one answer at a time: leave the previous answer, or open another session"
+            )
         self._answering = True
         try:
-            await self._places.take(self)
+            await self._slots.take(self)
         except BaseException:
             self._answering = False
             raise
         self._generation.ask(prompt, max_tokens, end)
 
     def end(self, *, keep: bool) -> None:
-        """Ends an answer, whether it is complete or not."""
+        """Ends an answer, complete or not."""
         if not keep:
             self.leave()
-        self._places.give(self, keep=keep)
+        self._slots.give(self, keep=keep)
         self._answering = False
 
     async def next_token(self) -> int | None:
-        """The next token id; None: the answer is complete. ContextError and the like: the nodes cannot go on
-        with it."""
+        """The next token id, or None when the answer is complete. ContextError or another ShoalError: the
+        nodes cannot continue this answer."""
         while not self._generation.finished:
             answer = await self._answer()
             if isinstance(answer, Failed):
-                # What earlier answers left, here or in other sessions, may be to blame: once more without it.
+                # State of earlier answers, of this or idle sessions, may be the cause: retry without it.
                 carried = self._generation.carried
                 self.leave()
-                if carried or self._places.make_room():
+                if carried or self._slots.make_room():
                     continue
                 self._generation.close()
                 raise from_wire(answer.code, answer.text, "the nodes")
             token = None if answer is None else self._generation.take(answer)
             if token is not None:
-                # The chain works on while the caller looks at this token. Nothing waits from here on: a
-                # cancelled caller must not lose it.
+                # The next Step is sent now, so that the chain works while the caller handles this token. It
+                # must not wait, since a cancelled caller would lose the token.
                 self._post_due()
                 return token
         return None
 
     async def _answer(self) -> Result | Failed | None:
-        """Sends what is due and waits for an answer; None when the epoch ended instead."""
+        """Sends the due messages and waits for a result; None if the epoch ended instead."""
         try:
             if self._answers is None:
                 await self._join()
@@ -218,9 +223,9 @@ class Session:
     async def _join(self) -> None:
         self._unsent.clear()
         self._chain = await self._chains.chain()
-        self._generation.session = next(self._numbers)  # answers to an earlier number may still arrive
+        self._generation.session = next(self._numbers)  # results for an earlier number may still arrive
         opening = self._generation.start(self._chain.flow)
-        # Not sent here: a caller that is cancelled in the middle must not lose it.
+        # Not sent here, so that a caller cancelled while sending does not lose it.
         self._unsent.append(opening)
         self._answers = self._chain.join(opening.session)
 
@@ -231,14 +236,18 @@ class Session:
             while self._unsent and self._chain.connection.post(self._unsent[0]):
                 self._unsent.popleft()
         except NodeLostError:
-            return  # the next call finds the epoch ended, and sends everything again
+            return  # the next call finds that the epoch has ended, and sends everything again
 
 
 class Answer:
-    """Token ids of one answer: `async with session.answer(...) as tokens: async for token in tokens: ...`
+    """An async iterator over the token ids of one answer.
 
-    A failure of this answer alone (no room for its state, say) is raised where the tokens are read, and
-    other sessions go on."""
+        async with session.answer(prompt, max_tokens=64) as tokens:
+            async for token in tokens:
+                ...
+
+    A failure of this answer alone, such as no room for its state, is raised where the tokens are read. Other
+    sessions go on."""
 
     def __init__(
         self, session: Session, prompt: Sequence[int], max_tokens: int, end: Collection[int], *, keep: bool
@@ -259,7 +268,7 @@ class Answer:
         return self
 
     async def __anext__(self) -> int:
-        """The next token id. ContextError and the like: the nodes cannot go on with this answer."""
+        """The next token id. ContextError or another ShoalError: the nodes cannot continue this answer."""
         token = await self._session.next_token()
         if token is None:
             raise StopAsyncIteration

@@ -1,9 +1,9 @@
-"""A device that plays a slower one: a step that took t ends after F * t.
+"""Simulation of a slower device, for the lab: a step that takes t is made to last F * t.
 
-It sleeps in the thread that ran the step, so neither the event loop's clock (milliseconds) nor the way into
-the thread is stretched. t is what the thread computed, not what it waited for a core: on a machine that
-hosts several such devices one's waiting would else be multiplied as well. They can also take turns: then one
-of them computes at a time, with the machine's memory to itself, and its wait is hidden in its sleep.
+The thread that ran the step sleeps for the rest, so the event loop and the hop into the thread are not
+slowed. t is the CPU time of the thread, not wall time: on a machine that hosts several simulated devices,
+waiting for a core would be multiplied as well. The devices can also take turns: then one computes at a time,
+with the memory bandwidth of the machine to itself, and the wait for a turn is part of the sleep.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .work import StageLike
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """Seconds that passed, seconds that this thread computed, and how to wait. Tests replace it."""
+    """Clocks for wall time and this thread's CPU time, and a sleep. Tests replace them."""
 
     now: Callable[[], float] = time.perf_counter
     computed: Callable[[], float] = time.thread_time
@@ -31,16 +31,16 @@ class Clock:
 
 
 class Slowness:
-    """The factor F, from 1 up. With a file F is what the file says, read again when it changes, so that
-    somebody outside can let a device get hot; the file is to be replaced whole (rename)."""
+    """The factor F, at least 1. With a path, F is read from that file whenever it changes, so that a test can
+    simulate a device that gets hot. The file must be replaced atomically (by rename)."""
 
     def __init__(self, factor: float = 1.0, path: Path | None = None) -> None:
-        """ShoalError: the file is missing or says no such number; here, or at any `factor`."""
+        """ShoalError, here and in `factor`: the file is missing or has no valid factor."""
         self._factor, self._path, self._seen = _checked(str(factor), "--slow"), path, (0, 0)
         self.factor()
 
     def factor(self) -> float:
-        """F now."""
+        """The current F."""
         if self._path is not None:
             try:
                 stat = self._path.stat()
@@ -59,15 +59,15 @@ def _checked(text: str, where: str) -> float:
     except ValueError:
         factor = 0.0
     if not 1 <= factor <= 1e6:  # false for NaN
-        raise ShoalError(f"{where} {text} would be faster than this device, or is no factor: give 1 or more")
+        raise ShoalError(f"{where} {text} is not a slow factor: give a number from 1 to 1e6")
     return factor
 
 
 @contextmanager
 def turn(path: Path) -> Iterator[None]:
-    """Nobody else has a turn at this file meanwhile, and nobody has two while somebody waits. ShoalError: it
-    cannot be opened."""
-    queue = _locked(path.with_name(f"{path.name}.queue"))  # held by the first of those that wait
+    """A fair lock between processes: no other process holds it meanwhile, and none gets it twice while
+    another waits. ShoalError: the file cannot be opened."""
+    queue = _locked(path.with_name(f"{path.name}.queue"))  # held by the process that is next
     try:
         held = _locked(path)
     finally:
@@ -79,7 +79,7 @@ def turn(path: Path) -> Iterator[None]:
 
 
 def _locked(path: Path) -> int:
-    """A file that is this descriptor's until it is closed."""
+    """Opens a file and locks it exclusively, until the returned descriptor is closed."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
@@ -92,7 +92,8 @@ Turn = Callable[[], AbstractContextManager[None]]
 
 
 class SlowWatch:
-    """How long a call takes on the device that is played; it does not sleep. See engine.measure.Watch."""
+    """An engine.measure.Watch that returns how long a call takes on the simulated device. It does not
+    sleep."""
 
     def __init__(self, slowness: Slowness, clock: Clock = Clock(), turn: Turn = nullcontext) -> None:
         self._slowness, self._clock, self._turn = slowness, clock, turn
@@ -106,7 +107,7 @@ class SlowWatch:
 
 
 class SlowStage:
-    """A stage whose runs take F times as long, each computed within a `turn`. See StageLike."""
+    """A StageLike whose runs take F times as long, each computed within a `turn`."""
 
     def __init__(
         self,
@@ -122,8 +123,8 @@ class SlowStage:
         self._stage.open_sequence(sequence, sampling, context)
 
     def run(self, batch: Sequence[Run]) -> list[Result]:
-        """Runs the batch and sleeps. A step that ended late is made up for by the next one, as far as one
-        step can."""
+        """Runs the batch and sleeps. If a run ends late, the next one sleeps less, by at most its own
+        time."""
         clock, factor = self._clock, self._slowness.factor()
         start = clock.now()
         with self._turn():

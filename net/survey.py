@@ -1,4 +1,4 @@
-"""Asks nodes what they offer and measures the links between them, without giving them anything to do."""
+"""A survey of nodes: their offers and the links between them, for a plan that is not carried out."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .placement import Links, NodeInfo, Placement
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What a plan is made from."""
+    """Nodes and links: what a plan is made from."""
 
     nodes: tuple[NodeInfo, ...]
     links: Links
 
 
 class _Enough(ShoalError):
-    """Ends a coordinator at the moment when it would plan."""
+    """Raised by the planner of `survey` to end the coordinator when it would plan."""
 
     def __init__(self, survey: Survey) -> None:
         super().__init__("the survey is done")
@@ -33,7 +33,8 @@ async def survey(
     shape: ModelShape,
     options: CoordinatorOptions = DEFAULT_OPTIONS,
 ) -> Survey:
-    """The nodes at these addresses, in this order, and their links. Errors as for Coordinator.open."""
+    """Connects to nodes and measures their links. The nodes are in the order of the addresses. Errors as for
+    Coordinator.open."""
 
     def plan(nodes: Sequence[NodeInfo], links: Links) -> Placement:
         raise _Enough(Survey(tuple(nodes), dict(links)))

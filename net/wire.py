@@ -1,12 +1,13 @@
-"""Bytes in, messages out: the protocol without I/O. A `Connection` is one end of one connection.
+"""The wire protocol without I/O: bytes in, messages out. A `WireProtocol` is the state of one end of a
+connection.
 
-    receive_data(data)   what the transport read; b"" when the peer has closed its side
-    next_message()       the next message, NEED_DATA, or CLOSED; raises what the peer did wrong
-    send(message)        the buffers to write, in order; raises LocalProtocolError for our own mistakes
+    receive_data(data)   adds bytes that the transport read; b"" when the peer has closed its side
+    next_message()       returns the next message, NEED_DATA, or CLOSED; raises errors of the peer
+    send(message)        returns the buffers to write, in order; raises LocalProtocolError for errors of ours
 
-Every frame is a header of 12 bytes (magic, protocol version, type, length of the body; little-endian) and a
-body: JSON for control messages, packed binary for rows, results and bulk. A length is checked against its
-type's limit before a byte of the body is taken, so a peer can make us hold one frame and never more.
+A frame is a header of 12 bytes (magic, protocol version, type, length of the body; little-endian) and a body:
+JSON for control messages, packed binary for rows, results and bulk data. The length is checked against the
+limit of the type before the body is buffered, so a peer can make this process hold at most one frame.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _NO_TOKEN = -1
 
 
 class Signal(Enum):
-    """What `next_message` says when there is no message."""
+    """Returned by `next_message` when there is no message."""
 
     NEED_DATA = auto()
     CLOSED = auto()
@@ -57,7 +58,7 @@ CLOSED = Signal.CLOSED
 
 
 class WireProtocol:
-    """One end. `dialled` is True on the side that opened the connection and says Hello first."""
+    """One end of a connection. `dialled` is True on the side that opened it, which says Hello first."""
 
     def __init__(self, dialled: bool) -> None:
         self._dialled = dialled
@@ -68,17 +69,17 @@ class WireProtocol:
         self._greeted = {"here": False, "there": False}
 
     def receive_data(self, data: bytes | bytearray | memoryview) -> None:
-        """Takes what the transport read; b"" says that the peer will send no more."""
+        """Adds bytes that the transport read; b"" means that the peer will send no more."""
         if self._closed and data:
-            raise LocalProtocolError("data was received after the end")
+            raise LocalProtocolError("data was received after the end of the connection")
         if data:
             self._buffer += data
         else:
             self._closed = True
 
     def next_message(self) -> Message | Signal:
-        """The next message. MismatchError: another protocol version; RemoteProtocolError: anything else that
-        is not right. After an error nothing more can be read, and each call raises it again."""
+        """Returns the next message, or a Signal. MismatchError: the peer has another protocol version.
+        RemoteProtocolError: anything else is wrong. After an error every call raises the same error."""
         if self._failure is not None:
             raise self._failure
         try:
@@ -93,7 +94,8 @@ class WireProtocol:
             raise self._failure from error
 
     def send(self, message: Message) -> list[bytes]:
-        """The frame of a message. LocalProtocolError: it may not be said here, or its values are wrong."""
+        """Returns the frame of a message as buffers. LocalProtocolError: the message is not allowed here, or
+        its values are invalid."""
         entry = BY_KIND[type(message)]
         name = type(message).__name__
         if isinstance(message, Hello) == self._greeted["here"] and name != "Error":
@@ -101,14 +103,14 @@ class WireProtocol:
         if isinstance(message, Hello):
             self._agree(message)
         elif self._purpose is not None and self._purpose not in _allowed(entry, self._dialled):
-            raise LocalProtocolError(f"{name} is not for a {self._purpose} connection, from this side")
+            raise LocalProtocolError(f"this side may not send {name} on a {self._purpose} connection")
         try:
             body = _encode(message)
         except (ValueError, struct.error) as error:
             raise LocalProtocolError(f"{name}: {error}") from error
         size = sum(len(part) for part in body)
         if size > entry.limit:
-            raise LocalProtocolError(f"{name} of {size} bytes is over the limit of {entry.limit}")
+            raise LocalProtocolError(f"{name} has {size} bytes; the limit is {entry.limit}")
         if isinstance(message, Hello):
             self._greeted["here"] = True
         return [HEADER.pack(MAGIC, PROTOCOL, entry.code, size), *body]
@@ -121,7 +123,7 @@ class WireProtocol:
     def _next(self) -> Message | Signal:
         if len(self._buffer) < HEADER.size:
             if self._buffer and not MAGIC.startswith(bytes(self._buffer[: len(MAGIC)])):
-                raise RemoteProtocolError("it does not speak this protocol")
+                raise RemoteProtocolError("it does not speak shoal's protocol: check the port")
             return self._wait("a header")
         entry, size = self._header()
         if len(self._buffer) < HEADER.size + size:
@@ -144,10 +146,10 @@ class WireProtocol:
         raise RemoteProtocolError(f"the connection ended after {len(self._buffer)} bytes of {what}")
 
     def _header(self) -> tuple[Entry, int]:
-        """Type and length of the frame at hand, checked before its body is there."""
+        """Type and length of the next frame, checked before its body arrives."""
         magic, version, code, size = HEADER.unpack_from(self._buffer)
         if magic != MAGIC:
-            raise RemoteProtocolError("it does not speak this protocol")
+            raise RemoteProtocolError("it does not speak shoal's protocol: check the port")
         if version != PROTOCOL:
             raise MismatchError(
                 f"it speaks protocol version {version} and this process {PROTOCOL}: "
@@ -177,7 +179,7 @@ def _allowed(entry: Entry, from_dialler: bool) -> frozenset[Purpose]:
 
 
 def max_step_rows(cols: int) -> int:
-    """The most rows of a cut with that many f32 columns that one Step can carry."""
+    """The most rows with that many f32 columns that fit into one Step."""
     return min(MAX_ROWS, (STEP_LIMIT - _STEP.size) // (4 + 4 * cols))
 
 
@@ -199,18 +201,18 @@ def _encode(message: Message) -> list[bytes]:
 def _encode_step(step: Step) -> list[bytes]:
     rows, cols = len(step.tokens), 0 if step.hidden is None else step.hidden.shape[1]
     if step.hidden is not None and step.hidden.shape != (rows, cols):
-        raise ValueError(f"{rows} tokens come with hidden rows of shape {step.hidden.shape}")
+        raise ValueError(f"a Step with {rows} tokens has hidden rows of shape {step.hidden.shape}")
     _check_run(step.first, rows, int(step.want), cols)
     epoch = step.epoch
     fixed = _STEP.pack(step.session, epoch.coordinator, epoch.counter, step.first, rows, int(step.want), cols)
     tokens = struct.pack(f"<{rows}i", *step.tokens)
-    # tobytes copies: the stage may use its buffer again while this waits to be written.
+    # tobytes copies, since the stage may reuse its buffer before this is written.
     hidden = b"" if step.hidden is None else step.hidden.astype("<f4", copy=False).tobytes()
     return [fixed + tokens, hidden]
 
 
 def _decode(entry: Entry, body: bytearray) -> Message:
-    """The message of a frame. ValueError: a body that is not right."""
+    """Decodes the body of a frame. ValueError: it is invalid."""
     if entry.kind is Step:
         return _decode_step(body)
     if entry.kind is Result:
@@ -222,7 +224,7 @@ def _decode(entry: Entry, body: bytearray) -> Message:
 
 def _decode_step(body: bytearray) -> Step:
     if len(body) < _STEP.size:
-        raise ValueError(f"a Step of {len(body)} bytes is shorter than its own header")
+        raise ValueError(f"a Step has {len(body)} bytes, fewer than the {_STEP.size} of its fixed part")
     session, coordinator, counter, first, rows, want, cols = _STEP.unpack_from(body)
     _check_run(first, rows, want, cols)
     size = _STEP.size + 4 * rows + 4 * rows * cols
@@ -231,7 +233,7 @@ def _decode_step(body: bytearray) -> Step:
     tokens = np.frombuffer(body, "<i4", rows, _STEP.size)
     if tokens.min() < 0:
         raise ValueError(f"a Step holds the token id {tokens.min()}")
-    # A copy of its own is aligned, and writable as the stages' C code wants it.
+    # The copy is aligned and writable, as the C library requires.
     hidden = np.frombuffer(body, "<f4", rows * cols, _STEP.size + 4 * rows).astype(np.float32)
     return Step(
         session,
@@ -255,7 +257,7 @@ def _decode_result(body: bytearray) -> Result:
 
 def _check_run(first: int, rows: int, want: int, cols: int) -> None:
     if not 1 <= rows <= MAX_ROWS:
-        raise ValueError(f"{rows} rows are not between 1 and {MAX_ROWS}")
+        raise ValueError(f"{rows} rows are out of range: 1 to {MAX_ROWS}")
     if not 0 <= first <= MAX_POSITION - rows:
         raise ValueError(f"position {first} is out of range")
     if want not in (Want.NOTHING, Want.TOKEN):

@@ -1,7 +1,8 @@
-"""What a stage does with a batch, and what comes of it: blocking, without a network, run in a worker thread.
+"""The work of a stage on batches: blocking calls for a worker thread, without any network.
 
-In go the batches of the inbox; out come the messages to pass on: sessions and hidden rows for the next node,
-tokens and failures for the coordinator. A failure of one session never touches the others of its batch.
+Its input is the batches of the inbox, and its output is the messages to send: sessions and hidden rows for
+the next node, tokens and failures for the coordinator. The failure of one session never affects others in its
+batch.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from .messages import Close, Epoch, Failed, Open, Result, Stats, Step, Work
 
 MAX_SESSIONS = 256
 STAGE_ERRORS = (ShoalError, ValueError, FloatingPointError)
-"""What a stage raises for rows that are wrong, or that it has no room for."""
+"""Exceptions of a stage for invalid rows, or rows without room. They end a session, not the node."""
 
 Answer = Open | Close | Step | Result | Failed
 
 
 class StageLike(Protocol):
-    """What is needed of engine.stage.Stage."""
+    """The methods of engine.stage.Stage that a node uses."""
 
     def open_sequence(self, sequence: int, sampling: Sampling, context: int) -> object:
         """Begins a sequence."""
@@ -34,7 +35,7 @@ class StageLike(Protocol):
         """Runs rows of distinct sequences."""
 
     def close_sequence(self, sequence: int) -> None:
-        """Ends a sequence; harmless when it is not open."""
+        """Ends a sequence; does nothing if it is not open."""
 
     def close(self) -> None:
         """Ends the stage."""
@@ -51,8 +52,7 @@ class _Tally:
 
 
 class StageWork:
-    """A stage under one epoch, its open sessions, and the time it took. Not thread-safe: one call at a
-    time."""
+    """A stage in one epoch with its open sessions and statistics. Not thread-safe: one call at a time."""
 
     def __init__(self, stage: StageLike, epoch: Epoch, *, last: bool) -> None:
         self._stage, self._epoch, self._last = stage, epoch, last
@@ -60,16 +60,16 @@ class StageWork:
         self._decode, self._prefill = _Tally(), _Tally()
 
     def do(self, batch: Batch) -> list[Answer]:
-        """Carries out a batch; the answers stand in the order in which they must leave."""
+        """Carries out a batch; returns the messages to send, in order."""
         answers: list[Answer] = []
         for notice in batch.notices:
             answers += self._open(notice) if isinstance(notice, Open) else self._close(notice)
-        # Rows of a session that is not open here: it has failed, and its Close is on the way.
+        # A session that is not open here has failed, and its Close is on the way: its rows are dropped.
         steps = [step for step in batch.steps if step.session in self._sessions]
         return answers + (self._run(steps) if steps else [])
 
     def count(self, batch: Batch, seconds: float) -> None:
-        """Adds a batch that took that long to the statistics."""
+        """Adds a batch that took `seconds` to the statistics."""
         rows = [len(step.tokens) for step in batch.steps]
         if rows:
             tally = self._decode if max(rows) == 1 else self._prefill
@@ -89,7 +89,7 @@ class StageWork:
             if notice.session in self._sessions:
                 raise ValueError(f"session {notice.session} is open already")
             if len(self._sessions) >= MAX_SESSIONS:
-                raise ContextError(f"{MAX_SESSIONS} sessions are open, the most a node serves: end one")
+                raise ContextError(f"{MAX_SESSIONS} sessions are open, the most that a node serves: end one")
             self._stage.open_sequence(notice.session, notice.sampling, notice.context)
         except STAGE_ERRORS as error:
             return [self._failed(notice.session, error)]
@@ -105,7 +105,7 @@ class StageWork:
         try:
             results = self._stage.run(runs)
         except STAGE_ERRORS as error:
-            if len(steps) > 1:  # one of them is to blame; alone it shows which
+            if len(steps) > 1:  # runs them one by one to find the session at fault
                 return [answer for step in steps for answer in self._run([step])]
             self._forget(steps[0].session)
             return [self._failed(steps[0].session, error)]

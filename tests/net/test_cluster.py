@@ -175,7 +175,7 @@ def test_no_plan_is_a_failure_that_names_who_was_lost() -> None:
     assert after(fresh(), *TO_PLAN, Planned(1, error))[1] == [Fail(error)]
     _, (fail,) = after(fresh(), *TO_SERVE, Left(1, GONE), Planned(2, error))
     assert isinstance(fail, Fail) and isinstance(fail.error, NodeLostError)
-    assert str(fail.error) == "gone; and without it: 12 MB are missing"
+    assert str(fail.error) == "gone; the other nodes cannot go on: 12 MB are missing"
 
 
 def test_a_stage_that_cannot_be_loaded_blames_its_node() -> None:

@@ -74,7 +74,7 @@ def test_a_read_that_fails_names_the_cause(lab: ModuleType) -> None:
 def test_the_wrong_message_is_the_peers_fault(lab: ModuleType) -> None:
     async def test(a: Connection, b: Connection, here: Any, there: Any) -> None:
         await a.send(Ping(1))
-        with pytest.raises(RemoteProtocolError, match="Ping came, Open was due"):
+        with pytest.raises(RemoteProtocolError, match="sent Ping where Open was expected"):
             await b.expect(Open)
         with pytest.raises(LocalProtocolError):
             await b.send(Ping(1))
@@ -164,9 +164,9 @@ def test_dialling_has_one_deadline_for_all_of_it(lab: ModuleType) -> None:
                 pass
         assert trio.current_time() == 5
 
-    seconds, words = 4.0, "pi:7 did not greet within 5 s: is it a shoal node"
+    seconds, words = 4.0, "pi:7 did not say Hello within 5 s: check that it is a shoal node"
     lab.run(main)
-    seconds, words = 60.0, "pi:7 did not answer within 5 s: is `shoal node` running there"
+    seconds, words = 60.0, "pi:7 did not answer within 5 s: check that `shoal node` is running there"
     lab.run(main)
 
 

@@ -183,7 +183,7 @@ def test_a_name_without_an_address_is_refused(host: str, monkeypatch: pytest.Mon
         listen.addresses(host)
 
 
-def test_a_head_tries_all_addresses_of_a_name(names: Names) -> None:
+def test_a_coordinator_tries_all_addresses_of_a_name(names: Names) -> None:
     """The node listens on the second only."""
     names({"node": ["127.0.0.2", "127.0.0.1"]})
 

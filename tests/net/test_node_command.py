@@ -53,7 +53,7 @@ def test_a_name_is_judged_by_all_of_its_addresses(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_factor_below_one_is_refused() -> None:
-    with pytest.raises(ShoalError, match=r"--slow 0\.5 would be faster"):
+    with pytest.raises(ShoalError, match=r"--slow 0\.5 is not a slow factor: give a number from 1"):
         node.run(parse("nowhere --slow 0.5"))
 
 
@@ -164,11 +164,11 @@ def test_garbage_is_answered_logged_and_survived(started: tuple["subprocess.Pope
     for _ in range(2):
         with socket.create_connection((host, int(port)), timeout=30) as stranger:
             stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
-            assert b"does not speak this protocol" in stranger.recv(4096)
+            assert b"does not speak shoal's protocol" in stranger.recv(4096)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 0
-    assert err.count("it does not speak this protocol\n") == 2
+    assert err.count("it does not speak shoal's protocol: check the port\n") == 2
 
 
 @pytest.mark.slow

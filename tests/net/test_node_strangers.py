@@ -39,8 +39,8 @@ def hostile(lab: ModuleType) -> dict[str, tuple[bytes, bytes | None, type[NetErr
     small, remote = header(32, 40), RemoteProtocolError
     body = b'{"epoch":{"coordinator":1,"counter":1},"first":0,"last":99,"next":null,"chunk_rows":9}'
     return {
-        "garbage": (b"GET / HTTP/1.1\r\n\r\n", None, remote, "does not speak this protocol"),
-        "random": (random.Random(1).randbytes(5000), None, remote, "does not speak this protocol"),
+        "garbage": (b"GET / HTTP/1.1\r\n\r\n", None, remote, "does not speak shoal's protocol"),
+        "random": (random.Random(1).randbytes(5000), None, remote, "does not speak shoal's protocol"),
         "a ping for a greeting": (header(3, 2) + b"{}", None, remote, "Ping out of turn"),
         "version 7": (
             HEADER.pack(b"SHOL", 7, 1, 2), None, MismatchError, f"version 7 and this process {PROTOCOL}"
@@ -52,7 +52,7 @@ def hostile(lab: ModuleType) -> dict[str, tuple[bytes, bytes | None, type[NetErr
         "4 GB for a greeting": (header(1, 0xFFFFFFFF), None, remote, "the limit is 65536"),
         "4 GB of rows": (greeting(lab, "step"), step, remote, "announced a Step of 4294967295 bytes"),
         "rows on control": (hello, small, remote, "sent Step on a control connection"),
-        "garbage once greeted": (hello, b"\x00" * 100_000, remote, "does not speak this protocol"),
+        "garbage once greeted": (hello, b"\x00" * 100_000, remote, "does not speak shoal's protocol"),
         "a false assignment": (
             hello,
             header(5, len(body)) + body,
@@ -147,6 +147,6 @@ def test_a_stranger_that_says_nothing_is_dropped_in_time(lab: ModuleType) -> Non
             assert await stream.receive_some(100) == b""
             assert trio.current_time() == 10
             await trio.testing.wait_all_tasks_blocked()
-            assert "did not greet within 10 s" in net.nodes[7001].log[-1]
+            assert "did not say Hello within 10 s" in net.nodes[7001].log[-1]
 
     lab.run(main)

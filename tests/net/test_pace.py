@@ -98,7 +98,7 @@ def test_pings_behind_rows_tell_latency_and_rate() -> None:
     assert unknown.measured is None
 
 
-def test_the_head_keeps_what_it_hears_of_the_current_epoch() -> None:
+def test_the_coordinator_keeps_what_it_hears_of_the_current_epoch() -> None:
     old = LinkSpeed(0.002, 1e6)
     links = dict.fromkeys(((COORDINATOR, "a"), ("a", COORDINATOR), ("a", "b"), ("b", "a")), old)
     state = ClusterState(

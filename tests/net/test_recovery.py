@@ -133,7 +133,7 @@ def test_a_broken_link_between_two_nodes_blames_the_next(lab: ModuleType) -> Non
     lab.run(main)
 
 
-def test_without_recovery_a_loss_ends_the_head_and_names_the_node(lab: ModuleType) -> None:
+def test_without_recovery_a_loss_ends_the_coordinator_and_names_the_node(lab: ModuleType) -> None:
     async def main() -> None:
         async with lab.network() as net:
             for name in "abc":
@@ -173,7 +173,7 @@ def test_when_the_others_cannot_hold_the_model_the_error_says_both(lab: ModuleTy
                     async for _ in tokens:
                         pass
 
-            words = r"c \(host:7003\) is lost: .*; and without it: 50 MB are missing"
+            words = r"c \(host:7003\) is lost: .*; the other nodes cannot go on: 50 MB are missing"
             with pytest.raises(NodeLostError, match=words):
                 await lose()
 

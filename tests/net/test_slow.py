@@ -145,7 +145,7 @@ def test_the_factor_in_a_file_counts_from_the_next_step_on(tmp_path: Path) -> No
 def test_a_file_that_holds_no_factor_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "slow"
     path.write_text(text)
-    with pytest.raises(ShoalError, match=r"slow .*give 1 or more"):
+    with pytest.raises(ShoalError, match=r"slow .*give a number from 1"):
         Slowness(1.0, path)
 
 

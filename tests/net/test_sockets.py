@@ -1,5 +1,6 @@
 """Real sockets and worker threads on loopback, the fake model: what memory streams cannot show."""
 
+import re
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -71,7 +72,7 @@ def test_a_stranger_hears_why_before_the_socket_closes(lab: ModuleType, flood: b
                 tasks.start_soon(stream.send_all, flood)
                 while data := await stream.receive_some(4096):
                     answer += data
-            assert b"does not speak this protocol" in answer
+            assert b"does not speak shoal's protocol" in answer
             await stream.aclose()
             async with Coordinator.open(
                 addresses, lab.identity("laptop", 9), lab.SHAPE, plan_at((0, 6))
@@ -86,8 +87,8 @@ def test_a_port_where_nobody_listens_is_said_in_the_systems_words(lab: ModuleTyp
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             address = taken.getsockname()
-            words = f"127.0.0.1:{address[1]} cannot be reached: Connection refused: is `shoal node` running"
-            with pytest.raises(NodeLostError, match=words):
+            words = f"127.0.0.1:{address[1]} cannot be reached (Connection refused): check that `shoal node`"
+            with pytest.raises(NodeLostError, match=re.escape(words)):
                 async with Coordinator.open([address], lab.identity("laptop", 9), lab.SHAPE, plan_at((0, 6))):
                     pass
 
@@ -97,7 +98,7 @@ def test_a_port_where_nobody_listens_is_said_in_the_systems_words(lab: ModuleTyp
 @pytest.mark.parametrize("host", ["a..b", "x" * 70])
 def test_a_host_that_is_no_name_is_a_node_that_cannot_be_reached(lab: ModuleType, host: str) -> None:
     async def main() -> None:
-        with pytest.raises(NodeLostError, match="cannot be reached: the host's name is not one"):
+        with pytest.raises(NodeLostError, match=r"cannot be reached \(the host name is not valid\)"):
             async with Coordinator.open([(host, 1)], lab.identity("laptop", 9), lab.SHAPE, plan_at((0, 6))):
                 pass
 

@@ -186,9 +186,9 @@ def opening(**changes: object) -> dict[str, object]:
 
 
 HOSTILE: dict[str, tuple[bytes, type, str]] = {
-    "another protocol": (b"GET / HTTP/1.1\r\n", Ping, "does not speak this protocol"),
-    "almost the magic": (b"SHO\x00", Ping, "does not speak this protocol"),
-    "one wrong byte": (b"\x00", Ping, "does not speak this protocol"),
+    "another protocol": (b"GET / HTTP/1.1\r\n", Ping, "does not speak shoal's protocol"),
+    "almost the magic": (b"SHO\x00", Ping, "does not speak shoal's protocol"),
+    "one wrong byte": (b"\x00", Ping, "does not speak shoal's protocol"),
     "unknown type": (header(99, 0), Ping, "unknown type 99"),
     "4 GB of rows": (header(STEP, 0xFFFFFFFF), Step, "announced a Step of 4294967295 bytes"),
     "4 GB of JSON": (header(PING, 0xFFFFFFFF), Ping, "the limit is 65536"),
@@ -237,7 +237,7 @@ HOSTILE: dict[str, tuple[bytes, type, str]] = {
     "text that moves the cursor": (control(2, {"code": 9, "text": "\x1b[2J"}), Ping, "cannot be printed"),
     "a lone surrogate": (control(2, b'{"code":9,"text":"\\ud800"}'), Ping, "cannot be printed"),
     "endless text": (control(2, {"code": 9, "text": "a" * 1001}), Ping, "1001 characters"),
-    "a step shorter than its header": (header(STEP, 3) + bytes(3), Step, "shorter than its own header"),
+    "a step shorter than its header": (header(STEP, 3) + bytes(3), Step, "fewer than the 36 of its"),
     "no rows": (control(STEP, step_body(0, ())), Step, "0 rows"),
     "too many rows": (control(STEP, step_body(4097, (1,) * 4097)), Step, "4097 rows"),
     "rows that are not there": (control(STEP, step_body(2)), Step, "2 rows and 0 columns has 40 bytes"),
@@ -316,13 +316,16 @@ def test_an_answer_for_another_purpose_is_refused() -> None:
 @pytest.mark.parametrize(
     ("message", "words"),
     [
-        (Result(1, EPOCH, 0, 1, 3), "not for a step connection"),
+        (Result(1, EPOCH, 0, 1, 3), "may not send Result on a step connection"),
         (Step(1, EPOCH, 0, (), Want.TOKEN), "0 rows"),
-        (Step(1, EPOCH, 0, (1, 2), Want.TOKEN, HIDDEN), "2 tokens come with hidden rows"),
+        (Step(1, EPOCH, 0, (1, 2), Want.TOKEN, HIDDEN), "2 tokens has hidden rows of shape"),
         (Step(1, EPOCH, 0, (1,), Want.LOGITS), "want = 2"),
         (Step(1, EPOCH, 0, (1 << 31,), Want.TOKEN), "Step"),
         (Step(1 << 64, EPOCH, 0, (1,), Want.TOKEN), "Step"),
-        (Step(1, EPOCH, 0, (1,) * 4096, Want.TOKEN, np.zeros((4096, 257), np.float32)), "over the limit"),
+        (
+            Step(1, EPOCH, 0, (1,) * 4096, Want.TOKEN, np.zeros((4096, 257), np.float32)),
+            "the limit is 4194304",
+        ),
         (Close(-1, EPOCH), "Close.session = -1"),
         (Open(1, EPOCH, Sampling(), 0), "Open.context = 0"),
         (Error(0, ""), "Error.code = 0"),

@@ -41,35 +41,24 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_EXPORTS = {
-    "AddressInUseError": "net.errors",
-    "CancelledRunError": "engine.errors",
-    "ContextError": "engine.errors",
-    "DownloadError": "engine.errors",
-    "LocalProtocolError": "net.errors",
-    "MismatchError": "net.errors",
-    "MissingDependencyError": "engine.errors",
-    "Model": "engine.model_directory",
-    "ModelFileError": "engine.errors",
-    "NetError": "net.errors",
-    "NoPlanError": "engine.errors",
-    "NodeLostError": "net.errors",
-    "OperatingSystemError": "engine.errors",
-    "RemoteProtocolError": "net.errors",
-    "Result": "engine.batch",
-    "Run": "engine.batch",
-    "Sampling": "engine.batch",
-    "ShoalError": "engine.errors",
-    "Stage": "engine.stage",
-    "StageOptions": "engine.stage",
-    "TextStream": "engine.generate",
-    "Tokenizer": "engine.tokenizer",
-    "UnsupportedModelError": "engine.errors",
-    "Want": "engine.batch",
-    "generate": "engine.generate",
-}
+_NAMES = {
+    "engine.batch": ("Result", "Run", "Sampling", "Want"),
+    "engine.errors": (
+        "CancelledRunError", "ContextError", "DownloadError", "MissingDependencyError", "ModelFileError",
+        "NoPlanError", "OperatingSystemError", "ShoalError", "UnsupportedModelError",
+    ),
+    "engine.generate": ("TextStream", "generate"),
+    "engine.model_directory": ("Model",),
+    "engine.stage": ("Stage", "StageOptions"),
+    "engine.tokenizer": ("Tokenizer",),
+    "net.errors": (
+        "AddressInUseError", "LocalProtocolError", "MismatchError", "NetError", "NodeLostError",
+        "RemoteProtocolError",
+    ),
+}  # fmt: skip
+_EXPORTS = {name: module for module, names in _NAMES.items() for name in names}
 
-__all__ = ["__version__", *_EXPORTS]
+__all__ = ["__version__", *sorted(_EXPORTS)]
 
 
 def __getattr__(name: str) -> object:

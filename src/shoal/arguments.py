@@ -8,9 +8,9 @@ until a command runs, so `shoal --help` is quick and works where NumPy does not.
 import argparse
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from . import __version__
 
@@ -23,6 +23,7 @@ SHORT_ANSWER = 16
 DTYPES = ("int8", "int4", "f32", "keep")
 BACKENDS = ("auto", "native", "numba", "numpy")
 ISAS = ("auto", "scalar", "avx2", "avxvnni", "avx512", "neon", "neon_dot", "neon_i8mm")
+T = TypeVar("T")
 _NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 
@@ -38,8 +39,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"shoal {__version__}")
     _add_traceback(parser, default=False, text="show the Python traceback of an error")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", parser_class=Parser)
-    for name in _COMMANDS:
-        import_module(f"{__package__}.commands.{name}").add_parser(commands)
+    for command in _COMMANDS:
+        import_module(f"{__package__}.commands.{command}").add_parser(commands)
     return parser
 
 
@@ -122,61 +123,45 @@ def address(text: str) -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
-def addresses(text: str) -> tuple[tuple[str, int], ...]:
-    return tuple(address(part.strip()) for part in text.split(","))
+def name(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("a name is empty")
+    return text
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
+def _whole(least: int, what: str) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return int(text)
+
+    return convert
 
 
-def whole(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    return int(text)
+def _number(low: float, high: float, what: str) -> Callable[[str], float]:
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:  # false for nan
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return value
+
+    return convert
 
 
-def positives(text: str) -> tuple[int, ...]:
-    return tuple(positive(part.strip()) for part in text.split(","))
+def listed(kind: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
+    """Several values of a kind, separated by commas."""
+    return lambda text: tuple(kind(part.strip()) for part in text.split(","))
 
 
-def wholes(text: str) -> tuple[int, ...]:
-    return tuple(whole(part.strip()) for part in text.split(","))
-
-
-def names(text: str) -> tuple[str, ...]:
-    found = tuple(part.strip() for part in text.split(","))
-    if not all(found):
-        raise argparse.ArgumentTypeError(f"{text!r} has an empty name")
-    return found
-
-
-def _number(text: str, low: float, high: float, what: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not low <= value <= high:  # false for nan
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-    return value
-
-
-def non_negative(text: str) -> float:
-    return _number(text, 0.0, sys.float_info.max, "a number from 0 up")
-
-
-def fraction(text: str) -> float:
-    return _number(text, 0.0, 1.0, "a number from 0 to 1")
-
-
-def factor(text: str) -> float:
-    return _number(text, sys.float_info.min, sys.float_info.max, "a number above 0")
-
-
-def seconds(text: str) -> float:
-    return _number(text, 0.01, 3600.0, "a number of seconds from 0.01 up")
+whole = _whole(0, "a whole number")
+positive = _whole(1, "a whole number above 0")
+non_negative = _number(0.0, sys.float_info.max, "a number from 0 up")
+fraction = _number(0.0, 1.0, "a number from 0 to 1")
+factor = _number(sys.float_info.min, sys.float_info.max, "a number above 0")
+seconds = _number(0.01, 3600.0, "a number of seconds from 0.01 up")
 
 
 # Arguments that several commands have.
@@ -232,7 +217,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def add_nodes(parser: argparse._ActionsContainer, text: str) -> None:
-    parser.add_argument("--nodes", type=addresses, default=(), metavar="HOST:PORT,...", help=text)
+    parser.add_argument("--nodes", type=listed(address), default=(), metavar="HOST:PORT,...", help=text)
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
@@ -242,7 +227,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         type=positive,
         metavar="N",
         help="threads to compute with (default: the fastest number if `shoal profile` measured it, else one "
-        "a core)",
+        "for each big core, four at most)",
     )
     add_kernels(group)
 

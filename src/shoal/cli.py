@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from importlib import import_module
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Self
 
 from .arguments import build_parser
@@ -108,9 +108,7 @@ class EndingSignals:
                     self._handled.append(number)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number in self._handled:
             signal.signal(number, signal.SIG_DFL)
 

@@ -103,9 +103,7 @@ class NetworkPlanner:
 
 
 def measured_of(
-    reports: Sequence[StageReport],
-    tokens_per_s: float | None,
-    alone: dict[str, float] | None = None,
+    reports: Sequence[StageReport], tokens_per_s: float | None, alone: dict[str, float] | None = None
 ) -> RunMeasurements:
     """Measurements of a run, for the report beside the prediction."""
     return RunMeasurements(

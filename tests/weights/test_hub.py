@@ -190,7 +190,7 @@ def test_a_gguf_of_a_repository(
     ("source", "code", "message"),
     [
         ("hf:org/several", 11, "has tiny-F32-00001-of-00003.gguf (3 parts), tiny-f16.gguf"),
-        ("hf:org/torch", 11, "has no checkpoint: neither model.safetensors nor model.safetensors.index.json"),
+        ("hf:org/torch", 11, "neither model.safetensors nor model.safetensors.index.json nor a GGUF"),
         ("hf:org/missing", 11, "has no odd.safetensors, which its model.safetensors.index.json lists"),
         ("hf:org/traversal", 3, "in '../../odd.safetensors', which is no name of a .safetensors file"),
     ],

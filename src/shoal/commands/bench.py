@@ -13,32 +13,18 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from ..arguments import Commands, add_command, add_kernels, add_model, positive, positives, wholes
+from ..arguments import Commands, add_command, add_kernels, add_model, listed, positive, whole
 from ..imports import quick_imports
 
 if TYPE_CHECKING:
     from ..benchmark import Row
 
-# Heads of the table and the least width of their columns.
 _COLUMNS = {
-    "model": 20,
-    "size": 10,
-    "params": 8,
-    "backend": 7,
-    "isa": 6,
-    "threads": 7,
-    "batch": 5,
-    "test": 13,
-    "t/s": 17,
-    "GB/s": 5,
-    "read loop": 9,
-    "of it": 5,
-    "GMAC/s": 6,
-    "dot loop": 8,
-    "of that": 7,
-    "load s": 6,
+    "model": 20, "size": 10, "params": 8, "backend": 7, "isa": 6, "threads": 7, "batch": 5, "test": 13,
+    "t/s": 17, "GB/s": 5, "read loop": 9, "of it": 5, "GMAC/s": 6, "dot loop": 8, "of that": 7, "load s": 6,
     "peak MB": 7,
-}
+}  # fmt: skip
+"""Columns of the table, with their least width."""
 _SAMPLES = ("samples_ns", "samples_ts")  # a CSV has no lists
 
 
@@ -51,16 +37,14 @@ def add_parser(commands: Commands) -> None:
         "with one thread and then with two.",
     )
     add_model(parser)
-    lists: tuple[tuple[tuple[str, ...], tuple[int, ...] | None, str], ...] = (
-        (("-p", "--n-prompt"), (512,), "prompt length in tokens; 0: none (default 512)"),
-        (("-n", "--n-gen"), (128,), "tokens to generate, one by one; 0: none (default 128)"),
-        (("-d", "--n-depth"), (0,), "tokens that are in the context before (default 0)"),
-        (("-t", "--threads"), None, "threads to compute with (default: as `shoal run`)"),
-        (("--batch",), (1,), "concurrent sequences that generate (default 1)"),
-    )
-    for flags, default, text in lists:
-        kind = positives if flags[0] in {"-t", "--batch"} else wholes
-        parser.add_argument(*flags, type=kind, metavar="N", default=default, help=text)
+    for flags, kind, default, text in (
+        ("-p --n-prompt", whole, (512,), "prompt length in tokens; 0: none (default 512)"),
+        ("-n --n-gen", whole, (128,), "tokens to generate, one by one; 0: none (default 128)"),
+        ("-d --n-depth", whole, (0,), "tokens that are in the context before (default 0)"),
+        ("-t --threads", positive, None, "threads to compute with (default: as `shoal run`)"),
+        ("--batch", positive, (1,), "concurrent sequences that generate (default 1)"),
+    ):
+        parser.add_argument(*flags.split(), type=listed(kind), metavar="N", default=default, help=text)
     parser.add_argument(
         "-r",
         "--repetitions",

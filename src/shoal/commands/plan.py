@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..arguments import Commands, add_command, add_json, add_model, add_nodes, names, positive, wholes
+from ..arguments import Commands, add_command, add_json, add_model, add_nodes, listed, name, positive, whole
 from ..engine.errors import ShoalError
 from ..imports import quick_imports
 
@@ -51,12 +51,14 @@ def add_parser(commands: Commands) -> None:
     group = parser.add_argument_group("constraints")
     group.add_argument(
         "--layers",
-        type=wholes,
+        type=listed(whole),
         default=(),
         metavar="N,N,...",
         help="number of layers on each device, in the devices' order; 0 excludes a device",
     )
-    group.add_argument("--exclude", type=names, default=(), metavar="NAME,...", help="devices to exclude")
+    group.add_argument(
+        "--exclude", type=listed(name), default=(), metavar="NAME,...", help="devices to exclude"
+    )
     group.add_argument("--first", metavar="NAME", help="device that holds the embedding")
     group.add_argument("--last", metavar="NAME", help="device that holds the LM head")
     parser.add_argument(

@@ -148,11 +148,7 @@ def _is_current(target: Path, wanted: Source, options: dict[str, object]) -> boo
 
 
 def default_name(
-    source: str,
-    dtype: str,
-    head_dtype: str | None = None,
-    has_min: bool = False,
-    kv_dtype: str | None = None,
+    source: str, dtype: str, head_dtype: str | None = None, has_min: bool = False, kv_dtype: str | None = None
 ) -> str:
     """The name of a source's model: the last part of the source, and the types that are not the default."""
     from ..sources import HUGGING_FACE

@@ -43,8 +43,8 @@ def add_parser(commands: Commands) -> None:
     add_model(parser)
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="text to answer")
     add_nodes(parser, "run on these nodes (default: in this process alone)")
-    text = parser.add_argument_group("text")
-    text.add_argument(
+    texts = parser.add_argument_group("text")
+    texts.add_argument(
         "-n",
         "--max-tokens",
         type=positive,
@@ -52,16 +52,16 @@ def add_parser(commands: Commands) -> None:
         metavar="N",
         help="end an answer after N tokens (default 512)",
     )
-    text.add_argument("--system", metavar="TEXT", help="system message (default: the model's own)")
-    text.add_argument("--raw", action="store_true", help="continue PROMPT without the chat template")
-    text.add_argument(
+    texts.add_argument("--system", metavar="TEXT", help="system message (default: the model's own)")
+    texts.add_argument("--raw", action="store_true", help="continue PROMPT without the chat template")
+    texts.add_argument(
         "--stop",
         action="append",
         default=[],
         metavar="TEXT",
         help="end an answer before TEXT; can be given several times",
     )
-    text.add_argument(
+    texts.add_argument(
         "--context",
         type=positive,
         metavar="N",
@@ -69,47 +69,15 @@ def add_parser(commands: Commands) -> None:
         "that fits in RAM)",
     )
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument(
-        "--temperature",
-        type=non_negative,
-        default=0.0,
-        metavar="T",
-        help="0 always takes the most likely token; larger values vary more (default 0)",
-    )
-    sampling.add_argument(
-        "--top-k",
-        type=whole,
-        default=0,
-        metavar="K",
-        help="draw from the K most likely tokens; 0: from all (default 0)",
-    )
-    sampling.add_argument(
-        "--top-p",
-        type=fraction,
-        default=1.0,
-        metavar="P",
-        help="draw from the most likely tokens whose probabilities sum to P (default 1: from all)",
-    )
-    sampling.add_argument(
-        "--min-p",
-        type=fraction,
-        default=0.0,
-        metavar="P",
-        help="exclude tokens less likely than P times the most likely one (default 0: none)",
-    )
-    sampling.add_argument(
-        "--repeat-penalty",
-        type=factor,
-        default=1.0,
-        metavar="R",
-        help="make tokens that occurred before less likely, by the factor R (default 1: off)",
-    )
-    sampling.add_argument(
-        "--seed",
-        type=whole,
-        metavar="S",
-        help="seed of the random draws; the same seed gives the same answer (default: a new one each time)",
-    )
+    for flag, metavar, kind, default, text in (
+        ("--temperature", "T", non_negative, 0.0, "randomness; 0: always the most likely token (default 0)"),
+        ("--top-k", "K", whole, 0, "draw from the K most likely tokens; 0: from all (default 0)"),
+        ("--top-p", "P", fraction, 1.0, "draw from the likeliest tokens of total probability P (default 1)"),
+        ("--min-p", "P", fraction, 0.0, "exclude tokens less likely than P times the likeliest (default 0)"),
+        ("--repeat-penalty", "R", factor, 1.0, "penalise tokens that occurred before (default 1: off)"),
+        ("--seed", "S", whole, None, "the same seed gives the same answer (default: a new one each time)"),
+    ):
+        sampling.add_argument(flag, metavar=metavar, type=kind, default=default, help=text)
     add_engine(parser)
     parser.add_argument(
         "--stats", action="store_true", help="print times and tokens/s on standard error after an answer"

@@ -20,7 +20,7 @@ from .config import Config, read_config
 from .errors import ModelFileError
 from .hash_cache import HashCache
 from .index import COMMON, CONFIG, INDEX, Index, UnitEntry, read_index
-from .memory import Arena, affordable, fetch_ahead
+from .memory import Arena, fetch_ahead
 from .packing import packed_shapes, packed_shapes_q4
 from .program import Program, Unit, Weight, WeightType
 from .safetensors_file import PAD, SafetensorsFile, TensorInfo, open_file
@@ -102,11 +102,10 @@ class Model:
         self._check_names(files[0], {info.name for w in own for info in tensors_of(w)})
         return {w.name: self._weight(files[w.name in unit.tied], w) for w in unit.weights}
 
-    def fetch_ahead(self, first: int, last: int) -> None:
+    def fetch_ahead(self, first: int, last: int, left: int) -> None:
         """Asks the system to read the files of units [first, last) into its page cache, in order, without
-        waiting. Stops at half of the available RAM: more would evict the first files before they are
+        waiting. Stops at `left` bytes (memory.affordable): more would evict the first files before they are
         used."""
-        left = affordable()
         for name in dict.fromkeys(name for unit in self.index.units[first:last] for name in unit.files):
             left -= self.index.files[name].size
             if left < 0:

@@ -53,10 +53,12 @@ class WeightStore:
                 self._constants = {name: _Constant(values) for name, values in model.constants().items()}
             missing = [u for u in range(first, last) if u not in self._units]
             files, units = dict(self._files), dict(self._units)
-            arena = self._arena({name for u in missing for name in model.index.units[u].files} - files.keys())
+            spare = affordable()  # asked once: it reads a dozen files of the system
+            names = {name for u in missing for name in model.index.units[u].files} - files.keys()
+            arena = self._arena(names, spare)
             if arena is None and missing:
                 # The system reads each file from disk while the units before it run.
-                model.fetch_ahead(missing[0], missing[-1] + 1)
+                model.fetch_ahead(missing[0], missing[-1] + 1, spare)
 
             def opened(name: str) -> SafetensorsFile:
                 if name not in files:
@@ -65,7 +67,8 @@ class WeightStore:
 
             for i, unit in enumerate(missing):
                 if arena is not None and i + 1 < len(missing):
-                    model.fetch_ahead(missing[i + 1], missing[i + 1] + 1)  # read while this unit is copied
+                    # Read from disk while this unit is copied.
+                    model.fetch_ahead(missing[i + 1], missing[i + 1] + 1, spare)
                 units[unit] = model.unit_weights(unit, opened)
             self._files, self._units = files, units
 
@@ -85,10 +88,11 @@ class WeightStore:
         """The constants of the program by (-1, name)."""
         return {(-1, name): constant for name, constant in self._constants.items()}
 
-    def _arena(self, names: Iterable[str]) -> Arena | None:
-        """Memory for copies of these files; None: the files are to be mapped."""
+    def _arena(self, names: Iterable[str], spare: int) -> Arena | None:
+        """Memory for copies of these files; None: the files are to be mapped, as `resident` says or because
+        copies would take more than `spare` bytes."""
         size = room(self.model.index.files[name].size for name in names)
-        if self._resident is False or (self._resident is None and size > affordable()):
+        if self._resident is False or (self._resident is None and size > spare):
             return None
         return Arena(size, pinned=self._resident is True)
 

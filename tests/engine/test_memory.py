@@ -131,7 +131,7 @@ def test_no_more_is_read_ahead_than_stays_in_ram(tiny_int8: Model, monkeypatch: 
     ):
         asked.names.clear()
         monkeypatch.setattr(memory, "ram", lambda a=available: Ram(1 << 41, a))
-        tiny_int8.fetch_ahead(0, tiny_int8.n_units)
+        tiny_int8.fetch_ahead(0, tiny_int8.n_units, memory.affordable())
         assert asked.names == names
 
 

@@ -27,8 +27,9 @@ T = TypeVar("T")
 _NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line. Its result has the command's name as `command`."""
+def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The parser of the command line. Its result has the command's name as `command`. If `argv` begins with a
+    command, the parser knows that command only: a command starts sooner without the modules of the others."""
     parser = argparse.ArgumentParser(
         prog="shoal",
         description="Run one language model across the devices you own. Each device holds some of its "

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = argparse.Namespace(traceback=False)
         try:
             try:
-                parser = build_parser()
+                parser = build_parser(sys.argv[1:] if argv is None else argv)
                 parser.parse_args(argv, args)
                 if args.command is not None:
                     return run(args)

@@ -79,7 +79,7 @@ def open_checkpoint(path: Path, warn: Warn = ignore) -> Checkpoint:
 
 
 def _no_checkpoint(names: list[str], models: list[str]) -> str:
-    """Why a directory is not opened, as the end of a sentence that it begins."""
+    """Why a directory is not a checkpoint. The text continues a sentence whose subject is the directory."""
     if models:
         return f"has {len(models)} .gguf files ({', '.join(models)}): name one of them"
     if "adapter_config.json" in names:

@@ -1,9 +1,9 @@
-"""Writes a float program op by op: what a family calls to describe its layers. Widths follow from weights.
+"""Builds a float program op by op. Families use it to describe their layers; it infers buffer widths.
 
 A tensor has a name in the model directory and one in a Hugging Face checkpoint: `("q", "self_attn.q_proj")`
-is the weight `q.weight` of the unit, from `self_attn.q_proj.weight` of its layer in the checkpoint. Buffers
-are named by the caller: layers use the same ones in turn, which is what makes them alike. Types other than
-floats come later, by a pass over the program (`typed`)."""
+is the weight `q.weight` of the unit, from `self_attn.q_proj.weight` of its layer in the checkpoint. The
+caller names buffers; all layers use the same names, so that they share memory. Types other than f32 are set
+later, by the pass `typed`."""
 
 from __future__ import annotations
 
@@ -31,15 +31,16 @@ from .program import (
 )
 
 Names = tuple[str, str]
-"""A tensor in the model directory and in the checkpoint, both without `.weight`."""
+"""The names of a tensor in the model directory and in the checkpoint, both without `.weight`."""
 
 
 class Builder:
-    """A program under construction. Every method that computes appends to the unit that was begun last and
-    returns the name of the buffer that it wrote."""
+    """A program under construction. Methods that compute append ops to the current unit and return the name
+    of the buffer that they write."""
 
     def __init__(self, *, ignored: Sequence[str] = ()) -> None:
-        """`ignored`: patterns (fnmatch) of tensors that a checkpoint may hold and the program lacks."""
+        """`ignored`: patterns (fnmatch) of tensors that a checkpoint may have and the program does not
+        use."""
         self._ignored = tuple(ignored)
         self._prologue: list[Op] = []
         self._constants: list[tuple[str, tuple[float, ...]]] = []
@@ -53,22 +54,22 @@ class Builder:
         self._window: int | None = None
 
     def window(self, positions: int | None) -> None:
-        """Attention looks back so many positions, the row's own included; None: all."""
+        """Sets the attention window: positions visible to a query, its own included; None: all."""
         self._window = positions
 
     def unit(self, name: str, source: str = "") -> None:
-        """Begins a unit; `source` precedes the checkpoint's names of its tensors."""
+        """Starts a unit; `source` is the prefix of its tensors' names in the checkpoint."""
         self._end_unit()
         self._name, self._source = name, source
 
     def angles(self, frequencies: Sequence[float]) -> str:
-        """Cosines and sines of the rows' positions, for `rope`. They are the same in every unit."""
+        """Cosines and sines of the rows' positions, for `rope`. All units share them."""
         self._constants.append(("rope.inv_freq", tuple(frequencies)))
         self._prologue.append(Angles(self._buffer("angles", 2 * len(frequencies)), "rope.inv_freq"))
         return "angles"
 
     def embed(self, out: str, names: Names, vocab: int, cols: int) -> str:
-        """The tokens' rows of a table `[vocab, cols]`."""
+        """The rows of a table `[vocab, cols]` at the token ids."""
         self._ops.append(Embed(self._buffer(out, cols), self._weight(names, vocab, cols)))
         return out
 
@@ -82,14 +83,14 @@ class Builder:
     def linear(
         self, out: str, x: str, parts: Mapping[str, tuple[str, int]], *, bias: Collection[str] = ()
     ) -> str:
-        """x times the matrices of `parts` side by side: by the weight's name, its source and its outputs.
-        Those named in `bias` have one."""
+        """The concatenated products of x with several matrices. `parts` has, by the weight's name, its source
+        and its number of outputs; weights named in `bias` have a bias."""
         self._buffer(out, sum(rows for _, rows in parts.values()), self._buffers[x].domain)
         self._matmul(out, x, parts, bias, accumulate=False)
         return out
 
     def add(self, out: str, x: str, names: Names, *, bias: bool = False) -> None:
-        """Adds x times a matrix to `out`."""
+        """Adds the product of x with a matrix to `out`."""
         name, source = names
         parts = {name: (source, self._buffers[out].cols)}
         self._matmul(out, x, parts, (name,) if bias else (), accumulate=True)
@@ -97,16 +98,17 @@ class Builder:
     def head_norm(
         self, x: str, names: Names, epsilon: float, heads: int, head_dim: int, column: int = 0
     ) -> None:
-        """RMS norm in place of each of `heads` heads of x from `column` on, times a vector `[head_dim]`."""
+        """In-place RMS norm of each of `heads` heads of x from `column` on, times a vector `[head_dim]`."""
         weight = self._weight(names, 1, head_dim, vector=True)
         self._ops.append(HeadNorm(x, weight, column, heads, head_dim, epsilon))
 
     def rope(self, x: str, angles: str, heads: int, head_dim: int) -> None:
-        """Rotates the first `heads` heads of x in place."""
+        """In-place rotary position embedding of the first `heads` heads of x."""
         self._ops.append(Rope(x, angles, heads, head_dim))
 
     def attend(self, out: str, qkv: str, heads: int, kv_heads: int, head_dim: int) -> str:
-        """Causal attention; qkv holds queries, keys and values in this order. Keys and values are kept."""
+        """Causal attention. qkv has queries, keys and values in this order; keys and values are stored in a
+        state."""
         queries, keys = heads * head_dim, kv_heads * head_dim
         self._states.append(KvState("kv", kv_heads, head_dim))
         self._ops.append(Store(qkv, "kv", key=queries, value=queries + keys))
@@ -119,10 +121,10 @@ class Builder:
         return out
 
     def lm_head(self, x: str, names: Names, vocab: int, *, tied: str | None = None) -> None:
-        """The last unit's logits, and the draw of a token. `tied`: the name of the embedding's table, which
-        is the matrix then."""
+        """The logits, and the draw of a token, in the last unit. `tied`: the name of the embedding's table,
+        if it is also the LM head's matrix."""
         if tied is not None:
-            self._ignored += (f"{names[1]}.weight",)  # some checkpoints hold the table twice
+            self._ignored += (f"{names[1]}.weight",)  # some checkpoints have the table twice
             table = self._units[0].weight(f"{tied}.weight")
             self._weights.append(table)
             self._tied = (table.name,)
@@ -131,7 +133,7 @@ class Builder:
         self._ops.append(Sample("logits"))
 
     def program(self, cut: str) -> Program:
-        """The whole program; `cut` is the buffer that crosses from unit to unit."""
+        """The finished program; `cut` is the buffer that crosses from unit to unit."""
         self._end_unit()
         return Program(
             units=tuple(self._units),

@@ -1,8 +1,8 @@
-"""How large each channel of each matmul's input is, measured while a model is converted.
+"""Measures the size of each input channel of each matmul, during conversion, for quantisation.
 
-The float program runs over a short text, one unit at a time, by the `numpy` backend in float64: machines
-differ in the order of their sums, and what is computed here must, once rounded, be the same on all of
-them, or equal checkpoints would give unequal model hashes."""
+The float program runs over a short text, one unit at a time, on the `numpy` backend in float64. Machines
+differ in the order of their sums, but the sizes, once rounded, must be equal on all of them; otherwise equal
+checkpoints would get different model hashes."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .kv import PagePool, SequenceKv
 from .program import Attend, Matmul, Program, Sample, Store
 
 _MAX_ROWS = 256
-_CHUNK = 1 << 21  # elements of a weight that are widened to f64 at once
+_CHUNK = 1 << 21  # elements of a weight that are converted to f64 at a time
 
-# Prose, dialogue, numbers, code, lists and other scripts: what the text is about does not matter, that it
-# is varied does.
+# Prose, dialogue, numbers, code, lists and other scripts: the text should be varied; its subject does not
+# matter.
 TEXT = """The ferry was late, so the passengers talked. An old engineer explained how the bridge had been
 built in 1932: two towers, 141 metres apart. "And before that?" asked the girl.
 
@@ -45,7 +45,7 @@ Le vent se lève. Der Zug fährt um 14:35 Uhr ab. Сегодня хорошая 
 
 @dataclass(frozen=True, slots=True)
 class _Float:
-    """A weight in memory, as backends take them."""
+    """An f32 weight in memory, with the interface `WeightData`."""
 
     data: F32
     rows: int
@@ -55,20 +55,19 @@ class _Float:
 
 
 class Calibration:
-    """The run of one text through a model; holds the activations between two units."""
+    """The run of one text through a model, unit by unit."""
 
     def __init__(self, program: Program, tokens: list[int]) -> None:
-        """`program` is one of floats, as families build it."""
+        """`program` is a float program, as families build it; `tokens` is the text."""
         self.program = program
         self._tokens = np.array(tokens[:_MAX_ROWS], np.int32)
         self.hidden: Any = None
-        """Activations between the last unit that ran and the next: f64 `[tokens, cut]`."""
+        """Output of the last unit that ran, which is the next unit's input: f64 `[tokens, cut]`."""
         self._constants = {name: np.array(values) for name, values in program.constants}
 
     def run(self, u: int, weights: Mapping[str, F32]) -> dict[tuple[str, ...], F64]:
-        """Runs unit u, which must follow the unit of the last call; for each matmul, by its weights'
-        names, the root mean square of every column of its input. The last unit's logits are not
-        computed."""
+        """Runs unit u, which must follow the unit of the previous call. Returns, for each matmul by the names
+        of its weights, the root mean square of every column of its input. Logits are not computed."""
         unit, last = self.program.units[u], u == len(self.program.units) - 1
         bound_weights: dict[tuple[int, str], WeightData] = {
             (u, w.name): _Float(weights[w.name], w.rows, w.cols) for w in unit.weights if w.name in weights
@@ -96,7 +95,8 @@ class Calibration:
 
 
 class _Recorder(NumpyExecutor):
-    """The numpy backend in float64, with keys and values kept as they are computed."""
+    """The numpy backend in float64, which does not round keys and values, and records the sizes of matmul
+    inputs."""
 
     def __init__(self, bound: BoundProgram) -> None:
         super().__init__(bound)
@@ -113,7 +113,7 @@ class _Recorder(NumpyExecutor):
             super().matmul(unit, op)
 
     def sample(self, unit: int, op: Sample) -> None:
-        """Nothing: there are no logits."""
+        """Does nothing, since logits are not computed."""
 
     def product(self, x: Any, weight: Any) -> Any:
         out = np.empty((len(x), len(weight)))
@@ -128,7 +128,7 @@ class _Recorder(NumpyExecutor):
 
         def heads(at: int) -> F64:
             columns: Any = x[:, at : at + width].reshape(-1, state.kv_heads, state.head_dim)
-            # Contiguous, because NumPy multiplies stacks of anything else without BLAS.
+            # Contiguous, because NumPy multiplies other stacks of matrices without BLAS.
             return np.ascontiguousarray(columns.transpose(1, 0, 2))
 
         self._kept[op.state] = heads(op.key), heads(op.value)
@@ -152,5 +152,5 @@ class _Recorder(NumpyExecutor):
 
 
 def pseudo_tokens(vocab: int) -> list[int]:
-    """Token ids for a checkpoint without a tokenizer: spread over the vocabulary, always the same."""
+    """Token ids for a checkpoint without a tokenizer: spread over the vocabulary and always the same."""
     return [i * 2654435761 % vocab for i in range(1, _MAX_ROWS + 1)]

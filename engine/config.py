@@ -1,5 +1,5 @@
-"""`config.json` of a model: what the engine needs to know of every model, and checked access to the rest,
-which each family reads for itself.
+"""`config.json` of a model: the values that the engine needs of every model, and checked access to the other
+keys, which each family reads itself.
 
 Source of the keys and defaults: the `*Config` classes of Hugging Face transformers.
 """
@@ -15,12 +15,12 @@ from typing import Any
 from .errors import ModelFileError, UnsupportedModelError, Warn, ignore
 
 _MAX_NUMBER = 1e30
-_MAX_COUNT = 1 << 24  # no honest dimension or vocabulary is larger; products of two fit in 64 bits
+_MAX_COUNT = 1 << 24  # no real dimension or vocabulary is larger, and products of two fit in 64 bits
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """A configuration. `vocab` and `context` are in tokens."""
+    """The configuration of a model. `vocab` and `context` are numbers of tokens."""
 
     family: str
     vocab: int
@@ -30,70 +30,72 @@ class Config:
     values: Mapping[str, Any] = field(repr=False)
     """All of config.json."""
     limit: str = field(default="", compare=False)
-    """Why `context` is less than config.json says, in brackets; empty where it is not."""
+    """The reason, in parentheses, if `context` is less than in config.json; else empty."""
     where: str = field(default="config.json", compare=False)
-    """What errors and warnings call the file."""
+    """The file's name in errors and warnings."""
     warn: Warn = field(default=ignore, compare=False, repr=False)
-    """Called where two keys disagree."""
+    """Called if two keys disagree."""
 
     def count(self, key: str, default: int | None = None) -> int:
-        """A positive whole number. ModelFileError: the key is missing and has no default, or is none."""
+        """The value of `key`, a positive integer. ModelFileError: it is not, or is missing without a
+        default."""
         value = self.values.get(key)
         value = default if value is None else value
         if type(value) is not int or not 0 < value <= _MAX_COUNT:
-            raise self.contradiction(f"{key} must be a count between 1 and {_MAX_COUNT}, not {value!r}")
+            raise self.contradiction(f"{key} must be an integer from 1 to {_MAX_COUNT}, not {value!r}")
         return value
 
     def number(
         self, key: str, default: float | None = None, *, within: Mapping[str, Any] | None = None
     ) -> float:
-        """A positive number, of the configuration or of a dictionary in it. ModelFileError: it is none."""
+        """The value of `key`, a positive number, in the configuration or in the dictionary `within`.
+        ModelFileError: it is not a positive number."""
         value = (self.values if within is None else within).get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MAX_NUMBER:
             raise self.contradiction(f"{key} must be a positive number, not {value!r}")
         return float(value)
 
     def flag(self, key: str, default: bool = False) -> bool:
-        """True or false. ModelFileError: it is neither."""
+        """The value of `key`, true or false. ModelFileError: it is neither."""
         value = self.values.get(key)
         if value is not None and type(value) is not bool:
             raise self.contradiction(f"{key} must be true or false, not {value!r}")
         return default if value is None else value
 
     def within(self, window: int | None) -> Config:
-        """This configuration where attention looks back `window` positions (None: all): as long as a context
-        fits the window it changes nothing, and longer ones are not supported."""
+        """This configuration with the context limited to the attention window (None: no window). A window
+        changes nothing while the context fits in it; longer contexts are not supported."""
         if window is None or window >= self.context:
             return self
         limit = f" (its attention window is {window} tokens, and longer contexts are not supported yet)"
         return replace(self, context=window, limit=limit)
 
     def contradiction(self, message: str) -> ModelFileError:
-        """The error of a configuration that cannot be right."""
+        """The error for a configuration that cannot be right."""
         return ModelFileError(f"{self.where}: {message}")
 
     def unsupported(self, message: str) -> UnsupportedModelError:
-        """The error of a configuration that asks for what is not here."""
+        """The error for a configuration that needs an unsupported feature."""
         return UnsupportedModelError(f"{self.where}: {message}")
 
 
 def read_config(path: Path) -> Config:
-    """Reads `config.json`. ModelFileError: unreadable or lying; UnsupportedModelError: a feature we don't
-    have."""
+    """Reads `config.json`. ModelFileError: unreadable or inconsistent. UnsupportedModelError: an unsupported
+    feature."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelFileError(f"{path} is missing: a model directory has a config.json") from None
+        raise ModelFileError(f"{path} is missing: pull or convert the model again") from None
     except (OSError, ValueError, RecursionError) as e:
         raise ModelFileError(f"{path} cannot be read as JSON: {e}") from e
     if not isinstance(values, dict):
-        raise ModelFileError(f"{path} must hold a JSON object")
+        raise ModelFileError(f"{path} is not a JSON object")
     return parse_config(values, str(path))
 
 
 def parse_config(values: Mapping[str, Any], where: str, warn: Warn = ignore) -> Config:
-    """The Config of a Hugging Face configuration; `where` names it in errors and in warnings, which `warn` is
-    called with where two keys disagree."""
+    """The Config of a Hugging Face configuration. `where` names it in errors and warnings; `warn` is called
+    if two keys disagree. Errors: see `read_config`."""
     family = values.get("model_type")
     if not isinstance(family, str):
         raise ModelFileError(f"{where}: model_type must name the family, not {family!r}")

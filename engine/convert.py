@@ -1,7 +1,6 @@
-"""Turns a checkpoint into a model directory: one file per unit, packed as the kernels read it, and an
-index.
+"""Converts a checkpoint to a model directory: an index, and one file per unit in the layout of the kernels.
 
-One unit's tensors are in memory at a time. The directory appears under its name only when it is whole."""
+The tensors of one unit are in memory at a time. The directory appears under its name only when complete."""
 
 from __future__ import annotations
 
@@ -52,19 +51,19 @@ from .temporary import new_directory, remove_leavings
 from .tokenizer import Tokenizer
 from .typed import typed
 
-_WITH_HEAD = ("ForCausalLM", "LMHeadModel")  # how transformers' classes with an LM head end
+_WITH_HEAD = ("ForCausalLM", "LMHeadModel")  # suffixes of transformers' classes with an LM head
 
 Progress = Callable[[int, int], None]
-"""Called with units done and units in all."""
+"""A callback with the number of finished units and the number of all units."""
 
 
 _BESIDE_BYTES = 40_000_000
-"""What converting holds beside the weights of a unit: a tokenizer, and activations of the calibration."""
+"""Bytes of memory in addition to a unit's weights: for a tokenizer and the activations of the calibration."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Options:
-    """How a checkpoint is converted."""
+    """Options of a conversion; see `convert`."""
 
     dtype: str
     head_dtype: str | None
@@ -90,28 +89,28 @@ def convert(
     progress: Progress | None = None,
     warn: Warn = ignore,
 ) -> None:
-    """Writes the model directory `target` from the checkpoint at `source`. With dtype int4 the head may
-    be int8 (`head_dtype`), and groups may have minima. With dtype "keep" the types are those that hold
-    the file's values as they are (`kept`). `kv_dtype`: f16 (f32 with f32 weights) unless given.
+    """Writes the model directory `target` from the checkpoint at `source`. With dtype int4 the LM head may
+    be int8 (`head_dtype`), and groups may have minima (`has_min`). With dtype "keep" the types are those that
+    hold the file's quantised values exactly (`kept`). `kv_dtype` is f16 by default (f32 with f32 weights).
 
-    `origin` is what the index says of the source (default: local); equal origins, checkpoints and
-    options give equal model hashes. `replace`: the new directory takes the place of one that has the
-    name. `finish` is called with the directory before it gets its name. `warn` is called with each thing
-    that is odd about the checkpoint and does not prevent its conversion. ShoalError: target exists.
-    ModelFileError: the checkpoint is damaged. UnsupportedModelError: it is of a kind that is not here.
-    OperatingSystemError: the disk is full, or the place cannot be written."""
+    `origin` is the index's `source` (default: local); equal origins, checkpoints and options give equal model
+    hashes. `replace`: an existing `target` is replaced. `finish` is called with the directory before it gets
+    its name. `warn` is called for each oddity of the checkpoint that does not prevent the conversion.
+    ShoalError: `target` exists, options contradict each other, or RAM is too small. ModelFileError: the
+    checkpoint is damaged. UnsupportedModelError: the checkpoint's kind is not supported.
+    OperatingSystemError: the disk is full, or `target` cannot be written."""
     if dtype not in (*KV_DTYPES, KEEP):
         raise ValueError(f"dtype must be one of {', '.join(KV_DTYPES)}, {KEEP}, not {dtype!r}")
     if dtype == KEEP and (head_dtype or has_min):
-        raise ShoalError("--dtype keep finds the types in the file: omit --head-dtype and --min")
+        raise ShoalError("--dtype keep takes the types from the file: omit --head-dtype and --min")
     head_dtype = None if head_dtype == dtype else head_dtype
     if head_dtype not in (None, "int8") or ((head_dtype or has_min) and dtype != "int4"):
-        raise ShoalError("only with --dtype int4 can the head be int8 instead, or groups have a minimum")
+        raise ShoalError("--head-dtype int8 and --min need --dtype int4: add it, or omit them")
     if kv_dtype not in (None, *KV_TYPES):
         raise ValueError(f"kv_dtype must be one of {', '.join(KV_TYPES)}, not {kv_dtype!r}")
     options = _Options(dtype, head_dtype, has_min, kv_dtype, equalise, origin or LOCAL, dtype == KEEP)
     if target.exists() and not replace:
-        raise ShoalError(f"{target} exists already: remove it, or choose another name")
+        raise ShoalError(f"{target} already exists: remove it, or choose another name")
     warn = _once(warn)
     checkpoint = open_checkpoint(source, warn)
     try:
@@ -128,7 +127,8 @@ def convert(
 
 
 def _once(warn: Warn) -> Warn:
-    """`warn`, called once for each message: a checkpoint's properties may be read several times."""
+    """A `Warn` that passes each message on once, since a checkpoint's properties may be read several
+    times."""
     said: set[str] = set()
 
     def once(message: str) -> None:
@@ -199,7 +199,7 @@ def _write_directory(
 
 
 def _bytes(program: Program) -> int:
-    """Bytes of all weights, each counted once."""
+    """Bytes of all weights; a shared table counts once."""
     own = (weight for unit in program.units for weight in unit.weights if weight.name not in unit.tied)
     return sum(info.nbytes for weight in own for info in tensors_of(weight))
 
@@ -212,8 +212,8 @@ def _write_units(
     calibration: Calibration | None,
     warn: Warn,
 ) -> Iterator[tuple[int, FileEntry]]:
-    """Writes the units' files; a table that the last unit shares comes last, since only there it shows
-    how large is what its columns multiply."""
+    """Writes the units' files; yields each unit and its index entry. An embedding that the LM head shares is
+    written last, because the sizes of the activations that it multiplies are known only then."""
     last = len(program.units) - 1
     shared = bool(program.units[last].tied)
     sizes: dict[str, F64] = {}
@@ -223,7 +223,7 @@ def _write_units(
         infos = [info for weight in own for info in tensors_of(weight)]
         for weight in own:
             if not weight.vector and weight.name not in changed and held_in(checkpoint, weight):
-                del weights[weight.name]  # _arrays copies what it does not find
+                del weights[weight.name]  # _arrays copies missing weights from the checkpoint
         said = warn if options.keep else ignore
         arrays = _arrays(checkpoint, own, weights, sizes, program.units[last].tied, said)
         return u, FileEntry(*write(part / unit_file(u), infos, arrays))
@@ -232,7 +232,7 @@ def _write_units(
         weights, changed = _load(checkpoint, program.units[u]), frozenset[str]()
         if calibration is not None:
             measured = calibration.run(u, weights)
-            # The last unit feeds nothing, and what it reads is often shared with the first.
+            # The last unit is left as it is: no unit follows it, and its table is often the embedding's.
             even = options.has_min and _on_even_steps(weights)
             copied = options.dtype == "int4" and _copied(checkpoint, program.units[u])
             if options.equalise and u < last and not (even or copied):
@@ -245,19 +245,22 @@ def _write_units(
 
 
 def _calibration(checkpoint: Checkpoint, config: Config, tokenizer: bytes | None) -> Calibration:
-    """A text in this model's tokens, ready to run through it."""
+    """A calibration with the text in this model's tokens."""
     if tokenizer is None:
         tokens = pseudo_tokens(config.vocab)
     else:
         tokens = Tokenizer.parse(tokenizer, f"{checkpoint.path}: its tokenizer").encode(TEXT)
         if max(tokens, default=0) >= config.vocab:
-            raise ModelFileError(f"{checkpoint.path}: its tokenizer has more tokens than its embedding")
+            raise ModelFileError(
+                f"{checkpoint.path}: its tokenizer has more tokens than its embedding: the files are of "
+                "different models; fetch the checkpoint again"
+            )
     return Calibration(families.build(config), tokens[: config.context])
 
 
 def _load(checkpoint: Checkpoint, unit: Unit) -> dict[str, F32]:
-    """The weights that a unit's own file holds, by name, checked: shapes as in the program, every value
-    finite."""
+    """The weights by name of a unit's own file. ModelFileError: a shape differs from the program's, or a
+    value is not finite."""
     weights = {}
     for weight in unit.weights:
         if weight.name in unit.tied:
@@ -266,13 +269,13 @@ def _load(checkpoint: Checkpoint, unit: Unit) -> dict[str, F32]:
         expected = (weight.cols,) if weight.vector else (weight.rows, weight.cols)
         if values.shape != expected:
             raise ModelFileError(
-                f"{checkpoint.path}: tensor {weight.source!r} has the shape {values.shape} and its "
-                f"configuration says {expected}: they belong to different models"
+                f"{checkpoint.path}: tensor {weight.source!r} has the shape {values.shape}, and "
+                f"{expected} by the configuration: they are of different models; fetch the checkpoint again"
             )
         if not np.isfinite(values).all():
             raise ModelFileError(
-                f"{checkpoint.path}: tensor {weight.source!r} holds NaN or infinity: the file was damaged on "
-                "its way, or the training failed"
+                f"{checkpoint.path}: tensor {weight.source!r} holds NaN or infinity: the file was damaged in "
+                "transit (fetch it again), or the training failed"
             )
     return weights
 
@@ -285,10 +288,10 @@ def _arrays(
     tables: tuple[str, ...],
     warn: Warn,
 ) -> Iterator[NDArray[Any]]:
-    """The tensors of a unit file in order; each weight is dropped once it is packed. What `weights` lacks is
-    copied from the checkpoint's own quantised values; `warn` is called where these must be rounded. `sizes`
-    are the root mean squares of what the columns of a matrix multiply, as far as they are known; `tables`
-    are looked up in too."""
+    """The arrays of a unit file in order; each weight is freed once it is packed. A weight missing in
+    `weights` is copied from the checkpoint's quantised values; `warn` is called if these must be rounded.
+    `sizes` has, by weight, the root mean squares of the activations that its columns multiply, if known.
+    `tables` names the matrices whose rows are also looked up as embeddings."""
     for weight in own:
         values = weights.pop(weight.name, None)
         if values is None:
@@ -298,8 +301,8 @@ def _arrays(
                 yield from exact
                 continue
             warn(
-                f"{checkpoint.path}: {weight.source} is {checkpoint.type_of(weight.source)} with values "
-                "beyond what the kernels multiply, such as -128: it is rounded; other tensors are kept"
+                f"{checkpoint.path}: {weight.source} is {checkpoint.type_of(weight.source)} with values that "
+                "the kernels cannot multiply, such as -128, so it is rounded; other tensors are kept"
             )
             values = checkpoint.tensor(weight.source)
         if weight.type == "f32":
@@ -316,14 +319,14 @@ def _arrays(
 
 
 def _copied(checkpoint: Checkpoint, unit: Unit) -> bool:
-    """Whether every matrix of a unit's own is of a type that ours holds as it is."""
+    """Whether all matrices of a unit's own can be copied exactly."""
     own = (weight for weight in unit.weights if not weight.vector and weight.name not in unit.tied)
     return all(held_in(checkpoint, weight) for weight in own)
 
 
 def _on_even_steps(weights: dict[str, F32]) -> bool:
-    """Whether the matrices come from a format such as Q4_1, which int4 with minima holds exactly as they
-    are, unless equalisation changes them. One panel of each tells."""
+    """Whether int4 with minima can hold the matrices exactly, as those from a Q4_1 file; equalisation would
+    prevent that. Tests one panel of each."""
     for values in weights.values():
         if values.ndim == 2:
             rows = values[:PANEL]
@@ -334,7 +337,8 @@ def _on_even_steps(weights: dict[str, F32]) -> bool:
 
 
 def _packed_q4(values: F32, size: F64 | None, *, table: bool, has_min: bool) -> Iterator[NDArray[Any]]:
-    """`table`: rows are looked up too, where each column is as important as any other."""
+    """The packed values, scales and minima of an int4 matrix. `size`: root mean squares of the activations
+    that its columns multiply. `table`: rows are also looked up, where all columns are equally important."""
     importance = np.zeros(round_up(values.shape[1], GROUP))
     importance[: values.shape[1]] = 1 if size is None else size * size / np.mean(size * size) + table
     packed, scales, mins = pack_q4(values, lambda rows: quantise_q4(rows, importance, has_min=has_min))
@@ -344,8 +348,8 @@ def _packed_q4(values: F32, size: F64 | None, *, table: bool, has_min: bool) -> 
 
 
 def _check_room(checkpoint: Checkpoint, program: Program) -> None:
-    """ShoalError: less RAM is available than converting takes. It is better said now than by a kill
-    later."""
+    """ShoalError: less RAM is available than the conversion needs. Without this check the system might kill
+    the process later."""
     counts = [[w.rows * w.cols for w in unit.weights if w.name not in unit.tied] for unit in program.units]
     # A unit as float32, and its largest matrix packed.
     needed = max(sum(unit) * 4 + max(unit, default=0) for unit in counts) + _BESIDE_BYTES
@@ -353,13 +357,14 @@ def _check_room(checkpoint: Checkpoint, program: Program) -> None:
     if found.total is not None and found.available is not None and found.available < needed:
         takes, here, all_of_it = (f"{n / 1e6:.0f} MB" for n in (needed, found.available, found.total))
         raise ShoalError(
-            f"converting {checkpoint.path} takes {takes} of RAM, and {here} are available of the {all_of_it} "
+            f"converting {checkpoint.path} needs {takes} of RAM, and {here} are available of the {all_of_it} "
             f"{found.bound}: convert it on a device with more, and copy the model directory"
         )
 
 
 def _check_names(checkpoint: Checkpoint, program: Program) -> None:
-    """Every tensor of the checkpoint must have a place in the program, or the answers would be wrong."""
+    """ModelFileError: the checkpoint lacks a tensor of the program. UnsupportedModelError: the program does
+    not use one of its tensors, so that answers would be wrong."""
     used = {weight.source for unit in program.units for weight in unit.weights}
     missing = sorted(used - set(checkpoint.names))
     if missing:
@@ -370,7 +375,8 @@ def _check_names(checkpoint: Checkpoint, program: Program) -> None:
     for name in sorted(set(checkpoint.names) - used):
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in program.ignored):
             raise UnsupportedModelError(
-                f"{checkpoint.path}: the tensor {name!r} has no place in this family's program"
+                f"{checkpoint.path}: the tensor {name!r} is not used by this family's program, so "
+                "answers would be wrong; this variant of the family is not supported"
             )
 
 
@@ -379,7 +385,7 @@ def _why_missing(names: list[str], config: dict[str, Any]) -> str:
         return "the checkpoint is incomplete, or its configuration is another model's"
     kinds = config.get("architectures")
     if isinstance(kinds, list) and kinds and not any(str(kind).endswith(_WITH_HEAD) for kind in kinds):
-        return f"it is of the kind {kinds[0]}, which has no LM head and generates no text"
+        return f"its architecture is {kinds[0]}, which has no LM head and generates no text"
     return (
         "its configuration does not tie the LM head to the embedding; if the two are one table, set "
         "tie_word_embeddings to true in config.json; otherwise the checkpoint is incomplete"

@@ -1,8 +1,8 @@
-"""What a unit costs, read off its program: bytes held, bytes read per token, MACs, state, and what
-crosses a cut.
+"""The costs of a unit, computed from its program: bytes in memory, bytes read per token, MACs, and bytes of
+the state and the cut.
 
-The planner's rows are made of these (the command line and `net` join the two), so cost model and engine
-cannot drift."""
+The planner's figures are made from these (by the command line and `net`), so the cost model cannot differ
+from what the engine runs."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _F32, _F64 = 4, 8
 
 @dataclass(frozen=True, slots=True)
 class UnitCost:
-    """Costs of one unit; all per row of one sequence where it says so."""
+    """Costs of one unit."""
 
     name: str
     bytes: int
-    """Weights held in memory, those shared with unit 0 included."""
+    """Bytes of weights in memory, including those shared with unit 0."""
     read_bytes: int
-    """Weight bytes read to decode one row."""
+    """Bytes of weights read to decode one row."""
     macs: int
     """Multiply-accumulates of the matmuls, per row."""
     attend_macs: int
-    """Multiply-accumulates of attention, per row and position of the state it looks at."""
+    """Multiply-accumulates of attention, per row and visible position of the state."""
     kv_bytes_per_token: int
     fixed_state_bytes: int
     cut_bytes: int
-    """Bytes of one row that cross to the next unit; of the last unit, one token id."""
+    """Bytes sent to the next unit per row. For the last unit, the bytes of a token id."""
 
 
 def unit_cost(model: Model, u: int) -> UnitCost:
@@ -53,11 +53,11 @@ def unit_cost(model: Model, u: int) -> UnitCost:
 
 
 def tied_bytes(model: Model) -> int:
-    """Bytes of the last unit that are unit 0's too: a device with both holds them once."""
+    """Bytes of weights that the last unit shares with unit 0; a device with both units has them once."""
     last = model.program.units[-1]
     return sum(last.weight(name).bytes for name in last.tied)
 
 
 def constant_bytes(program: Program) -> int:
-    """Bytes of the vectors that every stage holds."""
+    """Bytes of the constants, which every stage has."""
     return sum(len(values) * _F64 for _, values in program.constants)

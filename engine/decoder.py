@@ -14,12 +14,12 @@ from .layout import MAX_HEAD_DIM
 from .program import Program
 from .rope import Rotation
 
-_MAX_LAYERS = 1024  # csrc/check.c has room for some more; a program of millions would fill the memory
+_MAX_LAYERS = 1024  # csrc/check.c allows some more; millions would fill the memory with ops
 
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """The shape of such a decoder. Counts are of elements."""
+    """The dimensions of a decoder, in elements or heads."""
 
     layers: int
     hidden: int
@@ -30,7 +30,7 @@ class Decoder:
     norm_epsilon: float
     rotation: Rotation
     tied: bool
-    """The LM head's matrix is the embedding's table."""
+    """Whether the LM head's matrix is the embedding's table."""
 
     @property
     def queries(self) -> int:
@@ -44,12 +44,13 @@ class Decoder:
 
     @property
     def frequencies(self) -> tuple[float, ...]:
-        """Inverse frequencies of the rotary positions."""
+        """Inverse frequencies of rotary positions. Errors: see `Rotation.frequencies`."""
         return self.rotation.frequencies(self.head_dim)
 
     @classmethod
     def of(cls, config: Config, *, head_dim: int | None = None) -> Decoder:
-        """`head_dim`: the family's own default, where it is not hidden / heads."""
+        """The dimensions in a configuration. `head_dim`: the family's default, if it is not hidden / heads.
+        ModelFileError: the configuration is inconsistent. UnsupportedModelError: an unsupported feature."""
         heads, hidden = config.count("num_attention_heads"), config.count("hidden_size")
         kv_heads = config.count("num_key_value_heads", heads)
         dim = config.count("head_dim", head_dim or hidden // heads or 1)

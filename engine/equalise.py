@@ -1,12 +1,12 @@
-"""Channel equalisation: moves scale between weights that meet, so that int8 rounds both sides more
-finely.
+"""Channel equalisation: moves scale between weights and the activations that they multiply, so that rounding
+both to int8 loses less.
 
-Where one op's output feeds matmuls, channel j of it may be divided by s_j and column j of the matmuls
-multiplied by s_j; the division is folded into the weights that made the channel, so it costs nothing when the
-model runs. s = sqrt(size of the channel / largest weight of the column), as in SmoothQuant (Xiao et al.,
-arXiv 2211.10438) with alpha 0.5, where the sizes are measured (`calibrate`). Three folds, found by the ops
-and not by names: a norm's weight; the ungated half of a Gate; the values of an attention, the latter two with
-their biases."""
+If an op's output feeds matmuls, its channel j can be divided by s_j and column j of the matmuls multiplied by
+s_j. The division is folded into the weights that produce the channel, so it costs nothing at run time. s =
+sqrt(size of the channel / largest weight of the column), as in SmoothQuant (Xiao et al., arXiv 2211.10438)
+with alpha 0.5; sizes are measured (`calibrate`). There are three kinds of folds, found by op types and not by
+names: into the weight of a norm; into the projection of a Gate's second half; and into the projection of the
+values of attention. The latter two include biases."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ import numpy as np
 from .arrays import F32, F64
 from .program import Attend, Gate, Matmul, Norm, Op, Store, Unit
 
-_RANGE = 64.0  # no channel moves by more
+_RANGE = 64.0  # largest factor by which a channel is scaled
 
 
 def equalise(unit: Unit, weights: dict[str, F32], sizes: dict[tuple[str, ...], F64]) -> frozenset[str]:
-    """Rescales the unit's weights in place; in exact arithmetic the unit computes the same. Returns the names
-    of those that changed.
+    """Rescales the weights of a unit in place, without changing its output in exact arithmetic. Returns the
+    names of the changed weights.
 
-    `sizes` holds the size of every input column of each matmul, by its weights' names; it is rescaled
+    `sizes` has the size of every input column of each matmul, by the names of its weights; they are rescaled
     too."""
     changed: set[str] = set()
     for i, op in enumerate(unit.ops):
@@ -34,7 +34,7 @@ def equalise(unit: Unit, weights: dict[str, F32], sizes: dict[tuple[str, ...], F
             continue
         names = [name for reader in readers if isinstance(reader, Matmul) for name in reader.weights]
         if not {*names} <= weights.keys():
-            continue  # a table shared with another unit must stay as it is
+            continue  # a table that another unit shares must not change
         sized = next(reader for reader in readers if isinstance(reader, Matmul))
         size = sizes[sized.weights]
         largest = np.max([np.abs(weights[name]).max(axis=0) for name in names], axis=0).astype(np.float64)
@@ -63,7 +63,8 @@ def equalise(unit: Unit, weights: dict[str, F32], sizes: dict[tuple[str, ...], F
 def _fold_values(
     unit: Unit, op: Attend, part: _Part, weights: dict[str, F32], size: F64, largest: F64
 ) -> F64:
-    """Folds into the values' rows; the query heads of a group share the values, so they share the scales."""
+    """Folds scales into the rows of the value projection; returns the scales of the attention's output
+    columns. Query heads that share a kv head share its scales."""
     state = unit.state(op.state)
     shape = (state.kv_heads, op.heads // state.kv_heads, state.head_dim)
     s = _scales(size.reshape(shape).max(axis=1).ravel(), largest.reshape(shape).max(axis=1).ravel())
@@ -72,8 +73,8 @@ def _fold_values(
 
 
 def _scales(size: F64, largest: F64) -> F64:
-    """sqrt(size / largest), within limits about its median, and rounded to 8 bits, which cuts off the
-    last bits, in which machines differ."""
+    """Scales sqrt(size / largest) divided by their median, limited to 1/64 … 64, and rounded to 8 bits, which
+    removes the last bits, in which machines differ."""
     floor = max(float(size.max()), 1e-30) * 1e-6
     s = np.sqrt(np.maximum(size, floor) / np.maximum(largest, float(np.finfo(np.float32).tiny)))
     s = np.clip(s / np.median(s), 1 / _RANGE, _RANGE)
@@ -83,7 +84,7 @@ def _scales(size: F64, largest: F64) -> F64:
 
 
 def _readers(ops: tuple[Op, ...], i: int) -> Iterator[Op]:
-    """Ops that read what op i writes, before it is written anew."""
+    """Ops that read the output of op i before it is overwritten."""
     name = ops[i].writes()
     for op in ops[i + 1 :]:
         if name in op.reads():
@@ -94,26 +95,26 @@ def _readers(ops: tuple[Op, ...], i: int) -> Iterator[Op]:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A weight of a matmul whose outputs are the last columns of a buffer, and their bias."""
+    """A weight of a matmul whose outputs are the last columns of a buffer, and its bias."""
 
     weight: str
     bias: str | None
 
     @property
     def names(self) -> set[str]:
-        """Names of what is there of the two."""
+        """Names of the weight and, if there is one, the bias."""
         return {self.weight} if self.bias is None else {self.weight, self.bias}
 
     def divide(self, weights: dict[str, F32], s: F64) -> None:
-        """Divides the outputs by s."""
+        """Divides the outputs of the part by s, by rescaling the weight and the bias."""
         weights[self.weight] = (weights[self.weight] / s[:, None]).astype(np.float32)
         if self.bias is not None:
             weights[self.bias] = (weights[self.bias] / s).astype(np.float32)
 
 
 def _part(unit: Unit, i: int, buffer: str, first: int) -> _Part | None:
-    """The part that makes the columns from `first` on of a buffer that op i reads; None unless exactly
-    one does, and nothing else has touched those columns."""
+    """The part that computes the columns from `first` on of a buffer that op i reads. None, unless exactly
+    one weight does and no other op changes those columns."""
     for op in reversed(unit.ops[:i]):
         if op.writes() == buffer:
             changed = op.changes()
@@ -129,7 +130,7 @@ def _part(unit: Unit, i: int, buffer: str, first: int) -> _Part | None:
 
 
 def _value_part(unit: Unit, i: int, attend: Attend) -> _Part | None:
-    """The part that makes the values that op i, an Attend, reads from its state."""
+    """The part that computes the values that op i, an Attend, reads from its state; None: see `_part`."""
     stores = [
         (j, op) for j, op in enumerate(unit.ops[:i]) if isinstance(op, Store) and op.state == attend.state
     ]

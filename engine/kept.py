@@ -1,7 +1,7 @@
-"""Which types of ours hold a checkpoint's tensors as they are: the same values, none of them rounded.
+"""Chooses the types of a model directory that hold a checkpoint's quantised values exactly (`--dtype keep`).
 
-The index has one type for all matrices, and at most another for the LM head and the embedding tied to it
-(`typed`); this chooses them from what the file holds (`--dtype keep`)."""
+The index has one type for all matrices, and at most another one for the LM head and an embedding tied to it
+(`typed`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ HELD: dict[WeightType, frozenset[str]] = {
     "q8": _Q4 | {"Q5_0", "IQ4_NL", "Q8_0"},
     "f32": frozenset({"F64", "F32", "F16", "BF16"}),
 }
-"""Types of a checkpoint that each type of ours holds; the smallest first. (F64 is rounded, as everywhere.)"""
+"""By type of weights, the checkpoint types that it can hold exactly; the smallest first. F64 is rounded to
+f32, as in every conversion."""
 _NAMES: dict[WeightType, tuple[str, bool]] = {
     "q4": ("int4", False),
     "q4_min": ("int4", True),
@@ -30,7 +31,7 @@ _NAMES: dict[WeightType, tuple[str, bool]] = {
 
 @dataclass(frozen=True, slots=True)
 class Types:
-    """Types as the index has them."""
+    """Types of matrices, in the index's terms."""
 
     dtype: str
     head_dtype: str | None
@@ -38,14 +39,14 @@ class Types:
 
 
 def kept_types(checkpoint: Checkpoint, program: Program, warn: Warn) -> Types:
-    """The smallest types that hold every matrix as the file does. An LM head or embedding that they do not
-    hold (Q6_K, or F16 beside quantised layers) is rounded to int8, and `warn` is called.
+    """The smallest types that hold all matrices of a checkpoint exactly. An LM head or embedding of another
+    type (Q6_K, or F16 with quantised layers) is rounded to int8, and `warn` is called.
 
-    UnsupportedModelError: no one type holds the matrices of all layers."""
+    UnsupportedModelError: no single type can hold the matrices of all layers."""
     last = len(program.units) - 1
-    layers: dict[str, str] = {}  # types of their matrices, with the first tensor of each
-    beside: dict[str, str] = {}  # of an embedding that is not tied
-    head: dict[str, str] = {}
+    layers: dict[str, str] = {}  # checkpoint types of the layers' matrices, with the first tensor of each
+    beside: dict[str, str] = {}  # the type and tensor of an embedding that is not tied
+    head: dict[str, str] = {}  # the type and tensor of the LM head, and of an embedding tied to it
     for u, unit in enumerate(program.units):
         kinds = head if u == last or program.units[last].tied else beside
         for weight in unit.weights:
@@ -63,24 +64,24 @@ def kept_types(checkpoint: Checkpoint, program: Program, warn: Warn) -> Types:
         for kind, name in kinds.items():
             if not _holds(held, {kind: name}):
                 warn(
-                    f"{checkpoint.path}: {name} is {kind}, which int8 cannot hold as it is: it is rounded; "
+                    f"{checkpoint.path}: {name} is {kind}, which int8 cannot hold exactly, so it is rounded; "
                     "the layers are kept"
                 )
     return Types(dtype, None if head_type == best[0] else "int8", has_min)
 
 
 def held_in(checkpoint: Checkpoint, weight: Weight) -> bool:
-    """Whether the type that a matrix is to have holds the file's quantised values as they are."""
+    """Whether the type of a weight can hold the checkpoint's quantised values exactly."""
     return weight.type != "f32" and checkpoint.type_of(weight.source) in HELD[weight.type]
 
 
 def _holds(held: WeightType, kinds: Iterable[str]) -> bool:
-    return held == "f32" or HELD[held].issuperset(kinds)  # any value is a float
+    return held == "f32" or HELD[held].issuperset(kinds)  # f32 holds any value
 
 
 def _why(kinds: dict[str, str]) -> str:
     listed = ", ".join(f"{kind} ({name})" for kind, name in sorted(kinds.items()))
     return (
-        f"no one type here holds its matrices as they are, which are {listed}: --dtype int8 or int4 rounds "
+        f"no single type holds all its matrices exactly, which are {listed}: --dtype int8 or int4 rounds "
         "them, --dtype f32 keeps their values in 4 bytes each"
     )

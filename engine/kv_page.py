@@ -83,11 +83,11 @@ class _Int8:
         heads, self._dim = state.kv_heads, state.head_dim
         self._groups = round_up(self._dim, GROUP) // GROUP
         shape = heads, PAGE // CHUNK
-        numbers = CHUNK * self._groups * GROUP, CHUNK * self._dim
-        of_keys, of_values = numbers[0] + CHUNK * self._groups * 2, numbers[1] + CHUNK * 4
+        sizes = CHUNK * self._groups * GROUP, CHUNK * self._dim
+        of_keys, of_values = sizes[0] + CHUNK * self._groups * 2, sizes[1] + CHUNK * 4
         halves = np.split(page.reshape(heads, -1), [shape[1] * of_keys], axis=1)
-        keys, key_scales = np.split(halves[0].reshape(*shape, of_keys), [numbers[0]], axis=2)
-        values, value_scales = np.split(halves[1].reshape(*shape, of_values), [numbers[1]], axis=2)
+        keys, key_scales = np.split(halves[0].reshape(*shape, of_keys), [sizes[0]], axis=2)
+        values, value_scales = np.split(halves[1].reshape(*shape, of_values), [sizes[1]], axis=2)
         (panels, quads, line), scales = packed_shapes(CHUNK, self._dim)
         self._keys = keys.view(np.int8).reshape(*shape, panels, quads, PANEL, line // PANEL)
         self._key_scales = key_scales.view(np.float16).reshape(*shape, *scales)
@@ -113,11 +113,11 @@ class _Int8:
         panel, lane = divmod(at, PANEL)
         groups = np.zeros((heads, self._groups * GROUP), np.float32)
         groups[:, : self._dim] = keys
-        numbers, scales = _rounded(groups.reshape(heads, self._groups, GROUP))
-        self._keys[:, chunk, panel, :, lane] = numbers.reshape(heads, -1, QUAD)
+        quantised, scales = _rounded(groups.reshape(heads, self._groups, GROUP))
+        self._keys[:, chunk, panel, :, lane] = quantised.reshape(heads, -1, QUAD)
         self._key_scales[:, chunk, panel, :, lane] = scales
-        numbers, self._value_scales[:, chunk, at] = _rounded(values)
-        self._values[:, chunk, :, at // QUAD, :, at % QUAD] = numbers.reshape(heads, -1, PANEL)
+        quantised, self._value_scales[:, chunk, at] = _rounded(values)
+        self._values[:, chunk, :, at // QUAD, :, at % QUAD] = quantised.reshape(heads, -1, PANEL)
 
     def clear(self, at: int) -> None:
         """Zeroes the positions of the first chunk from `at` on."""
@@ -131,8 +131,8 @@ class _Int8:
         """Whether attention may read the chunk: scales are finite, and no quantised value is -128, which has
         no int8 negative, so that instruction sets disagree on its products."""
         scales = self._key_scales[:, chunk], self._value_scales[:, chunk]
-        numbers = self._keys[:, chunk], self._values[:, chunk]
-        return all(np.isfinite(s).all() for s in scales) and all(n.min() > -128 for n in numbers)
+        quantised = self._keys[:, chunk], self._values[:, chunk]
+        return all(np.isfinite(s).all() for s in scales) and all(n.min() > -128 for n in quantised)
 
 
 def views(page: Bytes, state: KvState, kv_type: str) -> _Floats | _Int8:

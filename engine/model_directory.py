@@ -211,9 +211,9 @@ def tensors_of(weight: Weight) -> tuple[TensorInfo, ...]:
     if weight.type == "f32":
         return (TensorInfo(weight.name, "F32", (weight.rows, weight.cols)),)
     if weight.type == "q8":
-        numbers, scales = packed_shapes(weight.rows, weight.cols)
-        return (TensorInfo(weight.name, "I8", numbers), TensorInfo(weight.name + SCALE, "F16", scales))
-    numbers, scales = packed_shapes_q4(weight.rows, weight.cols)
+        values, scales = packed_shapes(weight.rows, weight.cols)
+        return (TensorInfo(weight.name, "I8", values), TensorInfo(weight.name + SCALE, "F16", scales))
+    values, scales = packed_shapes_q4(weight.rows, weight.cols)
     suffixes = (SCALE, MIN) if weight.type == "q4_min" else (SCALE,)
     groups = (TensorInfo(weight.name + suffix, "F16", scales) for suffix in suffixes)
-    return (TensorInfo(weight.name, "U8", numbers), *groups)
+    return (TensorInfo(weight.name, "U8", values), *groups)

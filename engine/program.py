@@ -1,8 +1,8 @@
-"""A model as a program: ops over named buffers, weights and states, unit by unit.
+"""A program: the computational graph of a model, as ops over named buffers, weights and states, unit by unit.
 
-This is the computational graph. A family writes it once (`families/`); every backend runs it, `costs`
-reads bytes and MACs off it, and a cut between two units is the list of buffers in `Program.cut`. Units
-are numbered 0 (embedding), 1 … n (layers), n + 1 (final norm and head); ranges of units are half-open."""
+A family writes it once (`families/`); every backend runs it, and `costs` computes bytes and MACs from it. The
+buffers in `Program.cut` cross from one unit to the next. Units are 0 (embedding), 1 to n (layers) and n + 1
+(final norm and LM head); ranges of units are half-open."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .layout import GROUP, PANEL, round_up
 
 BufferType = Literal["f32", "q8"]
 WeightType = Literal["f32", "q8", "q4", "q4_min"]
-"""Of matrices: floats, int8, int4, int4 with a minimum a group."""
+"""Types of matrices: f32, int8, int4, and int4 with a minimum per group."""
 Domain = Literal["rows", "wanted"]
 
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """Activations `[rows, cols]`; `wanted` buffers hold only the rows whose logits are wanted."""
+    """Activations `[rows, cols]`. In the domain `wanted` they are those of logit rows only."""
 
     name: str
     cols: int
@@ -33,9 +33,9 @@ class Buffer:
 class Weight:
     """A tensor of one unit: a matrix `[rows, cols]`, or a vector `[cols]` with rows = 1.
 
-    `source` is its name in a Hugging Face checkpoint. Families write programs of floats: the model directory
-    decides `type` (`typed`). Vectors stay f32 (f64 for inverse frequencies, which no checkpoint holds: their
-    values are in `Program.constants`)."""
+    `source` is its name in a Hugging Face checkpoint. Families write float programs; the pass `typed` sets
+    `type` to the model directory's. Vectors stay f32. Inverse frequencies are f64: no checkpoint has them,
+    and their values are in `Program.constants`."""
 
     name: str
     rows: int
@@ -46,7 +46,7 @@ class Weight:
 
     @property
     def bytes(self) -> int:
-        """Bytes as our files hold it (padding of panels and groups included)."""
+        """Bytes in a model directory, including the padding of panels and groups."""
         if self.type == "f32":
             return self.rows * self.cols * 4
         groups = round_up(self.rows, PANEL) * round_up(self.cols, GROUP) // GROUP
@@ -63,69 +63,68 @@ class KvState:
 
 
 class Op:
-    """One operation of a program. A subclass is a frozen dataclass whose fields are called as in
-    `shoal_op` (csrc/kernels.h; `x` is its `in`), which is how the native backend passes them on. Costs,
-    equalisation, calibration and `shoal inspect` ask its methods, and nothing else, what it reads, writes
-    and needs."""
+    """One operation of a program. A subclass is a frozen dataclass whose fields have the names of
+    `shoal_op`'s (csrc/kernels.h; `x` is `in` there), by which the native backend copies them. Costs,
+    equalisation, calibration and `shoal inspect` use only its methods to find out what it reads, writes and
+    costs."""
 
     __slots__ = ()
 
     @property
     def kind(self) -> str:
-        """Its name in small letters: "matmul"."""
+        """The op's name in snake case, such as "head_norm"."""
         return re.sub("(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
 
     def reads(self) -> tuple[str, ...]:
-        """Names of the buffers that it reads."""
+        """Names of the buffers that the op reads."""
         return ()
 
     def writes(self) -> str | None:
-        """Name of the buffer that it writes; None if it writes a state or draws tokens."""
+        """Name of the buffer that the op writes; None if it writes a state or draws tokens."""
         return None
 
     def changes(self) -> tuple[int, int] | None:
-        """The columns [first, last) of its output that an op in place changes; None: it writes all
-        anew."""
+        """Columns [first, last) of its output that an in-place op changes; None: the op overwrites all."""
         return None
 
     def reads_state(self) -> str | None:
-        """Name of the state that it reads."""
+        """Name of the state that the op reads."""
         return None
 
     def writes_state(self) -> str | None:
-        """Name of the state that it writes."""
+        """Name of the state that the op writes."""
         return None
 
     def weight_names(self) -> tuple[str, ...]:
-        """Names of the weights of its unit (of an op in the prologue: of the constants) that it reads; biases
-        are apart."""
+        """Names of the weights that the op reads, without biases: of its unit, or, in the prologue, of the
+        constants."""
         return ()
 
     def bias_names(self) -> tuple[str, ...]:
-        """Names of the biases that it adds."""
+        """Names of the biases that the op adds."""
         return ()
 
     def read_bytes(self, unit: Unit) -> int:
-        """Bytes of weights and biases that one row makes it read."""
+        """Bytes of weights and biases that the op reads for one row."""
         return sum(unit.weight(name).bytes for name in (*self.weight_names(), *self.bias_names()))
 
     def macs(self, unit: Unit) -> int:
-        """Multiply-accumulates of matrix products, a row."""
+        """Multiply-accumulates of matrix products, per row."""
         return 0
 
     def attend_macs(self, unit: Unit) -> int:
-        """Multiply-accumulates of attention, a row and position of the state."""
+        """Multiply-accumulates of attention, per row and position of the state."""
         return 0
 
     @property
     def writes_int8(self) -> bool:
-        """Whether it can write its output as int8 (q8) as well as in floats."""
+        """Whether the op can write its output as int8 (q8) as well as f32."""
         return False
 
 
 @dataclass(frozen=True, slots=True)
 class Embed(Op):
-    """out = the rows of the table that the tokens name."""
+    """out = the rows of the table at the token ids."""
 
     out: str
     table: str
@@ -144,7 +143,7 @@ class Embed(Op):
 
 @dataclass(frozen=True, slots=True)
 class Angles(Op):
-    """out = cos then sin of position x inverse frequency; `[rows, 2 * half]`."""
+    """out = cosines, then sines, of position * inverse frequency; `[rows, 2 * half]`."""
 
     out: str
     inv_freq: str
@@ -158,8 +157,8 @@ class Angles(Op):
 
 @dataclass(frozen=True, slots=True)
 class Norm(Op):
-    """out = RMS norm of x, times weight; quantised when out is q8; gathers wanted rows when out holds
-    those."""
+    """out = RMS norm of x, times weight; quantised if out is q8. Gathers the logit rows if the domain of out
+    is `wanted`."""
 
     out: str
     x: str
@@ -182,8 +181,8 @@ class Norm(Op):
 
 @dataclass(frozen=True, slots=True)
 class HeadNorm(Op):
-    """RMS norm in place of each of `heads` heads of `head_dim` columns, from `column` of out on, times weight
-    `[head_dim]`."""
+    """In-place RMS norm of each of `heads` heads of `head_dim` columns, starting at `column` of out, times
+    weight `[head_dim]`."""
 
     out: str
     weight: str
@@ -207,7 +206,7 @@ class HeadNorm(Op):
 
 @dataclass(frozen=True, slots=True)
 class Quantise(Op):
-    """out (q8) = x (f32), int8 with one scale a row and group."""
+    """out (q8) = x (f32), quantised to int8 with one scale per row and group."""
 
     out: str
     x: str
@@ -221,14 +220,14 @@ class Quantise(Op):
 
 @dataclass(frozen=True, slots=True)
 class Matmul(Op):
-    """out = x @ [weights stacked by rows]^T + biases, added to what out holds if `accumulate`."""
+    """out = x @ [weights stacked by rows]^T + biases; `accumulate` adds it to out instead."""
 
     out: str
     x: str
     weights: tuple[str, ...]
     accumulate: bool = False
     biases: tuple[str | None, ...] = ()
-    """By weight, the vector that is added to its outputs, or None; empty: no weight has a bias."""
+    """For each weight, the bias vector of its outputs, or None; empty: no weight has a bias."""
 
     def reads(self) -> tuple[str, ...]:
         return (self.x, self.out) if self.accumulate else (self.x,)
@@ -248,8 +247,8 @@ class Matmul(Op):
 
 @dataclass(frozen=True, slots=True)
 class Rope(Op):
-    """Rotates `heads` heads of `head_dim` columns at the start of out in place (first half against second
-    half)."""
+    """In-place rotary position embedding of the first `heads` heads of `head_dim` columns of out: column j of
+    a head rotates with column j + half."""
 
     out: str
     angles: str
@@ -268,7 +267,7 @@ class Rope(Op):
 
 @dataclass(frozen=True, slots=True)
 class Store(Op):
-    """Writes keys (from column `key`) and values (from column `value`) of x into the state, at the rows'
+    """Writes keys (x from column `key` on) and values (x from column `value` on) to the state, at the rows'
     positions."""
 
     x: str
@@ -285,7 +284,7 @@ class Store(Op):
 
 @dataclass(frozen=True, slots=True)
 class Attend(Op):
-    """out = causal attention of `heads` query heads at the start of x over the state."""
+    """out = causal attention over the state; the first columns of x are `heads` query heads."""
 
     out: str
     x: str
@@ -303,13 +302,13 @@ class Attend(Op):
         return self.state
 
     def attend_macs(self, unit: Unit) -> int:
-        """One with the key, one with the value, in every query head and column."""
+        """Two per query head and column: one with the key, one with the value."""
         return 2 * self.heads * unit.state(self.state).head_dim
 
 
 @dataclass(frozen=True, slots=True)
 class Gate(Op):
-    """out = activation(first half of x) * second half of x; quantised when out is q8."""
+    """out = activation(first half of x) * second half of x; quantised if out is q8."""
 
     out: str
     x: str
@@ -328,7 +327,7 @@ class Gate(Op):
 
 @dataclass(frozen=True, slots=True)
 class Sample(Op):
-    """Draws the next token of every sequence that asked for one from x (logits)."""
+    """Draws the next token from the logits x, for every sequence that wants one."""
 
     x: str
 
@@ -338,14 +337,14 @@ class Sample(Op):
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One unit of a model: what a device holds, loads, moves."""
+    """One unit of a model: the smallest part that a device can load, hold or move."""
 
     name: str
     ops: tuple[Op, ...]
     weights: tuple[Weight, ...]
     states: tuple[KvState, ...] = ()
     tied: tuple[str, ...] = ()
-    """Weights that this unit shares with unit 0, whose file holds them."""
+    """Names of weights that this unit shares with unit 0, whose file has them."""
 
     def weight(self, name: str) -> Weight:
         """The weight of that name. KeyError: no such weight."""
@@ -364,23 +363,24 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A whole model: `units[a:b]` after `prologue` is what a stage runs."""
+    """The program of a whole model. A stage runs the prologue, then its range of units."""
 
     units: tuple[Unit, ...]
     prologue: tuple[Op, ...]
-    """Ops that depend on positions only: run first by every stage that reads their buffers."""
+    """Ops that depend on positions only. Every stage that reads their buffers runs them first."""
     buffers: tuple[Buffer, ...]
     cut: tuple[str, ...]
-    """Buffers that cross from one unit to the next."""
+    """Names of the buffers that cross from one unit to the next."""
     constants: tuple[tuple[str, tuple[float, ...]], ...]
-    """f64 vectors that every stage holds (`common.safetensors`), computed once, when the model was
+    """f64 vectors by name that every stage needs (`common.safetensors`), computed when the model is
     converted."""
     logits: str
     vocab: int
     ignored: tuple[str, ...] = ()
-    """Patterns (fnmatch) of tensors that a checkpoint may hold and the program does not use."""
+    """Patterns (fnmatch) of tensors that a checkpoint may have and the program does not use."""
     window: int | None = None
-    """Positions that attention looks back, itself included; None: all. Longer contexts are refused."""
+    """The attention window: positions visible to a query, its own included; None: all. Longer contexts are
+    refused."""
 
     def buffer(self, name: str) -> Buffer:
         """The buffer of that name. KeyError: no such buffer."""
@@ -391,12 +391,12 @@ class Program:
 
     @property
     def cut_cols(self) -> int:
-        """Columns of a hidden row: the buffers of the cut side by side."""
+        """Columns of a hidden row: the concatenated buffers of the cut."""
         return sum(self.buffer(name).cols for name in self.cut)
 
     def ops(self, first: int, last: int) -> Iterator[tuple[int, Op]]:
-        """(unit, op) of a stage that runs units [first, last), in order; the prologue's ops come with
-        unit -1."""
+        """The ops (unit, op) of a stage with units [first, last), in order; ops of the prologue have unit
+        -1."""
         body = [(u, op) for u in range(first, last) for op in self.units[u].ops]
         read = {name for _, op in body for name in op.reads()}
         yield from ((-1, op) for op in self.prologue if op.writes() in read)

@@ -1,7 +1,7 @@
-"""Inverse frequencies of rotary positions, computed once, when a model is converted, and stored as f64.
+"""Inverse frequencies of rotary positions, computed when a model is converted and stored as f64.
 
-They are never recomputed on a device: `pow` of two libms may differ in the last bit, and answers must
-not. Sources: Su et al., arXiv 2104.09864; the scaling rules of Hugging Face transformers
+Devices do not recompute them, because the `pow` of two C libraries may differ in the last bit, and answers
+must not differ. Sources: Su et al., arXiv 2104.09864; the scaling rules of Hugging Face transformers
 (`modeling_rope_utils.py`)."""
 
 from __future__ import annotations
@@ -19,25 +19,26 @@ Scaling = tuple[tuple[str, float | str], ...]
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """How positions turn the columns of a head."""
+    """The parameters of rotary position embedding."""
 
     theta: float
-    """Base of the angles."""
+    """Base of the frequencies."""
     scaling: Scaling
-    """Sorted items of the scaling dictionary; empty when angles are not scaled."""
+    """Sorted items of the scaling dictionary; empty if frequencies are not scaled."""
     where: str = field(default="config.json", compare=False)
-    """What errors call the configuration."""
+    """The configuration's name in errors."""
 
     @classmethod
     def of(cls, config: Config) -> Rotation:
-        """As config.json says. Configurations have spelled base and scaling in several ways, and some
-        contradict themselves. What counts is what counts in transformers (`modeling_rope_utils.py`); a
-        contradiction is a warning."""
+        """The parameters in a configuration. Configurations spell base and scaling in several ways, and some
+        contradict themselves. Precedence is as in transformers (`modeling_rope_utils.py`), with a warning for
+        each contradiction. ModelFileError: a value of the wrong type. UnsupportedModelError: an unsupported
+        kind of rotary positions."""
         where, values = config.where, config.values
         older, newer = _given(config, "rope_scaling"), _given(config, "rope_parameters")
         if older and newer and older != newer:
             config.warn(
-                f"{where}: rope_scaling and rope_parameters differ; rope_scaling counts, as in transformers"
+                f"{where}: rope_scaling and rope_parameters differ; rope_scaling is used, as in transformers"
             )
         rope = older or newer or {"rope_theta": values.get("rope_theta", 10000.0), "rope_type": "default"}
         base, kind = config.number("rope_theta", within=rope), rope.pop("rope_type")
@@ -45,7 +46,7 @@ class Rotation:
         theta = values.get("rope_theta")
         if theta not in (None, base):
             config.warn(
-                f"{where}: rope_theta is {theta!r} by itself and {base:g} in the scaling, where it counts"
+                f"{where}: rope_theta is {theta!r} by itself and {base:g} in the scaling; the latter is used"
             )
         share = rope.pop("partial_rotary_factor", values.get("partial_rotary_factor"))
         if share not in (None, 1):
@@ -56,8 +57,7 @@ class Rotation:
             if rope:
                 config.warn(
                     f"{where}: the scaling of rotary positions ({rope}) names no rope_type and is ignored, "
-                    "as in transformers; if positions are to be scaled, its rope_type must say how (linear, "
-                    "llama3)"
+                    "as in transformers; to scale positions, add a rope_type (linear, llama3)"
                 )
             rope = {}
         else:
@@ -67,14 +67,14 @@ class Rotation:
         factor = rope.get("factor")
         if base < 1 or (isinstance(factor, int | float) and factor < 1):
             raise config.unsupported(
-                f"rope_theta {base:g} and rope_scaling {rope} give angles above 1 a position, "
-                "beyond what is computed exactly"
+                f"rope_theta {base:g} and rope_scaling {rope} give angles above 1 per position, which cannot "
+                "be computed exactly"
             )
         return cls(base, tuple(sorted(rope.items())), where)
 
     def frequencies(self, head_dim: int) -> tuple[float, ...]:
-        """head_dim / 2 angles per position, highest first. UnsupportedModelError: a scaling that we don't
-        have."""
+        """The head_dim / 2 inverse frequencies, in radians per position, highest first.
+        UnsupportedModelError: the kind of scaling is not supported."""
         plain = [self.theta ** (-2 * j / head_dim) for j in range(head_dim // 2)]
         kind = dict(self.scaling).get("rope_type", "default")
         if kind == "default":
@@ -88,7 +88,8 @@ class Rotation:
         )
 
     def _llama3(self, frequency: float) -> float:
-        """Long waves are stretched by `factor`, short ones kept, those between blended."""
+        """The frequency scaled by the rule "llama3": long wavelengths are stretched by `factor`, short ones
+        kept, and those between are blended."""
         factor, low, high, context = map(
             self._factor, ("factor", "low_freq_factor", "high_freq_factor", _TRAINED)
         )
@@ -110,7 +111,7 @@ class Rotation:
 
 
 def _given(config: Config, key: str) -> dict[str, Any]:
-    """The scaling under a key, with its type and its base."""
+    """The scaling under a key of the configuration, with its type and base filled in; empty: none."""
     given = config.values.get(key) or {}
     if not isinstance(given, dict):
         raise config.contradiction(f"{key} must be an object, not {given!r}")
@@ -119,8 +120,8 @@ def _given(config: Config, key: str) -> dict[str, Any]:
     kind = given.get("rope_type", given.get("type", "default"))
     if given.get("type", kind) != kind:
         config.warn(
-            f"{config.where}: {key} has the rope_type {kind!r} and the type {given['type']!r}; rope_type "
-            "counts"
+            f"{config.where}: {key} has the rope_type {kind!r} and the type {given['type']!r}; rope_type is "
+            "used"
         )
     theta = config.values.get("rope_theta", 10000.0)
     rope = {"rope_theta": theta, **given, "rope_type": kind} if given else {}
@@ -129,10 +130,11 @@ def _given(config: Config, key: str) -> dict[str, Any]:
 
 
 def _trained_context(config: Config, rope: dict[str, Any]) -> object:
-    """The context before it was stretched; transformers looks beside the scaling first, then in it."""
+    """The context before it was stretched. Its key is used first outside the scaling, then inside, as in
+    transformers."""
     outer, inner = config.values.get(_TRAINED), rope.get(_TRAINED)
     if outer is not None and inner not in (None, outer):
         config.warn(
-            f"{config.where}: {_TRAINED} is {outer!r} by itself, which counts, and {inner!r} in the scaling"
+            f"{config.where}: {_TRAINED} is {outer!r} by itself, which is used, and {inner!r} in the scaling"
         )
     return next((found for found in (outer, inner) if found is not None), config.context)

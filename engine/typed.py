@@ -1,5 +1,5 @@
-"""The types of a program: families write floats, the model directory says what the matrices are, and integer
-matrices need int8 inputs."""
+"""The pass that sets the types of a program. Families write float programs, the model directory determines
+the types of matrices, and quantised matrices need int8 inputs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from .program import Buffer, Matmul, Op, Program, Quantise, Unit, Weight, Weight
 
 
 def typed(program: Program, matrices: WeightType, head: WeightType) -> Program:
-    """The program with the types of its matrices: `head` for the last unit's and the table that it shares
-    with unit 0, `matrices` for all others. Inputs of integer matrices are quantised."""
+    """The program with types: `head` for the LM head and an embedding tied to it, `matrices` for all other
+    matrices. Inputs of quantised matrices are quantised."""
     last = len(program.units) - 1
     shared = program.units[last].tied
 
@@ -28,8 +28,9 @@ def typed(program: Program, matrices: WeightType, head: WeightType) -> Program:
 
 
 def _with_int8_inputs(program: Program) -> Program:
-    """Where only products with integer matrices read a buffer, and all that write it can do so in int8, it is
-    int8. Any other input of such a product gets a Quantise before it, into a buffer of its own."""
+    """The program with int8 inputs for matmuls with quantised matrices. A buffer becomes int8 if only such
+    matmuls read it and all ops that write it can write int8. Any other input is copied to an int8 buffer by a
+    Quantise."""
     ops = [(unit, op) for unit in program.units for op in unit.ops]
     readers = {name for unit, op in ops for name in op.reads() if not _reads_int8(unit, op)}
     writers = {op.writes() for _, op in ops if not op.writes_int8}
@@ -62,5 +63,5 @@ def _with_int8_inputs(program: Program) -> Program:
 
 
 def _reads_int8(unit: Unit, op: Op) -> bool:
-    """Whether the op is a product with integer matrices, whose input is int8."""
+    """Whether the op is a matmul with quantised matrices, which needs an int8 input."""
     return isinstance(op, Matmul) and unit.weight(op.weights[0]).type != "f32"

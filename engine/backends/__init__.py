@@ -1,6 +1,6 @@
-"""The three backends of one program: `native` (C), `numba`, `numpy`; and the choice among them.
+"""The backends that run programs: `native` (C), `numba` and `numpy`; and the choice among them.
 
-Importing this package imports none of them: `layout` reads its constants from `_abi`, which stands here.
+Importing this package imports no backend, because `layout` reads its constants from `_abi` in this package.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ NAMES = ("native", "numba", "numpy")
 
 
 def choose(backend: str = "auto") -> tuple[str, str | None]:
-    """The backend to use, and, when `auto` could not have the quickest, the reason with its remedy."""
+    """The backend to use, and, if `auto` cannot use the fastest, the reason with its remedy, else None.
+    UnsupportedModelError: there is no such backend."""
     if backend != "auto":
         if backend not in NAMES:
-            raise UnsupportedModelError(f"there is no backend {backend!r}; there are: {', '.join(NAMES)}")
+            raise UnsupportedModelError(f"there is no backend {backend!r}: choose one of {', '.join(NAMES)}")
         return backend, None
     from . import native
 
@@ -33,8 +34,8 @@ def choose(backend: str = "auto") -> tuple[str, str | None]:
 
 
 def open_backend(backend: str = "auto", isa: str = "auto", threads: int = 1) -> Backend:
-    """A backend with its threads. MissingDependencyError: the backend or instruction set asked for is not
-    there."""
+    """Opens a backend with its threads. MissingDependencyError: the requested backend or kernel set is not
+    available."""
     name, _ = choose(backend)
     if name == "native":
         from .native import NativeBackend
@@ -42,8 +43,7 @@ def open_backend(backend: str = "auto", isa: str = "auto", threads: int = 1) -> 
         return NativeBackend(threads, isa)
     if isa != "auto":
         raise MissingDependencyError(
-            f"only the native backend has instruction sets to choose from, and {name} would run: leave out "
-            f"--isa {isa}, or take --backend native"
+            f"the {name} backend has no kernel sets to choose from: omit --isa {isa}, or use --backend native"
         )
     if name == "numba":
         from .numba_backend import NumbaExecutor
@@ -56,11 +56,11 @@ def open_backend(backend: str = "auto", isa: str = "auto", threads: int = 1) -> 
 
 @dataclass(frozen=True, slots=True)
 class _Plain:
-    """A backend that has nothing beside its executors."""
+    """A backend without resources other than its executors."""
 
     name: str
     executor: Callable[[BoundProgram], Executor]
     exact: bool = False
 
     def close(self) -> None:
-        """Nothing to give up."""
+        """Does nothing: there is nothing to free."""

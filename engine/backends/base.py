@@ -1,4 +1,5 @@
-"""What a backend is: it makes executors for bound ranges of units, which run batches."""
+"""The interface of backends: a backend makes executors for bound ranges of units, and executors run
+batches."""
 
 from __future__ import annotations
 
@@ -14,12 +15,12 @@ from ..batch import Sampling
 from ..kv import SequenceKv
 from ..program import KvState, Op, Program
 
-CANCELLED = "the run was cancelled: its positions hold nothing, those before them are kept"
+CANCELLED = "the run was cancelled: its positions are empty, earlier ones are kept"
 
 
 class WeightData(Protocol):
-    """A weight in memory, as `shards` opens it: f32 (or f64) row-major, or packed int8 or int4
-    (uint8) with f16 scales and, int4 only, mins that may be None."""
+    """A weight in memory: row-major f32 or f64, or packed int8 or int4 (uint8) values with f16 scales and,
+    for int4, minima or None (see `packing`)."""
 
     @property
     def data(self) -> NDArray[Any]: ...
@@ -35,20 +36,19 @@ class WeightData(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BoundProgram:
-    """Units [first, last) of a program with their weights: all that a backend needs to know of a
-    model."""
+    """Units [first, last) of a program with their weights: everything that a backend needs of a model."""
 
     program: Program
     ops: tuple[tuple[int, Op], ...]
-    """(unit, op) in order; the prologue's unit is -1."""
+    """Ops (unit, op) in order; ops of the prologue have unit -1."""
     weights: dict[tuple[int, str], WeightData]
     states: tuple[tuple[int, KvState], ...]
-    """(unit, state) in order: the index is the state's row in every page table."""
+    """States (unit, state) in order. The index of a state is its row in every page table."""
     kv_type: str
     reads_tokens: bool
-    """The range starts with the embedding; else it starts from the cut."""
+    """Whether the range starts with the embedding; else its input is the cut."""
     last: bool
-    """The range ends with the head: it has logits instead of a cut."""
+    """Whether the range ends with the LM head; its output is logits instead of the cut."""
     max_rows: int
     max_wanted: int
 
@@ -59,19 +59,19 @@ class SequenceRows:
 
     kv: SequenceKv
     history: NDArray[np.int32]
-    """Token ids by position, those of this batch's rows included."""
+    """Token ids by position, including those of this batch's rows."""
     sampling: Sampling
     rows: int
     first: int
     wanted: int
-    """How many of the last rows want logits: 0, 1 or rows."""
+    """Number of logit rows, the last ones: 0, 1 or `rows`."""
     sample: bool
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What a batch gave: the cut `[rows, hidden]`, or the logits `[wanted, vocab]` and one token (or -1)
-    a sequence."""
+    """The output of a batch: the cut `[rows, hidden]`, or logits `[wanted, vocab]`; and one drawn token (or
+    -1) per sequence."""
 
     hidden: F32 | None
     logits: F32 | None
@@ -79,7 +79,7 @@ class Outcome:
 
 
 class Executor(Protocol):
-    """A bound range of units, ready to run. Not thread-safe: one batch at a time."""
+    """Runs batches through a bound range of units. Not thread-safe: one batch at a time."""
 
     def run(
         self,
@@ -88,31 +88,30 @@ class Executor(Protocol):
         want_logits: bool,
         cancel: NDArray[np.int32],
     ) -> Outcome:
-        """Runs a batch. `hidden` is the cut `[rows, hidden]`, None when the range starts with the
-        embedding. Another thread may set `cancel[0]` to 1, which ends the run after the operation under
-        way.
+        """Runs a batch. `hidden` is the cut `[rows, hidden]`, None if the range starts with the embedding.
+        Setting `cancel[0]` to 1 from another thread ends the run after the current op.
 
-        FloatingPointError: NaN or infinity among the inputs or in the logits. CancelledRunError:
+        FloatingPointError: NaN or infinity in the inputs or logits. CancelledRunError: the run was
         cancelled."""
 
     def close(self) -> None:
-        """Frees the workspace; harmless when repeated."""
+        """Frees the workspace. May be called repeatedly."""
 
 
 class Backend(Protocol):
-    """What computes: kernels and threads, which outlive the executors that they run."""
+    """Kernels and threads, which outlive the executors that use them."""
 
     @property
     def name(self) -> str:
-        """Backend and instruction set, as a person would say it: "native (avx512)"."""
+        """Backend and kernel set for display, such as "native (avx512)"."""
 
     @property
     def exact(self) -> bool:
-        """True when results are the same bits everywhere (docs/numerics.md)."""
+        """Whether results have the same bits on every device (docs/numerics.md)."""
 
     def executor(self, bound: BoundProgram) -> Executor:
-        """An executor, which is to be closed before the backend. ShoalError: the program is not sound, or
-        there is no memory for it."""
+        """Makes an executor; close it before the backend. ShoalError: the program is invalid, or out of
+        memory."""
 
     def close(self) -> None:
-        """Ends the threads; harmless when repeated."""
+        """Ends the threads. May be called repeatedly."""

@@ -1,5 +1,5 @@
-"""The program in C: one cffi call runs every op of a range of units (csrc/). Exact: the same bits on
-every set."""
+"""The C backend: one cffi call runs all ops of a range of units (csrc/). It is exact: the same bits on every
+kernel set."""
 
 from __future__ import annotations
 
@@ -37,24 +37,25 @@ _OP_FIELDS = frozenset(name for name, _ in ffi.typeof("shoal_op").fields)
 
 
 def library_path() -> Path:
-    """Where the build puts the library: beside the package's own modules."""
+    """The path of the C library, which the build puts into the package's directory."""
     return Path(__file__).parents[2] / "libshoal.so"
 
 
 @cache
 def library() -> Any:
-    """The C library. MissingDependencyError: it was not built, or not from the sources beside it."""
+    """The C library. MissingDependencyError: it is missing, cannot be loaded, or is older than its
+    sources."""
     path = library_path()
     if not path.exists():
         raise MissingDependencyError(
-            "the C library is not there: install a C compiler and run `pip install --force-reinstall shoal` "
+            "the C library is missing: install a C compiler and run `pip install --force-reinstall shoal` "
             "(in a checkout: `make lib`), or use --backend numba or numpy"
         )
     try:
         lib = ffi.dlopen(str(path))
     except OSError as e:
         raise MissingDependencyError(
-            f"the C library cannot be loaded ({e}); build it anew: `make lib`"
+            f"the C library cannot be loaded ({e}): build it again with `make lib`"
         ) from e
     sources = source_hash()
     if sources is not None and _built_from(lib) != sources:
@@ -63,7 +64,7 @@ def library() -> Any:
 
 
 def build_hash() -> str:
-    """Hash of the C sources that the library was built from. MissingDependencyError: as for `library`."""
+    """Hash of the C sources that the library was built from. Errors: see `library`."""
     return _built_from(library())
 
 
@@ -72,7 +73,7 @@ def _built_from(lib: Any) -> str:
 
 
 def available() -> str | None:
-    """None when the library can be used, else the reason why not, with the remedy."""
+    """None if the library can be used, else the reason why not, with the remedy."""
     try:
         library()
     except MissingDependencyError as e:
@@ -81,7 +82,7 @@ def available() -> str | None:
 
 
 def isa_names() -> list[str]:
-    """Instruction sets that this build and CPU have, in the order of the enum."""
+    """Names of the kernel sets that this build and CPU support, in the order of the enum."""
     lib = library()
     ordered = sorted(_ISA.items(), key=lambda item: item[1])
     return [name for name, value in ordered if value != _ISA["auto"] and lib.shoal_isa_available(value)]
@@ -89,7 +90,7 @@ def isa_names() -> list[str]:
 
 @contextmanager
 def pinned(cores: Collection[int]) -> Iterator[None]:
-    """Keeps the calling thread to these CPUs for a while, where the system allows it."""
+    """A context in which the calling thread runs on these CPUs only, where the system allows it."""
     try:
         before = os.sched_getaffinity(0)
         os.sched_setaffinity(0, cores)
@@ -103,8 +104,8 @@ def pinned(cores: Collection[int]) -> Iterator[None]:
 
 
 def open_pool(threads: int) -> Any:
-    """A pool of threads in C. They end with the object, or by `ffi.release`. ShoalError: the system starts no
-    more."""
+    """A pool of C threads. They end when the object is collected, or by `ffi.release`. ShoalError: the system
+    cannot start so many threads."""
     lib = library()
     pool = lib.shoal_pool_open(threads)
     if pool == ffi.NULL:
@@ -113,7 +114,7 @@ def open_pool(threads: int) -> Any:
 
 
 class NativeBackend:
-    """Kernels for an instruction set, and a pool of threads. See base.Backend."""
+    """A kernel set and a pool of threads. See base.Backend."""
 
     exact = True
 
@@ -121,11 +122,11 @@ class NativeBackend:
         lib = library()
         if isa not in _ISA or (isa != "auto" and not lib.shoal_isa_available(_ISA[isa])):
             raise MissingDependencyError(
-                f"this CPU or build has no {isa!r} kernels; it has: {', '.join(isa_names())}"
+                f"this CPU or build has no {isa!r} kernels: choose one of {', '.join(isa_names())}"
             )
         self.name = f"native ({ffi.string(lib.shoal_isa_name(_ISA[isa] or lib.shoal_isa_best())).decode()})"
         self._isa = _ISA[isa]
-        with pinned(big_cores()):  # threads keep to the cores of the one that started them
+        with pinned(big_cores()):  # threads inherit the CPU affinity of the thread that starts them
             self._pool = open_pool(threads)
 
     def executor(self, bound: BoundProgram) -> NativeExecutor:
@@ -138,13 +139,13 @@ class NativeBackend:
 
 
 class NativeExecutor:
-    """A bound range of units behind one C executor, which borrows the backend's threads."""
+    """A C executor for a bound range of units, which uses the backend's threads."""
 
     def __init__(self, bound: BoundProgram, pool: Any, isa: int) -> None:
         self._lib = lib = library()
         self._bound, self._pool = bound, pool
         self._error = ffi.new("char[]", _ERROR_BYTES)
-        self._keep: list[Any] = []  # what the C side points at
+        self._keep: list[Any] = []  # objects that C has pointers to
         handle = ffi.new("shoal_executor **")
         program = self._program()
         self._check(lib.shoal_open(program, pool, isa, handle, self._error, _ERROR_BYTES))
@@ -154,8 +155,8 @@ class NativeExecutor:
         self._cut = [bound.program.buffer(name).cols for name in bound.program.cut]
         self._inputs = ffi.new("float *[]", len(self._cut))
         self._outputs = ffi.new("float *[]", len(self._cut) if not bound.last else 1)
-        # Tables of a batch, filled anew for each: little of Python's memory is still in a cache after a
-        # step.
+        # The tables of a batch are reused: new objects would be cache misses, since a step evicts Python's
+        # memory from the caches.
         self._described = ffi.new("shoal_sequence[]", bound.max_rows)
         self._tokens, self._drawn = np.zeros((2, bound.max_rows), np.int32)
         self._batch.sequences = self._described
@@ -165,7 +166,7 @@ class NativeExecutor:
         self._batch.outputs = self._outputs
 
     def clock_ops(self) -> NDArray[np.uint64]:
-        """From now on, nanoseconds that each of `bound.ops` took in the latest run, `[ops]`."""
+        """Starts timing ops. Each run updates the returned array `[ops]`: nanoseconds by `bound.ops`."""
         taken = np.zeros(len(self._bound.ops), np.uint64)
         self._batch.op_ns = keep_buffer(self._keep, "uint64_t[]", taken)
         return taken
@@ -185,7 +186,7 @@ class NativeExecutor:
         bound, batch, described = self._bound, self._batch, self._described
         keep: list[Any] = []
         row = wanted = 0
-        for item, s in zip(described, sequences):  # noqa: B905 as many as there are
+        for item, s in zip(described, sequences):  # noqa: B905 the table has room for more
             pages, history = ffi.from_buffer("void *[]", s.kv.table), ffi.from_buffer("int32_t[]", s.history)
             keep += [pages, history]
             item.rows, item.first, item.wanted, item.sample = s.rows, s.first, s.wanted, s.sample
@@ -213,7 +214,7 @@ class NativeExecutor:
         return Outcome(outs[0] if len(outs) == 1 else np.concatenate(outs, axis=1), None, drawn)
 
     def _parts(self, hidden: F32) -> list[F32]:
-        """The columns of each buffer of the cut."""
+        """A hidden row's columns, split by the buffers of the cut."""
         return [hidden] if len(self._cut) == 1 else np.split(hidden, np.cumsum(self._cut)[:-1], axis=1)
 
     def _check(self, status: int) -> None:
@@ -225,11 +226,11 @@ class NativeExecutor:
         if status == _ENUMS["SHOAL_E_NONFINITE"]:
             raise FloatingPointError(message)
         if status == _ENUMS["SHOAL_E_MEMORY"]:
-            raise ShoalError(f"out of memory: {message}; free some, or hold fewer layers here")
-        raise ShoalError(f"the C library refused the work: {message}")
+            raise ShoalError(f"out of memory ({message}): close other programs, or run fewer layers here")
+        raise ShoalError(f"the C library refused the program or batch: {message}")
 
     def _program(self) -> Any:
-        """The tables of a shoal_program."""
+        """A `shoal_program` with its tables."""
         bound, keep = self._bound, self._keep
         weight_rows = {key: row for row, key in enumerate(bound.weights)}
         buffer_rows = {b.name: row for row, b in enumerate(bound.program.buffers)}
@@ -263,14 +264,14 @@ class NativeExecutor:
 
 
 def keep_buffer(keep: list[Any], ctype: str, array: NDArray[Any]) -> Any:
-    """A C pointer to an array's memory, held by `keep` for as long as C needs it."""
+    """A C pointer to an array's memory. `keep` holds a reference, so that the memory stays valid."""
     pointer = ffi.from_buffer(ctype, array)
     keep.append(pointer)
     return pointer
 
 
 def _weight(weight: WeightData, keep: list[Any]) -> dict[str, Any]:
-    """One row of the table of weights: field names as in kernels.h."""
+    """A row of the weight table, by field name of `shoal_weight`."""
     row = {"rows": weight.rows, "cols": weight.cols, "data_bytes": weight.data.nbytes}
     row["data"] = keep_buffer(keep, "char[]", weight.data)
     kinds = {np.float32: "F32", np.float64: "F64", np.int8: "Q8", np.uint8: "Q4"}
@@ -289,8 +290,8 @@ def _op(
     weights: dict[tuple[int, str], int],
     states: dict[tuple[int, str], int],
 ) -> dict[str, Any]:
-    """One row of the op table. The fields of `op` are those of `shoal_op`, but for `x`, which is its
-    `in`, and names of weights."""
+    """A row of the op table, by field name of `shoal_op`. The fields of `op` have the same names, except `x`,
+    which is `in` there, and names of weights."""
     names = op.weight_names()
     row: dict[str, Any] = dict.fromkeys(("out", "in", "angles", "state"), -1)
     row |= {"weights": [weights[unit, name] for name in names], "n_weights": len(names)}

@@ -1,8 +1,7 @@
-"""The program with its matmuls compiled by Numba: for a device without a C compiler. Approximate, like
-NumPy.
+"""The Numba backend, for devices without a C compiler. It is approximate, like NumPy's.
 
-What takes the time is compiled (`numba_kernels`); everything else is the NumPy backend's. Imported only
-when it is the backend."""
+The expensive ops are compiled (`numba_kernels`); the others are the NumPy backend's. This module is imported
+only if the backend is used."""
 
 from __future__ import annotations
 
@@ -33,15 +32,15 @@ except ImportError as e:
 
 
 _locks = [threading.Lock()]
-"""The lock of all runs: some of the thread pools that Numba finds end the process when two threads use them
-at once."""
+"""The lock of all runs, because some of Numba's thread pools abort the process if two threads use them at
+once."""
 os.register_at_fork(after_in_child=lambda: _locks.__setitem__(0, threading.Lock()))
 
 
 @dataclass(frozen=True, slots=True)
 class _Panels:
-    """A packed matrix: its bytes as int32 words `[panels, groups, words, 16]`, scales f32 `[panels,
-    groups, 16]`; of int4, what is added to each weight, in the same shape."""
+    """A packed matrix: its bytes as int32 words `[panels, groups, words, 16]`, and scales f32
+    `[panels, groups, 16]`. For int4 `offsets` (the same shape) is added to each weight."""
 
     packed: WeightData
     words: NDArray[np.int32]
@@ -50,7 +49,7 @@ class _Panels:
 
 
 class NumbaExecutor(NumpyExecutor):
-    """NumPy's ops, with what takes the time compiled for this CPU."""
+    """The NumPy executor with the expensive ops compiled for this CPU."""
 
     def __init__(self, bound: BoundProgram, threads: int = 1) -> None:
         threads = min(threads, len(usable_cpus()))
@@ -71,7 +70,8 @@ class NumbaExecutor(NumpyExecutor):
             return super().run(sequences, hidden, want_logits, cancel)
 
     def prepare(self, weight: WeightData) -> Any:
-        """Numbers stay where they are; scales become f32, for Numba knows no f16."""
+        """Converts a weight to the form that this backend's ops read: scales become f32, because Numba has no
+        f16; quantised values are not copied."""
         if weight.scales is None:
             return weight.data
         scales, offsets = weight.scales.astype(np.float32), None
@@ -81,7 +81,7 @@ class NumbaExecutor(NumpyExecutor):
         return _Panels(weight, words, scales, offsets)
 
     def rows(self, weight: Any, tokens: NDArray[np.int32]) -> F32:
-        """The rows of an embedding table that the tokens name."""
+        """The rows of an embedding table at the token ids: f32 `[tokens, cols]`."""
         if not isinstance(weight, _Panels):
             return super().rows(weight, tokens)
         w = weight.packed
@@ -92,7 +92,7 @@ class NumbaExecutor(NumpyExecutor):
         return np.ascontiguousarray(table.reshape(len(tokens), PANEL, -1)[np.arange(len(tokens)), lanes])
 
     def product(self, x: F32, weight: Any) -> F32:
-        """x @ weight^T; x already holds values that int8 numbers stand for, so floats lose nothing that
+        """x @ weight^T. x holds dequantised int8 values, so computing in floats loses nothing that
         matters."""
         if not isinstance(weight, _Panels):
             return super().product(x, weight)

@@ -1,10 +1,10 @@
-"""What the numba backend compiles: products with packed weights, and ops that would take NumPy many
+"""The compiled kernels of the numba backend: products with packed weights, and ops that would take NumPy many
 calls.
 
-Weights are read as they lie in the file, four bytes of one output as one 32-bit word, so that the 16
-outputs of a panel are 16 neighbouring words: the innermost loop runs over them and has no branch, which
-is what LLVM makes vectors of. The words of a group are written out one by one, because only an innermost
-loop is made vectors of. Compiled once per machine, and kept (`cache`)."""
+Weights are read in the layout of their file, four bytes of one output as one 32-bit word, so that the 16
+outputs of a panel are 16 adjacent words. The innermost loop runs over them without a branch, so that LLVM
+vectorises it. The words of a group are unrolled by hand, because LLVM vectorises innermost loops only.
+Kernels are compiled once per machine and cached (`cache`)."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def _compiled(function: Callable[..., Any], *, parallel: bool = False) -> Callab
 
 @numba.njit(inline="always")
 def _bytes(word: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
-    """The signed bytes of a word times four inputs."""
-    # Numba widens to 64 bits; narrowed at once, LLVM keeps to 32.
+    """The dot product of the signed bytes of a word with four inputs."""
+    # Numba widens integers to 64 bits; narrowing at once lets LLVM use 32.
     first, second, third = _I32(word << 24), _I32(word << 16), _I32(word << 8)
     return (
         _F32(_I32(first >> 24)) * a
@@ -39,7 +39,7 @@ def _bytes(word: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
 
 @numba.njit(inline="always")
 def _nibbles(word: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
-    """The low four bits of each byte of a word times four inputs."""
+    """The dot product of the low nibbles of a word's bytes with four inputs."""
     return (
         _F32(_I32(word & 15)) * a
         + _F32(_I32(_I32(word >> 8) & 15)) * b
@@ -49,8 +49,8 @@ def _nibbles(word: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
 
 
 def _matmul_q8(x: Any, words: Any, scales: Any, out: Any) -> None:
-    """Adds to out `[rows, panels, 16]` x `[rows, groups * 32]` times words `[panels, groups, 8, 16]`;
-    scales `[panels, groups, 16]`."""
+    """Adds the product of x `[rows, groups * 32]` and an int8 matrix to out `[rows, panels, 16]`; the
+    matrix is words `[panels, groups, 8, 16]` and scales `[panels, groups, 16]`."""
     for p in numba.prange(words.shape[0]):
         for r in range(x.shape[0]):
             for g in range(words.shape[1]):
@@ -68,8 +68,9 @@ def _matmul_q8(x: Any, words: Any, scales: Any, out: Any) -> None:
 
 
 def _matmul_q4(x: Any, sums: Any, words: Any, scales: Any, offsets: Any, out: Any) -> None:
-    """The same of words `[panels, groups, 4, 16]`: a weight is nibble * scale + offset. Sums `[rows,
-    groups]` are those of x."""
+    """Adds the product of x `[rows, groups * 32]` and an int4 matrix to out `[rows, panels, 16]`. The
+    matrix is words `[panels, groups, 4, 16]`, scales and offsets `[panels, groups, 16]`: a weight is nibble
+    * scale + offset. `sums` `[rows, groups]` are the sums of x by group."""
     for p in numba.prange(words.shape[0]):
         for r in range(x.shape[0]):
             for g in range(words.shape[1]):
@@ -90,14 +91,14 @@ def _matmul_q4(x: Any, sums: Any, words: Any, scales: Any, offsets: Any, out: An
                     out[r, p, i] += t * scales[p, g, i] + sums[r, g] * offsets[p, g, i]
 
 
-# On one thread the start of a parallel loop, 200 times a token, would cost more than it brings.
+# Two versions, since starting parallel loops (200 per token) on a single thread costs more than it gains.
 MATMUL_Q8 = {parallel: _compiled(_matmul_q8, parallel=parallel) for parallel in (False, True)}
 MATMUL_Q4 = {parallel: _compiled(_matmul_q4, parallel=parallel) for parallel in (False, True)}
 
 
 @_compiled
 def quantised(x: Any) -> Any:
-    """x `[rows, cols]` rounded to int8 with one scale per row and group, as floats."""
+    """x `[rows, cols]` quantised to int8 with one scale per row and group, and dequantised again."""
     rows, cols = x.shape
     out = np.empty((rows, cols), np.float32)
     for r in range(rows):

@@ -1,7 +1,7 @@
-"""The program in NumPy: the definition in floats, obvious rather than quick.
+"""The NumPy backend: a readable reference in floats, not a fast one.
 
 Agrees with `native` within a stated tolerance (docs/numerics.md), not bit for bit: NumPy's sums have
-another order. A q8 buffer holds the f32 values that its int8 numbers stand for."""
+another order. A q8 buffer holds dequantised f32 values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .base import CANCELLED, BoundProgram, Outcome, SequenceRows, WeightData
 
 
 def quantised(x: F32) -> F32:
-    """x `[..., cols]` rounded to int8 with one scale per row and group, as floats."""
+    """x `[..., cols]` quantised to int8 with one scale per row and group, and dequantised again."""
     cols = x.shape[-1]
     padded = np.zeros((*x.shape[:-1], round_up(cols, GROUP)), np.float32)
     padded[..., :cols] = x
@@ -34,7 +34,7 @@ def quantised(x: F32) -> F32:
 
 
 class NumpyExecutor:
-    """Runs one op after another on arrays named as in the program."""
+    """Runs ops one after another on NumPy arrays, by the program's buffer names. See base.Executor."""
 
     def __init__(self, bound: BoundProgram) -> None:
         self.bound = bound
@@ -47,7 +47,7 @@ class NumpyExecutor:
         self.drawn: NDArray[np.int32] = np.empty(0, np.int32)
 
     def prepare(self, weight: WeightData) -> Any:
-        """A weight in the form that this backend's ops read: here f32 (or f64) `[rows, cols]`."""
+        """Converts a weight to the form that this backend's ops read: f32 (or f64) `[rows, cols]`."""
         if weight.scales is None:
             return weight.data
         return unpack(weight.data, weight.scales, weight.mins, weight.rows, weight.cols)
@@ -66,7 +66,7 @@ class NumpyExecutor:
         program = self.bound.program
         if hidden is not None:
             if not np.isfinite(hidden).all():
-                raise FloatingPointError("the activations that came in hold NaN or infinity")
+                raise FloatingPointError("the incoming activations hold NaN or infinity")
             parts = np.split(
                 hidden, np.cumsum([program.buffer(name).cols for name in program.cut])[:-1], axis=1
             )
@@ -83,7 +83,7 @@ class NumpyExecutor:
         return Outcome(None, self.buffers[program.logits] if want_logits and wanted else None, self.drawn)
 
     def close(self) -> None:
-        """Nothing to give up."""
+        """Does nothing: there is nothing to free."""
 
     def _for_wanted_rows(self, op: Op) -> bool:
         return self.domains[op.writes() or op.reads()[0]] == "wanted"
@@ -96,7 +96,7 @@ class NumpyExecutor:
         self._write(op.out, self.rows(self.weights[unit, op.table], tokens))
 
     def rows(self, weight: Any, tokens: NDArray[np.int32]) -> F32:
-        """The rows of an embedding table that the tokens name."""
+        """The rows of an embedding table at the token ids: f32 `[tokens, cols]`."""
         table: F32 = weight[tokens]
         return table
 
@@ -176,8 +176,9 @@ class NumpyExecutor:
         self, queries: F32, keys: F32, values: F32, scale: float, value_scales: F32 | None = None
     ) -> F32:
         """Causal attention of the last rows: queries `[kv_heads, group, rows, head_dim]`, keys and values
-        `[kv_heads, positions, head_dim]`; gives `[rows, kv_heads * group * head_dim]`. With value_scales
-        `[kv_heads, positions]` keys and values are int8, so what is multiplied with them is too."""
+        `[kv_heads, positions, head_dim]`; returns `[rows, kv_heads * group * head_dim]`. With value_scales
+        `[kv_heads, positions]` keys and values are int8, so queries and softmax weights are quantised,
+        too."""
         rows, total = queries.shape[2], keys.shape[1]
         if value_scales is not None:
             queries = quantised(queries)

@@ -1,7 +1,7 @@
-"""Other people's weight files: one interface over Hugging Face directories and GGUF files.
+"""Checkpoints: one interface to Hugging Face directories and GGUF files.
 
-Tensors come one at a time, as float32, under Hugging Face's names, so that converting holds a few of them and
-never a model."""
+Tensors are read one at a time, as float32, by Hugging Face's names, so that a conversion never has a whole
+model in memory."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Checkpoint(Protocol):
     def path(self) -> Path: ...
     @property
     def config(self) -> dict[str, Any]:
-        """`config.json` in Hugging Face's spelling."""
+        """`config.json` with Hugging Face's keys."""
 
     @property
     def names(self) -> Collection[str]:
-        """Names of all tensors, in Hugging Face's spelling."""
+        """Hugging Face names of all tensors."""
 
     @property
     def license(self) -> str | None: ...
@@ -34,30 +34,33 @@ class Checkpoint(Protocol):
     def chat_template(self) -> str | None: ...
     @property
     def special_tokens(self) -> dict[str, str | None]:
-        """Spellings of special tokens by the names that templates use, such as bos_token, where they are
-        given by spelling and not by id; None: the model has no such token."""
+        """Spellings of special tokens by the names that templates use, such as bos_token, if the checkpoint
+        has spellings rather than ids; None: the model has no such token."""
 
     def tensor(self, name: str) -> F32:
-        """A tensor as float32. ModelFileError: no such tensor, or its file is damaged."""
+        """A tensor as float32. ModelFileError: it is missing, or its file is damaged. UnsupportedModelError:
+        its type is not supported."""
 
     def type_of(self, name: str) -> str:
-        """The type in which the file holds a tensor, by the name that its format has for it: BF16, Q4_0."""
+        """The type of a tensor in its file, by its format's name for it, such as BF16 or Q4_0."""
 
     def quantised(self, name: str) -> Quantised | None:
-        """A matrix as the quantised values that the file holds; None: it holds no groups like ours."""
+        """The quantised values of a matrix as in the file; None: its type has no groups of 32 with one
+        scale."""
 
     def tokenizer_json(self) -> bytes | None:
-        """A `tokenizer.json` for the `tokenizers` package; None when the checkpoint has no tokenizer."""
+        """A `tokenizer.json` for the `tokenizers` package; None if the checkpoint has no tokenizer."""
 
 
 _SAFETENSORS = (".safetensors", ".safetensors.index.json")
 
 
 def open_checkpoint(path: Path, warn: Warn = ignore) -> Checkpoint:
-    """Opens a directory with config.json and safetensors, or a .gguf file (or a directory with one of
-    those). `warn` is called with what is odd about it, here or when a property is read.
+    """Opens a directory with config.json and safetensors, or a .gguf file, or a directory with one .gguf
+    model. `warn` is called for each oddity, now or when a property is read.
 
-    ModelFileError: neither, or damaged. UnsupportedModelError: of a kind that is not here."""
+    ModelFileError: it is neither, or damaged. UnsupportedModelError: the kind of checkpoint is not
+    supported."""
     if path.is_dir():
         names = [file.name for file in path.iterdir()]
         found = models_of(names)
@@ -70,7 +73,7 @@ def open_checkpoint(path: Path, warn: Warn = ignore) -> Checkpoint:
         (parts,) = found.values()
         path /= next(name for name in parts if name in names)
     if not path.exists():
-        raise ModelFileError(f"{path} is missing")
+        raise ModelFileError(f"{path} is missing: check the path")
     if path.name.endswith((*_SAFETENSORS, ".json")):
         raise ModelFileError(f"{path} is one file of a checkpoint: name the directory that it is in")
     from .gguf_checkpoint import GgufCheckpoint
@@ -83,7 +86,7 @@ def _no_checkpoint(names: list[str], models: list[str]) -> str:
     if models:
         return f"has {len(models)} .gguf files ({', '.join(models)}): name one of them"
     if "adapter_config.json" in names:
-        return "is an adapter (LoRA) and no whole model: merge it into its base model, and convert that"
+        return "is an adapter (LoRA), not a whole model: merge it into its base model, and convert that"
     return (
         "has no config.json and 0 .gguf files: name a directory with config.json and *.safetensors, or one "
         ".gguf file"

@@ -1,6 +1,7 @@
-"""Blocks of GGUF files that are groups of ours: 32 integers, or several times 32, with one fp16 scale.
+"""Extracts quantised values from GGUF block types with one fp16 scale per block, which can be copied exactly.
 
-The `gguf` package dequantises; with every scale replaced by 1 it returns the quantised values themselves."""
+Blocks have 32 values or a multiple of 32. The `gguf` package dequantises them; with all scales replaced by 1
+it returns the quantised values themselves."""
 
 from __future__ import annotations
 
@@ -23,13 +24,14 @@ SCALES = {
     "TQ1_0": 52,
     "TQ2_0": 64,
 }
-"""Types with one f16 scale a block, and where it is among the block's bytes (ggml-common.h)."""
-_MINIMUM = 2  # where the f16 minimum of a Q4_1 block is
+"""Types with one f16 scale per block, and its byte offset in the block (ggml-common.h)."""
+_MINIMUM = 2  # byte offset of the f16 minimum in a Q4_1 block
 _ONE = np.array([1], "<f2").view(np.uint8)
 
 
 def quantised(kind: str, data: NDArray[np.uint8], rows: int) -> Quantised:
-    """The quantised values of a matrix of `rows` rows; `data` are the bytes of its blocks, in order."""
+    """The quantised values of a matrix of type `kind` with `rows` rows; `data` has the bytes of its
+    blocks."""
     gguf = import_gguf()
     type_ = gguf.GGMLQuantizationType[kind]
     block, size = gguf.GGML_QUANT_SIZES[type_]
@@ -45,9 +47,9 @@ def quantised(kind: str, data: NDArray[np.uint8], rows: int) -> Quantised:
     if kind == "Q4_1":
         minimum = taken(_MINIMUM)
         blocks[:, _MINIMUM : _MINIMUM + 2] = 0
-    numbers = np.empty((len(blocks), block), np.int8)
-    step = (1 << 20) // block  # the package makes several copies, as floats, of what it is given
+    values = np.empty((len(blocks), block), np.int8)
+    step = (1 << 20) // block  # few blocks at a time: the package makes several float copies of them
     for first in range(0, len(blocks), step):
         part = blocks[first : first + step].reshape(1, -1)
-        numbers[first : first + step] = gguf.quants.dequantize(part, type_).reshape(-1, block)
-    return Quantised(numbers.reshape(rows, -1), scale, minimum)
+        values[first : first + step] = gguf.quants.dequantize(part, type_).reshape(-1, block)
+    return Quantised(values.reshape(rows, -1), scale, minimum)

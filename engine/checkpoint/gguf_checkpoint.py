@@ -1,4 +1,5 @@
-"""A GGUF file as a checkpoint: its metadata become config.json, its tensors get Hugging Face's names."""
+"""A GGUF file as a checkpoint, with its metadata as config.json and its tensors under Hugging Face's
+names."""
 
 from __future__ import annotations
 
@@ -26,14 +27,14 @@ _T = TypeVar("_T", bound=np.generic)
 
 
 class GgufCheckpoint:
-    """See Checkpoint."""
+    """A checkpoint in one or several GGUF files; see `Checkpoint`."""
 
     def __init__(self, path: Path, warn: Warn = ignore) -> None:
         self.path, self._warn = path, warn
         self._file = GgufParts(path)
         arch = self._file.values.get("general.architecture")
         if not isinstance(arch, str):
-            raise ModelFileError(f"{path}: general.architecture is missing, as in a file that is no model")
+            raise ModelFileError(f"{path} is not a model: its metadata lack general.architecture")
         self._arch, self._spelling = arch, families.gguf_names(arch, str(path))
         self._gguf_names = {self._spelling.hugging_face_name(name): name for name in self._file.tensors}
         self._factors = self._gguf_names.pop(_FREQUENCY_FACTORS, None)
@@ -71,7 +72,7 @@ class GgufCheckpoint:
         rotated = self._value("rope.dimension_count") or head_dim
         if rotated != head_dim:
             raise UnsupportedModelError(
-                f"{self.path} rotates {rotated} of {head_dim} columns of a head; all must be rotated"
+                f"{self.path} rotates {rotated} of {head_dim} columns of a head; only all is supported"
             )
         return {
             "model_type": self._arch,
@@ -94,7 +95,7 @@ class GgufCheckpoint:
 
     def tensor(self, name: str) -> F32:
         if name not in self._gguf_names:
-            raise ModelFileError(f"{self.path}: the tensor {name!r} is missing")
+            raise ModelFileError(f"{self.path}: the tensor {name!r} is missing: fetch the file again")
         return self._in_order(name, self._file.tensor(self._gguf_names[name]))
 
     def type_of(self, name: str) -> str:
@@ -106,19 +107,21 @@ class GgufCheckpoint:
             return None
         held = quantised(kind, self._file.bytes_of(self._gguf_names[name]), shape[0])
         minimum = None if held.minimum is None else self._in_order(name, held.minimum)
-        return Quantised(self._in_order(name, held.numbers), self._in_order(name, held.scale), minimum)
+        return Quantised(self._in_order(name, held.values), self._in_order(name, held.scale), minimum)
 
     def _info(self, name: str) -> GgufTensor:
         return self._file.tensors[self._gguf_names[name]]
 
     def _in_order(self, name: str, w: NDArray[_T]) -> NDArray[_T]:
-        """The rows of a tensor in Hugging Face's order, whatever it has in its columns."""
+        """A tensor, or its scales, with rows in Hugging Face's order; see `GgufNames.paired`."""
         key = self._spelling.heads_key(name)
         if key is None:
             return w
         heads = self.config[key]
         if w.shape[0] % (2 * heads):
-            raise ModelFileError(f"{self.path}: {name!r} has the shape {w.shape}, no {heads} heads")
+            raise ModelFileError(
+                f"{self.path}: {name!r} has the shape {w.shape}, which does not fit its {heads} heads"
+            )
         return w.reshape(heads, -1, 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
 
     def _value(self, key: str) -> Any:
@@ -134,11 +137,11 @@ class GgufCheckpoint:
                 )
             value = value[0]
         if type(value) is not int or not 0 < value < 1 << 32:
-            raise ModelFileError(f"{self.path}: {self._arch}.{key} must be a count, not {value!r}")
+            raise ModelFileError(f"{self.path}: {self._arch}.{key} must be a positive integer, not {value!r}")
         return value
 
     def _vocab(self) -> int:
-        """Rows of the embedding, which is what the program needs; the metadata may omit it."""
+        """Number of rows of the embedding: the vocabulary size of the program, which metadata may omit."""
         table = self._file.tensors.get(self._gguf_names.get("model.embed_tokens.weight", ""))
         if table is None:
             raise ModelFileError(
@@ -155,12 +158,13 @@ class GgufCheckpoint:
             pairs = enumerate(zip(tokens, types, strict=False))
             ids += [i for i, (text, kind) in pairs if kind == CONTROL and text in END_OF_TURN]
         listed = list(dict.fromkeys(i for i in ids if type(i) is int))
-        # Their order is part of the model's hash, and matters to templates that name "the" end token alone.
+        # The order is part of the model hash, and matters to templates that use the first as eos_token.
         return listed if "eos_token" in (self.chat_template or "") else sorted(listed)
 
     def _scaling(self, head_dim: int) -> dict[str, Any] | None:
-        """rope_scaling of config.json. UnsupportedModelError: a kind that is not here."""
-        kind = self._value("rope.scaling.type") or "linear"  # the default, and in old files the only one
+        """rope_scaling as in config.json; None: no scaling. UnsupportedModelError: its kind is not
+        supported."""
+        kind = self._value("rope.scaling.type") or "linear"  # the default; the only kind in old files
         factor = self._value("rope.scaling.factor") or self._value("rope.scale_linear")
         if self._factors is not None:
             if kind != "none" and factor not in (None, 0.0, 1.0):
@@ -176,21 +180,28 @@ class GgufCheckpoint:
         raise UnsupportedModelError(f"{self.path}: rope scaling {kind!r} is not supported; linear is")
 
     def _stretched(self, factors: F32, head_dim: int) -> dict[str, Any]:
-        """The rule "llama3", of which GGUF keeps only the factors: the usual constants are tried."""
+        """The parameters of the scaling rule "llama3", recovered from the factors in a GGUF, which lacks the
+        rule itself. Only the usual constants are tried."""
         low, high, context = 1.0, 4.0, 8192
         if type(head_dim) is not int or factors.shape != (head_dim // 2,) or not np.all(factors > 0):
-            raise ModelFileError(f"{self.path}: its rope_freqs are not {head_dim!r} / 2 positive numbers")
+            raise ModelFileError(
+                f"{self.path}: its rope_freqs are not {head_dim!r} / 2 positive numbers; fetch the file again"
+            )
         factor = float(factors.max())
         theta = self._value("rope.freq_base") or 10000.0
         if type(theta) not in (int, float) or not 0 < theta < math.inf or not math.isfinite(factor):
-            raise ModelFileError(f"{self.path}: rope.freq_base {theta!r} or rope_freqs is no number")
+            raise ModelFileError(
+                f"{self.path}: rope.freq_base {theta!r} or rope_freqs is not a positive finite number"
+            )
         expected = np.empty(head_dim // 2)
         for j in range(head_dim // 2):
             wavelength = 2 * math.pi * theta ** (2 * j / head_dim)
             blend = min(1.0, max(0.0, (context / wavelength - low) / (high - low)))
             expected[j] = 1 / ((1 - blend) / factor + blend)
         if not np.allclose(factors, expected, rtol=1e-4):
-            raise UnsupportedModelError(f"{self.path}: its rope_freqs follow no rule that is known here")
+            raise UnsupportedModelError(
+                f"{self.path}: its rope_freqs do not follow a supported rule (llama3)"
+            )
         return {
             "rope_type": "llama3",
             "factor": factor,

@@ -1,6 +1,6 @@
-"""The header of a GGUF file, read by ourselves so that a lying one is refused before anything is allocated.
+"""A reader of GGUF files. It parses the header itself, to refuse an invalid one before allocating memory.
 
-Every count is compared with the bytes that are left before it is believed. The `gguf` package is used for
+Every count in the header is compared with the number of remaining bytes. The `gguf` package is used for
 dequantising only. Format: ggml-org/ggml, docs/gguf.md."""
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from ..errors import MissingDependencyError, ModelFileError, UnsupportedModelErr
 from ..files import refuse_pointer
 
 _VERSIONS = (2, 3)
-_OLDER = (b"lmgg", b"fmgg", b"tjgg", b"algg")  # GGML, GGMF, GGJT and GGLA, before GGUF
+_OLDER = (b"lmgg", b"fmgg", b"tjgg", b"algg")  # GGUF's predecessors GGML, GGMF, GGJT and GGLA
 _CUT = re.compile(r"\.gguf[._-](split|part)", re.IGNORECASE)
-_REMOVED = {  # types that llama.cpp once wrote, and what holds the same numbers today
+_REMOVED = {  # types that llama.cpp no longer writes, and their replacements
     4: ("Q4_2", "Q4_0"),
     5: ("Q4_3", "Q4_1"),
     **{31 + i: (f"Q4_0_{rows}", "Q4_0") for i, rows in enumerate(("4_4", "4_8", "8_8"))},
@@ -35,15 +35,16 @@ _REMOVED = {  # types that llama.cpp once wrote, and what holds the same numbers
 _F64 = 28
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_MIN_ENTRY, _MIN_TENSOR = 13, 24  # bytes that the shortest key-value pair and tensor description take
+_MIN_ENTRY, _MIN_TENSOR = 13, 24  # bytes of the shortest key-value pair and tensor description
 _MAX_DIMS = 4
 _MAX_ELEMENTS = 1 << 48
-_CHUNK = 1 << 20  # elements dequantised at once: the package makes several copies of what it is given
+_CHUNK = 1 << 20  # elements dequantised per call, because the package makes several copies of them
 
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """What the header says of a tensor. `shape` is row-major (the file lists it reversed)."""
+    """The header's entry of a tensor. `shape` is row-major (the file lists it reversed); `begin` is a byte
+    offset in the file."""
 
     name: str
     shape: tuple[int, ...]
@@ -53,7 +54,8 @@ class GgufTensor:
 
 
 class GgufFile:
-    """A mapped GGUF file whose header has been checked in full."""
+    """A mapped GGUF file with a fully checked header. `values` is its metadata. ModelFileError: unreadable or
+    damaged. UnsupportedModelError: its version or a tensor's type is not supported."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -61,19 +63,19 @@ class GgufFile:
         self.values, self.tensors = _Header(self._memory, str(path)).read()
 
     def tensor(self, name: str) -> F32:
-        """A tensor, dequantised. UnsupportedModelError: of a type that the gguf package cannot read."""
+        """A tensor dequantised to f32. UnsupportedModelError: the gguf package cannot dequantise its type."""
         info = self.tensors[name]
         gguf = import_gguf()
         kind = gguf.GGMLQuantizationType(info.type)
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         data = self.bytes_of(name)
-        if info.type == _F64:  # of which the package makes nothing
+        if info.type == _F64:  # not supported by the package
             with np.errstate(over="ignore"):
                 return data.view("<f8").astype(np.float32).reshape(info.shape)
         flat = np.empty(math.prod(info.shape), np.float32)
         step = _CHUNK // block
         blocks = data.reshape(-1, block_bytes)
-        with np.errstate(all="ignore"):  # what is not finite is refused by whoever converts it
+        with np.errstate(all="ignore"):  # the conversion refuses values that are not finite
             for first in range(0, len(blocks), step):
                 part = blocks[first : first + step].reshape(1, -1)  # one row: the package loops over rows
                 try:
@@ -87,7 +89,7 @@ class GgufFile:
         return flat.reshape(info.shape)
 
     def bytes_of(self, name: str) -> NDArray[np.uint8]:
-        """A tensor as the file holds it, mapped."""
+        """The bytes of a tensor, as a view of the mapped file."""
         info = self.tensors[name]
         return np.frombuffer(self._memory, np.uint8, info.nbytes, info.begin)
 
@@ -108,14 +110,14 @@ def _map(path: Path) -> mmap.mmap:
     try:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size < 24:
-                raise ModelFileError(f"{path} is no GGUF file: it is too short")
+                raise ModelFileError(f"{path} is not a GGUF file: it is too short")
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as e:
         raise ModelFileError(f"{path} cannot be read: {e.strerror}") from e
 
 
 class _Header:
-    """A cursor over the header; every read is checked against the bytes that are there."""
+    """A cursor over the header, which checks every read against the file's length."""
 
     def __init__(self, memory: mmap.mmap, where: str) -> None:
         self.memory, self.where, self.at = memory, where, 0
@@ -125,26 +127,26 @@ class _Header:
             return ModelFileError(
                 f"{self.where} {what}: it is a piece of a file; join the pieces with `cat`, in order"
             )
-        return ModelFileError(f"{self.where} {what}: the file is damaged, fetch it again")
+        return ModelFileError(f"{self.where} {what}: the file is damaged; fetch it again")
 
     def read(self) -> tuple[Mapping[str, Any], Mapping[str, GgufTensor]]:
         magic = self.take(4)
         if magic in _OLDER:
             raise UnsupportedModelError(
-                f"{self.where} is a GGML file from before GGUF, which is not read: fetch it as GGUF"
+                f"{self.where} is a GGML file, older than GGUF and not supported: fetch the model as GGUF"
             )
         if magic != b"GGUF":
-            raise ModelFileError(f"{self.where} is no GGUF file")
+            raise ModelFileError(f"{self.where} is not a GGUF file")
         version = self.scalar("I")
         if version and version % (1 << 16) == 0:
             raise UnsupportedModelError(
-                f"{self.where} is big-endian: `gguf-convert-endian {self.where} little` (from the "
-                "gguf package) turns it round"
+                f"{self.where} is big-endian: convert it with `gguf-convert-endian {self.where} little` "
+                "(from the gguf package)"
             )
         if version not in _VERSIONS:
             readable = " and ".join(map(str, _VERSIONS))
             raise UnsupportedModelError(
-                f"{self.where} is GGUF version {version}; versions {readable} can be read: fetch the "
+                f"{self.where} is GGUF version {version}, and versions {readable} are supported: fetch the "
                 "model in one of these"
             )
         tensors = self.count(_MIN_TENSOR, "tensors")
@@ -153,13 +155,13 @@ class _Header:
         for _ in range(entries):
             key = self.string()
             if key in values:
-                raise self.refuse(f"has the key {key!r} twice")
+                raise self.refuse(f"has a duplicate key {key!r}")
             values[key] = self.value(self.scalar("I"), key)
         return values, self.tensor_table(tensors, values.get("general.alignment", 32))
 
     def take(self, n: int) -> bytes:
         if n > len(self.memory) - self.at:
-            raise self.refuse(f"is truncated, or lies: its header needs {n} bytes at {self.at}")
+            raise self.refuse(f"is truncated or invalid: its header needs {n} bytes at {self.at}")
         data = self.memory[self.at : self.at + n]
         self.at += n
         return data
@@ -171,7 +173,7 @@ class _Header:
     def count(self, least: int, what: str) -> int:
         n: int = self.scalar("Q")
         if n * least > len(self.memory) - self.at:
-            raise self.refuse(f"is truncated, or lies: it claims {n} {what} and has no room for them")
+            raise self.refuse(f"is truncated or invalid: its header claims {n} {what}, more than fit")
         return n
 
     def string(self) -> str:
@@ -187,12 +189,12 @@ class _Header:
         if kind == _STRING:
             return self.string()
         if kind != _ARRAY:
-            raise self.refuse(f"gives {key!r} the unknown type {kind}")
+            raise self.refuse(f"has a value of {key!r} with the unknown type {kind}")
         kind = self.scalar("I")
         if kind == _STRING:
             return [self.string() for _ in range(self.count(8, f"strings in {key!r}"))]
         if kind not in _SCALARS:
-            raise self.refuse(f"gives {key!r} an array of the unknown type {kind}")
+            raise self.refuse(f"has an array {key!r} of the unknown type {kind}")
         code = "<" + _SCALARS[kind]
         size = struct.calcsize(code)
         n = self.count(size, f"values in {key!r}")
@@ -208,13 +210,13 @@ class _Header:
         for name, shape, kind, offset in sorted(described, key=lambda d: d[3]):
             info = GgufTensor(name, shape, kind, start + offset, self.nbytes(name, shape, kind))
             if name in tensors:
-                raise self.refuse(f"has the tensor {name!r} twice")
+                raise self.refuse(f"has a duplicate tensor {name!r}")
             if offset % alignment or info.begin < end:
-                raise self.refuse(f"puts the tensor {name!r} at {offset}, inside another or out of line")
+                raise self.refuse(f"has the tensor {name!r} at {offset}, inside another or misaligned")
             end = info.begin + info.nbytes
             if end > len(self.memory):
                 raise self.refuse(
-                    f"is truncated, or lies: the tensor {name!r} ends at {end} of {len(self.memory)}"
+                    f"is truncated or invalid: the tensor {name!r} ends at byte {end} of {len(self.memory)}"
                 )
             tensors[name] = info
         return tensors
@@ -223,10 +225,10 @@ class _Header:
         name = self.string()
         dims = self.scalar("I")
         if not 1 <= dims <= _MAX_DIMS:
-            raise self.refuse(f"gives the tensor {name!r} {dims} dimensions")
+            raise self.refuse(f"has the tensor {name!r} with {dims} dimensions")
         shape = tuple(self.scalar("Q") for _ in range(dims))[::-1]
         if not all(0 < d <= _MAX_ELEMENTS for d in shape) or math.prod(shape) > _MAX_ELEMENTS:
-            raise self.refuse(f"gives the tensor {name!r} the impossible shape {shape}")
+            raise self.refuse(f"has the tensor {name!r} with the impossible shape {shape}")
         return name, shape, self.scalar("I"), self.scalar("Q")
 
     def nbytes(self, name: str, shape: tuple[int, ...], kind: int) -> int:
@@ -235,15 +237,15 @@ class _Header:
         if kind in _REMOVED:
             old, new = _REMOVED[kind]
             raise UnsupportedModelError(
-                f"{self.where}: tensor {name!r} is {old}, a type that was given up: fetch the model as {new}"
+                f"{self.where}: tensor {name!r} is {old}, a type that was removed: fetch the model as {new}"
             )
         if kind not in sizes:
             raise UnsupportedModelError(
-                f"{self.where}: tensor {name!r} has type {kind}, which this gguf package does not know: a "
-                "newer one may (pip install --upgrade gguf)"
+                f"{self.where}: tensor {name!r} has type {kind}, which this gguf package does not know: "
+                "try a newer one (pip install --upgrade gguf)"
             )
         block, block_bytes = sizes[kind]
         if shape[-1] % block:
-            raise self.refuse(f"gives the tensor {name!r} rows of {shape[-1]}, no multiple of {block}")
+            raise self.refuse(f"has the tensor {name!r} with rows of {shape[-1]}, not a multiple of {block}")
         total: int = math.prod(shape) // block * block_bytes
         return total

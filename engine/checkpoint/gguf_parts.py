@@ -1,7 +1,7 @@
-"""A checkpoint in one GGUF file or in several, as llama.cpp's gguf-split makes them, read as one.
+"""Reads a checkpoint in one GGUF file, or in several parts made by llama.cpp's gguf-split, as one.
 
-Each part says which it is (split.no, from 0), how many parts there are (split.count), and how many tensors
-there are in all (split.tensors.count). The first has the model's metadata, and may hold no tensors. Source:
+Each part has its number (split.no, from 0), the number of parts (split.count), and the total number of
+tensors (split.tensors.count). The first part has the model's metadata, and possibly no tensors. Source:
 ggml-org/llama.cpp, src/llama-model-loader.cpp."""
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from .gguf_file import GgufFile, GgufTensor
 from .gguf_names import part_names
 
 _NUMBER, _COUNT, _TENSORS = "split.no", "split.count", "split.tensors.count"
-_OWN = ("split.", "general.alignment")  # what each part says of itself
+_OWN = ("split.", "general.alignment")  # keys that may differ between parts
 
 
 class GgufParts:
-    """The file `path` and, if it is part of a split checkpoint, all the others, which are beside it.
+    """The file `path` and, if it is part of a split checkpoint, the other parts in its directory.
 
-    `values` are the metadata of the first part. ModelFileError: a part is missing, damaged or of another
+    `values` is the metadata of the first part. ModelFileError: a part is missing, damaged or of another
     checkpoint."""
 
     def __init__(self, path: Path) -> None:
@@ -49,11 +49,11 @@ class GgufParts:
             )
 
     def tensor(self, name: str) -> F32:
-        """A tensor, dequantised. UnsupportedModelError: of a type that the gguf package cannot read."""
+        """A tensor dequantised to f32. UnsupportedModelError: the gguf package cannot dequantise its type."""
         return self._file_of[name].tensor(name)
 
     def bytes_of(self, name: str) -> NDArray[np.uint8]:
-        """A tensor as its file holds it, mapped."""
+        """The bytes of a tensor, as a view of its mapped file."""
         return self._file_of[name].bytes_of(name)
 
 
@@ -68,14 +68,14 @@ def _read(path: Path) -> list[GgufFile]:
     names = part_names(path.name)
     if len(names) != count or names[number] != path.name:
         raise ModelFileError(
-            f"{path} is part {number + 1} of {count} of a checkpoint, but not by its name: call the parts "
-            f"NAME-00001-of-{count:05d}.gguf and so on, so that they are found"
+            f"{path} is part {number + 1} of {count} of a checkpoint, but its name is not: rename the "
+            f"parts to NAME-00001-of-{count:05d}.gguf and so on"
         )
     missing = [name for name in names if not path.with_name(name).exists()]
     if missing:
         raise ModelFileError(
-            f"{path} is part {number + 1} of {count} of a checkpoint, and {missing[0]} is missing beside it "
-            f"({len(missing)} parts in all): fetch it too"
+            f"{path} is part {number + 1} of {count} of a checkpoint, and {missing[0]} is missing in its "
+            f"directory ({len(missing)} parts in all): fetch the missing parts"
         )
     parts = [named if name == path.name else GgufFile(path.with_name(name)) for name in names]
     for i, part in enumerate(parts):
@@ -88,7 +88,7 @@ def _read(path: Path) -> list[GgufFile]:
         for key in part.values.keys() & parts[0].values.keys():
             if part.values[key] != parts[0].values[key] and not key.startswith(_OWN):
                 raise ModelFileError(
-                    f"{part.path}: {key} differs from that of {parts[0].path.name}: it is a part of another "
+                    f"{part.path}: {key} is not that of {parts[0].path.name}: it is a part of another "
                     "checkpoint; fetch all parts of one"
                 )
     return parts

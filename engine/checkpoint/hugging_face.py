@@ -1,4 +1,5 @@
-"""A Hugging Face model directory: config.json, safetensors (one file, or an index of several), tokenizer."""
+"""A Hugging Face directory as a checkpoint: config.json, safetensors (one file, or several with an index),
+tokenizer."""
 
 from __future__ import annotations
 
@@ -21,18 +22,18 @@ from . import hugging_face_chat
 from .files import INDEX, SINGLE
 
 _HEAD, _EMBEDDING, _PREFIX = "lm_head.weight", "model.embed_tokens.weight", "model."
-_ROWS = 1024  # rows of a table that are compared at once
-_FLOATS = ("F64", "F32", "F16", "BF16")  # F64 is rounded to f32, as transformers does
+_ROWS = 1024  # rows of a table that are compared at a time
+_FLOATS = ("F64", "F32", "F16", "BF16")  # F64 is rounded to f32, as in transformers
 
 
 class HuggingFaceCheckpoint:
-    """See Checkpoint."""
+    """A checkpoint in a Hugging Face directory; see `Checkpoint`."""
 
     def __init__(self, path: Path, warn: Warn = ignore) -> None:
         self.path, self._warn = path, warn
         self.config = _json_object(path / "config.json")
         _check_quantisation(path, self.config)
-        # The tokens that end an answer are often in generation_config.json only, or there as a longer list.
+        # End tokens are often in generation_config.json only, or more of them than in config.json.
         generation = path / "generation_config.json"
         if generation.exists():
             eos = _json_object(generation).get("eos_token_id")
@@ -43,18 +44,19 @@ class HuggingFaceCheckpoint:
             self._settle_head()
 
     def _settle_head(self) -> None:
-        """What config.json calls one table may be stored under either name, or as two tables that differ."""
+        """Resolves a tied LM head: the table may be stored under either name, or, contrary to config.json, as
+        two different tables."""
         if _EMBEDDING not in self._stored and _HEAD in self._stored:
             self._stored[_EMBEDDING] = self._stored[_HEAD]
         elif _HEAD in self._stored and not self._equal(_HEAD, _EMBEDDING):
             self.config["tie_word_embeddings"] = False
             self._warn(
-                f"{self.path}: config.json says tie_word_embeddings, and {_HEAD} differs from {_EMBEDDING}: "
+                f"{self.path}: config.json has tie_word_embeddings, but {_HEAD} differs from {_EMBEDDING}: "
                 f"{_HEAD} is used, as by transformers; set tie_word_embeddings to false if that is right"
             )
 
     def _equal(self, one: str, other: str) -> bool:
-        """Whether two matrices are stored with the same values in the same type."""
+        """Whether two matrices are stored with the same type and values."""
         (a, a_type), (b, b_type) = self._values(one), self._values(other)
         return (a.shape, a_type) == (b.shape, b_type) and all(
             np.array_equal(a[i : i + _ROWS], b[i : i + _ROWS]) for i in range(0, len(a), _ROWS)
@@ -66,7 +68,7 @@ class HuggingFaceCheckpoint:
 
     @property
     def license(self) -> str | None:
-        """As the front matter of README.md says."""
+        """The license in the front matter of README.md."""
         try:
             head = (self.path / "README.md").read_text(encoding="utf-8", errors="replace")[:4096]
         except OSError:
@@ -86,7 +88,7 @@ class HuggingFaceCheckpoint:
         values, dtype = self._values(name)
         if dtype not in _FLOATS:
             raise UnsupportedModelError(
-                f"{self._where(name)} is {dtype}; {', '.join(_FLOATS)} can be converted"
+                f"{self._where(name)} is {dtype}, which is not supported: fetch the model in F32, F16 or BF16"
             )
         if dtype == "BF16":  # the upper half of an f32
             return (values.astype(np.uint32) << 16).view(np.float32)
@@ -106,9 +108,9 @@ class HuggingFaceCheckpoint:
         return None
 
     def _values(self, name: str) -> tuple[NDArray[Any], str]:
-        """A tensor as its file holds it, and its type."""
+        """A tensor in its stored type, and the name of the type."""
         if name not in self._stored:
-            raise ModelFileError(f"{self.path}: no file holds the tensor {name!r}")
+            raise ModelFileError(f"{self.path}: no file has the tensor {name!r}: fetch the checkpoint again")
         file, stored = self._stored[name]
         return file.tensor(stored), file.tensors[stored].dtype
 
@@ -121,32 +123,32 @@ class HuggingFaceCheckpoint:
 
 
 def _check_quantisation(path: Path, config: Mapping[str, Any]) -> None:
-    """UnsupportedModelError: the weights are packed in a way that only some library for GPUs reads."""
+    """UnsupportedModelError: the weights are in the format of a quantisation library for GPUs."""
     packed = config.get("quantization_config")
     if packed:
         method = packed.get("quant_method") if isinstance(packed, dict) else None
         raise UnsupportedModelError(
-            f"{path}: its weights are quantised already ({method or packed!r}, says quantization_config in "
-            "config.json) and cannot be converted: use the checkpoint that it was made from, or a GGUF file"
+            f"{path}: its weights are quantised already ({method or packed!r} by quantization_config in "
+            "config.json) and cannot be converted: use the original checkpoint, or a GGUF file"
         )
 
 
 def shard_names(index: object, where: str) -> list[str]:
-    """Files that the index of a checkpoint in several files names. ModelFileError: it is no such index, or a
-    name leads out of the checkpoint's directory."""
+    """Names of the files that the index of a checkpoint lists. ModelFileError: it is not such an index, or a
+    name is outside the checkpoint's directory."""
     weights = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weights, dict) or not weights:
-        raise ModelFileError(f"{where} has no weight_map")
+        raise ModelFileError(f"{where} has no weight_map: fetch it again")
     for name, file in weights.items():
         if not is_inside(file) or not file.endswith(".safetensors"):
             raise ModelFileError(
-                f"{where} puts {name!r} in {file!r}, which is no name of a .safetensors file beside it"
+                f"{where} has {name!r} in {file!r}, which is not the name of a .safetensors file"
             )
     return sorted(set(weights.values()))
 
 
 def _stored(path: Path, warn: Warn) -> dict[str, SafetensorsFile]:
-    """The file of each tensor, by what the files themselves say; an index only names the files."""
+    """The file of each tensor, from the headers of the files; an index is only used for the files' names."""
     if (path / SINGLE).exists():
         file = _open(path / SINGLE)
         return dict.fromkeys(file.tensors, file)
@@ -158,7 +160,7 @@ def _stored(path: Path, warn: Warn) -> dict[str, SafetensorsFile]:
     if missing := [name for name in names if not (path / name).exists()]:
         raise ModelFileError(
             f"{path / missing[0]} is missing ({len(missing)} of {len(names)} files are), which {INDEX} "
-            "names: fetch the missing files"
+            "lists: fetch the missing files"
         )
     for name in names:
         file = _open(path / name)
@@ -172,12 +174,12 @@ def _stored(path: Path, warn: Warn) -> dict[str, SafetensorsFile]:
     listed = index["weight_map"]
     if absent := sorted(listed.keys() - stored.keys()):
         raise ModelFileError(
-            f"{path / INDEX} puts {absent[0]!r} in {listed[absent[0]]!r}, which does not hold it "
-            f"({len(absent)} such tensors in all): index and files are of different checkpoints"
+            f"{path / INDEX} has {absent[0]!r} in {listed[absent[0]]!r}, which does not have it "
+            f"({len(absent)} such tensors in all): index and files are of different checkpoints; fetch one"
         )
     if unlisted := sorted(stored.keys() - listed.keys()):
         warn(
-            f"{path / INDEX} does not list {unlisted[0]!r}, which {stored[unlisted[0]].path.name} holds "
+            f"{path / INDEX} does not list {unlisted[0]!r}, which {stored[unlisted[0]].path.name} has "
             f"({len(unlisted)} such tensors in all): it is used, as by transformers"
         )
     return stored
@@ -189,19 +191,20 @@ def _open(path: Path) -> SafetensorsFile:
 
 
 def _instead(path: Path) -> str:
-    """What a directory without weights that can be read has in their place."""
+    """The weights in other formats or under other names that a directory has instead, as the rest of an error
+    message with a remedy."""
     names = sorted(file.name for file in path.iterdir())
     other = [name for name in names if name.endswith(".safetensors")]
     pickled = [name for name in names if name.endswith((".bin", ".pth", ".pt"))]
     if other:
         return f"; it has {', '.join(other)}: one file must be called {SINGLE}, and several need an index"
     if pickled:
-        return f"; {pickled[0]} is a file of PyTorch, which is not read: save the model as safetensors"
+        return f"; {pickled[0]} is a PyTorch file, which is not supported: save the model as safetensors"
     return ": fetch the checkpoint again"
 
 
 def _full_name(name: str, names: Collection[str]) -> str:
-    """The name of a tensor in a model with an LM head; a base model's lack the prefix."""
+    """The name of a tensor in a model with an LM head: with the prefix that tensors of a base model lack."""
     return _PREFIX + name if _EMBEDDING.removeprefix(_PREFIX) in names and name != _HEAD else name
 
 
@@ -211,12 +214,12 @@ def _json_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as e:
         raise ModelFileError(f"{path} cannot be read as JSON: {e}") from e
     if not isinstance(value, dict):
-        raise ModelFileError(f"{path} must hold a JSON object")
+        raise ModelFileError(f"{path} is not a JSON object")
     return value
 
 
 def _joined(*values: object) -> list[object]:
-    """Token ids out of ids and lists of ids, each once."""
+    """Distinct token ids from ids and lists of ids."""
     ids: list[object] = []
     for value in values:
         ids += [i for i in (value if isinstance(value, list) else [value]) if i is not None and i not in ids]

@@ -1,5 +1,6 @@
-"""Model families: one module each, with `program(config) -> Program`, in floats, and with `GGUF`, how GGUF
-files spell it. Nothing outside this folder names a family. docs/architecture.md says how to add one."""
+"""Model families. Each module has `program(config) -> Program`, which builds the float program, and `GGUF`,
+the names of its tensors in GGUF files. No code outside this package names a family. docs/architecture.md says
+how to add one."""
 
 from __future__ import annotations
 
@@ -12,26 +13,26 @@ from ..errors import UnsupportedModelError
 from ..program import Program
 
 _MODULES = {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3"}
-"""By `model_type` of config.json, the module; by architecture of a GGUF file too, where they are equal."""
+"""Modules by `model_type` of config.json, and by a GGUF file's architecture where the two are equal."""
 
 
 def names() -> list[str]:
-    """The families that there are, sorted."""
+    """Names of the supported families, sorted."""
     return sorted(_MODULES)
 
 
 def build(config: Config) -> Program:
-    """The program of a model, in floats.
+    """The float program of a model.
 
-    UnsupportedModelError: no such family, or a feature of it that is not here. ModelFileError: the
-    configuration contradicts itself."""
+    UnsupportedModelError: the family, or a feature of it, is not supported. ModelFileError: the configuration
+    contradicts itself."""
     program: Program = _module(config.family, config.where).program(config)
     return program
 
 
 def gguf_names(architecture: str, where: str) -> GgufNames:
-    """How the tensors of a GGUF file are called; `where` names the file. UnsupportedModelError: no such
-    family."""
+    """The names of a family's tensors in GGUF files; `where` names the file in errors. UnsupportedModelError:
+    the family is not supported."""
     spelling: GgufNames = _module(architecture, where).GGUF
     return spelling
 
@@ -39,7 +40,6 @@ def gguf_names(architecture: str, where: str) -> GgufNames:
 def _module(family: str, where: str) -> Any:
     if family not in _MODULES:
         raise UnsupportedModelError(
-            f"{where}: the model's family is {family!r}, which shoal does not have; "
-            f"it has: {', '.join(names())}"
+            f"{where}: the model's family {family!r} is not supported; supported are {', '.join(names())}"
         )
     return import_module(f".{_MODULES[family]}", __name__)

@@ -1,5 +1,5 @@
-"""Mistral: Llama's layers, some versions with attention that looks back a window only (Jiang et al., arXiv
-2310.06825). GGUF files of it call it by Llama's name."""
+"""Mistral: Llama's layers, in some versions with an attention window (Jiang et al., arXiv 2310.06825). Its
+GGUF files have Llama's architecture name."""
 
 from __future__ import annotations
 

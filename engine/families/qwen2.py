@@ -12,8 +12,8 @@ GGUF = GgufNames()
 
 
 def window(config: Config, layers: int) -> int | None:
-    """Positions that attention looks back in some layers; None: all positions in every layer."""
-    kinds = config.values.get("layer_types")  # where it is missing, the first max_window_layers have none
+    """The attention window in positions, if some layer has one; None: no layer has."""
+    kinds = config.values.get("layer_types")  # if missing, the first max_window_layers have no window
     if isinstance(kinds, list):
         some = "sliding_attention" in kinds[:layers]
     else:

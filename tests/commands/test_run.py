@@ -82,7 +82,9 @@ def test_an_instruction_set_is_not_ignored(backend: str, tiny: Path) -> None:
     args = build_parser().parse_args(["run", str(tiny), "text", "--backend", backend, "--isa", "avx2"])
     model = Model.open(tiny)
     with (
-        pytest.raises(MissingDependencyError, match=f"{backend} would run: leave out --isa avx2"),
+        pytest.raises(
+            MissingDependencyError, match=f"the {backend} backend has no kernel sets .* omit --isa avx2"
+        ),
         run.open_engine(args, model, run.settings_of(args, model)),
     ):
         pass

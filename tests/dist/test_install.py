@@ -45,5 +45,5 @@ def test_the_sdist_installs_without_a_compiler(clean: Path, model: Path, tmp_pat
     assert not (tmp_path / "shoal" / "libshoal.so").exists()
     command = (clean, "-m", "shoal", "run", model, "Hello", "--raw", "-n", "2", "--stats")
     said = run(*command, PYTHONPATH=str(tmp_path)).stderr
-    assert said.startswith("shoal: running on numpy: the C library is not there: install a C compiler")
+    assert said.startswith("shoal: running on numpy: the C library is missing: install a C compiler")
     assert "[numpy" in said

@@ -212,15 +212,30 @@ def test_a_context_ends_where_the_attention_window_does(
 @pytest.mark.parametrize(
     ("name", "values", "kind", "message"),
     [
-        ("mistral", {"sliding_window": -1}, ModelFileError, "sliding_window must be a count"),
+        ("mistral", {"sliding_window": -1}, ModelFileError, "sliding_window must be an integer from 1"),
         ("qwen2", {"use_sliding_window": 1}, ModelFileError, "use_sliding_window must be true or false"),
         ("qwen2", {"hidden_act": "gelu"}, UnsupportedModelError, "hidden_act 'gelu' is not supported"),
         ("qwen3", {"head_dim": "removed"}, ModelFileError, r"shape \(32,\)|shape \(192, 72\)"),
         ("qwen3", {"attention_bias": True}, ModelFileError, r"k_proj\.bias' is missing"),
         ("qwen3", {"model_type": "qwen2"}, ModelFileError, r"k_proj\.bias' is missing"),
-        ("qwen2", {"model_type": "llama"}, UnsupportedModelError, r"k_proj\.bias' has no place"),
-        ("qwen3", {"model_type": "llama"}, UnsupportedModelError, r"k_norm\.weight' has no place"),
-        ("llama-biases", {"mlp_bias": False}, UnsupportedModelError, r"down_proj\.bias' has no place"),
+        (
+            "qwen2",
+            {"model_type": "llama"},
+            UnsupportedModelError,
+            r"k_proj\.bias' is not used by this family",
+        ),
+        (
+            "qwen3",
+            {"model_type": "llama"},
+            UnsupportedModelError,
+            r"k_norm\.weight' is not used by this family",
+        ),
+        (
+            "llama-biases",
+            {"mlp_bias": False},
+            UnsupportedModelError,
+            r"down_proj\.bias' is not used by this family",
+        ),
     ],
 )
 def test_a_configuration_that_is_not_the_checkpoints_is_refused(

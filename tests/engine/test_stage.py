@@ -160,7 +160,7 @@ def test_an_answer_needs_all_units(tiny_int8: Model, units: tuple[int, int]) -> 
 
 
 def test_unknown_kernels_are_named(tiny_int8: Model) -> None:
-    with pytest.raises(MissingDependencyError, match="it has: scalar"):
+    with pytest.raises(MissingDependencyError, match="choose one of scalar"):
         Stage(tiny_int8, 0, 5, StageOptions(isa="mmx"))
     with pytest.raises(ShoalError, match="there is no backend"):
         Stage(tiny_int8, 0, 5, StageOptions(backend="cuda"))

@@ -78,6 +78,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str | None]] = {
     "llama3, two trained contexts": (
         {"rope_scaling": {**LLAMA3, TRAINED: 128}, TRAINED: 256},
         {**LLAMA3, TRAINED: 256, "rope_theta": 10000.0},
-        "is 256 by itself, which counts, and 128 in the scaling",
+        "is 256 by itself, which is used, and 128 in the scaling",
     ),
 }

@@ -48,7 +48,9 @@ def test_shards_may_be_in_folders_and_have_any_name(checkpoint_dir: Path) -> Non
 def test_a_name_in_an_index_that_leads_elsewhere_is_refused(checkpoint_dir: Path, bad: object) -> None:
     names = sorted(tensors(TINY))
     sharded(checkpoint_dir, {"a.safetensors": names}, dict.fromkeys(names, "a.safetensors") | {HEAD: bad})
-    with pytest.raises(ModelFileError, match=r"'lm_head\.weight' in .*, which is no name of a \.safetensors"):
+    with pytest.raises(
+        ModelFileError, match=r"'lm_head\.weight' in .*, which is not the name of a \.safetensors"
+    ):
         open_checkpoint(checkpoint_dir)
 
 
@@ -56,14 +58,14 @@ def test_an_index_and_its_files_may_disagree(checkpoint_dir: Path) -> None:
     names = sorted(tensors(TINY))
     everything = dict.fromkeys(names, "a.safetensors")
     sharded(checkpoint_dir, {"a.safetensors": names}, everything | {"x.weight": "a.safetensors"})
-    with pytest.raises(ModelFileError, match=r"'x\.weight' in 'a\.safetensors', which does not hold it \(1 "):
+    with pytest.raises(ModelFileError, match=r"'x\.weight' in 'a\.safetensors', which does not have it \(1 "):
         open_checkpoint(checkpoint_dir)
     index = checkpoint_dir / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {k: v for k, v in everything.items() if k != HEAD}}))
     warnings: list[str] = []
     assert HEAD in open_checkpoint(checkpoint_dir, warnings.append).names
     assert len(warnings) == 1
-    assert "does not list 'lm_head.weight', which a.safetensors holds (1 " in warnings[0]
+    assert "does not list 'lm_head.weight', which a.safetensors has (1 " in warnings[0]
     safetensors.numpy.save_file({HEAD: np.ones((2, 2))}, checkpoint_dir / "b.safetensors")
     index.write_text(json.dumps({"weight_map": everything | {HEAD: "b.safetensors"}}))
     with pytest.raises(ModelFileError, match=r"'lm_head\.weight' is in a\.safetensors and in b\.safetensors"):
@@ -101,8 +103,8 @@ def test_a_directory_with_both_kinds_of_files(checkpoint_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["adapter_config.json", "adapter_model.safetensors"], r"is an adapter \(LoRA\) and no whole model"),
-        (["config.json", "pytorch_model.bin"], r"pytorch_model\.bin is a file of PyTorch, .* as safetensors"),
+        (["adapter_config.json", "adapter_model.safetensors"], r"is an adapter \(LoRA\), not a whole model"),
+        (["config.json", "pytorch_model.bin"], r"pytorch_model\.bin is a PyTorch file, .* as safetensors"),
         (
             ["config.json", "a.safetensors", "b.safetensors"],
             r"it has a\.safetensors, b\.safetensors: one file must",

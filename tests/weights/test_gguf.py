@@ -144,19 +144,23 @@ def test_rope_scaling(tmp_path: Path) -> None:
         (
             {"architecture": "mystery"},
             UnsupportedModelError,
-            "'mystery', which shoal does not have; it has: ",
+            "'mystery' is not supported; supported are ",
         ),
-        ({"block_count": None}, ModelFileError, "block_count must be a count, not None"),
-        ({"embedding_length": "72"}, ModelFileError, "embedding_length must be a count, not '72'"),
-        ({"attention__head_count": 0}, ModelFileError, "head_count must be a count, not 0"),
+        ({"block_count": None}, ModelFileError, "block_count must be a positive integer, not None"),
+        ({"embedding_length": "72"}, ModelFileError, "embedding_length must be a positive integer, not '72'"),
+        ({"attention__head_count": 0}, ModelFileError, "head_count must be a positive integer, not 0"),
         ({"block_count": 4}, ModelFileError, r"'model\.layers\.3\..*' is missing \(9 in all\)"),
-        ({"block_count": 2}, UnsupportedModelError, r"'model\.layers\.2\..*' has no place"),
+        ({"block_count": 2}, UnsupportedModelError, r"'model\.layers\.2\..*' is not used by this family"),
         (
             {"embedding_length": 64},
             ModelFileError,
-            r"has the shape \(267, 72\) and its configuration says \(267, 64\)",
+            r"has the shape \(267, 72\), and \(267, 64\) by the configuration",
         ),
-        ({"feed_forward_length": 4_000_000_000}, ModelFileError, "intermediate_size must be a count"),
+        (
+            {"feed_forward_length": 4_000_000_000},
+            ModelFileError,
+            "intermediate_size must be an integer from 1",
+        ),
         (
             {"drop": ["model.embed_tokens.weight"]},
             ModelFileError,
@@ -195,24 +199,33 @@ def test_a_piece_of_a_file_that_was_cut_is_named(tmp_path: Path, name: str) -> N
 
 ONE = tensor("a", [4], F32, 0)
 HOSTILE: dict[str, tuple[bytes, str]] = {
-    "no magic": (header(magic=b"GGML"), "is no GGUF file"),
+    "no magic": (header(magic=b"GGML"), "is not a GGUF file"),
     "short": (b"GGUF", "too short"),
     "many tensors": (header(tensor_count=HUGE), "claims 18446744073709551615 tensors"),
     "many pairs": (header(pair_count=1 << 40), "claims 1099511627776 key-value pairs"),
-    "more pairs than there are": (header([pair("a", 4, b"1234")], pair_count=3, data=bytes(64)), "twice"),
+    "more pairs than there are": (
+        header([pair("a", 4, b"1234")], pair_count=3, data=bytes(64)),
+        "duplicate key",
+    ),
     "long key": (header([struct.pack("<Q", HUGE) + bytes(40)]), "needs 18446744073709551615 bytes"),
     "long string": (header([pair("a", 8, struct.pack("<Q", 1 << 50))]), "needs 1125899906842624 bytes"),
     "key no utf-8": (header([struct.pack("<Q", 1) + b"\xff" + bytes(16)]), "not UTF-8"),
     "unknown value type": (header([pair("a", 13, bytes(8))]), "the unknown type 13"),
-    "unknown array type": (header([pair("a", 9, struct.pack("<IQ", 77, 1))]), "array of the unknown type 77"),
-    "array of arrays": (header([pair("a", 9, struct.pack("<IQ", 9, 1))]), "array of the unknown type 9"),
+    "unknown array type": (
+        header([pair("a", 9, struct.pack("<IQ", 77, 1))]),
+        "array 'a' of the unknown type 77",
+    ),
+    "array of arrays": (header([pair("a", 9, struct.pack("<IQ", 9, 1))]), "array 'a' of the unknown type 9"),
     "long array": (header([pair("a", 9, struct.pack("<IQ", 10, 1 << 61))]), "claims 230584300921369"),
     "long array of strings": (header([pair("a", 9, struct.pack("<IQ", 8, 1 << 61))]), "strings in 'a'"),
-    "key twice": (header([pair("a", 4, b"1234")] * 2), "the key 'a' twice"),
+    "key twice": (header([pair("a", 4, b"1234")] * 2), "duplicate key 'a'"),
     "alignment 0": (header([pair("general.alignment", 4, struct.pack("<I", 0))]), "alignment 0"),
     "alignment 3": (header([pair("general.alignment", 4, struct.pack("<I", 3))]), "alignment 3"),
     "alignment a string": (header([pair("general.alignment", 8, text("32"))]), "alignment '32'"),
-    "tensor twice": (header(tensors=[ONE, tensor("a", [4], F32, 32)], data=bytes(64)), "'a' twice"),
+    "tensor twice": (
+        header(tensors=[ONE, tensor("a", [4], F32, 32)], data=bytes(64)),
+        "duplicate tensor 'a'",
+    ),
     "no dimensions": (header(tensors=[tensor("a", [], F32, 0)], data=bytes(64)), "0 dimensions"),
     "many dimensions": (header(tensors=[tensor("a", [1] * 9, F32, 0)], data=bytes(64)), "9 dimensions"),
     "dimension 0": (header(tensors=[tensor("a", [0], F32, 0)]), "impossible shape"),
@@ -220,12 +233,12 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "huge product": (header(tensors=[tensor("a", [1 << 30] * 4, F32, 0)]), "impossible shape"),
     "truncated data": (header(tensors=[ONE], data=bytes(15)), "'a' ends at"),
     "offset beyond": (header(tensors=[tensor("a", [4], F32, 1 << 40)], data=bytes(64)), "'a' ends at"),
-    "offset out of line": (header(tensors=[tensor("a", [4], F32, 8)], data=bytes(64)), "out of line"),
+    "offset out of line": (header(tensors=[tensor("a", [4], F32, 8)], data=bytes(64)), "misaligned"),
     "overlap": (
         header(tensors=[tensor("a", [16], F32, 0), tensor("b", [4], F32, 32)], data=bytes(64)),
         "inside",
     ),
-    "half a block": (header(tensors=[tensor("a", [33], 8, 0)], data=bytes(99)), "no multiple of 32"),
+    "half a block": (header(tensors=[tensor("a", [33], 8, 0)], data=bytes(99)), "not a multiple of 32"),
 }
 
 
@@ -244,9 +257,12 @@ def test_a_hostile_header_is_refused_and_named(tmp_path: Path, case: str) -> Non
     ("data", "message"),
     [
         (header(version=1), "GGUF version 1"),
-        (b"GGUF" + struct.pack(">IQQ", 3, 1, 1), "is big-endian: `gguf-convert-endian .* little`"),
+        (
+            b"GGUF" + struct.pack(">IQQ", 3, 1, 1),
+            "is big-endian: convert it with `gguf-convert-endian .* little`",
+        ),
         (b"GGUF" + struct.pack(">IQQ", 2, 1, 1), "is big-endian"),
-        (header(magic=b"tjgg"), "is a GGML file from before GGUF"),
+        (header(magic=b"tjgg"), "is a GGML file, older than GGUF"),
         (header(tensors=[tensor("a", [32], 31, 0)], data=bytes(64)), "'a' is Q4_0_4_4, .* the model as Q4_0"),
         (header(tensors=[tensor("a", [32], 38, 0)], data=bytes(64)), "IQ4_NL_8_8, .* the model as IQ4_NL"),
         (header(tensors=[tensor("a", [32], 9999, 0)], data=bytes(64)), "type 9999, which this gguf package"),

@@ -64,17 +64,17 @@ def test_a_missing_part_is_named(parts: list[Path], tmp_path: Path, missing: int
     parts[missing].unlink()
     for path in (parts[(missing + 1) % 3], tmp_path):
         with pytest.raises(
-            ModelFileError, match=rf"{parts[missing].name} is missing beside it \(1 parts in all\)"
+            ModelFileError, match=rf"{parts[missing].name} is missing in its directory \(1 parts in all\)"
         ):
             open_checkpoint(path)
 
 
 def test_a_part_must_have_the_name_of_its_number(parts: list[Path], tmp_path: Path) -> None:
     renamed = parts[0].rename(tmp_path / "model.gguf")
-    with pytest.raises(ModelFileError, match=r"model\.gguf is part 1 of 3 .* but not by its name"):
+    with pytest.raises(ModelFileError, match=r"model\.gguf is part 1 of 3 .* but its name is not"):
         open_checkpoint(renamed)
     swapped = parts[1].rename(parts[0])
-    with pytest.raises(ModelFileError, match=r"is part 2 of 3 of a checkpoint, but not by its name"):
+    with pytest.raises(ModelFileError, match=r"is part 2 of 3 of a checkpoint, but its name is not"):
         open_checkpoint(swapped)
 
 
@@ -137,7 +137,7 @@ def test_metadata_of_another_model_are_named(parts: list[Path]) -> None:
     changed = data[:16] + struct.pack("<Q", pairs + 1) + more + data[24:]
     parts[1].write_bytes(changed)
     with pytest.raises(
-        ModelFileError, match=r"00002-of-00003\.gguf: llama\.block_count differs from that of tiny-"
+        ModelFileError, match=r"00002-of-00003\.gguf: llama\.block_count is not that of tiny-"
     ):
         open_checkpoint(parts[0])
 

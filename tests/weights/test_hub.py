@@ -192,7 +192,7 @@ def test_a_gguf_of_a_repository(
         ("hf:org/several", 11, "has tiny-F32-00001-of-00003.gguf (3 parts), tiny-f16.gguf"),
         ("hf:org/torch", 11, "neither model.safetensors nor model.safetensors.index.json nor a GGUF"),
         ("hf:org/missing", 11, "has no odd.safetensors, which its model.safetensors.index.json lists"),
-        ("hf:org/traversal", 3, "in '../../odd.safetensors', which is no name of a .safetensors file"),
+        ("hf:org/traversal", 3, "in '../../odd.safetensors', which is not the name of a .safetensors file"),
     ],
 )  # fmt: skip
 def test_a_repository_that_has_not_what_is_wanted(

@@ -67,7 +67,8 @@ def of_model(model: Model) -> dict[str, np.ndarray]:
             w = t.data if t.scales is None else unpack(t.data, t.scales, t.mins, t.rows, t.cols)
             w = w.ravel() if weight.vector else w
             if ".q_proj." in weight.source or ".k_proj." in weight.source:
-                w = paired(w, model.config.heads if ".q_proj." in weight.source else model.config.kv_heads)
+                queries = ".q_proj." in weight.source
+                w = paired(w, model.config.count(f"num_{'attention' if queries else 'key_value'}_heads"))
             values[gguf_name(weight.source)] = w
     return values
 
@@ -239,7 +240,7 @@ def test_floats_of_a_hugging_face_checkpoint_are_kept_as_f32(tmp_path: Path) -> 
 def test_keep_finds_the_types_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for more in (["--min"], ["--head-dtype", "int8"]):
         assert main(["convert", str(TINY), str(tmp_path / "out"), "--dtype", "keep", *more]) == 1
-        assert "--dtype keep finds the types in the file" in capsys.readouterr().err
+        assert "--dtype keep takes the types from the file" in capsys.readouterr().err
 
 
 def test_pull_names_and_types_what_it_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

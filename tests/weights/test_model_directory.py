@@ -212,8 +212,8 @@ def test_index_and_configuration_must_agree(model_dir: Path) -> None:
     config = json.loads((model_dir / "config.json").read_text())
     for change, kind, message in (
         ({"num_hidden_layers": 4}, ModelFileError, "does not list the 6 units"),
-        ({"model_type": "mystery"}, UnsupportedModelError, "'mystery', which shoal does not have; it has: "),
-        ({"hidden_size": 0}, ModelFileError, "hidden_size must be a count"),
+        ({"model_type": "mystery"}, UnsupportedModelError, "'mystery' is not supported; supported are "),
+        ({"hidden_size": 0}, ModelFileError, "hidden_size must be an integer from 1"),
         ({"num_attention_heads": 5}, ModelFileError, "cannot share"),
     ):
         (model_dir / "config.json").write_text(json.dumps({**config, **change}))

@@ -1,5 +1,5 @@
-/* Works through a program, op by op: what is small the caller does alone, the rest is shared out over the pool's threads.
- * Which thread does which part changes no bit of the result. */
+/* Runs a program op by op. The caller runs small ops alone; larger ones are split over the threads of the pool. Which thread
+ * runs which part changes no bit of the result. */
 #define _GNU_SOURCE
 #include "executor.h"
 
@@ -25,26 +25,27 @@ static int32_t rows_of(const run *r, int32_t buffer) {
   return r->e->program.buffers[buffer].domain == SHOAL_ALL_ROWS ? r->rows : r->wanted;
 }
 
-/* How an op's work is cut: `units` of them, `claim` at a time, or more of many (shoal_pool_run's shares). */
+/* How an op's work is split over the threads: the number of tasks, how many a thread claims at a time, and the number of
+ * large first parts (arguments of shoal_pool_run). */
 typedef struct {
   int64_t units, claim, shares;
-} cut;
+} work_split;
 
 static int32_t panels_of(const shoal_weight *w) { return (w->rows + SHOAL_PANEL - 1) / SHOAL_PANEL; }
 
-static cut cut_matmul(const run *r, const shoal_op *op) {
+static work_split split_matmul(const run *r, const shoal_op *op) {
   const shoal_program *p = &r->e->program;
   const int32_t rows = rows_of(r, op->out), blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
   const int64_t threads = shoal_pool_threads(r->e->pool);
   const int64_t input_bytes = p->buffers[op->in].type == SHOAL_Q8 ? SHOAL_PANEL : SHOAL_PANEL * sizeof(float);
   int64_t panels = 0;
   for (int32_t i = 0; i < op->n_weights; i++) panels += panels_of(&p->weights[op->weights[i]]);
-  if (rows > FEW_ROWS) return (cut){panels * blocks, 2, 0};
-  if (threads == 1) return (cut){panels * blocks, SHOAL_MAX(panels, 1), 0};
+  if (rows > FEW_ROWS) return (work_split){panels * blocks, 2, 0};
+  if (threads == 1) return (work_split){panels * blocks, SHOAL_MAX(panels, 1), 0};
   /* Long stretches first, as each begins with a wait for memory; short ones last, so that all threads end together. */
   const int64_t fair = panels / (8 * threads);
   const int64_t claim = SHOAL_MIN(fair, CLAIM_BYTES / (p->buffers[op->in].cols * input_bytes));
-  return (cut){panels * blocks, SHOAL_MAX(claim, 1), threads};
+  return (work_split){panels * blocks, SHOAL_MAX(claim, 1), threads};
 }
 
 static int32_t small_attention(const run *r, const shoal_op *op) {
@@ -61,25 +62,25 @@ static int32_t pairs_of(const run *r, const shoal_op *op) {
   return (int32_t)blocks * s->kv_heads;
 }
 
-static cut cut_op(const run *r, const shoal_op *op) {
+static work_split split_op(const run *r, const shoal_op *op) {
   const shoal_program *p = &r->e->program;
   switch (shoal_op_info_of(op->kind)->split) {
-    case SHOAL_BY_PANELS: return cut_matmul(r, op);
+    case SHOAL_BY_PANELS: return split_matmul(r, op);
     case SHOAL_BY_KV_HEADS: {
       const shoal_state *s = &p->states[op->state];
       const int64_t pairs = pairs_of(r, op), stretches = 2 * shoal_pool_threads(r->e->pool);
-      if (pairs) return (cut){pairs, (pairs + stretches - 1) / stretches, 0}; /* each begins with a wait for memory */
+      if (pairs) return (work_split){pairs, (pairs + stretches - 1) / stretches, 0}; /* each begins with a wait for memory */
       const int64_t units = (int64_t)r->n_spans * s->kv_heads;
-      return (cut){units, small_attention(r, op) ? units : 1, 0};
+      return (work_split){units, small_attention(r, op) ? units : 1, 0};
     }
     case SHOAL_BY_SPANS: {
       const shoal_state *s = &p->states[op->state];
-      return (cut){r->n_spans, SHOAL_MAX(SMALL_WORK / (2 * SPAN_ROWS * s->kv_heads * s->head_dim), 1), 0};
+      return (work_split){r->n_spans, SHOAL_MAX(SMALL_WORK / (2 * SPAN_ROWS * s->kv_heads * s->head_dim), 1), 0};
     }
-    case SHOAL_BY_SEQUENCES: return (cut){r->batch->n_sequences, 1, 0};
+    case SHOAL_BY_SEQUENCES: return (work_split){r->batch->n_sequences, 1, 0};
     case SHOAL_BY_ROWS: break;
   }
-  return (cut){rows_of(r, op->out), SHOAL_MAX(SMALL_WORK / p->buffers[op->out].cols, 1), 0};
+  return (work_split){rows_of(r, op->out), SHOAL_MAX(SMALL_WORK / p->buffers[op->out].cols, 1), 0};
 }
 
 static int32_t position_of(const run *r, int32_t row) {
@@ -281,7 +282,7 @@ static void run_part(void *run_state, int64_t first, int64_t last, int32_t threa
 
 void shoal_execute(run *r) {
   for (r->op = 0; r->op < r->e->program.n_ops && r->status == SHOAL_OK; r->op++) {
-    const cut c = cut_op(r, &r->e->program.ops[r->op]);
+    const work_split c = split_op(r, &r->e->program.ops[r->op]);
     if (c.units <= c.claim)
       run_units(r, r->op, 0, c.units, 0);
     else

@@ -33,8 +33,8 @@ SAME = 1.03  # more threads must be at least this much faster
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """Measured rates of a device. Rates are in bytes/s and MAC/s, times in seconds."""
+class DeviceMeasurements:
+    """DeviceMeasurements rates of a device. Rates are in bytes/s and MAC/s, times in seconds."""
 
     backend: str
     exact: bool
@@ -73,7 +73,7 @@ def measure(
     seconds: float = 0.5,
     room: int = _BYTES,
     watch: Watch = stopwatch,
-) -> Measured:
+) -> DeviceMeasurements:
     """Measures with layers of the model. Takes about `seconds` after loading them, or longer if a few steps
     take longer. Loads at most `room` bytes of layers, but at least one layer. `watch` times the steps; a
     device that imitates a slower one has its own.
@@ -98,7 +98,7 @@ def measure(
     for times, layers in ((reading, count), (computing, few)):
         macs = sum(unit_cost(model, u).macs for u in range(first, first + layers))
         rates += [(rows, macs * rows / max(t - overhead, t / 2)) for rows, t in times.items()]
-    return Measured(
+    return DeviceMeasurements(
         backend=backend,
         exact=exact,
         threads=threads,

@@ -104,7 +104,7 @@ class Row:
     model_hash: str
 
 
-def plan(
+def all_cases(
     threads: Sequence[int],
     depths: Sequence[int],
     prompts: Sequence[int],

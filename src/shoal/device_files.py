@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from .engine.errors import ShoalError
 from .engine.host import Ram
-from .engine.measure import Measured
+from .engine.measure import DeviceMeasurements
 from .engine.strict import Between, Printable, convert, parse
 from .planner import Cluster, Device, LinkSpeed
 from .planning import BASE_BYTES, FREE_SHARE, MB, device_row
@@ -71,7 +71,7 @@ class Profile:
         return Cluster(devices, links, devices[0].name)
 
 
-def device_profile(name: str, measured: Measured, ram: Ram) -> DeviceProfile:
+def device_profile(name: str, measured: DeviceMeasurements, ram: Ram) -> DeviceProfile:
     """A measurement as a row of a profile. The device promises FREE_SHARE of its free RAM.
 
     ShoalError: the system does not say how much RAM it has."""

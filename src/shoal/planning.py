@@ -12,7 +12,7 @@ from . import planner
 from .engine.costs import constant_bytes, tied_bytes, unit_cost
 from .engine.errors import NoPlanError
 from .engine.layout import GROUP, PAGE, PART_BYTES, round_up
-from .engine.measure import Measured
+from .engine.measure import DeviceMeasurements
 from .engine.model_directory import Model
 from .engine.program import Buffer
 from .engine.stage import StageOptions
@@ -98,7 +98,7 @@ def stage_expectation(
 
 
 def device_row(
-    name: str, measured: Measured, *, ram_bytes: int, base_bytes: int, hop_s: float = 0.0
+    name: str, measured: DeviceMeasurements, *, ram_bytes: int, base_bytes: int, hop_s: float = 0.0
 ) -> planner.Device:
     """A measured device as the planner's row, which network messages and profile files contain unchanged. It
     promises `ram_bytes`, of which its process needs `base_bytes`; every step needs `hop_s` more than was

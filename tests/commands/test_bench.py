@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from shoal.arguments import build_parser
-from shoal.benchmark import Case, peak_rss, plan, time_case, work
+from shoal.benchmark import Case, all_cases, peak_rss, time_case, work
 from shoal.cli import main
 from shoal.engine.backends.native import isa_names
 from shoal.engine.batch import Result, Run, Want
@@ -105,7 +105,7 @@ def test_wrong_flags_are_refused(flags: str) -> None:
 
 
 def test_rows_come_by_threads_then_depth_prompts_first() -> None:
-    cases = plan((1, 2), (0, 2048), (512,), (128,), (1, 4))
+    cases = all_cases((1, 2), (0, 2048), (512,), (128,), (1, 4))
     assert [(c.threads, c.name, c.sequences) for c in cases[:6]] == [
         (1, "pp512", 1),
         (1, "tg128", 1),
@@ -115,7 +115,7 @@ def test_rows_come_by_threads_then_depth_prompts_first() -> None:
         (1, "tg128 @ d2048", 4),
     ]
     assert [(c.threads, c.tokens, c.context) for c in cases[-2:]] == [(2, 128, 2176), (2, 512, 2176)]
-    assert [c.name for c in plan((1,), (0,), (0,), (16,), (1,))] == ["tg16"]
+    assert [c.name for c in all_cases((1,), (0,), (0,), (16,), (1,))] == ["tg16"]
 
 
 def test_a_prompt_starts_from_its_depth_each_time(tiny: Model) -> None:

@@ -18,7 +18,7 @@ from shoal.device_files import (
 )
 from shoal.engine.errors import ShoalError
 from shoal.engine.host import Ram
-from shoal.engine.measure import Measured
+from shoal.engine.measure import DeviceMeasurements
 from shoal.planner import Device, LinkSpeed
 from shoal.planning import BASE_BYTES
 
@@ -185,7 +185,9 @@ def test_a_profile_that_is_no_cluster_is_refused(
         read_devices(path)
 
 
-MEASURED = Measured("native (avx2)", True, 2, 36e9, 400e9, ((1, 36e9), (64, 400e9)), 5e9, 7e9, 1e-5, 2e-4)
+MEASURED = DeviceMeasurements(
+    "native (avx2)", True, 2, 36e9, 400e9, ((1, 36e9), (64, 400e9)), 5e9, 7e9, 1e-5, 2e-4
+)
 
 
 def test_a_device_promises_a_share_of_what_is_free_and_leaves_room_for_the_process() -> None:

@@ -66,7 +66,7 @@ def add_parser(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints each row as soon as it is measured; JSON at the end."""
     with quick_imports():
-        from ..benchmark import check, measure, plan
+        from ..benchmark import all_cases, check, measure
         from ..engine.backends import choose
         from ..engine.model_directory import Model
         from ..engine.threads import chosen
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
     path = resolve(args.model)
     threads = args.threads or (chosen(None, choose(args.backend)[0], args.isa)[0],)  # as `shoal run` does
-    cases = plan(threads, args.n_depth, args.n_prompt, args.n_gen, args.batch)
+    cases = all_cases(threads, args.n_depth, args.n_prompt, args.n_gen, args.batch)
     check(cases, Model.open(path))
     rows = measure(path, cases, args.repetitions, args.backend, args.isa, args.resident)
     if args.output == "json":

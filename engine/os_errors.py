@@ -45,7 +45,8 @@ file name (a bad file descriptor, an invalid argument) is a bug in this program.
 _PLACES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 """Errors that choosing another file or directory can avoid."""
 
-STANDARD_OUTPUT = "standard output"
+STANDARD_INPUT, STANDARD_OUTPUT = "standard input", "standard output"
+_STREAMS = {STANDARD_INPUT: "give the prompt as an argument", STANDARD_OUTPUT: "send the output elsewhere"}
 
 
 def translated(
@@ -59,7 +60,7 @@ def translated(
     if number is None or (number not in _REMEDIES and path is None):
         return None
     reason = (isinstance(error, OSError) and error.strerror) or os.strerror(number)
-    remedy = "send the output elsewhere" if path == STANDARD_OUTPUT else _REMEDIES.get(number, _PATH)
+    remedy = _STREAMS.get(str(path)) or _REMEDIES.get(number, _PATH)
     where = " ".join(str(part) for part in (path, what) if part)
     message = f"{where}{': ' if where else ''}{reason}: {remedy}"
     return OperatingSystemError(message, place=path if number in _PLACES else None)

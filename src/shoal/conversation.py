@@ -165,7 +165,10 @@ class Terminal:
             if self._whole:
                 self._readline.parse_and_bind("set enable-bracketed-paste on")
             for line in _read_history():
-                self._readline.add_history(line)
+                with suppress(
+                    UnicodeEncodeError
+                ):  # the locale lacks a character; another locale's terminal has it
+                    self._readline.add_history(line)
 
     def ask(self, prompt: str) -> str:
         """The next message; a pasted one may have several lines. EOFError: the input has ended.

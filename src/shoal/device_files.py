@@ -114,7 +114,7 @@ def read_devices(path: Path) -> Cluster:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
+        if path.suffix == ".json" or text.lstrip().startswith("{"):  # which no TOML file does
             return load_profile(text).cluster
         import tomllib  # only here: a node reads no such file
 
@@ -123,7 +123,7 @@ def read_devices(path: Path) -> Cluster:
         raise ShoalError(f"{path} does not exist: name a file that describes the devices") from None
     except RecursionError:
         raise ShoalError(f"{path} is nested too deeply") from None
-    except (OSError, ValueError) as e:
+    except ValueError as e:
         raise ShoalError(f"{path}: {e}") from e
 
 

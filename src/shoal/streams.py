@@ -11,13 +11,12 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from .engine.errors import ShoalError
-from .engine.os_errors import STANDARD_OUTPUT
+from .engine.os_errors import STANDARD_INPUT, STANDARD_OUTPUT, translated
 
 _ENCODING_ERRORS = "shoal.encoding"
 _SAFE = {
@@ -32,6 +31,8 @@ def standard_streams() -> Iterator[None]:
     """Gives the process three usable streams. At the end they are flushed and the old ones restored."""
     codecs.register_error(_ENCODING_ERRORS, _encode)
     _occupy_descriptors()
+    unblocked = [fd for fd in range(3) if not os.get_blocking(fd)]
+    _set_blocking(unblocked, True)
     before = sys.stdin, sys.stdout, sys.stderr
     sys.stdin = _safe(sys.stdin if sys.stdin is not None else open(0, closefd=False), "r")  # noqa: SIM115
     out = _safe(sys.stdout if sys.stdout is not None else cast("TextIO", _Closed()), "w")
@@ -43,6 +44,7 @@ def standard_streams() -> Iterator[None]:
     finally:
         for stream in (out, messages):
             _empty(stream)
+        _set_blocking(unblocked, False)  # another process may share them, and expects it
         sys.stdin, sys.stdout, sys.stderr = before
 
 
@@ -101,6 +103,13 @@ def _occupy_descriptors() -> None:
     os.close(fd)
 
 
+def _set_blocking(descriptors: Sequence[int], blocking: bool) -> None:
+    """A stream that does not block reads less than all, and loses what is written faster than it is read."""
+    for fd in descriptors:
+        with suppress(OSError):  # closed by now
+            os.set_blocking(fd, blocking)
+
+
 def _safe(stream: TextIO, direction: str) -> TextIO:
     """The stream, with an error handler that never raises. One that was chosen with PYTHONIOENCODING is
     kept."""
@@ -129,9 +138,23 @@ def _empty(stream: TextIO) -> None:
         stream.flush()
 
 
+def read_text(stream: TextIO) -> str:
+    """All of standard input: UTF-8, or else text in the locale's encoding. Bytes that are neither become
+    surrogates. OSError: it cannot be read."""
+    try:
+        data = stream.buffer.read()
+    except OSError as error:  # such as EBADF if it was opened for writing
+        error.filename = STANDARD_INPUT
+        raise
+    for encoding in ("utf-8", stream.encoding):
+        with suppress(UnicodeDecodeError):
+            return data.decode(encoding)
+    return data.decode("utf-8", "surrogateescape")
+
+
 def write_output(path: Path, text: str) -> None:
-    """Writes a file that the command line names. ShoalError: it cannot be written."""
+    """Writes a file that the command line names. OperatingSystemError: it cannot be written."""
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ShoalError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise translated(error, path, "cannot be written") or error from error

@@ -360,6 +360,19 @@ def test_history_is_kept_for_its_owner_and_edited_with_arrows(state: Path) -> No
     assert stat.S_IMODE(state.stat().st_mode) == 0o600
 
 
+@pytest.mark.slow
+def test_history_of_another_locale_ends_nothing(state: Path) -> None:
+    state.parent.mkdir(parents=True)
+    state.write_text('"plain"\n"f\\u00fcr"\n"\\ud83d\\ude00"\n')
+    with Pty(sys.executable, "-c", ASK, "readline", LC_ALL="C", PYTHONUTF8="1") as process:
+        process.wait("> ")
+        process.type(b"\x1b[A\r")
+        process.wait("'plain'")
+        process.wait("> ")
+        process.type(b"\x04")
+        assert process.end() == 0
+
+
 def test_a_long_history_is_cut_down(state: Path) -> None:
     state.parent.mkdir(parents=True)
     state.write_text("".join(f'"{i}"\n' for i in range(2001)))
@@ -419,7 +432,7 @@ def test_ctrl_c_in_an_answer_ends_the_answer_and_not_the_chat(model: Model, stat
     with Pty(sys.executable, "-m", "shoal", *line, "--backend", "numpy") as process:  # slow enough
         process.wait("> ")
         process.type(b"hello\r")
-        process.wait("hello\r\n")
+        process.wait("hello\r\n\x1b[?2004l")  # readline has returned the line
         assert select.select([process.master], [], [], 60)[0]  # it answers
         process.process.send_signal(signal.SIGINT)
         process.wait("[ended by Ctrl-C]")

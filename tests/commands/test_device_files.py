@@ -167,6 +167,12 @@ def test_a_cluster_is_made_of_a_profile(tmp_path: Path) -> None:
     assert cluster.coordinator == "pi"
 
 
+def test_a_profile_is_known_by_its_text(tmp_path: Path) -> None:
+    path = tmp_path / "devices.toml"  # as the README calls the file, and `profile --save` is given the name
+    path.write_text(BOTH)
+    assert read_devices(path).coordinator == "pi"
+
+
 @pytest.mark.parametrize(
     ("devices", "links", "message"),
     [

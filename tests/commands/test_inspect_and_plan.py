@@ -115,10 +115,18 @@ def test_a_plan_keeps_to_what_is_asked_and_is_drawn(
         ),
         (["--layers", "1,1"], "add up to 2, and the model has 3"),
         (["--exclude", "who"], "no device who"),
-        (["--svg", str(tmp_path / "no" / "where.svg")], "cannot be written"),
     ):
         assert main([*asked, *wrong]) == 1
         assert message in capsys.readouterr().err
+    for place, reason in (
+        (tmp_path / "no" / "where.svg", "No such file or directory: check the path"),
+        (Path("/dev/full"), "No space left on device: free space there"),
+        (tmp_path, "Is a directory: check the path"),
+    ):
+        assert main([*asked, "--svg", str(place)]) == 16
+        assert f"{place} cannot be written: {reason}" in capsys.readouterr().err
+    assert main(["plan", *asked[1:2], "--devices", str(tmp_path)]) == 16
+    assert f"{tmp_path}: Is a directory: check the path" in capsys.readouterr().err
 
 
 def test_a_profile_is_shown_and_saved_for_plan(

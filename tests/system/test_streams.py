@@ -6,15 +6,17 @@ import io
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from tests.system.conftest import environment, shell
 
-from shoal.streams import standard_streams
+from shoal.streams import read_text, standard_streams
 
 NO_SPACE = b"shoal: error: standard output: No space left on device: send the output elsewhere\n"
 CLOSED = b"shoal: error: standard output: it is closed: send the output elsewhere\n"
+NO_INPUT = b"shoal: error: standard input: Bad file descriptor: give the prompt as an argument\n"
 NO_PROMPT = b"shoal: error: there is no prompt: give one as an argument, or on standard input\n"
 RUN = "$S run tiny hi -n 2 --raw"
 
@@ -34,6 +36,7 @@ RUN = "$S run tiny hi -n 2 --raw"
         ("$S --version >&-", "", 16, CLOSED),
         ("$S ls </dev/null >&- 2>&-", "", 16, b""),
         ("$S run tiny <&-", "", 1, NO_PROMPT),
+        ("$S run tiny 0>/dev/null", "", 16, NO_INPUT),
         ("$S pull nothing 2>/dev/full", "", 11, b""),
         ("$S pull nothing 2>/dev/full", "1", 11, b""),
         ("$S pull nothing 2>&-", "", 11, b""),
@@ -127,6 +130,73 @@ def test_half_a_character_typed_is_no_error_of_the_stream(encoding: str, termina
     os.close(theirs)
     assert code == 0
     assert rb"'caf\udcc3'" in said
+
+
+@pytest.mark.slow
+def test_nothing_is_lost_in_a_pipe_that_does_not_block() -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            PRINTING.replace("{body}", "sum(print('x' * 99, flush=True) or 0 for _ in range(3000))"),
+        ],
+        env=environment(),
+        stdout=writer,
+        stderr=subprocess.PIPE,
+    ) as process:
+        time.sleep(0.5)  # long enough for the pipe to be full
+        os.close(writer)
+        with open(reader, "rb") as file:
+            assert len(file.read()) == 300_000
+        assert process.communicate() == (None, b"")
+    assert process.returncode == 0
+
+
+def test_input_is_read_to_its_end_in_a_pipe_that_does_not_block() -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    with subprocess.Popen(
+        [sys.executable, "-c", READING], env=environment(), stdin=reader, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"begin\n"
+        os.write(writer, b"one, ")
+        time.sleep(0.05)
+        os.write(writer, b"two")
+        os.close(writer)
+        assert process.stdout.read() == b"'one, two'\n"
+    assert not os.get_blocking(reader)  # as it was found
+    os.close(reader)
+
+
+READING = """
+import sys
+from shoal.streams import read_text, standard_streams
+with standard_streams():
+    print("begin", flush=True)
+    print(ascii(read_text(sys.stdin)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "encoding", "read"),
+    [
+        (b"f\xc3\xbcr", "utf-8", r"f\xfcr"),
+        (b"f\xc3\xbcr", "latin-1", r"f\xfcr"),  # a file in UTF-8, whatever the terminal is
+        (b"f\xfcr", "latin-1", r"f\xfcr"),
+        (b"f\xfcr", "utf-8", r"f\udcfcr"),
+        (b"f\xfcr", "ascii", r"f\udcfcr"),
+    ],
+)
+def test_standard_input_is_utf_8_or_text_of_the_locale(given: bytes, encoding: str, read: str) -> None:
+    assert ascii(read_text(io.TextIOWrapper(io.BytesIO(given), encoding))) == f"'{read}'"
+
+
+def test_standard_input_that_cannot_be_read_has_a_name(tmp_path: Path) -> None:
+    with (tmp_path / "written").open("wb") as file, pytest.raises(OSError, match="standard input"):
+        read_text(io.TextIOWrapper(io.BufferedReader(io.FileIO(file.fileno(), "r", closefd=False))))
 
 
 def test_the_old_streams_come_back(monkeypatch: pytest.MonkeyPatch) -> None:

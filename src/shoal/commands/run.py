@@ -128,11 +128,13 @@ def run(args: argparse.Namespace) -> int:
 def _prompt(args: argparse.Namespace) -> str | None:
     """The prompt of the command line or of standard input. None: this is a chat. ShoalError: it is empty or
     not UTF-8."""
+    from ..streams import read_text
+
     prompt: str | None = args.prompt
     if prompt is None:
         if sys.stdin.isatty():
             return None
-        prompt = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
+        prompt = read_text(sys.stdin)
     if not prompt.strip():
         raise ShoalError("there is no prompt: give one as an argument, or on standard input")
     try:

@@ -27,6 +27,7 @@ from .errors import (
     to_wire,
 )
 from .identity import Identity, check_hello, check_peer
+from .listen import host_port
 from .messages import Error, Hello, Message, Offer, Peer, Purpose
 from .wire import Signal, WireProtocol
 
@@ -215,7 +216,7 @@ async def dial(
 
     NodeLostError: nobody answers, or sends Hello within `seconds`, or another process than `peer` does.
     MismatchError: the two cannot compute together."""
-    where = f"{host}:{port}"
+    where = host_port(host, port)
     who = f"{peer.name} ({where})" if peer else where
     hint = "check that `shoal node` is running there and that the address is right"
     deadline = trio.current_time() + seconds

@@ -33,6 +33,7 @@ from .errors import MismatchError, NetError, NodeLostError, RemoteProtocolError,
 from .events import DEFAULT_TIMING, Timing
 from .identity import Identity
 from .inbox import Inbox
+from .listen import host_port
 from .messages import (
     Assign,
     Broken,
@@ -412,4 +413,4 @@ def _address(stream: trio.abc.Stream) -> str:
         host, port = stream.socket.getpeername()[:2]
     except OSError:  # the peer has disconnected already
         return "a peer"
-    return f"{host}:{port}"
+    return host_port(host, port)

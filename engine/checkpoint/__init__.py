@@ -74,6 +74,8 @@ def open_checkpoint(path: Path, warn: Warn = ignore) -> Checkpoint:
         path /= next(name for name in parts if name in names)
     if not path.exists():
         raise ModelFileError(f"{path} is missing: check the path")
+    if not path.is_file():
+        raise ModelFileError(f"{path} is a pipe or a device: name a file or a directory")
     if path.name.endswith((*_SAFETENSORS, ".json")):
         raise ModelFileError(f"{path} is one file of a checkpoint: name the directory that it is in")
     from .gguf_checkpoint import GgufCheckpoint

@@ -75,7 +75,7 @@ def _read(path: Path) -> list[GgufFile]:
     if missing:
         raise ModelFileError(
             f"{path} is part {number + 1} of {count} of a checkpoint, and {missing[0]} is missing in its "
-            f"directory ({len(missing)} parts in all): fetch the missing parts"
+            f"directory ({len(missing)} of {count} are): fetch the missing parts"
         )
     parts = [named if name == path.name else GgufFile(path.with_name(name)) for name in names]
     for i, part in enumerate(parts):

@@ -153,6 +153,21 @@ def test_a_refusal_ends_within_two_seconds_whatever_the_peer_does(lab: ModuleTyp
     lab.run(main)
 
 
+@pytest.mark.parametrize(("host", "named"), [("::1", r"\[::1\]:7"), ("127.0.0.1", r"127\.0\.0\.1:7")])
+def test_a_node_that_cannot_be_reached_is_named_as_the_command_line_takes_it(
+    lab: ModuleType, host: str, named: str
+) -> None:
+    async def refuse(host: str, port: int) -> trio.abc.Stream:
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    async def main() -> None:
+        with pytest.raises(NodeLostError, match=rf"^{named} cannot be reached \(Connection refused\)"):
+            async with dial(refuse, host, 7, lab.identity("laptop", 1), "control", seconds=1):
+                pass
+
+    lab.run(main)
+
+
 def test_dialling_has_one_deadline_for_all_of_it(lab: ModuleType) -> None:
     async def slow(host: str, port: int) -> trio.abc.Stream:
         await trio.sleep(seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,14 @@ def test_one_file_of_a_checkpoint_is_not_taken_for_a_gguf(checkpoint_dir: Path, 
     (checkpoint_dir / name).touch()
     with pytest.raises(ModelFileError, match="is one file of a checkpoint: name the directory"):
         open_checkpoint(checkpoint_dir / name)
+
+
+def test_a_pipe_is_no_checkpoint_and_is_not_waited_for(tmp_path: Path) -> None:
+    pipe = tmp_path / "model.gguf"
+    os.mkfifo(pipe)
+    for source in (pipe, tmp_path, Path("/dev/null")):
+        with pytest.raises(ModelFileError, match=r"is a pipe or a device: name a file or a directory"):
+            open_checkpoint(source)
 
 
 def test_what_git_keeps_of_a_file_is_named(checkpoint_dir: Path) -> None:

@@ -64,7 +64,7 @@ def test_a_missing_part_is_named(parts: list[Path], tmp_path: Path, missing: int
     parts[missing].unlink()
     for path in (parts[(missing + 1) % 3], tmp_path):
         with pytest.raises(
-            ModelFileError, match=rf"{parts[missing].name} is missing in its directory \(1 parts in all\)"
+            ModelFileError, match=rf"{parts[missing].name} is missing in its directory \(1 of 3 are\)"
         ):
             open_checkpoint(path)
 

@@ -426,10 +426,20 @@ def test_half_a_character_does_not_end_a_chat(model: Model, state: Path, locale:
         assert process.end() == 0
 
 
+SLOW = """import sys, time
+from shoal.cli import main
+from shoal.engine.stage import Stage
+run = Stage.run
+Stage.run = lambda stage, batch: (time.sleep(0.05), run(stage, batch))[1]
+sys.exit(main())
+"""
+"""The command line with a token each 50 ms: an answer of 400 tokens has not ended when Ctrl-C comes."""
+
+
 @pytest.mark.slow
 def test_ctrl_c_in_an_answer_ends_the_answer_and_not_the_chat(model: Model, state: Path) -> None:
     line = ("run", str(model.path), "-n", "400", "--seed", "1", "--temperature", "5", "--top-k", "200")
-    with Pty(sys.executable, "-m", "shoal", *line, "--backend", "numpy") as process:  # slow enough
+    with Pty(sys.executable, "-c", SLOW, *line) as process:
         process.wait("> ")
         process.type(b"hello\r")
         process.wait("hello\r\n\x1b[?2004l")  # readline has returned the line

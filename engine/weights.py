@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .backends.base import WeightData
+from .errors import OperatingSystemError
+from .host import ram
 from .memory import Arena, affordable, room
 from .model_directory import Model, Tensor
 from .safetensors_file import SafetensorsFile
@@ -46,7 +48,8 @@ class WeightStore:
 
     def load(self, first: int, last: int) -> None:
         """Loads those of units [first, last) that are not loaded yet. ModelFileError: a file is missing or
-        wrong. MemoryError: out of memory. After an error the same units are loaded as before."""
+        wrong. MemoryError, OperatingSystemError: out of memory. After an error the same units are loaded as
+        before."""
         model = self.model
         with self._lock:
             if not self._constants:
@@ -90,11 +93,24 @@ class WeightStore:
 
     def _arena(self, names: Iterable[str], spare: int) -> Arena | None:
         """Memory for copies of these files; None: the files are to be mapped, as `resident` says or because
-        copies would take more than `spare` bytes."""
+        copies would take more than `spare` bytes. OperatingSystemError: copies were asked for, and the
+        system would end a process that makes them."""
         size = room(self.model.index.files[name].size for name in names)
         if self._resident is False or (self._resident is None and size > spare):
             return None
+        if self._resident is True:
+            _check_room(size)
         return Arena(size, pinned=self._resident is True)
+
+
+def _check_room(size: int) -> None:
+    free = ram()
+    if free.available is not None and size > free.available:
+        raise OperatingSystemError(
+            f"the weights take {size / 1e6:.0f} MB, and {free.available / 1e6:.0f} MB of RAM are available "
+            f"of the {(free.total or 0) / 1e6:.0f} MB {free.bound}: map their files instead of copying them "
+            "(--no-resident)"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shoal.engine import memory
+from shoal.engine import memory, weights
 from shoal.engine.arrays import F32
 from shoal.engine.backends import NAMES, open_backend
 from shoal.engine.backends.base import BoundProgram, SequenceRows
 from shoal.engine.batch import Run, Sampling, Want
-from shoal.engine.errors import ModelFileError
+from shoal.engine.errors import ModelFileError, OperatingSystemError
 from shoal.engine.generate import generate
+from shoal.engine.host import Ram
 from shoal.engine.kv import PagePool, SequenceKv
 from shoal.engine.model_directory import Model, unit_file
 from shoal.engine.program import Buffer, Embed, Matmul, Norm, Program, Unit, Weight
@@ -219,6 +220,24 @@ def test_a_shared_table_is_there_once_and_as_long_as_one_unit_has_it(tiny_tied: 
     assert store.nbytes == 0
     with pytest.raises(KeyError):
         store.of(0, 1)
+
+
+@pytest.mark.parametrize(("spare", "refused"), [(-1, True), (0, False), (None, False)])
+def test_copies_that_do_not_fit_are_refused_before_they_are_made(
+    tiny_int8: Model, monkeypatch: pytest.MonkeyPatch, spare: int | None, refused: bool
+) -> None:
+    files = {name for unit in tiny_int8.index.units for name in unit.files}
+    size = memory.room(tiny_int8.index.files[name].size for name in files)
+    available = None if spare is None else size + spare
+    monkeypatch.setattr(weights, "ram", lambda: Ram(400 << 20, available, "that this container may use"))
+    store = WeightStore(tiny_int8, resident=True)
+    if refused:
+        with pytest.raises(OperatingSystemError, match=r"419 MB that this container may use.*--no-resident"):
+            store.load(0, tiny_int8.n_units)
+        assert not store.units
+        store = WeightStore(tiny_int8, resident=False)
+    store.load(0, tiny_int8.n_units)
+    assert len(store.units) == tiny_int8.n_units
 
 
 def test_the_memory_of_a_file_is_freed_with_the_last_reference_to_it(tmp_path: Path) -> None:

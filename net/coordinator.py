@@ -18,6 +18,7 @@ from ..engine.batch import Sampling
 from ..engine.errors import ShoalError
 from ..planner import LinkSpeed
 from . import events
+from .admission import SessionSlots
 from .cluster import ClusterState, Member, decide, peer_of
 from .connection import Connection, Hop, Kind, OpenStream, dial, in_thread, open_tasks, open_tcp
 from .errors import NodeLostError, RemoteProtocolError, from_wire
@@ -43,7 +44,7 @@ from .messages import (
 from .pace import ChainPace
 from .placement import COORDINATOR, NodeInfo, Placement, Planner, StageReport, fit_chunk
 from .probe import measure_peer
-from .session import Answer, Chain, Session, SessionSlots
+from .session import Answer, Chain, Session
 
 
 @dataclass(frozen=True, slots=True)

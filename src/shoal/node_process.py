@@ -30,11 +30,12 @@ from .engine.memory import return_large_frees
 from .engine.model_directory import Model
 from .engine.stage import Stage, StageOptions
 from .engine.threads import chosen
+from .net.assignment import NodeParts
 from .net.errors import NetError
 from .net.identity import identity_of
 from .net.listen import addresses, listen, named, reachable
 from .net.messages import Offer
-from .net.node import Node, NodeParts
+from .net.node import Node
 from .net.slow import Slowness, SlowStage, SlowWatch, Turn, turn
 from .planner import Device
 from .planning import (

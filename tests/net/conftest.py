@@ -21,10 +21,11 @@ import trio.testing
 
 from shoal.engine.batch import Result, Run, Sampling, Want
 from shoal.engine.errors import ContextError
+from shoal.net.assignment import NodeParts
 from shoal.net.coordinator import Coordinator, CoordinatorOptions
 from shoal.net.identity import Identity, ModelShape
 from shoal.net.messages import Offer
-from shoal.net.node import Node, NodeParts
+from shoal.net.node import Node
 from shoal.net.placement import Planner
 from shoal.planner import Device
 

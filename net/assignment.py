@@ -6,6 +6,7 @@ thread, and sends the results on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from .connection import Connection, Hop, OpenStream, dial, in_thread, open_tasks
 from .errors import MismatchError, NodeLostError, RemoteProtocolError, to_wire
 from .events import DEFAULT_TIMING, Timing
 from .identity import Identity
-from .inbox import Inbox
+from .inbox import Batch, Inbox
 from .messages import (
     Assign,
     Broken,
@@ -97,7 +98,7 @@ class Assignment:
         while self._inbox.full and not self._ended.is_set():
             await self._taken.wait()
         if not self._ended.is_set():
-            self._inbox.put(item)
+            self._inbox.put(item, trio.current_time())
             self._arrived.set()
 
     async def run(self, before: Assignment | None) -> None:
@@ -154,10 +155,12 @@ class Assignment:
     async def _steps(self, work: StageWork, onward: Connection) -> None:
         """The loop of a stage: takes a batch, runs it in a worker thread, and sends the answers on."""
         while True:
-            await self._arrived.wait()
-            batch = self._inbox.take()
-            if not self._inbox:
+            batch = self._inbox.take(trio.current_time())
+            if not isinstance(batch, Batch):
                 self._arrived = trio.Event()
+                with trio.CancelScope(deadline=math.inf if batch is None else batch):
+                    await self._arrived.wait()
+                continue
             self._taken.set()
             self._taken = trio.Event()
             start = trio.current_time()
@@ -165,6 +168,7 @@ class Assignment:
             end = trio.current_time()
             work.count(batch, end - start)
             self._pace.count(batch, start, end)
+            self._inbox.ran(batch, start, end)
             for answer in answers:
                 connection = self._coordinator if isinstance(answer, Failed | Result) else onward
                 try:

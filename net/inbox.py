@@ -1,7 +1,8 @@
-"""The queue of messages at a stage, and the choice of the next batch. Nothing here does I/O.
+"""The queue of messages at a stage, and the choice of the next batch. Nothing here does I/O or reads a clock.
 
 Messages of one session stay in order. A batch has at most one Step of each session, taken round-robin, so
-that a long prompt delays other answers by no more than one call.
+that a long prompt delays other answers by no more than one call. Times are in seconds of any clock that never
+goes back.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from .messages import Close, Epoch, Open, Step
+from .messages import STEP_LIMIT, Close, Epoch, Open, Step
 
 Item = Open | Close | Step
 MAX_STEPS = 32
 """The most Steps in a batch. Each may want a logit row, and a stage has room for 32 by default."""
+MAX_BYTES = 2 * STEP_LIMIT
+"""The most bytes of queued messages, by `held_bytes`: two Steps of the largest size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,25 +29,26 @@ class Batch:
 
 @dataclass(slots=True)
 class Inbox:
-    """A queue for one epoch. `max_rows` and `chunk_rows` limit all rows and the prompt rows of a call,
-    `limit` the number of queued items."""
+    """A queue for one epoch. `max_rows` and `chunk_rows` limit all rows and the prompt rows of a call.
+
+    `put`, `take` and `ran` are told the time. What is queued is limited to MAX_BYTES, so that it has a fixed
+    place in the memory that a node promises: while the inbox is `full`, its owner reads no connection."""
 
     epoch: Epoch
     max_rows: int
     chunk_rows: int
-    limit: int = 256
     _lines: dict[int, deque[Item]] = field(default_factory=dict)
-    _items: int = 0
+    _bytes: int = 0
 
     @property
     def full(self) -> bool:
-        """Whether a batch must be taken before the next item is put."""
-        return self._items >= self.limit
+        """Whether a batch must be taken before the next item is put, since the largest might not fit."""
+        return self._bytes > MAX_BYTES - STEP_LIMIT
 
     def __bool__(self) -> bool:
         return bool(self._lines)
 
-    def put(self, item: Item) -> None:
+    def put(self, item: Item, now: float) -> None:
         """Appends an item; drops it if it is of another epoch. A Close drops the queued Steps of its session.
         If the session's Open is still queued, both are dropped, since the rest of the chain does not know the
         session."""
@@ -53,16 +57,19 @@ class Inbox:
         line = self._lines.setdefault(item.session, deque())
         if isinstance(item, Close):
             unheard = any(isinstance(waiting, Open) for waiting in line)
-            self._items -= len(line)
+            self._bytes -= sum(map(held_bytes, line))
             line.clear()
             if unheard:
                 del self._lines[item.session]
                 return
-        self._items += 1
+        self._bytes += held_bytes(item)
         line.append(item)
 
-    def take(self) -> Batch:
-        """Removes and returns the next batch, which is empty if nothing is queued."""
+    def take(self, now: float) -> Batch | float | None:
+        """Removes and returns the next batch; or the time at which to ask again, if waiting for more rows
+        pays until then and none arrive before; or None, if nothing is queued."""
+        if not self._lines:
+            return None
         notices: list[Open | Close] = []
         steps: list[Step] = []
         served: list[int] = []
@@ -83,8 +90,11 @@ class Inbox:
         for session in served:  # moved behind the others, for the round-robin
             if session in self._lines:
                 self._lines[session] = self._lines.pop(session)
-        self._items -= len(steps) + len(notices)
+        self._bytes -= sum(map(held_bytes, (*notices, *steps)))
         return Batch(tuple(notices), tuple(steps))
+
+    def ran(self, batch: Batch, start: float, end: float) -> None:
+        """Learns from a batch that was taken, whose call began and ended at these times."""
 
     def _fits(self, item: Item, steps: int, rows: int, prompt_rows: int) -> bool:
         """Whether a Step fits into a batch that has `steps` Steps with `rows` rows. The first Step always
@@ -93,6 +103,13 @@ class Inbox:
         prompt = _prompt_rows(item)
         room = steps < MAX_STEPS and rows + len(item.tokens) <= self.max_rows
         return steps == 0 or (room and (prompt == 0 or prompt_rows + prompt <= self.chunk_rows))
+
+
+def held_bytes(item: Item) -> int:
+    """About what a queued message takes in memory: objects of Python, and the hidden rows."""
+    if not isinstance(item, Step):
+        return 512
+    return 512 + 40 * len(item.tokens) + (0 if item.hidden is None else item.hidden.nbytes)
 
 
 def _notice(item: Item) -> Open | Close:

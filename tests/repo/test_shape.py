@@ -17,6 +17,8 @@ MAY_IMPORT = {
 }
 # The files that carry decisions out; everything else is pure.
 WITH_TRIO = [
+    "net/admission.py",
+    "net/assignment.py",
     "net/coordinator.py",
     "net/connection.py",
     "net/listen.py",

@@ -32,13 +32,15 @@ from .messages import (
     Pace,
     Peer,
     Ping,
-    Pong,
+    Progress,
     Result,
     Stats,
     Step,
     Work,
 )
 from .pace import Expect, NodePace, Onward
+from .probe import probe
+from .watch import ConnectionStalledError, Watch
 from .work import StageLike, StageWork
 
 NO_WORK = Work(0, 0, 0.0)
@@ -93,6 +95,19 @@ class Assignment:
         """The measured speeds of the stage and of the link to the next node."""
         return Pace(self._assign.epoch, self._pace.slower, self._onward.measured)
 
+    def progress(self) -> Progress:
+        """How far the stage is with its calls."""
+        return self._pace.progress(self._assign.epoch, self._inbox.bytes)
+
+    async def report(self, error: ShoalError) -> None:
+        """Tells the coordinator that the stage cannot run."""
+        await self._coordinator.send(Broken(self._assign.epoch, *to_wire(error), None))
+
+    @property
+    def full(self) -> bool:
+        """Whether the inbox accepts nothing until a batch is taken."""
+        return self._inbox.full
+
     async def put(self, item: Open | Close | Step) -> None:
         """Queues an item, waiting while the inbox is full; drops it if the assignment has ended."""
         while self._inbox.full and not self._ended.is_set():
@@ -131,7 +146,10 @@ class Assignment:
                 await self._steps(self._work, onward or self._coordinator)
         except _NextLost as lost:
             assert assign.next is not None
-            await self._coordinator.send(Broken(assign.epoch, *to_wire(lost.error), assign.next.incarnation))
+            again = isinstance(lost.error, ConnectionStalledError)
+            await self._coordinator.send(
+                Broken(assign.epoch, *to_wire(lost.error), assign.next.incarnation, again)
+            )
         finally:
             stage.close()
 
@@ -149,8 +167,23 @@ class Assignment:
             raise _NextLost(error) from error
         tasks = await stack.enter_async_context(open_tasks())
         stack.callback(tasks.cancel_scope.cancel)
-        tasks.start_soon(_watch, connection, self._onward)
+        tasks.start_soon(self._watch, connection, peer)
         return connection
+
+    async def _watch(self, connection: Connection, peer: Peer) -> None:
+        """Watches the connection to the next node. _NextLost: it has ended, or carries nothing."""
+        parts = self._parts
+        watch = Watch(
+            connection,
+            parts.timing,
+            busy=lambda: self._work is not None and self._work.busy,
+            probe=partial(probe, parts.open_stream, parts.identity, peer, parts.timing.handshake),
+            ponged=lambda nonce: self._onward.answered(nonce, trio.current_time()),
+        )
+        try:
+            await watch.run()
+        except ShoalError as error:
+            raise _NextLost(error) from error
 
     async def _steps(self, work: StageWork, onward: Connection) -> None:
         """The loop of a stage: takes a batch, runs it in a worker thread, and sends the answers on."""
@@ -163,6 +196,7 @@ class Assignment:
                 continue
             self._taken.set()
             self._taken = trio.Event()
+            self._pace.began(batch)
             start = trio.current_time()
             answers = await self._parts.hop(partial(work.do, batch))
             end = trio.current_time()
@@ -186,14 +220,3 @@ class _NextLost(Exception):
     def __init__(self, error: ShoalError) -> None:
         super().__init__(str(error))
         self.error = error
-
-
-async def _watch(connection: Connection, onward: Onward) -> None:
-    """Receives the next node's Pongs. _NextLost: the connection has ended."""
-    try:
-        while True:
-            message = await connection.receive()
-            assert isinstance(message, Pong)
-            onward.answered(message.nonce, trio.current_time())
-    except ShoalError as error:
-        raise _NextLost(error) from error

@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..engine.errors import ShoalError
-from .errors import LocalProtocolError, MismatchError, NodeLostError
+from ..planner import Assignment
+from .errors import LocalProtocolError, MismatchError, NodeLostError, StageStuckError
 from .events import (
     DEFAULT_TIMING,
     Command,
@@ -42,6 +43,7 @@ from .events import (
     Tick,
     Timing,
 )
+from .liveness import call_bound, load_bound
 from .messages import Assign, Epoch, Hello, Peer
 from .placement import COORDINATOR, Placement
 
@@ -85,8 +87,14 @@ class ClusterState:
     """The number of plans requested so far; an answer to an earlier request is ignored."""
     placement: Placement = NO_PLACEMENT
     loaded: frozenset[int] = frozenset()
+    unit_bytes: tuple[int, ...] = ()
+    """The bytes of each unit's weights; empty if they are unknown."""
     served: bool = False
     """Whether any epoch has been served."""
+
+    def bytes_of(self, stage: Assignment) -> int:
+        """The bytes of the weights of a stage; 0 if they are unknown."""
+        return sum(self.unit_bytes[stage.first : stage.last])
 
     def index(self, label: str) -> int:
         """The index of the live member with that label. KeyError: there is none."""
@@ -115,8 +123,8 @@ def decide(state: ClusterState, event: Event, now: float) -> Outcome:
     match event:
         case Joined():
             return _joined(state, event, now)
-        case Heard(member):
-            return _with_member(state, member, heard=now), ()
+        case Heard():
+            return _heard(state, event, now)
         case Left(member, error):
             return _left(state, member, error)
         case LinksMeasured():
@@ -204,13 +212,19 @@ def _planned(state: ClusterState, answer: Placement | ShoalError) -> Outcome:
         check_placement(state, answer)
     except LocalProtocolError as error:
         return _fail(state, error)
+    return _load(replace(state, placement=answer))
+
+
+def _load(state: ClusterState) -> Outcome:
+    """Begins an epoch with the placement of the state."""
     epoch = replace(state.epoch, counter=state.epoch.counter + 1)
-    state = replace(state, phase="loading", placement=answer, epoch=epoch, loaded=frozenset())
+    state = replace(state, phase="loading", epoch=epoch, loaded=frozenset())
     holders = state.holders()
     peers = [peer_of(state.members[i]) for i in holders[1:]]
+    chunk = state.placement.chunk_rows
     assigns = tuple(
-        SendAssign(i, Assign(epoch, stage.first, stage.last, after, answer.chunk_rows))
-        for i, stage, after in zip(holders, answer.stages, (*peers, None), strict=True)
+        SendAssign(i, Assign(epoch, stage.first, stage.last, after, chunk))
+        for i, stage, after in zip(holders, state.placement.stages, (*peers, None), strict=True)
     )
     idle = tuple(SendRelease(i, epoch) for i in state.alive() if i not in holders)
     return state, (*idle, *assigns)
@@ -231,10 +245,35 @@ def _loaded(state: ClusterState, member: int, epoch: Epoch) -> Outcome:
     return replace(state, phase="serving", served=True), (Serve(epoch),)
 
 
+def _heard(state: ClusterState, event: Heard, now: float) -> Outcome:
+    """Removes a node of which a call has been running for too long. The bound of a call whose time is not
+    predicted is that of loading the stage, which it may do."""
+    state, progress = _with_member(state, event.member, heard=now), event.progress
+    if progress is None or progress.epoch != state.epoch or progress.running is None:
+        return state, ()
+    if event.member not in state.holders() or not state.members[event.member].alive:
+        return state, ()
+    stage = state.placement.stages[state.holders().index(event.member)]
+    expected = progress.expected
+    bound = load_bound(state.bytes_of(stage)) if expected is None else call_bound(expected)
+    if progress.running <= bound:
+        return state, ()
+    error = StageStuckError(
+        f"{state.members[event.member].label}: a call of its stage has been running for "
+        f"{progress.running:.0f} s, much longer than it should: stop that node and start it again"
+    )
+    return _left(state, event.member, error)
+
+
 def _broken(state: ClusterState, event: StageBroken) -> Outcome:
-    """Removes the node at fault: the sender, whose stage failed, or the next node, which it cannot reach."""
+    """Removes the node at fault: the sender, whose stage failed, or the next node, which it cannot reach. If
+    only a connection has failed, the same chain begins another epoch."""
     if event.epoch != state.epoch or state.phase not in ("loading", "serving"):
         return state, ()
+    if event.again:
+        ended = state.epoch
+        state, commands = _load(state)
+        return state, (Pause(ended), *commands)
     blamed = event.member
     for i in state.alive():
         hello = state.members[i].hello

@@ -59,6 +59,8 @@ class Connection:
 
     def __init__(self, stream: trio.abc.Stream, peer: str, *, dialled: bool, queue: int = QUEUE) -> None:
         self.peer = peer
+        self.received = 0
+        """Bytes that have arrived."""
         self._stream = stream
         self._wire = WireProtocol(dialled)
         self._lost: NodeLostError | None = None
@@ -130,7 +132,9 @@ class Connection:
 
     async def _read(self) -> bytes | bytearray:
         try:
-            return await self._stream.receive_some(READ_BYTES)
+            data = await self._stream.receive_some(READ_BYTES)
+            self.received += len(data)
+            return data
         except trio.BrokenResourceError as error:
             raise self._loss(f"the connection broke ({_cause(error)})") from error
         except trio.ClosedResourceError as error:

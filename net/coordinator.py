@@ -28,7 +28,6 @@ from .identity import Identity, ModelShape
 from .messages import (
     Broken,
     Epoch,
-    Error,
     Failed,
     GetStats,
     Loaded,
@@ -43,8 +42,9 @@ from .messages import (
 )
 from .pace import ChainPace
 from .placement import COORDINATOR, NodeInfo, Placement, Planner, StageReport, fit_chunk
-from .probe import measure_peer
+from .probe import measure_peer, probe
 from .session import Answer, Chain, Session
+from .watch import ConnectionStalledError, Watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +113,7 @@ class Coordinator:
             timing=options.timing,
             approximate=options.approximate,
             recover=options.recover,
+            unit_bytes=shape.unit_bytes,
         )
         self._pace = ChainPace(self.links)
         self._peers = [_Peer() for _ in addresses]
@@ -238,12 +239,14 @@ class Coordinator:
                 return
             case Pong():
                 self._pace.answered(self._state, member, message, trio.current_time())
+                await self._events.send(events.Heard(member, message.progress))
+                return
             case Loaded(epoch):
                 self._peers[member].loaded = message
                 await self._events.send(events.StageLoaded(member, epoch))
-            case Broken(epoch, code, text, blamed):
+            case Broken(epoch, code, text, blamed, again):
                 error = from_wire(code, text, self._state.members[member].label)
-                await self._events.send(events.StageBroken(member, epoch, error, blamed))
+                await self._events.send(events.StageBroken(member, epoch, error, blamed, again))
             case Measured() | Stats():
                 self._answer(member, message)
             case _:
@@ -296,14 +299,18 @@ class Coordinator:
                 raise error
 
     def _post(self, member: int, message: Message) -> None:
-        """Sends without waiting. A lost connection is noticed by `_converse`, and one that accepts no
-        messages by the node's silence."""
+        """Sends without waiting. `_converse` notices a connection that has ended. A node that accepts no
+        orders is lost; pings may be dropped, since its silence is noticed."""
         connection = self._peers[member].connection
-        if connection is not None:
-            try:
-                connection.post(message)
-            except NodeLostError:
-                return
+        if connection is None:
+            return
+        try:
+            posted = connection.post(message)
+        except NodeLostError:
+            return
+        if not posted and not isinstance(message, Ping):
+            error = NodeLostError(f"{connection.peer} is lost: it does not read what is sent to it")
+            self._tasks.start_soon(self._events.send, events.Left(member, error))
 
     async def _ask(self, member: int, message: Message, kind: type[Kind]) -> Kind:
         """Sends a question and waits for the answer of that kind. NodeLostError: the node is lost."""
@@ -384,8 +391,15 @@ class Coordinator:
                 self._chain = chain = Chain(flow, connection)
                 self._changed.set()
                 self._changed = trio.Event()
-                with chain.scope:  # cancelled when the epoch ends; the node sends nothing here but an Error
-                    await connection.expect(Error)
+                anew = partial(
+                    probe, options.open_stream, self.identity, peer_of(where), options.timing.handshake
+                )
+                with chain.scope:  # cancelled when the epoch ends
+                    await Watch(
+                        connection, options.timing, busy=lambda: bool(chain.sessions), probe=anew
+                    ).run()
+        except ConnectionStalledError as error:
+            await self._events.send(events.StageBroken(member, epoch, error, None, again=True))
         except ShoalError as error:
             await self._events.send(events.Left(member, error))
 

@@ -6,6 +6,7 @@
         ├── AddressInUseError    8   the port to listen on is taken
         ├── RemoteProtocolError  9   the peer broke the protocol: garbage, half a frame, a false length
         ├── NodeLostError       10   a node cannot be reached, closed the connection, or fell silent
+        ├── StageStuckError     17   a call of a node's stage does not return
         └── LocalProtocolError  14   this process broke the protocol: a bug here
 
 A message names the peer at fault. An error is sent over the wire as its exit code and its text (`to_wire`,
@@ -60,6 +61,12 @@ class NodeLostError(NetError):
     exit_code = 10
 
 
+class StageStuckError(NetError):
+    """A call of a node's stage has been running for much longer than it should: the thread is stuck."""
+
+    exit_code = 17
+
+
 class LocalProtocolError(NetError):
     """This process broke the protocol: a bug here, not the peer's fault."""
 
@@ -71,7 +78,7 @@ _BY_CODE: dict[int, type[ShoalError]] = {
     for kind in (
         ShoalError, ModelFileError, UnsupportedModelError, ContextError, NoPlanError, DownloadError,
         MissingDependencyError, CancelledRunError, OperatingSystemError, NetError, MismatchError,
-        AddressInUseError, RemoteProtocolError, NodeLostError, LocalProtocolError,
+        AddressInUseError, RemoteProtocolError, NodeLostError, StageStuckError, LocalProtocolError,
     )
 }  # fmt: skip
 

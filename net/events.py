@@ -8,18 +8,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..engine.errors import ShoalError
-from .messages import Assign, Epoch, Hello
+from .messages import Assign, Epoch, Hello, Progress
 from .placement import Placement
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Times in seconds: between the coordinator's pings, of silence before a peer counts as lost, and the
-    limit for connecting and exchanging Hello."""
+    """Times in seconds: between pings while nothing is due, of the longest silence before a peer counts as
+    lost, the limit for connecting and exchanging Hello, and between pings while answers are computed."""
 
     heartbeat: float = 1.0
     overdue: float = 10.0
     handshake: float = 10.0
+    busy: float = 0.5
 
 
 DEFAULT_TIMING = Timing()
@@ -38,9 +39,10 @@ class Joined:
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """A message arrived from the node."""
+    """A message arrived from the node: a Pong with the progress of its stage, or any other."""
 
     member: int
+    progress: Progress | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +77,13 @@ class StageLoaded:
 @dataclass(frozen=True, slots=True)
 class StageBroken:
     """The node cannot run its stage of the epoch. `peer` is the incarnation of another node, if that one is
-    at fault."""
+    at fault. `again`: only a connection has failed, and the same chain can be tried again."""
 
     member: int
     epoch: Epoch
     error: ShoalError
     peer: int | None
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..engine.costs import unit_cost
 from ..engine.layout import NUMERICS_VERSION
 from .errors import MismatchError, NodeLostError, printable
 from .messages import Hello, Offer, Peer, Purpose
@@ -31,12 +32,14 @@ class Identity:
 @dataclass(frozen=True, slots=True)
 class ModelShape:
     """What a coordinator must know about a model besides its hash: the number of units, the size of the
-    vocabulary, the positions of a context, and the f32 columns that cross a cut."""
+    vocabulary, the positions of a context, the f32 columns that cross a cut, and the bytes of each unit's
+    weights (empty: unknown)."""
 
     units: int
     vocab: int
     context: int
     cut_cols: int
+    unit_bytes: tuple[int, ...] = ()
 
 
 def identity_of(model: Model, name: str, incarnation: int, version: str) -> Identity:
@@ -48,7 +51,8 @@ def shape_of(model: Model) -> ModelShape:
     """The shape of an opened model."""
     program = model.program
     cols = program.cut_cols
-    return ModelShape(len(program.units), program.vocab, model.config.context, cols)
+    sizes = tuple(unit_cost(model, u).bytes for u in range(model.n_units))
+    return ModelShape(len(program.units), program.vocab, model.config.context, cols, sizes)
 
 
 def check_hello(mine: Identity, theirs: Hello, who: str) -> None:

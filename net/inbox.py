@@ -45,6 +45,11 @@ class Inbox:
         """Whether a batch must be taken before the next item is put, since the largest might not fit."""
         return self._bytes > MAX_BYTES - STEP_LIMIT
 
+    @property
+    def bytes(self) -> int:
+        """The size of what is queued, by `held_bytes`."""
+        return self._bytes
+
     def __bool__(self) -> bool:
         return bool(self._lines)
 

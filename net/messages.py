@@ -21,7 +21,7 @@ from ..engine.batch import Sampling, Want
 from ..engine.strict import Between, Printable
 from ..planner import Device, LinkSpeed
 
-PROTOCOL = 2
+PROTOCOL = 3
 """The protocol version in the header of each frame, raised by every change that older processes cannot
 read."""
 
@@ -111,12 +111,27 @@ class Pace:
 
 
 @dataclass(frozen=True, slots=True)
+class Progress:
+    """What a stage does in an epoch: the calls that it has finished, since when the current one has been
+    running (None: none is), how long it should take by the profile (None: unknown, as for the first call,
+    which may read weights from the disk), and the bytes of the messages that wait."""
+
+    epoch: Epoch
+    calls: Bytes
+    running: Seconds | None
+    expected: Seconds | None
+    waiting: Bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Pong:
-    """The answer to the Ping with the same nonce. A coordinator also gets the pace of the stage, if there is
-    one."""
+    """The answer to the Ping with the same nonce. A coordinator also gets the pace and the progress of the
+    stage, if there is one. On a `step` connection a node also sends a Pong that answers no Ping (nonce 0)
+    while it receives rows or cannot accept more."""
 
     nonce: U64
     pace: Pace | None = None
+    progress: Progress | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,12 +177,15 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """Report that the stage cannot run. `peer` is the next node's incarnation if that node is at fault."""
+    """Report that the stage cannot run. `peer` is the next node's incarnation if that node is at fault.
+    `again`: only the connection to it has failed, and a new one works, so the same chain can be tried
+    again."""
 
     epoch: Epoch
     code: ErrorCode
     text: Text
     peer: U64 | None
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)

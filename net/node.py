@@ -22,8 +22,16 @@ from .connection import (
     open_connection,
     open_tasks,
 )
-from .errors import MismatchError, NetError, NodeLostError, RemoteProtocolError, to_wire
+from .errors import (
+    MismatchError,
+    NetError,
+    NodeLostError,
+    RemoteProtocolError,
+    StageStuckError,
+    to_wire,
+)
 from .listen import host_port
+from .liveness import TICK_SECONDS, Awake, load_bound
 from .messages import (
     Assign,
     Close,
@@ -43,6 +51,7 @@ from .messages import (
 )
 from .pace import NodePace
 from .probe import measure_peer
+from .watch import attend
 
 MAX_CONNECTIONS = 64
 MAX_STEP_CONNECTIONS = 16
@@ -60,7 +69,7 @@ class Node:
         self._assignment: Assignment | None = None
         self._last: Assignment | None = None
         """The newest assignment, which may be ending."""
-        self._pace = NodePace()
+        self._pace = self._new_pace()
         self._links: dict[int, LinkSpeed] = {}
         """Links to other nodes by incarnation, as measured for this coordinator."""
         self._connections = trio.CapacityLimiter(MAX_CONNECTIONS)
@@ -135,20 +144,51 @@ class Node:
         self._parts.log(f"{connection.peer} is the coordinator now")
         try:
             async with open_tasks() as tasks:
+                tasks.start_soon(self._look_at_calls)
                 while True:
                     self._follow(connection, await _heard(connection, self._parts.timing.overdue), tasks)
         finally:
             self._assignment = self._last = None
-            self._pace, self._links = NodePace(), {}
+            self._pace, self._links = self._new_pace(), {}
+
+    async def _look_at_calls(self) -> None:
+        """Measures how long the stage's calls run, and reports one that does not return."""
+        awake, reported = Awake(trio.current_time()), False
+        while True:
+            await trio.sleep(TICK_SECONDS)
+            self._pace.tick(awake.tick(trio.current_time()))
+            stuck = self.stuck()
+            if stuck is not None and not reported and self._assignment is not None:
+                self._parts.log(stuck)
+                await self._assignment.report(StageStuckError(stuck))
+            reported = stuck is not None
+
+    def stuck(self, unseen: float = 0.0) -> str | None:
+        """A sentence about a call of the stage that does not return, as long as it does not; else None.
+        `unseen` is as for NodePace.stuck."""
+        seconds = self._pace.stuck(unseen)
+        if seconds is None:
+            return None
+        return (
+            f"a call of the stage has not returned for {seconds:.0f} s, much longer than it should take: "
+            "stop this node and start it again"
+        )
+
+    def _new_pace(self) -> NodePace:
+        # The weights that the first call may read from the disk are no more than what this node promises.
+        return NodePace(load_bound(self._parts.offer.device.ram_bytes))
 
     def _follow(self, connection: Connection, message: Message, tasks: trio.Nursery) -> None:
-        if isinstance(message, Assign | Measure) and len(tasks.child_tasks) >= MAX_TASKS:
+        # One child is `_look_at_calls`.
+        if isinstance(message, Assign | Measure) and len(tasks.child_tasks) > MAX_TASKS:
             raise RemoteProtocolError(
                 f"{connection.peer} has sent more than {MAX_TASKS} orders that are still being carried out"
             )
         match message:
             case Ping(nonce):
-                _post(connection, Pong(nonce, None if self._assignment is None else self._assignment.pace()))
+                now = self._assignment
+                told = (None, None) if now is None else (now.pace(), now.progress())
+                _post(connection, Pong(nonce, *told))
             case Assign() | Release():
                 if self._assignment is not None:
                     self._assignment.stop()
@@ -182,16 +222,21 @@ class Node:
         with trio.CancelScope() as scope:
             self._steps.add(scope)
             try:
-                while True:
-                    message = await connection.receive()
-                    if isinstance(message, Ping):
-                        _post(connection, Pong(message.nonce))
-                        continue
-                    assert isinstance(message, Open | Close | Step)
-                    if self._assignment is not None:
-                        await self._assignment.put(message)
+                async with open_tasks() as tasks:
+                    tasks.start_soon(attend, connection, self._parts.timing, self._held_back)
+                    while True:
+                        message = await connection.receive()
+                        if isinstance(message, Ping):
+                            _post(connection, Pong(message.nonce))
+                            continue
+                        assert isinstance(message, Open | Close | Step)
+                        if self._assignment is not None:
+                            await self._assignment.put(message)
             finally:
                 self._steps.discard(scope)
+
+    def _held_back(self) -> bool:
+        return self._assignment is not None and self._assignment.full
 
     async def _serve_probe(self, connection: Connection) -> None:
         while True:
@@ -213,9 +258,14 @@ class Node:
 
 
 async def _heard(connection: Connection, seconds: float) -> Message:
-    """Returns the next message. NodeLostError: none arrived for `seconds`."""
-    with trio.move_on_after(seconds):
-        return await connection.receive()
+    """Returns the next message. NodeLostError: none arrived for `seconds`. They are counted one by one, so
+    that a time in which this process was suspended counts as one of them."""
+    waited = 0.0
+    while waited < seconds:
+        pause = min(1.0, seconds - waited)
+        with trio.move_on_after(pause):
+            return await connection.receive()
+        waited += pause
     raise NodeLostError(f"{connection.peer} is lost: it has said nothing for {seconds:g} s")
 
 

@@ -16,7 +16,8 @@ from ..planner import Device, LinkSpeed
 from ..planner.rows import FASTEST, MOST_SECONDS, SLOWEST, check_real
 from .cluster import ClusterState
 from .inbox import Batch
-from .messages import Pace, Pong, Step
+from .liveness import LOAD_SECONDS, Stillness, call_bound
+from .messages import Epoch, Pace, Pong, Progress, Step
 from .placement import COORDINATOR
 
 Expect = Callable[[Sequence[tuple[int, int, bool]], float], float]
@@ -32,30 +33,72 @@ MOST_CHANGE = 4.0
 
 
 class NodePace:
-    """How many times as long as offered a node's steps take. The factor is kept from one assignment to the
-    next."""
+    """How many times as long as offered a node's steps take, and how far the current call is. The factor is
+    kept from one assignment to the next. `first_call` bounds calls whose times are not predicted."""
 
-    def __init__(self) -> None:
+    def __init__(self, first_call: float = LOAD_SECONDS) -> None:
         self.slower = 1.0
         """The time of the node's steps, divided by the time that its offer predicts."""
         self._expect: Expect | None = None
         self._ended: float | None = None
+        self._first_call = first_call
+        self._running: Batch | None = None
+        self._calls = 0
+        self._age, self._still = 0.0, Stillness()
 
     def assigned(self, expect: Expect | None) -> None:
         """Begins a stage, whose times `expect` predicts; None if nothing is known."""
-        self._expect, self._ended = expect, None
+        self._expect, self._ended, self._calls = expect, None, 0
+
+    def began(self, batch: Batch) -> None:
+        """Notes that a call of the stage begins. It is called in any thread, as `count` is."""
+        self._running = batch
+
+    def tick(self, now: float) -> None:
+        """Measures how long the current call has been running, to the time between two ticks."""
+        running = self._running
+        self._age = self._still.seconds(now, self._calls, due=running is not None)
+
+    def progress(self, epoch: Epoch, waiting: int) -> Progress:
+        """How far the stage of that epoch is, with `waiting` bytes in its inbox."""
+        running = self._running
+        if running is None:
+            return Progress(epoch, self._calls, None, None, waiting)
+        return Progress(epoch, self._calls, self._age, self._expected(running), waiting)
+
+    def stuck(self, unseen: float = 0.0) -> float | None:
+        """For how long the current call has been running, if that is too long; else None. `unseen` seconds
+        have passed since the last tick."""
+        running = self._running
+        if running is None:
+            return None
+        expected = self._expected(running)
+        bound = self._first_call if expected is None else call_bound(expected)
+        age = self._age + unseen
+        return age if age > bound else None
+
+    def _expected(self, batch: Batch) -> float | None:
+        """The seconds that a call should take now; None for the first one, or if nothing is known."""
+        if self._expect is None or self._ended is None or not batch.steps:
+            return None
+        return max(1.0, self.slower) * self._expect(_rows(batch), 0.0)
 
     def count(self, batch: Batch, start: float, end: float) -> None:
-        """Counts a call of the stage, except the first, which reads weights from disk and allocates pages."""
+        """Counts a call of the stage. The first one, which reads weights from disk and allocates pages, does
+        not count for the factor."""
+        self._running, self._calls = None, self._calls + 1
         if not batch.steps:
             return
         before, self._ended = self._ended, end
         if self._expect is None or before is None:
             return
-        rows = [(len(step.tokens), step.first, step.want.value > 0) for step in batch.steps]
-        expected = self._expect(rows, start - before)
+        expected = self._expect(_rows(batch), start - before)
         if expected > 0 and end > start:
             self.slower = refreshed_factor(self.slower, expected, end - start)
+
+
+def _rows(batch: Batch) -> list[tuple[int, int, bool]]:
+    return [(len(step.tokens), step.first, step.want.value > 0) for step in batch.steps]
 
 
 class Onward:

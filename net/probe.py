@@ -35,6 +35,12 @@ async def measure_peer(open_stream: OpenStream, me: Identity, peer: Peer, second
     )
 
 
+async def probe(open_stream: OpenStream, me: Identity, peer: Peer, seconds: float) -> None:
+    """Connects to a node and greets it, to find out whether it can be reached. Errors as for `dial`."""
+    async with dial(open_stream, peer.host, peer.port, me, "probe", seconds=seconds, peer=peer):
+        pass
+
+
 async def measure(connection: Connection) -> LinkSpeed:
     """Measures the link to the peer of a `probe` connection.
 

@@ -59,6 +59,11 @@ class StageWork:
         self._sessions: set[int] = set()
         self._decode, self._prefill = _Tally(), _Tally()
 
+    @property
+    def busy(self) -> bool:
+        """Whether sessions are open."""
+        return bool(self._sessions)
+
     def do(self, batch: Batch) -> list[Answer]:
         """Carries out a batch; returns the messages to send, in order."""
         answers: list[Answer] = []

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .net.errors import NetError as NetError
     from .net.errors import NodeLostError as NodeLostError
     from .net.errors import RemoteProtocolError as RemoteProtocolError
+    from .net.errors import StageStuckError as StageStuckError
 
 __version__ = "0.1.0"
 
@@ -53,7 +54,7 @@ _NAMES = {
     "engine.tokenizer": ("Tokenizer",),
     "net.errors": (
         "AddressInUseError", "LocalProtocolError", "MismatchError", "NetError", "NodeLostError",
-        "RemoteProtocolError",
+        "RemoteProtocolError", "StageStuckError",
     ),
 }  # fmt: skip
 _EXPORTS = {name: module for module, names in _NAMES.items() for name in names}

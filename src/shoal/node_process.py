@@ -7,10 +7,12 @@ the promise: keys and values get what weights and workspace leave.
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import secrets
 import signal
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
@@ -31,7 +33,7 @@ from .engine.model_directory import Model
 from .engine.stage import Stage, StageOptions
 from .engine.threads import chosen
 from .net.assignment import NodeParts
-from .net.errors import NetError
+from .net.errors import NetError, StageStuckError
 from .net.identity import identity_of
 from .net.listen import addresses, listen, named, reachable
 from .net.messages import Offer
@@ -48,6 +50,9 @@ from .planning import (
     workspace_bytes,
 )
 from .store import resolve
+
+_LAST_SECONDS = 3.5
+"""How long a node that was told to end waits for the call of its stage."""
 
 
 def serve(args: argparse.Namespace) -> None:
@@ -103,7 +108,8 @@ async def _main(
         )
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             async with trio.open_nursery() as nursery:
-                await nursery.start(Node(parts).serve, listeners)
+                node = Node(parts)
+                await nursery.start(node.serve, listeners)
                 if args.port_file is not None:
                     write_whole(args.port_file, f"{found[0]}\n")
                 plural, by = "s" if offer.threads > 1 else "", f" ({why})" if why else ""
@@ -113,11 +119,23 @@ async def _main(
                     flush=True,
                 )
                 async for _ in signals:
+                    insist = threading.Timer(_LAST_SECONDS, _leave_stage, (node,))
+                    insist.daemon = True
+                    insist.start()
                     nursery.cancel_scope.cancel()
                     break
+            insist.cancel()
     finally:
         for listener in listeners:
             await trio.aclose_forcefully(listener)
+
+
+def _leave_stage(node: Node) -> None:
+    """Ends the process although a call of its stage runs: a thread cannot be ended from outside."""
+    stuck = node.stuck(_LAST_SECONDS)
+    if stuck is not None:
+        _log(f"shoal: error: {stuck}")
+    os._exit(0 if stuck is None else StageStuckError.exit_code)
 
 
 async def _hop_seconds() -> float:

@@ -30,7 +30,7 @@ from shoal.net.events import (
     Tick,
     Timing,
 )
-from shoal.net.messages import Assign, Epoch, Hello, Offer, Peer
+from shoal.net.messages import Assign, Epoch, Hello, Offer, Peer, Progress
 from shoal.net.placement import COORDINATOR, Placement
 from shoal.planner import Assignment, Device
 
@@ -190,6 +190,42 @@ def test_a_next_node_that_cannot_be_reached_is_blamed_itself() -> None:
     state, commands = after(fresh(), *TO_SERVE, StageBroken(1, epoch(1), GONE, 102))
     assert commands == [HangUp(2), Pause(epoch(1)), MakePlan(2, (0, 1))]
     assert state.members[2].lost and not state.members[1].lost
+
+
+def test_a_connection_that_failed_alone_begins_another_epoch_of_the_same_chain() -> None:
+    state, commands = after(fresh(), *TO_SERVE, StageBroken(0, epoch(1), GONE, 101, again=True))
+    assert state.phase == "loading" and state.alive() == (0, 1, 2)
+    assert commands[0] == Pause(epoch(1))
+    assert [c.assign.epoch for c in commands[1:] if isinstance(c, SendAssign)] == [epoch(2)] * 3
+    assert after(state, StageBroken(0, epoch(1), GONE, 101, again=True)) == (state, [])
+
+
+def progress(running: float | None, expected: float | None, counter: int = 1) -> Progress:
+    return Progress(epoch(counter), 7, running, expected, 0)
+
+
+def test_a_stage_that_is_stuck_leaves_the_chain() -> None:
+    state, commands = after(fresh(), *TO_SERVE, Heard(1, progress(11.1, 1.0)))
+    assert commands == [HangUp(1), Pause(epoch(1)), MakePlan(2, (0, 2))]
+    assert "b: a call of its stage has been running for 11 s" in state.members[1].lost
+    # The first call may take as long as loading the 60 MB of units 2 and 3: 30 s, and 3 s for the bytes.
+    sized = fresh(unit_bytes=(0, 0, 30_000_000, 30_000_000, 0, 0))
+    assert after(sized, *TO_SERVE, Heard(1, progress(33.1, None)))[1][0] == HangUp(1)
+
+
+@pytest.mark.parametrize(
+    "heard",
+    [
+        Heard(1),
+        Heard(1, progress(None, None)),
+        Heard(1, progress(11.0, 1.0)),  # 3 s, and 8 times what was predicted
+        Heard(1, progress(30.0, None)),
+        Heard(1, progress(1e6, 1.0, counter=0)),  # of another epoch
+    ],
+)
+def test_a_stage_that_is_at_work_stays(heard: Heard) -> None:
+    state, commands = after(fresh(), *TO_SERVE, heard)
+    assert (state.phase, commands) == ("serving", [])
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_deaths_at_random_times_never_change_an_answer(lab: ModuleType) -> None:
     assert recoveries >= 8
 
 
-def test_a_node_that_falls_silent_is_lost_after_ten_seconds(lab: ModuleType) -> None:
+def test_a_node_that_falls_silent_is_lost_soon_after_its_round_trip_is_known(lab: ModuleType) -> None:
     async def main() -> None:
         async with lab.network() as net:
             for name in "abc":
@@ -107,10 +107,11 @@ def test_a_node_that_falls_silent_is_lost_after_ten_seconds(lab: ModuleType) -> 
             async with net.coordinator(plan=spread) as coordinator:
                 async with coordinator.generate([1, 2], max_tokens=12) as tokens:
                     got = [await anext(tokens)]
+                    await trio.sleep(3)
                     net.mute(7002)
                     start = trio.current_time()
                     got += [token async for token in tokens]
-                assert 9 <= trio.current_time() - start <= 12
+                assert 2 <= trio.current_time() - start <= 3
                 assert got == lab.oracle([1, 2], 12)
                 assert [node.label for node in coordinator.nodes] == ["a", "c"]
 

@@ -25,6 +25,7 @@ WITH_TRIO = [
     "net/node.py",
     "net/probe.py",
     "net/session.py",
+    "net/watch.py",
     "src/shoal/distributed.py",
     "src/shoal/portal.py",
     "src/shoal/node_process.py",

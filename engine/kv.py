@@ -202,13 +202,13 @@ class SequenceKv:
 
     def prepare(self, first: int, end: int) -> None:
         """Allocates pages for a run at positions [first, end), and truncates the sequence to `first`.
-        ContextError: no memory for more pages."""
+        ContextError: no memory for more pages; `truncate` frees those that were allocated before."""
         self.truncate(first)
+        self._end = max(self._end, end)
         if -(-end // PAGE) > self._held or first < self._shared:
             for s, (state, pages) in enumerate(self._rows):
                 self._reserve(state, pages, first, end, self.table[s])
             self._held = max(self._held, -(-end // PAGE))
-        self._end = max(self._end, end)
 
     def ran(self, end: int) -> None:
         """Records that the running units hold positions [0, end)."""

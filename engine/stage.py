@@ -23,6 +23,7 @@ from .batch import Result, Run, Sampling, Want
 from .calls import Calls, Flag
 from .errors import CancelledRunError, ContextError, MissingDependencyError
 from .kv import PagePool, SequenceKv
+from .kv_page import page_bytes
 from .memory import trim_heap
 from .model_directory import Model
 from .threads import chosen
@@ -112,6 +113,15 @@ class Stage:
     def kv_bytes(self) -> int:
         """Bytes of the pages of keys and values in use by sequences."""
         return self._pool.used
+
+    @property
+    def kv_pages(self) -> int | None:
+        """The number of pages of 256 positions that the sequences may hold together, counted in each layer:
+        a sequence of n positions takes ceil(n / 256) of them. None: no cap, or units without state."""
+        limit, kv_type = self.options.kv_bytes, self.model.kv_dtype
+        states = [state for unit in self._states[self.first : self.last] for state in unit]
+        each = sum(page_bytes(state, kv_type) for state in states)
+        return None if limit is None or not each else limit // each
 
     def clock_ops(self) -> NDArray[np.uint64]:
         """Starts timing ops. The returned array `[ops]` is updated by each run until the range changes: the

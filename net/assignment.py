@@ -38,8 +38,9 @@ from .messages import (
     Step,
     Work,
 )
-from .pace import Expect, NodePace, Onward
+from .pace import NodePace, Onward
 from .probe import probe
+from .scheduler import Expect
 from .watch import ConnectionStalledError, Watch
 from .work import StageLike, StageWork
 
@@ -78,7 +79,13 @@ class Assignment:
     ) -> None:
         self._parts, self._coordinator, self._assign, self._pace = parts, coordinator, assign, pace
         self._onward = Onward(None if assign.next is None else links.get(assign.next.incarnation))
-        self._inbox = Inbox(assign.epoch, parts.offer.max_rows, assign.chunk_rows)
+        self._inbox = Inbox(
+            assign.epoch,
+            parts.offer.max_rows,
+            assign.chunk_rows,
+            assign.groupings,
+            None if parts.expect is None else parts.expect(assign.first, assign.last),
+        )
         self._arrived, self._taken = trio.Event(), trio.Event()
         self._scope, self._ended = trio.CancelScope(), trio.Event()
         self._work: StageWork | None = None

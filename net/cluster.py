@@ -19,6 +19,7 @@ from typing import Literal
 
 from ..engine.errors import ShoalError
 from ..planner import Assignment
+from ..planner.groups import plain_groupings
 from .errors import LocalProtocolError, MismatchError, NodeLostError, StageStuckError
 from .events import (
     DEFAULT_TIMING,
@@ -221,10 +222,16 @@ def _load(state: ClusterState) -> Outcome:
     state = replace(state, phase="loading", epoch=epoch, loaded=frozenset())
     holders = state.holders()
     peers = [peer_of(state.members[i]) for i in holders[1:]]
-    chunk = state.placement.chunk_rows
+    placement = state.placement
+    groupings = placement.groupings or plain_groupings(len(placement.stages))
     assigns = tuple(
-        SendAssign(i, Assign(epoch, stage.first, stage.last, after, chunk))
-        for i, stage, after in zip(holders, state.placement.stages, (*peers, None), strict=True)
+        SendAssign(
+            i,
+            Assign(
+                epoch, stage.first, stage.last, after, placement.chunk_rows, () if stage.first else groupings
+            ),
+        )
+        for i, stage, after in zip(holders, placement.stages, (*peers, None), strict=True)
     )
     idle = tuple(SendRelease(i, epoch) for i in state.alive() if i not in holders)
     return state, (*idle, *assigns)

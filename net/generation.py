@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..engine.batch import Sampling, Want, common_prefix
 from ..engine.errors import ContextError
@@ -106,13 +106,13 @@ class Generation:
         return steps
 
     def take(self, result: Result) -> int | None:
-        """Accepts the result of the oldest Step in flight; returns the token that it adds to the answer, if
-        any. RemoteProtocolError: the result does not match that Step."""
-        step = self._in_flight.popleft() if self._in_flight else None
-        wanted = step is not None and step.want is Want.TOKEN
-        if step is None or (result.first, result.rows, result.token is not None) != (
-            step.first, len(step.tokens), wanted,
-        ):  # fmt: skip
+        """Accepts a result of the oldest Step in flight, or of the first rows that are left of it, since a
+        stage may divide a Step; returns the token that it adds to the answer, if any. RemoteProtocolError:
+        the result does not match that Step."""
+        step = self._in_flight[0] if self._in_flight else None
+        rest = 0 if step is None else len(step.tokens) - result.rows
+        wanted = step is not None and step.want is Want.TOKEN and rest == 0
+        if step is None or rest < 0 or (result.first, result.token is not None) != (step.first, wanted):
             raise RemoteProtocolError(
                 f"the last node sent a Result of {result.rows} rows at {result.first}, which was not due"
             )
@@ -120,6 +120,11 @@ class Generation:
             raise RemoteProtocolError(
                 f"the last node sent token {result.token}, which is not in [0, {self.vocab})"
             )
+        if rest:
+            done = result.rows
+            self._in_flight[0] = replace(step, first=step.first + done, tokens=step.tokens[done:])
+            return None
+        self._in_flight.popleft()
         if self._old:
             self._old -= 1
             return None

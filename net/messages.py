@@ -18,8 +18,9 @@ from typing import Annotated, Literal
 
 from ..engine.arrays import F32
 from ..engine.batch import Sampling, Want
-from ..engine.strict import Between, Printable
+from ..engine.strict import AtMost, Between, Printable
 from ..planner import Device, LinkSpeed
+from ..planner.groups import MOST_SEQUENCES, Grouping
 
 PROTOCOL = 3
 """The protocol version in the header of each frame, raised by every change that older processes cannot
@@ -149,13 +150,15 @@ class Peer:
 class Assign:
     """An order to load units [first, last) for this epoch and to drop older assignments. `next` is the node
     after this one; None on the last, which returns tokens to the coordinator. A call has at most `chunk_rows`
-    prompt rows."""
+    prompt rows. `groupings`, on the first stage: how 1, 2, 3 … sequences that decode share calls; without
+    them, all that wait do."""
 
     epoch: Epoch
     first: Units
     last: Units
     next: Peer | None
     chunk_rows: Rows
+    groupings: Annotated[tuple[Grouping, ...], AtMost(MOST_SEQUENCES)] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +266,8 @@ class Step:
 
     `hidden` is f32 [rows, cols], or None for the first stage, which needs only the token ids. Later stages
     need the ids for the sampler's history. `want` is NOTHING or TOKEN, since logits are not sent over the
-    network."""
+    network. `more`: the previous stage has computed these rows in one call with those of the next Step on the
+    connection."""
 
     session: int
     epoch: Epoch
@@ -271,6 +275,7 @@ class Step:
     tokens: tuple[int, ...]
     want: Want
     hidden: F32 | None = field(default=None, compare=False)
+    more: bool = False
 
 
 @dataclass(frozen=True, slots=True)

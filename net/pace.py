@@ -8,7 +8,7 @@ or reads a clock; times are in seconds of any clock that never goes back.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -19,10 +19,7 @@ from .inbox import Batch
 from .liveness import LOAD_SECONDS, Stillness, call_bound
 from .messages import Epoch, Pace, Pong, Progress, Step
 from .placement import COORDINATOR
-
-Expect = Callable[[Sequence[tuple[int, int, bool]], float], float]
-"""Predicts the seconds of a call from the profile. The arguments are (rows, first position, wants a token)
-for each step of the call, and the seconds of idle time before it."""
+from .scheduler import Expect
 
 PING_SECONDS = 0.5
 """The shortest time between two pings after rows."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from ..engine.errors import NoPlanError
 from ..planner import Assignment, LinkSpeed
+from ..planner.groups import Grouping
 from .messages import Offer, Stats
 from .wire import max_step_rows
 
@@ -34,10 +35,12 @@ class NodeInfo:
 class Placement:
     """A plan: assignments to nodes by label, in the order of the chain, and the most prompt rows of a call. A
     call should take at most 100 ms by the profile, so that it does not delay other answers or a cancellation
-    for longer."""
+    for longer. `groupings`: how 1, 2, 3 … sequences that decode share calls; if it is empty, there is a group
+    for each stage."""
 
     stages: tuple[Assignment, ...]
     chunk_rows: int = 128
+    groupings: tuple[Grouping, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,8 +38,10 @@ class Chain:
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
     def join(self, session: int) -> trio.MemoryReceiveChannel[Result | Failed]:
-        """Opens a channel for the results of a session, with room for all that can be in flight."""
-        self.sessions[session], answers = trio.open_memory_channel[Result | Failed](self.flow.window + 1)
+        """Opens a channel for the results of a session, with room for all that can be in flight: a stage may
+        divide a Step, down to single rows."""
+        most = self.flow.window * self.flow.chunk_rows + 1
+        self.sessions[session], answers = trio.open_memory_channel[Result | Failed](most)
         return answers
 
     def leave(self, close: Close) -> None:

@@ -41,7 +41,7 @@ MAX_ROWS = 4096
 MAX_COLS = 1 << 16
 MAX_POSITION = 1 << 31
 
-_STEP = struct.Struct("<QQIIIB3xI")  # session, epoch (coordinator, counter), first, rows, want, cols
+_STEP = struct.Struct("<QQIIIBB2xI")  # session, epoch (coordinator, counter), first, rows, want, more, cols
 _RESULT = struct.Struct("<QQIIIi")  # session, epoch (coordinator, counter), first, rows, token or -1
 _NO_TOKEN = -1
 
@@ -204,7 +204,8 @@ def _encode_step(step: Step) -> list[bytes]:
         raise ValueError(f"a Step with {rows} tokens has hidden rows of shape {step.hidden.shape}")
     _check_run(step.first, rows, int(step.want), cols)
     epoch = step.epoch
-    fixed = _STEP.pack(step.session, epoch.coordinator, epoch.counter, step.first, rows, int(step.want), cols)
+    where = step.session, epoch.coordinator, epoch.counter, step.first, rows
+    fixed = _STEP.pack(*where, int(step.want), int(step.more), cols)
     tokens = struct.pack(f"<{rows}i", *step.tokens)
     # tobytes copies, since the stage may reuse its buffer before this is written.
     hidden = b"" if step.hidden is None else step.hidden.astype("<f4", copy=False).tobytes()
@@ -225,8 +226,10 @@ def _decode(entry: Entry, body: bytearray) -> Message:
 def _decode_step(body: bytearray) -> Step:
     if len(body) < _STEP.size:
         raise ValueError(f"a Step has {len(body)} bytes, fewer than the {_STEP.size} of its fixed part")
-    session, coordinator, counter, first, rows, want, cols = _STEP.unpack_from(body)
+    session, coordinator, counter, first, rows, want, more, cols = _STEP.unpack_from(body)
     _check_run(first, rows, want, cols)
+    if more > 1:
+        raise ValueError(f"more = {more} is neither 0 nor 1")
     size = _STEP.size + 4 * rows + 4 * rows * cols
     if len(body) != size:
         raise ValueError(f"a Step of {rows} rows and {cols} columns has {len(body)} bytes, not {size}")
@@ -242,6 +245,7 @@ def _decode_step(body: bytearray) -> Step:
         tuple(tokens.tolist()),
         Want(want),
         hidden.reshape(rows, cols) if cols else None,
+        bool(more),
     )
 
 

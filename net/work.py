@@ -8,7 +8,7 @@ batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ..engine.batch import Result as StageResult
@@ -71,7 +71,7 @@ class StageWork:
             answers += self._open(notice) if isinstance(notice, Open) else self._close(notice)
         # A session that is not open here has failed, and its Close is on the way: its rows are dropped.
         steps = [step for step in batch.steps if step.session in self._sessions]
-        return answers + (self._run(steps) if steps else [])
+        return answers + _together(self._run(steps) if steps else [])
 
     def count(self, batch: Batch, seconds: float) -> None:
         """Adds a batch that took `seconds` to the statistics."""
@@ -128,3 +128,11 @@ class StageWork:
 
     def _failed(self, session: int, error: Exception) -> Failed:
         return Failed(session, self._epoch, *to_wire(error))
+
+
+def _together(answers: list[Answer]) -> list[Answer]:
+    """The answers of one call, in which every Step but the last says that more of them follow. Failures go to
+    the coordinator, so they are not between them."""
+    steps = [answer for answer in answers if isinstance(answer, Step)]
+    others = [answer for answer in answers if not isinstance(answer, Step)]
+    return [*others, *(replace(step, more=step is not steps[-1]) for step in steps)]

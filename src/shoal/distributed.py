@@ -23,6 +23,8 @@ from .net.placement import COORDINATOR, Links, NodeInfo, Placement, StageReport
 from .net.session import Session
 from .net.survey import survey
 from .plan_report import RunMeasurements
+from .planner.groups import groupings
+from .planner.streams import Follower
 from .planning import plan_that_fits, planner_model
 from .portal import Portal, open_portal
 
@@ -80,7 +82,9 @@ class NetworkPlanner:
         question = self._question(cluster, self._asked)
         plan, self.workload = plan_that_fits(question, shrink=self._shrink)
         self.plan = plan
-        return Placement(plan.assignments, self._chunk_rows(plan, cluster))
+        way = Follower(replace(question, workload=self.workload)).way(plan.assignments)
+        depth = self.workload.decode_depth
+        return Placement(plan.assignments, self._chunk_rows(plan, cluster), groupings(way, depth))
 
     def now(self, nodes: Sequence[NodeInfo], links: Links) -> planner.Plan:
         """The plan's stages, predicted anew by the latest measurements of nodes and links."""

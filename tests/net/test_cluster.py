@@ -33,6 +33,7 @@ from shoal.net.events import (
 from shoal.net.messages import Assign, Epoch, Hello, Offer, Peer, Progress
 from shoal.net.placement import COORDINATOR, Placement
 from shoal.planner import Assignment, Device
+from shoal.planner.groups import plain_groupings
 
 NAMES = ("a", "b", "c")
 OFFER = Offer(Device("fake", 10**9, 1e9, 1e9), 8, 1, "fake", True)
@@ -78,7 +79,7 @@ def test_from_the_first_hello_to_serving() -> None:
     state, commands = after(state, Planned(1, THREE))
     assert state.phase == "loading"
     assert commands == [
-        SendAssign(0, Assign(epoch(1), 0, 2, Peer("b", "host", 7002, 101), 4)),
+        SendAssign(0, Assign(epoch(1), 0, 2, Peer("b", "host", 7002, 101), 4, plain_groupings(3))),
         SendAssign(1, Assign(epoch(1), 2, 4, Peer("c", "host", 7003, 102), 4)),
         SendAssign(2, Assign(epoch(1), 4, 6, None, 4)),
     ]
@@ -130,7 +131,7 @@ def test_a_lost_stage_ends_the_epoch_and_the_others_go_on() -> None:
     assert commands == [HangUp(1), Pause(epoch(1)), MakePlan(2, (0, 2))]
     state, commands = after(state, Planned(2, TWO))
     assert commands == [
-        SendAssign(2, Assign(epoch(2), 0, 3, Peer("a", "host", 7001, 100), 4)),
+        SendAssign(2, Assign(epoch(2), 0, 3, Peer("a", "host", 7001, 100), 4, plain_groupings(2))),
         SendAssign(0, Assign(epoch(2), 3, 6, None, 4)),
     ]
     state, commands = after(state, StageLoaded(0, epoch(1)), StageLoaded(2, epoch(1)))
@@ -145,7 +146,9 @@ def test_a_second_loss_during_recovery_plans_once_more() -> None:
     planning, commands = after(state, Left(2, GONE))
     assert commands == [HangUp(2), MakePlan(3, (0,))]
     assert after(planning, Planned(2, TWO)) == (planning, [])
-    assert after(planning, Planned(3, alone))[1] == [SendAssign(0, Assign(epoch(2), 0, 6, None, 4))]
+    assert after(planning, Planned(3, alone))[1] == [
+        SendAssign(0, Assign(epoch(2), 0, 6, None, 4, plain_groupings(1)))
+    ]
     loading, _ = after(state, Planned(2, TWO))
     _, commands = after(loading, Left(2, GONE))
     assert commands == [HangUp(2), Pause(epoch(2)), MakePlan(3, (0,))]

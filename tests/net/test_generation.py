@@ -46,6 +46,40 @@ def test_a_prompt_goes_in_chunks_within_the_window_and_the_last_wants_a_token() 
     assert (decode.first, decode.tokens, decode.want) == (14, (77,), Want.TOKEN)
 
 
+def test_a_stage_may_divide_a_step_and_each_part_is_answered() -> None:
+    g = generation(6)
+    g.start(FIRST)
+    first, last = g.due()
+    assert g.take(replace(answer(first, None), rows=1)) is None
+    assert g.due() == []
+    for wrong in (
+        answer(first, None),
+        Result(3, FIRST.epoch, 1, 4, None),
+        Result(3, FIRST.epoch, 2, 2, None),
+        Result(3, FIRST.epoch, 1, 2, 7),
+    ):
+        with pytest.raises(RemoteProtocolError, match="was not due"):
+            g.take(wrong)
+    assert g.take(Result(3, FIRST.epoch, 1, 3, None)) is None
+    assert g.take(Result(3, FIRST.epoch, 4, 1, None)) is None
+    with pytest.raises(RemoteProtocolError, match="was not due"):
+        g.take(Result(3, FIRST.epoch, 5, 1, None))
+    assert g.take(Result(3, FIRST.epoch, 5, 1, 77)) == 77
+    assert last.want is Want.TOKEN
+
+
+def test_parts_of_an_answer_that_was_left_are_passed_over() -> None:
+    g = generation(8)
+    g.start(FIRST)
+    old = g.due()
+    g.ask([5, 6], 3)
+    (new,) = g.due()
+    assert g.take(replace(answer(old[0], None), rows=3)) is None
+    assert g.take(Result(3, FIRST.epoch, 3, 1, None)) is None
+    assert g.take(answer(old[1], 9)) is None
+    assert g.take(answer(new, 11)) == 11
+
+
 def drive(g: Generation, tokens: list[int]) -> list[int]:
     """Answers whatever is due with the tokens in turn; returns those that became part of the answer."""
     got, waiting = [], list[Step]()

@@ -1,12 +1,16 @@
 """The queue of a stage: order, batches, fairness, and what a Close or an old epoch removes."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from shoal.engine.batch import Sampling, Want
-from shoal.net.inbox import MAX_BYTES, MAX_STEPS, Batch, Inbox, held_bytes
+from shoal.net.inbox import MAX_BYTES, MAX_STEPS, WHOLE_SECONDS, Batch, Inbox, held_bytes, load
 from shoal.net.messages import STEP_LIMIT, Close, Epoch, Open, Step
+from shoal.net.scheduler import Load
+from shoal.planner.groups import Grouping
 
 NOW, OLD = Epoch(1, 2), Epoch(1, 1)
 
@@ -31,8 +35,12 @@ def inbox(*items: Open | Close | Step, max_rows: int = 16, chunk_rows: int = 8) 
     return box
 
 
-def take(box: Inbox) -> Batch:
-    batch = box.take(0.0)
+def prompt(session: int, first: int, count: int, want: Want = Want.NOTHING) -> Step:
+    return Step(session, NOW, first, tuple(range(first, first + count)), want)
+
+
+def take(box: Inbox, now: float = 0.0) -> Batch:
+    batch = box.take(now)
     assert isinstance(batch, Batch)
     return batch
 
@@ -50,9 +58,9 @@ def test_a_batch_takes_one_step_of_each_session_in_order() -> None:
     assert box.take(0.0) is None
 
 
-def test_a_long_prompt_delays_others_by_one_call() -> None:
+def test_rows_that_decode_go_before_rows_of_prompts() -> None:
     box = inbox(*(rows(1, at, 8) for at in range(0, 80, 8)), rows(2, 5), rows(3, 7))
-    assert taken(box) == [(1, 0), (2, 5), (3, 7)]
+    assert taken(box) == [(2, 5), (3, 7), (1, 0)]
     assert taken(box) == [(1, 8)]
 
 
@@ -74,8 +82,8 @@ def test_a_batch_stays_within_its_rows_and_steps() -> None:
 
 def test_a_step_too_long_for_any_batch_goes_alone() -> None:
     box = inbox(rows(1, 0, 50), rows(2, 0))
-    assert taken(box) == [(1, 0)]
     assert taken(box) == [(2, 0)]
+    assert taken(box) == [(1, 0)]
 
 
 def test_another_epoch_is_dropped() -> None:
@@ -125,3 +133,173 @@ def test_a_flood_of_one_sessions_opens_fills_it_too() -> None:
     assert box.full
     take(box)
     assert not box.full
+
+
+# Calls of the previous stage.
+
+
+def passed(session: int, first: int, count: int = 1, *, more: bool = False) -> Step:
+    """Rows as a later stage receives them. Those of a prompt want nothing."""
+    want = Want.TOKEN if count == 1 else Want.NOTHING
+    return Step(session, NOW, first, (1,) * count, want, np.zeros((count, 4), np.float32), more)
+
+
+def test_rows_computed_together_stay_together() -> None:
+    box = inbox(passed(1, 5, more=True), passed(2, 7, more=True), passed(3, 9), passed(4, 1), passed(5, 2))
+    assert taken(box) == [(1, 5), (2, 7), (3, 9)]
+    assert taken(box) == [(4, 1)]
+    assert taken(box) == [(5, 2)]
+    assert box.take(0.0) is None
+
+
+def test_rows_wait_for_the_others_of_their_call_but_not_for_ever() -> None:
+    box = inbox(passed(1, 5, more=True))
+    until = box.take(0.001)
+    assert until == WHOLE_SECONDS
+    box.put(passed(2, 7), 0.002)
+    assert taken(box) == [(1, 5), (2, 7)]
+    box.put(passed(1, 6, more=True), 1.0)
+    assert isinstance(box.take(1.0), float)
+    late = box.take(1.0 + WHOLE_SECONDS)
+    assert isinstance(late, Batch) and [step.session for step in late.steps] == [1]
+    box.put(passed(2, 8), 1.1)
+    assert taken(box) == [(2, 8)]
+
+
+def test_a_session_that_ends_is_missing_from_its_call_alone() -> None:
+    box = inbox(passed(1, 5, more=True), passed(2, 7, more=True), passed(3, 9))
+    box.put(Close(2, NOW), 0.0)
+    assert box.take(0.0) == Batch((Close(2, NOW),), (passed(1, 5, more=True), passed(3, 9)))
+    box = inbox(passed(1, 5), passed(2, 7))
+    box.put(Close(1, NOW), 0.0)
+    assert [step.session for step in take(box).steps] == [2]
+
+
+def test_a_call_with_more_rows_than_a_batch_may_have_goes_in_parts() -> None:
+    steps = [passed(session, 1, more=session < 40) for session in range(41)]
+    box = Inbox(NOW, 256, 256)
+    for step in steps:
+        box.put(step, 0.0)
+    assert [len(take(box).steps), len(take(box).steps)] == [MAX_STEPS, 41 - MAX_STEPS]
+    assert box.take(0.0) is None
+
+
+# Rows of prompts beside sequences that decode. A call takes 5 ms and 0.48 ms a row.
+
+
+def costly(loads: Sequence[Load], pause: float) -> float:
+    return 0.005 + 0.00048 * sum(count for count, _, _ in loads)
+
+
+def busy(streams: int = 1, chunk_rows: int = 64) -> Inbox:
+    """An inbox with sequences that decode, whose rows are back 3 ms after their calls; the last call ended at
+    1.0."""
+    box = Inbox(NOW, 256, chunk_rows, (Grouping(1, 0.01),) * 8, costly)
+    now = 1.0 - 9 * (0.003 + costly([(streams, 0, True)], 0.0))
+    for at in range(9):
+        now = lap(box, range(streams), at, now + 0.003)
+    return box
+
+
+def lap(box: Inbox, sessions: Sequence[int], at: int, now: float) -> float:
+    """Lets rows of these sessions arrive and be computed; returns the end of the call."""
+    for session in sessions:
+        box.put(rows(session, at), now)
+    batch = take(box, now)
+    end = now + costly([load(step) for step in batch.steps], 0.0)
+    box.ran(batch, now, end)
+    return end
+
+
+def parts(batch: Batch | float | None) -> list[tuple[int, int, int]]:
+    assert isinstance(batch, Batch)
+    return [(step.session, step.first, len(step.tokens)) for step in batch.steps]
+
+
+def test_a_prompt_is_divided_so_that_a_call_takes_twice_as_long_at_most() -> None:
+    box = busy()
+    box.put(prompt(50, 0, 64), 1.001)
+    box.put(rows(0, 9), 1.003)
+    # One row takes 5.48 ms, so 11 rows go with it: 5 + 12 * 0.48 = 10.76 ms.
+    assert parts(box.take(1.003)) == [(0, 9, 1), (50, 0, 11)]
+    box.put(rows(0, 10), 1.020)
+    assert parts(box.take(1.020)) == [(0, 10, 1), (50, 11, 11)]
+
+
+def test_the_last_part_of_a_divided_prompt_wants_the_token() -> None:
+    box = busy()
+    box.put(prompt(50, 0, 16, want=Want.TOKEN), 1.001)
+    box.put(rows(0, 9), 1.003)
+    first = take(box, 1.003).steps[1]
+    box.put(rows(0, 10), 1.020)
+    last = take(box, 1.020).steps[1]
+    assert (first.want, first.tokens + last.tokens) == (Want.NOTHING, tuple(range(16)))
+    assert (last.want, last.first) == (Want.TOKEN, 11)
+
+
+def test_a_prompt_waits_for_rows_that_are_due_soon_and_fills_a_longer_gap() -> None:
+    box = busy()
+    box.put(prompt(50, 0, 64), 1.0)
+    # A row is due at 1.003: with it the prompt's rows save a call of 5 ms.
+    assert box.take(1.0) == pytest.approx(1.0033, abs=1e-3)
+    box, now = busy(), 1.0
+    for at in range(9, 60):  # laps get longer
+        now = lap(box, [0], at, now + 0.020)
+    box.put(prompt(50, 0, 64), now)
+    (alone,) = take(box, now).steps
+    # It ends when the row is due, or as long after as that row takes: 20 + 5.48 ms.
+    assert (alone.session, len(alone.tokens)) == (50, 42)
+    assert 0.0250 < costly([load(alone)], 0.0) <= 0.02548
+
+
+def test_prompts_share_what_a_call_may_take_in_turn() -> None:
+    box = busy()
+    for session in (50, 51, 52):
+        box.put(prompt(session, 0, 8), 1.001)
+    box.put(rows(0, 9), 1.003)
+    assert parts(box.take(1.003)) == [(0, 9, 1), (50, 0, 8), (51, 0, 3)]
+    box.put(rows(0, 10), 1.020)
+    assert parts(box.take(1.020)) == [(0, 10, 1), (52, 0, 8), (51, 3, 3)]
+
+
+def test_a_call_of_a_prompt_alone_counts_as_delay_of_the_next() -> None:
+    box = busy()
+    box.ran(Batch((), (prompt(50, 0, 8),)), 1.001, 1.009)
+    box.put(prompt(50, 8, 64), 1.001)
+    box.put(rows(0, 9), 1.003)
+    # The row has waited for 6 ms, more than the 5.48 by which it may be delayed.
+    assert parts(box.take(1.009)) == [(0, 9, 1)]
+
+
+def test_prompts_are_not_divided_while_nothing_decodes_or_no_costs_are_known() -> None:
+    box = Inbox(NOW, 256, 64, (), costly)
+    box.put(prompt(50, 0, 64), 0.0)
+    assert parts(box.take(0.0)) == [(50, 0, 64)]
+    box = Inbox(NOW, 256, 64)
+    box.put(prompt(50, 0, 64), 0.0)
+    box.put(rows(0, 9), 0.0)
+    assert parts(box.take(0.0)) == [(0, 9, 1), (50, 0, 64)]
+
+
+def test_a_prompt_goes_on_row_by_row_where_even_one_row_takes_too_long() -> None:
+    def deep(loads: Sequence[Load], pause: float) -> float:
+        return 0.001 * sum(count * (1 + first / 10) for count, first, _ in loads)
+
+    box = Inbox(NOW, 256, 64, (), deep)
+    box.put(rows(0, 0), 0.0)
+    box.put(prompt(50, 1000, 64), 0.0)
+    assert parts(box.take(0.0)) == [(0, 0, 1), (50, 1000, 1)]
+
+
+def test_what_is_left_of_a_divided_step_counts_for_its_bytes() -> None:
+    box = Inbox(NOW, 256, 4096, (), costly)
+    box.put(rows(0, 0), 0.0)
+    box.put(large(50, 0), 0.0)
+    assert box.full
+    batch = take(box)
+    assert len(batch.steps) == 2 and len(batch.steps[1].tokens) < 64
+    step = batch.steps[1]
+    assert step.hidden is not None and step.hidden.shape == (len(step.tokens), 1023)
+    box.put(Close(50, NOW), 0.0)
+    take(box)
+    assert (box._bytes, bool(box)) == (0, False)

@@ -9,9 +9,11 @@ import pytest
 import trio
 import trio.testing
 
+from shoal.engine.strict import encode
 from shoal.net.errors import MismatchError, NetError, RemoteProtocolError
 from shoal.net.messages import (
     PROTOCOL,
+    Assign,
     Epoch,
     Hello,
 )
@@ -37,7 +39,7 @@ def hostile(lab: ModuleType) -> dict[str, tuple[bytes, bytes | None, type[NetErr
     """What a stranger sends first, what it sends when greeted (None: nothing), and what it is told."""
     hello, step = greeting(lab, "control"), header(32, 0xFFFFFFFF)
     small, remote = header(32, 40), RemoteProtocolError
-    body = b'{"epoch":{"coordinator":1,"counter":1},"first":0,"last":99,"next":null,"chunk_rows":9}'
+    body = encode(Assign(Epoch(1, 1), 0, 99, None, 9))
     return {
         "garbage": (b"GET / HTTP/1.1\r\n\r\n", None, remote, "does not speak shoal's protocol"),
         "random": (random.Random(1).randbytes(5000), None, remote, "does not speak shoal's protocol"),

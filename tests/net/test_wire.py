@@ -41,6 +41,7 @@ from shoal.net.messages import (
 )
 from shoal.net.wire import CLOSED, NEED_DATA, WireProtocol, max_step_rows
 from shoal.planner import Device, LinkSpeed
+from shoal.planner.groups import Grouping
 
 TOP = (1 << 64) - 1
 EPOCH = Epoch(TOP, (1 << 32) - 1)
@@ -62,6 +63,7 @@ EXAMPLES: list[Message] = [
     Pong(4, None, Progress(EPOCH, 0, None, None, 0)),
     Assign(EPOCH, 0, 12, PEER, 128),
     Assign(EPOCH, 12, 32, None, 1),
+    Assign(EPOCH, 0, 12, PEER, 128, (Grouping(1), Grouping(1, 0.004), Grouping(2, 1.5))),
     Release(EPOCH),
     Loaded(EPOCH, 0.25, 10**9),
     Broken(EPOCH, 10, "gone", TOP),
@@ -77,6 +79,7 @@ EXAMPLES: list[Message] = [
     Close(TOP, EPOCH),
     Failed(1, EPOCH, 5, "no room"),
     Step(TOP, EPOCH, 0, (1, 2, 3), Want.NOTHING),
+    Step(7, EPOCH, 3, (1,), Want.TOKEN, more=True),
     Step(7, EPOCH, (1 << 31) - 3, (0, (1 << 31) - 1, 5), Want.TOKEN, HIDDEN),
     Result(TOP, EPOCH, 9, 3, None),
     Result(1, EPOCH, 9, 1, (1 << 31) - 1),
@@ -168,10 +171,16 @@ def control(code: int, body: object) -> bytes:
 
 
 def step_body(
-    rows: int = 1, tokens: tuple[int, ...] = (5,), want: int = 1, cols: int = 0, first: int = 0, more: int = 0
+    rows: int = 1,
+    tokens: tuple[int, ...] = (5,),
+    want: int = 1,
+    cols: int = 0,
+    first: int = 0,
+    more: int = 0,
+    extra: int = 0,
 ) -> bytes:
-    coordinator = struct.pack("<QQIIIB3xI", 1, 2, 3, first, rows, want, cols)
-    return coordinator + struct.pack(f"<{len(tokens)}i", *tokens) + bytes(more)
+    coordinator = struct.pack("<QQIIIBB2xI", 1, 2, 3, first, rows, want, more, cols)
+    return coordinator + struct.pack(f"<{len(tokens)}i", *tokens) + bytes(extra)
 
 
 PING, ASSIGN, LOADED, OPEN, STEP, RESULT, DATA = 3, 5, 7, 13, 32, 33, 34
@@ -245,10 +254,11 @@ HOSTILE: dict[str, tuple[bytes, type, str]] = {
     "no rows": (control(STEP, step_body(0, ())), Step, "0 rows"),
     "too many rows": (control(STEP, step_body(4097, (1,) * 4097)), Step, "4097 rows"),
     "rows that are not there": (control(STEP, step_body(2)), Step, "2 rows and 0 columns has 40 bytes"),
-    "bytes too many": (control(STEP, step_body(more=4)), Step, "has 44 bytes, not 40"),
+    "bytes too many": (control(STEP, step_body(extra=4)), Step, "has 44 bytes, not 40"),
     "columns that are not there": (control(STEP, step_body(cols=9)), Step, "not 76"),
     "sizes that overflow": (control(STEP, step_body(4096, (1,), cols=0xFFFFFFFF)), Step, "columns are more"),
     "logits": (control(STEP, step_body(want=2)), Step, "want = 2"),
+    "neither more nor not": (control(STEP, step_body(more=2)), Step, "more = 2 is neither 0 nor 1"),
     "an unknown want": (control(STEP, step_body(want=255)), Step, "want = 255"),
     "a negative token": (control(STEP, step_body(tokens=(-1,))), Step, "token id -1"),
     "a position out of range": (control(STEP, step_body(first=1 << 31)), Step, "position"),

@@ -1,6 +1,7 @@
 """A stage's batches without a network: what goes on, what goes back, and whose failure it is."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from types import ModuleType
 
 import numpy as np
@@ -118,3 +119,18 @@ def test_statistics_tell_decoding_from_prompts(lab: ModuleType) -> None:
     work.count(Batch((opened(4),), ()), 9.0)
     stats = work.stats()
     assert (stats.epoch, stats.decode, stats.prefill) == (EPOCH, Work(2, 3, 0.5), Work(1, 4, 0.5))
+
+
+def test_all_rows_of_a_call_but_the_last_say_that_more_follow(lab: ModuleType) -> None:
+    work = StageWork(lab.FakeStage(0, 2), EPOCH, last=False)
+    opening = tuple(opened(session) for session in (1, 2, 3))
+    work.do(Batch(opening, ()))
+    steps = tuple(rows(session, 0, (4,)) for session in (1, 2, 3))
+    assert [answer.more for answer in work.do(Batch((), steps))] == [True, True, False]  # type: ignore[union-attr]
+    # The last one fails, and the rows before it are a call without it. What came in says nothing.
+    steps = (replace(rows(1, 1, (4,)), more=True), rows(2, 1, (4,)), rows(3, 9, (4,)))
+    answers = work.do(Batch((), steps))
+    assert isinstance(answers[0], Failed)
+    assert [answer.more for answer in answers[1:]] == [True, False]  # type: ignore[union-attr]
+    (alone,) = work.do(Batch((), (replace(rows(1, 2, (4,)), more=True),)))
+    assert isinstance(alone, Step) and not alone.more

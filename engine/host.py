@@ -144,6 +144,23 @@ def control_groups(controller: str, root: Path = _ROOT) -> Iterator[Path]:
             yield top
 
 
+def on_mains(root: Path = _ROOT) -> bool:
+    """Whether this device runs on mains power, so that a thread may keep a core busy while it waits for a few
+    milliseconds. True on Linux without a battery; False where the system does not tell, as on many phones."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        supplies = list((root / "sys/class/power_supply").iterdir())
+    except FileNotFoundError:
+        return "ANDROID_ROOT" not in os.environ
+    except OSError:
+        return False
+    kinds = [(_text(supply / "type"), _text(supply / "online"), _text(supply / "scope")) for supply in supplies]
+    own = [(kind or "").strip() for kind, _, scope in kinds if (scope or "").strip() != "Device"]
+    plugged = any((kind or "").strip() != "Battery" and _integer(online or "") for kind, online, _ in kinds)
+    return plugged or ("Battery" not in own and "ANDROID_ROOT" not in os.environ)
+
+
 def limit_libraries() -> None:
     """Limits the threads of NumPy's matrix libraries to the CPU quota, by setting OMP_NUM_THREADS.
 

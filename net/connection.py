@@ -1,15 +1,17 @@
 """Connections to a peer over any trio stream, which send and receive messages and raise the errors of
 net/errors.
 
-The caller of `receive` reads. A task of each connection writes what is in its bounded queue, so that a slow
-network delays that connection's messages and not the computation. Only this file handles stream exceptions of
-trio and the operating system; it translates each into an error that names the peer.
+The caller of `receive` reads. A message is written at once by the thread that sends it. Only this file handles
+stream exceptions of trio and the operating system; it translates each into an error that names the peer.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+import socket
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Protocol, TypeVar
 
@@ -33,6 +35,8 @@ from .wire import Signal, WireProtocol
 
 READ_BYTES = 256 * 1024
 FLUSH_SECONDS = 1.0
+LOOK_SECONDS = 0.1
+"""How often a thread that waits for room in a queue looks whether it should stop."""
 QUEUE = 64
 STEP_QUEUE = 4
 """Length of the queue of a `step` connection, whose frames have up to 4 MiB. It is short so that a slow
@@ -55,7 +59,12 @@ async def in_thread(call: Callable[[], T], /) -> T:
 
 
 class Connection:
-    """One end of a connection, made by `open_connection`. `peer` is the name of the other end in errors."""
+    """One end of a connection, made by `open_connection`. `peer` is the name of the other end in errors.
+
+    Messages are written to the socket at once, by the thread that sends them, as far as the socket accepts
+    them. The rest waits in a bounded queue for a task that writes it, so that a slow network delays this
+    connection's messages and not the computation. `post`, `write` and `arrived` may be called from any
+    thread. A stream that is no socket is written by the task alone."""
 
     def __init__(self, stream: trio.abc.Stream, peer: str, *, dialled: bool, queue: int = QUEUE) -> None:
         self.peer = peer
@@ -63,45 +72,117 @@ class Connection:
         """Bytes that have arrived."""
         self._stream = stream
         self._wire = WireProtocol(dialled)
+        self._most = queue
+        self._socket = _raw(stream)
+        self._lock = threading.Condition()
+        """Guards what is below, and writes to the socket."""
+        self._unsent: deque[bytes | memoryview] = deque()
         self._lost: NodeLostError | None = None
-        self._outgoing, self._queue = trio.open_memory_channel[list[bytes]](queue)
-        self._written = trio.Event()
+        self._ending = self._broken = False
+        self._reading = threading.Lock()
+        self._held: ShoalError | None = None
+        """An error to raise once the messages before it were returned."""
+        self._home = trio.lowlevel.current_trio_token(), threading.get_ident()
+        self._news, self._written = trio.Event(), trio.Event()
+
+    @property
+    def handle(self) -> int | None:
+        """The descriptor of the socket, for a thread that waits until it can be read; None if there is
+        none."""
+        return None if self._socket is None else self._socket.fileno()
 
     async def send(self, message: Message) -> None:
-        """Queues a message, waiting while the queue is full. NodeLostError: the connection has ended."""
-        try:
-            await self._outgoing.send(self._wire.send(message))
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            raise self._loss("the connection has ended") from None
-
-    def post(self, message: Message) -> bool:
-        """Queues a message if the queue has room; returns whether it had. NodeLostError: the connection has
+        """Sends or queues a message, waiting while the queue is full. NodeLostError: the connection has
         ended."""
-        try:
-            self._outgoing.send_nowait(self._wire.send(message))
-        except trio.WouldBlock:
-            return False
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            raise self._loss("the connection has ended") from None
-        return True
+        await trio.lowlevel.checkpoint()
+        while not self.post(message):
+            await self._news.wait()
+
+    def post(self, *messages: Message) -> bool:
+        """Sends messages in one write, or queues them, unless the queue is full; returns whether it was not.
+        NodeLostError: the connection has ended."""
+        with self._lock:
+            if self._ending:
+                raise self._loss("the connection has ended")
+            if len(self._unsent) >= self._most:
+                return False
+            data = b"".join(buffer for message in messages for buffer in self._wire.send(message))
+            self._unsent.append(data)
+            if len(self._unsent) == 1:
+                self._flush()
+            if self._unsent:
+                self._tell()
+            return True
+
+    def write(self, messages: Sequence[Message], stopped: Callable[[], bool]) -> None:
+        """Sends messages as `post` does, from a thread of its own; it blocks while the queue is full, until
+        `stopped` says so. NodeLostError: the connection has ended."""
+        while not self.post(*messages):
+            with self._lock:
+                self._lock.wait(LOOK_SECONDS)
+            if stopped():
+                return
 
     async def receive(self) -> Message:
         """Returns the next message. An Error message is raised as the exception that it describes.
 
         NodeLostError: the connection has ended. MismatchError, RemoteProtocolError: the peer is at fault."""
         while True:
-            try:
-                message = self._wire.next_message()
-            except (MismatchError, RemoteProtocolError) as error:
-                raise type(error)(f"{self.peer}: {error}") from error
-            if message is Signal.CLOSED:
-                raise self._loss("it closed the connection")
-            if message is Signal.NEED_DATA:
-                self._wire.receive_data(await self._read())
-            elif isinstance(message, Error):
-                raise from_wire(message.code, message.text, self.peer)
-            else:
+            message = self._next_message()
+            if message is not None:
                 return message
+            self._wire.receive_data(await self._read())
+
+    async def receive_some(self) -> list[Message]:
+        """Returns all messages that have arrived, at least one. Errors as for `receive`; they are raised
+        after the messages before them were returned."""
+        return [await self.receive(), *self._decoded(first=False)]
+
+    def arrived(self) -> list[Message]:
+        """Returns the messages that have arrived, without waiting. Only while no task is in `receive`.
+        Errors as for `receive`."""
+        with self._reading:
+            messages = self._decoded()
+            if messages or self._socket is None:
+                return messages
+            try:
+                data = self._socket.recv(READ_BYTES)
+            except BlockingIOError:
+                return messages
+            except OSError as error:
+                raise self._loss(f"the connection broke ({_cause(error)})") from error
+            self._wire.receive_data(data)
+            return self._decoded()
+
+    def _decoded(self, first: bool = True) -> list[Message]:
+        """The messages that have arrived completely. Unless it is `first`, an error waits for the next
+        call."""
+        messages: list[Message] = []
+        try:
+            while (message := self._next_message()) is not None:
+                messages.append(message)
+        except ShoalError as error:
+            if first and not messages:
+                raise
+            self._held = error
+        return messages
+
+    def _next_message(self) -> Message | None:
+        """The next message, or None if it has not arrived completely."""
+        if self._held is not None:
+            held, self._held = self._held, None
+            raise held
+        try:
+            message = self._wire.next_message()
+        except (MismatchError, RemoteProtocolError) as error:
+            raise type(error)(f"{self.peer}: {error}") from error
+        if message is Signal.CLOSED:
+            raise self._loss("it closed the connection")
+        if message is Signal.NEED_DATA:
+            return None
+        if isinstance(message, Error):
+            raise from_wire(message.code, message.text, self.peer)
+        return message
 
     async def expect(self, kind: type[Kind]) -> Kind:
         """Returns the next message. RemoteProtocolError: it is of another kind."""
@@ -146,24 +227,89 @@ class Connection:
             self._lost = NodeLostError(f"{self.peer} is lost: {why}")
         return NodeLostError(str(self._lost))
 
-    async def _write_queued(self) -> None:
+    async def _write_unsent(self) -> None:
         """The writing task. When a write fails, every later `send` and `receive` raises NodeLostError."""
         try:
-            async for buffers in self._queue:
-                await self._stream.send_all(b"".join(buffers))
+            while not (self._ending and not self._unsent):
+                if not self._unsent:
+                    await self._news.wait()
+                elif self._socket is not None:
+                    await trio.lowlevel.wait_writable(self._socket)
+                    with self._lock:
+                        self._flush()
+                else:
+                    await self._stream.send_all(self._unsent.popleft())
+                if self._broken:
+                    break
+                self._heard()
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            self._broken = True
             self._loss(f"the connection broke ({_cause(error)})")
-            self._queue.close()  # before closing the stream, so that no further `send` appears to succeed
-            await trio.aclose_forcefully(self._stream)
         finally:
-            self._queue.close()
+            self._end()
             self._written.set()
+            if self._broken:
+                self._release()
+                await trio.aclose_forcefully(self._stream)
+
+    def _flush(self) -> None:
+        """Writes what the socket accepts. The caller holds the lock."""
+        if self._socket is None:
+            return
+        try:
+            while self._unsent:
+                data = self._unsent[0]
+                sent = self._socket.send(data)
+                if sent < len(data):
+                    self._unsent[0] = memoryview(data)[sent:]
+                else:
+                    self._unsent.popleft()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._ending = self._broken = True
+            self._loss(f"the connection broke ({_cause(error)})")
+            self._tell()
+
+    def _tell(self) -> None:
+        """Wakes the writing task, from any thread."""
+        token, thread = self._home
+        if threading.get_ident() == thread:
+            self._heard()
+        else:
+            token.run_sync_soon(self._heard, idempotent=True)
+
+    def _heard(self) -> None:
+        """Wakes those who wait for messages to write or for room in the queue."""
+        self._news.set()
+        self._news = trio.Event()
+        with self._lock:
+            self._lock.notify_all()
+
+    def _end(self) -> None:
+        """Ends sending."""
+        with self._lock:
+            self._ending = True
+        self._heard()
 
     async def _drained(self) -> None:
-        """Closes the queue and waits until it is written, for at most a second."""
-        self._outgoing.close()
+        """Ends sending and waits until the queue is written, for at most a second."""
+        self._end()
         with trio.move_on_after(FLUSH_SECONDS, shield=True):
             await self._written.wait()
+
+    def _release(self) -> None:
+        """Forgets the socket, which the stream closes."""
+        with self._reading, self._lock:
+            if self._socket is not None:
+                self._socket.detach()
+            self._socket, self._ending = None, True
+
+
+def _raw(stream: trio.abc.Stream) -> socket.socket | None:
+    """A non-blocking socket of the standard library for the descriptor of a trio stream; None if it has
+    none. It must be detached before the stream closes the descriptor."""
+    return socket.socket(fileno=stream.socket.fileno()) if isinstance(stream, trio.SocketStream) else None
 
 
 def _cause(error: BaseException) -> str:
@@ -190,12 +336,12 @@ async def open_connection(
     """A connection over a stream. On leaving the block the queue is written, then the stream is closed."""
     connection = Connection(stream, peer, dialled=dialled, queue=queue)
     async with open_tasks() as tasks:
-        tasks.start_soon(connection._write_queued)
+        tasks.start_soon(connection._write_unsent)
         try:
             yield connection
             await connection._drained()
         finally:
-            connection._outgoing.close()
+            connection._release()
             await trio.aclose_forcefully(stream)
             tasks.cancel_scope.cancel()
 

@@ -17,6 +17,12 @@ long syscall(long number, ...);
 int sched_yield(void);
 int getpid(void);
 
+struct pollfd {
+  int fd;
+  short events, revents;
+};
+int poll(struct pollfd *watched, unsigned int n, int milliseconds);
+
 struct timespec {
   long tv_sec, tv_nsec;
 };
@@ -32,6 +38,6 @@ int pthread_join(pthread_t thread, void **result);
 
 /* The kernel's numbers on AArch64. */
 enum { CLOCK_MONOTONIC = 1, SYS_futex = 98, FUTEX_WAIT_PRIVATE = 128, FUTEX_WAKE_PRIVATE = 129 };
-enum { AT_HWCAP = 16, AT_HWCAP2 = 26 };
+enum { AT_HWCAP = 16, AT_HWCAP2 = 26, POLLIN = 1 };
 
 #endif

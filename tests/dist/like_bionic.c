@@ -1,5 +1,6 @@
 /* A libc.so with the names and the version of bionic's, for a process that runs on glibc: every call goes on to glibc. */
 #define _GNU_SOURCE
+#include <poll.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdarg.h>
@@ -22,6 +23,7 @@ AS(unsigned long, getauxval, (unsigned long type), (type));
 AS(int, madvise, (void *memory, size_t n, int advice), (memory, n, advice));
 AS(int, sched_yield, (void), ());
 AS(pid_t, getpid, (void), ());
+AS(int, poll, (struct pollfd * watched, unsigned n, int milliseconds), (watched, n, milliseconds));
 AS(int, clock_gettime, (clockid_t clock, struct timespec *now), (clock, now));
 AS(int, pthread_create, (pthread_t * thread, const pthread_attr_t *with, void *(*body)(void *), void *argument),
    (thread, with, body, argument));

@@ -155,7 +155,9 @@ def on_mains(root: Path = _ROOT) -> bool:
         return "ANDROID_ROOT" not in os.environ
     except OSError:
         return False
-    kinds = [(_text(supply / "type"), _text(supply / "online"), _text(supply / "scope")) for supply in supplies]
+    kinds = [
+        (_text(supply / "type"), _text(supply / "online"), _text(supply / "scope")) for supply in supplies
+    ]
     own = [(kind or "").strip() for kind, _, scope in kinds if (scope or "").strip() != "Device"]
     plugged = any((kind or "").strip() != "Battery" and _integer(online or "") for kind, online, _ in kinds)
     return plugged or ("Battery" not in own and "ANDROID_ROOT" not in os.environ)

@@ -1,12 +1,11 @@
 """An assignment: the stage that a node runs in one epoch.
 
-It loads the stage, connects to the next node, and then takes batches from its inbox, runs them in a worker
-thread, and sends the results on.
+It loads the stage, connects to the next node, and then runs the stage's loop (net/stage_loop.py).
 """
 
 from __future__ import annotations
 
-import math
+import os
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -20,20 +19,19 @@ from .connection import Connection, Hop, OpenStream, dial, in_thread, open_tasks
 from .errors import MismatchError, NodeLostError, RemoteProtocolError, to_wire
 from .events import DEFAULT_TIMING, Timing
 from .identity import Identity
-from .inbox import Batch, Inbox
+from .inbox import Inbox
 from .messages import (
     Assign,
     Broken,
     Close,
-    Failed,
+    Epoch,
     Loaded,
     Offer,
     Open,
     Pace,
     Peer,
-    Ping,
+    Pong,
     Progress,
-    Result,
     Stats,
     Step,
     Work,
@@ -41,6 +39,7 @@ from .messages import (
 from .pace import NodePace, Onward
 from .probe import probe
 from .scheduler import Expect
+from .stage_loop import StageLoop, StageParts, TaskLoop, ThreadLoop
 from .watch import ConnectionStalledError, Watch
 from .work import StageLike, StageWork
 
@@ -64,6 +63,10 @@ class NodeParts:
     hop: Hop = in_thread
     open_stream: OpenStream = open_tcp
     expect: Callable[[int, int], Expect] | None = None
+    own_thread: bool = True
+    """Run the loop of a stage in a thread of its own, which needs sockets."""
+    spin: bool = False
+    """Keep a core awake between rows that follow each other closely."""
 
 
 class Assignment:
@@ -86,9 +89,9 @@ class Assignment:
             assign.groupings,
             None if parts.expect is None else parts.expect(assign.first, assign.last),
         )
-        self._arrived, self._taken = trio.Event(), trio.Event()
-        self._scope, self._ended = trio.CancelScope(), trio.Event()
+        self._scope, self._ended, self._ready = trio.CancelScope(), trio.Event(), trio.Event()
         self._work: StageWork | None = None
+        self._loop: StageLoop | None = None
 
     def stop(self) -> None:
         """Cancels the assignment; `run` returns when the stage is closed."""
@@ -115,13 +118,17 @@ class Assignment:
         """Whether the inbox accepts nothing until a batch is taken."""
         return self._inbox.full
 
-    async def put(self, item: Open | Close | Step) -> None:
-        """Queues an item, waiting while the inbox is full; drops it if the assignment has ended."""
-        while self._inbox.full and not self._ended.is_set():
-            await self._taken.wait()
-        if not self._ended.is_set():
-            self._inbox.put(item, trio.current_time())
-            self._arrived.set()
+    @property
+    def epoch(self) -> Epoch:
+        """The epoch of the assignment."""
+        return self._assign.epoch
+
+    async def feed(self, connection: Connection, first: Open | Close | Step) -> None:
+        """Takes a message of the previous stage and reads its connection, until the assignment has ended.
+        Errors as for Connection.receive."""
+        await self._ready.wait()
+        if self._loop is not None and not self._ended.is_set():
+            await self._loop.feed(connection, first)
 
     async def run(self, before: Assignment | None) -> None:
         """Waits until the previous assignment has closed its stage, loads this one, and serves until
@@ -133,7 +140,7 @@ class Assignment:
                 await self._serve()
         finally:
             self._ended.set()
-            self._taken.set()
+            self._ready.set()
 
     async def _serve(self) -> None:
         assign, start = self._assign, trio.current_time()
@@ -144,13 +151,19 @@ class Assignment:
             return
         try:
             async with AsyncExitStack() as stack:
-                onward = None if assign.next is None else await self._reach(stack, assign.next)
-                self._work = StageWork(stage, assign.epoch, last=onward is None)
+                following = None if assign.next is None else await self._reach(stack, assign.next)
+                self._work = StageWork(stage, assign.epoch, last=following is None)
                 expect = self._parts.expect
                 self._pace.assigned(None if expect is None else expect(assign.first, assign.last))
+                self._loop = self._open_loop(
+                    StageParts(
+                        self._inbox, self._work, self._pace, self._onward, following, self._coordinator
+                    )
+                )
+                self._ready.set()
                 seconds = trio.current_time() - start
                 await self._coordinator.send(Loaded(assign.epoch, seconds, self._parts.resident()))
-                await self._steps(self._work, onward or self._coordinator)
+                await self._loop.run()
         except _NextLost as lost:
             assert assign.next is not None
             again = isinstance(lost.error, ConnectionStalledError)
@@ -185,40 +198,21 @@ class Assignment:
             parts.timing,
             busy=lambda: self._work is not None and self._work.busy,
             probe=partial(probe, parts.open_stream, parts.identity, peer, parts.timing.handshake),
-            ponged=lambda nonce: self._onward.answered(nonce, trio.current_time()),
+            ponged=self._ponged,
         )
         try:
             await watch.run()
         except ShoalError as error:
             raise _NextLost(error) from error
 
-    async def _steps(self, work: StageWork, onward: Connection) -> None:
-        """The loop of a stage: takes a batch, runs it in a worker thread, and sends the answers on."""
-        while True:
-            batch = self._inbox.take(trio.current_time())
-            if not isinstance(batch, Batch):
-                self._arrived = trio.Event()
-                with trio.CancelScope(deadline=math.inf if batch is None else batch):
-                    await self._arrived.wait()
-                continue
-            self._taken.set()
-            self._taken = trio.Event()
-            self._pace.began(batch)
-            start = trio.current_time()
-            answers = await self._parts.hop(partial(work.do, batch))
-            end = trio.current_time()
-            work.count(batch, end - start)
-            self._pace.count(batch, start, end)
-            self._inbox.ran(batch, start, end)
-            for answer in answers:
-                connection = self._coordinator if isinstance(answer, Failed | Result) else onward
-                try:
-                    await connection.send(answer)
-                except NodeLostError:  # the task that reads that connection reports its end and cancels this
-                    await trio.sleep_forever()
-            nonce = self._onward.due(answers, end)
-            if nonce is not None:
-                onward.post(Ping(nonce))
+    def _ponged(self, pong: Pong) -> None:
+        if pong.at_once and self._loop is not None:
+            self._onward.answered(pong.nonce, self._loop.clock())
+
+    def _open_loop(self, parts: StageParts) -> StageLoop:
+        if self._parts.own_thread and os.name == "posix":
+            return ThreadLoop(parts, spin=self._parts.spin)
+        return TaskLoop(parts, self._parts.hop)
 
 
 class _NextLost(Exception):

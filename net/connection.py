@@ -1,8 +1,9 @@
 """Connections to a peer over any trio stream, which send and receive messages and raise the errors of
 net/errors.
 
-The caller of `receive` reads. A message is written at once by the thread that sends it. Only this file handles
-stream exceptions of trio and the operating system; it translates each into an error that names the peer.
+The caller of `receive` reads. A message is written at once by the thread that sends it. Only this file
+handles stream exceptions of trio and the operating system; it translates each into an error that names the
+peer.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ class Connection:
         """An error to raise once the messages before it were returned."""
         self._home = trio.lowlevel.current_trio_token(), threading.get_ident()
         self._news, self._written = trio.Event(), trio.Event()
+        self._writing = trio.CancelScope()
 
     @property
     def handle(self) -> int | None:
@@ -151,6 +153,7 @@ class Connection:
                 return messages
             except OSError as error:
                 raise self._loss(f"the connection broke ({_cause(error)})") from error
+            self.received += len(data)
             self._wire.receive_data(data)
             return self._decoded()
 
@@ -230,18 +233,18 @@ class Connection:
     async def _write_unsent(self) -> None:
         """The writing task. When a write fails, every later `send` and `receive` raises NodeLostError."""
         try:
-            while not (self._ending and not self._unsent):
-                if not self._unsent:
-                    await self._news.wait()
-                elif self._socket is not None:
-                    await trio.lowlevel.wait_writable(self._socket)
-                    with self._lock:
-                        self._flush()
-                else:
-                    await self._stream.send_all(self._unsent.popleft())
-                if self._broken:
-                    break
-                self._heard()
+            with self._writing:
+                while not self._broken and (self._unsent or not self._ending):
+                    if not self._unsent:
+                        await self._news.wait()
+                    elif self._socket is not None:
+                        await trio.lowlevel.wait_writable(self._socket)
+                        with self._lock:
+                            self._flush()
+                        self._heard()
+                    else:
+                        await self._stream.send_all(self._unsent.popleft())
+                        self._heard()
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             self._broken = True
             self._loss(f"the connection broke ({_cause(error)})")
@@ -342,8 +345,8 @@ async def open_connection(
             await connection._drained()
         finally:
             connection._release()
+            connection._writing.cancel()
             await trio.aclose_forcefully(stream)
-            tasks.cancel_scope.cancel()
 
 
 async def open_tcp(host: str, port: int) -> trio.abc.Stream:

@@ -128,11 +128,13 @@ class Progress:
 class Pong:
     """The answer to the Ping with the same nonce. A coordinator also gets the pace and the progress of the
     stage, if there is one. On a `step` connection a node also sends a Pong that answers no Ping (nonce 0)
-    while it receives rows or cannot accept more."""
+    while it receives rows or cannot accept more. Unless `at_once`, the Ping may have waited for the end of a
+    stage's call, so its time is no measure of the link."""
 
     nonce: U64
     pace: Pace | None = None
     progress: Progress | None = None
+    at_once: bool = True
 
 
 @dataclass(frozen=True, slots=True)

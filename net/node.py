@@ -207,8 +207,7 @@ class Node:
                 raise AssertionError(f"the wire lets no {type(message).__name__} through")
 
     async def _serve_steps(self, connection: Connection) -> None:
-        """Puts the messages of the previous stage into the inbox of their epoch; drops those without an
-        inbox.
+        """Passes the messages of the previous stage to the assignment of their epoch; drops others.
 
         Accepted only while there is a coordinator, and from a few peers: idle connections must not use up the
         node's connections."""
@@ -230,8 +229,9 @@ class Node:
                             _post(connection, Pong(message.nonce))
                             continue
                         assert isinstance(message, Open | Close | Step)
-                        if self._assignment is not None:
-                            await self._assignment.put(message)
+                        assignment = self._assignment
+                        if assignment is not None and message.epoch == assignment.epoch:
+                            await assignment.feed(connection, message)
             finally:
                 self._steps.discard(scope)
 

@@ -48,8 +48,12 @@ class NodePace:
         self._expect, self._ended, self._calls = expect, None, 0
 
     def began(self, batch: Batch) -> None:
-        """Notes that a call of the stage begins. It is called in any thread, as `count` is."""
+        """Notes that a call of the stage begins. It is called in any thread."""
         self._running = batch
+
+    def returned(self) -> None:
+        """Notes that the call has returned, in any thread; `count` follows once its results are sent."""
+        self._running, self._calls = None, self._calls + 1
 
     def tick(self, now: float) -> None:
         """Measures how long the current call has been running, to the time between two ticks."""
@@ -83,7 +87,6 @@ class NodePace:
     def count(self, batch: Batch, start: float, end: float) -> None:
         """Counts a call of the stage. The first one, which reads weights from disk and allocates pages, does
         not count for the factor."""
-        self._running, self._calls = None, self._calls + 1
         if not batch.steps:
             return
         before, self._ended = self._ended, end

@@ -30,7 +30,7 @@ class ConnectionStalledError(NodeLostError):
 class Watch:
     """The watch of the side that dialled. `busy` tells whether rows or tokens are due: then pings are sent
     more often, and the bound of silence follows the round trips. `probe` connects to the same peer anew and
-    returns when it has greeted. `ponged` is told the nonce of each Pong."""
+    returns when it has greeted. `ponged` is told each Pong."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class Watch:
         *,
         busy: Callable[[], bool],
         probe: Callable[[], Awaitable[object]],
-        ponged: Callable[[int], object] = lambda nonce: None,
+        ponged: Callable[[Pong], object] = lambda pong: None,
     ) -> None:
         self._connection, self._timing = connection, timing
         self._busy, self._probe, self._ponged = busy, probe, ponged
@@ -60,9 +60,9 @@ class Watch:
             message = await self._connection.receive()
             assert isinstance(message, Pong), "the wire lets nothing else through"
             now = self._awake.at(trio.current_time())
-            answered = message.nonce == self._nonce and self._pulse.waiting is not None
+            answered = message.nonce == self._nonce and message.at_once and self._pulse.waiting is not None
             self._pulse = self._pulse.heard(now - self._pulse.pinged if answered else None)
-            self._ponged(message.nonce)
+            self._ponged(message)
 
     def _look(self, now: float, tasks: trio.Nursery) -> None:
         busy, timing, silence = self._busy(), self._timing, self._pulse.silence(now)

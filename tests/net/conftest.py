@@ -167,7 +167,7 @@ class FakeNetwork:
 
         parts = NodeParts(
             identity=identity(name, port, model), offer=OFFER, units=UNITS, open_stage=open_stage,
-            resident=lambda: 1, log=log.append, hop=inline,
+            resident=lambda: 1, log=log.append, hop=inline, own_thread=False,
             open_stream=partial(self.open_stream, source=port),
         )  # fmt: skip
         parts = replace(parts, **changes)

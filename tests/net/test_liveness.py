@@ -99,6 +99,7 @@ def test_a_node_reports_how_far_its_call_is_and_what_it_should_take() -> None:
     # The first call may read the weights from the disk, so it has a bound and no prediction.
     assert pace.progress(EPOCH, 0) == Progress(EPOCH, 0, 60.0, None, 0)
     assert pace.stuck() is None and pace.stuck(0.5) == 60.5
+    pace.returned()
     pace.count(batch(), 9.0, 70.0)
     pace.tick(70.25)
     assert (pace.progress(EPOCH, 0).running, pace.progress(EPOCH, 0).calls) == (None, 1)
@@ -109,6 +110,7 @@ def test_a_node_reports_how_far_its_call_is_and_what_it_should_take() -> None:
     assert pace.stuck() is None  # 3 s, and 8 times half a second
     pace.tick(77.75)
     assert pace.stuck() == 7.25
+    pace.returned()
     pace.count(batch(), 70.3, 77.8)
     assert pace.stuck() is None
 
@@ -119,6 +121,7 @@ def test_calls_that_follow_each_other_are_not_one_long_call() -> None:
     for at in range(100):
         pace.began(batch())
         pace.tick(float(at))
+        pace.returned()
         pace.count(batch(), float(at), at + 0.9)
     assert pace.stuck() is None
 
@@ -128,6 +131,7 @@ def test_a_hot_device_may_take_longer() -> None:
     pace.assigned(lambda steps, pause: 1.0)
     for at in range(300):
         pace.began(batch())
+        pace.returned()
         pace.count(batch(), 10.0 * at, 10.0 * at + 5.0)
     assert pace.slower == pytest.approx(5, rel=1e-3)
     pace.began(batch())
@@ -142,6 +146,7 @@ def test_a_batch_without_rows_has_no_prediction() -> None:
 
     pace = NodePace()
     pace.assigned(refuse)
+    pace.returned()
     pace.count(batch(), 1.0, 2.0)
     pace.began(Batch((Close(1, EPOCH),), ()))
     assert pace.progress(EPOCH, 0).expected is None

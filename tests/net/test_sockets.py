@@ -25,7 +25,9 @@ async def nodes(lab: ModuleType, count: int) -> AsyncIterator[tuple[list[tuple[s
         net, addresses = lab.FakeNetwork(tasks), []
         for i in range(count):
             net.add(f"n{i}")
-            parts = replace(net.nodes[7001 + i].parts, hop=in_thread, open_stream=open_tcp)
+            parts = replace(
+                net.nodes[7001 + i].parts, hop=in_thread, open_stream=open_tcp, own_thread=True, spin=True
+            )
             listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
             await tasks.start(Node(parts).serve, listeners)
             addresses.append(listeners[0].socket.getsockname()[:2])

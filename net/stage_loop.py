@@ -1,0 +1,301 @@
+"""The loop of a stage: takes batches from the inbox, runs them, and sends the results on.
+
+`ThreadLoop` is the usual one: a thread of its own, which reads the socket of the previous stage while it
+waits, runs the batch, and writes to the socket of the next stage, so that no message passes a queue or
+another thread. While a call takes long, a task reads the socket instead, so that pings are answered.
+`TaskLoop` does the same in a task, for streams that are no sockets, with calls in a worker thread.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+import trio
+
+from ..engine.errors import ShoalError
+from ..engine.wait import Wait, waiter
+from .connection import Connection, Hop
+from .errors import NodeLostError
+from .inbox import Batch, Inbox
+from .messages import Close, Failed, Message, Open, Ping, Pong, Result, Step
+from .pace import NodePace, Onward
+from .work import Answer, StageWork
+
+SPIN_SECONDS = 0.01
+"""The longest time for which a thread looks for rows again and again before it sleeps."""
+PUMP_SECONDS = 0.1
+"""How often a task reads for a thread whose call takes long."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageParts:
+    """A stage at work in one epoch: its inbox, its calls, its measurements, and its connections. `following`
+    is the connection to the next stage; None on the last one, whose results go to the coordinator."""
+
+    inbox: Inbox
+    work: StageWork
+    pace: NodePace
+    onward: Onward
+    following: Connection | None
+    coordinator: Connection
+
+    def routed(self, answers: Sequence[Answer], now: float) -> tuple[list[Message], list[Message]]:
+        """The messages for the next stage, with a ping if one is due, and those for the coordinator."""
+        back: list[Message] = [answer for answer in answers if isinstance(answer, Failed | Result)]
+        onward: list[Message] = [answer for answer in answers if not isinstance(answer, Failed | Result)]
+        nonce = self.onward.due(onward, now)
+        return onward if nonce is None else [*onward, Ping(nonce)], back
+
+    def ran(self, batch: Batch, start: float, end: float) -> None:
+        """Counts a batch whose call began and ended at these times."""
+        self.work.count(batch, end - start)
+        self.pace.count(batch, start, end)
+        self.inbox.ran(batch, start, end)
+
+
+class StageLoop(Protocol):
+    """What an assignment needs of a loop."""
+
+    clock: Callable[[], float]
+
+    async def run(self) -> None:
+        """Serves until cancelled."""
+
+    async def feed(self, connection: Connection, first: Message) -> None:
+        """Takes a message of the previous stage and reads its connection, until the loop has ended. Errors
+        as for Connection.receive."""
+
+
+class TaskLoop:
+    """The loop in a task, whose calls run by `hop`."""
+
+    clock: Callable[[], float] = staticmethod(trio.current_time)
+
+    def __init__(self, parts: StageParts, hop: Hop) -> None:
+        self._parts, self._hop = parts, hop
+        self._arrived, self._taken = trio.Event(), trio.Event()
+        self._ended = False
+
+    async def run(self) -> None:
+        try:
+            while True:
+                batch = self._parts.inbox.take(trio.current_time())
+                if isinstance(batch, Batch):
+                    self._wake_feeders()
+                    await self._run(batch)
+                else:
+                    self._arrived = trio.Event()
+                    with trio.CancelScope(deadline=math.inf if batch is None else batch):
+                        await self._arrived.wait()
+        finally:
+            self._ended = True
+            self._wake_feeders()
+
+    async def feed(self, connection: Connection, first: Message) -> None:
+        message = first
+        while not self._ended:
+            if isinstance(message, Ping):
+                await connection.send(Pong(message.nonce))
+            else:
+                while self._parts.inbox.full and not self._ended:
+                    await self._taken.wait()
+                assert isinstance(message, Open | Close | Step)
+                self._parts.inbox.put(message, trio.current_time())
+                self._arrived.set()
+            message = await connection.receive()
+
+    async def _run(self, batch: Batch) -> None:
+        parts, start = self._parts, trio.current_time()
+        parts.pace.began(batch)
+        answers = await self._hop(partial(parts.work.do, batch))
+        parts.pace.returned()
+        end = trio.current_time()
+        onward, back = parts.routed(answers, end)
+        try:
+            for message in back:
+                await parts.coordinator.send(message)
+            for message in onward:
+                assert parts.following is not None
+                await parts.following.send(message)
+        except NodeLostError:  # the task that reads that connection reports its end and cancels this
+            await trio.sleep_forever()
+        parts.ran(batch, start, end)
+
+    def _wake_feeders(self) -> None:
+        self._taken.set()
+        self._taken = trio.Event()
+
+
+@dataclass(eq=False, slots=True)
+class _Source:
+    """A connection from which the thread reads; `error` is the reason why it no longer does."""
+
+    connection: Connection
+    handle: int
+    error: ShoalError | None = None
+    ended: trio.Event = field(default_factory=trio.Event)
+
+
+class ThreadLoop:
+    """The loop in a thread of its own. With `spin` it keeps its core awake between rows that follow each
+    other within SPIN_SECONDS. `feed` and `run` belong to the event loop, the methods after them to the
+    thread, unless they say otherwise."""
+
+    clock: Callable[[], float] = staticmethod(time.perf_counter)
+
+    def __init__(self, parts: StageParts, *, spin: bool) -> None:
+        self._parts, self._spin = parts, spin
+        self._wait: Wait = waiter()
+        self._lock = threading.Lock()
+        """Guards the inbox, the sources, and reading from them."""
+        self._sources: list[_Source] = []
+        self._bell, self._ringer = os.pipe()
+        os.set_blocking(self._ringer, False)
+        os.set_blocking(self._bell, False)
+        self._stopping = self._computing = False
+        self._pause = 0.0
+        """Seconds between asking for rows and their arrival, of late."""
+        self._failure: BaseException | None = None
+        self._token, self._done = trio.lowlevel.current_trio_token(), trio.Event()
+
+    async def run(self) -> None:
+        threading.Thread(target=self._main, name="stage", daemon=True).start()
+        try:
+            await self._done.wait()
+        finally:
+            self._stopping = True
+            self._ring()
+            with trio.CancelScope(shield=True):
+                await self._done.wait()
+            with self._lock:
+                for source in self._sources:
+                    source.ended.set()
+                os.close(self._bell)
+                os.close(self._ringer)
+        if self._failure is not None:
+            raise self._failure
+
+    async def feed(self, connection: Connection, first: Message) -> None:
+        handle = connection.handle
+        if handle is None:
+            raise AssertionError(f"{connection.peer} is not connected by a socket")
+        source = _Source(connection, handle)
+        with self._lock:
+            if self._stopping:
+                return
+            self._take(source, first)
+            self._sources.append(source)
+            self._ring()
+        try:
+            while not source.ended.is_set():
+                with trio.move_on_after(PUMP_SECONDS):
+                    await source.ended.wait()
+                if self._computing:
+                    self._read(source, at_once=False)
+        finally:
+            with self._lock:
+                if source in self._sources:
+                    self._sources.remove(source)
+                if not self._stopping:
+                    self._ring()
+        if source.error is not None:
+            raise source.error
+
+    # --- the thread
+
+    def _main(self) -> None:
+        try:
+            waited = True
+            while not self._stopping:
+                for source in self._sources.copy():
+                    self._read(source, at_once=waited)
+                with self._lock:
+                    batch = self._parts.inbox.take(self.clock())
+                waited = not isinstance(batch, Batch)
+                if isinstance(batch, Batch):
+                    self._run(batch)
+                else:
+                    self._sleep(batch)
+        except BaseException as error:
+            self._failure = error
+        finally:
+            self._call(self._done.set)
+
+    def _sleep(self, until: float | None) -> None:
+        """Waits until a source can be read, the bell rings, or the time has come."""
+        start = self.clock()
+        spin = SPIN_SECONDS if self._spin and self._pause <= SPIN_SECONDS else 0.0
+        handles = [self._bell, *(source.handle for source in self._sources.copy())]
+        self._wait(handles, spin, None if until is None else until - start)
+        self._pause += 0.5 * (min(self.clock() - start, 2 * SPIN_SECONDS) - self._pause)
+        try:
+            os.read(self._bell, 64)
+        except BlockingIOError:
+            return
+
+    def _run(self, batch: Batch) -> None:
+        parts, start = self._parts, self.clock()
+        self._computing = True
+        parts.pace.began(batch)
+        answers = parts.work.do(batch)
+        self._computing = False
+        parts.pace.returned()
+        end = self.clock()
+        onward, back = parts.routed(answers, end)
+        try:
+            if back:
+                parts.coordinator.write(back, self._stopped)
+            if onward:
+                assert parts.following is not None
+                parts.following.write(onward, self._stopped)
+        except NodeLostError:  # the task that reads that connection reports its end and cancels `run`
+            while not self._stopping:
+                self._wait([self._bell], 0.0, None)
+            return
+        with self._lock:
+            parts.ran(batch, start, end)
+
+    def _read(self, source: _Source, *, at_once: bool) -> None:
+        """Takes what has arrived from a source, in either thread, unless the inbox is full."""
+        with self._lock:
+            if self._parts.inbox.full or source not in self._sources:
+                return
+            try:
+                for message in source.connection.arrived():
+                    self._take(source, message, at_once)
+            except ShoalError as error:
+                source.error = error
+                self._sources.remove(source)
+                self._call(source.ended.set)
+
+    def _take(self, source: _Source, message: Message, at_once: bool = True) -> None:
+        """Takes one message, in either thread. The caller holds the lock."""
+        if isinstance(message, Ping):
+            source.connection.post(Pong(message.nonce, at_once=at_once))
+        else:
+            assert isinstance(message, Open | Close | Step)
+            self._parts.inbox.put(message, self.clock())
+
+    def _stopped(self) -> bool:
+        return self._stopping
+
+    def _ring(self) -> None:
+        """Wakes the thread, from any other."""
+        try:
+            os.write(self._ringer, b"!")
+        except BlockingIOError:
+            return  # it has not heard the last ones yet
+
+    def _call(self, function: Callable[[], None]) -> None:
+        """Calls a function in the event loop, from either thread."""
+        try:
+            self._token.run_sync_soon(function)
+        except trio.RunFinishedError:
+            return

@@ -19,6 +19,7 @@ MAY_IMPORT = {
 WITH_TRIO = [
     "net/admission.py",
     "net/assignment.py",
+    "net/stage_loop.py",
     "net/coordinator.py",
     "net/connection.py",
     "net/listen.py",

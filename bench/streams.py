@@ -1,0 +1,97 @@
+"""Tokens/s of several streams over a chain of nodes, beside the best that one process' batches allow:
+
+    python -m bench.streams [MODEL] [--nodes 1,2,3] [--streams 1,2,4,8,16] [--against DIRECTORY]
+
+t(r) is the seconds of a step of r sequences, measured in one process on one core, as `shoal bench --batch r`
+does. k streams over n stages on c = min(n, cores) cores can run as g = 1 to n groups of r1, r2, ... rg
+streams, as even as possible. A lap of a group lasts t(r) or longer, and a lap of all groups needs the sum of
+t(r) of core time. With stages of equal length and messages that cost nothing, the best grouping reaches
+
+    max over g of  k / max(t(r1), (t(r1) + ... + t(rg)) / c)
+
+tokens/s: the column "best"."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+from bench.chain import Chain, Expected, alone, chains, cores, in_turns, opened, over, parser, streamed
+from bench.lab.runs import rate
+from bench.rounds import Samples
+
+PROMPT = 16
+
+
+def groups(streams: int, count: int) -> list[int]:
+    """The sizes of `count` groups of streams, as even as possible, the larger ones first."""
+    return [streams // count + (i < streams % count) for i in range(count)]
+
+
+def batches(streams: Sequence[int], most: int) -> list[int]:
+    """All sizes of groups that `best` asks for."""
+    return sorted({size for k in streams for g in range(1, min(most, k) + 1) for size in groups(k, g)})
+
+
+def best(streams: int, stages: int, most_cores: int, step_s: Mapping[int, float]) -> float:
+    """Tokens/s of the best grouping; `step_s` is t(r) by r."""
+    shared = min(stages, most_cores)
+
+    def lap(sizes: Sequence[int]) -> float:
+        return max(max(step_s[r] for r in sizes), sum(step_s[r] for r in sizes) / shared)
+
+    return streams / min(lap(groups(streams, g)) for g in range(1, min(stages, streams) + 1))
+
+
+def step_seconds(times: Sequence[float]) -> float:
+    """The median of a step, from the times at which a sequence got its tokens."""
+    return statistics.median(b - a for a, b in pairwise(times))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    made = parser("streams", __doc__ or "")
+    made.add_argument("--nodes", default="1,2,3", metavar="N,...", help="(default 1,2,3)")
+    made.add_argument("--streams", default="1,2,4,8,16", metavar="N,...", help="(default 1,2,4,8,16)")
+    made.add_argument("--tokens", type=int, default=96, metavar="N", help="tokens of a stream (default 96)")
+    args = made.parse_args(arguments)
+    counts, streams = ([int(n) for n in text.split(",")] for text in (args.nodes, args.streams))
+    model, checkouts = opened(args)
+    samples, expected = Samples(), Expected(checkouts[0], model, PROMPT)
+    sizes = batches(streams, max(counts))
+
+    def one_process(number: int) -> None:
+        job = {"prompt": PROMPT, "tokens": args.tokens // 2, "batches": sizes}
+        runs = alone(checkouts[0], model, "decode", **job)["runs"]
+        step_s = {size: step_seconds(run["times"][0]) for size, run in zip(sizes, runs, strict=True)}
+        for size in sizes:
+            samples.add(f"one process, a step of {size}, ms", "best", number, step_s[size] * 1e3)
+        for n in counts:
+            for k in streams:
+                samples.add(_figure(n, k), "best", number, best(k, n, len(cores()), step_s))
+
+    def measure(chain: Chain, number: int) -> None:
+        for n in counts:
+            for k in streams:
+                job = {"streams": k, "prompt": PROMPT, "tokens": args.tokens, "context": PROMPT + args.tokens}
+                found = chain.head(n, "decode", **job)
+                expected.check(found["tokens"])
+                samples.add(_figure(n, k), chain.checkout.name, number, rate(found["times"]))
+                rows = f"{over(n)}: rows a call, {streamed(k)}"
+                samples.add(rows, chain.checkout.name, number, statistics.fmean(found["rows"]))
+
+    with chains(checkouts, model, max(counts)) as running:
+        turns = [lambda number, chain=chain: measure(chain, number) for chain in running]
+        in_turns(args.rounds, [one_process, *turns])
+    print(f"\n{samples.report('this')}")
+    samples.save(args.output, {"command": "bench.streams", "model_hash": model.hash, "cores": len(cores())})
+    return 0
+
+
+def _figure(nodes: int, streams: int) -> str:
+    return f"{over(nodes)}: tokens/s, {streamed(streams)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -24,6 +24,7 @@ from .calls import Calls, Flag
 from .errors import CancelledRunError, ContextError, MissingDependencyError
 from .kv import PagePool, SequenceKv
 from .kv_page import page_bytes
+from .layout import PAGE
 from .memory import trim_heap
 from .model_directory import Model
 from .threads import chosen
@@ -115,9 +116,14 @@ class Stage:
         return self._pool.used
 
     @property
+    def page_positions(self) -> int:
+        """Positions of a page of keys and values."""
+        return PAGE
+
+    @property
     def kv_pages(self) -> int | None:
-        """The number of pages of 256 positions that the sequences may hold together, counted in each layer:
-        a sequence of n positions takes ceil(n / 256) of them. None: no cap, or units without state."""
+        """The number of pages that the sequences may hold together, counted in each layer: a sequence of n
+        positions takes ceil(n / page_positions). None: no cap, or units without state."""
         limit, kv_type = self.options.kv_bytes, self.model.kv_dtype
         states = [state for unit in self._states[self.first : self.last] for state in unit]
         each = sum(page_bytes(state, kv_type) for state in states)

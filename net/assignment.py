@@ -32,6 +32,7 @@ from .messages import (
     Peer,
     Pong,
     Progress,
+    Room,
     Stats,
     Step,
     Work,
@@ -162,7 +163,9 @@ class Assignment:
                 )
                 self._ready.set()
                 seconds = trio.current_time() - start
-                await self._coordinator.send(Loaded(assign.epoch, seconds, self._parts.resident()))
+                pages = stage.kv_pages
+                room = None if pages is None else Room(pages, stage.page_positions)
+                await self._coordinator.send(Loaded(assign.epoch, seconds, self._parts.resident(), room))
                 await self._loop.run()
         except _NextLost as lost:
             assert assign.next is not None

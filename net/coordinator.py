@@ -18,7 +18,7 @@ from ..engine.batch import Sampling
 from ..engine.errors import ShoalError
 from ..planner import LinkSpeed
 from . import events
-from .admission import SessionSlots
+from .admission import Admission, ChainRoom
 from .cluster import ClusterState, Member, decide, peer_of
 from .connection import Connection, Hop, Kind, OpenStream, dial, in_thread, open_tasks, open_tcp
 from .errors import NodeLostError, RemoteProtocolError, from_wire
@@ -86,7 +86,8 @@ class Coordinator:
                 ...
 
     `open` returns when the chain is loaded. Any number of sessions may run at once, in tasks of their own;
-    `max_sessions` of them are served at a time, the others wait. When a node is lost, the coordinator plans
+    `max_sessions` of them are served at a time, and no more than the nodes have room for; the others wait in
+    order (net/admission). When a node is lost, the coordinator plans
     again with the others and the answers go on. If that is impossible, the block ends with an error that
     names the node: NodeLostError, MismatchError, NoPlanError, or an error of that node's engine.
 
@@ -120,7 +121,7 @@ class Coordinator:
         self._events, self._inbound = trio.open_memory_channel[Event](64)
         self._chain: Chain | None = None
         self._changed = trio.Event()
-        self._slots = SessionSlots(options.max_sessions)
+        self._admission = Admission(options.max_sessions)
         self._numbers = count()
         self._tasks: trio.Nursery
 
@@ -166,7 +167,7 @@ class Coordinator:
         of which computes only the new part of its prompt."""
         most = self.shape.context if context is None else min(context, self.shape.context)
         generation = Generation(0, sampling or Sampling(), most, self.shape.vocab)
-        return Session(self, generation, self._slots, self._numbers)
+        return Session(self, generation, self._admission, self._numbers)
 
     def generate(
         self,
@@ -388,6 +389,7 @@ class Coordinator:
                     return
                 # One Step for each stage, and one on each of the two links to the coordinator.
                 flow = Flow(epoch, placement.chunk_rows, len(placement.stages) + 2)
+                self._admission.open(self._room())
                 self._chain = chain = Chain(flow, connection)
                 self._changed.set()
                 self._changed = trio.Event()
@@ -407,6 +409,17 @@ class Coordinator:
         chain, self._chain = self._chain, None
         if chain is not None:
             chain.end()
+
+    def _room(self) -> ChainRoom:
+        """The room of the chain, which has just been loaded: that of the node with the least."""
+        rooms = []
+        for member in self._state.holders():
+            loaded = self._peers[member].loaded
+            if loaded is not None and loaded.room is not None:
+                rooms.append(
+                    ChainRoom(self._state.members[member].label, loaded.room.pages, loaded.room.positions)
+                )
+        return min(rooms, key=lambda room: (room.pages or 0) * room.page, default=ChainRoom())
 
     def _info(self, member: int) -> NodeInfo:
         where = self._state.members[member]

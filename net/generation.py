@@ -64,6 +64,10 @@ class Generation:
             if not 0 <= token < self.vocab:
                 raise ValueError(f"the prompt holds the token id {token}, which is not in [0, {self.vocab})")
 
+    def most(self, prompt: Sequence[int], max_tokens: int) -> int:
+        """The most positions that an answer runs. Its last token is sampled and not run."""
+        return min(len(prompt) + max_tokens - 1, self.context) if max_tokens > 0 else 0
+
     def ask(self, prompt: Sequence[int], max_tokens: int, end: Collection[int] = ()) -> None:
         """Begins an answer. The common prefix of `prompt` and the tokens that the chain holds is not sent
         again. The prompt's last token always is, since the answer's first token is sampled from its logits.

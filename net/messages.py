@@ -171,13 +171,23 @@ class Release:
 
 
 @dataclass(frozen=True, slots=True)
+class Room:
+    """The room of a stage for keys and values: `pages` in each of its layers, of `positions` positions each.
+    A session takes whole pages."""
+
+    pages: Bytes
+    positions: Rows
+
+
+@dataclass(frozen=True, slots=True)
 class Loaded:
     """Report that the stage is loaded and the next node connected. `ram_bytes` is the process's resident
-    memory."""
+    memory. `room` is None if the stage has no limit of keys and values, or no layer with them."""
 
     epoch: Epoch
     seconds: Seconds
     ram_bytes: Bytes
+    room: Room | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,8 @@ from typing import Protocol, Self
 
 import trio
 
-from .admission import SessionSlots
+from ..engine.errors import ContextError
+from .admission import Admission
 from .connection import Connection
 from .errors import NodeLostError, from_wire
 from .generation import Flow, Generation
@@ -60,6 +61,23 @@ class Chain:
         except NodeLostError:
             self.closing.clear()  # the epoch is over, so the nodes free all sessions
 
+    def post(self, message: Open | Step) -> bool:
+        """Sends a message if the connection accepts it and all Close messages before it, whose room it may
+        need; returns whether it did. NodeLostError: the connection has ended."""
+        self.flush()
+        return not self.closing and self.connection.post(message)
+
+    async def send(self, message: Open | Step) -> None:
+        """Sends a message after the waiting Close messages. NodeLostError: the connection has ended."""
+        while self.closing:
+            close = self.closing.popleft()
+            try:
+                await self.connection.send(close)
+            except BaseException:
+                self.closing.appendleft(close)
+                raise
+        await self.connection.send(message)
+
     def end(self) -> None:
         """Ends the epoch and wakes the sessions that wait for results."""
         self.ended.set()
@@ -87,12 +105,15 @@ class Session:
     answer. An answer may be left before its end. Leaving the session frees its state on all nodes."""
 
     def __init__(
-        self, chains: Chains, generation: Generation, slots: SessionSlots, numbers: Iterator[int]
+        self, chains: Chains, generation: Generation, admission: Admission, numbers: Iterator[int]
     ) -> None:
-        self._chains, self._generation, self._slots, self._numbers = chains, generation, slots, numbers
+        self._chains, self._generation, self._numbers = chains, generation, numbers
+        self._admission = admission
         self._chain: Chain | None = None
         self._answers: trio.MemoryReceiveChannel[Result | Failed] | None = None
         self._unsent: deque[Open | Step] = deque()
+        self._sending: trio.CancelScope | None = None
+        """Cancelled when the session is left while a message waits to be sent."""
         self._answering = False
 
     async def __aenter__(self) -> Self:
@@ -108,14 +129,15 @@ class Session:
     ) -> Answer:
         """The answer to a prompt of token ids. Unless `keep`, the session's state is freed after it.
 
-        ContextError: the prompt does not fit. ValueError: a token id is not in the vocabulary."""
+        ContextError: the prompt does not fit; raised on entering the answer: the chain has no room for it.
+        ValueError: a token id is not in the vocabulary."""
         self._generation.check(prompt)
         return Answer(self, prompt, max_tokens, end, keep=keep)
 
     def close(self) -> None:
         """Ends the session and frees its state on all nodes."""
-        self._slots.forget(self)
         self.leave()
+        self._admission.forget(self)
 
     def leave(self) -> None:
         """Frees the session's state on all nodes. The next answer computes its whole prompt."""
@@ -124,16 +146,20 @@ class Session:
             self._chain.leave(close)
         self._chain = self._answers = None
         self._unsent.clear()
+        if self._sending is not None:
+            self._sending.cancel()
 
     async def begin(self, prompt: Sequence[int], max_tokens: int, end: Collection[int]) -> None:
-        """Waits for a slot and begins an answer. ValueError: an answer of this session has not ended."""
+        """Waits for admission and begins an answer. ContextError: the chain cannot hold it. ValueError: an
+        answer of this session has not ended."""
         if self._answering:
             raise ValueError(
                 "a session gives one answer at a time: leave the previous answer, or open another session"
             )
         self._answering = True
         try:
-            await self._slots.take(self)
+            most = self._generation.most(prompt, max_tokens)
+            await self._admission.begin(self, min(len(prompt), most), most)
         except BaseException:
             self._answering = False
             raise
@@ -143,7 +169,7 @@ class Session:
         """Ends an answer, complete or not."""
         if not keep:
             self.leave()
-        self._slots.give(self, keep=keep)
+        self._admission.end(self, keep=keep and self._chain is not None)
         self._answering = False
 
     async def next_token(self) -> int | None:
@@ -152,10 +178,13 @@ class Session:
         while not self._generation.finished:
             answer = await self._answer()
             if isinstance(answer, Failed):
-                # State of earlier answers, of this or idle sessions, may be the cause: retry without it.
+                # State of earlier answers, of this or idle sessions, may be the cause: retry without it. If
+                # other answers hold the room, retry when one has ended.
                 carried = self._generation.carried
                 self.leave()
-                if carried or self._slots.make_room():
+                if carried or self._admission.make_room():
+                    continue
+                if answer.code == ContextError.exit_code and self._admission.refused(self):
                     continue
                 self._generation.close()
                 raise from_wire(answer.code, answer.text, "the nodes")
@@ -168,39 +197,59 @@ class Session:
         return None
 
     async def _answer(self) -> Result | Failed | None:
-        """Sends the due messages and waits for a result; None if the epoch ended instead."""
+        """Sends the due messages and waits for a result; None if the epoch ended instead, or the session was
+        set aside. ContextError: it was, since the chain has no room for it alone."""
+        if self._answers is None:
+            await self._join()
+        chain, answers = self._chain, self._answers
+        assert chain is not None and answers is not None
         try:
-            if self._answers is None:
-                await self._join()
-            assert self._chain is not None and self._answers is not None
-            self._unsent.extend(self._generation.due())
-            while self._unsent:
-                await self._chain.connection.send(self._unsent[0])
-                self._unsent.popleft()
-            return await self._answers.receive()
+            if not self._post_due():
+                await self._send_unsent(chain)
+            answer = await answers.receive()
+            return answer if self._answers is answers else None
         except (trio.EndOfChannel, NodeLostError):
-            assert self._chain is not None
-            await self._chain.ended.wait()
-            self._answers = None
+            if self._chain is chain:
+                await chain.ended.wait()
+                self._answers = None
             return None
 
     async def _join(self) -> None:
+        await self._admission.admitted(self)
+        chain = await self._chains.chain()
+        while not self._admission.runs(self):  # the room of a new chain may be less
+            await self._admission.admitted(self)
+            chain = await self._chains.chain()
         self._unsent.clear()
-        self._chain = await self._chains.chain()
+        self._chain = chain
         self._generation.session = next(self._numbers)  # results for an earlier number may still arrive
         opening = self._generation.start(self._chain.flow)
         # Not sent here, so that a caller cancelled while sending does not lose it.
         self._unsent.append(opening)
         self._answers = self._chain.join(opening.session)
 
-    def _post_due(self) -> None:
+    def _post_due(self) -> bool:
+        """Sends the due messages, as many as the connection accepts now; returns whether those are all. A
+        session whose next position has no room is set aside instead."""
+        if self._generation.finished or not self._admission.grow(self, len(self._generation.known)):
+            return True
         assert self._chain is not None
         self._unsent.extend(self._generation.due())
         try:
-            while self._unsent and self._chain.connection.post(self._unsent[0]):
+            while self._unsent and self._chain.post(self._unsent[0]):
                 self._unsent.popleft()
         except NodeLostError:
-            return  # the next call finds that the epoch has ended, and sends everything again
+            return True  # the next call finds that the epoch has ended, and sends everything again
+        return not self._unsent
+
+    async def _send_unsent(self, chain: Chain) -> None:
+        """Sends the rest, unless the session is set aside meanwhile."""
+        with trio.CancelScope() as self._sending:
+            while self._unsent:
+                await chain.send(self._unsent[0])
+                if self._chain is chain:
+                    self._unsent.popleft()
+        self._sending = None
 
 
 class Answer:

@@ -119,6 +119,14 @@ class SlowStage:
         self._stage, self._slowness, self._clock, self._turn = stage, slowness, clock, turn
         self._late = 0.0
 
+    @property
+    def kv_pages(self) -> int | None:
+        return self._stage.kv_pages
+
+    @property
+    def page_positions(self) -> int:
+        return self._stage.page_positions
+
     def open_sequence(self, sequence: int, sampling: Sampling, context: int) -> None:
         self._stage.open_sequence(sequence, sampling, context)
 

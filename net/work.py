@@ -19,14 +19,22 @@ from .inbox import Batch
 from .messages import Close, Epoch, Failed, Open, Result, Stats, Step, Work
 
 MAX_SESSIONS = 256
-STAGE_ERRORS = (ShoalError, ValueError, FloatingPointError)
+STAGE_ERRORS = (ShoalError, ValueError, FloatingPointError, MemoryError)
 """Exceptions of a stage for invalid rows, or rows without room. They end a session, not the node."""
 
 Answer = Open | Close | Step | Result | Failed
 
 
 class StageLike(Protocol):
-    """The methods of engine.stage.Stage that a node uses."""
+    """The members of engine.stage.Stage that a node uses."""
+
+    @property
+    def kv_pages(self) -> int | None:
+        """Pages of keys and values in each layer that all sequences may hold; None: no limit."""
+
+    @property
+    def page_positions(self) -> int:
+        """Positions of a page."""
 
     def open_sequence(self, sequence: int, sampling: Sampling, context: int) -> object:
         """Begins a sequence."""
@@ -127,6 +135,10 @@ class StageWork:
         self._stage.close_sequence(session)
 
     def _failed(self, session: int, error: Exception) -> Failed:
+        if isinstance(error, MemoryError):
+            error = ContextError(
+                "the system had no memory for these rows: end other requests, or other programs on that node"
+            )
         return Failed(session, self._epoch, *to_wire(error))
 
 

@@ -30,6 +30,7 @@ from shoal.net.placement import Planner
 from shoal.planner import Device
 
 UNITS, VOCAB, CONTEXT, COLS, PRIME = 6, 97, 64, 2, 65521
+PAGE = 4
 SHAPE = ModelShape(UNITS, VOCAB, CONTEXT, COLS)
 OFFER = Offer(
     Device("fake", ram_bytes=10**9, read_bytes_per_s=1e9, macs_per_s=1e9, base_bytes=10**7),
@@ -42,19 +43,24 @@ def identity(name: str, incarnation: int, model: str = "aa" * 32) -> Identity:
 
 
 class FakeStage:
-    """Units [first, last) of the arithmetic model. `room` caps the positions held by all sequences."""
+    """Units [first, last) of the arithmetic model. `room` caps the positions held by all sequences, and
+    `kv_pages` pages of PAGE positions, of which sequences take whole ones."""
 
-    def __init__(self, first: int, last: int, room: int = 10**9) -> None:
-        self.first, self.last, self.room = first, last, room
+    page_positions = PAGE
+
+    def __init__(self, first: int, last: int, room: int = 10**9, pages: int | None = None) -> None:
+        self.first, self.last, self.room, self.kv_pages = first, last, room, pages
         self.sequences: dict[int, tuple[Sampling, int, list[list[int]]]] = {}
         self.batches: list[list[tuple[int, int, int]]] = []
         self.closed = False
+        self.most_open = 0
 
     def open_sequence(self, sequence: int, sampling: Sampling, context: int) -> None:
         assert not self.closed
         if sequence in self.sequences:
             raise ValueError(f"sequence {sequence} is open already")
         self.sequences[sequence] = (sampling, context, [[] for _ in range(self.first, self.last)])
+        self.most_open = max(self.most_open, len(self.sequences))
 
     def run(self, batch: Sequence[Run]) -> list[Result]:
         assert not self.closed
@@ -69,6 +75,10 @@ class FakeStage:
             raise ValueError(f"rows from {run.first}: the sequence holds {len(states[0])} positions")
         if held - len(states[0]) + run.first + len(run.tokens) > self.room:
             raise ContextError("keys and values have filled the MB promised to them")
+        others = [len(state[0]) for s, (_, _, state) in self.sequences.items() if s != run.sequence]
+        pages = sum(-(-n // PAGE) for n in (*others, run.first + len(run.tokens)))
+        if self.kv_pages is not None and pages > self.kv_pages:
+            raise ContextError(f"{pages} pages are more than the {self.kv_pages} promised")
         if self.first == 0:
             values = list(run.tokens)
         else:
@@ -155,14 +165,22 @@ class FakeNetwork:
     nodes: dict[int, FakeNode] = field(default_factory=dict)
     unreachable: set[int] = field(default_factory=set)
 
-    def add(self, name: str, *, room: int = 10**9, model: str = "aa" * 32, **changes: Any) -> tuple[str, int]:
+    def add(
+        self,
+        name: str,
+        *,
+        room: int = 10**9,
+        pages: int | None = None,
+        model: str = "aa" * 32,
+        **changes: Any,
+    ) -> tuple[str, int]:
         """A new node; its address."""
         port = 7001 + len(self.nodes)
         stages: list[FakeStage] = []
         log: list[str] = []
 
         def open_stage(first: int, last: int) -> FakeStage:
-            stages.append(FakeStage(first, last, room))
+            stages.append(FakeStage(first, last, room, pages))
             return stages[-1]
 
         parts = NodeParts(

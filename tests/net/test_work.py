@@ -75,6 +75,8 @@ def test_an_engine_error_keeps_its_code(lab: ModuleType) -> None:
 class NotFinite:
     """A stage that meets NaN."""
 
+    kv_pages, page_positions = None, 256
+
     def open_sequence(self, sequence: int, sampling: Sampling, context: int) -> None:
         pass
 
@@ -92,6 +94,36 @@ def test_numbers_that_are_none_end_the_session() -> None:
     work = StageWork(NotFinite(), EPOCH, last=True)
     step = Step(1, EPOCH, 0, (1,), Want.TOKEN, np.full((1, 2), np.nan, np.float32))
     assert work.do(Batch((opened(1),), (step,))) == [Failed(1, EPOCH, 13, "NaN in layer 3")]
+
+
+def test_without_memory_one_session_ends_and_the_others_of_its_batch_go_on(
+    lab: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = lab.FakeStage(0, lab.UNITS)
+    work, run, begin = StageWork(stage, EPOCH, last=True), stage.run, stage.open_sequence
+
+    def short_of_memory(batch: Sequence[Run]) -> list[StageResult]:
+        if any(run.sequence == 2 for run in batch):
+            raise MemoryError
+        return run(batch)  # type: ignore[no-any-return]
+
+    def short_of_memory_for(sequence: int, sampling: Sampling, context: int) -> None:
+        if sequence == 4:
+            raise MemoryError("Unable to allocate 1.00 GiB")
+        begin(sequence, sampling, context)
+
+    monkeypatch.setattr(stage, "run", short_of_memory)
+    monkeypatch.setattr(stage, "open_sequence", short_of_memory_for)
+    steps = tuple(rows(session, 0, (session,)) for session in (1, 2, 3, 4))
+    refused, first, second, third = work.do(Batch(tuple(map(opened, (1, 2, 3, 4))), steps))
+    assert (first, third) == (
+        Result(1, EPOCH, 0, 1, lab.oracle([1], 1)[0]),
+        Result(3, EPOCH, 0, 1, lab.oracle([3], 1)[0]),
+    )
+    for failed, session in ((second, 2), (refused, 4)):
+        assert isinstance(failed, Failed) and failed.session == session
+        assert failed.code == ContextError.exit_code and "no memory for these rows: end other" in failed.text
+    assert set(stage.sequences) == {1, 3}
 
 
 def test_a_mistake_of_ours_is_not_a_sessions_failure(lab: ModuleType) -> None:

@@ -26,7 +26,7 @@ BLOCK = LAYERS * page_bytes(STATE, "f16")
 """Bytes of 256 positions in all layers: 5.9 MB."""
 LIMIT = 60_000_000
 ROOM = LIMIT // BLOCK
-SLACK = 3 * MIB // 2
+SLACK = 3 * MIB
 """What Python and the C library take beside the pages while a test runs."""
 
 

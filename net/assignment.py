@@ -16,7 +16,7 @@ import trio
 from ..engine.errors import ShoalError
 from ..planner import LinkSpeed
 from .connection import Connection, Hop, OpenStream, dial, in_thread, open_tasks, open_tcp
-from .errors import MismatchError, NodeLostError, RemoteProtocolError, to_wire
+from .errors import NetError, to_wire
 from .events import DEFAULT_TIMING, Timing
 from .identity import Identity
 from .inbox import Inbox
@@ -124,6 +124,11 @@ class Assignment:
         """The epoch of the assignment."""
         return self._assign.epoch
 
+    @property
+    def previous(self) -> int:
+        """The incarnation of the only peer that may send rows."""
+        return self._assign.previous
+
     async def feed(self, connection: Connection, first: Open | Close | Step) -> None:
         """Takes a message of the previous stage and reads its connection, until the assignment has ended.
         Errors as for Connection.receive."""
@@ -186,7 +191,7 @@ class Assignment:
                     seconds=parts.timing.handshake, peer=peer,
                 )
             )  # fmt: skip
-        except (NodeLostError, MismatchError, RemoteProtocolError) as error:
+        except NetError as error:
             raise _NextLost(error) from error
         tasks = await stack.enter_async_context(open_tasks())
         stack.callback(tasks.cancel_scope.cancel)

@@ -221,17 +221,26 @@ def _load(state: ClusterState) -> Outcome:
     epoch = replace(state.epoch, counter=state.epoch.counter + 1)
     state = replace(state, phase="loading", epoch=epoch, loaded=frozenset())
     holders = state.holders()
-    peers = [peer_of(state.members[i]) for i in holders[1:]]
+    peers = [peer_of(state.members[i]) for i in holders]
+    before = (epoch.coordinator, *(peer.incarnation for peer in peers[:-1]))
     placement = state.placement
     groupings = placement.groupings or plain_groupings(len(placement.stages))
     assigns = tuple(
         SendAssign(
             i,
             Assign(
-                epoch, stage.first, stage.last, after, placement.chunk_rows, () if stage.first else groupings
+                epoch,
+                stage.first,
+                stage.last,
+                after,
+                placement.chunk_rows,
+                previous,
+                () if stage.first else groupings,
             ),
         )
-        for i, stage, after in zip(holders, placement.stages, (*peers, None), strict=True)
+        for i, stage, after, previous in zip(
+            holders, placement.stages, (*peers[1:], None), before, strict=True
+        )
     )
     idle = tuple(SendRelease(i, epoch) for i in state.alive() if i not in holders)
     return state, (*idle, *assigns)
@@ -240,7 +249,8 @@ def _load(state: ClusterState) -> Outcome:
 def peer_of(member: Member) -> Peer:
     """The address and incarnation by which another node connects to a member."""
     assert member.hello is not None
-    return Peer(member.hello.name, member.host, member.port, member.hello.incarnation)
+    hello = member.hello
+    return Peer(hello.name, member.host, member.port, hello.incarnation, hello.ticket)
 
 
 def _loaded(state: ClusterState, member: int, epoch: Epoch) -> Outcome:

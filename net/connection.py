@@ -386,7 +386,7 @@ async def dial(
     ) as connection:
         hello = None
         with trio.move_on_at(deadline):
-            await connection.send(me.hello(purpose))
+            await connection.send(me.hello(purpose, ticket=0 if peer is None else peer.ticket))
             hello = await connection.expect(Hello)
         if hello is None:
             raise NodeLostError(
@@ -405,21 +405,23 @@ async def greet(
     offer: Offer,
     *,
     seconds: float,
-    admit: Callable[[Hello], Awaitable[None]],
+    admit: Callable[[Hello], Awaitable[int]],
 ) -> Hello:
-    """The counterpart of `dial` on the side that was dialled: receives a Hello, checks it, asks `admit`,
-    answers.
+    """The counterpart of `dial` on the side that was dialled: receives a Hello, checks it, asks `admit` for
+    the ticket in the answer, answers.
 
     NodeLostError: no Hello within `seconds`. MismatchError: the two cannot compute together. Errors of
     `admit`."""
+    hello = None
     with trio.move_on_after(seconds):
         hello = await connection.expect(Hello)
-        connection.peer = f"{hello.name} ({connection.peer})"
-        check_hello(me, hello, connection.peer)
-        await admit(hello)
-        await connection.send(me.hello(hello.purpose, offer))
-        return hello
-    raise NodeLostError(f"{connection.peer} connected and did not say Hello within {seconds:g} s")
+    if hello is None:
+        raise NodeLostError(f"{connection.peer} connected and did not say Hello within {seconds:g} s")
+    connection.peer = f"{hello.name} ({connection.peer})"
+    check_hello(me, hello, connection.peer)
+    ticket = await admit(hello)
+    await connection.send(me.hello(hello.purpose, offer, ticket))
+    return hello
 
 
 def is_peers_fault(error: ShoalError) -> bool:

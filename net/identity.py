@@ -24,9 +24,11 @@ class Identity:
     numerics: int
     model: str
 
-    def hello(self, purpose: Purpose, offer: Offer | None = None) -> Hello:
+    def hello(self, purpose: Purpose, offer: Offer | None = None, ticket: int = 0) -> Hello:
         """The first message of this process on a connection."""
-        return Hello(purpose, self.name, self.incarnation, self.engine, self.numerics, self.model, offer)
+        return Hello(
+            purpose, self.name, self.incarnation, self.engine, self.numerics, self.model, offer, ticket
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,9 @@ from .errors import AddressInUseError, NetError
 _TRIES = 20
 """How many free ports of the first address are tried on the others before giving up."""
 _ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+_FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_FULL_SECONDS = 0.1
+_BATCH, _SILENT = 128, 16
 _FAR = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
 """Addresses reserved for documentation. The route to them is the default route."""
 
@@ -64,6 +67,57 @@ async def listen(host: str, numeric: Sequence[str], port: int) -> list[trio.Sock
                     "port (0 takes a free one)"
                 ) from error
             raise NetError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+
+
+async def accept(listener: trio.SocketListener) -> list[trio.SocketStream]:
+    """Waits for connections, and returns those to serve of up to _BATCH that have arrived.
+
+    A flood of connections must not delay the one that matters, and most of a flood says nothing. So of the
+    connections that have sent nothing yet only the newest _SILENT are served, and the others are closed at
+    once, which costs far less. When the process has no file descriptors left, it waits for some."""
+    arrived: list[socket.socket] = []
+    raw = socket.socket(fileno=listener.socket.fileno())  # trio's socket accepts one connection in each turn
+    try:
+        raw.setblocking(False)
+        while not arrived:
+            await trio.lowlevel.wait_readable(listener.socket)
+            if not _accept_ready(raw, arrived):
+                await trio.sleep(_FULL_SECONDS)
+    finally:
+        raw.detach()
+    silent = [connection for connection in arrived if not _has_sent(connection)]
+    for connection in silent[:-_SILENT]:
+        connection.close()
+    return [
+        trio.SocketStream(trio.socket.from_stdlib_socket(connection))
+        for connection in arrived
+        if connection.fileno() >= 0
+    ]
+
+
+def _accept_ready(raw: socket.socket, arrived: list[socket.socket]) -> bool:
+    """Accepts what is ready, up to _BATCH; False: the process has no file descriptor for the next one."""
+    while len(arrived) < _BATCH:
+        try:
+            connection, _ = raw.accept()
+        except BlockingIOError:
+            return True
+        except OSError as error:
+            if error.errno in _FULL:
+                return False
+            if error.errno in (errno.EBADF, errno.EINVAL, errno.ENOTSOCK):
+                raise
+            continue  # that connection broke before it was accepted
+        connection.setblocking(False)
+        arrived.append(connection)
+    return True
+
+
+def _has_sent(connection: socket.socket) -> bool:
+    try:
+        return bool(connection.recv(1, socket.MSG_PEEK))
+    except OSError:
+        return False
 
 
 def named(listeners: Sequence[trio.SocketListener]) -> list[str]:

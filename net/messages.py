@@ -75,7 +75,8 @@ class Offer:
 @dataclass(frozen=True, slots=True)
 class Hello:
     """The first message of each side: the purpose of the connection, the sender, and the values that must
-    agree. Only a node that answers has an `offer`."""
+    agree. Only a node that answers has an `offer`. `ticket` is a random number, or 0: in the answer to a
+    coordinator it is the number that other peers must show; they have it from the coordinator (`Peer`)."""
 
     purpose: Purpose
     name: Name
@@ -84,6 +85,7 @@ class Hello:
     numerics: U32
     model: Hash
     offer: Offer | None
+    ticket: U64 = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,26 +142,29 @@ class Pong:
 @dataclass(frozen=True, slots=True)
 class Peer:
     """The address of a node for other nodes. `incarnation` tells whether the process there is the expected
-    one."""
+    one, and `ticket` is the number that it lets in."""
 
     name: Name
     host: Host
     port: Port
     incarnation: U64
+    ticket: U64 = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Assign:
     """An order to load units [first, last) for this epoch and to drop older assignments. `next` is the node
     after this one; None on the last, which returns tokens to the coordinator. A call has at most `chunk_rows`
-    prompt rows. `groupings`, on the first stage: how 1, 2, 3 … sequences that decode share calls; without
-    them, all that wait do."""
+    prompt rows. `previous` is the incarnation of the only peer whose rows are accepted: the node before this
+    one, or the coordinator for the first stage. `groupings`, on the first stage: how 1, 2, 3 … sequences that
+    decode share calls; without them, all that wait do."""
 
     epoch: Epoch
     first: Units
     last: Units
     next: Peer | None
     chunk_rows: Rows
+    previous: U64
     groupings: Annotated[tuple[Grouping, ...], AtMost(MOST_SEQUENCES)] = ()
 
 

@@ -8,7 +8,7 @@ A peer that breaks the protocol gets an Error and loses its connection; no other
 from __future__ import annotations
 
 import traceback
-from functools import partial
+from contextlib import AsyncExitStack
 
 import trio
 
@@ -22,22 +22,15 @@ from .connection import (
     open_connection,
     open_tasks,
 )
-from .errors import (
-    MismatchError,
-    NetError,
-    NodeLostError,
-    RemoteProtocolError,
-    StageStuckError,
-    to_wire,
-)
-from .listen import host_port
+from .door import Door, Visit
+from .errors import NetError, NodeLostError, RemoteProtocolError, StageStuckError, to_wire
+from .listen import accept, host_port
 from .liveness import TICK_SECONDS, Awake, load_bound
 from .messages import (
     Assign,
     Close,
     Data,
     GetStats,
-    Hello,
     Measure,
     Measured,
     Message,
@@ -53,10 +46,9 @@ from .pace import NodePace
 from .probe import measure_peer
 from .watch import attend
 
-MAX_CONNECTIONS = 64
-MAX_STEP_CONNECTIONS = 16
 MAX_TASKS = 16
-PATIENCE_SECONDS = 2.0
+PROBE_HANDSHAKES = 3
+"""The most time for a `probe` connection, in times for a handshake."""
 
 
 class Node:
@@ -64,17 +56,13 @@ class Node:
 
     def __init__(self, parts: NodeParts) -> None:
         self._parts = parts
-        self._coordinator: Connection | None = None
-        self._slot = trio.Semaphore(1)
+        self._door = Door(parts.identity.name, parts.timing.handshake, parts.log)
         self._assignment: Assignment | None = None
         self._last: Assignment | None = None
         """The newest assignment, which may be ending."""
         self._pace = self._new_pace()
         self._links: dict[int, LinkSpeed] = {}
         """Links to other nodes by incarnation, as measured for this coordinator."""
-        self._connections = trio.CapacityLimiter(MAX_CONNECTIONS)
-        self._steps: set[trio.CancelScope] = set()
-        """Cancel scopes of the connections that bring rows. They end when their coordinator leaves."""
 
     async def serve(
         self,
@@ -83,61 +71,58 @@ class Node:
         task_status: trio.TaskStatus[list[trio.SocketListener]] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Accepts connections on the listeners until cancelled, and closes the listeners."""
-        await trio.serve_listeners(self.connected, listeners, task_status=task_status)
+        async with AsyncExitStack() as stack:
+            for listener in listeners:
+                await stack.enter_async_context(listener)
+            async with open_tasks() as tasks:
+                for listener in listeners:
+                    tasks.start_soon(self._accept, listener, tasks)
+                task_status.started(listeners)
+
+    async def _accept(self, listener: trio.SocketListener, tasks: trio.Nursery) -> None:
+        while True:
+            for stream in await accept(listener):
+                tasks.start_soon(self.connected, stream)
 
     async def connected(self, stream: trio.abc.Stream) -> None:
         """Serves one connection until it ends. Errors are logged and end only this connection."""
-        async with self._connections, open_connection(stream, _address(stream), dialled=False) as connection:
-            try:
-                await self._serve(connection)
-            except ShoalError as error:
-                self._parts.log(str(error))
-                if is_peers_fault(error):
-                    await connection.refuse(error)
-            except Exception as error:  # a bug here must not end the node
-                self._parts.log("".join(traceback.format_exception(error)).rstrip())
-                await connection.refuse(
-                    NetError(f"{self._parts.identity.name} failed ({error!r}): its log has the traceback")
-                )
-            finally:
-                if self._coordinator is connection:
-                    self._coordinator = None
-                    for scope in self._steps:
-                        scope.cancel()
-                    self._slot.release()
+        host, who = _address(stream)
+        with self._door.visit(host) as visit:
+            async with open_connection(stream, who, dialled=False) as connection:
+                try:
+                    await self._serve(visit, connection)
+                except ShoalError as error:
+                    self._door.note(visit, str(error))
+                    if is_peers_fault(error):
+                        self._door.refused(visit)
+                        await connection.refuse(error)
+                except Exception as error:  # a bug here must not end the node
+                    self._parts.log("".join(traceback.format_exception(error)).rstrip())
+                    self._door.refused(visit)
+                    await connection.refuse(
+                        NetError(f"{self._parts.identity.name} failed ({error!r}): its log has the traceback")
+                    )
 
-    async def _serve(self, connection: Connection) -> None:
+    async def _serve(self, visit: Visit, connection: Connection) -> None:
         parts = self._parts
         hello = await greet(
             connection,
             parts.identity,
             parts.offer,
-            seconds=parts.timing.handshake,
-            admit=partial(self._admit, connection),
+            seconds=visit.seconds,
+            admit=lambda hello: self._door.admit(visit, hello, connection.peer),
         )
         try:
             match hello.purpose:
                 case "control":
                     await self._serve_coordinator(connection)
                 case "step":
-                    await self._serve_steps(connection)
+                    await self._serve_steps(connection, hello.incarnation)
                 case "probe":
                     await self._serve_probe(connection)
         except NodeLostError as error:  # the usual end; a coordinator notices by its own connections
             if hello.purpose == "control":
                 parts.log(f"{error}; waiting for the next coordinator")
-
-    async def _admit(self, connection: Connection, hello: Hello) -> None:
-        """Admits one coordinator at a time. A second one waits a moment, since the first may be about to
-        leave."""
-        if hello.purpose != "control":
-            return
-        with trio.move_on_after(PATIENCE_SECONDS):
-            await self._slot.acquire()
-            self._coordinator = connection
-            return
-        served = "another coordinator" if self._coordinator is None else self._coordinator.peer
-        raise NetError(f"{self._parts.identity.name} is busy with {served}: stop that one or try again later")
 
     async def _serve_coordinator(self, connection: Connection) -> None:
         """Follows a coordinator's orders until it disconnects, then drops all state kept for it."""
@@ -206,45 +191,41 @@ class Node:
             case _:
                 raise AssertionError(f"the wire lets no {type(message).__name__} through")
 
-    async def _serve_steps(self, connection: Connection) -> None:
-        """Passes the messages of the previous stage to the assignment of their epoch; drops others.
-
-        Accepted only while there is a coordinator, and from a few peers: idle connections must not use up the
-        node's connections."""
-        name = self._parts.identity.name
-        if self._coordinator is None:
-            raise NetError(f"{name} has no coordinator, so it accepts no rows")
-        if len(self._steps) >= MAX_STEP_CONNECTIONS:
-            raise NetError(
-                f"{name} has {MAX_STEP_CONNECTIONS} connections that bring rows, the most it accepts: end one"
-            )
-        with trio.CancelScope() as scope:
-            self._steps.add(scope)
-            try:
-                async with open_tasks() as tasks:
-                    tasks.start_soon(attend, connection, self._parts.timing, self._held_back)
-                    while True:
-                        message = await connection.receive()
-                        if isinstance(message, Ping):
-                            _post(connection, Pong(message.nonce))
-                            continue
-                        assert isinstance(message, Open | Close | Step)
-                        assignment = self._assignment
-                        if assignment is not None and message.epoch == assignment.epoch:
-                            await assignment.feed(connection, message)
-            finally:
-                self._steps.discard(scope)
+    async def _serve_steps(self, connection: Connection, sender: int) -> None:
+        """Passes the messages of the peer with the incarnation `sender` to the assignment of their epoch, if
+        that peer is the previous stage; drops messages of other epochs."""
+        async with open_tasks() as tasks:
+            tasks.start_soon(attend, connection, self._parts.timing, self._held_back)
+            while True:
+                message = await connection.receive()
+                if isinstance(message, Ping):
+                    _post(connection, Pong(message.nonce))
+                    continue
+                assert isinstance(message, Open | Close | Step)
+                assignment = self._assignment
+                if assignment is None or message.epoch != assignment.epoch:
+                    continue
+                if sender != assignment.previous:
+                    raise RemoteProtocolError(
+                        f"{connection.peer} sent {type(message).__name__}, and it is not the node before "
+                        f"{self._parts.identity.name} in the chain"
+                    )
+                await assignment.feed(connection, message)
 
     def _held_back(self) -> bool:
         return self._assignment is not None and self._assignment.full
 
     async def _serve_probe(self, connection: Connection) -> None:
-        while True:
-            match await _heard(connection, self._parts.timing.overdue):
-                case Ping(nonce):
-                    await connection.send(Pong(nonce))
-                case message:
-                    assert isinstance(message, Data)
+        timing = self._parts.timing
+        most = PROBE_HANDSHAKES * timing.handshake
+        with trio.move_on_after(most):
+            while True:
+                match await _heard(connection, timing.overdue):
+                    case Ping(nonce):
+                        await connection.send(Pong(nonce))
+                    case message:
+                        assert isinstance(message, Data)
+        raise NetError(f"{connection.peer} has measured the link for {most:g} s, the most that is allowed")
 
     async def _measure(self, coordinator: Connection, peer: Peer) -> None:
         parts = self._parts
@@ -252,7 +233,7 @@ class Node:
             found = await measure_peer(parts.open_stream, parts.identity, peer, parts.timing.handshake)
             self._links[peer.incarnation] = found
             answer = Measured(peer.incarnation, found, "")
-        except (NodeLostError, MismatchError, RemoteProtocolError) as error:
+        except NetError as error:
             answer = Measured(peer.incarnation, None, to_wire(error)[1])
         await coordinator.send(answer)
 
@@ -282,12 +263,12 @@ def _check_assign(assign: Assign, units: int) -> None:
         )
 
 
-def _address(stream: trio.abc.Stream) -> str:
-    """The remote address of a connection, for messages."""
+def _address(stream: trio.abc.Stream) -> tuple[str, str]:
+    """The remote host of a connection, and its address for messages."""
     if not isinstance(stream, trio.SocketStream):
-        return "a peer"
+        return "", "a peer"
     try:
         host, port = stream.socket.getpeername()[:2]
     except OSError:  # the peer has disconnected already
-        return "a peer"
-    return host_port(host, port)
+        return "", "a peer"
+    return host, host_port(host, port)

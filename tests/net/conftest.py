@@ -24,7 +24,7 @@ from shoal.engine.errors import ContextError
 from shoal.net.assignment import NodeParts
 from shoal.net.coordinator import Coordinator, CoordinatorOptions
 from shoal.net.identity import Identity, ModelShape
-from shoal.net.messages import Offer
+from shoal.net.messages import Offer, Peer
 from shoal.net.node import Node
 from shoal.net.placement import Planner
 from shoal.planner import Device
@@ -192,6 +192,12 @@ class FakeNetwork:
         self.nodes[port] = FakeNode(Node(parts), parts, stages, log)
         return "host", port
 
+    def peer(self, port: int) -> Peer:
+        """A node as its coordinator, if it has one, tells others of it: with the ticket."""
+        node = self.nodes[port]
+        served = node.node._door._served
+        return Peer(node.parts.identity.name, "host", port, port, 0 if served is None else served.ticket)
+
     async def open_stream(self, host: str, port: int, source: int | None = None) -> trio.abc.Stream:
         await trio.lowlevel.checkpoint()
         node = self.nodes.get(port)
@@ -223,13 +229,15 @@ class FakeNetwork:
 
     @asynccontextmanager
     async def coordinator(
-        self, *ports: int, plan: Planner, measure_links: bool = False, **options: Any
+        self, *ports: int, plan: Planner, measure_links: bool = False, number: int = 99, **options: Any
     ) -> AsyncIterator[Coordinator]:
         settings = CoordinatorOptions(
             hop=inline, open_stream=self.open_stream, measure_links=measure_links, **options
         )
         addresses = [("host", port) for port in ports or self.nodes]
-        async with Coordinator.open(addresses, identity("laptop", 99), SHAPE, plan, settings) as coordinator:
+        async with Coordinator.open(
+            addresses, identity("laptop", number), SHAPE, plan, settings
+        ) as coordinator:
             yield coordinator
 
 

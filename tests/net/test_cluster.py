@@ -47,7 +47,7 @@ def epoch(counter: int) -> Epoch:
 
 
 def hello(name: str, number: int, exact: bool = True) -> Hello:
-    return Hello("control", name, number, "0.1.0", 1, "aa", replace(OFFER, exact=exact))
+    return Hello("control", name, number, "0.1.0", 1, "aa", replace(OFFER, exact=exact), number * 7)
 
 
 def fresh(names: tuple[str, ...] = NAMES, **changes: object) -> ClusterState:
@@ -79,9 +79,9 @@ def test_from_the_first_hello_to_serving() -> None:
     state, commands = after(state, Planned(1, THREE))
     assert state.phase == "loading"
     assert commands == [
-        SendAssign(0, Assign(epoch(1), 0, 2, Peer("b", "host", 7002, 101), 4, plain_groupings(3))),
-        SendAssign(1, Assign(epoch(1), 2, 4, Peer("c", "host", 7003, 102), 4)),
-        SendAssign(2, Assign(epoch(1), 4, 6, None, 4)),
+        SendAssign(0, Assign(epoch(1), 0, 2, Peer("b", "host", 7002, 101, 707), 4, 99, plain_groupings(3))),
+        SendAssign(1, Assign(epoch(1), 2, 4, Peer("c", "host", 7003, 102, 714), 4, 100)),
+        SendAssign(2, Assign(epoch(1), 4, 6, None, 4, 101)),
     ]
     state, commands = after(
         state, StageLoaded(2, epoch(1)), StageLoaded(0, epoch(1)), StageLoaded(2, epoch(1))
@@ -131,8 +131,8 @@ def test_a_lost_stage_ends_the_epoch_and_the_others_go_on() -> None:
     assert commands == [HangUp(1), Pause(epoch(1)), MakePlan(2, (0, 2))]
     state, commands = after(state, Planned(2, TWO))
     assert commands == [
-        SendAssign(2, Assign(epoch(2), 0, 3, Peer("a", "host", 7001, 100), 4, plain_groupings(2))),
-        SendAssign(0, Assign(epoch(2), 3, 6, None, 4)),
+        SendAssign(2, Assign(epoch(2), 0, 3, Peer("a", "host", 7001, 100, 700), 4, 99, plain_groupings(2))),
+        SendAssign(0, Assign(epoch(2), 3, 6, None, 4, 102)),
     ]
     state, commands = after(state, StageLoaded(0, epoch(1)), StageLoaded(2, epoch(1)))
     assert (state.phase, commands) == ("loading", [])
@@ -147,7 +147,7 @@ def test_a_second_loss_during_recovery_plans_once_more() -> None:
     assert commands == [HangUp(2), MakePlan(3, (0,))]
     assert after(planning, Planned(2, TWO)) == (planning, [])
     assert after(planning, Planned(3, alone))[1] == [
-        SendAssign(0, Assign(epoch(2), 0, 6, None, 4, plain_groupings(1)))
+        SendAssign(0, Assign(epoch(2), 0, 6, None, 4, 99, plain_groupings(1)))
     ]
     loading, _ = after(state, Planned(2, TWO))
     _, commands = after(loading, Left(2, GONE))

@@ -13,8 +13,9 @@ from shoal.net.messages import Data, Hello, Open, Ping, Pong
 from shoal.net.probe import measure
 
 
-async def anyone(hello: Hello) -> None:
+async def anyone(hello: Hello) -> int:
     """Admits whoever greets."""
+    return 0
 
 
 async def pair(lab: ModuleType, test: Any, purpose: str = "control", queue: int = 64) -> None:

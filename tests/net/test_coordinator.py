@@ -336,7 +336,7 @@ def test_a_second_coordinator_is_refused_while_a_node_is_busy_and_served_after(l
             net.add("a")
             async with net.coordinator(plan=plan_at((0, 6))) as coordinator:
                 with pytest.raises(NetError, match="a is busy with laptop"):
-                    async with net.coordinator(plan=plan_at((0, 6))):
+                    async with net.coordinator(plan=plan_at((0, 6)), number=98):
                         pass
                 assert await lab.collect(coordinator, [1], 5) == lab.oracle([1], 5)
             await trio.testing.wait_all_tasks_blocked()

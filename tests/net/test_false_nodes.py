@@ -40,8 +40,8 @@ class FalseNode:
         self._control: Connection | None = None
 
     async def connected(self, stream: trio.abc.Stream) -> None:
-        async def anyone(hello: Hello) -> None:
-            pass
+        async def anyone(hello: Hello) -> int:
+            return 0
 
         try:
             async with open_connection(stream, "coordinator", dialled=False) as connection:

@@ -37,7 +37,6 @@ from shoal.net.messages import (
     Stats,
     Step,
 )
-from shoal.net.node import MAX_STEP_CONNECTIONS
 from shoal.net.placement import plan_at
 from shoal.net.wire import WireProtocol
 
@@ -46,9 +45,12 @@ EPOCH = Epoch(5, 1)
 
 
 @asynccontextmanager
-async def connected(lab: ModuleType, net: Any, port: int, purpose: str) -> AsyncIterator[Connection]:
-    me = lab.identity("laptop", 99)
-    async with dial(net.open_stream, "host", port, me, purpose, seconds=5) as (connection, _):  # type: ignore[arg-type]
+async def connected(
+    lab: ModuleType, net: Any, port: int, purpose: str, number: int = 99
+) -> AsyncIterator[Connection]:
+    """A connection of the process `number`, with the ticket of the node's coordinator, if it has one."""
+    me, peer = lab.identity("laptop", number), net.peer(port)
+    async with dial(net.open_stream, "host", port, me, purpose, seconds=5, peer=peer) as (connection, _):  # type: ignore[arg-type]
         yield connection
 
 
@@ -64,11 +66,16 @@ def alone(
                 connected(lab, net, 7001, "control") as control,
                 connected(lab, net, 7001, "step") as steps,
             ):
-                await control.send(Assign(EPOCH, 0, 6, None, 4))
+                await control.send(whole(EPOCH))
                 assert (await control.expect(Loaded)).epoch == EPOCH
                 await test(net, control, steps)
 
     lab.run(main)
+
+
+def whole(epoch: Epoch) -> Assign:
+    """The whole model to one node, whose rows are the coordinator's."""
+    return Assign(epoch, 0, 6, None, 4, 99)
 
 
 def opened(session: int, epoch: Epoch = EPOCH) -> Open:
@@ -95,7 +102,7 @@ def test_a_new_assignment_drops_the_old_one_and_its_sessions(lab: ModuleType) ->
     async def test(net: Any, control: Connection, steps: Connection) -> None:
         await steps.send(opened(1))
         newer = Epoch(5, 2)
-        await control.send(Assign(newer, 0, 6, None, 4))
+        await control.send(whole(newer))
         assert (await control.expect(Loaded)).epoch == newer
         await steps.send(rows(1, 0, 5))
         await steps.send(opened(1, newer))
@@ -114,7 +121,7 @@ def test_a_new_assignment_drops_the_old_one_and_its_sessions(lab: ModuleType) ->
 def test_assignments_in_a_hurry_end_with_the_last_one(lab: ModuleType) -> None:
     async def test(net: Any, control: Connection, steps: Connection) -> None:
         for counter in range(2, 6):
-            await control.send(Assign(Epoch(5, counter), 0, 6, None, 4))
+            await control.send(whole(Epoch(5, counter)))
         last = await control.expect(Loaded)
         while last.epoch.counter < 5:
             last = await control.expect(Loaded)
@@ -126,7 +133,7 @@ def test_assignments_in_a_hurry_end_with_the_last_one(lab: ModuleType) -> None:
 
 def test_pings_are_answered_while_a_stage_loads_and_computes(lab: ModuleType) -> None:
     async def test(net: Any, control: Connection, steps: Connection) -> None:
-        await control.send(Assign(Epoch(5, 2), 0, 6, None, 4))
+        await control.send(whole(Epoch(5, 2)))
         start = trio.current_time()
         await control.send(Ping(7))
         assert (await control.expect(Pong)).nonce == 7
@@ -166,16 +173,37 @@ def test_a_long_queue_holds_back_its_connection_and_loses_nothing(lab: ModuleTyp
     alone(lab, test)
 
 
-def test_a_next_node_that_is_another_process_is_not_used(lab: ModuleType) -> None:
+@pytest.mark.parametrize(
+    ("served", "code", "words"),
+    [
+        (
+            True,
+            NodeLostError.exit_code,
+            "b (0000000000001b5a) answers at host:7002, not b (00000000000004d2)",
+        ),
+        (
+            False,
+            NetError.exit_code,
+            "b has no coordinator, so it accepts no step connections; connect",
+        ),
+    ],
+    ids=["that is served", "that is not"],
+)
+def test_a_next_node_that_is_another_process_is_not_used(
+    lab: ModuleType, served: bool, code: int, words: str
+) -> None:
     async def main() -> None:
-        async with lab.network() as net:
+        async with lab.network() as net, AsyncExitStack() as stack:
             net.add("a")
             net.add("b")
+            if served:
+                await stack.enter_async_context(connected(lab, net, 7002, "control"))
+            peer = replace(net.peer(7002), incarnation=1234)
             async with connected(lab, net, 7001, "control") as control:
-                await control.send(Assign(EPOCH, 0, 3, Peer("b", "host", 7002, 1234), 4))
+                await control.send(Assign(EPOCH, 0, 3, peer, 4, 99))
                 broken = await control.expect(Broken)
-                assert (broken.code, broken.peer) == (NodeLostError.exit_code, 1234)
-                assert "b (0000000000001b5a) answers at host:7002, not b (00000000000004d2)" in broken.text
+                assert (broken.code, broken.peer) == (code, 1234)
+                assert words in broken.text
                 assert net.nodes[7001].stages[0].closed
 
     lab.run(main)
@@ -189,7 +217,7 @@ def test_hidden_rows_of_the_wrong_width_end_their_session(lab: ModuleType) -> No
                 connected(lab, net, 7001, "control") as control,
                 connected(lab, net, 7001, "step") as steps,
             ):
-                await control.send(Assign(EPOCH, 3, 6, None, 4))
+                await control.send(Assign(EPOCH, 3, 6, None, 4, 99))
                 await control.expect(Loaded)
                 await steps.send(opened(1))
                 wide = np.zeros((1, lab.COLS + 1), np.float32)
@@ -204,7 +232,7 @@ def test_a_coordinator_that_goes_away_while_the_stage_loads_leaves_nothing(lab: 
         async with lab.network() as net:
             net.add("a", hop=lab.slow_hop(5.0))
             async with connected(lab, net, 7001, "control") as control:
-                await control.send(Assign(EPOCH, 0, 6, None, 4))
+                await control.send(whole(EPOCH))
                 await trio.sleep(1)
             await trio.sleep(10)
             assert all(stage.closed for stage in net.nodes[7001].stages)
@@ -227,7 +255,7 @@ def test_a_coordinator_that_asks_for_too_much_at_once_is_refused(lab: ModuleType
                 for port in range(8000, 8100):
                     peer = Peer("x", "host", port, 1)
                     await control.send(
-                        Measure(peer) if order == "measure" else Assign(Epoch(5, port), 0, 3, peer, 4)
+                        Measure(peer) if order == "measure" else Assign(Epoch(5, port), 0, 3, peer, 4, 99)
                     )
 
                 async def told() -> None:
@@ -245,7 +273,7 @@ def test_fuzz_whatever_comes_after_a_greeting_the_node_lives(lab: ModuleType, pu
     rng = random.Random(purpose)
     down = {
         "control": [
-            Ping(1), Assign(EPOCH, 0, 6, None, 4), Assign(EPOCH, 1, 3, Peer("b", "host", 7002, 2), 4),
+            Ping(1), whole(EPOCH), Assign(EPOCH, 1, 3, Peer("b", "host", 7002, 2), 4, 99),
             Release(EPOCH), GetStats(), Measure(Peer("b", "host", 7002, 7002)),
         ],
         "step": [opened(1), opened(2), rows(1, 0, 5), rows(1, 1, 6, 7), rows(2, 3, 1), Close(1, EPOCH)],
@@ -292,45 +320,18 @@ def test_the_stage_that_was_released_is_closed_when_the_next_one_opens(lab: Modu
                 connected(lab, net, 7001, "control") as control,
                 connected(lab, net, 7001, "step") as steps,
             ):
-                await control.send(Assign(EPOCH, 0, 6, None, 4))
+                await control.send(whole(EPOCH))
                 await control.expect(Loaded)
                 await steps.send(opened(1))
                 await steps.send(rows(1, 0, 5))
                 await trio.sleep(0.1)
                 await control.send(Release(Epoch(5, 2)))
-                await control.send(Assign(Epoch(5, 3), 0, 6, None, 4))
+                await control.send(whole(Epoch(5, 3)))
                 while (await control.expect(Loaded)).epoch != Epoch(5, 3):
                     pass
 
     lab.run(main)
     assert opened_with == [0, 0]
-
-
-def test_rows_are_taken_only_while_there_is_a_coordinator(lab: ModuleType) -> None:
-    async def main() -> None:
-        async with lab.network() as net:
-            net.add("a")
-            async with connected(lab, net, 7001, "step") as connection:
-                with pytest.raises(NetError, match="a has no coordinator"):
-                    await connection.receive()
-            async with connected(lab, net, 7001, "control") as control, AsyncExitStack() as stack:
-                quiet = [
-                    await stack.enter_async_context(connected(lab, net, 7001, "step"))
-                    for _ in range(MAX_STEP_CONNECTIONS)
-                ]
-                async with connected(lab, net, 7001, "step") as one_more:
-                    with pytest.raises(NetError, match="connections that bring rows"):
-                        await one_more.receive()
-                await control.send(Ping(1))
-                assert (await control.expect(Pong)).nonce == 1
-                await trio.aclose_forcefully(control._stream)
-                for connection in quiet:
-                    with pytest.raises(NodeLostError, match="it closed the connection"):
-                        await connection.receive()
-            async with net.coordinator(plan=plan_at((0, 6))) as coordinator:
-                assert await lab.collect(coordinator, [1], 3) == lab.oracle([1], 3)
-
-    lab.run(main)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no such thing"), KeyError("x"), MemoryError("no 44 MB")])

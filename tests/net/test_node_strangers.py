@@ -31,15 +31,15 @@ def header(kind: int, size: int) -> bytes:
 EPOCH = Epoch(5, 1)
 
 
-def greeting(lab: ModuleType, purpose: str) -> bytes:
-    return b"".join(WireProtocol(True).send(lab.identity("stranger", 66).hello(purpose)))
+def greeting(lab: ModuleType, purpose: str, ticket: int = 0) -> bytes:
+    return b"".join(WireProtocol(True).send(lab.identity("stranger", 66).hello(purpose, ticket=ticket)))
 
 
-def hostile(lab: ModuleType) -> dict[str, tuple[bytes, bytes | None, type[NetError], str]]:
+def hostile(lab: ModuleType, ticket: int = 0) -> dict[str, tuple[bytes, bytes | None, type[NetError], str]]:
     """What a stranger sends first, what it sends when greeted (None: nothing), and what it is told."""
     hello, step = greeting(lab, "control"), header(32, 0xFFFFFFFF)
     small, remote = header(32, 40), RemoteProtocolError
-    body = encode(Assign(Epoch(1, 1), 0, 99, None, 9))
+    body = encode(Assign(Epoch(1, 1), 0, 99, None, 9, 1))
     return {
         "garbage": (b"GET / HTTP/1.1\r\n\r\n", None, remote, "does not speak shoal's protocol"),
         "random": (random.Random(1).randbytes(5000), None, remote, "does not speak shoal's protocol"),
@@ -52,9 +52,13 @@ def hostile(lab: ModuleType) -> dict[str, tuple[bytes, bytes | None, type[NetErr
             None, MismatchError, "has the model cccccccccccccccc, a has aaaaaaaaaaaaaaaa",
         ),
         "4 GB for a greeting": (header(1, 0xFFFFFFFF), None, remote, "the limit is 65536"),
-        "4 GB of rows": (greeting(lab, "step"), step, remote, "announced a Step of 4294967295 bytes"),
+        "4 GB of rows": (greeting(lab, "step", ticket), step, remote, "announced a Step of 4294967295 bytes"),
         "rows on control": (hello, small, remote, "sent Step on a control connection"),
         "garbage once greeted": (hello, b"\x00" * 100_000, remote, "does not speak shoal's protocol"),
+        "a step connection": (greeting(lab, "step"), None, NetError, "only from its coordinator"),
+        "a probe with a wrong ticket": (
+            greeting(lab, "probe", ticket ^ 1), None, NetError, "only from its coordinator"
+        ),
         "a false assignment": (
             hello,
             header(5, len(body)) + body,
@@ -65,7 +69,8 @@ def hostile(lab: ModuleType) -> dict[str, tuple[bytes, bytes | None, type[NetErr
 
 CASES = (
     "garbage", "random", "a ping for a greeting", "version 7", "another model", "4 GB for a greeting",
-    "4 GB of rows", "rows on control", "garbage once greeted", "a false assignment",
+    "4 GB of rows", "rows on control", "garbage once greeted", "a step connection",
+    "a probe with a wrong ticket", "a false assignment",
 )  # fmt: skip
 
 
@@ -85,7 +90,7 @@ async def told(stream: trio.abc.Stream, connection: WireProtocol) -> Any:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_stranger_is_told_why_and_the_node_goes_on(lab: ModuleType, case: str) -> None:
-    first, second, kind, words = hostile(lab)[case]
+    early = case in ("rows on control", "garbage once greeted", "a false assignment")
 
     async def main() -> None:
         async with lab.network() as net:
@@ -93,11 +98,11 @@ def test_a_stranger_is_told_why_and_the_node_goes_on(lab: ModuleType, case: str)
             net.add("b")
 
             async def intrude() -> None:
+                first, second, kind, words = hostile(lab, net.peer(7001).ticket)[case]
                 stream = await net.open_stream("host", 7001)
                 connection = WireProtocol(True)
-                connection.send(
-                    lab.identity("stranger", 66).hello("step" if b'"step"' in first else "control")
-                )
+                purpose = next((p for p in ("step", "probe") if f'"{p}"'.encode() in first), "control")
+                connection.send(lab.identity("stranger", 66).hello(purpose))
                 await stream.send_all(first)
                 answer = await told(stream, connection)
                 if second is not None:
@@ -109,12 +114,12 @@ def test_a_stranger_is_told_why_and_the_node_goes_on(lab: ModuleType, case: str)
                 await trio.testing.wait_all_tasks_blocked()
                 assert any(words in line for line in net.nodes[7001].log)
 
-            if case in ("rows on control", "garbage once greeted", "a false assignment"):
+            if early:
                 await intrude()
             async with net.coordinator(plan=plan_at((0, 3, 6))) as coordinator:
                 async with coordinator.generate([1, 2], max_tokens=10) as tokens:
                     got = [await anext(tokens)]
-                    if b'"control"' not in first:
+                    if not early:
                         await intrude()
                     got += [token async for token in tokens]
                 assert got == lab.oracle([1, 2], 10)

@@ -236,8 +236,11 @@ def test_the_other_end_gives_up_a_connection_without_pings(lab: ModuleType) -> N
         async with lab.network() as net:
             net.add("a")
             async with net.coordinator(plan=spread):
-                me = lab.identity("a stranger", 5)
-                async with dial(net.open_stream, "host", 7001, me, "step", seconds=5) as (connection, _):
+                me, peer = lab.identity("a guest", 5), net.peer(7001)
+                async with dial(net.open_stream, "host", 7001, me, "step", seconds=5, peer=peer) as (
+                    connection,
+                    _,
+                ):
                     start = trio.current_time()
                     with pytest.raises(NodeLostError):
                         await connection.receive()

@@ -2,9 +2,12 @@
 
 import re
 import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -12,7 +15,7 @@ import pytest
 import trio
 
 from shoal.net.connection import in_thread, open_tcp
-from shoal.net.coordinator import Coordinator
+from shoal.net.coordinator import Coordinator, CoordinatorOptions
 from shoal.net.errors import NodeLostError
 from shoal.net.node import Node
 from shoal.net.placement import plan_at
@@ -25,14 +28,21 @@ async def nodes(lab: ModuleType, count: int) -> AsyncIterator[tuple[list[tuple[s
         net, addresses = lab.FakeNetwork(tasks), []
         for i in range(count):
             net.add(f"n{i}")
-            parts = replace(
-                net.nodes[7001 + i].parts, hop=in_thread, open_stream=open_tcp, own_thread=True, spin=True
-            )
+            node = net.nodes[7001 + i]
+            parts = replace(node.parts, hop=in_thread, open_stream=open_tcp, own_thread=True, spin=True)
+            node.node = Node(parts)
             listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
-            await tasks.start(Node(parts).serve, listeners)
+            await tasks.start(_serve, node, listeners)
             addresses.append(listeners[0].socket.getsockname()[:2])
         yield addresses, net
         tasks.cancel_scope.cancel()
+
+
+async def _serve(
+    node: Any, listeners: Any, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    with trio.CancelScope() as node.scope:
+        await node.node.serve(listeners, task_status=task_status)
 
 
 def limited(main: Any) -> None:
@@ -103,5 +113,33 @@ def test_a_host_that_is_no_name_is_a_node_that_cannot_be_reached(lab: ModuleType
         with pytest.raises(NodeLostError, match=r"cannot be reached \(the host name is not valid\)"):
             async with Coordinator.open([(host, 1)], lab.identity("laptop", 9), lab.SHAPE, plan_at((0, 6))):
                 pass
+
+    limited(main)
+
+
+@pytest.mark.slow
+def test_strangers_keep_no_coordinator_out_and_disturb_no_rebuild(lab: ModuleType) -> None:
+    """On each node 200 idle connections, 64 probes and 16 `step` connections that come back when refused."""
+
+    async def main() -> None:
+        async with nodes(lab, 3) as (addresses, net), trio.open_nursery() as tasks:
+            model = lab.identity("", 0)
+            command = [sys.executable, "-m", "bench.chaos.strangers", model.model, str(model.numerics)]
+            command += [f"{host}:{port}" for host, port in addresses]
+            strangers = await tasks.start(
+                partial(trio.run_process, command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            )
+            assert await strangers.stdout.receive_some() == b"ready\n"
+            me, options = lab.identity("laptop", 9), CoordinatorOptions(measure_links=False)
+            async with (
+                Coordinator.open(addresses, me, lab.SHAPE, plan_at((0, 3, 6)), options) as coordinator,
+                coordinator.generate([1, 2], max_tokens=12) as tokens,
+            ):
+                got = [await anext(tokens) for _ in range(4)]
+                net.nodes[7002].scope.cancel()
+                got += [token async for token in tokens]
+                assert (got, coordinator.recoveries) == (lab.oracle([1, 2], 12), 1)
+                assert [node.label for node in coordinator.nodes] == ["n0", "n2"]
+            await strangers.stdin.aclose()
 
     limited(main)

@@ -50,11 +50,11 @@ OFFER = Offer(
     Device("büro", 10**9, 1.5e10, 2e11, 10**7, 1e-4, 2e-4, ((1, 1e9), (8, 8e9)), 1e9, 2e9),
     *(256, 4, "native (avx2)", True),
 )  # fmt: skip
-PEER = Peer("Jürgens Pi", "fe80::1", 7001, 12)
+PEER = Peer("Jürgens Pi", "fe80::1", 7001, 12, TOP)
 HIDDEN = np.arange(6, dtype=np.float32).reshape(3, 2) - 2.5
 
 EXAMPLES: list[Message] = [
-    Hello("control", "büro", TOP, "0.1.0", 1, "ab" * 32, OFFER),
+    Hello("control", "büro", TOP, "0.1.0", 1, "ab" * 32, OFFER, TOP),
     Error(9, "it sent garbage"),
     Ping(TOP),
     Pong(0),
@@ -62,9 +62,9 @@ EXAMPLES: list[Message] = [
     Pong(2, Pace(EPOCH, 1.0, None)),
     Pong(3, Pace(EPOCH, 1.0, None), Progress(EPOCH, 12, 2.5, 0.004, 4096)),
     Pong(4, None, Progress(EPOCH, 0, None, None, 0)),
-    Assign(EPOCH, 0, 12, PEER, 128),
-    Assign(EPOCH, 12, 32, None, 1),
-    Assign(EPOCH, 0, 12, PEER, 128, (Grouping(1), Grouping(1, 0.004), Grouping(2, 1.5))),
+    Assign(EPOCH, 0, 12, PEER, 128, TOP),
+    Assign(EPOCH, 12, 32, None, 1, 0),
+    Assign(EPOCH, 0, 12, PEER, 128, 1, (Grouping(1), Grouping(1, 0.004), Grouping(2, 1.5))),
     Release(EPOCH),
     Loaded(EPOCH, 0.25, 10**9),
     Loaded(EPOCH, 0.25, 10**9, Room(40, 256)),

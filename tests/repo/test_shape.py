@@ -22,6 +22,7 @@ WITH_TRIO = [
     "net/stage_loop.py",
     "net/coordinator.py",
     "net/connection.py",
+    "net/door.py",
     "net/listen.py",
     "net/node.py",
     "net/probe.py",

@@ -1,0 +1,187 @@
+"""The door of a node: which connections have a place, and which must end.
+
+There is no TLS yet, so anybody who reaches the port can connect. A node must stay free for its coordinator
+and the nodes of its chain, and use a bounded number of file descriptors. The kinds of places:
+
+    waiting      at most WAITING connections that have not said Hello. A further one ends the oldest of the
+                 address that has the most of them
+    caller       at most CALLERS coordinators that wait a moment for the one that is served to leave
+    coordinator  one, which no other kind of connection can use
+    guest        `step` and `probe` connections of peers that show the coordinator's ticket, at most GUESTS of
+                 each purpose. A newer `step` connection of a peer replaces its older one
+    leaving      at most LEAVING connections that are being told why they are refused. A further one ends the
+                 oldest
+
+A ticket is a random number that a node draws for each coordinator and tells it in its Hello. The coordinator
+passes it on to the nodes that are to connect to this one, and they show it in their Hello. Tickets and
+incarnations travel in clear text: they keep out strangers, but not somebody who reads the network's traffic.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import trio
+
+from .errors import NetError
+from .messages import Hello
+
+WAITING = 64
+CROWD, CROWD_SECONDS = 16, 2.0  # while more than CROWD wait, a new connection has CROWD_SECONDS to say Hello
+CALLERS = 4
+PATIENCE_SECONDS = 2.0
+GUESTS = 16
+LEAVING = 16
+LINES, LINES_SECONDS = 20, 10.0  # at most LINES about strangers in the log within LINES_SECONDS
+_HINT = "connect again if it has restarted, or give an address that is the same on all devices"
+
+
+@dataclass(slots=True, eq=False)
+class Visit:
+    """One connection from its acceptance to its end. Cancelling `scope` closes it."""
+
+    address: str
+    seconds: float
+    """The time to say Hello."""
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+
+
+@dataclass(slots=True)
+class _Served:
+    """The coordinator that is served: its name for messages, and the ticket of its guests."""
+
+    visit: Visit
+    name: str
+    incarnation: int
+    ticket: int
+
+
+class Door:
+    """The places of the node `name`. `handshake` is the time in seconds to say Hello."""
+
+    def __init__(self, name: str, handshake: float, log: Callable[[str], None]) -> None:
+        self._name, self._handshake, self._log = name, handshake, log
+        self._waiting: dict[Visit, None] = {}
+        self._leaving: dict[Visit, None] = {}
+        self._callers = 0
+        self._slot = trio.Semaphore(1)
+        self._served: _Served | None = None
+        self._guests: dict[Visit, Hello] = {}
+        self._since, self._lines = -LINES_SECONDS, 0
+
+    @contextmanager
+    def visit(self, address: str) -> Iterator[Visit]:
+        """A place for a new connection from a host, until the block ends. The block is cancelled when the
+        place is needed for another connection."""
+        seconds = self._handshake if len(self._waiting) < CROWD else min(self._handshake, CROWD_SECONDS)
+        visit = Visit(address, seconds)
+        self._waiting[visit] = None
+        if len(self._waiting) > WAITING:
+            self._evict()
+        try:
+            with visit.scope:
+                yield visit
+        finally:
+            self._waiting.pop(visit, None)
+            self._leaving.pop(visit, None)
+            self._guests.pop(visit, None)
+            if self._serves(visit):
+                self._farewell()
+
+    async def admit(self, visit: Visit, hello: Hello, name: str) -> int:
+        """Gives a connection that has said Hello the place of its purpose, and returns the ticket for its
+        answer. NetError: it may not have one."""
+        if hello.purpose == "control":
+            return await self._admit_coordinator(visit, hello, name)
+        if self._served is None:
+            raise NetError(
+                f"{self._name} has no coordinator, so it accepts no {hello.purpose} connections; {_HINT}"
+            )
+        if hello.ticket != self._served.ticket:
+            raise NetError(
+                f"{self._name} accepts {hello.purpose} connections only from its coordinator and nodes "
+                f"sent by it; {_HINT}"
+            )
+        alike = [guest for guest, other in self._guests.items() if other.purpose == hello.purpose]
+        for guest in alike:
+            if hello.purpose == "step" and self._guests[guest].incarnation == hello.incarnation:
+                alike.remove(guest)
+                del self._guests[guest]
+                guest.scope.cancel()
+                break
+        if len(alike) >= GUESTS:
+            raise NetError(
+                f"{self._name} has {GUESTS} {hello.purpose} connections, the most that it accepts: end one"
+            )
+        self._waiting.pop(visit, None)
+        self._guests[visit] = hello
+        return 0
+
+    def refused(self, visit: Visit) -> None:
+        """Moves a connection to the places of those that are told why."""
+        self._waiting.pop(visit, None)
+        self._leaving[visit] = None
+        if len(self._leaving) > LEAVING:
+            oldest = next(iter(self._leaving))
+            del self._leaving[oldest]
+            oldest.scope.cancel()
+
+    def note(self, visit: Visit, line: str) -> None:
+        """Logs why a connection ended. Of a flood of strangers the first lines and the number are logged."""
+        if self._serves(visit):
+            self._log(line)
+            return
+        now = trio.current_time()
+        if now >= self._since + LINES_SECONDS:
+            if self._lines > LINES:
+                self._log(f"{self._lines - LINES} more connections were refused or closed")
+            self._since, self._lines = now, 0
+        self._lines += 1
+        if self._lines <= LINES:
+            self._log(line)
+
+    def _serves(self, visit: Visit) -> bool:
+        return self._served is not None and self._served.visit is visit
+
+    async def _admit_coordinator(self, visit: Visit, hello: Hello, name: str) -> int:
+        """Serves one coordinator at a time. Another one waits a moment, since the first may be about to
+        leave. A newer connection of the same coordinator replaces the older one, which may be dead."""
+        again = self._served is not None and self._served.incarnation == hello.incarnation
+        if again and self._served is not None:
+            self._served.visit.scope.cancel()
+        if self._callers < CALLERS:
+            self._waiting.pop(visit, None)
+            self._callers += 1
+            try:
+                with trio.move_on_after(self._handshake if again else PATIENCE_SECONDS):
+                    await self._slot.acquire()
+                    self._served = _Served(visit, name, hello.incarnation, secrets.randbits(64) or 1)
+                    return self._served.ticket
+            finally:
+                self._callers -= 1
+        served = "another coordinator" if self._served is None else self._served.name
+        raise NetError(f"{self._name} is busy with {served}: stop that one or try again later")
+
+    def _farewell(self) -> None:
+        """The coordinator has left: its guests must leave too."""
+        self._served = None
+        for guest in self._guests:
+            guest.scope.cancel()
+        self._guests.clear()
+        self._slot.release()
+
+    def _evict(self) -> None:
+        """Closes the oldest connection that has not said Hello, of the address that has the most of them: so
+        one device that opens many evicts its own."""
+        count: dict[str, int] = {}
+        for visit in self._waiting:
+            count[visit.address] = count.get(visit.address, 0) + 1
+        most = max(count.values())
+        oldest = next(visit for visit in self._waiting if count[visit.address] == most)
+        del self._waiting[oldest]
+        oldest.scope.cancel()
+        who = oldest.address or "a peer"
+        self.note(oldest, f"{who} did not say Hello, and its place was needed for another connection")

@@ -208,8 +208,6 @@ class Coordinator:
         while True:
             await trio.sleep(self.options.timing.heartbeat)
             await self._events.send(events.Tick())
-            if self._chain is not None:
-                self._chain.flush()
 
     async def _converse(self, member: int) -> None:
         """Connects to one node and receives its messages. The end of the connection, for any reason, is an
@@ -226,7 +224,10 @@ class Coordinator:
                     peer.connection = connection
                     await self._events.send(events.Joined(member, hello))
                     while True:
-                        await self._hear(member, await connection.receive())
+                        messages = await connection.receive_some()
+                        self._deliver(member, [m for m in messages if isinstance(m, Result | Failed)])
+                        for message in messages:
+                            await self._hear(member, message)
             except ShoalError as error:
                 await self._events.send(events.Left(member, error))
             finally:
@@ -236,8 +237,7 @@ class Coordinator:
     async def _hear(self, member: int, message: Message) -> None:
         match message:
             case Result() | Failed():
-                self._deliver(member, message)
-                return
+                return  # was delivered before
             case Pong():
                 self._pace.answered(self._state, member, message, trio.current_time())
                 await self._events.send(events.Heard(member, message.progress))
@@ -254,21 +254,17 @@ class Coordinator:
                 raise AssertionError(f"the wire lets no {type(message).__name__} through")
         await self._events.send(events.Heard(member))
 
-    def _deliver(self, member: int, message: Result | Failed) -> None:
-        """Passes an answer to its session. Answers of old epochs and to ended sessions are dropped."""
-        chain = self._chain
-        answers = None if chain is None else chain.sessions.get(message.session)
-        if chain is None or answers is None or message.epoch != chain.flow.epoch:
+    def _deliver(self, member: int, messages: Sequence[Result | Failed]) -> None:
+        """Passes messages of a stage to their sessions. RemoteProtocolError: another node than the last one
+        has sent a Result."""
+        if self._chain is None:
             return
-        who = self._state.members[member].label
-        if isinstance(message, Result) and member != self._state.holders()[-1]:
+        if member != self._state.holders()[-1] and any(
+            isinstance(message, Result) and message.epoch == self._chain.flow.epoch for message in messages
+        ):
+            who = self._state.members[member].label
             raise RemoteProtocolError(f"{who} sent a Result and is not the last node of the chain")
-        try:
-            answers.send_nowait(message)
-        except trio.WouldBlock:
-            raise RemoteProtocolError(f"{who} sent more answers than were requested") from None
-        except trio.BrokenResourceError:
-            return  # the session has just been left
+        self._chain.deliver(messages)
 
     # --- commands
 
@@ -396,10 +392,11 @@ class Coordinator:
                 anew = partial(
                     probe, options.open_stream, self.identity, peer_of(where), options.timing.handshake
                 )
+                watch = Watch(connection, options.timing, busy=lambda: bool(chain.sessions), probe=anew)
                 with chain.scope:  # cancelled when the epoch ends
-                    await Watch(
-                        connection, options.timing, busy=lambda: bool(chain.sessions), probe=anew
-                    ).run()
+                    async with open_tasks() as tasks:
+                        tasks.start_soon(chain.write)
+                        await watch.run()
         except ConnectionStalledError as error:
             await self._events.send(events.StageBroken(member, epoch, error, None, again=True))
         except ShoalError as error:

@@ -134,6 +134,10 @@ class Generation:
             return None
         return None if result.token is None else self._append(result.token)
 
+    def stop(self) -> None:
+        """Ends the answer, complete or not. What is in flight is computed, and its tokens are dropped."""
+        self.finished, self._old = True, len(self._in_flight)
+
     def leave(self) -> Close | None:
         """Forgets what the chain holds; returns the Close message that frees it there, or None if the session
         was not open."""

@@ -1,89 +1,85 @@
 """Sessions: sequences in a chain, whose answers are read token by token, and which survive a change of the
 chain.
 
-`Generation` decides what to send and which results are due; this file only sends and waits. The end of an
-epoch closes a session's channel of results. The session then joins the next chain and sends all known tokens
-as a prompt, and the answer goes on with the same token.
+`Generation` decides what to send and which results are due; this file only sends and waits. A result is taken
+where it arrives: the next Step is on its way before anybody reads the token. When an epoch ends, a session
+joins the next chain and sends all known tokens as a prompt, and the answer goes on with the same token.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
 import trio
 
-from ..engine.errors import ContextError
+from ..engine.errors import ContextError, ShoalError
 from .admission import Admission
 from .connection import Connection
-from .errors import NodeLostError, from_wire
+from .errors import NodeLostError, RemoteProtocolError, from_wire
 from .generation import Flow, Generation
-from .messages import Close, Failed, Open, Result, Step
-
-Answers = trio.MemorySendChannel[Result | Failed]
+from .messages import Close, Failed, Message, Result, Step
 
 
-@dataclass(slots=True)
 class Chain:
-    """The chain of one epoch as sessions use it: the connection to its first node, and a channel for each
-    session's results."""
+    """The chain of one epoch as sessions use it: the connection to its first node, and the sessions that wait
+    for results. Messages that the connection does not accept at once wait here."""
 
-    flow: Flow
-    connection: Connection
-    sessions: dict[int, Answers] = field(default_factory=dict)
-    closing: deque[Close] = field(default_factory=deque)
-    ended: trio.Event = field(default_factory=trio.Event)
-    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    def __init__(self, flow: Flow, connection: Connection) -> None:
+        self.flow = flow
+        self.sessions: dict[int, Session] = {}
+        self.ended = trio.Event()
+        self.scope = trio.CancelScope()
+        self._connection = connection
+        self._unsent: deque[Message] = deque()
+        self._stuck = trio.Event()
 
-    def join(self, session: int) -> trio.MemoryReceiveChannel[Result | Failed]:
-        """Opens a channel for the results of a session, with room for all that can be in flight: a stage may
-        divide a Step, down to single rows."""
-        most = self.flow.window * self.flow.chunk_rows + 1
-        self.sessions[session], answers = trio.open_memory_channel[Result | Failed](most)
-        return answers
+    def join(self, session: int, waiting: Session) -> None:
+        """Passes the results of a session to `waiting`."""
+        self.sessions[session] = waiting
 
     def leave(self, close: Close) -> None:
-        """Ends a session and sends its Close, now or as soon as the connection accepts it."""
-        answers = self.sessions.pop(close.session, None)
-        if answers is not None and not self.ended.is_set():
-            answers.close()
-            self.closing.append(close)
-            self.flush()
+        """Ends a session and sends its Close."""
+        if self.sessions.pop(close.session, None) is not None and not self.ended.is_set():
+            self.send([close])
 
-    def flush(self) -> None:
-        """Sends waiting Close messages, as many as the connection accepts."""
+    def deliver(self, messages: Iterable[Result | Failed]) -> None:
+        """Passes results to their sessions, and sends the Steps that are due after them in one write, before
+        anybody looks at the tokens. Results of old epochs and of sessions that have ended are dropped."""
+        due: list[Message] = []
+        for message in messages:
+            session = self.sessions.get(message.session)
+            if session is not None and message.epoch == self.flow.epoch:
+                due += session.take(message)
+        self.send(due)
+
+    def send(self, messages: Sequence[Message]) -> None:
+        """Sends messages, now or as soon as the connection accepts them."""
         try:
-            while self.closing and self.connection.post(self.closing[0]):
-                self.closing.popleft()
+            if messages and (self._unsent or not self._connection.post(*messages)):
+                self._unsent.extend(messages)
+                self._stuck.set()
         except NodeLostError:
-            self.closing.clear()  # the epoch is over, so the nodes free all sessions
+            return  # the epoch is over: sessions send everything again in the next one
 
-    def post(self, message: Open | Step) -> bool:
-        """Sends a message if the connection accepts it and all Close messages before it, whose room it may
-        need; returns whether it did. NodeLostError: the connection has ended."""
-        self.flush()
-        return not self.closing and self.connection.post(message)
-
-    async def send(self, message: Open | Step) -> None:
-        """Sends a message after the waiting Close messages. NodeLostError: the connection has ended."""
-        while self.closing:
-            close = self.closing.popleft()
-            try:
-                await self.connection.send(close)
-            except BaseException:
-                self.closing.appendleft(close)
-                raise
-        await self.connection.send(message)
+    async def write(self) -> None:
+        """Sends messages that the connection has not accepted at once, until cancelled. NodeLostError: the
+        connection has ended."""
+        while True:
+            await self._stuck.wait()
+            while self._unsent:
+                await self._connection.send(self._unsent[0])
+                self._unsent.popleft()
+            self._stuck = trio.Event()
 
     def end(self) -> None:
         """Ends the epoch and wakes the sessions that wait for results."""
         self.ended.set()
         self.scope.cancel()
-        for answers in self.sessions.values():
-            answers.close()
+        for session in self.sessions.values():
+            session.wake()
 
 
 class Chains(Protocol):
@@ -110,10 +106,11 @@ class Session:
         self._chains, self._generation, self._numbers = chains, generation, numbers
         self._admission = admission
         self._chain: Chain | None = None
-        self._answers: trio.MemoryReceiveChannel[Result | Failed] | None = None
-        self._unsent: deque[Open | Step] = deque()
-        self._sending: trio.CancelScope | None = None
-        """Cancelled when the session is left while a message waits to be sent."""
+        self._tokens: deque[int] = deque()
+        """Tokens that were not read yet. Their number is limited by the length of the answer alone, so that a
+        slow reader never holds up the chain."""
+        self._failed: Failed | ShoalError | None = None
+        self._news = trio.Event()
         self._answering = False
 
     async def __aenter__(self) -> Self:
@@ -129,8 +126,7 @@ class Session:
     ) -> Answer:
         """The answer to a prompt of token ids. Unless `keep`, the session's state is freed after it.
 
-        ContextError: the prompt does not fit; raised on entering the answer: the chain has no room for it.
-        ValueError: a token id is not in the vocabulary."""
+        ContextError: the prompt does not fit. ValueError: a token id is not in the vocabulary."""
         self._generation.check(prompt)
         return Answer(self, prompt, max_tokens, end, keep=keep)
 
@@ -144,10 +140,8 @@ class Session:
         close = self._generation.leave()
         if self._chain is not None and close is not None:
             self._chain.leave(close)
-        self._chain = self._answers = None
-        self._unsent.clear()
-        if self._sending is not None:
-            self._sending.cancel()
+        self._chain = None
+        self.wake()
 
     async def begin(self, prompt: Sequence[int], max_tokens: int, end: Collection[int]) -> None:
         """Waits for admission and begins an answer. ContextError: the chain cannot hold it. ValueError: an
@@ -163,56 +157,77 @@ class Session:
         except BaseException:
             self._answering = False
             raise
+        self._tokens.clear()
+        if not isinstance(self._failed, Failed):  # which concerns the state that the nodes kept
+            self._failed = None
         self._generation.ask(prompt, max_tokens, end)
+        if self._chain is not None:
+            self._chain.send(self._due())
 
     def end(self, *, keep: bool) -> None:
         """Ends an answer, complete or not."""
+        self._generation.stop()
         if not keep:
             self.leave()
-        self._admission.end(self, keep=keep and self._chain is not None)
+        held = self._chain is not None and not self._chain.ended.is_set()
+        self._admission.end(self, keep=keep and held)
         self._answering = False
 
     async def next_token(self) -> int | None:
         """The next token id, or None when the answer is complete. ContextError or another ShoalError: the
         nodes cannot continue this answer."""
-        while not self._generation.finished:
-            answer = await self._answer()
-            if isinstance(answer, Failed):
-                # State of earlier answers, of this or idle sessions, may be the cause: retry without it. If
-                # other answers hold the room, retry when one has ended.
-                carried = self._generation.carried
-                self.leave()
-                if carried or self._admission.make_room():
-                    continue
-                if answer.code == ContextError.exit_code and self._admission.refused(self):
-                    continue
-                self._generation.close()
-                raise from_wire(answer.code, answer.text, "the nodes")
-            token = None if answer is None else self._generation.take(answer)
-            if token is not None:
-                # The next Step is sent now, so that the chain works while the caller handles this token. It
-                # must not wait, since a cancelled caller would lose the token.
-                self._post_due()
-                return token
-        return None
+        while not self._tokens:
+            if self._failed is not None:
+                self._retry(self._failed)
+            elif self._generation.finished:
+                return None
+            elif self._chain is None:
+                await self._join()
+            elif self._chain.ended.is_set():
+                self._chain = None
+            else:
+                await self._news.wait()
+        return self._tokens.popleft()
 
-    async def _answer(self) -> Result | Failed | None:
-        """Sends the due messages and waits for a result; None if the epoch ended instead, or the session was
-        set aside. ContextError: it was, since the chain has no room for it alone."""
-        if self._answers is None:
-            await self._join()
-        chain, answers = self._chain, self._answers
-        assert chain is not None and answers is not None
+    def take(self, message: Result | Failed) -> list[Step]:
+        """Takes a message of the last stage; returns the Steps that are due after it."""
+        self.wake()
+        if isinstance(message, Failed):
+            self._failed = message
+            return []
         try:
-            if not self._post_due():
-                await self._send_unsent(chain)
-            answer = await answers.receive()
-            return answer if self._answers is answers else None
-        except (trio.EndOfChannel, NodeLostError):
-            if self._chain is chain:
-                await chain.ended.wait()
-                self._answers = None
-            return None
+            token = self._generation.take(message)
+        except RemoteProtocolError as error:
+            self._failed = error
+            return []
+        if token is not None:
+            self._tokens.append(token)
+        return self._due()
+
+    def wake(self) -> None:
+        """Lets `next_token` look again."""
+        self._news.set()
+        self._news = trio.Event()
+
+    def _due(self) -> list[Step]:
+        """The Steps to send now. A session whose next position has no room is set aside instead."""
+        if self._generation.finished or not self._admission.grow(self, len(self._generation.known)):
+            return []
+        return self._generation.due()
+
+    def _retry(self, failed: Failed | ShoalError) -> None:
+        """Begins again without the state of earlier answers, of this or idle sessions, which may be the cause
+        of the failure; if other answers hold the room, once one has ended. Else raises the failure."""
+        self._failed = None
+        carried = self._generation.carried
+        self.leave()
+        if isinstance(failed, Failed):
+            if carried or self._admission.make_room():
+                return
+            if failed.code == ContextError.exit_code and self._admission.refused(self):
+                return
+        self._generation.close()
+        raise from_wire(failed.code, failed.text, "the nodes") if isinstance(failed, Failed) else failed
 
     async def _join(self) -> None:
         await self._admission.admitted(self)
@@ -220,36 +235,13 @@ class Session:
         while not self._admission.runs(self):  # the room of a new chain may be less
             await self._admission.admitted(self)
             chain = await self._chains.chain()
-        self._unsent.clear()
         self._chain = chain
         self._generation.session = next(self._numbers)  # results for an earlier number may still arrive
-        opening = self._generation.start(self._chain.flow)
-        # Not sent here, so that a caller cancelled while sending does not lose it.
-        self._unsent.append(opening)
-        self._answers = self._chain.join(opening.session)
-
-    def _post_due(self) -> bool:
-        """Sends the due messages, as many as the connection accepts now; returns whether those are all. A
-        session whose next position has no room is set aside instead."""
-        if self._generation.finished or not self._admission.grow(self, len(self._generation.known)):
-            return True
-        assert self._chain is not None
-        self._unsent.extend(self._generation.due())
-        try:
-            while self._unsent and self._chain.post(self._unsent[0]):
-                self._unsent.popleft()
-        except NodeLostError:
-            return True  # the next call finds that the epoch has ended, and sends everything again
-        return not self._unsent
-
-    async def _send_unsent(self, chain: Chain) -> None:
-        """Sends the rest, unless the session is set aside meanwhile."""
-        with trio.CancelScope() as self._sending:
-            while self._unsent:
-                await chain.send(self._unsent[0])
-                if self._chain is chain:
-                    self._unsent.popleft()
-        self._sending = None
+        opening = self._generation.start(chain.flow)
+        chain.join(opening.session, self)
+        steps = self._due()
+        if self._chain is chain:  # not set aside
+            chain.send([opening, *steps])
 
 
 class Answer:

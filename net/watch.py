@@ -60,7 +60,7 @@ class Watch:
             message = await self._connection.receive()
             assert isinstance(message, Pong), "the wire lets nothing else through"
             now = self._awake.at(trio.current_time())
-            answered = message.nonce == self._nonce and message.at_once and self._pulse.waiting is not None
+            answered = message.nonce == self._nonce and message.at_once
             self._pulse = self._pulse.heard(now - self._pulse.pinged if answered else None)
             self._ponged(message)
 

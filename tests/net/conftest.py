@@ -253,6 +253,16 @@ async def collect(coordinator: Coordinator, prompt: Sequence[int], count: int, *
         return [token async for token in tokens]
 
 
+async def with_gap(tokens: AsyncIterator[int], least: float, most: float) -> list[int]:
+    """The rest of an answer, whose longest pause between two tokens is of that many seconds."""
+    got, longest, before = list[int](), 0.0, trio.current_time()
+    async for token in tokens:
+        longest, before = max(longest, trio.current_time() - before), trio.current_time()
+        got.append(token)
+    assert least <= longest <= most
+    return got
+
+
 def run(main: Callable[[], Any]) -> Any:
     """Runs an async function under a clock that jumps; one that hangs is over after a virtual hour."""
 

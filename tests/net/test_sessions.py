@@ -277,3 +277,40 @@ def test_a_prompt_beyond_the_context_is_refused_and_the_session_goes_on(lab: Mod
                 assert rows(net)[0] - before[0] == 20 - len(known) + 1
 
     lab.run(main)
+
+
+def test_a_reader_that_stops_reading_does_not_hold_up_its_answer_or_others(lab: ModuleType) -> None:
+    async def main() -> None:
+        async with lab.network() as net:
+            for name in "ab":
+                net.add(name, hop=lab.slow_hop(0.1))
+            async with net.coordinator(plan=plan_at((0, 3, 6))) as coordinator:
+                async with coordinator.generate([1, 2], max_tokens=20) as tokens:
+                    got = [await anext(tokens)]
+                    await trio.sleep(10)
+                    start = trio.current_time()
+                    assert await lab.collect(coordinator, [3], 5) == lab.oracle([3], 5)
+                    alone = trio.current_time() - start
+                    start = trio.current_time()
+                    got += [token async for token in tokens]
+                    assert trio.current_time() == start  # they were there
+                    assert got == lab.oracle([1, 2], 20)
+                assert alone < 2
+
+    lab.run(main)
+
+
+def test_an_answer_that_was_left_is_not_continued(lab: ModuleType) -> None:
+    async def main() -> None:
+        async with lab.network() as net:
+            net.add("a", hop=lab.slow_hop(0.1))
+            async with net.coordinator(plan=plan_at((0, 6))) as coordinator, coordinator.session() as session:
+                async with session.answer([1, 2], max_tokens=20) as tokens:
+                    await anext(tokens)
+                await trio.sleep(5)
+                (report,) = await coordinator.stats()
+                assert report.stats.decode.rows <= 2
+                async with session.answer([1, 2], max_tokens=20) as tokens:
+                    assert [token async for token in tokens] == lab.oracle([1, 2], 20)
+
+    lab.run(main)

@@ -75,15 +75,16 @@ class Chain:
     nodes: Sequence[ChainNode]
 
     def head(self, count: int, job: str, **more: Any) -> Answer:
-        """A job of chain_worker.py over the first `count` nodes, in their order, with layers that make their
-        calls of decoded rows equally long."""
+        """A job of chain_worker.py over the first `count` nodes, in their order. Their calls are as equally
+        long as whole layers allow: those of decoded rows for the job `decode`, those of prompts for
+        others."""
         nodes = self.nodes[:count]
         work = {
             "do": job,
             "model": str(self.model.path),
             "nodes": [node.address for node in nodes],
             "names": [node.name for node in nodes],
-            "layers": even_layers(self.model, count),
+            "layers": even_layers(self.model, count, head=job == "decode"),
             **more,
         }
         return _worker(self.checkout, "head", work, ())
@@ -125,10 +126,13 @@ def same(expected: Sequence[Sequence[int]], found: Sequence[Sequence[int]]) -> N
             raise RuntimeError(f"stream {stream}: the nodes and one process differ from token {at} on")
 
 
-def even_layers(model: Model, count: int) -> list[int]:
-    """Layers of each of `count` stages, so that the bytes which a decoded row reads are as even as whole
-    layers allow: the last stage has the LM head as well. ValueError: there are more stages than layers."""
+def even_layers(model: Model, count: int, *, head: bool) -> list[int]:
+    """Layers of each of `count` stages, so that the bytes which a row reads are as even as possible. The last
+    stage has the LM head as well, which counts only if rows need it (`head`), as decoded ones do. ValueError:
+    there are more stages than layers."""
     reads = [unit_cost(model, u).read_bytes for u in range(model.n_units)]
+    if not head:
+        reads[-1] = 0
     layers = len(reads) - 2
     if count > layers:
         raise ValueError(f"{model.path.name} has {layers} layers, too few for a chain of {count} nodes")
@@ -157,19 +161,24 @@ def streamed(count: int) -> str:
     return f"{count} stream{'s' * (count > 1)}"
 
 
+def tokens_per_s(times: Sequence[float]) -> float:
+    """The speed of one stream whose tokens came at these times."""
+    return (len(times) - 1) / (times[-1] - times[0])
+
+
 def cores() -> list[int]:
     """The CPUs that this process may use."""
     return sorted(os.sched_getaffinity(0))
 
 
 @contextmanager
-def chains(checkouts: Sequence[Checkout], model: Model, count: int) -> Iterator[list[Chain]]:
+def chains(versions: Sequence[Checkout], model: Model, count: int) -> Iterator[list[Chain]]:
     """`count` nodes of each version, one started after another. Those of one version wait while the others
     are measured. RuntimeError: a node ended, or did not listen in time."""
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shoal-bench-")))
         found = []
-        for checkout in checkouts:
+        for checkout in versions:
             nodes = [
                 stack.enter_context(_node(checkout, model, directory, f"{checkout.name}{i}", i))
                 for i in range(count)
@@ -237,14 +246,19 @@ def parser(name: str, text: str, rounds: int = 5) -> argparse.ArgumentParser:
 
 
 def opened(args: argparse.Namespace) -> tuple[Model, list[Checkout]]:
-    """The model of the command line, and the versions of shoal: this one, and another if there is one.
-    SystemExit: the other one is no checkout."""
-    checkouts = [Checkout("this", _HERE)]
-    if args.against is not None:
-        if not (args.against / "src/shoal").is_dir():
-            raise SystemExit(f"--against {args.against}: there is no src/shoal in it")
-        checkouts.append(Checkout("other", args.against.resolve()))
-    return Model.open(model_path(args.model)), checkouts
+    """The model of the command line, and the versions of shoal. SystemExit: as for `checkouts`."""
+    found = checkouts(args.against)
+    return Model.open(model_path(args.model)), found
+
+
+def checkouts(against: Path | None) -> list[Checkout]:
+    """This version of shoal, and another if there is one. SystemExit: the other one is no checkout."""
+    found = [Checkout("this", _HERE)]
+    if against is not None:
+        if not (against / "src/shoal").is_dir():
+            raise SystemExit(f"--against {against}: there is no src/shoal in it")
+        found.append(Checkout("other", against.resolve()))
+    return found
 
 
 def in_turns(rounds: int, series: Sequence[Callable[[int], None]]) -> None:

@@ -26,8 +26,8 @@ from shoal.fetch import WHEELS, fetch_wheel_member
 from shoal.store import downloads_directory
 
 LLAMA_CPP = "llama-cpp-python==0.3.36"
-# For the CPU it is built on, without the parts that read images.
-CMAKE_ARGS = "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"
+# For the CPU it is built on, without the parts that read images, and with RPC.
+CMAKE_ARGS = "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DGGML_RPC=ON"
 START_TEXT = "The ferry was late"
 START_CONTEXT = 512
 _HERE = Path(__file__).parent
@@ -52,20 +52,22 @@ class Job:
 
 
 def environment(directory: Path, *, build: bool) -> Path:
-    """The Python that has llama.cpp, built if need be. FileNotFoundError: it is not there and not to be
-    built."""
+    """The Python that has llama.cpp, built if need be, also if it was built with other options.
+    FileNotFoundError: it is not there and not to be built."""
     python, stamp = directory / "bin/python", directory / ".built"
-    if stamp.exists():
+    if stamp.exists() and stamp.read_text(encoding="ascii") == CMAKE_ARGS:
         return python
     if not build:
-        raise FileNotFoundError(f"{LLAMA_CPP} is not in {directory}: run again without --skip-build")
+        raise FileNotFoundError(
+            f"{LLAMA_CPP}, built with {CMAKE_ARGS}, is not in {directory}: run again without --skip-build"
+        )
     print(f"building {LLAMA_CPP} in {directory}: this compiles llama.cpp, and takes many minutes", flush=True)
     venv.create(directory, with_pip=True, clear=True)
     install = [str(python), "-m", "pip", "--disable-pip-version-check", "install"]
     command = [*install, "--no-binary", "llama-cpp-python", LLAMA_CPP]
     print(f"CMAKE_ARGS={shlex.quote(CMAKE_ARGS)} {shlex.join(command)}", flush=True)
     subprocess.run(command, check=True, env={**os.environ, "CMAKE_ARGS": CMAKE_ARGS})
-    stamp.touch()
+    stamp.write_text(CMAKE_ARGS, encoding="ascii")
     return python
 
 
@@ -106,6 +108,19 @@ def llama_job(python: Path, model: Path, threads: int, prompt: int, generated: i
     """The same of llama.cpp."""
     counts = [str(n) for n in (threads, prompt, generated)]
     return Job([str(python), str(_LLAMA), "measure", str(model), *counts], speeds)
+
+
+def llama_rpc_job(
+    python: Path, model: Path, servers: Sequence[str], rows: int, prompt: int, generated: int
+) -> Job:
+    """The same with the layers on RPC servers, and prompts in parts of so many rows."""
+    counts = [str(n) for n in (rows, prompt, generated)]
+    return Job([str(python), str(_LLAMA), "rpc", str(model), ",".join(servers), *counts], speeds)
+
+
+def llama_server(python: Path, address: str) -> list[str]:
+    """The command of an RPC server with one thread."""
+    return [str(python), str(_LLAMA), "serve", address, "1"]
 
 
 def torch_job(python: Path, source: Path, threads: int, prompt: int) -> Job:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from bench.chain import Chain, ChainNode, Expected, chains, in_turns, opened, parser
+from bench.chain import Chain, ChainNode, Expected, chains, in_turns, opened, parser, tokens_per_s
 from bench.chain_worker import cpu_seconds
 from bench.rounds import Samples
 
@@ -103,8 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for what, values in parts.items():
             if values:
                 samples.add(f"{what}, ms, p50", name, number, statistics.median(values) * 1e3)
-        times = found["times"][0][WARM:]
-        samples.add("tokens/s", name, number, (len(times) - 1) / (times[-1] - times[0]))
+        samples.add("tokens/s", name, number, tokens_per_s(found["times"][0][WARM:]))
 
     with chains(checkouts, model, args.nodes) as running:
         in_turns(args.rounds, [lambda number, chain=chain: measure(chain, number) for chain in running])

@@ -2,11 +2,13 @@
 
     python -m bench.peers [--model smollm2-135m] [--type Q8_0] [-t 1,2] [--rounds 5] [-o FILE.json [--add]]
                           [--torch PYTHON] [--startup]
+    python -m bench.peers --rpc [--model …] [--type …] [--rounds 5] [--against DIRECTORY] [-o FILE.json]
 
 Builds `llama-cpp-python` from PyPI in an environment of its own under the cache directory, once. shoal runs
 the weights converted to int8 or int4; llama.cpp runs them requantised to --type, every matrix of them. In
 each round the engines run one after the other, each in a session of its own, pinned to the same CPUs, and
-take turns to be first. `--rounds 1 -o FILE --add`, repeated, spreads the rounds over time."""
+take turns to be first. `--rounds 1 -o FILE --add`, repeated, spreads the rounds over time. `--rpc` compares
+two nodes with llama.cpp's RPC and two servers, and with one process of shoal: bench/rpc.py."""
 
 from __future__ import annotations
 
@@ -15,8 +17,9 @@ import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from bench import engines
+from bench import chain, engines, rpc
 from bench.engines import LLAMA_CPP, Job
 from bench.models import SHAPES, checkpoint
 from bench.pairs import OURS, Reached, load, ratios, report, sample, save
@@ -30,7 +33,9 @@ _MB = 1e6
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    _check(parser, args)
     dtype = args.dtype or _DTYPES[args.type]
     python = engines.environment(
         cache_directory() / "peers" / LLAMA_CPP.replace("==", "-"), build=not args.skip_build
@@ -48,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "machine": platform.machine(),
         "cpus": len(usable_cpus()),
     }
+    if args.rpc:
+        return _rpc(args, python, model, peer_model, what)
     samples = load(args.output, what) if args.add else []
     jobs = _jobs(args, python, model.path, peer_model)
     first = 1 + max((item.round for item in samples), default=-1)
@@ -56,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def measure(engine: str, threads: int) -> Mapping[str, Reached]:
         return engines.measure(jobs[engine](threads), threads)
 
-    for item in sample(measure, list(jobs), args.threads, rounds):
+    for item in sample(measure, list(jobs), args.threads or (1, 2), rounds):
         samples.append(item)
         print(
             f"round {item.round + 1}: {item.engine}, {item.threads} threads, {item.test}: "
@@ -66,6 +73,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(report(ratios(samples)))
     if args.output is not None:
         save(args.output, what, samples)
+    return 0
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the program if options contradict each other."""
+    for name in ("threads", "startup", "torch", "add"):
+        if args.rpc and getattr(args, name):
+            parser.error(
+                f"--{name} does not go with --rpc: nodes and servers have one thread and a core each"
+            )
+    if args.rpc and not (args.n_prompt and args.n_gen):
+        parser.error("--rpc measures a prompt and decoding: give -p and -n numbers above 0")
+    if args.against is not None and not args.rpc:
+        parser.error("--against goes with --rpc only")
+
+
+def _rpc(
+    args: argparse.Namespace, python: Path, model: Model, peer_model: Path, what: Mapping[str, Any]
+) -> int:
+    checkouts = chain.checkouts(args.against)
+    samples = rpc.compare(checkouts, model, python, peer_model, args.n_prompt, args.n_gen, args.rounds)
+    print(f"\n{samples.report(checkouts[0].name)}")
+    samples.save(args.output, {**what, "command": "bench.peers --rpc"})
     return 0
 
 
@@ -106,8 +136,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("int8", "int4"), help="what shoal runs (default: int8, and int4 against Q4_0)")
     add("-p", "--n-prompt", type=int, default=512, help="tokens of the prompt (default 512)")
     add("-n", "--n-gen", type=int, default=128, help="tokens generated (default 128)")
-    add("-t", "--threads", type=_counts, default=(1, 2), metavar="N,...", help="threads (default 1,2)")
+    add("-t", "--threads", type=_counts, metavar="N,...", help="threads (default 1,2)")
     add("--rounds", type=int, default=5, help="pairs; quote no result of fewer than 5 (default 5)")
+    add("--rpc", action="store_true", help="two nodes beside two RPC servers of llama.cpp and one process")
+    add("--against", type=Path, metavar="DIRECTORY", help="with --rpc: nodes of another checkout as well")
     add("--startup", action="store_true", help="also from process start to one token and exit")
     add("--torch", type=Path, metavar="PYTHON", help="also a prompt in bf16, by the torch of that Python")
     add("--skip-build", action="store_true", help="fail if llama.cpp is not built, build nothing")

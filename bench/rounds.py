@@ -49,22 +49,20 @@ class Samples:
         return (statistics.median(pairs), min(pairs), max(pairs)) if pairs else None
 
     def report(self, program: str) -> str:
-        """A table: a line for each figure, with each program's median, and of each other program the ratio to
-        it."""
-        programs = list(dict.fromkeys(s.program for s in self.taken))
-        others = [name for name in programs if name != program]
-        header = ["figure", "rounds", *programs, *(f"{program} / {name}" for name in others)]
+        """A table of medians, a line for each figure and program, with the ratio of `program` to each
+        other."""
         rows = []
         for figure in dict.fromkeys(s.figure for s in self.taken):
-            found = {name: self.of(figure, name) for name in programs}
-            cells = [f"{statistics.median(by.values()):.3f}" if by else "" for by in found.values()]
-            most = max(len(by) for by in found.values())
-            rows.append([figure, str(most), *cells, *(self._ratio(figure, program, o) for o in others)])
-        return table(header, rows)
-
-    def _ratio(self, figure: str, program: str, other: str) -> str:
-        found = self.ratio(figure, program, other)
-        return "" if found is None else "{:.2f} ({:.2f} to {:.2f})".format(*found)
+            for name in dict.fromkeys(s.program for s in self.taken if s.figure == figure):
+                found = None if name == program else self.ratio(figure, program, name)
+                ratio = (
+                    ["", ""] if found is None else [f"{found[0]:.2f}", f"{found[1]:.2f} to {found[2]:.2f}"]
+                )
+                rounds = str(len(self.of(figure, name)))
+                rows.append([figure, name, f"{self.median(figure, name):.3f}", rounds, *ratio])
+        return table(
+            ["figure", "program", "median", "rounds", f"{program} / it", "smallest to largest"], rows
+        )
 
     def save(self, path: Path | None, what: Mapping[str, Any]) -> None:
         """Writes `what` was measured, and every sample, as JSON; does nothing without a path."""

@@ -28,18 +28,20 @@ def test_layers_are_cut_where_the_longest_stage_is_shortest(
 
     monkeypatch.setattr(chain, "unit_cost", lambda model, unit: Cost(unit))
     monkeypatch.setattr(Model, "n_units", property(lambda model: len(reads)))
-    assert even_layers(tiny_llama, 1) == [6]
-    assert even_layers(tiny_llama, 2) in ([4, 2], [5, 1])  # 40 and 50, or 50 and 40
-    assert even_layers(tiny_llama, 3) == [2, 3, 1]
-    assert even_layers(tiny_llama, 6) == [1] * 6
+    assert even_layers(tiny_llama, 1, head=True) == [6]
+    assert even_layers(tiny_llama, 2, head=True) == [4, 2]  # 40 and 50; 50 and 40 is as good
+    assert even_layers(tiny_llama, 2, head=False) == [3, 3]
+    assert even_layers(tiny_llama, 3, head=True) == [2, 3, 1]
+    assert even_layers(tiny_llama, 3, head=False) == [2, 2, 2]
+    assert even_layers(tiny_llama, 6, head=True) == [1] * 6
     with pytest.raises(ValueError, match="6 layers, too few for a chain of 7 nodes"):
-        even_layers(tiny_llama, 7)
+        even_layers(tiny_llama, 7, head=True)
 
 
 def test_the_layers_of_a_real_model_cover_it(tiny_llama: Model) -> None:
     assert unit_cost(tiny_llama, 4).read_bytes > 0
     for count in (1, 2, 3):
-        found = even_layers(tiny_llama, count)
+        found = even_layers(tiny_llama, count, head=True)
         assert len(found) == count and sum(found) == 3 and min(found) > 0
 
 
@@ -90,8 +92,9 @@ def test_ratios_are_within_a_round() -> None:
     assert samples.ratio("speed", "this", "other") == (3.0, 2.0, 4.0)
     assert samples.median("speed", "other") == 2.0
     assert samples.ratio("speed", "this", "nobody") is None
-    line = samples.report("this").splitlines()[-1]
-    assert line.split()[:2] == ["speed", "4"] and line.endswith("3.00 (2.00 to 4.00)")
+    first, second = samples.report("this").splitlines()[2:]
+    assert first.split() == ["speed", "this", "23.000", "4"]
+    assert second.split() == ["speed", "other", "2.000", "3", "3.00", "2.00", "to", "4.00"]
 
 
 def test_turns_begin_with_another_one_each_round() -> None:
@@ -170,7 +173,7 @@ def test_each_measures_real_nodes(
 @pytest.mark.slow
 def test_answers_that_differ_end_the_measurement(tiny_llama: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chain, "_MEASURE_SECONDS", 0.01)
-    monkeypatch.setattr(chain, "even_layers", lambda model, count: [3])
+    monkeypatch.setattr(chain, "even_layers", lambda model, count, head: [3])
 
     def another(*asked: Any, **job: Any) -> chain.Answer:
         found = chain.alone(*asked, **job)

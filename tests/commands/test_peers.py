@@ -13,11 +13,12 @@ import types
 from pathlib import Path
 
 import pytest
-from bench import engines, llama_cpp_worker, pairs, peers, torch_worker
+from bench import chain, engines, llama_cpp_worker, pairs, peers, rpc, torch_worker
 from bench.engines import Finished, Job
 from bench.pairs import Reached, Sample
 
 from shoal.engine.convert import convert
+from shoal.engine.model_directory import Model
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 
@@ -38,6 +39,7 @@ class FakeLibrary(types.ModuleType):
     def __init__(self, refuses: bool = False) -> None:
         super().__init__("llama_cpp")
         self.refuses = refuses
+        self.remote = False
         self.calls: list[tuple[str, object]] = []
         self.context: types.SimpleNamespace | None = None
 
@@ -50,7 +52,7 @@ class FakeLibrary(types.ModuleType):
     llama_context_default_params = llama_model_quantize_default_params = types.SimpleNamespace
 
     def llama_model_load_from_file(self, path: bytes, params: types.SimpleNamespace) -> str | None:
-        assert params.n_gpu_layers == 0
+        assert (params.n_gpu_layers > 0) == self.remote
         return None if self.refuses else path.decode()
 
     def llama_init_from_model(self, model: str, params: types.SimpleNamespace) -> str:
@@ -131,6 +133,49 @@ def test_the_worker_times_what_llama_bench_times(
         "n_threads": 2,
         "n_threads_batch": 2,
     }
+
+
+def test_the_worker_puts_all_layers_on_servers_and_waits_for_each_token(
+    library: FakeLibrary,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Libraries are opened by the names under which they are loaded already: a copy would have no devices."""
+    library.__file__, library.remote = str(tmp_path / "__init__.py"), True
+    (tmp_path / "lib").mkdir()
+    for name in ("libggml.so.0", "libggml.so.0.25.3", "libggml-rpc.so.0", "libggml.so", "libggml-rpc.so"):
+        (tmp_path / "lib" / name).touch()
+    opened: list[str] = []
+
+    class Function:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __call__(self, *arguments: object) -> int | None:
+            library.calls.append((self.name, arguments))
+            return None if b"nobody" in str(arguments).encode() else 77
+
+    class Ggml:
+        def __init__(self, name: str) -> None:
+            opened.append(name)
+            self.ggml_backend_rpc_add_server = Function("add")
+            self.ggml_backend_register = Function("register")
+
+    monkeypatch.setattr(ctypes, "CDLL", Ggml)
+    assert llama_cpp_worker.main(["rpc", "m.gguf", "a:1,b:2", "128", "600", "2"]) == 0
+    assert opened == ["libggml.so.0", "libggml-rpc.so.0"]
+    added = [("add", (b"a:1",)), ("register", (77,)), ("add", (b"b:2",)), ("register", (77,))]
+    assert library.calls[:5] == [*added, ("init", None)]
+    assert library.calls[-5:] == [("decode", 1), ("synchronise", None)] * 2 + [("synchronise", None)]
+    assert library.context is not None
+    assert (library.context.n_ubatch, library.context.n_threads) == (128, 1)
+    assert [row["test"] for row in json.loads(capsys.readouterr().out)] == ["pp600", "tg2"]
+    with pytest.raises(RuntimeError, match="no device at nobody:1"):
+        llama_cpp_worker.main(["rpc", "m.gguf", "nobody:1", "128", "600", "2"])
+    (tmp_path / "lib/libggml-rpc.so.0").unlink()
+    with pytest.raises(FileNotFoundError, match="without RPC"):
+        llama_cpp_worker.main(["rpc", "m.gguf", "a:1", "128", "600", "2"])
 
 
 def test_the_worker_leaves_out_what_is_not_asked(
@@ -339,7 +384,10 @@ def test_the_memory_of_a_child_is_its_own() -> None:
 def test_nothing_is_built_when_it_is_there_or_must_not_be(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="without --skip-build"):
         engines.environment(tmp_path, build=False)
-    (tmp_path / ".built").touch()
+    (tmp_path / ".built").write_text("-DGGML_NATIVE=ON")  # by an earlier version, without RPC
+    with pytest.raises(FileNotFoundError, match="GGML_RPC=ON"):
+        engines.environment(tmp_path, build=False)
+    (tmp_path / ".built").write_text(engines.CMAKE_ARGS)
     assert engines.environment(tmp_path, build=True) == tmp_path / "bin/python"
     assert [path.name for path in tmp_path.iterdir()] == [".built"]
 
@@ -358,3 +406,57 @@ def test_more_threads_than_cpus_would_measure_nothing(text: str, capsys: pytest.
     with pytest.raises(SystemExit):
         peers.main(["-t", text])
     assert "CPUs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        ("--rpc -t 1", "--threads does not go with --rpc"),
+        ("--rpc --startup", "--startup does not go with --rpc"),
+        ("--rpc --add", "--add does not go with --rpc"),
+        ("--rpc --torch python", "--torch does not go with --rpc"),
+        ("--rpc -n 0", "above 0"),
+        ("--rpc -p 0", "above 0"),
+        ("--against .", "goes with --rpc only"),
+    ],
+)
+def test_options_that_do_not_go_with_rpc(flags: str, word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        peers.main(flags.split())
+    assert word in capsys.readouterr().err
+
+
+_LISTENER = (
+    "import socket, sys, time; s = socket.create_server(('127.0.0.1', int(sys.argv[1]))); time.sleep(99)"
+)
+
+
+@pytest.mark.slow
+def test_nodes_servers_and_one_process_take_turns(
+    tiny_llama: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The peer's processes are stand-ins; the nodes are real."""
+
+    def job(*asked: object) -> Job:
+        python, model, servers, rows, prompt, generated = asked
+        assert (python, model) == (Path("python"), Path("m.gguf")) and len(set(servers)) == 2  # type: ignore[call-overload]
+        speeds = {f"pp{prompt}": 1000 + rows} | ({f"tg{generated}": 5.0} if generated else {})  # type: ignore[operator]
+        lines = json.dumps([{"test": test, "avg_ts": speed} for test, speed in speeds.items()])
+        return Job([sys.executable, "-c", f"print({lines!r})"], engines.speeds)
+
+    monkeypatch.setattr(chain, "_MEASURE_SECONDS", 0.01)
+    monkeypatch.setattr(engines, "llama_rpc_job", job)
+    monkeypatch.setattr(
+        engines,
+        "llama_server",
+        lambda python, at: [sys.executable, "-c", _LISTENER, at.split(":")[1]],
+    )
+    samples = rpc.compare(chain.checkouts(None), tiny_llama, Path("python"), Path("m.gguf"), 40, 8, 1)
+    found = {(s.figure, s.program): s.value for s in samples.taken}
+    read, decode = "prompt of 40, tokens/s", "decode of 8, tokens/s"
+    assert found[read, "RPC, parts of 64"] == 1064 and found[decode, "RPC, parts of 512"] == 5.0
+    for program in ("this", "one process"):
+        assert found[read, program] > 0 and found[decode, program] > 0
+    monkeypatch.setattr(engines, "llama_server", lambda python, at: [sys.executable, "-c", "pass"])
+    with pytest.raises(RuntimeError, match="RPC server on core"):
+        rpc.compare(chain.checkouts(None), tiny_llama, Path("python"), Path("m.gguf"), 40, 8, 1)

@@ -3,7 +3,8 @@ chain.
 
 `Generation` decides what to send and which results are due; this file only sends and waits. A result is taken
 where it arrives: the next Step is on its way before anybody reads the token. When an epoch ends, a session
-joins the next chain and sends all known tokens as a prompt, and the answer goes on with the same token.
+joins the next chain and sends all known tokens as a prompt, and the answer goes on with the same token. So
+does a session that was set aside for lack of room (net/admission).
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class Session:
         slow reader never holds up the chain."""
         self._failed: Failed | ShoalError | None = None
         self._news = trio.Event()
-        self._answering = False
+        self._answering = self._keep = False
 
     async def __aenter__(self) -> Self:
         return self
@@ -126,7 +127,8 @@ class Session:
     ) -> Answer:
         """The answer to a prompt of token ids. Unless `keep`, the session's state is freed after it.
 
-        ContextError: the prompt does not fit. ValueError: a token id is not in the vocabulary."""
+        ContextError: the prompt does not fit; raised on entering the answer: the chain has no room for it.
+        ValueError: a token id is not in the vocabulary."""
         self._generation.check(prompt)
         return Answer(self, prompt, max_tokens, end, keep=keep)
 
@@ -141,9 +143,13 @@ class Session:
         if self._chain is not None and close is not None:
             self._chain.leave(close)
         self._chain = None
+        if isinstance(self._failed, Failed):  # it concerned the state that is freed
+            self._failed = None
         self.wake()
 
-    async def begin(self, prompt: Sequence[int], max_tokens: int, end: Collection[int]) -> None:
+    async def begin(
+        self, prompt: Sequence[int], max_tokens: int, end: Collection[int], *, keep: bool
+    ) -> None:
         """Waits for admission and begins an answer. ContextError: the chain cannot hold it. ValueError: an
         answer of this session has not ended."""
         if self._answering:
@@ -157,6 +163,7 @@ class Session:
         except BaseException:
             self._answering = False
             raise
+        self._keep = keep
         self._tokens.clear()
         if not isinstance(self._failed, Failed):  # which concerns the state that the nodes kept
             self._failed = None
@@ -202,6 +209,9 @@ class Session:
             return []
         if token is not None:
             self._tokens.append(token)
+        if self._generation.finished and not self._keep:  # others need not wait until the tokens are read
+            self.leave()
+            self._admission.end(self, keep=False)
         return self._due()
 
     def wake(self) -> None:
@@ -261,7 +271,7 @@ class Answer:
         self._question = prompt, max_tokens, end
 
     async def __aenter__(self) -> Self:
-        await self._session.begin(*self._question)
+        await self._session.begin(*self._question, keep=self._keep)
         return self
 
     async def __aexit__(

@@ -46,8 +46,8 @@ def test_a_step_connection_that_carries_nothing_is_replaced(
         async with lab.network() as net:
             for name in "abc":
                 net.add(name)
-            async with net.coordinator(plan=spread) as coordinator:
-                async with coordinator.generate([1, 2], max_tokens=12) as tokens:
+            async with net.coordinator(plan=spread) as coordinator, coordinator.session() as session:
+                async with session.answer([1, 2], max_tokens=12) as tokens:
                     got = [await anext(tokens)]
                     await trio.sleep(3)
                     node = net.nodes[7001 if link == "coordinator to node" else 7003]

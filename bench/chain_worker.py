@@ -65,8 +65,8 @@ def node(log: str, arguments: Sequence[str]) -> int:
 
 
 def plans_of(model: Model, job: dict[str, Any]) -> Any:
-    """The planner of `shoal run`, held to the nodes' order and the layers of the job. Checkouts from before
-    NetworkPlanner had constraints are told in their own way."""
+    """The planner of `shoal run`, held to the nodes' order and the layers of the job. NetworkPlanner of an
+    older checkout has no such option, and its question is changed instead."""
     from shoal import planner
     from shoal.distributed import NetworkPlanner
 
@@ -74,11 +74,11 @@ def plans_of(model: Model, job: dict[str, Any]) -> Any:
     context = min(model.config.context, job["context"])
     workload = planner.Workload(context, sequences=job.get("sequences", streams), streams=streams)
     objective: planner.Objective = "latency" if streams == 1 else "throughput"
-    names = tuple(job["names"])
-    held = planner.Constraints(layers=dict(zip(names, job["layers"], strict=True)), order=names)
     try:
-        return NetworkPlanner(model, workload, objective, constraints=held)
+        return NetworkPlanner(model, workload, objective, layers=job["layers"])
     except TypeError:
+        names = tuple(job["names"])
+        held = planner.Constraints(layers=dict(zip(names, job["layers"], strict=True)), order=names)
 
         class Held(NetworkPlanner):
             def _question(self, *asked: Any) -> planner.Question:

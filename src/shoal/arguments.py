@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import Any, TypeAlias, TypeVar
 
 from . import __version__
+from .engine.errors import ShoalError
 
 _COMMANDS = (
     "pull", "ls", "rm", "convert", "verify", "inspect", "run", "plan", "profile", "bench", "node", "demo",
@@ -219,6 +220,22 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def add_nodes(parser: argparse._ActionsContainer, text: str) -> None:
     parser.add_argument("--nodes", type=listed(address), default=(), metavar="HOST:PORT,...", help=text)
+
+
+def add_layers(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--layers",
+        type=listed(whole),
+        default=(),
+        metavar="N,N,...",
+        help="number of layers on each device, in the devices' order; 0 excludes a device",
+    )
+
+
+def check_nodes(nodes: Sequence[tuple[str, int]]) -> None:
+    """ShoalError: --nodes has an address twice."""
+    if len(set(nodes)) < len(nodes):
+        raise ShoalError("--nodes has an address twice: give each node once")
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:

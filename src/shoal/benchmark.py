@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -166,44 +166,52 @@ def _on_one_stage(
 
 
 def _row(stage: Stage, case: Case, repetitions: int, ceilings: Ceilings, load: int) -> Row:
-    model, now = stage.model, datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    model = stage.model
     samples, peaks = time_case(stage, case, repetitions, ceilings)
     peak = statistics.median(peaks) if peaks else None
-    speeds = [case.tokens * _SECOND / sample for sample in samples]
     seconds = statistics.fmean(samples) / _SECOND
     macs, read = work(model, case)
     backend, _, isa = stage.backend.partition(" ")
     return Row(
-        model_filename=str(model.path),
-        model_type=f"{model.path.resolve().name} {model.dtype}",
-        model_size=sum(unit_cost(model, u).bytes for u in range(model.n_units))
-        - tied_bytes(model)
-        + constant_bytes(model.program),
-        model_n_params=parameters(model),
+        **figures(model, case, samples),
         backends=backend,
         n_ubatch=stage.options.max_rows,
         n_threads=case.threads,
-        n_prompt=case.prompt,
-        n_gen=case.generated,
-        n_depth=case.depth,
-        test_time=now,
-        avg_ns=round(statistics.fmean(samples)),
-        stddev_ns=round(_deviation(samples)),
-        avg_ts=statistics.fmean(speeds),
-        stddev_ts=_deviation(speeds),
-        samples_ns=tuple(samples),
-        samples_ts=tuple(speeds),
-        test=case.name,
         isa=isa.strip("()") or backend,
-        n_sequences=case.sequences,
         read_bytes_per_s=read / seconds if case.generated else None,
         loop_bytes_per_s=peak if case.generated else None,
         macs_per_s=macs / seconds,
         peak_macs_per_s=peak if case.prompt else None,
         load_ns=load,
         peak_rss=peak_rss(),
-        model_hash=model.hash,
     )
+
+
+def figures(model: Model, case: Case, samples: Sequence[int]) -> dict[str, Any]:
+    """The fields of a row that follow from the model, the case and the repetitions' nanoseconds, whoever ran
+    them."""
+    speeds = [case.tokens * _SECOND / sample for sample in samples]
+    return {
+        "model_filename": str(model.path),
+        "model_type": f"{model.path.resolve().name} {model.dtype}",
+        "model_size": sum(unit_cost(model, u).bytes for u in range(model.n_units))
+        - tied_bytes(model)
+        + constant_bytes(model.program),
+        "model_n_params": parameters(model),
+        "n_prompt": case.prompt,
+        "n_gen": case.generated,
+        "n_depth": case.depth,
+        "test_time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "avg_ns": round(statistics.fmean(samples)),
+        "stddev_ns": round(_deviation(samples)),
+        "avg_ts": statistics.fmean(speeds),
+        "stddev_ts": _deviation(speeds),
+        "samples_ns": tuple(samples),
+        "samples_ts": tuple(speeds),
+        "test": case.name,
+        "n_sequences": case.sequences,
+        "model_hash": model.hash,
+    }
 
 
 def time_case(
@@ -222,7 +230,7 @@ def time_case(
         stage.open_sequence(sequence, Sampling(), case.context)
     try:
         for sequence in range(case.sequences):
-            _fill(stage, sequence, 0, _tokens(stage, case.depth, random))
+            _fill(stage, sequence, 0, random_tokens(stage.model, case.depth, random))
         step(stage, warm_up(case), random)
         for _ in range(repetitions):
             peak = ceilings.bytes_per_s() if case.generated else ceilings.macs_per_s()
@@ -243,7 +251,7 @@ def warm_up(case: Case) -> Case:
 
 
 def _prompt(stage: Stage, case: Case, random: np.random.Generator) -> None:
-    _fill(stage, 0, case.depth, _tokens(stage, case.prompt, random))
+    _fill(stage, 0, case.depth, random_tokens(stage.model, case.prompt, random))
 
 
 def _fill(stage: Stage, sequence: int, first: int, tokens: list[int]) -> None:
@@ -253,14 +261,15 @@ def _fill(stage: Stage, sequence: int, first: int, tokens: list[int]) -> None:
 
 def _generate(stage: Stage, case: Case, random: np.random.Generator) -> None:
     """Generates tokens one by one, greedily. Every sequence starts with a random token."""
-    tokens = _tokens(stage, case.sequences, random)
+    tokens = random_tokens(stage.model, case.sequences, random)
     for position in range(case.depth, case.depth + case.generated):
         results = stage.run([Run(s, position, [token], Want.TOKEN) for s, token in enumerate(tokens)])
         tokens = [result.token for result in results if result.token is not None]
 
 
-def _tokens(stage: Stage, count: int, random: np.random.Generator) -> list[int]:
-    return [int(token) for token in random.integers(0, stage.model.program.vocab, count)]
+def random_tokens(model: Model, count: int, random: np.random.Generator) -> list[int]:
+    """Token ids of the model's vocabulary."""
+    return [int(token) for token in random.integers(0, model.program.vocab, count)]
 
 
 def work(model: Model, case: Case) -> tuple[int, int]:

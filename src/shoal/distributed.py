@@ -14,6 +14,7 @@ import trio
 
 from . import __version__, planner
 from .answering import Settings
+from .engine.errors import ShoalError
 from .engine.model_directory import Model
 from .engine.stage import StageOptions
 from .net.coordinator import Coordinator
@@ -25,7 +26,7 @@ from .net.survey import survey
 from .plan_report import RunMeasurements
 from .planner.groups import groupings
 from .planner.streams import Follower
-from .planning import plan_that_fits, planner_model
+from .planning import layer_constraints, plan_that_fits, planner_model
 from .portal import Portal, open_portal
 
 CALL_SECONDS = 0.1
@@ -58,7 +59,8 @@ def survey_cluster(model: Model, addresses: Sequence[tuple[str, int]]) -> planne
 class NetworkPlanner:
     """Plans for the nodes that are there, each time the coordinator asks; keeps the last plan for the report.
     With `shrink`, a context that does not fit is reduced to the largest that does: `workload` is what was
-    planned for.
+    planned for. `layers` is the number of layers on each node, in the nodes' order, which the chain keeps;
+    without it the planner chooses.
 
     NoPlanError: the nodes cannot hold the model.
     """
@@ -70,8 +72,10 @@ class NetworkPlanner:
         objective: planner.Objective = "latency",
         *,
         shrink: bool = False,
+        layers: Sequence[int] = (),
     ) -> None:
-        self._rows = planner_model(model, StageOptions())
+        self.costs = planner_model(model, StageOptions())
+        self._layers = layers
         self._asked, self._objective, self._shrink = workload, objective, shrink
         self.workload = workload
         self.plan: planner.Plan | None = None
@@ -79,28 +83,37 @@ class NetworkPlanner:
     def __call__(self, nodes: Sequence[NodeInfo], links: Links) -> Placement:
         """The assignments of the best plan for these nodes, as net/placement.py needs them."""
         cluster = cluster_of(nodes, links)
-        question = self._question(cluster, self._asked)
+        try:
+            question = self._question(cluster, self._asked)
+        except ValueError as error:  # the given layers are not those of the model
+            raise ShoalError(str(error)) from error
         plan, self.workload = plan_that_fits(question, shrink=self._shrink)
         self.plan = plan
         way = Follower(replace(question, workload=self.workload)).way(plan.assignments)
         depth = self.workload.decode_depth
         return Placement(plan.assignments, self._chunk_rows(plan, cluster), groupings(way, depth))
 
-    def now(self, nodes: Sequence[NodeInfo], links: Links) -> planner.Plan:
-        """The plan's stages, predicted anew by the latest measurements of nodes and links."""
+    def now(
+        self, nodes: Sequence[NodeInfo], links: Links, workload: planner.Workload | None = None
+    ) -> planner.Plan:
+        """The plan's stages, predicted anew by the latest measurements of nodes and links, for another
+        workload if one is given. ValueError: a link is missing."""
         assert self.plan is not None, "something was planned"
-        question = self._question(cluster_of(nodes, links), self.workload)
+        question = self._question(cluster_of(nodes, links), workload or self.workload)
         found = planner.evaluate(question, self.plan.stages)
         return replace(found, method=self.plan.method, optimal=self.plan.optimal, reasons=self.plan.reasons)
 
     def _question(self, cluster: planner.Cluster, workload: planner.Workload) -> planner.Question:
-        return planner.Question(self._rows, cluster, workload, self._objective)
+        held = planner.Constraints()
+        if self._layers:
+            held = layer_constraints(self._layers, [device.name for device in cluster.devices])
+        return planner.Question(self.costs, cluster, workload, self._objective, held)
 
     def _chunk_rows(self, plan: planner.Plan, cluster: planner.Cluster) -> int:
         """The most rows that every stage computes within CALL_SECONDS."""
         rows = []
         for stage in plan.stages:
-            macs = sum(unit.macs for unit in self._rows.units[stage.first : stage.last])
+            macs = sum(unit.macs for unit in self.costs.units[stage.first : stage.last])
             rows.append(CALL_SECONDS * cluster.device(stage.device).macs_per_s / max(macs, 1))
         least, most = _CHUNKS
         return min(most, max(least, int(min(rows)) // 8 * 8))

@@ -5,12 +5,12 @@ Neither package imports the other; this module imports both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from . import planner
 from .engine.costs import constant_bytes, tied_bytes, unit_cost
-from .engine.errors import NoPlanError
+from .engine.errors import NoPlanError, ShoalError
 from .engine.layout import GROUP, PAGE, PART_BYTES, round_up
 from .engine.measure import DeviceMeasurements
 from .engine.model_directory import Model
@@ -115,6 +115,22 @@ def device_row(
         attend_macs_per_s=measured.attend_macs_per_s,
         prefill_attend_macs_per_s=measured.prefill_attend_macs_per_s,
     )
+
+
+def layer_constraints(
+    layers: Sequence[int], names: Sequence[str], exclude: Collection[str] = (), **ends: str | None
+) -> planner.Constraints:
+    """Constraints of the command line's --layers: so many layers on each device, in the devices' order, which
+    the plan keeps. ShoalError: there is not one number for each device. ValueError: constraints contradict
+    each other."""
+    if len(layers) != len(names):
+        raise ShoalError(
+            f"--layers has {len(layers)} numbers for {len(names)} devices: give one number each for "
+            f"{', '.join(names)}; 0 excludes a device"
+        )
+    order = tuple(name for name in names if name not in exclude)
+    by_name = dict(zip(names, layers, strict=True))
+    return planner.Constraints(frozenset(exclude), by_name, order=order, **ends)
 
 
 def plan_or_error(question: planner.Question) -> planner.Plan:

@@ -28,6 +28,7 @@ WITH_TRIO = [
     "net/probe.py",
     "net/session.py",
     "net/watch.py",
+    "src/shoal/chain_benchmark.py",
     "src/shoal/distributed.py",
     "src/shoal/portal.py",
     "src/shoal/node_process.py",

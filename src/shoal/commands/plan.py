@@ -7,7 +7,17 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..arguments import Commands, add_command, add_json, add_model, add_nodes, listed, name, positive, whole
+from ..arguments import (
+    Commands,
+    add_command,
+    add_json,
+    add_layers,
+    add_model,
+    add_nodes,
+    listed,
+    name,
+    positive,
+)
 from ..engine.errors import ShoalError
 from ..imports import quick_imports
 
@@ -49,13 +59,7 @@ def add_parser(commands: Commands) -> None:
         "--prompt", type=positive, default=128, metavar="N", help="prompt length in tokens (default 128)"
     )
     group = parser.add_argument_group("constraints")
-    group.add_argument(
-        "--layers",
-        type=listed(whole),
-        default=(),
-        metavar="N,N,...",
-        help="number of layers on each device, in the devices' order; 0 excludes a device",
-    )
+    add_layers(group)
     group.add_argument(
         "--exclude", type=listed(name), default=(), metavar="NAME,...", help="devices to exclude"
     )
@@ -115,15 +119,9 @@ def _constraints(args: argparse.Namespace, cluster: planner.Cluster) -> planner.
     ShoalError: --layers does not have one number for each device. ValueError: constraints contradict each
     other."""
     from .. import planner
+    from ..planning import layer_constraints
 
+    if not args.layers:
+        return planner.Constraints(frozenset(args.exclude), {}, args.first, args.last)
     names = [device.name for device in cluster.devices]
-    layers: dict[str, int] = {}
-    if args.layers:
-        if len(args.layers) != len(names):
-            raise ShoalError(
-                f"--layers has {len(args.layers)} numbers for {len(names)} devices: give one number each for "
-                f"{', '.join(names)}; 0 excludes a device"
-            )
-        layers = dict(zip(names, args.layers, strict=True))
-    order = tuple(name for name in names if name not in args.exclude) if layers else None
-    return planner.Constraints(frozenset(args.exclude), layers, args.first, args.last, order)
+    return layer_constraints(args.layers, names, args.exclude, first=args.first, last=args.last)

@@ -17,6 +17,7 @@ from ..arguments import (
     add_engine,
     add_model,
     add_nodes,
+    check_nodes,
     factor,
     fraction,
     non_negative,
@@ -96,8 +97,7 @@ def run(args: argparse.Namespace) -> int:
 
     model = Model.open(model_directory(args.model))
     prompt = _prompt(args)
-    if len(set(args.nodes)) < len(args.nodes):
-        raise ShoalError("--nodes has an address twice: give each node once")
+    check_nodes(args.nodes)
     tokenizer = Tokenizer.open(model.path)
     template = None if args.raw else Chat.open(model.path, tokenizer)
     settings = settings_of(args, model)

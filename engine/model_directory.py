@@ -113,14 +113,14 @@ class Model:
             fetch_ahead(self.path / name)
 
     def constants(self) -> dict[str, NDArray[np.float64]]:
-        """The f64 vectors by name that every stage needs, such as rotary frequencies. ModelFileError: the
-        file is missing, altered, or does not match the program."""
+        """Copies of the f64 vectors by name that every stage needs, such as rotary frequencies.
+        ModelFileError: the file is missing, altered, or does not match the program."""
         file = self.open_file(COMMON)
         wanted = {name: len(values) for name, values in self.program.constants}
         self._check_names(file, set(wanted))
         for name, size in wanted.items():
             self._check(file, TensorInfo(name, "F64", (size,)))
-        return {name: file.tensor(name) for name in wanted}
+        return {name: file.tensor(name).copy() for name in wanted}
 
     def verify(self) -> Iterator[tuple[str, int]]:
         """Hashes every file of the index again; yields the name and size of each correct file.

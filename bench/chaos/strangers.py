@@ -30,9 +30,10 @@ async def crowd(
     async with trio.open_nursery() as tasks:
         for _ in range(idle):
             tasks.start_soon(_again, open_stream, _silent)
-        for purpose, count in (("probe", probes), ("step", squatters)):
-            for _ in range(count):
-                tasks.start_soon(_again, open_stream, partial(_pinging, me, purpose))
+        for _ in range(probes):
+            tasks.start_soon(_again, open_stream, partial(_pinging, me, "probe"))
+        for _ in range(squatters):
+            tasks.start_soon(_again, open_stream, partial(_pinging, me, "step"))
 
 
 async def _again(open_stream: Open, behave: Callable[[trio.abc.Stream], Awaitable[None]]) -> None:
@@ -80,4 +81,4 @@ async def _main(model: str, numerics: str, addresses: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    trio.run(_main, *sys.argv[1:3], sys.argv[3:])
+    trio.run(_main, sys.argv[1], sys.argv[2], sys.argv[3:])

@@ -1,0 +1,148 @@
+"""python -m bench.chaos --seed S --trials N [--kinds kill,freeze]: seeded faults under real nodes.
+
+In each trial four answers are under way in a chain of three of four nodes, half of them drawn with a seed,
+when a fault strikes. The trial passes if all answers are those of one undisturbed process, none stood still
+for longer than twice the adaptive bound of silence, and nothing leaks. `--first I` begins with trial I of a
+seed, to repeat a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import trio
+from tests.models import tiny_chat_checkpoint
+
+from shoal.engine.convert import convert
+from shoal.engine.generate import generate
+from shoal.engine.model_directory import Model
+from shoal.engine.stage import Stage
+from shoal.store import resolve
+
+from .faults import AROUND, KINDS
+from .fleet import Fleet, fleet
+from .head import Ask
+from .proxy import Gate, Network
+from .trial import STREAMS, Outcome, Trial, asks, leaks, run
+
+NODES, SLOW = 4, 60.0
+GROWTH_MB = 30
+"""Resident memory that a node may gain from its first trial to its last."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit code 0 when all trials have passed."""
+    parser = argparse.ArgumentParser(prog="python -m bench.chaos", description=__doc__)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--trials", type=int, required=True)
+    parser.add_argument("--first", type=int, default=0, metavar="I", help="the first trial (default 0)")
+    parser.add_argument("--kinds", default=",".join(KINDS), help=f"default: {','.join(KINDS)}")
+    parser.add_argument(
+        "--longest", type=float, default=60.0, metavar="S", help="the longest fault, in seconds (default 60)"
+    )
+    parser.add_argument("--model", help="a name from `shoal ls`, or a path (default: a tiny random model)")
+    args = parser.parse_args(arguments)
+    kinds = args.kinds.split(",")
+    unknown = set(kinds) - set(KINDS)
+    if unknown:
+        parser.error(f"no such kinds: {', '.join(sorted(unknown))}")
+    with tempfile.TemporaryDirectory(prefix="shoal-chaos-") as name:
+        directory = Path(name)
+        if args.model is None:
+            model, slow = directory / "model", SLOW
+            convert(tiny_chat_checkpoint(directory / "checkpoint"), model)
+        else:
+            model, slow = resolve(args.model), 1.0
+        with fleet(model, directory, NODES, slow) as nodes:
+            outcomes = trio.run(
+                partial(
+                    _trials,
+                    nodes,
+                    model,
+                    args.seed,
+                    range(args.first, args.first + args.trials),
+                    kinds,
+                    args.longest,
+                )
+            )
+    print(table(outcomes))
+    return 1 if any(outcome.problems for outcome in outcomes) else 0
+
+
+async def _trials(
+    nodes: Fleet, path: Path, seed: int, numbers: range, kinds: Sequence[str], longest: float
+) -> list[Outcome]:
+    outcomes = []
+    model = Model.open(path)
+    for number in numbers:
+        await nodes.mend()
+        kind, rng = kinds[number % len(kinds)], random.Random(f"{seed} {number}")
+        questions = asks(rng, model.program.vocab)
+        expected = answers(model, questions)
+        async with trio.open_nursery() as gates:
+            network = Network()
+            for node in nodes.nodes.values():
+                assert node.running is not None
+                gate = Gate(node.name, node.running.address)
+                network.gates.append(gate)
+                await gates.start(gate.serve, network)
+            trial = Trial(kind, rng, longest, path, nodes, network)
+            outcome = await run(trial, KINDS[kind], AROUND.get(kind), expected, questions)
+            gates.cancel_scope.cancel()
+        for node in nodes.nodes.values():
+            node.thaw()
+            node.hung.close()
+        found = await leaks(nodes)
+        for node in nodes.nodes.values():
+            if len(node.rss) > 1 and node.rss[-1] - node.rss[0] > GROWTH_MB * 1e6:
+                found.append(f"{node.name} has grown by {(node.rss[-1] - node.rss[0]) / 1e6:.0f} MB")
+        outcome = Outcome(
+            **{**{f: getattr(outcome, f) for f in outcome.__slots__}, "problems": (*outcome.problems, *found)}
+        )
+        outcomes.append(outcome)
+        verdict = "; ".join(outcome.problems) or "passed"
+        print(
+            f"{seed}/{number} {kind}: still {outcome.still:.2f} s, {outcome.recoveries} recoveries, "
+            f"{outcome.seconds:.1f} s: {verdict}",
+            file=sys.stderr,
+            flush=True,
+        )
+    return outcomes
+
+
+def answers(model: Model, questions: Sequence[Ask]) -> list[list[int]]:
+    """What one undisturbed process answers."""
+    with Stage(model, 0, model.n_units) as stage:
+        return [
+            list(generate(stage, ask.prompt, ask.sampling, max_tokens=ask.tokens, end=()))
+            for ask in questions
+        ]
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """A row for each kind."""
+    lines = [
+        "| kind | trials | passed | answers equal | stood still median s | worst s | bound s | recoveries |",
+        "|-|-:|-:|-:|-:|-:|-:|-:|",
+    ]
+    for kind in dict.fromkeys(outcome.kind for outcome in outcomes):
+        rows = [outcome for outcome in outcomes if outcome.kind == kind]
+        still = [row.still for row in rows]
+        lines.append(
+            f"| {kind} | {len(rows)} | {sum(not row.problems for row in rows)} "
+            f"| {sum(row.equal for row in rows)} of {STREAMS * len(rows)} "
+            f"| {statistics.median(still):.2f} | {max(still):.2f} | {max(row.bound for row in rows):.2f} "
+            f"| {sum(row.recoveries for row in rows)} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

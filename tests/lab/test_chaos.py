@@ -1,0 +1,102 @@
+"""The trials of bench.chaos: their links fail as they should, and a trial finds what is wrong."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import trio
+import trio.testing
+from bench.chaos import __main__ as chaos
+from bench.chaos.proxy import FIRST_SYN_RETRY, Gate, Link, Network
+
+from shoal.net.identity import Identity
+from shoal.net.wire import WireProtocol
+
+pytestmark = pytest.mark.lab
+
+HELLO = b"".join(WireProtocol(True).send(Identity("n1", 5, "0", 1, "aa").hello("step")))
+
+
+@pytest.mark.parametrize(
+    ("cut", "sent", "retry", "arrives"),
+    [
+        (0.0, 1.0, 0.2, 1.0),
+        (0.3, 0.0, 0.2, 0.6),
+        (3.0, 0.0, 0.2, 3.0),
+        (7.0, 0.0, 0.2, 12.6),
+        (7.0, 5.0, 0.2, 8.0),
+        (2.0, 0.0, FIRST_SYN_RETRY, 3.0),
+    ],
+)
+def test_what_a_cut_link_loses_arrives_with_a_retransmission(
+    cut: float, sent: float, retry: float, arrives: float
+) -> None:
+    async def main() -> float:
+        start = trio.current_time()
+        network, link = Network(cut={"n1": start + cut}), Link("step", "n0", "n1")
+        await trio.sleep(sent)
+        await network.passable(link, trio.current_time(), retry)
+        return trio.current_time() - start
+
+    took = trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert math.isclose(took, arrives, abs_tol=1e-6)
+
+
+def test_a_gate_passes_on_until_a_link_is_black() -> None:
+    async def echo(stream: trio.SocketStream) -> None:
+        async for data in stream:
+            await stream.send_all(data)
+
+    async def main() -> None:
+        async with trio.open_nursery() as tasks:
+            (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+            tasks.start_soon(partial(trio.serve_listeners, echo, [listener]))
+            network = Network([gate := Gate("n2", listener.socket.getsockname()[:2])])
+            await tasks.start(gate.serve, network)
+            one, two = [await trio.open_tcp_stream(*gate.address) for _ in range(2)]
+            for stream in (one, two):
+                await stream.send_all(HELLO)
+                assert await stream.receive_some(4096) == HELLO
+            assert [(link.source, link.target) for link in network.links("n2", "step")] == [("n1", "n2")] * 2
+            assert (len([*network.links("n1")]), [*network.links("n1", "step")]) == (2, [])
+            first = next(iter(network.links("n2", "step")))
+            first.black = True
+            heard = []
+            for stream in (one, two):
+                await stream.send_all(b"x")
+                with trio.move_on_after(0.05):
+                    heard.append(await stream.receive_some(1))
+            assert heard == [b"x"]
+            await one.aclose()
+            await two.aclose()
+            tasks.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["kill", "truncate"])
+def test_a_trial_passes(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert chaos.main(["--seed", "5", "--trials", "1", "--kinds", kind]) == 0
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert row.startswith(f"| {kind} | 1 | 1 | 4 of 4 |")
+
+
+@pytest.mark.slow
+def test_a_trial_whose_answers_differ_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = chaos.answers
+    monkeypatch.setattr(chaos, "answers", lambda *args: [[0], *right(*args)[1:]])
+    assert chaos.main(["--seed", "5", "--trials", "1", "--kinds", "kill"]) == 1
+    out, err = capsys.readouterr()
+    assert "5/0 kill" in err and "1 answers differ" in err
+    assert out.splitlines()[-1].startswith("| kill | 1 | 0 | 3 of 4 |")
+
+
+def test_an_unknown_kind_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        chaos.main(["--seed", "1", "--trials", "1", "--kinds", "kill,earthquake"])
+    assert "no such kinds: earthquake" in capsys.readouterr().err

@@ -1,28 +1,30 @@
 """The coordinator's decisions about its nodes: `decide(state, event, now) -> (state, commands)`, without I/O
 or a clock.
 
-    gathering ──all joined──> measuring ──> planning ──> loading ──all loaded──> serving
-                                               ↑                       │            │
-                                               └───── a node is lost ──┴────────────┘
+    gathering ──> measuring ──> planning ──> loading ──all loaded──> serving
+                      ↑            ↑ │                      │           │
+                      │            └─┼──── a node is lost ──┴───────────┘
+                      └── waiting <──┘ no plan
     failed: reached from any phase, and final
 
 Each plan that is carried out gets an epoch of its own. The loss of a node that holds a stage ends the epoch,
-and the survivors are planned for at once. Before the first epoch is served any loss is a failure: the user is
-still at the terminal and can correct it. `now` is in seconds of any monotonic clock.
+and the others are planned for at once. Nodes are dialled again for as long as the coordinator lives. One that
+comes back is used where a plan needs it, or when a plan with it is better than the one in force. If the
+others cannot hold the model, the coordinator waits for nodes, for a bounded time. Before the first plan, the
+user is still at the terminal: a node that cannot be reached is left out if the others suffice, and is an
+error otherwise.
+
+`now` is in seconds of a monotonic clock that stands still while this process does not run (liveness.Awake).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
-from ..engine.errors import ShoalError
-from ..planner import Assignment
+from ..engine.errors import NoPlanError, ShoalError
 from ..planner.groups import plain_groupings
-from .errors import LocalProtocolError, MismatchError, NodeLostError, StageStuckError
+from .errors import LocalProtocolError, MismatchError, NetError, NodeLostError, StageStuckError
 from .events import (
-    DEFAULT_TIMING,
     Command,
     Event,
     Fail,
@@ -35,84 +37,34 @@ from .events import (
     MeasureLinks,
     Pause,
     Planned,
+    Redial,
+    Say,
     SendAssign,
     SendPing,
     SendRelease,
     Serve,
     StageBroken,
     StageLoaded,
+    Stalled,
     Tick,
-    Timing,
+    TryAnew,
 )
-from .liveness import call_bound, load_bound
-from .messages import Assign, Epoch, Hello, Peer
-from .placement import COORDINATOR, Placement
+from .identity import host_port
+from .liveness import Pulse, call_bound, load_bound
+from .members import ClusterState, Phase, labelled, peer_of
+from .messages import Assign, Epoch
+from .placement import Placement
 
-NO_PLACEMENT = Placement(())
-Phase = Literal["gathering", "measuring", "planning", "loading", "serving", "failed"]
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """A node as the coordinator knows it, identified by its index in the list of addresses."""
-
-    host: str
-    port: int
-    hello: Hello | None = None
-    label: str = ""
-    """The node's name, or name@host:port if another has the same name."""
-    lost: str = ""
-    """The reason for its loss; empty while it is not lost."""
-    heard: float = 0.0
-    pinged: float = 0.0
-
-    @property
-    def alive(self) -> bool:
-        """Joined and not lost."""
-        return self.hello is not None and not self.lost
-
-
-@dataclass(frozen=True, slots=True)
-class ClusterState:
-    """The coordinator's view of its nodes. `epoch` and `placement` are those of the newest plan."""
-
-    members: tuple[Member, ...]
-    units: int
-    epoch: Epoch
-    timing: Timing = DEFAULT_TIMING
-    approximate: bool = False
-    """Allow nodes whose results are not exact beside exact ones."""
-    recover: bool = True
-    phase: Phase = "gathering"
-    plans: int = 0
-    """The number of plans requested so far; an answer to an earlier request is ignored."""
-    placement: Placement = NO_PLACEMENT
-    loaded: frozenset[int] = frozenset()
-    unit_bytes: tuple[int, ...] = ()
-    """The bytes of each unit's weights; empty if they are unknown."""
-    served: bool = False
-    """Whether any epoch has been served."""
-
-    def bytes_of(self, stage: Assignment) -> int:
-        """The bytes of the weights of a stage; 0 if they are unknown."""
-        return sum(self.unit_bytes[stage.first : stage.last])
-
-    def index(self, label: str) -> int:
-        """The index of the live member with that label. KeyError: there is none."""
-        for i, member in enumerate(self.members):
-            if member.label == label and member.alive:
-                return i
-        raise KeyError(label)
-
-    def alive(self) -> tuple[int, ...]:
-        """The indices of members that have joined and are not lost."""
-        return tuple(i for i, member in enumerate(self.members) if member.alive)
-
-    def holders(self) -> tuple[int, ...]:
-        """The members with a stage, in the order of the chain, including lost ones."""
-        labels = [member.label for member in self.members]
-        return tuple(labels.index(stage.device) for stage in self.placement.stages)
-
+GAIN = 1.1
+"""How many times as fast as the plan in force a plan with other nodes must be."""
+SETTLED_SECONDS, MOST_SETTLED = 3.0, 60.0
+"""How long a node must have been back, and a chain have been served, before such a plan is tried. The time
+grows with each loss of the node."""
+QUICK_SECONDS, MOST_AGAIN = 10.0, 3
+"""How often the same chain is tried again after its connections have failed, each time within
+QUICK_SECONDS."""
+RETRY_SECONDS = 1.0
+"""The time between two measurements of links that cannot be measured, while nodes are waited for."""
 
 Outcome = tuple[ClusterState, tuple[Command, ...]]
 
@@ -127,18 +79,19 @@ def decide(state: ClusterState, event: Event, now: float) -> Outcome:
         case Heard():
             return _heard(state, event, now)
         case Left(member, error):
-            return _left(state, member, error)
+            return _left(state, member, error, now)
         case LinksMeasured():
-            return _plan(state) if state.phase == "measuring" else (state, ())
+            return _links_measured(state, event, now)
         case Planned(number, answer):
-            current = state.phase == "planning" and number == state.plans
-            return _planned(state, answer) if current else (state, ())
+            return _planned(state, answer, now) if number == state.plans else (state, ())
         case StageLoaded(member, epoch):
-            return _loaded(state, member, epoch)
+            return _loaded(state, member, epoch, now)
         case StageBroken():
-            return _broken(state, event)
+            return _broken(state, event, now)
+        case Stalled(member):
+            return _stalled(state, member)
         case Tick():
-            return _tick(state, now)
+            return _tick(state, event, now)
 
 
 def check_placement(state: ClusterState, placement: Placement) -> None:
@@ -159,67 +112,240 @@ def check_placement(state: ClusterState, placement: Placement) -> None:
         raise LocalProtocolError(f"the plan has chunks of {placement.chunk_rows} rows")
 
 
-def _with_member(state: ClusterState, member: int, **changes: object) -> ClusterState:
-    changed = replace(state.members[member], **changes)  # type: ignore[arg-type]
-    return replace(state, members=(*state.members[:member], changed, *state.members[member + 1 :]))
-
-
 def _fail(state: ClusterState, error: ShoalError) -> Outcome:
     return replace(state, phase="failed"), (Fail(error),)
 
 
+def _enter(state: ClusterState, phase: Phase, now: float) -> ClusterState:
+    return replace(state, phase=phase, since=now)
+
+
+# --- members that join and leave
+
+
 def _joined(state: ClusterState, event: Joined, now: float) -> Outcome:
-    state = _with_member(state, event.member, hello=event.hello, heard=now, pinged=now)
-    if state.phase != "gathering" or any(member.hello is None for member in state.members):
+    """A node has joined for the first time, has come back, or has a new connection: it has dropped what it
+    held for the old one."""
+    member, before, incarnation = event.member, state.members[event.member], event.hello.incarnation
+    same = before.hello is not None and before.hello.incarnation == incarnation
+    if before.faulty == incarnation:
+        return state, (HangUp(member),)
+    commands: tuple[Command, ...] = ()
+    if before.alive and not same:  # its old connection has not ended yet
+        restarted = NodeLostError(f"{before.called} has restarted")
+        state, commands = _left(state, member, restarted, now, hang_up=False)
+    was, held = state.members[member].alive, state.holds(member)
+    state = state.changed(
+        member,
+        hello=event.hello,
+        lost=None,
+        joined=before.joined if was else now,
+        pulse=Pulse(before.pulse.trip, now),
+    )
+    state = replace(state, considered=state.considered - {incarnation}) if not was else state
+    for other in state.alive():
+        if other != member and state.incarnation(other) == incarnation:
+            state, more = _left(state.changed(other, barred=True), other, _twice(state, other, member), now)
+            commands += more
+    if state.phase == "gathering":
+        if len(state.alive()) == 1:
+            state = replace(state, since=now)
+        state, more = _gathered(state, now)
+        return state, (*commands, *more)
+    state = labelled(state)
+    mixed = _mixed(state, member)
+    if mixed is not None:
+        state, more = _left(state, member, mixed, now)
+    elif was and held:  # only the connection is new
+        state, more = _load_again(state, now)
+    else:
+        if not was:
+            told = "has joined" if before.hello is None else "is back"
+            commands += (Say(f"{state.members[member].called} {told}"),)
+        state, more = _advance(state, now)
+    return state, (*commands, *more)
+
+
+def _twice(state: ClusterState, one: int, other: int) -> NetError:
+    """The error of a node that is listed under two addresses. It serves the newer connection."""
+    first, second = (host_port(state.members[i].host, state.members[i].port) for i in (one, other))
+    return NetError(f"{first} is the same node as {second}: give each node once")
+
+
+def _gathered(state: ClusterState, now: float) -> Outcome:
+    """Goes on when every node has joined or cannot be reached, or has had `timing.gather` seconds since the
+    first joined. Those that join later are used as if they had been lost."""
+    pending = any(member.pending for member in state.members)
+    late = state.recover and bool(state.alive()) and now - state.since >= state.timing.gather
+    if pending and not late:
         return state, ()
-    state = replace(state, members=_labelled(state.members))
-    exact = {hello.offer.exact: member for member, hello in _devices(state) if hello.offer}
-    if len(exact) == 2 and not state.approximate:
-        first, second = exact[True], exact[False]
-        return _fail(
-            state,
-            MismatchError(
-                f"{first.label} computes exactly and {second.label} approximately (its backend is not "
-                "native), so answers would depend on the plan: start all nodes with the same --backend"
-            ),
-        )
-    return replace(state, phase="measuring"), (MeasureLinks(state.alive()),)
+    absent = [member for member in state.members if not member.alive]
+    if not state.alive():
+        return _fail(state, next(member.lost for member in absent if member.lost is not None))
+    state = labelled(state)
+    mixed = _mixed(state)
+    if mixed is not None:
+        return _fail(state, mixed)
+    said = tuple(
+        Say(f"{member.lost or f'{member.called} has not answered yet'}: going on without it")
+        for member in absent
+    )
+    state, commands = _advance(_enter(state, "measuring", now), now)
+    return state, (*said, *commands)
 
 
-def _devices(state: ClusterState) -> list[tuple[Member, Hello]]:
-    return [(member, member.hello) for member in state.members if member.hello is not None]
-
-
-def _labelled(members: Sequence[Member]) -> tuple[Member, ...]:
-    names = [COORDINATOR, *(member.hello.name if member.hello else "" for member in members)]
-    return tuple(
-        replace(member, label=name if names.count(name) == 1 else f"{name}@{member.host}:{member.port}")
-        for member, name in zip(members, names[1:], strict=True)
+def _mixed(state: ClusterState, newest: int | None = None) -> MismatchError | None:
+    """The error of nodes that cannot be in one chain, since only some of them compute exactly."""
+    devices = [state.members[i] for i in state.alive() if i != newest]
+    if newest is not None:
+        devices.append(state.members[newest])
+    exact = {member.hello.offer.exact: member for member in devices if member.hello and member.hello.offer}
+    if len(exact) < 2 or state.approximate:
+        return None
+    return MismatchError(
+        f"{exact[True].label} computes exactly and {exact[False].label} approximately (its backend is not "
+        "native), so answers would depend on the plan: start all nodes with the same --backend"
     )
 
 
-def _plan(state: ClusterState) -> Outcome:
-    state = replace(state, phase="planning", plans=state.plans + 1, loaded=frozenset())
-    return state, (MakePlan(state.plans, state.alive()),)
+def _left(
+    state: ClusterState, member: int, error: ShoalError, now: float, *, hang_up: bool = True
+) -> Outcome:
+    """A node is lost, or could not be reached."""
+    lost = state.members[member]
+    if lost.lost is not None:
+        return state, ()
+    held, strict = state.holds(member), not state.recover
+    at_fault = lost.alive and not isinstance(error, NodeLostError | StageStuckError)
+    state = state.changed(
+        member,
+        lost=error,
+        losses=lost.losses + lost.alive,
+        faulty=state.incarnation(member) if at_fault else lost.faulty,
+    )
+    if strict and (held or not state.served):
+        return _fail(state, error)
+    if state.phase == "gathering":
+        return _gathered(state, now)
+    ended: tuple[Command, ...] = ((HangUp(member),) if hang_up else ()) + (Say(str(error)),)
+    if held:
+        paused = Pause(state.epoch)
+        state, commands = _advance(_enter(state, "measuring", now), now)
+        return state, (*ended, paused, *commands)
+    if state.phase == "planning":
+        state, commands = _plan(state, now)
+    elif state.phase == "measuring":
+        state, commands = _advance(state, now)
+    elif state.trial:  # it may be in that plan
+        state, commands = replace(state, trial=False, plans=state.plans + 1), ()
+    else:
+        commands = ()
+    return state, (*ended, *commands)
 
 
-def _planned(state: ClusterState, answer: Placement | ShoalError) -> Outcome:
+# --- from links to a plan
+
+
+def _measure(state: ClusterState) -> Outcome:
+    """Measures the links that are unknown, unless others are being measured."""
+    pairs = state.unmeasured()
+    if not pairs or state.measuring:
+        return state, ()
+    return replace(state, measuring=frozenset(state.ends(*pair) for pair in pairs)), (MeasureLinks(pairs),)
+
+
+def _links_measured(state: ClusterState, event: LinksMeasured, now: float) -> Outcome:
+    state = replace(
+        state,
+        measured=state.measured | state.measuring,
+        unreachable=(state.unreachable - state.measuring) | event.unreachable,
+        measuring=frozenset(),
+    )
+    return _advance(state, now)
+
+
+def _advance(state: ClusterState, now: float) -> Outcome:
+    """Measures links that are unknown, and plans if no chain is there. The survivors of a loss are planned
+    for before the links of newcomers are known, and a chain that is served goes on meanwhile."""
+    state, commands = _measure(state)
+    if state.phase in ("measuring", "waiting"):
+        first = state.epoch.counter == 0 and bool(state.unmeasured())
+        if not state.alive() or (state.usable() and not first):
+            state, more = _plan(state, now)
+            commands += more
+    return state, commands
+
+
+def _plan(state: ClusterState, now: float, *, trial: bool = False) -> Outcome:
+    usable = state.usable()
+    considered = frozenset(state.incarnation(i) for i in usable)
+    state = replace(state, plans=state.plans + 1, trial=trial, considered=considered)
+    if not usable:
+        return _no_plan(state, None, now)
+    if not trial:
+        state = replace(_enter(state, "planning", now), loaded=frozenset())
+    return state, (MakePlan(state.plans, usable),)
+
+
+def _planned(state: ClusterState, answer: Placement | ShoalError, now: float) -> Outcome:
+    paused: tuple[Command, ...] = ()
+    if state.phase == "serving" and state.trial:
+        state = replace(state, trial=False)
+        if isinstance(answer, ShoalError) or not _better(answer, state.placement):
+            return state, ()
+        paused = (Say("a plan with more nodes is better: changing to it"), Pause(state.epoch))
+    elif state.phase != "planning":
+        return state, ()
+    if isinstance(answer, NoPlanError):
+        return _no_plan(state, answer, now)
     if isinstance(answer, ShoalError):
-        gone = "; ".join(member.lost for member in state.members if member.lost)
-        return _fail(
-            state, NodeLostError(f"{gone}; the other nodes cannot go on: {answer}") if gone else answer
-        )
+        return _fail(state, answer)
     try:
         check_placement(state, answer)
     except LocalProtocolError as error:
         return _fail(state, error)
-    return _load(replace(state, placement=answer))
+    state, commands = _load(replace(state, placement=answer), now)
+    return state, (*paused, *commands)
 
 
-def _load(state: ClusterState) -> Outcome:
+def _better(plan: Placement, old: Placement) -> bool:
+    """Whether a plan is worth the interruption: it holds a longer context, or is faster by GAIN."""
+    faster = plan.tokens_per_s > GAIN * old.tokens_per_s
+    return plan.context > old.context or (plan.context == old.context and faster)
+
+
+def _no_plan(state: ClusterState, reason: NoPlanError | None, now: float) -> Outcome:
+    """Waits for nodes, if there was a plan once and a node is lost. `reason` None: no node is left."""
+    if reason is not None and state.unmeasured():  # newcomers may change that
+        return _measure(_enter(state, "measuring", now))
+    if reason is not None and state.considered != {state.incarnation(i) for i in state.usable()}:
+        return _plan(state, now)
+    errors = [member.lost for member in state.members if member.lost is not None]
+    error: ShoalError
+    if reason is None:
+        error = errors[-1]
+    elif errors:
+        kind = NodeLostError if state.served else type(errors[0])
+        error = kind(f"{'; '.join(map(str, errors))}; the other nodes cannot go on: {reason}")
+    else:
+        error = reason
+    hope = state.waiting is not None or state.unreachable or any(isinstance(e, NodeLostError) for e in errors)
+    if state.epoch.counter == 0 or not hope:
+        return _fail(state, error)
+    since = now if state.waiting is None else state.waiting
+    if now - since >= state.timing.patience:
+        return _fail(state, error)
+    said = (Say(f"waiting for nodes, {state.timing.patience:g} s at most"),) if state.waiting is None else ()
+    return replace(_enter(state, "waiting", now), waiting=since, failure=error), said
+
+
+# --- epochs
+
+
+def _load(state: ClusterState, now: float) -> Outcome:
     """Begins an epoch with the placement of the state."""
     epoch = replace(state.epoch, counter=state.epoch.counter + 1)
-    state = replace(state, phase="loading", epoch=epoch, loaded=frozenset())
+    state = replace(_enter(state, "loading", now), epoch=epoch, loaded=frozenset(), trial=False)
     holders = state.holders()
     peers = [peer_of(state.members[i]) for i in holders]
     before = (epoch.coordinator, *(peer.incarnation for peer in peers[:-1]))
@@ -246,29 +372,37 @@ def _load(state: ClusterState) -> Outcome:
     return state, (*idle, *assigns)
 
 
-def peer_of(member: Member) -> Peer:
-    """The address and incarnation by which another node connects to a member."""
-    assert member.hello is not None
-    hello = member.hello
-    return Peer(hello.name, member.host, member.port, hello.incarnation, hello.ticket)
+def _load_again(state: ClusterState, now: float) -> Outcome:
+    """Begins another epoch with the placement in force."""
+    ended = state.epoch
+    quick = now - state.since < QUICK_SECONDS
+    state, commands = _load(replace(state, again=state.again + 1 if quick else 1), now)
+    return state, (Pause(ended), *commands)
 
 
-def _loaded(state: ClusterState, member: int, epoch: Epoch) -> Outcome:
+def _loaded(state: ClusterState, member: int, epoch: Epoch, now: float) -> Outcome:
     if state.phase != "loading" or epoch != state.epoch or member not in state.holders():
         return state, ()
     state = replace(state, loaded=state.loaded | {member})
     if state.loaded != frozenset(state.holders()):
         return state, ()
-    return replace(state, phase="serving", served=True), (Serve(epoch),)
+    state = replace(_enter(state, "serving", now), served=True)
+    return state, (Serve(epoch),)
+
+
+# --- faults
 
 
 def _heard(state: ClusterState, event: Heard, now: float) -> Outcome:
     """Removes a node of which a call has been running for too long. The bound of a call whose time is not
     predicted is that of loading the stage, which it may do."""
-    state, progress = _with_member(state, event.member, heard=now), event.progress
+    member, progress = state.members[event.member], event.progress
+    state = state.changed(
+        event.member, pulse=member.pulse.heard(now - member.pulse.pinged if event.answered else None)
+    )
     if progress is None or progress.epoch != state.epoch or progress.running is None:
         return state, ()
-    if event.member not in state.holders() or not state.members[event.member].alive:
+    if not member.alive or not state.holds(event.member):
         return state, ()
     stage = state.placement.stages[state.holders().index(event.member)]
     expected = progress.expected
@@ -276,60 +410,109 @@ def _heard(state: ClusterState, event: Heard, now: float) -> Outcome:
     if progress.running <= bound:
         return state, ()
     error = StageStuckError(
-        f"{state.members[event.member].label}: a call of its stage has been running for "
-        f"{progress.running:.0f} s, much longer than it should: stop that node and start it again"
+        f"{member.called}: a call of its stage has been running for {progress.running:.0f} s, much longer "
+        "than it should: stop that node and start it again"
     )
-    return _left(state, event.member, error)
+    return _left(state, event.member, error, now)
 
 
-def _broken(state: ClusterState, event: StageBroken) -> Outcome:
+def _broken(state: ClusterState, event: StageBroken, now: float) -> Outcome:
     """Removes the node at fault: the sender, whose stage failed, or the next node, which it cannot reach. If
-    only a connection has failed, the same chain begins another epoch."""
+    only a connection has failed, the same chain begins another epoch, unless that has not helped before."""
     if event.epoch != state.epoch or state.phase not in ("loading", "serving"):
         return state, ()
-    if event.again:
-        ended = state.epoch
-        state, commands = _load(state)
-        return state, (Pause(ended), *commands)
+    if event.again and state.again < MOST_AGAIN:
+        return _load_again(state, now)
     blamed = event.member
     for i in state.alive():
-        hello = state.members[i].hello
-        if hello is not None and hello.incarnation == event.peer:
+        if event.peer is not None and state.incarnation(i) == event.peer and i != event.member:
             blamed = i
-    return _left(state, blamed, event.error)
+            measured = state.measured - {state.ends(event.member, i)}  # that link may be another now
+            state = replace(state, measured=measured)
+            break
+    return _left(state, blamed, event.error, now)
 
 
-def _left(state: ClusterState, member: int, error: ShoalError) -> Outcome:
-    if state.members[member].lost:
+def _stalled(state: ClusterState, member: int) -> Outcome:
+    """Replaces the control connection to a node, if it is still silent: a new one works."""
+    pulse = state.members[member].pulse
+    if not state.members[member].alive or pulse.waiting is None:
         return state, ()
-    held = state.phase in ("loading", "serving") and member in state.holders()
-    state = _with_member(state, member, lost=str(error) or "a node is lost")
-    if not state.served or not state.alive() or (held and not state.recover):
-        return _fail(state, error)
-    if held:
-        again, commands = _plan(state)
-        return again, (HangUp(member), Pause(state.epoch), *commands)
-    if state.phase == "planning":
-        again, commands = _plan(state)
-        return again, (HangUp(member), *commands)
-    return state, (HangUp(member),)
+    return state.changed(member, pulse=replace(pulse, waiting=None)), (Redial(member),)
 
 
-def _tick(state: ClusterState, now: float) -> Outcome:
+def _tick(state: ClusterState, event: Tick, now: float) -> Outcome:
+    state, beats = _beats(state, event, now)
+    commands: tuple[Command, ...] = ()
+    if state.phase == "gathering":
+        state, commands = _gathered(state, now)
+    elif state.phase not in ("serving", "failed") and _tired(state, now):
+        assert state.failure is not None, "waiting has a reason"
+        state, commands = _fail(state, state.failure)
+    elif state.phase == "waiting" and state.unreachable and now - state.since >= RETRY_SECONDS:
+        retry = replace(state, measured=state.measured - state.unreachable, unreachable=frozenset())
+        state, commands = _advance(_enter(retry, "measuring", now), now)
+    elif state.phase == "serving" and event.stalled and not _silent(state, now):
+        said = Say("the chain stands still, and no node reports a fault: its stages are loaded again")
+        state, more = _load_again(state, now)
+        commands = (said, *more)
+    elif state.phase == "serving":
+        state, commands = _reconsidered(state, now)
+    return state, (*beats, *commands)
+
+
+def _silent(state: ClusterState, now: float) -> bool:
+    """Whether a node of the chain is late with an answer, which may be why the chain stands still."""
+    pulses = (state.members[i].pulse for i in state.holders())
+    return any(pulse.silence(now) > pulse.trip.suspect() for pulse in pulses)
+
+
+def _tired(state: ClusterState, now: float) -> bool:
+    return state.waiting is not None and now - state.waiting >= state.timing.patience
+
+
+def _reconsidered(state: ClusterState, now: float) -> Outcome:
+    """Asks for a plan with nodes that have joined since the last one."""
+    if now - state.since < SETTLED_SECONDS:
+        return state, ()
+    state = replace(state, waiting=None, failure=None)
+    if state.trial:
+        return state, ()
+    for i in state.usable():
+        member = state.members[i]
+        settled = min(MOST_SETTLED, SETTLED_SECONDS * 2.0 ** (max(0, member.losses - 1)))
+        if state.incarnation(i) not in state.considered and now - member.joined >= settled:
+            return _plan(state, now, trial=True)
+    return state, ()
+
+
+def _beats(state: ClusterState, event: Tick, now: float) -> Outcome:
+    """Pings the nodes, tries those anew whose answer is late, and removes those that are silent for too long.
+    A node may be twice as long silent while it loads."""
     commands: list[Command] = []
     for i in state.alive():
-        member = state.members[i]
-        silence = now - member.heard
-        if silence >= state.timing.overdue:
-            error = NodeLostError(
-                f"{member.label or 'the node'} ({member.host}:{member.port}) has said nothing for "
-                f"{silence:.0f} s: check that it is awake and on the network"
-            )
-            state, more = _left(state, i, error)
+        member, loading = state.members[i], state.phase == "loading"
+        pulse, timing = member.pulse, state.timing
+        busy = state.holds(i) and (loading or event.busy)
+        silence = pulse.silence(now)
+        bound = pulse.bound(timing.overdue, busy=busy) * (2 if loading else 1)
+        if silence > min(timing.overdue, bound) or _overdue_load(state, i, now):
+            why = f"has answered nothing for {silence:.1f} s: check that it is awake and on the network"
+            if silence <= min(timing.overdue, bound):
+                why = f"has not loaded its layers within {now - state.since:.0f} s"
+            state, more = _left(state, i, NodeLostError(f"{member.called} {why}"), now)
             commands += more
             if state.phase == "failed":
                 break
-        elif now - member.pinged >= state.timing.heartbeat:
-            state = _with_member(state, i, pinged=now)
+            continue
+        if busy and silence > pulse.trip.suspect():
+            commands.append(TryAnew(i))
+        if now - pulse.pinged >= (timing.busy if busy else timing.heartbeat):
+            state = state.changed(i, pulse=pulse.ping(now))
             commands.append(SendPing(i))
     return state, tuple(commands)
+
+
+def _overdue_load(state: ClusterState, member: int, now: float) -> bool:
+    loading = state.phase == "loading" and state.holds(member) and member not in state.loaded
+    return loading and now - state.since > state.load_bound()

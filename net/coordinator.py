@@ -6,25 +6,27 @@ passes the events to `decide` in order, and each command is carried out at once 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count, permutations
+from itertools import count
 
 import trio
 
 from ..engine.batch import Sampling
-from ..engine.errors import ShoalError
+from ..engine.errors import ShoalError, ignore
 from ..planner import LinkSpeed
 from . import events
 from .admission import Admission, ChainRoom
-from .cluster import ClusterState, Member, decide, peer_of
+from .cluster import decide
 from .connection import Connection, Hop, Kind, OpenStream, dial, in_thread, open_tasks, open_tcp
 from .errors import NodeLostError, RemoteProtocolError, from_wire
 from .events import DEFAULT_TIMING, Command, Event, Timing
 from .generation import Flow, Generation
 from .identity import Identity, ModelShape
+from .liveness import TICK_SECONDS, Awake, Stillness, call_bound, redial_pause
+from .members import ITSELF, ClusterState, Member, peer_of
 from .messages import (
     Broken,
     Epoch,
@@ -36,27 +38,33 @@ from .messages import (
     Message,
     Ping,
     Pong,
+    Progress,
     Release,
     Result,
     Stats,
 )
 from .pace import ChainPace
 from .placement import COORDINATOR, NodeInfo, Placement, Planner, StageReport, fit_chunk
-from .probe import measure_peer, probe
+from .probe import OneAtATime, measure_peer, probe
 from .session import Answer, Chain, Session
-from .watch import ConnectionStalledError, Watch
+from .watch import SETTLE_SECONDS, ConnectionStalledError, Watch
+
+LASTING_SECONDS = 5.0
+"""A connection that has lasted for so long was no failed attempt to connect."""
 
 
 @dataclass(frozen=True, slots=True)
 class CoordinatorOptions:
     """Options of a coordinator. `recover`: go on with the other nodes after one is lost. `approximate`: allow
-    nodes whose results are not exact beside exact ones. Tests replace `hop` and `open_stream`."""
+    nodes whose results are not exact beside exact ones. `log` is called with sentences for the user, in the
+    event loop's thread: it must not block. Tests replace `hop` and `open_stream`."""
 
     timing: Timing = DEFAULT_TIMING
     measure_links: bool = True
     recover: bool = True
     approximate: bool = False
     max_sessions: int = 32
+    log: Callable[[str], None] = ignore
     hop: Hop = in_thread
     open_stream: OpenStream = open_tcp
 
@@ -70,7 +78,14 @@ class _Peer:
 
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     connection: Connection | None = None
+    greeted: float | None = None
+    """When the connection was greeted."""
+    at_once: bool = False
+    """Dial again without a pause when the connection has ended."""
+    trying: bool = False
+    """Whether a new connection is tried beside this one."""
     loaded: Loaded | None = None
+    progress: Progress | None = None
     asking: trio.Lock = field(default_factory=trio.Lock)
     answers: trio.MemorySendChannel[Message] | None = None
 
@@ -87,8 +102,9 @@ class Coordinator:
 
     `open` returns when the chain is loaded. Any number of sessions may run at once, in tasks of their own;
     `max_sessions` of them are served at a time, and no more than the nodes have room for; the others wait in
-    order (net/admission). When a node is lost, the coordinator plans
-    again with the others and the answers go on. If that is impossible, the block ends with an error that
+    order (net/admission). When a node is lost, the coordinator plans again with the others and the answers go
+    on. Lost nodes are dialled again, and used again. If the others cannot hold the model, answers wait for
+    `timing.patience` seconds. Then the block ends with an error that
     names the node: NodeLostError, MismatchError, NoPlanError, or an error of that node's engine.
 
     `links` has the measured links by pairs of labels, `placement.COORDINATOR` among them.
@@ -117,6 +133,8 @@ class Coordinator:
             unit_bytes=shape.unit_bytes,
         )
         self._pace = ChainPace(self.links)
+        self._awake = Awake(0.0)
+        self._results, self._still = 0, Stillness()
         self._peers = [_Peer() for _ in addresses]
         self._events, self._inbound = trio.open_memory_channel[Event](64)
         self._chain: Chain | None = None
@@ -137,12 +155,13 @@ class Coordinator:
     ) -> AsyncIterator[Coordinator]:
         """Connects to the nodes, plans, assigns stages, and waits until the chain is loaded."""
         coordinator = cls(addresses, identity, shape, plan, options)
+        coordinator._awake = Awake(trio.current_time())
         async with open_tasks() as tasks:
             coordinator._tasks = tasks
             tasks.start_soon(coordinator._decide)
             tasks.start_soon(coordinator._tick)
             for member in range(len(addresses)):
-                tasks.start_soon(coordinator._converse, member)
+                tasks.start_soon(coordinator._keep_connected, member)
             await coordinator.chain()
             yield coordinator
             tasks.cancel_scope.cancel()
@@ -159,7 +178,7 @@ class Coordinator:
 
     @property
     def recoveries(self) -> int:
-        """The number of times that the chain was replaced after a node was lost."""
+        """The number of times that the chain was replaced."""
         return self._state.epoch.counter - 1
 
     def session(self, sampling: Sampling | None = None, *, context: int | None = None) -> Session:
@@ -189,7 +208,7 @@ class Coordinator:
         for member, stage in zip(self._state.holders(), self._state.placement.stages, strict=True):
             answer = await self._ask(member, GetStats(), Stats)
             loaded = self._peers[member].loaded
-            if loaded is None:
+            if loaded is None or loaded.epoch != self._state.epoch:
                 raise NodeLostError(f"{stage.device} is still loading the layers of a lost node: ask again")
             reports.append(
                 StageReport(stage.device, stage.first, stage.last, loaded.seconds, loaded.ram_bytes, answer)
@@ -206,41 +225,73 @@ class Coordinator:
 
     async def _tick(self) -> None:
         while True:
-            await trio.sleep(self.options.timing.heartbeat)
-            await self._events.send(events.Tick())
+            await trio.sleep(TICK_SECONDS)
+            now = self._awake.tick(trio.current_time())
+            busy = self._chain is None or bool(self._chain.sessions)
+            await self._events.send(events.Tick(busy, self._stands_still(now)))
+
+    def _stands_still(self, now: float) -> bool:
+        """Whether results are due, and for too long none has arrived and no stage has finished a call."""
+        chain, peers = self._chain, [self._peers[i] for i in self._state.holders()]
+        progress = [peer.progress for peer in peers if peer.progress is not None]
+        moved = (self._state.epoch, self._results, tuple(told.calls for told in progress))
+        seconds = self._still.seconds(now, moved, due=chain is not None and chain.due)
+        if seconds <= call_bound(0.0):
+            return False
+        running = [told for told in progress if told.running is not None]
+        if any(told.expected is None for told in running):
+            return seconds > self._state.load_bound()
+        size = self._state.placement.chunk_rows * self.shape.cut_cols * 4
+        wire = max((size / link.bytes_per_s for link in self.links.values()), default=0.0)
+        return seconds > call_bound(wire + max((told.expected or 0.0 for told in running), default=0.0))
+
+    async def _keep_connected(self, member: int) -> None:
+        """Keeps a connection to a node: dials again for as long as this coordinator lives."""
+        peer, tries = self._peers[member], 0
+        while not self._state.members[member].barred:
+            peer.scope, peer.at_once = trio.CancelScope(), False
+            with peer.scope:
+                await self._converse(member)
+            lasted = peer.greeted is not None and trio.current_time() - peer.greeted > LASTING_SECONDS
+            tries = 0 if lasted else tries + 1
+            if not peer.at_once:
+                await trio.sleep(redial_pause(tries))
 
     async def _converse(self, member: int) -> None:
-        """Connects to one node and receives its messages. The end of the connection, for any reason, is an
-        event."""
+        """Connects to one node and receives its messages. The end of the connection is an event, unless this
+        coordinator ends it."""
         peer, where, options = self._peers[member], self._state.members[member], self.options
-        with peer.scope:
-            try:
-                async with dial(
-                    options.open_stream, where.host, where.port, self.identity, "control",
-                    seconds=options.timing.handshake,
-                ) as (connection, hello):  # fmt: skip
-                    if hello.offer is None:
-                        raise RemoteProtocolError(f"{connection.peer} is not a node: it offers no device")
-                    peer.connection = connection
-                    await self._events.send(events.Joined(member, hello))
-                    while True:
-                        messages = await connection.receive_some()
-                        self._deliver(member, [m for m in messages if isinstance(m, Result | Failed)])
-                        for message in messages:
-                            await self._hear(member, message)
-            except ShoalError as error:
-                await self._events.send(events.Left(member, error))
-            finally:
-                if peer.answers is not None:
-                    peer.answers.close()
+        peer.greeted = None
+        try:
+            async with dial(
+                options.open_stream, where.host, where.port, self.identity, "control",
+                seconds=options.timing.handshake,
+            ) as (connection, hello):  # fmt: skip
+                if hello.offer is None:
+                    raise RemoteProtocolError(f"{connection.peer} is not a node: it offers no device")
+                peer.connection, peer.greeted = connection, trio.current_time()
+                await self._events.send(events.Joined(member, hello))
+                while True:
+                    messages = await connection.receive_some()
+                    self._deliver(member, [m for m in messages if isinstance(m, Result | Failed)])
+                    for message in messages:
+                        await self._hear(member, message)
+        except ShoalError as error:
+            peer.connection = None
+            await self._events.send(events.Left(member, error))
+        finally:
+            peer.connection = peer.progress = None
+            if peer.answers is not None:
+                peer.answers.close()
 
     async def _hear(self, member: int, message: Message) -> None:
         match message:
             case Result() | Failed():
                 return  # was delivered before
             case Pong():
-                self._pace.answered(self._state, member, message, trio.current_time())
-                await self._events.send(events.Heard(member, message.progress))
+                answered = self._pace.answered(self._state, member, message, trio.current_time())
+                self._peers[member].progress = message.progress
+                await self._events.send(events.Heard(member, message.progress, answered))
                 return
             case Loaded(epoch):
                 self._peers[member].loaded = message
@@ -257,6 +308,7 @@ class Coordinator:
     def _deliver(self, member: int, messages: Sequence[Result | Failed]) -> None:
         """Passes messages of a stage to their sessions. RemoteProtocolError: another node than the last one
         has sent a Result."""
+        self._results += len(messages)
         if self._chain is None:
             return
         if member != self._state.holders()[-1] and any(
@@ -270,7 +322,7 @@ class Coordinator:
 
     async def _decide(self) -> None:
         async for event in self._inbound:
-            self._state, commands = decide(self._state, event, trio.current_time())
+            self._state, commands = decide(self._state, event, self._awake.at(trio.current_time()))
             for command in commands:
                 self._carry_out(command)
 
@@ -284,8 +336,17 @@ class Coordinator:
                 self._post(member, Release(epoch))
             case events.HangUp(member):
                 self._peers[member].scope.cancel()
-            case events.MeasureLinks(members):
-                self._tasks.start_soon(self._measure_links, members)
+            case events.Redial(member):
+                self._peers[member].at_once = True
+                self._peers[member].scope.cancel()
+            case events.TryAnew(member):
+                if not self._peers[member].trying:
+                    self._peers[member].trying = True
+                    self._tasks.start_soon(self._try_anew, member)
+            case events.Say(text):
+                self.options.log(text)
+            case events.MeasureLinks(pairs):
+                self._tasks.start_soon(self._measure_links, pairs)
             case events.MakePlan(number, members):
                 self._tasks.start_soon(self._make_plan, number, members)
             case events.Serve(epoch):
@@ -330,36 +391,71 @@ class Coordinator:
         except (trio.WouldBlock, trio.BrokenResourceError):
             return
 
-    async def _measure_links(self, members: Sequence[int]) -> None:
-        """Measures the links from the coordinator to each node and between nodes, one at a time, so that the
-        measurements do not disturb each other. Links to the coordinator are assumed to be as quick as those
-        from it."""
-        if self.options.measure_links:
-            for member in members:
-                await self._measure_own(member)
-            for source, target in permutations(members, 2):
-                await self._measure_between(source, target)
-        await self._events.send(events.LinksMeasured())
-
-    async def _measure_own(self, member: int) -> None:
-        peer, label = peer_of(self._state.members[member]), self._state.members[member].label
+    async def _try_anew(self, member: int) -> None:
+        """Reports a control connection that is silent while a new connection to the same node is answered."""
+        peer, where, options = self._peers[member], self._state.members[member], self.options
+        connection = peer.connection
         try:
-            open_stream, seconds = self.options.open_stream, self.options.timing.handshake
-            found = await measure_peer(open_stream, self.identity, peer, seconds)
+            if connection is None:
+                return
+            received = connection.received
+            await probe(options.open_stream, self.identity, peer_of(where), options.timing.handshake)
+            await trio.sleep(SETTLE_SECONDS)
+            if peer.connection is connection and connection.received == received:
+                await self._events.send(events.Stalled(member))
+        except ShoalError:
+            return  # the node cannot be reached at all: its silence decides
+        finally:
+            peer.trying = False
+
+    async def _measure_links(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Measures the links of these pairs. Pairs that share no end are measured at the same time, and
+        others one after another, so that no device has to do with two measurements at once."""
+        unreachable: set[tuple[int, int]] = set()
+        if self.options.measure_links:
+            state, ends = self._state, OneAtATime()
+            labels = [member.label for member in state.members]
+
+            async def measure(one: int, other: int) -> None:
+                async with ends.using(one, other):
+                    if one == ITSELF:
+                        await self._measure_own(other, labels[other])
+                    else:
+                        both = (
+                            await self._measure_between(one, other),
+                            await self._measure_between(other, one),
+                        )
+                        if not all(both):
+                            unreachable.add(state.ends(one, other))
+
+            async with open_tasks() as tasks:
+                for pair in pairs:
+                    tasks.start_soon(measure, *pair)
+        await self._events.send(events.LinksMeasured(frozenset(unreachable)))
+
+    async def _measure_own(self, member: int, label: str) -> None:
+        """Measures the link to a node. The one back is assumed to be as quick."""
+        peer, options = peer_of(self._state.members[member]), self.options
+        try:
+            found = await measure_peer(options.open_stream, self.identity, peer, options.timing.handshake)
         except ShoalError as error:
             await self._events.send(events.Left(member, error))
         else:
             self.links[COORDINATOR, label] = self.links[label, COORDINATOR] = found
 
-    async def _measure_between(self, source: int, target: int) -> None:
+    async def _measure_between(self, source: int, target: int) -> bool:
+        """Has a node measure the link to another; returns whether it could."""
         members = self._state.members
-        peer = peer_of(members[target])
+        peer, ends = peer_of(members[target]), (members[source].label, members[target].label)
+        self.links.pop(ends, None)
         try:
             answer = await self._ask(source, Measure(peer), Measured)
         except NodeLostError:
-            return  # `_converse` reports the loss as an event
-        if answer.link is not None and answer.peer == peer.incarnation:
-            self.links[members[source].label, members[target].label] = answer.link
+            return True  # `_converse` reports the loss as an event
+        if answer.link is None or answer.peer != peer.incarnation:
+            return False
+        self.links[ends] = answer.link
+        return True
 
     async def _make_plan(self, number: int, members: Sequence[int]) -> None:
         nodes = [self._info(i) for i in members]
@@ -374,6 +470,8 @@ class Coordinator:
     async def _serve(self, epoch: Epoch) -> None:
         """Connects to the first node for steps and starts the chain, until the epoch or that connection
         ends."""
+        if self._state.epoch != epoch or self._state.phase != "serving":
+            return
         member, options = self._state.holders()[0], self.options
         where, placement = self._state.members[member], self._state.placement
         try:
@@ -400,7 +498,7 @@ class Coordinator:
         except ConnectionStalledError as error:
             await self._events.send(events.StageBroken(member, epoch, error, None, again=True))
         except ShoalError as error:
-            await self._events.send(events.Left(member, error))
+            await self._events.send(events.StageBroken(member, epoch, error, None))
 
     def _end_chain(self) -> None:
         chain, self._chain = self._chain, None

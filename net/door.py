@@ -32,7 +32,7 @@ from .messages import Hello
 WAITING = 64
 CROWD, CROWD_SECONDS = 16, 2.0  # while more than CROWD wait, a new connection has CROWD_SECONDS to say Hello
 CALLERS = 4
-PATIENCE_SECONDS = 2.0
+PATIENCE_SECONDS = 5.0
 GUESTS = 16
 LEAVING = 16
 LINES, LINES_SECONDS = 20, 10.0  # at most LINES about strangers in the log within LINES_SECONDS

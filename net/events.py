@@ -15,12 +15,15 @@ from .placement import Placement
 @dataclass(frozen=True, slots=True)
 class Timing:
     """Times in seconds: between pings while nothing is due, of the longest silence before a peer counts as
-    lost, the limit for connecting and exchanging Hello, and between pings while answers are computed."""
+    lost, the limit for connecting and exchanging Hello, between pings while answers are computed, the wait
+    for other nodes after the first has joined, and the wait for lost nodes that the model needs."""
 
     heartbeat: float = 1.0
     overdue: float = 10.0
     handshake: float = 10.0
     busy: float = 0.5
+    gather: float = 3.0
+    patience: float = 60.0
 
 
 DEFAULT_TIMING = Timing()
@@ -31,7 +34,7 @@ DEFAULT_TIMING = Timing()
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """The node and the coordinator have exchanged Hello."""
+    """The node and the coordinator have exchanged Hello on a new control connection."""
 
     member: int
     hello: Hello
@@ -39,10 +42,12 @@ class Joined:
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """A message arrived from the node: a Pong with the progress of its stage, or any other."""
+    """A message arrived from the node: a Pong, with the progress of its stage, or any other. `answered`: it
+    answers the last ping."""
 
     member: int
     progress: Progress | None = None
+    answered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +60,10 @@ class Left:
 
 @dataclass(frozen=True, slots=True)
 class LinksMeasured:
-    """The links have been measured, as MeasureLinks asked."""
+    """The links have been measured, as MeasureLinks asked. `unreachable` are the incarnations of those ends,
+    the smaller first, of which one cannot reach the other."""
+
+    unreachable: frozenset[tuple[int, int]] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +95,22 @@ class StageBroken:
 
 
 @dataclass(frozen=True, slots=True)
+class Stalled:
+    """The node answers on a new connection, while the control connection is silent."""
+
+    member: int
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
-    """A heartbeat interval has passed: time to look for pings due and silent nodes."""
+    """Some time has passed: time to look for pings due and silent nodes. `busy`: sessions are open.
+    `stalled`: answers are due, and for too long no stage has finished a call."""
+
+    busy: bool = False
+    stalled: bool = False
 
 
-Event = Joined | Heard | Left | LinksMeasured | Planned | StageLoaded | StageBroken | Tick
+Event = Joined | Heard | Left | LinksMeasured | Planned | StageLoaded | StageBroken | Stalled | Tick
 
 
 # --- commands
@@ -122,16 +141,38 @@ class SendRelease:
 
 @dataclass(frozen=True, slots=True)
 class HangUp:
-    """End the connection to the node."""
+    """End the connection to the node, and dial it again after a while."""
 
     member: int
 
 
 @dataclass(frozen=True, slots=True)
-class MeasureLinks:
-    """Measure the links between these members and the coordinator, then report LinksMeasured."""
+class Redial:
+    """End the connection to the node, and dial it again at once. Report Joined, or Left."""
 
-    members: tuple[int, ...]
+    member: int
+
+
+@dataclass(frozen=True, slots=True)
+class TryAnew:
+    """Find out whether a new connection to the node works while the old one is silent, then report
+    Stalled."""
+
+    member: int
+
+
+@dataclass(frozen=True, slots=True)
+class Say:
+    """Tell the user."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureLinks:
+    """Measure the links between these pairs of members, -1 for the coordinator, then report LinksMeasured."""
+
+    pairs: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,4 +204,7 @@ class Fail:
     error: ShoalError
 
 
-Command = SendPing | SendAssign | SendRelease | HangUp | MeasureLinks | MakePlan | Serve | Pause | Fail
+Command = (
+    SendPing | SendAssign | SendRelease | HangUp | Redial | TryAnew | Say | MeasureLinks | MakePlan | Serve
+    | Pause | Fail
+)  # fmt: skip

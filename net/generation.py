@@ -91,6 +91,11 @@ class Generation:
         """Whether the answer uses state that earlier answers left in the chain."""
         return self._carried
 
+    @property
+    def in_flight(self) -> int:
+        """The number of Steps whose results have not been taken."""
+        return len(self._in_flight)
+
     def due(self) -> list[Step]:
         """The Steps to send now, as far as the window allows. The Step with the last known token wants a
         token."""

@@ -76,7 +76,12 @@ def check_peer(peer: Peer, theirs: Hello) -> None:
     """Checks that the expected node answered. NodeLostError: another process has its address."""
     if theirs.incarnation != peer.incarnation:
         raise NodeLostError(
-            f"{theirs.name} ({theirs.incarnation:016x}) answers at {peer.host}:{peer.port}, not {peer.name} "
-            f"({peer.incarnation:016x}): connect again if it has restarted, or give an address that is the "
-            "same on all devices"
+            f"{theirs.name} ({theirs.incarnation:016x}) answers at {host_port(peer.host, peer.port)}, not "
+            f"{peer.name} ({peer.incarnation:016x}): connect again if it has restarted, or give an address "
+            "that is the same on all devices"
         )
+
+
+def host_port(host: str, port: int) -> str:
+    """HOST:PORT as the command line takes it: an IPv6 address is in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

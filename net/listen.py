@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import trio
 
 from .errors import AddressInUseError, NetError
+from .identity import host_port as host_port
 
 _TRIES = 20
 """How many free ports of the first address are tried on the others before giving up."""
@@ -133,11 +134,6 @@ def named(listeners: Sequence[trio.SocketListener]) -> list[str]:
             found.append((host, port))
     found.sort(key=lambda item: item[0] is not None and not ipaddress.ip_address(item[0]).is_loopback)
     return [host_port(host, port) for host, port in found if host]
-
-
-def host_port(host: str, port: int) -> str:
-    """HOST:PORT as the command line takes it: an IPv6 address is in brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 async def _on_all(numeric: Sequence[str], port: int) -> list[trio.SocketListener]:

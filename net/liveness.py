@@ -28,7 +28,7 @@ CALL_SECONDS, CALL_FACTOR = 3.0, 8.0
 """A call may take CALL_FACTOR times what was predicted, and CALL_SECONDS more."""
 LOAD_SECONDS, LOAD_BYTES_PER_S = 30.0, 20e6
 """A stage may take LOAD_SECONDS to load, and what a slow memory card needs for its bytes."""
-REDIAL_SECONDS, SLOWEST_REDIAL, QUICK_REDIALS = 0.3, 5.0, 30
+REDIAL_SECONDS, SLOWEST_REDIAL, QUICK_REDIALS = 0.3, 5.0, 67
 
 
 class Awake:
@@ -77,12 +77,15 @@ class RoundTrip:
         return min(most, SILENCE_SECONDS + SILENCE_TRIPS * self.late)
 
 
+UNKNOWN_TRIP = RoundTrip()
+
+
 @dataclass(frozen=True, slots=True)
 class Pulse:
     """The pings of one connection, and the silence after them. Silence begins with the first ping that
     nothing has followed, so a peer that was not pinged is never silent."""
 
-    trip: RoundTrip = RoundTrip()
+    trip: RoundTrip = UNKNOWN_TRIP
     pinged: float = float("-inf")
     """When the last ping was sent."""
     waiting: float | None = None

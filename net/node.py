@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import traceback
 from contextlib import AsyncExitStack
+from functools import partial
 
 import trio
 
@@ -31,6 +32,7 @@ from .messages import (
     Close,
     Data,
     GetStats,
+    Hello,
     Measure,
     Measured,
     Message,
@@ -110,7 +112,7 @@ class Node:
             parts.identity,
             parts.offer,
             seconds=visit.seconds,
-            admit=lambda hello: self._door.admit(visit, hello, connection.peer),
+            admit=partial(self._admit, visit, connection),
         )
         try:
             match hello.purpose:
@@ -123,6 +125,13 @@ class Node:
         except NodeLostError as error:  # the usual end; a coordinator notices by its own connections
             if hello.purpose == "control":
                 parts.log(f"{error}; waiting for the next coordinator")
+
+    async def _admit(self, visit: Visit, connection: Connection, hello: Hello) -> int:
+        """Gives a connection the place of its purpose. A stuck stage cannot be replaced by another."""
+        stuck = self.stuck()
+        if hello.purpose == "control" and stuck is not None:
+            raise StageStuckError(f"{self._parts.identity.name} cannot be used: {stuck}")
+        return await self._door.admit(visit, hello, connection.peer)
 
     async def _serve_coordinator(self, connection: Connection) -> None:
         """Follows a coordinator's orders until it disconnects, then drops all state kept for it."""

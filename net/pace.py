@@ -14,9 +14,9 @@ from itertools import pairwise
 
 from ..planner import Device, LinkSpeed
 from ..planner.rows import FASTEST, MOST_SECONDS, SLOWEST, check_real
-from .cluster import ClusterState
 from .inbox import Batch
 from .liveness import LOAD_SECONDS, Stillness, call_bound
+from .members import ClusterState
 from .messages import Epoch, Pace, Pong, Progress, Step
 from .placement import COORDINATOR
 from .scheduler import Expect
@@ -211,9 +211,10 @@ class ChainPace:
         self._pinged[member] = (self._nonce, now)
         return self._nonce
 
-    def answered(self, state: ClusterState, member: int, pong: Pong, now: float) -> None:
-        """Evaluates a member's Pong. Half of the round trip is taken as the latency of the links to and from
-        the member. Its own report counts if it is of the current epoch."""
+    def answered(self, state: ClusterState, member: int, pong: Pong, now: float) -> bool:
+        """Evaluates a member's Pong; returns whether it answers the last ping. Half of the round trip is
+        taken as the latency of the links to and from the member. Its own report counts if it is of the
+        current epoch."""
         label = state.members[member].label
         nonce, sent = self._pinged.get(member, (-1, now))
         if pong.nonce == nonce:
@@ -223,6 +224,7 @@ class ChainPace:
         labels = [stage.device for stage in state.placement.stages]
         if pong.pace is not None and pong.pace.epoch == state.epoch and label in labels:
             self._told(label, dict(pairwise(labels)).get(label), pong.pace)
+        return pong.nonce == nonce
 
     def _told(self, label: str, following: str | None, pace: Pace) -> None:
         """Records a member's report. Its latency is used for both directions of the link, since a radio that

@@ -7,7 +7,7 @@ The coordinator calls a function to plan, so that this package needs no solver, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ..engine.errors import NoPlanError
 from ..planner import Assignment, LinkSpeed
@@ -36,11 +36,15 @@ class Placement:
     """A plan: assignments to nodes by label, in the order of the chain, and the most prompt rows of a call. A
     call should take at most 100 ms by the profile, so that it does not delay other answers or a cancellation
     for longer. `groupings`: how 1, 2, 3 … sequences that decode share calls; if it is empty, there is a group
-    for each stage."""
+    for each stage. Plans are compared by the tokens per second that they predict and the context length that
+    they have room for (0: unknown). `detail` is the planner's own record of the plan."""
 
     stages: tuple[Assignment, ...]
     chunk_rows: int = 128
     groupings: tuple[Grouping, ...] = ()
+    tokens_per_s: float = 0.0
+    context: int = 0
+    detail: object = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

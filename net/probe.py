@@ -6,6 +6,9 @@ direction.
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 import trio
 
 from ..planner import LinkSpeed
@@ -39,6 +42,29 @@ async def probe(open_stream: OpenStream, me: Identity, peer: Peer, seconds: floa
     """Connects to a node and greets it, to find out whether it can be reached. Errors as for `dial`."""
     async with dial(open_stream, peer.host, peer.port, me, "probe", seconds=seconds, peer=peer):
         pass
+
+
+class OneAtATime:
+    """Has each device take part in one measurement at a time, so that they do not disturb each other."""
+
+    def __init__(self) -> None:
+        self._busy: set[int] = set()
+        self._free = trio.Condition()
+
+    @asynccontextmanager
+    async def using(self, *devices: int) -> AsyncIterator[None]:
+        """Waits until none of the devices is in use."""
+        async with self._free:
+            while not self._busy.isdisjoint(devices):
+                await self._free.wait()
+            self._busy.update(devices)
+        try:
+            yield
+        finally:
+            with trio.CancelScope(shield=True):
+                async with self._free:
+                    self._busy.difference_update(devices)
+                    self._free.notify_all()
 
 
 async def measure(connection: Connection) -> LinkSpeed:

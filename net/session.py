@@ -37,6 +37,11 @@ class Chain:
         self._unsent: deque[Message] = deque()
         self._stuck = trio.Event()
 
+    @property
+    def due(self) -> bool:
+        """Whether results are due."""
+        return any(session.due for session in self.sessions.values())
+
     def join(self, session: int, waiting: Session) -> None:
         """Passes the results of a session to `waiting`."""
         self.sessions[session] = waiting
@@ -131,6 +136,11 @@ class Session:
         ValueError: a token id is not in the vocabulary."""
         self._generation.check(prompt)
         return Answer(self, prompt, max_tokens, end, keep=keep)
+
+    @property
+    def due(self) -> bool:
+        """Whether results are due."""
+        return self._generation.in_flight > 0
 
     def close(self) -> None:
         """Ends the session and frees its state on all nodes."""

@@ -159,7 +159,8 @@ class ThreadLoop:
         self._bell, self._ringer = os.pipe()
         os.set_blocking(self._ringer, False)
         os.set_blocking(self._bell, False)
-        self._stopping = self._computing = False
+        self._stopping = self._away = False
+        """`_away`: the thread computes, or waits until the next stage accepts rows, and reads nothing."""
         self._pause = 0.0
         """Seconds between asking for rows and their arrival, of late."""
         self._failure: BaseException | None = None
@@ -197,7 +198,7 @@ class ThreadLoop:
             while not source.ended.is_set():
                 with trio.move_on_after(PUMP_SECONDS):
                     await source.ended.wait()
-                if self._computing:
+                if self._away:
                     self._read(source, at_once=False)
         finally:
             with self._lock:
@@ -242,10 +243,9 @@ class ThreadLoop:
 
     def _run(self, batch: Batch) -> None:
         parts, start = self._parts, self.clock()
-        self._computing = True
+        self._away = True
         parts.pace.began(batch)
         answers = parts.work.do(batch)
-        self._computing = False
         parts.pace.returned()
         end = self.clock()
         onward, back = parts.routed(answers, end)
@@ -259,6 +259,7 @@ class ThreadLoop:
             while not self._stopping:
                 self._wait([self._bell], 0.0, None)
             return
+        self._away = False
         with self._lock:
             parts.ran(batch, start, end)
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 
 import platform
 import secrets
+import threading
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from queue import SimpleQueue
 
 import trio
 
 from . import __version__, planner
 from .answering import Settings
-from .engine.errors import ShoalError
+from .engine.errors import ShoalError, ignore
 from .engine.model_directory import Model
 from .engine.stage import StageOptions
-from .net.coordinator import Coordinator
+from .net.coordinator import Coordinator, CoordinatorOptions
+from .net.events import DEFAULT_TIMING
 from .net.identity import Identity, identity_of, shape_of
 from .net.pace import slowed
 from .net.placement import COORDINATOR, Links, NodeInfo, Placement, StageReport
@@ -33,6 +36,8 @@ CALL_SECONDS = 0.1
 """Longest time that a call with rows of a prompt should take, since other sequences and a cancel wait for
 it."""
 _CHUNKS = (8, 256)
+_LAST_LINES_SECONDS = 1.0
+"""How long the last sentences may take at the end."""
 
 
 def coordinator_identity(model: Model) -> Identity:
@@ -91,17 +96,30 @@ class NetworkPlanner:
         self.plan = plan
         way = Follower(replace(question, workload=self.workload)).way(plan.assignments)
         depth = self.workload.decode_depth
-        return Placement(plan.assignments, self._chunk_rows(plan, cluster), groupings(way, depth))
+        return Placement(
+            plan.assignments,
+            self._chunk_rows(plan, cluster),
+            groupings(way, depth),
+            plan.tokens_per_s,
+            self.workload.context,
+            plan,
+        )
 
     def now(
-        self, nodes: Sequence[NodeInfo], links: Links, workload: planner.Workload | None = None
+        self,
+        nodes: Sequence[NodeInfo],
+        links: Links,
+        workload: planner.Workload | None = None,
+        *,
+        plan: planner.Plan | None = None,
     ) -> planner.Plan:
-        """The plan's stages, predicted anew by the latest measurements of nodes and links, for another
-        workload if one is given. ValueError: a link is missing."""
-        assert self.plan is not None, "something was planned"
+        """The stages of a plan, or of the last one, predicted anew by the latest measurements of nodes and
+        links, for another workload if one is given. ValueError: a link is missing."""
+        plan = plan or self.plan
+        assert plan is not None, "something was planned"
         question = self._question(cluster_of(nodes, links), workload or self.workload)
-        found = planner.evaluate(question, self.plan.stages)
-        return replace(found, method=self.plan.method, optimal=self.plan.optimal, reasons=self.plan.reasons)
+        found = planner.evaluate(question, plan.stages)
+        return replace(found, method=plan.method, optimal=plan.optimal, reasons=plan.reasons)
 
     def _question(self, cluster: planner.Cluster, workload: planner.Workload) -> planner.Question:
         held = planner.Constraints()
@@ -164,13 +182,14 @@ class Nodes:
     @property
     def plan(self) -> planner.Plan:
         """The plan in force."""
-        assert self._plans.plan is not None, "nodes that serve were planned for"
-        return self._plans.plan
+        plan = self._portal.opened.placement.detail
+        assert isinstance(plan, planner.Plan), "NetworkPlanner records its plans"
+        return plan
 
     @property
     def context(self) -> int:
         """The context length of the plan, in tokens."""
-        return self._plans.workload.context
+        return self._portal.opened.placement.context
 
     def session(self, settings: Settings) -> NodeSession:
         """A new session on the nodes."""
@@ -183,18 +202,49 @@ class Nodes:
 
         async def ask() -> tuple[Sequence[StageReport], planner.Plan]:
             coordinator = self._portal.opened
-            return await coordinator.stats(), self._plans.now(coordinator.nodes, coordinator.links)
+            now = self._plans.now(coordinator.nodes, coordinator.links, plan=self.plan)
+            return await coordinator.stats(), now
 
         return self._portal.call(ask)
 
 
 @contextmanager
 def open_nodes(
-    model: Model, addresses: Sequence[tuple[str, int]], workload: planner.Workload, *, shrink: bool = False
+    model: Model,
+    addresses: Sequence[tuple[str, int]],
+    workload: planner.Workload,
+    *,
+    shrink: bool = False,
+    wait: float = DEFAULT_TIMING.patience,
+    log: Callable[[str], object] = ignore,
 ) -> Iterator[Nodes]:
-    """A chain of nodes that run the model; `shrink` as for NetworkPlanner. NoPlanError: the nodes cannot hold
-    the model. NetError: a node cannot be reached."""
+    """A chain of nodes that run the model; `shrink` as for NetworkPlanner. Lost nodes that the model needs
+    are waited for, at most `wait` seconds. `log` is called with sentences about nodes that are lost or come
+    back, in a thread of its own. NoPlanError: the nodes cannot hold the model. NetError: a node cannot be
+    reached."""
     plans = NetworkPlanner(model, workload, shrink=shrink)
-    opening = partial(Coordinator.open, addresses, coordinator_identity(model), shape_of(model), plans)
-    with open_portal(opening) as portal:
-        yield Nodes(portal, plans)
+    with _in_order(log) as say:
+        options = CoordinatorOptions(timing=replace(DEFAULT_TIMING, patience=wait), log=say)
+        who, shape = coordinator_identity(model), shape_of(model)
+        opening = partial(Coordinator.open, addresses, who, shape, plans, options)
+        with open_portal(opening) as portal:
+            yield Nodes(portal, plans)
+
+
+@contextmanager
+def _in_order(log: Callable[[str], object]) -> Iterator[Callable[[str], None]]:
+    """Calls `log` in a thread of its own, since it may block and the network must not: a terminal that is
+    stopped accepts no more text."""
+    lines: SimpleQueue[str | None] = SimpleQueue()
+
+    def call() -> None:
+        while (line := lines.get()) is not None:
+            log(line)
+
+    thread = threading.Thread(target=call, name="shoal messages", daemon=True)
+    thread.start()
+    try:
+        yield lines.put
+    finally:
+        lines.put(None)
+        thread.join(_LAST_LINES_SECONDS)

@@ -90,7 +90,7 @@ def test_a_node_that_dies_costs_no_token_and_the_last_ones_death_is_said(
         node.process.wait()
 
     def all_die() -> None:
-        with open_nodes(model, [node.address for node in running], WORKLOAD) as engine:
+        with open_nodes(model, [node.address for node in running], WORKLOAD, wait=1.0) as engine:
             (holder,) = [node for node in running if node.spec.name == engine.plan.stages[0].device]
             (other,) = [node for node in running if node is not holder]
             with closing(engine.session(SETTINGS)) as session:

@@ -227,6 +227,13 @@ class FakeNetwork:
         for stream in self.nodes[port].streams:
             await trio.aclose_forcefully(stream)
 
+    def restart(self, port: int) -> None:
+        """Another process listens where a node was killed."""
+        old = self.nodes[port]
+        me = replace(old.parts.identity, incarnation=old.parts.identity.incarnation + 1000)
+        parts = replace(old.parts, identity=me)
+        self.nodes[port] = FakeNode(Node(parts), parts, old.stages, old.log)
+
     @asynccontextmanager
     async def coordinator(
         self, *ports: int, plan: Planner, measure_links: bool = False, number: int = 99, **options: Any

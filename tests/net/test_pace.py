@@ -13,11 +13,11 @@ import trio
 
 from shoal.distributed import cluster_of
 from shoal.engine.batch import Want
-from shoal.net.cluster import ClusterState, Member
 from shoal.net.connection import in_thread, open_tcp
 from shoal.net.coordinator import Coordinator, CoordinatorOptions
 from shoal.net.events import Timing
 from shoal.net.inbox import Batch
+from shoal.net.members import ClusterState, Member
 from shoal.net.messages import Epoch, Pace, Pong, Step
 from shoal.net.node import Node
 from shoal.net.pace import ChainPace, NodePace, Onward, row_bytes

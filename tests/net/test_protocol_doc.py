@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from shoal.net.cluster import Timing
+from shoal.net.events import Timing
 from shoal.net.messages import MESSAGES, PROTOCOL
 from shoal.net.wire import HEADER, MAGIC, MAX_ROWS
 

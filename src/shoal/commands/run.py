@@ -22,6 +22,7 @@ from ..arguments import (
     fraction,
     non_negative,
     positive,
+    seconds,
     whole,
 )
 from ..engine.errors import ShoalError
@@ -44,6 +45,13 @@ def add_parser(commands: Commands) -> None:
     add_model(parser)
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="text to answer")
     add_nodes(parser, "run on these nodes (default: in this process alone)")
+    parser.add_argument(
+        "--wait",
+        type=seconds,
+        default=60.0,
+        metavar="S",
+        help="wait at most S seconds for lost nodes that the model needs (default 60)",
+    )
     texts = parser.add_argument_group("text")
     texts.add_argument(
         "-n",
@@ -187,7 +195,7 @@ def open_engine(
         from ..planning import default_workload
 
         workload = default_workload(settings.context, given=not free)
-        with open_nodes(model, args.nodes, workload, shrink=free) as nodes:
+        with open_nodes(model, args.nodes, workload, shrink=free, wait=args.wait, log=tell) as nodes:
             if args.stats:
                 print(render(nodes.plan), file=sys.stderr)
             names = [stage.device for stage in nodes.plan.stages]
@@ -217,6 +225,11 @@ def _with_context(settings: Settings, context: int) -> Settings:
     if context < settings.context:
         print(notice(context, settings.context), file=sys.stderr)
     return replace(settings, context=context)
+
+
+def tell(text: str) -> None:
+    """Prints a sentence about the nodes."""
+    print(f"shoal: {text}", file=sys.stderr, flush=True)
 
 
 def show(text: str) -> None:

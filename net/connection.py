@@ -8,12 +8,14 @@ peer.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Protocol, TypeVar
 
 import trio
@@ -36,6 +38,8 @@ from .wire import Signal, WireProtocol
 
 READ_BYTES = 256 * 1024
 FLUSH_SECONDS = 1.0
+ATTEMPT_SECONDS, LONGEST_ATTEMPT = 0.3, 5.0
+"""The time between two attempts to connect, and the longest time of each but the first."""
 LOOK_SECONDS = 0.1
 """How often a thread that waits for room in a queue looks whether it should stop."""
 QUEUE = 64
@@ -351,7 +355,41 @@ async def open_connection(
 
 async def open_tcp(host: str, port: int) -> trio.abc.Stream:
     """A TCP connection. Small messages are sent at once, since trio sets TCP_NODELAY."""
-    return await trio.open_tcp_stream(host, port)
+    return await earliest(partial(trio.open_tcp_stream, host, port))
+
+
+async def earliest(attempt: Callable[[], Awaitable[trio.abc.Stream]]) -> trio.abc.Stream:
+    """The stream of the first of several attempts that ends; OSError or UnicodeError: it failed. Another
+    attempt begins every ATTEMPT_SECONDS while none has ended: a system repeats a lost request to connect only
+    after 1, 3 and 7 s, and a link that was cut shall be found as soon as it is back."""
+    ended: deque[trio.abc.Stream | OSError | UnicodeError] = deque()
+    news = trio.Event()
+
+    async def one(most: float) -> None:
+        with trio.move_on_after(most):
+            try:
+                ended.append(await attempt())
+            except (OSError, UnicodeError) as error:
+                ended.append(error)
+            news.set()
+
+    try:
+        async with trio.open_nursery() as attempts:
+            most = math.inf  # the first one takes as long as the caller allows
+            while not ended:
+                attempts.start_soon(one, most)
+                most = LONGEST_ATTEMPT
+                with trio.move_on_after(ATTEMPT_SECONDS):
+                    await news.wait()
+            attempts.cancel_scope.cancel()
+        first = ended.popleft()
+    finally:
+        for other in ended:
+            if not isinstance(other, Exception):
+                await trio.aclose_forcefully(other)
+    if isinstance(first, Exception):
+        raise first
+    return first
 
 
 @asynccontextmanager

@@ -7,7 +7,7 @@ import pytest
 import trio
 import trio.testing
 
-from shoal.net.connection import Connection, dial, greet, open_connection
+from shoal.net.connection import Connection, dial, earliest, greet, open_connection
 from shoal.net.errors import LocalProtocolError, NodeLostError, RemoteProtocolError
 from shoal.net.messages import Data, Hello, Open, Ping, Pong
 from shoal.net.probe import measure
@@ -221,3 +221,71 @@ def test_a_link_is_measured_as_it_is(lab: ModuleType) -> None:
         assert filled < 200_000  # a slow line is not kept busy for long
 
     lab.run(lambda: pair(lab, test, purpose="probe"))
+
+
+class Attempts:
+    """Attempts to connect, of which those before `link_is_back` get no answer."""
+
+    def __init__(self, link_is_back: float) -> None:
+        self.begun: list[float] = []
+        self.streams: list[trio.abc.Stream] = []
+        self._back = link_is_back
+
+    async def __call__(self) -> trio.abc.Stream:
+        self.begun.append(trio.current_time())
+        if self.begun[-1] < self._back:
+            await trio.sleep_forever()
+        await trio.sleep(0.05)
+        here, _ = trio.testing.memory_stream_pair()
+        self.streams.append(here)
+        return here
+
+
+@pytest.mark.parametrize("cut", [0.0, 0.4, 7.0, 20.0])
+def test_a_link_that_was_cut_is_found_soon_after_it_is_back(cut: float) -> None:
+    async def main() -> None:
+        attempts = Attempts(cut)
+        stream = await earliest(attempts)
+        assert attempts.streams == [stream]
+        assert cut <= trio.current_time() <= cut + 0.3 + 0.05 + 1e-6
+        assert len(attempts.begun) <= cut / 0.3 + 2
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def test_an_attempt_that_is_refused_ends_the_others() -> None:
+    async def main() -> None:
+        count = 0
+
+        async def second_is_refused() -> trio.abc.Stream:
+            nonlocal count
+            count += 1
+            if count < 2:
+                await trio.sleep_forever()
+            raise ConnectionRefusedError(111, "Connection refused")
+
+        with pytest.raises(ConnectionRefusedError):
+            await earliest(second_is_refused)
+        assert trio.current_time() == pytest.approx(0.3)
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def test_of_two_streams_at_the_same_moment_one_is_closed() -> None:
+    async def main() -> None:
+        streams: list[trio.StapledStream[Any, Any]] = []
+
+        async def at_once() -> trio.abc.Stream:
+            await trio.sleep_until(1.0)
+            streams.append(trio.testing.memory_stream_pair()[0])
+            return streams[-1]
+
+        kept = await earliest(at_once)
+        assert len(streams) > 1
+        for stream in streams:
+            if stream is not kept:
+                with pytest.raises(trio.ClosedResourceError):
+                    await stream.send_all(b"x")
+        await kept.send_all(b"x")
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))

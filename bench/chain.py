@@ -11,11 +11,12 @@ import argparse
 import functools
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,15 +215,24 @@ def _node(checkout: Checkout, model: Model, directory: Path, name: str, place: i
 
 
 def _worker(checkout: Checkout, role: str, job: Answer, pinned: Sequence[int]) -> Answer:
+    command = [sys.executable, str(_WORKER), role, json.dumps(job)]
+    found: Answer = json.loads(output_of(command, pinned, checkout.environ()))
+    return found
+
+
+def output_of(
+    command: Sequence[str], pinned: Sequence[int] = (), environ: Mapping[str, str] | None = None
+) -> str:
+    """The output of a process on those cores (none: on all). It shares the session of the nodes, since Linux
+    divides the cores by session first. RuntimeError: it failed, with the end of its standard error."""
     pin = functools.partial(os.sched_setaffinity, 0, pinned) if pinned else None
     done = subprocess.run(
-        [sys.executable, str(_WORKER), role, json.dumps(job)], capture_output=True, text=True,
-        env=checkout.environ(), preexec_fn=pin, timeout=_MOST_SECONDS, check=False,
+        command, capture_output=True, text=True, env=environ, preexec_fn=pin, timeout=_MOST_SECONDS,
+        check=False,
     )  # fmt: skip
     if done.returncode:
-        raise RuntimeError(f"{checkout.name}: {role} {job['do']} failed:\n{done.stderr[-3000:]}")
-    found: Answer = json.loads(done.stdout)
-    return found
+        raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr[-3000:]}")
+    return done.stdout
 
 
 # --- what the commands share

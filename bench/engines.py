@@ -110,12 +110,12 @@ def llama_job(python: Path, model: Path, threads: int, prompt: int, generated: i
     return Job([str(python), str(_LLAMA), "measure", str(model), *counts], speeds)
 
 
-def llama_rpc_job(
+def llama_rpc(
     python: Path, model: Path, servers: Sequence[str], rows: int, prompt: int, generated: int
-) -> Job:
-    """The same with the layers on RPC servers, and prompts in parts of so many rows."""
+) -> list[str]:
+    """The command of the same with the layers on RPC servers, and prompts in parts of so many rows."""
     counts = [str(n) for n in (rows, prompt, generated)]
-    return Job([str(python), str(_LLAMA), "rpc", str(model), ",".join(servers), *counts], speeds)
+    return [str(python), str(_LLAMA), "rpc", str(model), ",".join(servers), *counts]
 
 
 def llama_server(python: Path, address: str) -> list[str]:

@@ -9,6 +9,7 @@ of the parts is a program of its own here, since the best one is not known befor
 from __future__ import annotations
 
 import functools
+import json
 import os
 import socket
 import subprocess
@@ -19,7 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from bench import engines
-from bench.chain import Chain, Checkout, Expected, alone, chains, cores, in_turns, same, tokens_per_s
+from bench.chain import (
+    Chain,
+    Checkout,
+    Expected,
+    alone,
+    chains,
+    cores,
+    in_turns,
+    output_of,
+    same,
+    tokens_per_s,
+)
 from bench.rounds import Samples
 
 from shoal.engine.model_directory import Model
@@ -65,12 +77,10 @@ def compare(
     def peer(servers: Sequence[str], number: int) -> None:
         for rows in PARTS:
             decoded = generated if rows == PARTS[-1] else 0  # a part is one row then, whatever its limit
-            job = engines.llama_rpc_job(python, peer_model, servers, rows, prompt, decoded)
-            for test, reached in job.read(engines.run(job.command, ())).items():
-                if test.startswith("pp"):
-                    samples.add(read, f"RPC, parts of {rows}", number, reached)
-                else:
-                    samples.add(decode, f"RPC, parts of {rows}", number, reached)
+            command = engines.llama_rpc(python, peer_model, servers, rows, prompt, decoded)
+            for row in json.loads(output_of(command)):
+                figure = read if row["test"].startswith("pp") else decode
+                samples.add(figure, f"RPC, parts of {rows}", number, row["avg_ts"])
 
     with ExitStack() as stack:
         running = stack.enter_context(chains(checkouts, model, NODES))

@@ -437,15 +437,15 @@ def test_nodes_servers_and_one_process_take_turns(
 ) -> None:
     """The peer's processes are stand-ins; the nodes are real."""
 
-    def job(*asked: object) -> Job:
+    def command(*asked: object) -> list[str]:
         python, model, servers, rows, prompt, generated = asked
         assert (python, model) == (Path("python"), Path("m.gguf")) and len(set(servers)) == 2  # type: ignore[call-overload]
         speeds = {f"pp{prompt}": 1000 + rows} | ({f"tg{generated}": 5.0} if generated else {})  # type: ignore[operator]
         lines = json.dumps([{"test": test, "avg_ts": speed} for test, speed in speeds.items()])
-        return Job([sys.executable, "-c", f"print({lines!r})"], engines.speeds)
+        return [sys.executable, "-c", f"print({lines!r})"]
 
     monkeypatch.setattr(chain, "_MEASURE_SECONDS", 0.01)
-    monkeypatch.setattr(engines, "llama_rpc_job", job)
+    monkeypatch.setattr(engines, "llama_rpc", command)
     monkeypatch.setattr(
         engines,
         "llama_server",

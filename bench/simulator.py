@@ -1,26 +1,41 @@
 """A simulator: discrete events over the planner's own cost model, for what no machine here can hold.
 
-Requests arrive at the coordinator, prompts go in chunks, a stage that is free takes what waits as one call,
-links carry one message at a time, answers grow token by token (the planner's walker). Devices get slower or
+Requests arrive at the coordinator, prompts go in chunks, stages choose their calls with the inbox of nodes
+(net/inbox.py), links carry one message at a time, answers grow token by token. Devices get slower or
 die at given times; a dead one means a new plan on the others, and a replay of everything known; a slow one
 loses boundary layers to a neighbour. Nothing is random but what random_requests draws from its seed.
 """
 
 import heapq
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Literal
+from functools import cache, partial
+from typing import Any, Literal
 
+import numpy as np
+
+from shoal.engine.batch import Want
+from shoal.net.inbox import Batch, Inbox, load
+from shoal.net.messages import Close, Epoch, Step
 from shoal.net.pace import slowed
+from shoal.net.scheduler import Load
 from shoal.planner import Assignment, Cluster, Question
-from shoal.planner.cost import StageCost, hop_seconds
+from shoal.planner.chunks import Chunking, best_chunking
+from shoal.planner.cost import PAUSE_SECONDS, StageCost, hop_seconds
 from shoal.planner.evaluation import check_stages
+from shoal.planner.groups import Grouping, grouping
 from shoal.planner.moves import Move, best_move
-from shoal.planner.rows import check_name, check_real, check_seconds, check_whole
-from shoal.planner.streams import Follower, Message, Walker
+from shoal.planner.rows import MOST_ROWS, check_name, check_real, check_seconds, check_whole
+from shoal.planner.streams import Follower, Way
+
+EPOCH = Epoch(0, 0)
+ROW = Chunking(1)
+TOKENS = (0,) * MOST_ROWS
+HIDDEN = np.zeros((1, 1), np.float32)
+"""The output of a stage: its values do not matter here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +71,13 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """How the system behaves. `replan` gives the stages for the devices that are left; `recover_s` passes
-    between a death and the new assignment. `steal_every_s`: how often neighbours compare themselves; 0 never.
-    A layer moves when the slower of the two gains at least `steal_gain`."""
+    """How the system behaves. `chunk_rows`: the most rows of a chunk; `window`: chunks of a prompt in flight.
+    `replan` gives the stages for the devices that are left; `recover_s` passes between a death and the new
+    assignment. `steal_every_s`: how often neighbours compare themselves; 0 never. A layer moves when the
+    slower of the two gains at least `steal_gain`."""
 
     chunk_rows: int = 128
-    window: int = 4  # chunks of one prompt in flight
+    window: int = 4
     recover_s: float = 1.0
     replan: Callable[[Cluster], Sequence[Assignment]] | None = None
     steal_every_s: float = 0.0
@@ -122,76 +138,162 @@ def simulate(
 
 @dataclass(slots=True)
 class _Session:
-    """Positions known, sent and answered. `born`: the prompt's length; the answer ends at `end`."""
+    """Positions known, sent and answered. `born`: the prompt's length; the answer ends at `end`; `cut`: how
+    what is known is sent. `flying`: the ends of the chunks in flight."""
 
     known: int
     end: int
     born: int
+    cut: Chunking = ROW
     sent: int = 0
     acked: int = 0
-    flying: int = 0
+    flying: deque[int] = field(default_factory=deque)
 
 
-class _Chain(Walker):
+class _Groupings(Sequence[Grouping]):
+    """The groupings of 1, 2, 3 … sequences, each computed when it is asked for."""
+
+    def __init__(self, way: Way, depth: int, most: int) -> None:
+        self._most = most
+        self._grouping = cache(lambda count: grouping(way, count, depth))
+
+    def __len__(self) -> int:
+        return self._most
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._grouping(index + 1)
+
+
+@dataclass(slots=True)
+class _Stage:
+    """A stage: what its calls take, its inbox, and the Steps on their way there with their arrivals. `asked`:
+    when it looks into its inbox next."""
+
+    cost: StageCost
+    inbox: Inbox
+    free: float
+    coming: deque[tuple[float, Step]] = field(default_factory=deque)
+    asked: float = math.inf
+
+
+class _Chain:
     """The stages of one epoch. What comes back is `heard` at its time."""
 
     def __init__(self, question: Question, stages: Sequence[Assignment], now: float, run: "_Run") -> None:
-        super().__init__(Follower(question).way(stages), idle_since=now)
-        self._chunks = [0] * len(stages)  # parts of prompts, in each queue
-        self._run = run
+        self._way, self._run = Follower(question).way(stages), run
+        self._latency, self._busy = self._way.latency, self._way.busy
+        depth, rows = question.workload.decode_depth, run.rules.chunk_rows
+        groupings = _Groupings(self._way, depth, max(1, len(run.requests)))
+        self._stages: list[_Stage] = []
+        for at, times in enumerate(self._way.stages):
+            assert isinstance(times, StageCost)
+            expect = partial(self._expect, at)
+            inbox = Inbox(EPOCH, MOST_ROWS, rows, groupings, expect)
+            self._stages.append(_Stage(times, inbox, now))
+        self._link_free = [0.0] * (len(stages) + 1)
+        self._heap: list[tuple[float, int, int]] = []
+        self._count = 0
         self.dead: dict[int, float] = {}  # stages whose device died, with the time
+        self.cut = cache(lambda tokens: best_chunking(self._way, tokens, rows))
 
-    def send(self, to: int, messages: Sequence[Message], left: float) -> None:
-        super().send(to, messages, left)
-        for rows, _, wants, _ in messages:
-            if rows > 1 or not wants:
-                self._chunks[to] += 1
+    @property
+    def next_call(self) -> float:
+        """When a stage looks into its inbox next; infinite where nothing waits."""
+        return self._heap[0][0] if self._heap else math.inf
 
-    def take(self, at: int, now: float) -> list[Message]:
-        """Where parts of prompts wait: one step of each sequence, and chunks up to chunk_rows."""
-        if not self._chunks[at]:
-            return super().take(at, now)
-        arrivals, waiting, prompt = self.arrivals[at], self.waiting[at], 0
-        taken: list[Message] = []
-        kept: list[tuple[float, Message]] = []
-        served: set[int] = set()
-        while arrivals and arrivals[0] <= now and len(taken) < self._most:
-            arrived, message = arrivals.popleft(), waiting.popleft()
-            rows, _, wants, sequence = message
-            crowded = rows > 1 and taken and prompt + rows > self._run.rules.chunk_rows
-            if crowded or sequence in served:
-                kept.append((arrived, message))
-            else:
-                prompt += rows if rows > 1 else 0
-                taken.append(message)
-                self._chunks[at] -= rows > 1 or not wants
-            served.add(sequence)
-        for arrived, message in reversed(kept):
-            arrivals.appendleft(arrived)
-            waiting.appendleft(message)
-        return taken
+    def slow(self, at: int, cost: StageCost) -> None:
+        """From now on the calls of a stage take what `cost` says."""
+        self._stages[at].cost = cost
+
+    def send(self, to: int, steps: Sequence[Step], left: float) -> None:
+        """Sends Steps to stage `to`, one after another from `left` on."""
+        start, stage = max(left, self._link_free[to]), self._stages[to]
+        for step in steps:
+            start += len(step.tokens) * self._busy[to]
+            stage.coming.append((start + self._latency[to], step))
+        self._link_free[to] = start
+        self._look(to, max(stage.coming[0][0], stage.free))
+
+    def call(self) -> bool:
+        """The next stage looks into its inbox; whether it began a call."""
+        now, _, at = heapq.heappop(self._heap)
+        stage = self._stages[at]
+        if now != stage.asked:
+            return False  # it has looked earlier, or its device has died
+        stage.asked, inbox, coming = math.inf, stage.inbox, stage.coming
+        while coming and coming[0][0] <= now:
+            arrived, step = coming.popleft()
+            inbox.put(step, arrived)
+        batch = inbox.take(now)
+        while isinstance(batch, Batch) and not batch.steps:  # sessions that have ended
+            batch = inbox.take(now)
+        after = [coming[0][0]] if coming else []
+        if not isinstance(batch, Batch):
+            after += [] if batch is None else [batch]
+        else:
+            done = stage.free = now + self._seconds(stage, batch.steps, now)
+            inbox.ran(batch, now, done)
+            after = [max(done, when) for when in [*after, *([done] if inbox else [])]]
+            self._onward(at, batch.steps, done)
+        if after:
+            self._look(at, min(after))
+        return isinstance(batch, Batch)
+
+    def close(self, session: int, now: float) -> None:
+        """Ends a session on all stages."""
+        for stage in self._stages:
+            stage.inbox.put(Close(session, EPOCH), now)
 
     def die(self, at: int, now: float) -> None:
         """A stage is gone: what it had not finished never leaves it."""
         self.dead[at] = now
-        if at + 1 < len(self.stages):
-            late = now + self._latency[at + 1]
-            kept = [
-                one for one in zip(self.arrivals[at + 1], self.waiting[at + 1], strict=True) if one[0] <= late
-            ]
-            self.arrivals[at + 1] = deque(arrival for arrival, _ in kept)
-            self.waiting[at + 1] = deque(message for _, message in kept)
-            self._chunks[at + 1] = sum(rows > 1 or not wants for _, (rows, _, wants, _) in kept)
-        self._heap = [call for call in self._heap if call[2] != at]
-        heapq.heapify(self._heap)
-        self._scheduled[at] = True  # so that nothing that arrives there begins a call
+        self._stages[at].asked = math.inf
+        if at + 1 < len(self._stages):
+            late, stage = now + self._latency[at + 1], self._stages[at + 1]
+            stage.coming = deque(one for one in stage.coming if one[0] <= late)
 
-    def returned(self, message: Message, at: float, left: float) -> None:
-        self._run.at(at, self._heard, message, left)
+    def _look(self, at: int, when: float) -> None:
+        """Lets a stage look into its inbox at that time, if it does not do so earlier."""
+        stage = self._stages[at]
+        if when < stage.asked and at not in self.dead:
+            stage.asked = when
+            self._count += 1
+            heapq.heappush(self._heap, (when, self._count, at))
 
-    def _heard(self, message: Message, left: float) -> None:
-        if self._run.chain is self and left <= self.dead.get(len(self.stages) - 1, left):
-            self._run.answer(message)
+    def _onward(self, at: int, steps: Sequence[Step], done: float) -> None:
+        if at + 1 < len(self._stages):
+            last = steps[-1]
+            self.send(
+                at + 1,
+                [
+                    Step(one.session, EPOCH, one.first, one.tokens, one.want, HIDDEN, one is not last)
+                    for one in steps
+                ],
+                done,
+            )
+            return
+        start = max(done, self._link_free[-1])
+        for step in steps:
+            start += self._busy[-1]
+            self._run.at(start + self._latency[-1], self._heard, step, done)
+        self._link_free[-1] = start
+
+    def _heard(self, step: Step, left: float) -> None:
+        if self._run.chain is self and left <= self.dead.get(len(self._stages) - 1, left):
+            self._run.answer(step)
+
+    def _expect(self, at: int, loads: Sequence[Load], pause: float) -> float:
+        return self._stages[at].cost.call_seconds(loads)
+
+    def _seconds(self, stage: _Stage, steps: Sequence[Step], now: float) -> float:
+        """What a call takes."""
+        cost, depth = stage.cost, 0
+        pause = cost.pause if now - stage.free > PAUSE_SECONDS else 0.0
+        for step in steps:
+            if len(step.tokens) > 1 or step.want is not Want.TOKEN:
+                return cost.call_seconds([load(step) for step in steps]) + pause
+            depth += step.first
+        return cost.rows(len(steps)) + depth * cost.position + pause  # only decoded rows: the usual call
 
 
 class _Run:
@@ -229,8 +331,8 @@ class _Run:
                 self.now, _, act = heapq.heappop(heap)
                 act()
             else:
-                self.chain.call()
-                self.outcome.calls += 1
+                self.now = self.chain.next_call
+                self.outcome.calls += self.chain.call()
         self.outcome.seconds = self.now
         self.outcome.stages = self.stages
         return self.outcome
@@ -249,38 +351,41 @@ class _Run:
 
     def _arrive(self, index: int) -> None:
         request = self.requests[index]
-        self.sessions[index] = _Session(request.prompt, request.prompt + request.answer, request.prompt)
-        self._feed(index)
+        self.sessions[index] = session = _Session(
+            request.prompt, request.prompt + request.answer, request.prompt, self.chain.cut(request.prompt)
+        )
+        self._feed(index, session)
 
-    def _feed(self, index: int) -> None:
+    def _feed(self, index: int, session: _Session) -> None:
         """Sends what is known and not sent, within the window."""
-        session = self.sessions[index]
-        assert session is not None, "only live sessions are fed"
-        while session.sent < session.known and session.flying < self.rules.window:
-            rows = min(self.rules.chunk_rows, session.known - session.sent)
-            first, session.sent = session.sent, session.sent + rows
-            session.flying += 1
-            self.chain.send(0, ((rows, first, session.sent == session.known, index),), self.now)
+        while session.sent < session.known and len(session.flying) < self.rules.window:
+            first = session.sent
+            rows = min(session.cut.at(first), session.known - first)
+            session.sent += rows
+            session.flying.append(session.sent)
+            want = Want.TOKEN if session.sent == session.known else Want.NOTHING
+            self.chain.send(0, (Step(index, EPOCH, first, TOKENS[:rows], want),), self.now)
 
-    def answer(self, message: Message) -> None:
+    def answer(self, step: Step) -> None:
         """A result is back at the coordinator."""
-        rows, _, token, index = message
-        session = self.sessions[index]
+        session = self.sessions[step.session]
         if session is None:
             return
-        session.acked += rows
-        session.flying -= 1
-        if token:
+        session.acked += len(step.tokens)
+        if session.acked == session.flying[0]:  # a stage may have divided the chunk
+            session.flying.popleft()
+        if step.want is Want.TOKEN:
             session.known += 1
             self.outcome.tokens += 1
             if session.known == session.born + 1:
-                self.outcome.first_token_at[index] = self.now
+                self.outcome.first_token_at[step.session] = self.now
             if session.known == session.end:
-                self.outcome.done_at[index] = self.now
-                self.sessions[index] = None
+                self.outcome.done_at[step.session] = self.now
+                self.sessions[step.session] = None
                 self.left -= 1
+                self.chain.close(step.session, self.now)
                 return
-        self._feed(index)
+        self._feed(step.session, session)
 
     # What happens to devices.
 
@@ -296,7 +401,7 @@ class _Run:
             )
             for at in where:
                 stage = self.stages[at]
-                self.chain.stages[at] = StageCost(self.question.model, hot, stage.first, stage.last)
+                self.chain.slow(at, StageCost(self.question.model, hot, stage.first, stage.last))
             return
         devices = tuple(d for d in cluster.devices if d.name != event.device)
         links = {ends: link for ends, link in cluster.links.items() if event.device not in ends}
@@ -324,8 +429,10 @@ class _Run:
         for index, session in enumerate(self.sessions):
             if session is not None:
                 session.acked = 0 if replay else session.acked
-                session.sent, session.flying = session.acked, 0
-                self._feed(index)
+                session.sent = session.acked
+                session.flying.clear()
+                session.cut = self.chain.cut(session.known - session.sent)
+                self._feed(index, session)
 
     def _balance(self) -> None:
         """Moves the boundary layer that helps most, if any helps enough; its state travels first."""

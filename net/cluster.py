@@ -354,15 +354,7 @@ def _load(state: ClusterState, now: float) -> Outcome:
     assigns = tuple(
         SendAssign(
             i,
-            Assign(
-                epoch,
-                stage.first,
-                stage.last,
-                after,
-                placement.chunk_rows,
-                previous,
-                () if stage.first else groupings,
-            ),
+            Assign(epoch, stage.first, stage.last, after, placement.chunk_rows, previous, groupings),
         )
         for i, stage, after, previous in zip(
             holders, placement.stages, (*peers[1:], None), before, strict=True

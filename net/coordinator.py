@@ -481,8 +481,8 @@ class Coordinator:
             ) as (connection, _):  # fmt: skip
                 if self._state.epoch != epoch or self._state.phase != "serving":
                     return
-                # One Step for each stage, and one on each of the two links to the coordinator.
-                flow = Flow(epoch, placement.chunk_rows, len(placement.stages) + 2)
+                window = placement.window or len(placement.stages) + 2
+                flow = Flow(epoch, placement.chunk_rows, window, placement.chunks)
                 self._admission.open(self._room())
                 self._chain = chain = Chain(flow, connection)
                 self._changed.set()

@@ -16,17 +16,24 @@ from dataclasses import dataclass, field, replace
 
 from ..engine.batch import Sampling, Want, common_prefix
 from ..engine.errors import ContextError
+from ..planner.chunks import Chunking, Chunkings, of_length
 from .errors import RemoteProtocolError
 from .messages import Close, Epoch, Open, Result, Step
 
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """The flow control of sessions in one epoch: rows in a Step of a prompt, and Steps in flight at once."""
+    """The flow control of sessions in one epoch: the most rows in a Step of a prompt, the Steps in flight at
+    once, and how prompts are cut by their length; without `chunks`, into Steps of `chunk_rows`."""
 
     epoch: Epoch
     chunk_rows: int
     window: int
+    chunks: Chunkings = ()
+
+    def cut(self, tokens: int) -> Chunking:
+        """How a prompt of so many tokens is cut."""
+        return of_length(self.chunks, tokens) if self.chunks else Chunking(self.chunk_rows)
 
 
 @dataclass(slots=True)
@@ -45,6 +52,8 @@ class Generation:
     """The length of `known` at which the answer is complete."""
     _end: Collection[int] = field(init=False, default=())
     _flow: Flow | None = field(init=False, default=None)
+    _cut: Chunking = field(init=False, default=Chunking(1))
+    """How what is known is sent as a prompt."""
     _carried: bool = field(init=False, default=False)
     _sent: int = field(init=False, default=0)
     """The chain holds known[:_sent], or will when all Steps in flight are done."""
@@ -79,11 +88,13 @@ class Generation:
         self.known, self._end = list(prompt), end
         self._last = min(len(prompt) + max_tokens, self.context + 1)
         self.finished = max_tokens <= 0
+        self._plan_cut()
 
     def start(self, flow: Flow) -> Open:
         """Begins the session in an epoch, in which nothing was sent yet; returns the Open message."""
         self._forget()
         self._flow = flow
+        self._plan_cut()
         return Open(self.session, flow.epoch, self.sampling, self.context)
 
     @property
@@ -104,7 +115,8 @@ class Generation:
             return steps
         assert self._flow is not None
         while self._sent < len(self.known) and len(self._in_flight) < self._flow.window:
-            tokens = tuple(self.known[self._sent : self._sent + self._flow.chunk_rows])
+            rows = min(self._flow.chunk_rows, self._cut.at(self._sent))
+            tokens = tuple(self.known[self._sent : self._sent + rows])
             last = self._sent + len(tokens) == len(self.known)
             step = Step(
                 self.session, self._flow.epoch, self._sent, tokens, Want.TOKEN if last else Want.NOTHING
@@ -158,6 +170,10 @@ class Generation:
     def _forget(self) -> None:
         self._flow, self._sent, self._old, self._carried = None, 0, 0, False
         self._in_flight.clear()
+
+    def _plan_cut(self) -> None:
+        if self._flow is not None:
+            self._cut = self._flow.cut(len(self.known) - self._sent)
 
     def _append(self, token: int) -> int | None:
         if token in self._end:

@@ -2,11 +2,13 @@
 
 Messages of one session stay in order. A batch has at most one Step of each session:
 
-- Rows that were computed together on the previous stage stay together (`Step.more`). On the first stage, rows
-  of sequences of one group go together (net/scheduler.py).
-- Rows of sequences that decode go before rows of prompts. Prompts take turns. Rows of prompts are added to a
-  call, or make a call of their own, only as far as no sequence that decodes is delayed for longer than
-  STRETCH allows; a Step is divided where only a part of it fits.
+- Rows that were computed together on the previous stage stay together (`Step.more`), with others that wait as
+  well, up to the rows of a group. On the first stage, rows of sequences of one group go together
+  (net/scheduler.py).
+- Rows of sequences that decode go before rows of prompts. Prompts take turns.
+- While sequences decode, the first stage divides Steps of prompts into slices, so small that no stage needs
+  much longer for a call with one (Grouping.slice). A slice goes with rows of sequences that decode, or alone
+  if its call ends before the next of them is due.
 
 Times are in seconds of any clock that never goes back.
 """
@@ -19,6 +21,7 @@ from dataclasses import dataclass, field, replace
 
 from ..engine.batch import Want
 from ..planner.groups import Grouping
+from ..planner.rows import MOST_ROWS
 from .messages import STEP_LIMIT, Close, Epoch, Open, Step
 from .scheduler import Costs, Expect, Load, Streams
 
@@ -27,12 +30,6 @@ MAX_STEPS = 32
 """The most Steps in a batch. Each may want a logit row, and a stage has room for 32 by default."""
 MAX_BYTES = 2 * STEP_LIMIT
 """The most bytes of queued messages, by `held_bytes`: two Steps of the largest size."""
-STRETCH = 2.0
-"""How many times as long as alone the rows of sequences that decode may take on the first stage, from their
-arrival to the end of their call, while there are rows of prompts."""
-LATER_STRETCH = 2.6
-"""STRETCH on the later stages. They receive rows of prompts as the first stage has divided them, and divide
-them again only where their own costs are out of proportion to those of the first."""
 WHOLE_SECONDS = 0.005
 """How long rows wait for the others of their call on the previous stage, which are on their way; or for as
 long as a call takes, if that is longer."""
@@ -60,7 +57,7 @@ class _Call:
 @dataclass(slots=True)
 class Inbox:
     """A queue for one epoch. `max_rows` and `chunk_rows` limit all rows and the prompt rows of a call.
-    `groupings` and `expect` are those of the stage; without `expect` rows of prompts have no other limit.
+    `groupings` and `expect` are those of the stage.
 
     `put`, `take` and `ran` are told the time. What is queued is limited to MAX_BYTES, so that it has a fixed
     place in the memory that a node promises: while the inbox is `full`, its owner reads no connection."""
@@ -72,14 +69,16 @@ class Inbox:
     expect: Expect | None = None
     _lines: dict[int, deque[Item]] = field(default_factory=dict)
     _bytes: int = 0
+    _heard: int = 0
+    """Opens and Closes that are queued."""
     _streams: Streams = field(init=False)
     _costs: Costs | None = field(init=False)
     _decoding: set[int] = field(default_factory=set)
     """Sessions whose first queued item is the row of a sequence that decodes."""
     _calls: deque[_Call] = field(default_factory=deque)
     """Calls of the previous stage that wait. The last one may not be whole."""
-    _last: list[Load] = field(default_factory=list)
-    """The rows of sequences that decode of the last call that had any."""
+    _usual: float = 0.0
+    """The expected seconds of the rows of sequences that decode of the last call that had any."""
     _later: bool = False
     """Whether this is a later stage than the first, since Steps arrive with hidden rows."""
     _pressed: tuple[float, float] = (0.0, 0.0)
@@ -112,6 +111,7 @@ class Inbox:
         if isinstance(item, Close):
             unheard = any(isinstance(waiting, Open) for waiting in line)
             self._bytes -= sum(map(held_bytes, line))
+            self._heard -= sum(not isinstance(waiting, Step) for waiting in line)
             line.clear()
             self._forget(item.session)
             if unheard:
@@ -125,6 +125,7 @@ class Inbox:
             if item.hidden is not None:
                 self._later = True
                 self._join_call(item, decodes, now)
+        self._heard += not isinstance(item, Step)
         self._bytes += held_bytes(item)
         line.append(item)
 
@@ -133,23 +134,24 @@ class Inbox:
         pays until then and none arrive before; or None, if nothing is queued."""
         if not self._lines:
             return None
-        notices = self._notices()
+        notices = self._notices() if self._heard else []
         self._streams.drop(now)
-        prompts = [session for session in self._lines if session not in self._decoding]
+        prompts = []
+        if len(self._lines) > len(self._decoding):
+            prompts = [session for session in self._lines if session not in self._decoding]
         chosen = self._chosen(now)
         steps: list[Step] = []
         if isinstance(chosen, _Call):
             sessions = chosen.decoding[: min(MAX_STEPS, self.max_rows)]
-            budget = self._budget(sessions, now) if prompts else 0.0
+            delayed = self._delayed(sessions, now)
             self._streams.taken(sessions)
             steps = [self._pop(session) for session in sessions]
-            self._last = [load(step) for step in steps]
-            if prompts:
-                own = set(chosen.prompts)
-                self._add_prompts(steps, sorted(prompts, key=lambda session: session not in own), budget)
+            self._usual = self._seconds(steps)
+            if prompts and not delayed:
+                self._add_beside(steps, prompts, chosen.prompts)
             self._leave_calls(sessions)
         elif prompts and chosen is None:
-            chosen = self._prompts_alone(steps, prompts, now)
+            chosen = self._alone(steps, prompts, now)
         if steps or notices:
             return Batch(tuple(notices), tuple(steps))
         assert not isinstance(chosen, _Call), "a call has rows"
@@ -185,13 +187,29 @@ class Inbox:
             return None
         if self._calls and self._calls[0].decoding:
             call = self._calls[0]
-            end = call.since + max(WHOLE_SECONDS, self._seconds(self._last))
+            end = call.since + max(WHOLE_SECONDS, self._usual)
             if not call.whole and now < end:
                 return end
             call.whole = True
+            self._merge()
             return call
         found = self._streams.choose(now)
         return _Call(now, found) if isinstance(found, list) else found
+
+    def _merge(self) -> None:
+        """Joins calls that wait, as long as they are not more than a group: sequences whose laps end at
+        different times meet where they wait for each other, at the busiest stage."""
+        grouping = self._streams.grouping
+        if grouping is None:
+            return
+        call, most = self._calls.popleft(), -(-len(self._streams) // grouping.groups)
+        while self._calls and len(call.decoding) + len(self._calls[0].decoding) <= most:
+            if not self._calls[0].whole:
+                break
+            other = self._calls.popleft()
+            call.decoding += other.decoding
+            call.prompts += other.prompts
+        self._calls.appendleft(call)
 
     def _leave_calls(self, sessions: Iterable[int]) -> None:
         """Removes sessions from the calls of the previous stage, and calls without any."""
@@ -202,87 +220,66 @@ class Inbox:
 
     # Rows of prompts.
 
-    def _budget(self, sessions: Sequence[int], now: float) -> float:
-        """The seconds that a call with rows of these sessions, which decode, may take with rows of prompts.
-        What they have waited for a call of prompts alone counts."""
+    def _delayed(self, sessions: Sequence[int], now: float) -> bool:
+        """Whether the rows of these sessions have waited for a call of prompts alone for so long that none
+        goes with them as well."""
         since, (start, end) = self._streams.since(sessions), self._pressed
-        waited = max(0.0, min(end, now) - max(start, since))
-        decode = self._seconds([load(self._front(session)) for session in sessions])
-        return self._stretch * decode - waited
+        return min(end, now) - max(start, since) > self._usual / 2
 
-    def _prompts_alone(self, steps: list[Step], prompts: Sequence[int], now: float) -> float | None:
+    def _add_beside(self, steps: list[Step], prompts: Sequence[int], own: Sequence[int]) -> None:
+        """Adds rows of prompts to a call of sequences that decode: on a later stage those that were in the
+        call of the previous stage, or else one Step that waits."""
+        if not self._later:
+            self._add(steps, prompts)
+            return
+        there = set(prompts)
+        for session in [session for session in own if session in there] or prompts[:1]:
+            if self._fits(steps, self._front(session)):
+                steps.append(self._pop(session))
+
+    def _alone(self, steps: list[Step], prompts: Sequence[int], now: float) -> float | None:
         """Adds rows of prompts to a call without others; or adds none, and returns the time until which to
-        wait for rows of a sequence that decodes, since both in one call take less time."""
-        if self._costs is None or not self._streams:
-            self._add_whole(steps, prompts)
-            return None
-        expected = self._streams.due(now)
-        due, late = expected or (now, now)
-        decode = self._seconds(self._last)
-        room = max(0.0, due - now) + (self._stretch - 1) * decode
-        rows = self._most(self._front(prompts[0]), [], room, self.chunk_rows)
-        if expected is not None:
-            step = self._front(prompts[0])
-            part = (max(1, rows), step.first, False)
-            together = self._seconds([part]) + decode - self._seconds([*self._last, part])
-            if rows == 0 or due - now < together:
-                return late
-        self._add_prompts(steps, prompts, room)
+        wait for rows of a sequence that decodes, because that call would end too late for them."""
+        due = self._streams.due(now) if self._streams else None
+        if due is not None:
+            first = self._front(prompts[0])
+            rows = first.tokens[: self._slice(first.first)]
+            seconds = self._seconds([replace(first, tokens=rows)])
+            if seconds > due[0] - now + self._usual / 4:
+                return due[1]
+        self._add(steps, prompts)
         return None
 
-    def _add_prompts(self, steps: list[Step], prompts: Sequence[int], budget: float) -> None:
-        """Adds rows of prompts to a call, as many as keep it within `budget` seconds; at least one row where
-        the budget is not used up, so that every prompt goes on."""
-        if self._costs is None:
-            self._add_whole(steps, prompts)
-            return
-        loads, taken = [load(step) for step in steps], 0
-        for session in prompts:
-            if len(steps) >= MAX_STEPS:
-                return
-            limit = min(self.chunk_rows - taken, self.max_rows - taken - len(loads))
-            rows = self._most(self._front(session), loads, budget, limit)
-            if not rows and not taken and budget > self._seconds(loads):
-                rows = min(1, limit)
-            if rows <= 0:
-                return
-            steps.append(self._pop(session, rows))
-            loads.append(load(steps[-1]))
-            taken += rows
-
-    def _add_whole(self, steps: list[Step], prompts: Sequence[int]) -> None:
-        """Adds Steps of prompts to a call without dividing them. The first Step of a call always goes: one
-        that is too long for any batch must fail in the stage instead of waiting for ever."""
-        rows = len(steps)
+    def _add(self, steps: list[Step], prompts: Sequence[int]) -> None:
+        """Adds rows of prompts to a call, up to a slice while sequences decode. The first Step of a call
+        always goes: one that is too long for any batch must fail in the stage instead of waiting for ever."""
         taken = 0
         for session in prompts:
-            count = len(self._front(session).tokens)
-            fits = taken + count <= self.chunk_rows and rows + taken + count <= self.max_rows
-            if not steps or (fits and len(steps) < MAX_STEPS):
-                steps.append(self._pop(session))
-                taken += count
+            step = self._front(session)
+            rows = min(len(step.tokens), self._slice(step.first) - taken)
+            if rows > 0 and (not steps or self._fits(steps, step, rows)):
+                steps.append(self._pop(session, rows))
+                taken += rows
 
-    def _most(self, step: Step, loads: Sequence[Load], budget: float, limit: int) -> int:
-        """The most rows of a Step, up to `limit`, with which a call of `loads` stays within the budget."""
+    def _slice(self, position: int) -> int:
+        """The most rows of prompts from that position on in a call."""
+        grouping = self._streams.grouping
+        return MOST_ROWS if grouping is None else grouping.slice(position)
 
-        def fits(rows: int) -> bool:
-            wants = step.want is Want.TOKEN and rows == len(step.tokens)
-            return self._seconds([*loads, (rows, step.first, wants)]) <= budget
+    def _fits(self, steps: Sequence[Step], step: Step, rows: int | None = None) -> bool:
+        """Whether a call has room for so many rows of a prompt's Step, or all."""
+        count = len(step.tokens) if rows is None else rows
+        prompt = sum(len(other.tokens) for other in steps if not _decodes(other))
+        decoding = sum(map(_decodes, steps))
+        return (
+            len(steps) < MAX_STEPS
+            and prompt + count <= self.chunk_rows
+            and decoding + prompt + count <= self.max_rows
+        )
 
-        low, high = 0, min(limit, len(step.tokens))
-        if high > 0 and fits(high):
-            return high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        return low
-
-    def _seconds(self, loads: Sequence[Load]) -> float:
-        return self._costs.seconds(loads) if self._costs is not None and loads else 0.0
-
-    @property
-    def _stretch(self) -> float:
-        return LATER_STRETCH if self._later else STRETCH
+    def _seconds(self, steps: Sequence[Step]) -> float:
+        """The expected seconds of a call; 0 if no costs are known."""
+        return self._costs.seconds([load(step) for step in steps]) if self._costs is not None else 0.0
 
     # The lines of the sessions.
 
@@ -296,6 +293,7 @@ class Inbox:
             if not line:
                 del self._lines[session]
         self._bytes -= sum(map(held_bytes, notices))
+        self._heard -= len(notices)
         return notices
 
     def _front(self, session: int) -> Step:

@@ -156,8 +156,8 @@ class Assign:
     """An order to load units [first, last) for this epoch and to drop older assignments. `next` is the node
     after this one; None on the last, which returns tokens to the coordinator. A call has at most `chunk_rows`
     prompt rows. `previous` is the incarnation of the only peer whose rows are accepted: the node before this
-    one, or the coordinator for the first stage. `groupings`, on the first stage: how 1, 2, 3 … sequences that
-    decode share calls; without them, all that wait do."""
+    one, or the coordinator for the first stage. `groupings`: how 1, 2, 3 … sequences that decode share calls;
+    without them, all that wait do."""
 
     epoch: Epoch
     first: Units

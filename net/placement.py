@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from ..engine.errors import NoPlanError
 from ..planner import Assignment, LinkSpeed
+from ..planner.chunks import Chunking
 from ..planner.groups import Grouping
 from .messages import Offer, Stats
 from .wire import max_step_rows
@@ -36,12 +37,16 @@ class Placement:
     """A plan: assignments to nodes by label, in the order of the chain, and the most prompt rows of a call. A
     call should take at most 100 ms by the profile, so that it does not delay other answers or a cancellation
     for longer. `groupings`: how 1, 2, 3 … sequences that decode share calls; if it is empty, there is a group
-    for each stage. Plans are compared by the tokens per second that they predict and the context length that
+    for each stage. `chunks`: how prompts are cut; if it is empty, into chunks of `chunk_rows`. `window`: the
+    most Steps of a session in flight; if it is 0, one for each stage and two for the links to the
+    coordinator. Plans are compared by the tokens per second that they predict and the context length that
     they have room for (0: unknown). `detail` is the planner's own record of the plan."""
 
     stages: tuple[Assignment, ...]
     chunk_rows: int = 128
     groupings: tuple[Grouping, ...] = ()
+    chunks: tuple[tuple[int, Chunking], ...] = ()
+    window: int = 0
     tokens_per_s: float = 0.0
     context: int = 0
     detail: object = field(default=None, compare=False)

@@ -31,7 +31,9 @@ MOST_CHANGE = 2.0
 LATE = 0.1
 """The part of a lap by which a row may be late before nothing waits for it, beside twice the usual spread."""
 GONE_LAPS, GONE_SECONDS = 4.0, 0.05
-"""A session whose row is so many laps and seconds away has stopped decoding."""
+"""A session whose row has been away for so many laps and seconds has stopped decoding."""
+FIRST_SECONDS = 5.0
+"""A session that has not made a lap has stopped decoding after so many seconds."""
 
 
 @dataclass(slots=True)
@@ -65,9 +67,17 @@ class Streams:
         self._groupings = groupings
         self._streams: dict[int, _Stream] = {}
         self._free = 0.0
+        self._looked = -math.inf
 
     def __len__(self) -> int:
         return len(self._streams)
+
+    @property
+    def grouping(self) -> Grouping | None:
+        """The grouping of as many sequences as there are; None if there are none, or nothing is known."""
+        if not self._groupings or not self._streams:
+            return None
+        return of_many(self._groupings, len(self._streams))
 
     def arrived(self, session: int, now: float) -> None:
         """A row of the session waits from now on."""
@@ -100,14 +110,16 @@ class Streams:
             self._balance()
 
     def drop(self, now: float) -> None:
-        """Forgets sessions that have been away for so long that they no longer decode."""
-        known = self._lap() or 0.0
-        gone = [
-            session
-            for session, stream in self._streams.items()
-            if stream.left is not None
-            and now > stream.left + GONE_SECONDS + GONE_LAPS * (stream.lap or known)
-        ]
+        """Forgets sessions that have been away for so long that they no longer decode, every GONE_SECONDS."""
+        if now < self._looked + GONE_SECONDS:
+            return
+        self._looked = now
+        gone = []
+        for session, stream in self._streams.items():
+            if stream.left is not None:
+                lap = FIRST_SECONDS if stream.lap is None else GONE_SECONDS + GONE_LAPS * stream.lap
+                if now > stream.left + lap:
+                    gone.append(session)
         for session in gone:
             del self._streams[session]
         if gone:
@@ -139,7 +151,8 @@ class Streams:
                 waiting.setdefault(stream.group, []).append((stream.here, session))
             elif stream.left is not None:
                 away.setdefault(stream.group, []).append(stream)
-        longest = of_many(self._groupings, len(self._streams)).wait if self._groupings else 0.0
+        grouping = self.grouping
+        longest = 0.0 if grouping is None else grouping.wait
         until = None
         for group in sorted(waiting, key=lambda group: min(waiting[group])):
             rows = sorted(waiting[group])
@@ -186,10 +199,10 @@ class Streams:
 
     def _balance(self) -> None:
         """Makes as many groups as are best for the number of sequences, of equal size, with few changes."""
-        if not self._groupings or not self._streams:
+        grouping = self.grouping
+        if grouping is None:
             return
-        members = self._members()
-        count = of_many(self._groupings, len(self._streams)).groups
+        members, count = self._members(), grouping.groups
         while len(members) > count:
             least = min(members, key=lambda group: len(members[group]))
             moved = members.pop(least)

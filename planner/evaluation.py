@@ -118,10 +118,9 @@ def _timing(
     """Seconds of a token; and of one decode call along the chain, its rows, each stage's seconds and each
     hop. ValueError: a link is not there."""
     links = cost.chain_hops(question.model, question.cluster, stages)
-    steady = follower.steady(stages) if question.shares_calls else None
-    batch = 1 if steady is None else max(1, round(max(steady.rows)))
+    shared, batch = follower.grouped(stages) if question.shares_calls else (None, 1)
     alone = len(stages) == 1 and not any(cost.hop_seconds(link, size) for link, size in links)
-    pauses, depth = steady is None and not alone, question.workload.decode_depth
+    pauses, depth = shared is None and not alone, question.workload.decode_depth
     costs = [follower.cost(stage) for stage in stages]
     seconds = [one.decode_seconds(batch, depth) + (one.pause if pauses else 0.0) for one in costs]
     hops = [
@@ -129,7 +128,7 @@ def _timing(
         for link, size in links
     ]
     lap = sum(seconds) + sum(hop.seconds for hop in hops)
-    return (lap if steady is None else steady.seconds), batch, seconds, hops
+    return (lap if shared is None else shared), batch, seconds, hops
 
 
 def token_seconds(question: Question, stages: Sequence[Assignment], follower: Follower) -> float:

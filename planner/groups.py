@@ -9,23 +9,30 @@ stages busy; few large ones share the reading of the weights.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from .cost import CALL_STEPS, PAUSE_SECONDS
-from .rows import check_seconds, check_whole
+from .cost import CALL_STEPS, PAUSE_SECONDS, Step
+from .rows import MOST_ROWS, check_real, check_seconds, check_whole
 
 MOST_SEQUENCES = CALL_STEPS
 """The numbers of sequences for which a chain's groups are computed in advance: 1 up to this one."""
-NEAR = 1.01
-"""The smallest number of groups is chosen among those whose round takes at most this much longer than the
-best, since fewer groups leave the stages more time for delays."""
+NEAR = 1.03
+"""A group for each stage is chosen where its round takes at most this much longer than that of the best
+number, which may be best only because measured costs are not exact."""
 LAPS = 2
 """A group may wait for a sequence for as long as having it back saves the busiest stage in so many laps."""
 
 
+STRETCH = 2.0
+"""How many times as long as alone a call of sequences that decode may take with rows of prompts."""
+MOST_SLICE = 256
+DEEP = 1024
+"""The position of a prompt whose attention tells how slices should shrink."""
+
+
 class Calls(Protocol):
-    """The costs of a stage's decode calls, such as cost.StageCost."""
+    """The costs of a stage's calls, such as cost.StageCost."""
 
     @property
     def pause(self) -> float:
@@ -36,7 +43,10 @@ class Calls(Protocol):
         """Seconds of the attention of one row to one position."""
 
     def rows(self, count: int, /) -> float:
-        """Seconds of a call of so many rows without the positions that they attend to."""
+        """Seconds of a call of so many decoded rows without the positions that they attend to."""
+
+    def call_seconds(self, steps: Sequence[Step], /) -> float:
+        """Seconds of a call of any steps."""
 
 
 class Way(Protocol):
@@ -52,15 +62,24 @@ class Way(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Grouping:
-    """The number of groups for a number of sequences, and the longest time in seconds that the rows of a
-    group wait for another of its sequences while the stage is idle."""
+    """How a number of sequences that decode share calls: the number of groups, the longest time in seconds
+    that the rows of a group wait for another of its sequences while the stage is idle, and the most rows of
+    prompts in a call: `rows` at their beginning, and at position p a part of 1 / (1 + p · slope) of them."""
 
     groups: int
     wait: float = 0.0
+    rows: int = MOST_ROWS
+    slope: float = 0.0
 
     def __post_init__(self) -> None:
         check_whole("the number of groups", self.groups, 1)
         check_seconds("the wait of a group", self.wait)
+        check_whole("the rows of prompts", self.rows, 1, MOST_ROWS)
+        check_real("the slope of rows of prompts", self.slope, least=0)
+
+    def slice(self, position: int) -> int:
+        """The most rows of prompts from that position on in a call."""
+        return max(1, int(self.rows / (1 + position * self.slope)))
 
 
 def sizes(count: int, groups: int) -> list[int]:
@@ -71,40 +90,77 @@ def sizes(count: int, groups: int) -> list[int]:
 
 def round_seconds(way: Way, count: int, groups: int, depth: int = 0) -> float:
     """Seconds in which each of `count` sequences at that depth gets one token, in so many groups."""
-    parts = sizes(count, groups)
-    calls = [[stage.rows(rows) + rows * depth * stage.position for rows in parts] for stage in way.stages]
-    lap = sum(times[0] for times in calls) + sum(way.latency) + parts[0] * sum(way.busy)
-    taken = [sum(times) for times in calls]
-    busiest = max(*taken, count * max(way.busy))
-    seconds = max(lap, busiest)
-    # A stage that is idle for long before each of its calls pays for a pause in each.
-    pauses = [
-        stage.pause if (seconds - busy) / groups > PAUSE_SECONDS else 0.0
-        for stage, busy in zip(way.stages, taken, strict=True)
+    small, more = divmod(count, groups)
+    large = small + 1 if more else small
+
+    def call(stage: Calls, rows: int) -> float:
+        return stage.rows(rows) + rows * depth * stage.position if rows else 0.0
+
+    calls = [call(stage, large) for stage in way.stages]
+    taken = [
+        more * seconds + (groups - more) * call(stage, small) if more else groups * seconds
+        for stage, seconds in zip(way.stages, calls, strict=True)
     ]
-    paused = (busy + groups * pause for busy, pause in zip(taken, pauses, strict=True))
-    return max(lap + sum(pauses), busiest, *paused)
+    lap = sum(calls) + sum(way.latency) + large * sum(way.busy)
+    busiest = max(*taken, count * max(way.busy))
+    seconds, paused = max(lap, busiest), 0.0
+    while True:
+        # Groups follow each other closely, so a stage is idle once in a round, and pays for a pause after it.
+        pauses = sum(
+            stage.pause
+            for stage, busy in zip(way.stages, taken, strict=True)
+            if seconds - busy > PAUSE_SECONDS
+        )
+        if pauses <= paused:
+            return seconds
+        paused = pauses
+        seconds = max(lap + pauses, busiest)
 
 
 def best_groups(way: Way, count: int, depth: int = 0) -> int:
-    """The number of groups with which `count` sequences get the most tokens/s, or almost as many with fewer
-    groups. No group has more rows than a call may have."""
-    least = -(-count // CALL_STEPS)
-    rounds = {groups: round_seconds(way, count, groups, depth) for groups in range(least, count + 1)}
-    limit = min(rounds.values()) * NEAR
-    return next(groups for groups, seconds in rounds.items() if seconds <= limit)
+    """The number of groups with which `count` sequences get the most tokens/s. No group has more rows than a
+    call may have; of all numbers of groups with the same largest group, the smallest is best."""
+    usual = min(count, len(way.stages))
+    numbers = {-(-count // rows) for rows in range(1, min(count, CALL_STEPS) + 1)}
+    if usual * CALL_STEPS >= count:
+        numbers.add(usual)
+    rounds = {groups: round_seconds(way, count, groups, depth) for groups in sorted(numbers)}
+    best = min(rounds, key=rounds.__getitem__)
+    return usual if rounds.get(usual, math.inf) <= NEAR * rounds[best] else best
 
 
 def grouping(way: Way, count: int, depth: int = 0) -> Grouping:
-    """The best number of groups, and the wait that pays: the time of the busiest stage that is saved, in LAPS
-    laps, if a sequence has its row in the call of its group instead of a call of its own."""
+    """The best number of groups; the wait that pays: the time of the busiest stage that is saved, in LAPS
+    laps, if a sequence has its row in the call of its group instead of a call of its own; and the rows of
+    prompts that go with a group."""
     groups = best_groups(way, count, depth)
-    rows = sizes(count, groups)[0]
+    rows = -(-count // groups)
+    start, deep = (_slice(way, rows, depth, position) for position in (0, DEEP))
+    slope = (start / deep - 1) / DEEP
     if rows == 1:
-        return Grouping(groups)
+        return Grouping(groups, 0.0, start, slope)
     busiest = max(way.stages, key=lambda stage: stage.rows(rows) + rows * depth * stage.position)
     saved = busiest.rows(1) + busiest.rows(rows - 1) - busiest.rows(rows)
-    return Grouping(groups, LAPS * max(0.0, saved))
+    return Grouping(groups, LAPS * max(0.0, saved), start, slope)
+
+
+def _slice(way: Way, rows: int, depth: int, position: int) -> int:
+    """The most rows of a prompt from that position on with which a call of `rows` decoded rows takes at most
+    STRETCH times as long as without, on every stage that matters: a stage whose call with them is shorter
+    than that of the busiest stage without does not."""
+    decoding = [(1, depth, True)] * rows
+    alone = [stage.call_seconds(decoding) for stage in way.stages]
+    limits = [max(STRETCH * seconds, max(alone)) for seconds in alone]
+
+    def fits(count: int) -> bool:
+        steps = [*decoding, (count, position, False)]
+        return all(s.call_seconds(steps) <= limit for s, limit in zip(way.stages, limits, strict=True))
+
+    low, high = 1, MOST_SLICE + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def groupings(way: Way, depth: int = 0) -> tuple[Grouping, ...]:
@@ -124,4 +180,4 @@ def of_many(known: Sequence[Grouping], count: int) -> Grouping:
         return known[count - 1]
     last = known[-1]
     most = min(CALL_STEPS, math.ceil(len(known) / last.groups))
-    return Grouping(-(-count // most), last.wait)
+    return replace(last, groups=-(-count // most))

@@ -19,6 +19,7 @@ MOST_BYTES = 1 << 60
 MOST_SECONDS = 1e9
 SLOWEST, FASTEST = 1e-3, 1e18  # rates
 MOST_ROWS = 4096  # of one call
+LEAST_CHUNK = 8  # rows of a prompt's chunk, where it may have so many
 MOST_RATES = 64  # row counts at which a device was measured
 
 
@@ -206,9 +207,9 @@ class Cluster:
 @dataclass(frozen=True, slots=True)
 class Workload:
     """What the cluster is to serve: `context` positions of state for each of `sequences`, `streams` of them
-    decoding at once, prompts of `prompt_tokens` in chunks of `chunk_tokens` rows. A decoded row reads the
-    state of `depth` positions; when None, of the middle of an answer that goes from the prompt's end to the
-    end of the context."""
+    decoding at once, prompts of `prompt_tokens` in chunks of at most `chunk_tokens` rows. A decoded row reads
+    the state of `depth` positions; when None, of the middle of an answer that goes from the prompt's end to
+    the end of the context."""
 
     context: int
     sequences: int = 1
@@ -234,10 +235,9 @@ class Workload:
         return (self.prompt_tokens + self.context) // 2 if self.depth is None else self.depth
 
     @property
-    def chunks(self) -> list[tuple[int, int]]:
-        """(first position, rows) of the prompt's chunks."""
-        size, end = self.chunk_tokens, self.prompt_tokens
-        return [(position, min(size, end - position)) for position in range(0, end, size)]
+    def in_chunks(self) -> bool:
+        """Whether the prompt may have several chunks."""
+        return self.prompt_tokens > min(self.chunk_tokens, LEAST_CHUNK)
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,7 @@ class Planning:
         self._followed = ""  # what chains are judged by, where that is no formula
         if question.shares_calls:
             self._followed = "the concurrent sequences"
-        elif question.objective == "first_token" and len(question.workload.chunks) > 1:
+        elif question.objective == "first_token" and question.workload.in_chunks:
             self._followed = "the prompt's chunks"
         self.thorough = self.fixed or len(self.devices) <= QUICK_EXACT  # `with_it` sees every chain
         self._follow = cache(lambda chain: token_seconds(question, stages_of(question, chain), self.follower))

@@ -15,23 +15,37 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from . import cost
+from .chunks import Chunking
 from .cost import CALL_STEPS, TOKEN_BYTES, Kinds, unit_costs
-from .rows import LOOPBACK, Cluster, Device, LinkSpeed, ModelCosts, Objective, Question, Unit, Workload
+from .rows import (
+    LEAST_CHUNK,
+    LOOPBACK,
+    Cluster,
+    Device,
+    LinkSpeed,
+    ModelCosts,
+    Objective,
+    Question,
+    Unit,
+    Workload,
+)
 
 INF = math.inf
+SMALLER = 3  # how often the largest chunk of a prompt is halved for another goal
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
     """An objective with its numbers. latency: a lap of one sequence. throughput: `streams` tokens a lap, of
     which a stage takes `batch` in one call; a resource that is taken longer than their share holds all of
-    them up. first_token: a lap of one chunk, and for every other of the prompt's `chunks` the busiest
-    resource's time."""
+    them up. first_token: a lap of one chunk, and for every other of the prompt's `chunks`, of at most `rows`,
+    the busiest resource's time."""
 
     objective: Objective
     streams: int = 1
     batch: int = 1
     chunks: int = 1
+    rows: int = 0
 
     def value(self, lap: float, busiest: float) -> float:
         """Of a chain: from seconds of a lap and of its busiest resource."""
@@ -44,12 +58,15 @@ class Goal:
 
 def goals(question: Question) -> list[Goal]:
     """The goals whose best chains a plan chooses from. Sequences that wait share a call, so for throughput
-    there is one for each of some numbers of rows in a call; what they settle to is streams.py's to say."""
+    there is one for each of some numbers of rows in a call; what they settle to is groups.py's to say. For a
+    prompt there is one for each of some sizes of chunks; chunks.py has the best size of given stages."""
     workload = question.workload
     if question.objective == "latency":
         return [Goal("latency")]
     if question.objective == "first_token":
-        return [Goal("first_token", chunks=len(workload.chunks))]
+        rows, end = workload.chunk_tokens, workload.prompt_tokens
+        smaller = [rows >> by for by in range(1, SMALLER + 1) if LEAST_CHUNK <= rows >> by < end]
+        return [Goal("first_token", chunks=-(-end // size), rows=size) for size in [rows, *smaller]]
     largest = min(workload.streams, CALL_STEPS)
     sizes = [size for size in (1, 2, 4, 8, 16) if size < largest]
     return [Goal("throughput", workload.streams, batch) for batch in [*sizes, largest]]
@@ -219,7 +236,8 @@ def tables_of(question: Question, goal: Goal) -> TimeTables:
     steps = [device.step_overhead_s for device in devices]
     pauses = [device.idle_overhead_s for device in devices]
     if goal.objective == "first_token":
-        pieces, at, end = load.chunks, load.prompt_tokens - 1, model.units[-1]
+        pieces = Chunking(goal.rows).cut(0, load.prompt_tokens)
+        at, end = load.prompt_tokens - 1, model.units[-1]
         rows, back, relief = load.prompt_tokens / len(pieces), 1.0, [0.0] * len(devices)
 
         def mean(unit: Unit, device: Device) -> float:

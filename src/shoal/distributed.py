@@ -27,6 +27,7 @@ from .net.placement import COORDINATOR, Links, NodeInfo, Placement, StageReport
 from .net.session import Session
 from .net.survey import survey
 from .plan_report import RunMeasurements
+from .planner.chunks import chunkings, window
 from .planner.groups import groupings
 from .planner.streams import Follower
 from .planning import layer_constraints, plan_that_fits, planner_model
@@ -59,6 +60,30 @@ def survey_cluster(model: Model, addresses: Sequence[tuple[str, int]]) -> planne
     """Asks running nodes what they offer and measures their links. NetError: a node cannot be reached."""
     found = trio.run(partial(survey, addresses, coordinator_identity(model), shape_of(model)))
     return cluster_of(found.nodes, found.links)
+
+
+def placement_of(question: planner.Question, stages: Sequence[planner.Assignment]) -> Placement:
+    """These stages for the coordinator, with the best groups of sequences and chunks of prompts by the
+    measurements in the question. ValueError: a link is not there."""
+    way, load = Follower(question).way(stages), question.workload
+    most = _chunk_rows(question, stages)
+    return Placement(
+        tuple(stages),
+        most,
+        groupings(way, load.decode_depth),
+        chunkings(way, most, load.context),
+        window(way),
+    )
+
+
+def _chunk_rows(question: planner.Question, stages: Sequence[planner.Assignment]) -> int:
+    """The most rows that every stage computes within CALL_SECONDS."""
+    rows = []
+    for stage in stages:
+        macs = sum(unit.macs for unit in question.model.units[stage.first : stage.last])
+        rows.append(CALL_SECONDS * question.cluster.device(stage.device).macs_per_s / max(macs, 1))
+    least, most = _CHUNKS
+    return min(most, max(least, int(min(rows)) // 8 * 8))
 
 
 class NetworkPlanner:
@@ -94,15 +119,11 @@ class NetworkPlanner:
             raise ShoalError(str(error)) from error
         plan, self.workload = plan_that_fits(question, shrink=self._shrink)
         self.plan = plan
-        way = Follower(replace(question, workload=self.workload)).way(plan.assignments)
-        depth = self.workload.decode_depth
-        return Placement(
-            plan.assignments,
-            self._chunk_rows(plan, cluster),
-            groupings(way, depth),
-            plan.tokens_per_s,
-            self.workload.context,
-            plan,
+        return replace(
+            placement_of(replace(question, workload=self.workload), plan.assignments),
+            tokens_per_s=plan.tokens_per_s,
+            context=self.workload.context,
+            detail=plan,
         )
 
     def now(
@@ -126,15 +147,6 @@ class NetworkPlanner:
         if self._layers:
             held = layer_constraints(self._layers, [device.name for device in cluster.devices])
         return planner.Question(self.costs, cluster, workload, self._objective, held)
-
-    def _chunk_rows(self, plan: planner.Plan, cluster: planner.Cluster) -> int:
-        """The most rows that every stage computes within CALL_SECONDS."""
-        rows = []
-        for stage in plan.stages:
-            macs = sum(unit.macs for unit in self.costs.units[stage.first : stage.last])
-            rows.append(CALL_SECONDS * cluster.device(stage.device).macs_per_s / max(macs, 1))
-        least, most = _CHUNKS
-        return min(most, max(least, int(min(rows)) // 8 * 8))
 
 
 def measured_of(

@@ -38,14 +38,13 @@ class Hop:
 
 
 class _Recorder(Walker):
-    """Draws what it walks. Each message is a call of its own, since calls that start together differ in
-    colour."""
+    """Draws what it walks."""
 
     def __init__(self, plan: Plan) -> None:
         stages = [Fixed([0.0, stage.seconds]) for stage in plan.stages]
         hops = plan.hops
         latency = [hop.seconds - hop.busy_seconds for hop in hops]
-        super().__init__(Way(stages, latency, [hop.busy_seconds for hop in hops]), most=1)
+        super().__init__(Way(stages, latency, [hop.busy_seconds for hop in hops]))
         self.drawn: list[Bar | Hop] = []
 
     def send(self, to: int, messages: Sequence[Message], left: float) -> None:
@@ -54,10 +53,10 @@ class _Recorder(Walker):
             super().send(to, (message,), left)
             self.drawn.append(Hop(to, to + 1, message[3], start, self.arrivals[to][-1]))
 
-    def call(self) -> tuple[int, float, float, Sequence[Message]]:
-        at, start, end, messages = super().call()
-        self.drawn.append(Bar(at + 1, messages[0][3], start, end))
-        return at, start, end, messages
+    def call(self) -> tuple[int, float, float, Message]:
+        at, start, end, message = super().call()
+        self.drawn.append(Bar(at + 1, message[3], start, end))
+        return at, start, end, message
 
     def returned(self, message: Message, at: float, left: float) -> None:
         start = max(left, self.link_free[-1])

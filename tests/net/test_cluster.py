@@ -91,8 +91,8 @@ def test_from_the_first_hello_to_serving() -> None:
     assert state.phase == "loading"
     assert commands == [
         SendAssign(0, Assign(epoch(1), 0, 2, Peer("b", "host", 7002, 101, 707), 4, 99, plain_groupings(3))),
-        SendAssign(1, Assign(epoch(1), 2, 4, Peer("c", "host", 7003, 102, 714), 4, 100)),
-        SendAssign(2, Assign(epoch(1), 4, 6, None, 4, 101)),
+        SendAssign(1, Assign(epoch(1), 2, 4, Peer("c", "host", 7003, 102, 714), 4, 100, plain_groupings(3))),
+        SendAssign(2, Assign(epoch(1), 4, 6, None, 4, 101, plain_groupings(3))),
     ]
     state, commands = after(
         state, StageLoaded(2, epoch(1)), StageLoaded(0, epoch(1)), StageLoaded(2, epoch(1))
@@ -195,7 +195,7 @@ def test_a_lost_stage_ends_the_epoch_and_the_others_go_on() -> None:
     state, commands = after(state, Planned(2, TWO))
     assert commands == [
         SendAssign(2, Assign(epoch(2), 0, 3, Peer("a", "host", 7001, 100, 700), 4, 99, plain_groupings(2))),
-        SendAssign(0, Assign(epoch(2), 3, 6, None, 4, 102)),
+        SendAssign(0, Assign(epoch(2), 3, 6, None, 4, 102, plain_groupings(2))),
     ]
     state, commands = after(state, StageLoaded(0, epoch(1)), StageLoaded(2, epoch(1)))
     assert (state.phase, commands) == ("loading", [])

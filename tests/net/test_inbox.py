@@ -184,7 +184,32 @@ def test_a_call_with_more_rows_than_a_batch_may_have_goes_in_parts() -> None:
     assert box.take(0.0) is None
 
 
-# Rows of prompts beside sequences that decode. A call takes 5 ms and 0.48 ms a row.
+def test_calls_that_wait_are_joined_up_to_the_rows_of_a_group() -> None:
+    box = Inbox(NOW, 256, 256, (Grouping(1),) * 3 + (Grouping(2),))
+    for session in (1, 2, 3, 4):
+        box.put(passed(session, 5), 0.0)
+    assert taken(box) == [(1, 5), (2, 5)]
+    assert taken(box) == [(3, 5), (4, 5)]
+    for steps in ([passed(1, 6)], [passed(2, 6, more=True), passed(3, 6)], [passed(4, 6)]):
+        for step in steps:
+            box.put(step, 0.0)
+    assert [taken(box) for _ in range(3)] == [[(1, 6)], [(2, 6), (3, 6)], [(4, 6)]]
+    box.put(passed(1, 7), 0.0)
+    box.put(passed(2, 7, more=True), 0.0)  # not whole
+    assert taken(box) == [(1, 7)]
+
+
+def test_rows_of_prompts_stay_in_their_call_and_those_that_wait_join_one_without_any() -> None:
+    box = inbox(passed(1, 5, more=True), passed(50, 0, 3), passed(51, 0, 3), passed(2, 5), passed(3, 5))
+    assert taken(box) == [(1, 5), (50, 0)]
+    assert taken(box) == [(2, 5), (51, 0)]
+    assert taken(box) == [(3, 5)]
+    box = inbox(passed(50, 0, 3), passed(1, 5, more=True), passed(50, 3, 3))
+    assert taken(box) == [(1, 5), (50, 0)]
+    assert taken(box) == [(50, 3)]
+
+
+# Rows of prompts beside sequences that decode, at most 11 in a call. A call takes 5 ms and 0.48 ms a row.
 
 
 def costly(loads: Sequence[Load], pause: float) -> float:
@@ -194,7 +219,7 @@ def costly(loads: Sequence[Load], pause: float) -> float:
 def busy(streams: int = 1, chunk_rows: int = 64) -> Inbox:
     """An inbox with sequences that decode, whose rows are back 3 ms after their calls; the last call ended at
     1.0."""
-    box = Inbox(NOW, 256, chunk_rows, (Grouping(1, 0.01),) * 8, costly)
+    box = Inbox(NOW, 256, chunk_rows, (Grouping(1, 0.01, 11),) * 8, costly)
     now = 1.0 - 9 * (0.003 + costly([(streams, 0, True)], 0.0))
     for at in range(9):
         now = lap(box, range(streams), at, now + 0.003)
@@ -216,11 +241,10 @@ def parts(batch: Batch | float | None) -> list[tuple[int, int, int]]:
     return [(step.session, step.first, len(step.tokens)) for step in batch.steps]
 
 
-def test_a_prompt_is_divided_so_that_a_call_takes_twice_as_long_at_most() -> None:
+def test_a_prompt_is_divided_into_slices_beside_rows_that_decode() -> None:
     box = busy()
     box.put(prompt(50, 0, 64), 1.001)
     box.put(rows(0, 9), 1.003)
-    # One row takes 5.48 ms, so 11 rows go with it: 5 + 12 * 0.48 = 10.76 ms.
     assert parts(box.take(1.003)) == [(0, 9, 1), (50, 0, 11)]
     box.put(rows(0, 10), 1.020)
     assert parts(box.take(1.020)) == [(0, 10, 1), (50, 11, 11)]
@@ -237,19 +261,22 @@ def test_the_last_part_of_a_divided_prompt_wants_the_token() -> None:
     assert (last.want, last.first) == (Want.TOKEN, 11)
 
 
-def test_a_prompt_waits_for_rows_that_are_due_soon_and_fills_a_longer_gap() -> None:
+def test_a_slice_alone_ends_before_rows_that_decode_are_due_or_waits_for_them() -> None:
     box = busy()
     box.put(prompt(50, 0, 64), 1.0)
-    # A row is due at 1.003: with it the prompt's rows save a call of 5 ms.
+    # A row is due at 1.003, and a slice would take 10.28 ms.
     assert box.take(1.0) == pytest.approx(1.0033, abs=1e-3)
     box, now = busy(), 1.0
     for at in range(9, 60):  # laps get longer
         now = lap(box, [0], at, now + 0.020)
     box.put(prompt(50, 0, 64), now)
-    (alone,) = take(box, now).steps
-    # It ends when the row is due, or as long after as that row takes: 20 + 5.48 ms.
-    assert (alone.session, len(alone.tokens)) == (50, 42)
-    assert 0.0250 < costly([load(alone)], 0.0) <= 0.02548
+    for first in (0, 11):  # the second one ends a quarter of a call too late at most
+        batch = take(box, now)
+        assert parts(batch) == [(50, first, 11)]
+        end = now + costly([load(batch.steps[0])], 0.0)
+        box.ran(batch, now, end)
+        now = end
+    assert isinstance(box.take(now), float)
 
 
 def test_prompts_share_what_a_call_may_take_in_turn() -> None:
@@ -281,25 +308,22 @@ def test_prompts_are_not_divided_while_nothing_decodes_or_no_costs_are_known() -
     assert parts(box.take(0.0)) == [(0, 9, 1), (50, 0, 64)]
 
 
-def test_a_prompt_goes_on_row_by_row_where_even_one_row_takes_too_long() -> None:
-    def deep(loads: Sequence[Load], pause: float) -> float:
-        return 0.001 * sum(count * (1 + first / 10) for count, first, _ in loads)
-
-    box = Inbox(NOW, 256, 64, (), deep)
-    box.put(rows(0, 0), 0.0)
-    box.put(prompt(50, 1000, 64), 0.0)
-    assert parts(box.take(0.0)) == [(0, 0, 1), (50, 1000, 1)]
+def test_slices_shrink_with_the_position_down_to_a_row() -> None:
+    box = Inbox(NOW, 256, 64, (Grouping(1, 0.0, 12, 0.001),), costly)
+    for at, first, count in ((0, 0, 12), (1, 1000, 6), (2, 100_000, 1)):
+        box.put(rows(0, at), 0.0)
+        box.put(prompt(50 + at, first, 64), 0.0)
+        assert parts(box.take(0.0)) == [(0, at, 1), (50 + at, first, count)]
+        box.put(Close(50 + at, NOW), 0.0)
 
 
 def test_what_is_left_of_a_divided_step_counts_for_its_bytes() -> None:
-    box = Inbox(NOW, 256, 4096, (), costly)
-    box.put(rows(0, 0), 0.0)
-    box.put(large(50, 0), 0.0)
-    assert box.full
-    batch = take(box)
-    assert len(batch.steps) == 2 and len(batch.steps[1].tokens) < 64
-    step = batch.steps[1]
-    assert step.hidden is not None and step.hidden.shape == (len(step.tokens), 1023)
+    box = busy()
+    box.put(prompt(50, 0, 64), 1.0)
+    box.put(rows(0, 9), 1.0)
+    before = box._bytes
+    take(box, 1.0)
+    assert before - box._bytes == held_bytes(rows(0, 9)) + 11 * 40
     box.put(Close(50, NOW), 0.0)
     take(box)
     assert (box._bytes, bool(box)) == (0, False)

@@ -139,7 +139,10 @@ def test_a_goal_per_number_of_sequences_in_a_call() -> None:
     many, more = (Question(MODEL, cluster, w, "throughput") for w in (load, replace(load, streams=40)))
     assert [goal.batch for goal in goals(many)] == [1, 2, 4, 5]
     assert [goal.batch for goal in goals(more)][-2:] == [16, 32]
-    assert goals(replace(many, objective="first_token")) == [Goal("first_token", chunks=3)]
+    assert goals(replace(many, objective="first_token")) == [
+        Goal("first_token", chunks=3, rows=16),
+        Goal("first_token", chunks=5, rows=8),
+    ]
 
 
 def test_a_chunk_reads_weights_once_and_computes_every_row() -> None:

@@ -53,12 +53,15 @@ def test_attention_counts_for_each_row_and_position() -> None:
     assert round_seconds(way(deep, hop=0.0), 2, 2, depth=1000) == pytest.approx(0.010)
 
 
-def test_stages_that_idle_before_each_call_pay_for_a_pause() -> None:
+def test_a_stage_that_idles_in_a_round_pays_for_one_pause() -> None:
     sleepy = Fixed([0.0] + [0.004] * 4, pause=0.002)
     assert round_seconds(way(sleepy), 1, 1) == pytest.approx(0.008)
     assert round_seconds(way(sleepy, hop=0.0002), 1, 1) == pytest.approx(0.0044)
     assert round_seconds(way(sleepy, hop=0.004), 4, 2) == pytest.approx(0.014)
     assert round_seconds(way(sleepy), 4, 4) == pytest.approx(0.016)  # always busy
+    # The pauses of one stage make another one idle: 4 + 4 + 2 ms are more than the 9 ms of the first.
+    other = Fixed([0.0] + [0.0045] * 4, pause=0.001)
+    assert round_seconds(way(other, sleepy, hop=0.0), 2, 2) == pytest.approx(0.0115)
 
 
 def test_a_group_for_each_stage_where_rows_cost_less_than_reading_the_weights() -> None:
@@ -67,15 +70,19 @@ def test_a_group_for_each_stage_where_rows_cost_less_than_reading_the_weights() 
         for count in (stages, 2 * stages, 4 * stages):
             assert best_groups(chain, count) == stages
         assert best_groups(chain, 1) == 1
-    # Two groups of two pass three stages as quickly as groups of two, one and one.
-    assert best_groups(chain, 4) == 2
 
 
 def test_more_groups_where_links_are_slow_and_fewer_where_a_stage_is() -> None:
     assert best_groups(way(USUAL, USUAL, hop=0.010), 16) > 4
     slow = Fixed([0.0] + [0.050 + 0.0005 * rows for rows in range(1, 33)])
     assert best_groups(way(USUAL, slow, USUAL, hop=0.0001), 16) == 1
-    assert best_groups(way(FLAT, FLAT), 16) == 1  # more are no better
+
+
+def test_a_group_for_each_stage_unless_another_number_is_clearly_better() -> None:
+    assert best_groups(way(FLAT, FLAT), 16) == 2  # as good as one
+    # Two groups of two pass three stages as quickly as groups of two, one and one.
+    assert best_groups(way(USUAL, USUAL, USUAL, hop=0.0001), 4) == 3
+    assert best_groups(way(USUAL, USUAL, USUAL, hop=0.005), 4) == 4
 
 
 def test_calls_never_have_more_rows_than_a_node_takes() -> None:
@@ -86,11 +93,29 @@ def test_calls_never_have_more_rows_than_a_node_takes() -> None:
 
 
 def test_a_wait_is_what_two_laps_save_on_the_busiest_stage() -> None:
-    assert grouping(way(FLAT), 4) == Grouping(1, 0.008)
-    assert grouping(way(FLAT), 1) == Grouping(1)
+    assert grouping(way(FLAT), 4).wait == pytest.approx(0.008)
+    assert grouping(way(FLAT), 1).wait == 0.0
     assert grouping(way(EVEN, hop=0.010), 4).wait == pytest.approx(0.0)
     slow = Fixed([0.0] + [0.050] * 32)
-    assert grouping(way(FLAT, slow), 2) == Grouping(1, 0.1)
+    found = grouping(way(FLAT, slow), 8)
+    assert (found.groups, found.wait) == (1, pytest.approx(0.1))
+
+
+def test_a_slice_of_a_prompt_makes_calls_twice_as_long_on_every_stage_that_matters() -> None:
+    # A row by itself takes 4.5 ms, so 9 rows of 0.5 ms go with it.
+    assert grouping(way(USUAL), 1).rows == 9
+    assert grouping(way(USUAL), 8).rows == 16
+    assert grouping(way(USUAL, EVEN), 1).rows == 1
+    # A stage of 0.1 ms a row takes less time with 18 rows than the busiest one with none.
+    light = Fixed([0.0001 * rows for rows in range(300)])
+    assert grouping(way(USUAL, light), 1).rows == 9
+    assert grouping(way(light), 1).rows == 1
+
+
+def test_slices_shrink_with_the_position_of_their_prompt() -> None:
+    one = Grouping(1, 0.0, 12, 0.001)
+    assert [one.slice(position) for position in (0, 1000, 100_000)] == [12, 6, 1]
+    assert plain_groupings(2)[0].slice(0) == 4096
 
 
 def test_the_table_has_a_row_for_each_number_of_sequences() -> None:
@@ -101,6 +126,6 @@ def test_the_table_has_a_row_for_each_number_of_sequences() -> None:
 
 
 def test_what_is_no_grouping_is_refused() -> None:
-    for wrong in ((0, 0.0), (1, -1.0), (1, float("nan")), (1.5, 0.0)):
-        with pytest.raises(ValueError, match="group"):
+    for wrong in ((0,), (1, -1.0), (1, float("nan")), (1.5,), (1, 0.0, 0), (1, 0.0, 5000), (1, 0.0, 8, -1.0)):
+        with pytest.raises(ValueError, match=r"group|rows of prompts"):
             Grouping(*wrong)  # type: ignore[arg-type]

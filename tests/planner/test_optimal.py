@@ -362,7 +362,7 @@ def test_plan_equals_brute_force_and_keeps_the_caps(seed: int, method: str) -> N
         assert truth == math.inf
         assert answer.missing_bytes == (0 if lack == math.inf else lack)
         return
-    if objective == "first_token" and len(question.workload.chunks) > 1:
+    if objective == "first_token" and question.workload.in_chunks:
         assert not answer.optimal  # the formula takes the mean chunk: test_solve.py
         return
     assert answer.optimal

@@ -352,6 +352,12 @@ def _divided(step: Step, rows: int) -> tuple[Step, Step]:
     )
 
 
+def most_bytes(rows: int, cols: int) -> int:
+    """The most that an inbox holds, by `held_bytes`, if no Step has more rows and columns than these: it is
+    not full while there is room for a Step of the largest size."""
+    return MAX_BYTES - STEP_LIMIT + 512 + rows * (40 + 4 * cols)
+
+
 def held_bytes(item: Item) -> int:
     """About what a queued message takes in memory: objects of Python, and the hidden rows."""
     if not isinstance(item, Step):

@@ -44,6 +44,7 @@ from .planning import (
     FREE_SHARE,
     MB,
     device_row,
+    message_bytes,
     planner_model,
     scratch_bytes,
     stage_expectation,
@@ -213,6 +214,7 @@ class StageOpener:
         if (first, last) == (0, model.n_units):
             held -= tied_bytes(model)
         held += constant_bytes(model.program) + workspace_bytes(model, self._options, first, last)
+        held += message_bytes(model, self._options)
         left = device.ram_bytes - device.base_bytes - held
         if left <= 0:
             raise NoPlanError(

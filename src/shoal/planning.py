@@ -16,6 +16,7 @@ from .engine.measure import DeviceMeasurements
 from .engine.model_directory import Model
 from .engine.program import Buffer
 from .engine.stage import StageOptions
+from .net.inbox import most_bytes
 from .planner.cost import PAUSE_SECONDS, StageCost, Step
 
 MB = 1_000_000
@@ -30,7 +31,7 @@ FREE_SHARE = 0.75
 def planner_model(model: Model, options: StageOptions) -> planner.ModelCosts:
     """The planner's view of a model: one row for each unit."""
     units = []
-    constants = constant_bytes(model.program)
+    constants, messages = constant_bytes(model.program), message_bytes(model, options)
     for u in range(len(model.program.units)):
         cost = unit_cost(model, u)
         units.append(
@@ -42,7 +43,7 @@ def planner_model(model: Model, options: StageOptions) -> planner.ModelCosts:
                 kv_bytes_per_token=cost.kv_bytes_per_token,
                 fixed_state_bytes=cost.fixed_state_bytes,
                 cut_bytes=cost.cut_bytes,
-                workspace_bytes=workspace_bytes(model, options, u, u + 1) + constants,
+                workspace_bytes=workspace_bytes(model, options, u, u + 1) + constants + messages,
                 attend_macs=cost.attend_macs,
             )
         )
@@ -62,6 +63,12 @@ def workspace_bytes(model: Model, options: StageOptions, first: int, last: int) 
         names = [*program.cut, *(name for name in names if name in touched)]
     buffers = [program.buffer(name) for name in names]
     return sum(_row_bytes(buffer) * rows[buffer.domain] for buffer in buffers)
+
+
+def message_bytes(model: Model, options: StageOptions) -> int:
+    """Bytes of the messages that wait in a node's inbox, at most. Those that wait to be sent have the room
+    that `workspace_bytes` leaves."""
+    return most_bytes(options.max_rows, model.program.cut_cols)
 
 
 def scratch_bytes(model: Model, threads: int) -> int:

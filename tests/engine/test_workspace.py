@@ -10,7 +10,7 @@ from shoal.engine.costs import constant_bytes
 from shoal.engine.layout import PART_BYTES
 from shoal.engine.model_directory import Model
 from shoal.engine.stage import Stage, StageOptions
-from shoal.planning import planner_model, scratch_bytes, workspace_bytes
+from shoal.planning import message_bytes, planner_model, scratch_bytes, workspace_bytes
 
 OPTIONS = StageOptions("native", max_rows=8, max_wanted=2)
 
@@ -18,7 +18,8 @@ OPTIONS = StageOptions("native", max_rows=8, max_wanted=2)
 def test_a_lone_embedding_or_head_is_promised_its_own_buffers_and_layers_all(tiny_int8: Model) -> None:
     program, rows = tiny_int8.program, planner_model(tiny_int8, OPTIONS)
     hidden = 8 * -(-4 * program.cut_cols // 64) * 64
-    embedding, *layers, head = (unit.workspace_bytes - constant_bytes(program) for unit in rows.units)
+    always = constant_bytes(program) + message_bytes(tiny_int8, OPTIONS)
+    embedding, *layers, head = (unit.workspace_bytes - always for unit in rows.units)
     assert embedding == 2 * hidden
     assert 2 * hidden + 2 * 4 * program.vocab < head < layers[0] == max(layers)
     assert layers[0] == workspace_bytes(tiny_int8, OPTIONS, 0, tiny_int8.n_units)

@@ -173,10 +173,12 @@ def test_garbage_is_answered_logged_and_survived(started: tuple["subprocess.Pope
 
 @pytest.mark.slow
 def test_stages_stay_within_the_promised_ram(model: Path) -> None:
+    from shoal.engine.costs import constant_bytes, unit_cost
     from shoal.engine.errors import NoPlanError
     from shoal.engine.model_directory import Model
     from shoal.engine.stage import StageOptions
     from shoal.planner import Device
+    from shoal.planning import message_bytes, workspace_bytes
 
     opened = Model.open(model)
 
@@ -187,7 +189,9 @@ def test_stages_stay_within_the_promised_ram(model: Path) -> None:
         StageOpener(opened, StageOptions(), device(10**6))(0, 2)
     with StageOpener(opened, StageOptions(), device(10**8))(0, 2) as stage:
         left = stage.options.kv_bytes
-    assert left is not None and 0 < left < 10**8 - 10**6
+    taken = sum(unit_cost(opened, u).bytes for u in range(2)) + constant_bytes(opened.program)
+    taken += workspace_bytes(opened, StageOptions(), 0, 2) + message_bytes(opened, StageOptions())
+    assert left == 10**8 - 10**6 - taken > 0
 
 
 @pytest.mark.slow

@@ -235,7 +235,7 @@ def open_nodes(
     back, in a thread of its own. NoPlanError: the nodes cannot hold the model. NetError: a node cannot be
     reached."""
     plans = NetworkPlanner(model, workload, shrink=shrink)
-    with _in_order(log) as say:
+    with in_order(log) as say:
         options = CoordinatorOptions(timing=replace(DEFAULT_TIMING, patience=wait), log=say)
         who, shape = coordinator_identity(model), shape_of(model)
         opening = partial(Coordinator.open, addresses, who, shape, plans, options)
@@ -244,7 +244,7 @@ def open_nodes(
 
 
 @contextmanager
-def _in_order(log: Callable[[str], object]) -> Iterator[Callable[[str], None]]:
+def in_order(log: Callable[[str], object]) -> Iterator[Callable[[str], None]]:
     """Calls `log` in a thread of its own, since it may block and the network must not: a terminal that is
     stopped accepts no more text."""
     lines: SimpleQueue[str | None] = SimpleQueue()

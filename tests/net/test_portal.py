@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 
+from shoal.distributed import in_order
 from shoal.portal import Portal, open_portal
 
 log: list[str] = []
@@ -183,6 +184,7 @@ INTERRUPTED = """
 import os, signal, sys, threading, time
 from contextlib import asynccontextmanager
 import trio
+from shoal.distributed import in_order
 from shoal.portal import open_portal
 
 def ctrl_c():
@@ -228,3 +230,52 @@ def test_ctrl_c_cancels_what_the_main_thread_waits_for(when: str, said: str) -> 
         [sys.executable, "-c", INTERRUPTED, when], capture_output=True, text=True, timeout=60
     )
     assert (done.stdout, done.stderr, done.returncode) == (said, "", 0)
+
+
+def test_a_reader_that_does_not_read_holds_up_nothing_in_the_loop() -> None:
+    """As when a terminal is stopped: the reader's thread blocks in a write to standard output."""
+    done = threading.Event()
+
+    async def feed(put: Callable[[int], None]) -> None:
+        for number in range(10_000):
+            await trio.lowlevel.checkpoint()
+            put(number)
+        done.set()
+
+    with open_portal(quiet) as portal:
+        items = portal.stream(feed)
+        assert next(items) == 0
+        assert done.wait(30)  # while nobody reads
+        assert portal.call(answer_of_the_loop) == "here"
+        assert sum(1 for _ in items) == 9_999
+
+
+async def answer_of_the_loop() -> str:
+    await trio.lowlevel.checkpoint()
+    return "here"
+
+
+def test_sentences_about_nodes_are_printed_in_order_by_a_thread_that_may_block() -> None:
+    printed: list[str] = []
+    free = threading.Event()
+
+    def blocked(line: str) -> None:
+        free.wait(30)
+        printed.append(line)
+
+    with in_order(blocked) as say:
+        say("b is lost")
+        say("b is back")
+        assert printed == []  # and `say` has returned
+        free.set()
+    assert printed == ["b is lost", "b is back"]
+
+
+def test_a_terminal_that_accepts_nothing_does_not_keep_the_program_from_ending(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("shoal.distributed._LAST_LINES_SECONDS", 0.05)
+    free = threading.Event()
+    with in_order(lambda line: free.wait(30)) as say:
+        say("b is lost")
+    free.set()

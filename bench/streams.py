@@ -3,13 +3,14 @@
     python -m bench.streams [MODEL] [--nodes 1,2,3] [--streams 1,2,4,8,16] [--against DIRECTORY]
 
 t(r) is the seconds of a step of r sequences, measured in one process on one core, as `shoal bench --batch r`
-does. k streams over n stages on c = min(n, cores) cores can run as g = 1 to n groups of r1, r2, ... rg
-streams, as even as possible. A lap of a group lasts t(r) or longer, and a lap of all groups needs the sum of
-t(r) of core time. With stages of equal length and messages that cost nothing, the best grouping reaches
+does. k streams can run as g = 1 to k groups of r1, r2, ... rg streams, as even as possible. On c cores a lap
+of a group lasts t(r) or longer, and a lap of all groups needs the sum of t(r) of core time. With stages of
+equal length and messages that cost nothing, the best grouping reaches
 
     max over g of  k / max(t(r1), (t(r1) + ... + t(rg)) / c)
 
-tokens/s: the column "best"."""
+tokens/s. The program "one process" is this for c = 1, and "the cores" for a chain on all of its cores, c =
+min(nodes, cores)."""
 
 from __future__ import annotations
 
@@ -30,19 +31,18 @@ def groups(streams: int, count: int) -> list[int]:
     return [streams // count + (i < streams % count) for i in range(count)]
 
 
-def batches(streams: Sequence[int], most: int) -> list[int]:
-    """All sizes of groups that `best` asks for."""
-    return sorted({size for k in streams for g in range(1, min(most, k) + 1) for size in groups(k, g)})
+def batches(streams: Sequence[int]) -> list[int]:
+    """All sizes of groups that `best` needs the time of."""
+    return sorted({size for k in streams for g in range(1, k + 1) for size in groups(k, g)})
 
 
-def best(streams: int, stages: int, most_cores: int, step_s: Mapping[int, float]) -> float:
+def best(streams: int, on_cores: int, step_s: Mapping[int, float]) -> float:
     """Tokens/s of the best grouping; `step_s` is t(r) by r."""
-    shared = min(stages, most_cores)
 
     def lap(sizes: Sequence[int]) -> float:
-        return max(max(step_s[r] for r in sizes), sum(step_s[r] for r in sizes) / shared)
+        return max(max(step_s[r] for r in sizes), sum(step_s[r] for r in sizes) / on_cores)
 
-    return streams / min(lap(groups(streams, g)) for g in range(1, min(stages, streams) + 1))
+    return streams / min(lap(groups(streams, g)) for g in range(1, streams + 1))
 
 
 def step_seconds(times: Sequence[float]) -> float:
@@ -59,17 +59,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     counts, streams = ([int(n) for n in text.split(",")] for text in (args.nodes, args.streams))
     model, checkouts = opened(args)
     samples, expected = Samples(), Expected(checkouts[0], model, PROMPT)
-    sizes = batches(streams, max(counts))
+    sizes = batches(streams)
 
     def one_process(number: int) -> None:
         job = {"prompt": PROMPT, "tokens": args.tokens // 2, "batches": sizes}
         runs = alone(checkouts[0], model, "decode", **job)["runs"]
         step_s = {size: step_seconds(run["times"][0]) for size, run in zip(sizes, runs, strict=True)}
         for size in sizes:
-            samples.add(f"one process, a step of {size}, ms", "best", number, step_s[size] * 1e3)
+            samples.add(f"a step of {size}, ms", "one process", number, step_s[size] * 1e3)
         for n in counts:
             for k in streams:
-                samples.add(_figure(n, k), "best", number, best(k, n, len(cores()), step_s))
+                samples.add(_figure(n, k), "one process", number, best(k, 1, step_s))
+                if n > 1:
+                    samples.add(_figure(n, k), "the cores", number, best(k, min(n, len(cores())), step_s))
 
     def measure(chain: Chain, number: int) -> None:
         for n in counts:

@@ -68,12 +68,12 @@ def test_percentiles() -> None:
 def test_the_best_grouping() -> None:
     step_s = {1: 1.0, 2: 1.0, 3: 1.2, 4: 1.5, 8: 4.0}
     assert streams.groups(8, 3) == [3, 3, 2]
-    assert streams.batches([8, 1], 3) == [1, 2, 3, 4, 8]
-    assert streams.best(8, 1, 2, step_s) == 8 / 4.0
-    assert streams.best(8, 2, 2, step_s) == 8 / 1.5  # two groups of 4, each core busy all the time
-    assert streams.best(8, 3, 2, step_s) == 8 / 1.5  # three groups would need (1.2 + 1.2 + 1) / 2 = 1.7
-    assert streams.best(8, 3, 4, step_s) == 8 / 1.2
-    assert streams.best(1, 3, 4, step_s) == 1.0
+    assert streams.batches([8, 1]) == [1, 2, 3, 4, 8]
+    assert streams.best(8, 1, step_s) == 8 / 3.0  # two groups of 4, one after the other: 8 rows cost more
+    assert streams.best(8, 2, step_s) == 8 / 1.5  # two groups of 4; three need (1.2 + 1.2 + 1) / 2 = 1.7
+    assert streams.best(8, 4, step_s) == 8 / 1.0  # four groups of 2
+    assert streams.best(1, 4, step_s) == 1.0
+    assert streams.best(4, 1, step_s) == 4 / 1.5
     assert streams.step_seconds([0.0, 1.0, 1.5, 2.0]) == 0.5
 
 

@@ -163,15 +163,18 @@ def measured_of(
 
 
 class NodeSession:
-    """An answering.Session on nodes."""
+    """An answering.Session on nodes. `context()` is the context length of the plan in force, which may have
+    become less since the session began: an answer ends there at the latest."""
 
-    def __init__(self, portal: Portal[Coordinator], session: Session) -> None:
-        self._portal, self._session = portal, session
+    def __init__(self, portal: Portal[Coordinator], session: Session, context: Callable[[], int]) -> None:
+        self._portal, self._session, self._context = portal, session, context
 
     def answer(
         self, prompt: Sequence[int], *, max_tokens: int, end: Collection[int]
     ) -> Generator[int, None, None]:
-        """As answering.Session. NodeLostError: a node is lost, and the others cannot hold the model."""
+        """As answering.Session. ContextError: the nodes have no room for the prompt. NodeLostError: a node is
+        lost, and the others cannot hold the model."""
+        max_tokens = min(max_tokens, max(1, self._context() - len(prompt)))
 
         async def feed(put: Callable[[int], None]) -> None:
             async with self._session.answer(prompt, max_tokens=max_tokens, end=end) as tokens:
@@ -206,7 +209,8 @@ class Nodes:
     def session(self, settings: Settings) -> NodeSession:
         """A new session on the nodes."""
         coordinator = self._portal.opened
-        return NodeSession(self._portal, coordinator.session(settings.sampling, context=settings.context))
+        session = coordinator.session(settings.sampling, context=settings.context)
+        return NodeSession(self._portal, session, lambda: self.context)
 
     def stats(self) -> tuple[Sequence[StageReport], planner.Plan]:
         """Measurements of each stage, and the plan's prediction by the latest measurements of nodes and

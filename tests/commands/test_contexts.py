@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator, Generator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
 import pytest
+import trio
 from tests.models import tiny_chat_checkpoint
 
 from shoal import planner
@@ -16,6 +19,7 @@ from shoal.arguments import build_parser
 from shoal.cli import main
 from shoal.commands import run
 from shoal.contexts import context_of, fitting
+from shoal.distributed import NodeSession
 from shoal.engine.convert import convert
 from shoal.engine.errors import ContextError, NoPlanError
 from shoal.engine.host import Ram
@@ -170,3 +174,32 @@ def test_run_takes_what_fits_into_this_process_and_says_so(
             engine.session(settings).close()
         err = capsys.readouterr().err
         assert ("the context is 1280 tokens" in err) == (not more)
+
+
+def test_an_answer_on_nodes_ends_with_the_context_of_the_newest_plan() -> None:
+    """A plan after the loss of a node may have a shorter context than the one with which a chat began."""
+    asked: list[tuple[int, int]] = []
+
+    class Portal:
+        def stream(self, feed: object) -> Generator[int, None, None]:
+            trio.run(feed, list[int]().append)
+            yield from ()
+
+    class Session:
+        @asynccontextmanager
+        async def answer(
+            self, prompt: Sequence[int], *, max_tokens: int, end: object
+        ) -> AsyncIterator[AsyncIterator[int]]:
+            asked.append((len(prompt), max_tokens))
+
+            async def nothing() -> AsyncIterator[int]:
+                for token in list[int]():
+                    yield token
+
+            yield nothing()
+
+    contexts = [1000, 1000, 512, 512, 512]
+    session = NodeSession(Portal(), Session(), lambda: contexts.pop(0))  # type: ignore[arg-type]
+    for prompt, max_tokens in ((100, 900), (100, 5), (100, 900), (500, 900), (600, 400)):
+        list(session.answer([1] * prompt, max_tokens=max_tokens, end=()))
+    assert asked == [(100, 900), (100, 5), (100, 412), (500, 12), (600, 1)]

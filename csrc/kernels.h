@@ -183,8 +183,8 @@ uint64_t shoal_workspace_bytes(const shoal_executor *executor);
 int32_t shoal_run(shoal_executor *executor, const shoal_batch *batch, char *error, int32_t error_bytes);
 
 /* Waits until one of the n (at most 64) sockets or pipes can be read, at most wait_ns nanoseconds (rounded up to milliseconds
- * where it sleeps), for ever if that is below 0. Looks again and again for spin_ns, then sleeps; it sleeps sooner when
- * another thread has work for this core. How many can be read; below 0: the system refused. */
+ * where it sleeps), for ever if that is below 0. Looks again and again for spin_ns, then sleeps. How many can be read,
+ * plus 65536 if another program had this core for a while, so that looking is no use; below 0: the system refused. */
 int32_t shoal_wait(const int32_t *handles, int32_t n, int64_t spin_ns, int64_t wait_ns);
 
 /* Peaks, to hold an executor against; on all threads of the pool. Nanoseconds, or 0: the pool is busy, or the arguments

@@ -5,7 +5,7 @@
 #include <poll.h>
 #include <sched.h>
 
-enum { MAX_HANDLES = 64, BUSY_NS = 20000 };
+enum { MAX_HANDLES = 64, BUSY_NS = 1000000, GAVE_UP = 1 << 16 };
 
 int32_t shoal_wait(const int32_t *handles, int32_t n, int64_t spin_ns, int64_t wait_ns) {
   struct pollfd watched[MAX_HANDLES];
@@ -14,16 +14,17 @@ int32_t shoal_wait(const int32_t *handles, int32_t n, int64_t spin_ns, int64_t w
   const int64_t begin = shoal_now_ns();
   if (wait_ns >= 0) spin_ns = SHOAL_MIN(spin_ns, wait_ns);
   int64_t now = begin;
-  while (now - begin < spin_ns) {
+  int32_t gave_up = 0;
+  while (now - begin < spin_ns && !gave_up) {
     const int32_t ready = poll(watched, (unsigned)n, 0);
-    if (ready) return ready;
+    const int64_t then = now;
     now = shoal_now_ns();
-    sched_yield();
-    const int64_t back = shoal_now_ns();
-    if (back - now > BUSY_NS) break; /* another thread had work for this core */
-    now = back;
+    gave_up = now - then > BUSY_NS ? GAVE_UP : 0; /* another program had this core for a while */
+    if (ready) return ready < 0 ? ready : ready | gave_up;
+    sched_yield(); /* the coordinator may be on this device, too, and about to run for a moment */
   }
-  if (wait_ns < 0) return poll(watched, (unsigned)n, -1);
   const int64_t left = SHOAL_MAX(wait_ns - (shoal_now_ns() - begin), 0);
-  return poll(watched, (unsigned)n, (int)SHOAL_MIN((left + 999999) / 1000000, INT32_MAX));
+  const int64_t ms = wait_ns < 0 ? -1 : SHOAL_MIN((left + 999999) / 1000000, INT32_MAX);
+  const int32_t ready = poll(watched, (unsigned)n, (int)ms);
+  return ready < 0 ? ready : ready | gave_up;
 }

@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import trio
 
 from ..engine.errors import ShoalError
+from ..engine.host import on_mains
 from ..planner import LinkSpeed
 from .connection import Connection, Hop, OpenStream, dial, in_thread, open_tasks, open_tcp
 from .errors import NetError, to_wire
@@ -66,7 +67,7 @@ class NodeParts:
     expect: Callable[[int, int], Expect] | None = None
     own_thread: bool = True
     """Run the loop of a stage in a thread of its own, which needs sockets."""
-    spin: bool = False
+    spin: bool = field(default_factory=on_mains)
     """Keep a core awake between rows that follow each other closely."""
 
 

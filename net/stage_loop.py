@@ -17,19 +17,22 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
+import numpy as np
 import trio
 
+from ..engine.batch import Want
 from ..engine.errors import ShoalError
-from ..engine.wait import Wait, waiter
+from ..engine.wait import Spin, Wait, waiter
 from .connection import Connection, Hop
 from .errors import NodeLostError
 from .inbox import Batch, Inbox
-from .messages import Close, Failed, Message, Open, Ping, Pong, Result, Step
+from .messages import Close, Failed, Hello, Message, Open, Ping, Pong, Result, Step
 from .pace import NodePace, Onward
+from .wire import WireProtocol
 from .work import Answer, StageWork
 
-SPIN_SECONDS = 0.01
-"""The longest time for which a thread looks for rows again and again before it sleeps."""
+REHEARSE_SECONDS = 0.0005
+"""How often a thread that looks for rows plays through what it does with them (see Rehearsal)."""
 PUMP_SECONDS = 0.1
 """How often a task reads for a thread whose call takes long."""
 
@@ -143,16 +146,46 @@ class _Source:
     ended: trio.Event = field(default_factory=trio.Event)
 
 
+class Rehearsal:
+    """What a stage does with rows that arrive, done with a message of its own that goes nowhere.
+
+    A call of a stage reads so many weights that the code and the data of the interpreter leave the caches of
+    the core, and the next message takes several times as long as it should. A thread that only waits brings
+    them back."""
+
+    def __init__(self, like: Step) -> None:
+        hello = Hello("step", "rehearsal", 0, "0", 0, "0", None)
+        self._wire, sender = WireProtocol(dialled=False), WireProtocol(dialled=True)
+        self._wire.receive_data(b"".join(sender.send(hello)))
+        self._wire.next_message()
+        self._wire.send(hello)
+        self._inbox, self._time = Inbox(like.epoch, 1, 1), 0.0
+        hidden = None if like.hidden is None else np.zeros((1, like.hidden.shape[1]), np.float32)
+        self._frame = b"".join(sender.send(Step(0, like.epoch, 0, (0,), Want.TOKEN, hidden)))
+
+    def play(self) -> None:
+        """Decodes a message, and takes it through an inbox."""
+        self._time += 0.01
+        self._wire.receive_data(self._frame)
+        step = self._wire.next_message()
+        assert isinstance(step, Step)
+        self._inbox.put(step, self._time)
+        batch = self._inbox.take(self._time)
+        if isinstance(batch, Batch):
+            self._inbox.ran(batch, self._time, self._time)
+
+
 class ThreadLoop:
     """The loop in a thread of its own. With `spin` it keeps its core awake between rows that follow each
-    other within SPIN_SECONDS. `feed` and `run` belong to the event loop, the methods after them to the
+    other closely. `feed` and `run` belong to the event loop, the methods after them to the
     thread, unless they say otherwise."""
 
     clock: Callable[[], float] = staticmethod(time.perf_counter)
 
     def __init__(self, parts: StageParts, *, spin: bool) -> None:
-        self._parts, self._spin = parts, spin
+        self._parts = parts
         self._wait: Wait = waiter()
+        self._spin = Spin(self._wait) if spin else None
         self._lock = threading.Lock()
         """Guards the inbox, the sources, and reading from them."""
         self._sources: list[_Source] = []
@@ -161,8 +194,7 @@ class ThreadLoop:
         os.set_blocking(self._bell, False)
         self._stopping = self._away = False
         """`_away`: the thread computes, or waits until the next stage accepts rows, and reads nothing."""
-        self._pause = 0.0
-        """Seconds between asking for rows and their arrival, of late."""
+        self._rehearsal: Rehearsal | None = None
         self._failure: BaseException | None = None
         self._token, self._done = trio.lowlevel.current_trio_token(), trio.Event()
 
@@ -232,10 +264,14 @@ class ThreadLoop:
     def _sleep(self, until: float | None) -> None:
         """Waits until a source can be read, the bell rings, or the time has come."""
         start = self.clock()
-        spin = SPIN_SECONDS if self._spin and self._pause <= SPIN_SECONDS else 0.0
         handles = [self._bell, *(source.handle for source in self._sources.copy())]
-        self._wait(handles, spin, None if until is None else until - start)
-        self._pause += 0.5 * (min(self.clock() - start, 2 * SPIN_SECONDS) - self._pause)
+        if self._spin is not None:
+            for _ in self._spin.looks(handles, REHEARSE_SECONDS, math.inf if until is None else until):
+                if self._rehearsal is not None:
+                    self._rehearsal.play()
+        self._wait(handles, 0.0, None if until is None else until - self.clock())
+        if self._spin is not None:
+            self._spin.waited(self.clock() - start)
         try:
             os.read(self._bell, 64)
         except BlockingIOError:
@@ -260,6 +296,7 @@ class ThreadLoop:
                 self._wait([self._bell], 0.0, None)
             return
         self._away = False
+        os.sched_yield()  # the receiver may be a process of this device, which was woken on this core
         with self._lock:
             parts.ran(batch, start, end)
 
@@ -283,6 +320,8 @@ class ThreadLoop:
         else:
             assert isinstance(message, Open | Close | Step)
             self._parts.inbox.put(message, self.clock())
+            if self._rehearsal is None and self._spin is not None and isinstance(message, Step):
+                self._rehearsal = Rehearsal(message)
 
     def _stopped(self) -> bool:
         return self._stopping

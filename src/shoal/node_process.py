@@ -26,7 +26,7 @@ from .engine.backends import choose
 from .engine.costs import constant_bytes, tied_bytes, unit_cost
 from .engine.errors import NoPlanError, ShoalError
 from .engine.files import write_whole
-from .engine.host import Ram, on_mains, ram, resident_bytes
+from .engine.host import Ram, ram, resident_bytes
 from .engine.measure import Watch, measure, median, stopwatch
 from .engine.memory import return_large_frees
 from .engine.model_directory import Model
@@ -105,7 +105,6 @@ async def _main(
             open_stage=lambda first, last: SlowStage(opener(first, last), slowness, turn=turns),
             resident=resident_bytes,
             log=_log,
-            spin=on_mains(),
             expect=stage_expectation(planner_model(model, options), offer.device),
         )
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:

@@ -187,6 +187,14 @@ int32_t shoal_run(shoal_executor *executor, const shoal_batch *batch, char *erro
  * plus 65536 if another program had this core for a while, so that looking is no use; below 0: the system refused. */
 int32_t shoal_wait(const int32_t *handles, int32_t n, int64_t spin_ns, int64_t wait_ns);
 
+/* Watches a mapping of an open file that may become shorter while it is read. An access behind the file's new end would end
+ * the process with SIGBUS; in a mapping that is watched it reads zeros. Other SIGBUS are passed on to the handler that was
+ * there before. The number of the watch; -1: there are too many, or the system refuses. */
+int32_t shoal_watch(const void *first, uint64_t bytes, uint64_t page_bytes, int32_t file);
+void shoal_unwatch(int32_t number);
+/* The index of the first of n watches whose file has become shorter; -1: none has. */
+int32_t shoal_shrunk(const int32_t *numbers, int32_t n);
+
 /* Peaks, to hold an executor against; on all threads of the pool. Nanoseconds, or 0: the pool is busy, or the arguments
  * make no sense.
  * Reads the n pieces of memory `passes` times, by whole lines of 64 bytes, each thread long stretches of them; with

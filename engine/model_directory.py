@@ -20,6 +20,7 @@ from .config import Config, read_config
 from .errors import ModelFileError
 from .hash_cache import HashCache
 from .index import COMMON, CONFIG, INDEX, Index, UnitEntry, read_index
+from .mapped import WholeFiles
 from .memory import Arena, fetch_ahead
 from .packing import packed_shapes, packed_shapes_q4
 from .program import Program, Unit, Weight, WeightType
@@ -120,7 +121,9 @@ class Model:
         self._check_names(file, set(wanted))
         for name, size in wanted.items():
             self._check(file, TensorInfo(name, "F64", (size,)))
-        return {name: file.tensor(name).copy() for name in wanted}
+        constants = {name: file.tensor(name).copy() for name in wanted}
+        _check_whole(file)
+        return constants
 
     def verify(self) -> Iterator[tuple[str, int]]:
         """Hashes every file of the index again; yields the name and size of each correct file.
@@ -130,11 +133,11 @@ class Model:
             yield name, entry.size
 
     def open_file(self, name: str, arena: Arena | None = None) -> SafetensorsFile:
-        """A file of the index by its name: mapped, or read into the arena. ModelFileError: missing,
-        truncated or altered."""
+        """A file of the index by its name: mapped and watched, or read into the arena. ModelFileError:
+        missing, truncated or altered."""
         path = self.path / name
         self._hashes.check(path, self.index.files[name], also=_check_int8)
-        return open_file(path, arena)
+        return open_file(path, arena, watched=True)
 
     def _weight(self, file: SafetensorsFile, weight: Weight) -> Tensor:
         infos = tensors_of(weight)
@@ -183,10 +186,17 @@ def _check_int8(path: Path) -> None:
     would give another product than those that do not."""
     if path.suffix != ".safetensors":
         return
-    file = open_file(path)
+    file = open_file(path, watched=True)
     for name, info in file.tensors.items():
         if info.dtype == "I8" and file.tensor(name).min(initial=0) == -128:
             raise ModelFileError(f"{path}: tensor {name!r} holds -128: pull or convert the model again")
+    _check_whole(file)
+
+
+def _check_whole(file: SafetensorsFile) -> None:
+    """ModelFileError: a mapped file has become shorter while it was used."""
+    if file.mapped is not None:
+        WholeFiles([file.mapped]).check()
 
 
 def unit_file(u: int) -> str:

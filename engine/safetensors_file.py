@@ -15,7 +15,6 @@ import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ModelFileError, UnsupportedModelError
+from .mapped import MappedFile, WholeFiles
 from .memory import Arena
 
 DATA_ALIGNMENT = 16384
@@ -79,10 +79,14 @@ class SafetensorsFile:
     """An open safetensors file. Its arrays are read-only views of its memory, which is freed once the last of
     them is."""
 
-    def __init__(self, path: Path, tensors: dict[str, TensorInfo], memory: memoryview) -> None:
+    def __init__(
+        self, path: Path, tensors: dict[str, TensorInfo], memory: memoryview, mapped: MappedFile | None = None
+    ) -> None:
         self.path = path
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
         self._memory = memory
+        self.mapped = mapped
+        """The mapping, if it is watched."""
 
     def tensor(self, name: str) -> NDArray[Any]:
         """A read-only view of a tensor, in its stored type (see DTYPES). ModelFileError: the file has no such
@@ -95,9 +99,12 @@ class SafetensorsFile:
         return flat.reshape(info.shape)
 
 
-def open_file(path: Path, arena: Arena | None = None) -> SafetensorsFile:
-    """Maps a file, or reads it into an arena, and checks its whole header. ModelFileError: missing, truncated
-    or invalid. UnsupportedModelError: a tensor's type is not supported."""
+def open_file(path: Path, arena: Arena | None = None, *, watched: bool = False) -> SafetensorsFile:
+    """Maps a file, or reads it into an arena, and checks its whole header. A mapped file that is truncated
+    while it is in use ends the process, unless it is `watched`: then it reads as zeros there, and must be
+    checked after use (mapped.WholeFiles). ModelFileError: missing, truncated or invalid.
+    UnsupportedModelError: a tensor's type is not supported."""
+    mapped = None
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -105,11 +112,19 @@ def open_file(path: Path, arena: Arena | None = None) -> SafetensorsFile:
                 raise ModelFileError(
                     f"{path} is truncated: {size} bytes are no safetensors file; fetch it again"
                 )
-            memory = arena.read(file, size) if arena is not None else _mapped(file)
+            if arena is not None:
+                memory = arena.read(file, size)
+            elif watched:
+                mapped = MappedFile(path, file.fileno(), size)
+                memory = mapped.memory
+            else:
+                memory = memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
     except FileNotFoundError:
         raise ModelFileError(f"{path} is missing: fetch or convert the model again") from None
     except OSError as e:
         raise ModelFileError(f"{path} cannot be read: {e.strerror}") from e
+    except ValueError as e:  # mmap: the file has become shorter
+        raise ModelFileError(f"{path} was truncated while it was opened: fetch it again") from e
     length = int.from_bytes(memory[:8], "little")
     if length > _MAX_HEADER:
         raise ModelFileError(
@@ -119,11 +134,10 @@ def open_file(path: Path, arena: Arena | None = None) -> SafetensorsFile:
         raise ModelFileError(
             f"{path} is truncated: its header has {length} bytes and the file {size}; fetch it again"
         )
-    return SafetensorsFile(path, parse_header(bytes(memory[8 : 8 + length]), size, str(path)), memory)
-
-
-def _mapped(file: BufferedReader) -> memoryview:
-    return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    header = bytes(memory[8 : 8 + length])
+    if mapped is not None:
+        WholeFiles([mapped]).check()
+    return SafetensorsFile(path, parse_header(header, size, str(path)), memory, mapped)
 
 
 def parse_header(header: bytes, size: int, where: str) -> dict[str, TensorInfo]:

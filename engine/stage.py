@@ -298,8 +298,9 @@ class Stage:
 
         ValueError: a run does not fit its sequence or this stage, or another thread is running the sequence.
         ContextError: a sequence exceeds its context, or no memory for pages. FloatingPointError: NaN or
-        infinity in inputs or logits. CancelledRunError: see `cancel`. After an error the sequences hold the
-        positions before the batch's, and none from there on."""
+        infinity in inputs or logits. CancelledRunError: see `cancel`. ModelFileError: a mapped file of the
+        model was truncated. After an error the sequences hold the positions before the batch's, and none from
+        there on."""
         with self._calls.run([run.sequence for run in batch]) as cancel:
             try:
                 return self._run(batch, cancel)
@@ -320,7 +321,10 @@ class Stage:
                 f"the batch wants logits of more than {self._bound.max_wanted} rows, this stage's max_wanted"
             )
         hidden = None if self._bound.reads_tokens else _joined([run.hidden for run in batch])
-        outcome = self._executor.run(rows, hidden, any(run.want is Want.LOGITS for run in batch), cancel)
+        try:
+            outcome = self._executor.run(rows, hidden, any(run.want is Want.LOGITS for run in batch), cancel)
+        finally:
+            self._weights.check()  # another error may be a consequence of a truncated file
         for run in batch:
             state = self._sequences[run.sequence]
             state.length = run.first + len(run.tokens)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from .backends.base import WeightData
 from .errors import OperatingSystemError
 from .host import ram
+from .mapped import WholeFiles
 from .memory import Arena, affordable, room
 from .model_directory import Model, Tensor
 from .safetensors_file import SafetensorsFile
@@ -31,6 +32,7 @@ class WeightStore:
         self._files: dict[str, SafetensorsFile] = {}
         self._units: dict[int, dict[str, Tensor]] = {}
         self._constants: dict[str, WeightData] = {}
+        self._mapped = WholeFiles(())
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +75,8 @@ class WeightStore:
                     # Read from disk while this unit is copied.
                     model.fetch_ahead(missing[i + 1], missing[i + 1] + 1, spare)
                 units[unit] = model.unit_weights(unit, opened)
-            self._files, self._units = files, units
+            self._hold(files)
+            self._units = units
 
     def keep(self, units: Container[int]) -> None:
         """Unloads all other units."""
@@ -81,6 +84,18 @@ class WeightStore:
             self._units = {u: tensors for u, tensors in self._units.items() if u in units}
             used = {name for u in self._units for name in self.model.index.units[u].files}
             self._files = {name: file for name, file in self._files.items() if name in used}
+            self._mapped = WholeFiles(f.mapped for f in self._files.values() if f.mapped is not None)
+
+    def check(self) -> None:
+        """To be called after weights were used. ModelFileError: a file that is mapped was truncated
+        meanwhile."""
+        self._mapped.check()
+
+    def _hold(self, files: dict[str, SafetensorsFile]) -> None:
+        """Holds these files. ModelFileError: a mapped one has become shorter."""
+        mapped = WholeFiles(file.mapped for file in files.values() if file.mapped is not None)
+        mapped.check()
+        self._files, self._mapped = files, mapped
 
     def of(self, first: int, last: int) -> dict[tuple[int, str], WeightData]:
         """The weights of units [first, last) by (unit, name). KeyError: a unit is not loaded."""

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from traceback import clear_frames
 
 import trio
 
-from ..engine.errors import ShoalError
+from ..engine.errors import ModelFileError, ShoalError
 from ..engine.host import on_mains
 from ..planner import LinkSpeed
 from .connection import Connection, Hop, OpenStream, dial, in_thread, open_tasks, open_tcp
@@ -173,6 +174,9 @@ class Assignment:
                 room = None if pages is None else Room(pages, stage.page_positions)
                 await self._coordinator.send(Loaded(assign.epoch, seconds, self._parts.resident(), room))
                 await self._loop.run()
+        except ModelFileError as error:
+            clear_frames(error.__traceback__)  # they keep the weights
+            await self.report(error)
         except _NextLost as lost:
             assert assign.next is not None
             again = isinstance(lost.error, ConnectionStalledError)

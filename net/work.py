@@ -13,7 +13,7 @@ from typing import Protocol
 
 from ..engine.batch import Result as StageResult
 from ..engine.batch import Run, Sampling
-from ..engine.errors import ContextError, ShoalError
+from ..engine.errors import ContextError, ModelFileError, ShoalError
 from .errors import to_wire
 from .inbox import Batch
 from .messages import Close, Epoch, Failed, Open, Result, Stats, Step, Work
@@ -73,7 +73,8 @@ class StageWork:
         return bool(self._sessions)
 
     def do(self, batch: Batch) -> list[Answer]:
-        """Carries out a batch; returns the messages to send, in order."""
+        """Carries out a batch; returns the messages to send, in order. ModelFileError: a file of the stage is
+        damaged."""
         answers: list[Answer] = []
         for notice in batch.notices:
             answers += self._open(notice) if isinstance(notice, Open) else self._close(notice)
@@ -117,6 +118,8 @@ class StageWork:
         runs = [Run(step.session, step.first, step.tokens, step.want, step.hidden) for step in steps]
         try:
             results = self._stage.run(runs)
+        except ModelFileError:  # no session is at fault: the stage cannot go on
+            raise
         except STAGE_ERRORS as error:
             if len(steps) > 1:  # runs them one by one to find the session at fault
                 return [answer for step in steps for answer in self._run([step])]

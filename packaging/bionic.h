@@ -32,12 +32,36 @@ typedef long pthread_t;
 int pthread_create(pthread_t *thread, const void *attributes, void *(*body)(void *), void *argument);
 int pthread_join(pthread_t thread, void **result);
 
+typedef struct {
+  int si_signo, si_errno, si_code, padding;
+  void *si_addr;
+  char rest[104];
+} siginfo_t;
+struct sigaction {
+  int sa_flags;
+  union {
+    void (*sa_handler)(int);
+    void (*sa_sigaction)(int, siginfo_t *, void *);
+  };
+  unsigned long sa_mask;
+  void (*sa_restorer)(void);
+};
+int sigaction(int signal, const struct sigaction *action, struct sigaction *before);
+int raise(int signal);
+void *mmap(void *at, size_t size, int protection, int flags, int file, long offset);
+long lseek(int file, long offset, int from);
+#define SIG_DFL ((void (*)(int))0)
+#define SIG_IGN ((void (*)(int))1)
+#define MAP_FAILED ((void *)-1)
+
 /* Instructions, not calls. */
 #define fmaf __builtin_fmaf
 #define sqrtf __builtin_sqrtf
 
 /* The kernel's numbers on AArch64. */
 enum { CLOCK_MONOTONIC = 1, SYS_futex = 98, FUTEX_WAIT_PRIVATE = 128, FUTEX_WAKE_PRIVATE = 129 };
+enum { SIGBUS = 7, SA_SIGINFO = 4, SA_ONSTACK = 0x08000000 };
+enum { SEEK_END = 2, PROT_READ = 1, MAP_PRIVATE = 2, MAP_FIXED = 16, MAP_ANON = 32 };
 enum { AT_HWCAP = 16, AT_HWCAP2 = 26, POLLIN = 1 };
 
 #endif

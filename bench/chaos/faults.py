@@ -96,9 +96,10 @@ async def frozen_head(trial: Trial) -> None:
 
 
 async def truncate(trial: Trial) -> None:
-    """The files that a node has mapped lose their end."""
-    trial.bound = BOUND
-    trial.victim().truncate(trial.rng.choice((0, 4096, 20000)))
+    """The files that a node has mapped lose their end. The node says so, and does not end."""
+    node = trial.victim()
+    trial.bound, trial.survivors = BOUND, {node.name}
+    node.truncate(trial.rng.choice((0, 4096, 20000)))
 
 
 async def squatters(trial: Trial) -> None:

@@ -54,6 +54,9 @@ class Trial:
     only_victims: bool = False
     """Whether the loss of any other node is a failure."""
 
+    survivors: set[str] = field(default_factory=set)
+    """Victims whose process must not end."""
+
     def victim(self) -> Node:
         """A node of the chain that nothing was done to yet."""
         name = self.rng.choice([name for name in self.chain if name not in self.victims])
@@ -190,6 +193,9 @@ async def run(
         problems.append(
             f"{', '.join(sorted(set(lost) - trial.victims))} was lost, and nothing was done to it"
         )
+    ended = [name for name in trial.survivors if not trial.fleet.nodes[name].alive]
+    if ended:
+        problems.append(f"the process of {', '.join(ended)} has ended")
     if done["sessions"]:
         problems.append(f"{done['sessions']} sessions left")
     return Outcome(

@@ -3,6 +3,7 @@
 #include <poll.h>
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
@@ -29,6 +30,31 @@ AS(int, pthread_create, (pthread_t * thread, const pthread_attr_t *with, void *(
    (thread, with, body, argument));
 AS(int, pthread_join, (pthread_t thread, void **result), (thread, result));
 AS(long, syscall, (long number, long a, long b, long c, long d, long e, long f), (number, a, b, c, d, e, f));
+
+AS(void *, mmap, (void *at, size_t n, int protection, int flags, int file, off_t offset),
+   (at, n, protection, flags, file, offset));
+AS(off_t, lseek, (int file, off_t offset, int from), (file, offset, from));
+AS(int, raise, (int number), (number));
+
+/* bionic's struct sigaction has another order of fields, and a short mask. */
+struct bionic_action {
+  int flags;
+  void (*handler)(int);
+  unsigned long mask;
+  void *restorer;
+};
+
+int bionic_sigaction(int number, const struct bionic_action *action, struct bionic_action *before) {
+  struct sigaction in = {0}, out = {0};
+  if (action) {
+    in.sa_flags = action->flags;
+    in.sa_handler = action->handler;
+  }
+  const int result = sigaction(number, action ? &in : NULL, &out);
+  if (before) *before = (struct bionic_action){out.sa_flags, out.sa_handler, 0, NULL};
+  return result;
+}
+__asm__(".symver bionic_sigaction, sigaction@LIBC");
 
 void bionic_free(void *memory) { free(memory); }
 __asm__(".symver bionic_free, free@LIBC");

@@ -9,7 +9,7 @@ import pytest
 
 from shoal.engine.batch import Result as StageResult
 from shoal.engine.batch import Run, Sampling, Want
-from shoal.engine.errors import ContextError
+from shoal.engine.errors import ContextError, ModelFileError
 from shoal.net.inbox import Batch
 from shoal.net.messages import Close, Epoch, Failed, Open, Result, Step, Work
 from shoal.net.work import MAX_SESSIONS, StageWork
@@ -166,3 +166,13 @@ def test_all_rows_of_a_call_but_the_last_say_that_more_follow(lab: ModuleType) -
     assert [answer.more for answer in answers[1:]] == [True, False]  # type: ignore[union-attr]
     (alone,) = work.do(Batch((), (replace(rows(1, 2, (4,)), more=True),)))
     assert isinstance(alone, Step) and not alone.more
+
+
+def test_a_damaged_file_is_nobodys_session(lab: ModuleType) -> None:
+    class Damaged(lab.FakeStage):  # type: ignore[name-defined, misc]
+        def run(self, batch: Sequence[Run]) -> list[StageResult]:
+            raise ModelFileError("unit-002.safetensors was truncated while it was in use")
+
+    work = StageWork(Damaged(0, lab.UNITS), EPOCH, last=True)
+    with pytest.raises(ModelFileError, match="was truncated"):
+        work.do(Batch((opened(1), opened(2)), (rows(1, 0, (4,)), rows(2, 0, (7,)))))

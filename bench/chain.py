@@ -23,9 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.chain_worker import CALL
+from bench.lab import ground
 from bench.models import model_path
 
 from shoal.engine.costs import unit_cost
+from shoal.engine.errors import ShoalError
 from shoal.engine.model_directory import Model
 from shoal.processes import end
 
@@ -172,35 +174,85 @@ def cores() -> list[int]:
     return sorted(os.sched_getaffinity(0))
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a node runs: its core, the arguments that say where it listens, and what its process does before
+    it becomes a node."""
+
+    core: int
+    listen: tuple[str, ...] = ("--listen", "127.0.0.1:0")
+    enter: Callable[[], None] = lambda: None
+
+    def begin(self) -> None:
+        """Moves the process that calls it there."""
+        os.sched_setaffinity(0, [self.core])
+        self.enter()
+
+
 @contextmanager
-def chains(versions: Sequence[Checkout], model: Model, count: int) -> Iterator[list[Chain]]:
+def chains(
+    versions: Sequence[Checkout], model: Model, count: int, *, in_lab: bool = False
+) -> Iterator[list[Chain]]:
     """`count` nodes of each version, one started after another. Those of one version wait while the others
-    are measured. RuntimeError: a node ended, or did not listen in time."""
+    are measured. `in_lab`: each node has a network namespace on the bridge of bench/lab. RuntimeError: a node
+    ended, or did not listen in time. SystemExit: there can be no namespaces here, or another lab is open."""
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shoal-bench-")))
+        total = count * len(versions)
+        places = iter(stack.enter_context(_lab(total, count)) if in_lab else _loopback(total, count))
         found = []
         for checkout in versions:
             nodes = [
-                stack.enter_context(_node(checkout, model, directory, f"{checkout.name}{i}", i))
+                stack.enter_context(_node(checkout, model, directory, f"{checkout.name}{i}", next(places)))
                 for i in range(count)
             ]
             found.append(Chain(checkout, model, nodes))
         yield found
 
 
+def _loopback(total: int, count: int) -> list[_Place]:
+    return [_Place(cores()[i % count % len(cores())]) for i in range(total)]
+
+
 @contextmanager
-def _node(checkout: Checkout, model: Model, directory: Path, name: str, place: int) -> Iterator[ChainNode]:
+def _lab(total: int, count: int) -> Iterator[list[_Place]]:
+    """The same places in namespaces of their own, which are removed at the end."""
+    reason = ground.lacks_namespaces()
+    if reason is not None:
+        raise SystemExit(f"--lab runs as root on Linux, and this machine lacks {reason}")
+    try:
+        lock = ground.locked()
+    except ShoalError as error:
+        raise SystemExit(f"--lab: {error}") from None
+    try:
+        laid = ground.lay_out(
+            total, Path(tempfile.mkdtemp(prefix="shoal-lab-")), namespaces=True, cgroups=False
+        )
+        yield [
+            _Place(
+                place.core,
+                ("--listen", f"{ground.address(i)}:{ground.NODE_PORT}", "--insecure"),
+                ground.enter(i, laid, ""),
+            )
+            for i, place in enumerate(_loopback(total, count))
+        ]
+    finally:
+        ground.remove_leftovers()
+        os.close(lock)
+
+
+@contextmanager
+def _node(checkout: Checkout, model: Model, directory: Path, name: str, place: _Place) -> Iterator[ChainNode]:
     port, log = directory / f"{name}.port", directory / f"{name}.calls"
     log.touch()
     command = [sys.executable, str(_WORKER), "node", str(log), str(model.path), "--name", name]
-    command += ["--listen", "127.0.0.1:0", "--port-file", str(port)]
+    command += [*place.listen, "--port-file", str(port)]
     command += ["--threads", "1", "--backend", "native", "--ram", str(_RAM_MB)]
     command += ["--measure-seconds", str(_MEASURE_SECONDS)]
-    core = cores()[place % len(cores())]
     with (directory / f"{name}.log").open("wb") as words:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=words, stderr=subprocess.STDOUT,
-            env=checkout.environ(), preexec_fn=functools.partial(os.sched_setaffinity, 0, [core]),
+            env=checkout.environ(), preexec_fn=place.begin,
         )  # fmt: skip
     try:
         until = time.monotonic() + _PATIENCE_S

@@ -1,7 +1,7 @@
 """The time of a token's lap beside the stages' computing, over two nodes and a coordinator on loopback, and
 the share of a core that a node uses while it has nothing to do:
 
-    python -m bench.lap [MODEL] [--nodes 2] [--tokens 256] [--against DIRECTORY]
+    python -m bench.lap [MODEL] [--nodes 2] [--tokens 256] [--lab] [--against DIRECTORY]
 
 A lap lasts from the start of a call of the first stage to the start of its next call. The nodes log the start
 and the end of each call by one clock, so the time beside computing is known for each lap: the ways from stage
@@ -81,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument(
         "--tokens", type=int, default=256, metavar="N", help="tokens of an answer (default 256)"
     )
+    made.add_argument("--lab", action="store_true", help="in network namespaces of bench/lab, as root")
     args = made.parse_args(arguments)
     model, checkouts = opened(args)
     samples, expected = Samples(), Expected(checkouts[0], model, PROMPT)
@@ -105,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 samples.add(f"{what}, ms, p50", name, number, statistics.median(values) * 1e3)
         samples.add("tokens/s", name, number, tokens_per_s(found["times"][0][WARM:]))
 
-    with chains(checkouts, model, args.nodes) as running:
+    with chains(checkouts, model, args.nodes, in_lab=args.lab) as running:
         in_turns(args.rounds, [lambda number, chain=chain: measure(chain, number) for chain in running])
         for chain in running:
             name = chain.checkout.name

@@ -35,6 +35,8 @@ REHEARSE_SECONDS = 0.0005
 """How often a thread that looks for rows plays through what it does with them (see Rehearsal)."""
 PUMP_SECONDS = 0.1
 """How often a task reads for a thread whose call takes long."""
+IDLE_PUMP_SECONDS = 1.0
+"""How often it looks whether it has to, while nothing arrives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,9 +229,11 @@ class ThreadLoop:
             self._sources.append(source)
             self._ring()
         try:
+            seen = received = 0
             while not source.ended.is_set():
-                with trio.move_on_after(PUMP_SECONDS):
+                with trio.move_on_after(PUMP_SECONDS if received > seen else IDLE_PUMP_SECONDS):
                     await source.ended.wait()
+                seen, received = received, connection.received
                 if self._away:
                     self._read(source, at_once=False)
         finally:

@@ -17,6 +17,8 @@ from .events import Timing
 from .liveness import TICK_SECONDS, Awake, Pulse, Stillness
 from .messages import Ping, Pong
 
+IDLE_TICK_SECONDS = 0.5
+"""The time between two looks at a connection on which nothing arrives."""
 SETTLE_SECONDS = 0.2
 """How long the old connection may stay silent after a new one has been answered."""
 FIRST_NONCE = 1 << 32
@@ -99,9 +101,11 @@ class Watch:
 async def attend(connection: Connection, timing: Timing, held_back: Callable[[], bool]) -> None:
     """The part of the side that was dialled. While rows arrive, or the stage accepts no more (`held_back`),
     it sends a Pong at every tick. NodeLostError: nothing has arrived for `timing.overdue`."""
-    awake, still, before = Awake(trio.current_time()), Stillness(), connection.received
+    awake = Awake(trio.current_time(), 2 * IDLE_TICK_SECONDS)
+    still, before = Stillness(), connection.received
+    still.seconds(awake.tick(trio.current_time()), before, due=True)
     while True:
-        await trio.sleep(TICK_SECONDS)
+        await trio.sleep(TICK_SECONDS if connection.received != before or held_back() else IDLE_TICK_SECONDS)
         held, received = held_back(), connection.received
         silence = still.seconds(awake.tick(trio.current_time()), received, due=not held)
         if silence > timing.overdue:

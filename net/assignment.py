@@ -21,7 +21,7 @@ from .connection import Connection, Hop, OpenStream, dial, in_thread, open_tasks
 from .errors import NetError, to_wire
 from .events import DEFAULT_TIMING, Timing
 from .identity import Identity
-from .inbox import Inbox
+from .inbox import ENOUGH_BYTES, Inbox
 from .messages import (
     Assign,
     Broken,
@@ -66,6 +66,8 @@ class NodeParts:
     hop: Hop = in_thread
     open_stream: OpenStream = open_tcp
     expect: Callable[[int, int], Expect] | None = None
+    enough: int = ENOUGH_BYTES
+    """Bytes of messages that may wait for a stage when another is read."""
     own_thread: bool = True
     """Run the loop of a stage in a thread of its own, which needs sockets."""
     spin: bool = field(default_factory=on_mains)
@@ -91,6 +93,7 @@ class Assignment:
             assign.chunk_rows,
             assign.groupings,
             None if parts.expect is None else parts.expect(assign.first, assign.last),
+            parts.enough,
         )
         self._scope, self._ended, self._ready = trio.CancelScope(), trio.Event(), trio.Event()
         self._work: StageWork | None = None

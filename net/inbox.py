@@ -30,6 +30,10 @@ MAX_STEPS = 32
 """The most Steps in a batch. Each may want a logit row, and a stage has room for 32 by default."""
 MAX_BYTES = 2 * STEP_LIMIT
 """The most bytes of queued messages, by `held_bytes`: two Steps of the largest size."""
+ENOUGH_BYTES = MAX_BYTES - STEP_LIMIT
+"""The most bytes of queued messages to which another may be added."""
+ENOUGH_STEPS = 3
+"""How many Steps of the most rows are enough where they have fewer bytes: work for three calls."""
 WHOLE_SECONDS = 0.005
 """How long rows wait for the others of their call on the previous stage, which are on their way; or for as
 long as a call takes, if that is longer."""
@@ -59,14 +63,16 @@ class Inbox:
     """A queue for one epoch. `max_rows` and `chunk_rows` limit all rows and the prompt rows of a call.
     `groupings` and `expect` are those of the stage.
 
-    `put`, `take` and `ran` are told the time. What is queued is limited to MAX_BYTES, so that it has a fixed
-    place in the memory that a node promises: while the inbox is `full`, its owner reads no connection."""
+    `put`, `take` and `ran` are told the time. What is queued is limited in bytes, so that it has a fixed
+    place in the memory that a node promises: the inbox is `full` with more than `enough` bytes, and its owner
+    then reads no connection."""
 
     epoch: Epoch
     max_rows: int
     chunk_rows: int
     groupings: Sequence[Grouping] = ()
     expect: Expect | None = None
+    enough: int = ENOUGH_BYTES
     _lines: dict[int, deque[Item]] = field(default_factory=dict)
     _bytes: int = 0
     _heard: int = 0
@@ -91,7 +97,7 @@ class Inbox:
     @property
     def full(self) -> bool:
         """Whether a batch must be taken before the next item is put, since the largest might not fit."""
-        return self._bytes > MAX_BYTES - STEP_LIMIT
+        return self._bytes > self.enough
 
     @property
     def bytes(self) -> int:
@@ -352,17 +358,27 @@ def _divided(step: Step, rows: int) -> tuple[Step, Step]:
     )
 
 
+def enough_bytes(rows: int, cols: int) -> int:
+    """How many bytes of queued messages are enough for a stage whose Steps have at most so many rows and
+    columns."""
+    return min(ENOUGH_BYTES, ENOUGH_STEPS * step_bytes(rows, cols))
+
+
 def most_bytes(rows: int, cols: int) -> int:
-    """The most that an inbox holds, by `held_bytes`, if no Step has more rows and columns than these: it is
-    not full while there is room for a Step of the largest size."""
-    return MAX_BYTES - STEP_LIMIT + 512 + rows * (40 + 4 * cols)
+    """The most bytes of queued messages at such a stage: `enough_bytes`, and the Step that was put last."""
+    return enough_bytes(rows, cols) + step_bytes(rows, cols)
+
+
+def step_bytes(rows: int, cols: int) -> int:
+    """About what a Step takes in memory: objects of Python, and the hidden rows."""
+    return 512 + rows * (40 + 4 * cols)
 
 
 def held_bytes(item: Item) -> int:
-    """About what a queued message takes in memory: objects of Python, and the hidden rows."""
+    """About what a queued message takes in memory."""
     if not isinstance(item, Step):
         return 512
-    return 512 + 40 * len(item.tokens) + (0 if item.hidden is None else item.hidden.nbytes)
+    return step_bytes(len(item.tokens), 0 if item.hidden is None else item.hidden.shape[1])
 
 
 def _notice(item: Item) -> Open | Close:

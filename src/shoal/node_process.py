@@ -35,6 +35,7 @@ from .engine.threads import chosen
 from .net.assignment import NodeParts
 from .net.errors import NetError, StageStuckError
 from .net.identity import identity_of
+from .net.inbox import enough_bytes
 from .net.listen import addresses, listen, named, reachable
 from .net.messages import Offer
 from .net.node import Node
@@ -106,6 +107,7 @@ async def _main(
             resident=resident_bytes,
             log=_log,
             expect=stage_expectation(planner_model(model, options), offer.device),
+            enough=enough_bytes(options.max_rows, model.program.cut_cols),
         )
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             async with trio.open_nursery() as nursery:

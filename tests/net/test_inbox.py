@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 
 from shoal.engine.batch import Sampling, Want
-from shoal.net.inbox import MAX_BYTES, MAX_STEPS, WHOLE_SECONDS, Batch, Inbox, held_bytes, load, most_bytes
+from shoal.net.inbox import (
+    MAX_BYTES,
+    MAX_STEPS,
+    WHOLE_SECONDS,
+    Batch,
+    Inbox,
+    enough_bytes,
+    held_bytes,
+    load,
+    most_bytes,
+)
 from shoal.net.messages import STEP_LIMIT, Close, Epoch, Open, Step
 from shoal.net.scheduler import Load
 from shoal.planner.groups import Grouping
@@ -116,12 +126,13 @@ def test_full_counts_the_bytes_that_wait() -> None:
 
 @pytest.mark.parametrize(("count", "cols"), [(1, 64), (256, 576), (256, 2048), (1024, 1023)])
 def test_what_waits_is_within_what_a_node_promises_for_it(count: int, cols: int) -> None:
-    box, put = inbox(max_rows=count, chunk_rows=count), 0
+    box, put = Inbox(NOW, count, count, enough=enough_bytes(count, cols)), 0
     hidden = np.zeros((count, cols), np.float32)
     while not box.full:
         box.put(replace(rows(put % 7, put, count), hidden=hidden), 0.0)
         put += 1
     assert put * hidden.nbytes < box.bytes <= most_bytes(count, cols) <= MAX_BYTES + 50_000
+    assert put >= (4 if hidden.nbytes < 1 << 20 else 1)
 
 
 def test_an_inbox_that_is_not_full_has_room_for_the_largest_step() -> None:

@@ -26,6 +26,7 @@ from shoal.engine.model_directory import Model
 from shoal.engine.stage import Stage
 from shoal.store import resolve
 
+from . import blocked
 from .faults import AROUND, KINDS
 from .fleet import Fleet, fleet
 from .head import Ask
@@ -43,14 +44,15 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--trials", type=int, required=True)
     parser.add_argument("--first", type=int, default=0, metavar="I", help="the first trial (default 0)")
-    parser.add_argument("--kinds", default=",".join(KINDS), help=f"default: {','.join(KINDS)}")
+    known = (*KINDS, blocked.KIND)
+    parser.add_argument("--kinds", default=",".join(known), help=f"default: {','.join(known)}")
     parser.add_argument(
         "--longest", type=float, default=60.0, metavar="S", help="the longest fault, in seconds (default 60)"
     )
     parser.add_argument("--model", help="a name from `shoal ls`, or a path (default: a tiny random model)")
     args = parser.parse_args(arguments)
     kinds = args.kinds.split(",")
-    unknown = set(kinds) - set(KINDS)
+    unknown = set(kinds) - set(known)
     if unknown:
         parser.error(f"no such kinds: {', '.join(sorted(unknown))}")
     with tempfile.TemporaryDirectory(prefix="shoal-chaos-") as name:
@@ -94,7 +96,10 @@ async def _trials(
                 network.gates.append(gate)
                 await gates.start(gate.serve, network)
             trial = Trial(kind, rng, longest, path, nodes, network)
-            outcome = await run(trial, KINDS[kind], AROUND.get(kind), expected, questions)
+            if kind == blocked.KIND:
+                outcome = await blocked.run(trial)
+            else:
+                outcome = await run(trial, KINDS[kind], AROUND.get(kind), expected, questions)
             gates.cancel_scope.cancel()
         for node in nodes.nodes.values():
             node.thaw()

@@ -17,7 +17,7 @@ import trio
 from ..engine.errors import ModelFileError, ShoalError
 from ..engine.host import on_mains
 from ..planner import LinkSpeed
-from .connection import Connection, Hop, OpenStream, dial, in_thread, open_tasks, open_tcp
+from .connection import Connection, Hop, OpenStream, enter_dial, in_thread, open_tasks, open_tcp
 from .errors import NetError, to_wire
 from .events import DEFAULT_TIMING, Timing
 from .identity import Identity
@@ -193,12 +193,9 @@ class Assignment:
         """Connects to the next node, and starts a task that receives on that connection."""
         parts = self._parts
         try:
-            connection, _ = await stack.enter_async_context(
-                dial(
-                    parts.open_stream, peer.host, peer.port, parts.identity, "step",
-                    seconds=parts.timing.handshake, peer=peer,
-                )
-            )  # fmt: skip
+            connection = await enter_dial(
+                stack, parts.open_stream, parts.identity, peer, "step", parts.timing.handshake
+            )
         except NetError as error:
             raise _NextLost(error) from error
         tasks = await stack.enter_async_context(open_tasks())

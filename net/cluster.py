@@ -78,8 +78,8 @@ def decide(state: ClusterState, event: Event, now: float) -> Outcome:
             return _joined(state, event, now)
         case Heard():
             return _heard(state, event, now)
-        case Left(member, error):
-            return _left(state, member, error, now)
+        case Left(member, error, greeted):
+            return _left(state, member, error, now, own=greeted)
         case LinksMeasured():
             return _links_measured(state, event, now)
         case Planned(number, answer):
@@ -155,7 +155,7 @@ def _joined(state: ClusterState, event: Joined, now: float) -> Outcome:
     state = labelled(state)
     mixed = _mixed(state, member)
     if mixed is not None:
-        state, more = _left(state, member, mixed, now)
+        state, more = _left(state, member, mixed, now, own=True)
     elif was and held:  # only the connection is new
         state, more = _load_again(state, now)
     else:
@@ -209,14 +209,20 @@ def _mixed(state: ClusterState, newest: int | None = None) -> MismatchError | No
 
 
 def _left(
-    state: ClusterState, member: int, error: ShoalError, now: float, *, hang_up: bool = True
+    state: ClusterState,
+    member: int,
+    error: ShoalError,
+    now: float,
+    *,
+    hang_up: bool = True,
+    own: bool = False,
 ) -> Outcome:
-    """A node is lost, or could not be reached."""
+    """A node is lost, or could not be reached. `own`: the error is its own word, or what it has done."""
     lost = state.members[member]
     if lost.lost is not None:
         return state, ()
     held, strict = state.holds(member), not state.recover
-    at_fault = lost.alive and not isinstance(error, NodeLostError | StageStuckError)
+    at_fault = lost.alive and own and not isinstance(error, NodeLostError | StageStuckError)
     state = state.changed(
         member,
         lost=error,
@@ -329,7 +335,7 @@ def _no_plan(state: ClusterState, reason: NoPlanError | None, now: float) -> Out
         error = kind(f"{'; '.join(map(str, errors))}; the other nodes cannot go on: {reason}")
     else:
         error = reason
-    hope = state.waiting is not None or state.unreachable or any(isinstance(e, NodeLostError) for e in errors)
+    hope = state.waiting is not None or state.unreachable or any(m.may_return for m in state.members)
     if state.epoch.counter == 0 or not hope:
         return _fail(state, error)
     since = now if state.waiting is None else state.waiting
@@ -417,12 +423,11 @@ def _broken(state: ClusterState, event: StageBroken, now: float) -> Outcome:
         return _load_again(state, now)
     blamed = event.member
     for i in state.alive():
-        if event.peer is not None and state.incarnation(i) == event.peer and i != event.member:
+        if event.peer is not None and state.incarnation(i) == event.peer:
             blamed = i
-            measured = state.measured - {state.ends(event.member, i)}  # that link may be another now
-            state = replace(state, measured=measured)
-            break
-    return _left(state, blamed, event.error, now)
+    if blamed != event.member:  # the link between them may be another now
+        state = replace(state, measured=state.measured - {state.ends(event.member, blamed)})
+    return _left(state, blamed, event.error, now, own=event.peer is None)
 
 
 def _stalled(state: ClusterState, member: int) -> Outcome:

@@ -14,7 +14,7 @@ import socket
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Protocol, TypeVar
 
@@ -38,6 +38,8 @@ from .wire import Signal, WireProtocol
 
 READ_BYTES = 256 * 1024
 FLUSH_SECONDS = 1.0
+AGAIN_SECONDS = (0.1, 0.3)
+"""The pauses before a dial that has failed is tried again."""
 ATTEMPT_SECONDS, LONGEST_ATTEMPT = 0.3, 5.0
 """The time between two attempts to connect, and the longest time of each but the first."""
 LOOK_SECONDS = 0.1
@@ -435,6 +437,27 @@ async def dial(
         if peer is not None:
             check_peer(peer, hello)
         yield connection, hello
+
+
+async def enter_dial(
+    stack: AsyncExitStack, open_stream: OpenStream, me: Identity, peer: Peer, purpose: Purpose, seconds: float
+) -> Connection:
+    """Enters `dial` and returns the connection. It is tried again after a moment, since a node that strangers
+    crowd may close a connection before it has said Hello. Errors as for `dial`."""
+    for pause in AGAIN_SECONDS:
+        try:
+            return await _enter(stack, open_stream, me, peer, purpose, seconds)
+        except NodeLostError:
+            await trio.sleep(pause)
+    return await _enter(stack, open_stream, me, peer, purpose, seconds)
+
+
+async def _enter(
+    stack: AsyncExitStack, open_stream: OpenStream, me: Identity, peer: Peer, purpose: Purpose, seconds: float
+) -> Connection:
+    dialled = dial(open_stream, peer.host, peer.port, me, purpose, seconds=seconds, peer=peer)
+    connection, _ = await stack.enter_async_context(dialled)
+    return connection
 
 
 async def greet(

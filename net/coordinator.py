@@ -7,7 +7,7 @@ passes the events to `decide` in order, and each command is carried out at once 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -20,7 +20,7 @@ from ..planner import LinkSpeed
 from . import events
 from .admission import Admission, ChainRoom
 from .cluster import decide
-from .connection import Connection, Hop, Kind, OpenStream, dial, in_thread, open_tasks, open_tcp
+from .connection import Connection, Hop, Kind, OpenStream, dial, enter_dial, in_thread, open_tasks, open_tcp
 from .errors import NodeLostError, RemoteProtocolError, from_wire
 from .events import DEFAULT_TIMING, Command, Event, Timing
 from .generation import Flow, Generation
@@ -278,7 +278,7 @@ class Coordinator:
                         await self._hear(member, message)
         except ShoalError as error:
             peer.connection = None
-            await self._events.send(events.Left(member, error))
+            await self._events.send(events.Left(member, error, greeted=peer.greeted is not None))
         finally:
             peer.connection = peer.progress = None
             if peer.answers is not None:
@@ -475,10 +475,11 @@ class Coordinator:
         member, options = self._state.holders()[0], self.options
         where, placement = self._state.members[member], self._state.placement
         try:
-            async with dial(
-                options.open_stream, where.host, where.port, self.identity, "step",
-                seconds=options.timing.handshake, peer=peer_of(where),
-            ) as (connection, _):  # fmt: skip
+            async with AsyncExitStack() as stack:
+                peer, seconds = peer_of(where), options.timing.handshake
+                connection = await enter_dial(
+                    stack, options.open_stream, self.identity, peer, "step", seconds
+                )
                 if self._state.epoch != epoch or self._state.phase != "serving":
                     return
                 window = placement.window or len(placement.stages) + 2
@@ -487,9 +488,7 @@ class Coordinator:
                 self._chain = chain = Chain(flow, connection)
                 self._changed.set()
                 self._changed = trio.Event()
-                anew = partial(
-                    probe, options.open_stream, self.identity, peer_of(where), options.timing.handshake
-                )
+                anew = partial(probe, options.open_stream, self.identity, peer, seconds)
                 watch = Watch(connection, options.timing, busy=lambda: bool(chain.sessions), probe=anew)
                 with chain.scope:  # cancelled when the epoch ends
                     async with open_tasks() as tasks:
@@ -498,7 +497,8 @@ class Coordinator:
         except ConnectionStalledError as error:
             await self._events.send(events.StageBroken(member, epoch, error, None, again=True))
         except ShoalError as error:
-            await self._events.send(events.StageBroken(member, epoch, error, None))
+            incarnation = peer_of(where).incarnation
+            await self._events.send(events.StageBroken(member, epoch, error, incarnation))
 
     def _end_chain(self) -> None:
         chain, self._chain = self._chain, None

@@ -52,10 +52,12 @@ class Heard:
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """The connection to the node has ended, or could not be made."""
+    """The connection to the node has ended, or could not be made. `greeted`: the node had said Hello, so the
+    error is its own word, or what it has done."""
 
     member: int
     error: ShoalError
+    greeted: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from typing import Literal
 
 from ..engine.errors import ShoalError
 from ..planner import Assignment
+from .errors import NetError, NodeLostError, StageStuckError
 from .events import DEFAULT_TIMING, Timing
 from .identity import host_port
 from .liveness import Pulse, load_bound
@@ -53,6 +54,14 @@ class Member:
     def pending(self) -> bool:
         """Whether the first attempt to connect has not ended."""
         return self.hello is None and self.lost is None
+
+    @property
+    def may_return(self) -> bool:
+        """Whether it is lost and may be usable later: it was not reached, its stage does not return yet, or
+        it is busy."""
+        if self.lost is None or (self.hello is not None and self.hello.incarnation == self.faulty):
+            return False
+        return isinstance(self.lost, NodeLostError | StageStuckError) or type(self.lost) is NetError
 
     @property
     def called(self) -> str:

@@ -297,12 +297,16 @@ def test_when_all_are_lost_they_are_waited_for() -> None:
 
 def test_a_node_at_fault_itself_is_used_again_only_after_a_restart() -> None:
     fault = RemoteProtocolError("garbage")
-    state, _ = after(fresh(), *TO_SERVE, Left(1, fault), Planned(2, TWO))
+    state, _ = after(fresh(), *TO_SERVE, Left(1, fault, greeted=True), Planned(2, TWO))
     assert after(state, JOINS[1])[1] == [HangUp(1)]
     assert after(state, JOINS[1])[0].members[1].lost is fault
     assert after(state, Joined(1, hello("b", 555)))[0].members[1].alive
+    # By the word of its neighbour, or for a connection that it has not accepted, it is only lost.
+    for event in (StageBroken(0, epoch(1), fault, 101), StageBroken(1, epoch(1), fault, 101), Left(1, fault)):
+        state, _ = after(fresh(), *TO_SERVE, event, Planned(2, TWO))
+        assert state.members[1].lost is fault and after(state, JOINS[1])[0].members[1].alive
     # If it is the only one, waiting would be of no use.
-    _, commands = after(fresh(), *TO_SERVE, Left(1, fault), Planned(2, NO_PLAN))
+    _, commands = after(fresh(), *TO_SERVE, Left(1, fault, greeted=True), Planned(2, NO_PLAN))
     assert isinstance(commands[0], Fail) and "garbage; the other nodes cannot go on" in str(commands[0].error)
 
 

@@ -1,5 +1,6 @@
 """One connection over memory streams: what every kind of end becomes, and that nothing waits for ever."""
 
+from contextlib import AsyncExitStack
 from types import ModuleType
 from typing import Any
 
@@ -7,9 +8,9 @@ import pytest
 import trio
 import trio.testing
 
-from shoal.net.connection import Connection, dial, earliest, greet, open_connection
+from shoal.net.connection import Connection, dial, earliest, enter_dial, greet, open_connection
 from shoal.net.errors import LocalProtocolError, NodeLostError, RemoteProtocolError
-from shoal.net.messages import Data, Hello, Open, Ping, Pong
+from shoal.net.messages import Data, Hello, Open, Peer, Ping, Pong
 from shoal.net.probe import measure
 
 
@@ -289,3 +290,38 @@ def test_of_two_streams_at_the_same_moment_one_is_closed() -> None:
         await kept.send_all(b"x")
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+@pytest.mark.parametrize(("closed", "reached"), [(2, True), (3, False)])
+def test_a_connection_that_a_crowded_node_closes_is_tried_again(
+    lab: ModuleType, closed: int, reached: bool
+) -> None:
+    """A node closes connections that have not said Hello when it needs their place."""
+
+    async def main() -> None:
+        async with lab.network() as net:
+            net.add("a")
+            count = 0
+
+            async def crowded(host: str, port: int) -> trio.abc.Stream:
+                nonlocal count
+                count += 1
+                if count > closed:
+                    return await net.open_stream(host, port)
+                here, there = trio.testing.memory_stream_pair()
+                await there.aclose()
+                return here
+
+            me = lab.identity("laptop", 99)
+            async with dial(net.open_stream, "host", 7001, me, "control", seconds=5) as (_, hello):
+                peer = Peer("a", "host", 7001, 7001, hello.ticket)
+                async with AsyncExitStack() as stack:
+                    try:
+                        await enter_dial(stack, crowded, me, peer, "step", 5.0)
+                    except NodeLostError:
+                        assert not reached
+                    else:
+                        assert reached
+            assert trio.current_time() == pytest.approx(0.4)
+
+    lab.run(main)

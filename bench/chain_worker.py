@@ -102,7 +102,6 @@ async def head(job: dict[str, Any]) -> dict[str, Any]:
         found = await JOBS[job["do"]](coordinator, model, job)
         return {
             "open_s": opened,
-            "chunk_rows": coordinator.placement.chunk_rows,
             "stages": [[s.device, s.first, s.last] for s in coordinator.placement.stages],
             **found,
         }
@@ -142,18 +141,22 @@ async def _decode(coordinator: Any, model: Model, job: dict[str, Any]) -> dict[s
 
 
 async def _first(coordinator: Any, model: Model, job: dict[str, Any]) -> dict[str, Any]:
-    """Prompts of several lengths, one after another, each after a warm one: seconds to the first token."""
-    seconds, tokens = [], []
+    """Prompts of several lengths, one after another, each after a warm one: seconds to the first token, and
+    the mean rows of a call of the first stage."""
+    seconds, tokens, rows = [], [], []
     for length in job["lengths"]:
         prompt = prompt_of(model, length, length)
         for _ in range(2):
             told: list[tuple[float, int]] = []
+            before = (await coordinator.stats())[0].stats.prefill
             start = time.monotonic()
             await _answer(coordinator, prompt, 1, told)
             took = told[0][0] - start
+        after = (await coordinator.stats())[0].stats.prefill
         seconds.append(took)
         tokens.append([told[0][1]])
-    return {"seconds": seconds, "tokens": tokens}
+        rows.append((after.rows - before.rows) / max(after.steps - before.steps, 1))
+    return {"seconds": seconds, "tokens": tokens, "rows": rows}
 
 
 async def _press(coordinator: Any, model: Model, job: dict[str, Any]) -> dict[str, Any]:

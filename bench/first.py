@@ -37,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for n in counts:
             found = chain.head(n, "first", lengths=lengths, context=max(lengths) + 1)
             add(chain.checkout.name, number, n, found)
-            samples.add(f"{over(n)}: rows of a chunk", chain.checkout.name, number, found["chunk_rows"])
+            for length, rows in zip(lengths, found["rows"], strict=True):
+                figure = f"{over(n)}: a prompt of {length}, rows a call"
+                samples.add(figure, chain.checkout.name, number, rows)
 
     with chains(checkouts, model, max(counts)) as running:
         turns = [lambda number, chain=chain: measure(chain, number) for chain in running]

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from shoal.engine.batch import Want
-from shoal.net.inbox import Batch, Inbox, load
+from shoal.net.inbox import Batch, Inbox, decodes, load
 from shoal.net.messages import Close, Epoch, Step
 from shoal.net.pace import slowed
 from shoal.net.scheduler import Load
@@ -34,7 +34,7 @@ from shoal.planner.streams import Follower, Way
 EPOCH = Epoch(0, 0)
 ROW = Chunking(1)
 TOKENS = (0,) * MOST_ROWS
-HIDDEN = np.zeros((1, 1), np.float32)
+HIDDEN = np.zeros((MOST_ROWS, 0), np.float32)
 """The output of a stage: its values do not matter here."""
 
 
@@ -262,11 +262,19 @@ class _Chain:
 
     def _onward(self, at: int, steps: Sequence[Step], done: float) -> None:
         if at + 1 < len(self._stages):
-            last = steps[-1]
+            last = next((one for one in reversed(steps) if decodes(one)), None)
             self.send(
                 at + 1,
                 [
-                    Step(one.session, EPOCH, one.first, one.tokens, one.want, HIDDEN, one is not last)
+                    Step(
+                        one.session,
+                        EPOCH,
+                        one.first,
+                        one.tokens,
+                        one.want,
+                        HIDDEN,
+                        decodes(one) and one is not last,
+                    )
                     for one in steps
                 ],
                 done,
@@ -372,7 +380,7 @@ class _Run:
         if session is None:
             return
         session.acked += len(step.tokens)
-        if session.acked == session.flying[0]:  # a stage may have divided the chunk
+        while session.flying and session.flying[0] <= session.acked:  # stages may divide and join chunks
             session.flying.popleft()
         if step.want is Want.TOKEN:
             session.known += 1

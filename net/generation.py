@@ -127,13 +127,18 @@ class Generation:
         return steps
 
     def take(self, result: Result) -> int | None:
-        """Accepts a result of the oldest Step in flight, or of the first rows that are left of it, since a
-        stage may divide a Step; returns the token that it adds to the answer, if any. RemoteProtocolError:
-        the result does not match that Step."""
-        step = self._in_flight[0] if self._in_flight else None
-        rest = 0 if step is None else len(step.tokens) - result.rows
-        wanted = step is not None and step.want is Want.TOKEN and rest == 0
-        if step is None or rest < 0 or (result.first, result.token is not None) != (step.first, wanted):
+        """Accepts a result of the first rows in flight, which need not be those of one Step: a stage may
+        divide Steps, and join rows that follow each other. Returns the token that it adds to the answer, if
+        any. RemoteProtocolError: the result does not match what is in flight."""
+        done, first, rest, wanted = 0, result.first, result.rows, False
+        for step in self._in_flight:
+            if step.first != first or rest < len(step.tokens) or wanted:
+                break
+            first, rest = first + len(step.tokens), rest - len(step.tokens)
+            done, wanted = done + 1, step.want is Want.TOKEN
+        part = self._in_flight[done] if rest and done < len(self._in_flight) and not wanted else None
+        matches = not rest or (part is not None and part.first == first and rest < len(part.tokens))
+        if not matches or (result.token is not None) != wanted:
             raise RemoteProtocolError(
                 f"the last node sent a Result of {result.rows} rows at {result.first}, which was not due"
             )
@@ -141,15 +146,13 @@ class Generation:
             raise RemoteProtocolError(
                 f"the last node sent token {result.token}, which is not in [0, {self.vocab})"
             )
-        if rest:
-            done = result.rows
-            self._in_flight[0] = replace(step, first=step.first + done, tokens=step.tokens[done:])
-            return None
-        self._in_flight.popleft()
-        if self._old:
-            self._old -= 1
-            return None
-        return None if result.token is None else self._append(result.token)
+        old = done <= self._old
+        self._old = max(0, self._old - done)
+        for _ in range(done):
+            self._in_flight.popleft()
+        if part is not None:
+            self._in_flight[0] = replace(part, first=first + rest, tokens=part.tokens[rest:])
+        return None if result.token is None or old else self._append(result.token)
 
     def stop(self) -> None:
         """Ends the answer, complete or not. What is in flight is computed, and its tokens are dropped."""

@@ -2,22 +2,27 @@
 
 Messages of one session stay in order. A batch has at most one Step of each session:
 
-- Rows that were computed together on the previous stage stay together (`Step.more`), with others that wait as
-  well, up to the rows of a group. On the first stage, rows of sequences of one group go together
-  (net/scheduler.py).
+- Rows of sequences that decode and were computed together on the previous stage stay together (`Step.more`),
+  with others that wait as well, up to the rows of a group. On the first stage, rows of sequences of one group
+  go together (net/scheduler.py).
 - Rows of sequences that decode go before rows of prompts. Prompts take turns.
-- While sequences decode, the first stage divides Steps of prompts into slices, so small that no stage needs
-  much longer for a call with one (Grouping.slice). A slice goes with rows of sequences that decode, or alone
-  if its call ends before the next of them is due.
+- While sequences decode, Steps of prompts are divided into slices. A slice goes with rows of sequences that
+  decode, or fills the time until the next of them is due: as many rows as let no sequence take STRETCH times
+  as long from token to token as without prompts. Stages do so one by one, and what one of them has delayed is
+  seen by the others as time that is over.
 
 Times are in seconds of any clock that never goes back.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, islice
+
+import numpy as np
 
 from ..engine.batch import Want
 from ..planner.groups import Grouping
@@ -34,6 +39,13 @@ ENOUGH_BYTES = MAX_BYTES - STEP_LIMIT
 """The most bytes of queued messages to which another may be added."""
 ENOUGH_STEPS = 3
 """How many Steps of the most rows are enough where they have fewer bytes: work for three calls."""
+STRETCH = 1.8
+"""How many times as long as without prompts a sequence may take from token to token beside them."""
+LEAST_STRETCH = 1.25
+"""How many times as long as alone a call of sequences that decode may always take with rows of prompts, so
+that prompts go on."""
+MOST_JOINED = 64
+"""The most rows to which parts of a prompt that wait are joined."""
 WHOLE_SECONDS = 0.005
 """How long rows wait for the others of their call on the previous stage, which are on their way; or for as
 long as a call takes, if that is longer."""
@@ -49,12 +61,11 @@ class Batch:
 
 @dataclass(slots=True)
 class _Call:
-    """Rows that the previous stage has computed together, and when the first arrived. `whole`: the last of
-    them has arrived."""
+    """Sessions that decode whose rows the previous stage has computed together, and when the first arrived.
+    `whole`: the last of them has arrived."""
 
     since: float
     decoding: list[int] = field(default_factory=list)
-    prompts: list[int] = field(default_factory=list)
     whole: bool = False
 
 
@@ -83,12 +94,10 @@ class Inbox:
     """Sessions whose first queued item is the row of a sequence that decodes."""
     _calls: deque[_Call] = field(default_factory=deque)
     """Calls of the previous stage that wait. The last one may not be whole."""
-    _usual: float = 0.0
-    """The expected seconds of the rows of sequences that decode of the last call that had any."""
-    _later: bool = False
-    """Whether this is a later stage than the first, since Steps arrive with hidden rows."""
-    _pressed: tuple[float, float] = (0.0, 0.0)
-    """When the last call of prompts alone began and ended."""
+    _last: list[Load] = field(default_factory=list)
+    """The rows of sequences that decode of the last call that had any."""
+    _pressed: float = -math.inf
+    """When rows of prompts were last computed, or waited."""
 
     def __post_init__(self) -> None:
         self._streams = Streams(self.groupings)
@@ -124,13 +133,12 @@ class Inbox:
                 del self._lines[item.session]
                 return
         elif isinstance(item, Step):
-            decodes = not line and _decodes(item)
-            if decodes:
+            row = not line and decodes(item)
+            if row:
                 self._decoding.add(item.session)
                 self._streams.arrived(item.session, now)
-            if item.hidden is not None:
-                self._later = True
-                self._join_call(item, decodes, now)
+            if row and item.hidden is not None:
+                self._join_call(item, now)
         self._heard += not isinstance(item, Step)
         self._bytes += held_bytes(item)
         line.append(item)
@@ -149,13 +157,15 @@ class Inbox:
         steps: list[Step] = []
         if isinstance(chosen, _Call):
             sessions = chosen.decoding[: min(MAX_STEPS, self.max_rows)]
-            delayed = self._delayed(sessions, now)
             self._streams.taken(sessions)
             steps = [self._pop(session) for session in sessions]
-            self._usual = self._seconds(steps)
-            if prompts and not delayed:
-                self._add_beside(steps, prompts, chosen.prompts)
+            self._last = [load(step) for step in steps]
             self._leave_calls(sessions)
+            if prompts:
+                usual = self._seconds(self._last)
+                end = self._streams.deadline(STRETCH, now, sessions)
+                room = LEAST_STRETCH * usual if end is None else max(end - now, LEAST_STRETCH * usual)
+                self._add(steps, prompts, room)
         elif prompts and chosen is None:
             chosen = self._alone(steps, prompts, now)
         if steps or notices:
@@ -169,22 +179,19 @@ class Inbox:
             return
         if self._costs is not None:
             self._costs.ran([load(step) for step in batch.steps], end - start)
-        decoding = [step.session for step in batch.steps if _decodes(step)]
-        self._streams.ran(decoding, end)
-        if not decoding:
-            self._pressed = start, end
+        decoding = [step.session for step in batch.steps if decodes(step)]
+        if len(decoding) < len(batch.steps) or len(self._lines) > len(self._decoding):
+            self._pressed = end
+        self._streams.ran(decoding, end, self._pressed)
 
     # Rows of sequences that decode.
 
-    def _join_call(self, step: Step, decodes: bool, now: float) -> None:
-        """Adds a Step to the call of the previous stage that it was a part of."""
+    def _join_call(self, step: Step, now: float) -> None:
+        """Adds a row to the call of the previous stage that it was a part of."""
         if not self._calls or self._calls[-1].whole:
-            self._calls.append(_Call(since=now))
-        call = self._calls[-1]
-        (call.decoding if decodes else call.prompts).append(step.session)
-        call.whole = not step.more
-        if call.whole and not call.decoding:
-            self._calls.pop()
+            self._calls.append(_Call(now))
+        self._calls[-1].decoding.append(step.session)
+        self._calls[-1].whole = not step.more
 
     def _chosen(self, now: float) -> _Call | float | None:
         """The next call of sequences that decode; or the time until which to wait for more of them; or None
@@ -193,7 +200,7 @@ class Inbox:
             return None
         if self._calls and self._calls[0].decoding:
             call = self._calls[0]
-            end = call.since + max(WHOLE_SECONDS, self._usual)
+            end = call.since + max(WHOLE_SECONDS, self._seconds(self._last))
             if not call.whole and now < end:
                 return end
             call.whole = True
@@ -214,7 +221,6 @@ class Inbox:
                 break
             other = self._calls.popleft()
             call.decoding += other.decoding
-            call.prompts += other.prompts
         self._calls.appendleft(call)
 
     def _leave_calls(self, sessions: Iterable[int]) -> None:
@@ -226,66 +232,74 @@ class Inbox:
 
     # Rows of prompts.
 
-    def _delayed(self, sessions: Sequence[int], now: float) -> bool:
-        """Whether the rows of these sessions have waited for a call of prompts alone for so long that none
-        goes with them as well."""
-        since, (start, end) = self._streams.since(sessions), self._pressed
-        return min(end, now) - max(start, since) > self._usual / 2
-
-    def _add_beside(self, steps: list[Step], prompts: Sequence[int], own: Sequence[int]) -> None:
-        """Adds rows of prompts to a call of sequences that decode: on a later stage those that were in the
-        call of the previous stage, or else one Step that waits."""
-        if not self._later:
-            self._add(steps, prompts)
-            return
-        there = set(prompts)
-        for session in [session for session in own if session in there] or prompts[:1]:
-            if self._fits(steps, self._front(session)):
-                steps.append(self._pop(session))
-
     def _alone(self, steps: list[Step], prompts: Sequence[int], now: float) -> float | None:
         """Adds rows of prompts to a call without others; or adds none, and returns the time until which to
-        wait for rows of a sequence that decodes, because that call would end too late for them."""
-        due = self._streams.due(now) if self._streams else None
+        wait for rows of a sequence that decodes, because more rows of prompts can go with them."""
+        if not self._divides:
+            self._add(steps, prompts, math.inf)
+            return None
+        self._join_parts(prompts[0])
+        usual, front = self._seconds(self._last), self._front(prompts[0])
+        end = self._streams.deadline(STRETCH, now)
+        room = STRETCH * usual if end is None else end - now - usual * self._streams.groups
+        due = self._streams.due(now)
         if due is not None:
-            first = self._front(prompts[0])
-            rows = first.tokens[: self._slice(first.first)]
-            seconds = self._seconds([replace(first, tokens=rows)])
-            if seconds > due[0] - now + self._usual / 4:
+            with_them = room + usual - max(0.0, due[0] - now)
+            if self._most(front, [], room) < self._most(front, self._last, with_them):
                 return due[1]
-        self._add(steps, prompts)
+        self._add(steps, prompts, room)
         return None
 
-    def _add(self, steps: list[Step], prompts: Sequence[int]) -> None:
-        """Adds rows of prompts to a call, up to a slice while sequences decode. The first Step of a call
-        always goes: one that is too long for any batch must fail in the stage instead of waiting for ever."""
-        taken = 0
+    def _add(self, steps: list[Step], prompts: Sequence[int], room: float) -> None:
+        """Adds rows of prompts to a call, whose Steps then take at most `room` seconds while sequences
+        decode. The first Step of a call always goes: one that is too long for any batch must fail in the
+        stage instead of waiting for ever."""
+        loads = [load(step) for step in steps]
+        taken, before = 0, len(steps)
         for session in prompts:
-            step = self._front(session)
-            rows = min(len(step.tokens), self._slice(step.first) - taken)
-            if rows > 0 and (not steps or self._fits(steps, step, rows)):
+            if self._divides:
+                self._join_parts(session)
+            front = self._front(session)
+            rows = len(front.tokens)
+            if self._divides:
+                limit = min(self._slice(front.first), self.chunk_rows, self.max_rows - before)
+                rows = self._most(front, loads, room, limit - taken)
+                if not rows and not steps:
+                    rows = 1
+            fits = taken + rows <= self.chunk_rows and before + taken + rows <= self.max_rows
+            if rows and (not steps or (fits and len(steps) < MAX_STEPS)):
                 steps.append(self._pop(session, rows))
+                loads.append(load(steps[-1]))
                 taken += rows
+
+    @property
+    def _divides(self) -> bool:
+        """Whether Steps of prompts are divided: sequences decode, and the costs of calls are known."""
+        return self._costs is not None and len(self._streams) > 0
 
     def _slice(self, position: int) -> int:
         """The most rows of prompts from that position on in a call."""
         grouping = self._streams.grouping
         return MOST_ROWS if grouping is None else grouping.slice(position)
 
-    def _fits(self, steps: Sequence[Step], step: Step, rows: int | None = None) -> bool:
-        """Whether a call has room for so many rows of a prompt's Step, or all."""
-        count = len(step.tokens) if rows is None else rows
-        prompt = sum(len(other.tokens) for other in steps if not _decodes(other))
-        decoding = sum(map(_decodes, steps))
-        return (
-            len(steps) < MAX_STEPS
-            and prompt + count <= self.chunk_rows
-            and decoding + prompt + count <= self.max_rows
-        )
+    def _most(self, step: Step, loads: Sequence[Load], room: float, limit: int = MOST_ROWS) -> int:
+        """The most rows of a Step, up to `limit`, with which a call of `loads` takes at most `room` s."""
 
-    def _seconds(self, steps: Sequence[Step]) -> float:
+        def fits(rows: int) -> bool:
+            wants = step.want is Want.TOKEN and rows == len(step.tokens)
+            return self._seconds([*loads, (rows, step.first, wants)]) <= room
+
+        low, high = 0, min(limit, len(step.tokens))
+        if high > 0 and fits(high):
+            return high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
+
+    def _seconds(self, loads: Sequence[Load]) -> float:
         """The expected seconds of a call; 0 if no costs are known."""
-        return self._costs.seconds([load(step) for step in steps]) if self._costs is not None else 0.0
+        return self._costs.seconds(loads) if self._costs is not None and loads else 0.0
 
     # The lines of the sessions.
 
@@ -323,6 +337,34 @@ class Inbox:
         self._decoding.discard(session)
         return step
 
+    def _join_parts(self, session: int) -> None:
+        """Joins the first Steps of a prompt that follow each other, since they may be parts of divided ones,
+        up to MOST_JOINED rows."""
+        line = self._lines[session]
+        joined = [self._front(session)]
+        rows = len(joined[0].tokens)
+        for item in islice(line, 1, None):
+            last = joined[-1]
+            if not isinstance(item, Step) or item.first != last.first + len(last.tokens):
+                break
+            rows += len(item.tokens)
+            if rows > MOST_JOINED or last.want is Want.TOKEN:
+                break
+            joined.append(item)
+        if len(joined) == 1:
+            return
+        for _ in joined:
+            line.popleft()
+        hidden = [step.hidden for step in joined if step.hidden is not None]
+        whole = replace(
+            joined[-1],
+            first=joined[0].first,
+            tokens=tuple(chain.from_iterable(step.tokens for step in joined)),
+            hidden=np.concatenate(hidden) if hidden else None,
+        )
+        line.appendleft(whole)
+        self._bytes += held_bytes(whole) - sum(map(held_bytes, joined))
+
     def _forget(self, session: int) -> None:
         self._decoding.discard(session)
         self._streams.forget(session)
@@ -334,7 +376,7 @@ def load(step: Step) -> Load:
     return len(step.tokens), step.first, step.want is Want.TOKEN
 
 
-def _decodes(step: Step) -> bool:
+def decodes(step: Step) -> bool:
     """Whether a Step is the row of a sequence that decodes."""
     return len(step.tokens) == 1 and step.want is Want.TOKEN
 

@@ -24,6 +24,8 @@ of idle time before it."""
 
 WEIGHT = 0.2
 """The weight of a new lap in the moving average of a session's laps."""
+QUICKER, SLOWER = 0.3, 0.05
+"""The weights of a new period in the average of those without prompts: if it is shorter, and if longer."""
 COST_WEIGHT = 0.1
 """The weight of a call in the moving averages that correct expected costs."""
 MOST_CHANGE = 2.0
@@ -38,13 +40,17 @@ FIRST_SECONDS = 5.0
 
 @dataclass(slots=True)
 class _Stream:
-    """A session that decodes. `here`: when its next row arrived, `left`: when its last call ended."""
+    """A session that decodes. `here`: when its next row arrived; `left`: when its last call ended, while its
+    next row is away; `ended`: the same, until its next call ends. `quiet`: the usual time from the end of a
+    call to the end of the next, without prompts."""
 
     group: int
     here: float | None = None
     left: float | None = None
     lap: float | None = None
     spread: float = 0.0
+    ended: float | None = None
+    quiet: float | None = None
 
     def back(self, now: float) -> None:
         """Counts the lap of a row that has arrived."""
@@ -57,6 +63,18 @@ class _Stream:
                 self.spread += WEIGHT * (abs(lap - self.lap) - self.spread)
                 self.lap += WEIGHT * (lap - self.lap)
         self.here, self.left = now, None
+
+    def ran(self, end: float, pressed: float) -> None:
+        """Counts a call. Rows of prompts last took time at `pressed`."""
+        if self.ended is not None and self.ended > pressed:
+            period = end - self.ended
+            if self.quiet is None:
+                self.quiet = period
+            else:
+                # Prompts on other stages, which are not seen here, make periods longer only.
+                weight = QUICKER if period < self.quiet else SLOWER
+                self.quiet += weight * (min(period, MOST_CHANGE * self.quiet) - self.quiet)
+        self.ended = end
 
 
 class Streams:
@@ -79,6 +97,11 @@ class Streams:
             return None
         return of_many(self._groupings, len(self._streams))
 
+    @property
+    def groups(self) -> int:
+        """The number of groups."""
+        return len({stream.group for stream in self._streams.values()})
+
     def arrived(self, session: int, now: float) -> None:
         """A row of the session waits from now on."""
         stream = self._streams.get(session)
@@ -96,13 +119,15 @@ class Streams:
             if stream is not None:
                 stream.here = stream.left = None
 
-    def ran(self, sessions: Iterable[int], end: float) -> None:
-        """The call of these sessions' rows ended."""
+    def ran(self, sessions: Iterable[int], end: float, pressed: float = -math.inf) -> None:
+        """The call of these sessions' rows ended. Rows of prompts last took time at `pressed`."""
         self._free = end
         for session in sessions:
             stream = self._streams.get(session)
-            if stream is not None and stream.here is None:
-                stream.left = end
+            if stream is not None:
+                stream.ran(end, pressed)
+                if stream.here is None:
+                    stream.left = end
 
     def forget(self, session: int) -> None:
         """The session has ended."""
@@ -125,11 +150,21 @@ class Streams:
         if gone:
             self._balance()
 
-    def since(self, sessions: Iterable[int]) -> float:
-        """When the first of these sessions' rows arrived; infinite if none waits."""
-        streams = (self._streams.get(session) for session in sessions)
-        arrivals = (s.here for s in streams if s is not None and s.here is not None)
-        return min(arrivals, default=math.inf)
+    def deadline(self, stretch: float, now: float, sessions: Iterable[int] | None = None) -> float | None:
+        """When the next call of these sessions must end, or of all whose row is due, so that none takes
+        `stretch` times as long from token to token as without prompts; None if that is not known."""
+        streams = self._streams
+        known = (
+            [streams[session] for session in sessions if session in streams]
+            if sessions
+            else [
+                stream
+                for stream in streams.values()
+                if stream.here is not None
+                or (stream.left is not None and now < self._late(stream, self._lap()))
+            ]
+        )
+        return min((s.ended + stretch * s.quiet for s in known if s.ended and s.quiet), default=None)
 
     def due(self, now: float) -> tuple[float, float] | None:
         """When the next row should arrive, and until when at the latest; None if none is expected."""

@@ -15,7 +15,7 @@ from ..engine.batch import Result as StageResult
 from ..engine.batch import Run, Sampling
 from ..engine.errors import ContextError, ModelFileError, ShoalError
 from .errors import to_wire
-from .inbox import Batch
+from .inbox import Batch, decodes
 from .messages import Close, Epoch, Failed, Open, Result, Stats, Step, Work
 
 MAX_SESSIONS = 256
@@ -146,8 +146,8 @@ class StageWork:
 
 
 def _together(answers: list[Answer]) -> list[Answer]:
-    """The answers of one call, in which every Step but the last says that more of them follow. Failures go to
-    the coordinator, so they are not between them."""
-    steps = [answer for answer in answers if isinstance(answer, Step)]
-    others = [answer for answer in answers if not isinstance(answer, Step)]
-    return [*others, *(replace(step, more=step is not steps[-1]) for step in steps)]
+    """The answers of one call: rows of sequences that decode first, of which each but the last says that more
+    of them follow. Rows of prompts need not stay with them."""
+    decoding = [answer for answer in answers if isinstance(answer, Step) and decodes(answer)]
+    others = [answer for answer in answers if not (isinstance(answer, Step) and decodes(answer))]
+    return [*(replace(step, more=step is not decoding[-1]) for step in decoding), *others]

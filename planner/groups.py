@@ -25,7 +25,7 @@ LAPS = 2
 
 
 STRETCH = 2.0
-"""How many times as long as alone a call of sequences that decode may take with rows of prompts."""
+"""In how many rounds of sequences that decode a stage, or a link, must be done with a slice of a prompt."""
 MOST_SLICE = 256
 DEEP = 1024
 """The position of a prompt whose attention tells how slices should shrink."""
@@ -135,7 +135,8 @@ def grouping(way: Way, count: int, depth: int = 0) -> Grouping:
     prompts that go with a group."""
     groups = best_groups(way, count, depth)
     rows = -(-count // groups)
-    start, deep = (_slice(way, rows, depth, position) for position in (0, DEEP))
+    longest = STRETCH * round_seconds(way, count, groups, depth)
+    start, deep = (_slice(way, rows, depth, position, longest) for position in (0, DEEP))
     slope = (start / deep - 1) / DEEP
     if rows == 1:
         return Grouping(groups, 0.0, start, slope)
@@ -144,17 +145,15 @@ def grouping(way: Way, count: int, depth: int = 0) -> Grouping:
     return Grouping(groups, LAPS * max(0.0, saved), start, slope)
 
 
-def _slice(way: Way, rows: int, depth: int, position: int) -> int:
+def _slice(way: Way, rows: int, depth: int, position: int, seconds: float) -> int:
     """The most rows of a prompt from that position on with which a call of `rows` decoded rows takes at most
-    STRETCH times as long as without, on every stage that matters: a stage whose call with them is shorter
-    than that of the busiest stage without does not."""
+    so many seconds on every stage, and which a link carries in as many."""
     decoding = [(1, depth, True)] * rows
-    alone = [stage.call_seconds(decoding) for stage in way.stages]
-    limits = [max(STRETCH * seconds, max(alone)) for seconds in alone]
+    row = max(way.busy)
 
     def fits(count: int) -> bool:
         steps = [*decoding, (count, position, False)]
-        return all(s.call_seconds(steps) <= limit for s, limit in zip(way.stages, limits, strict=True))
+        return count * row <= seconds and all(s.call_seconds(steps) <= seconds for s in way.stages)
 
     low, high = 1, MOST_SLICE + 1
     while high - low > 1:

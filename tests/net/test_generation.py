@@ -54,7 +54,7 @@ def test_a_stage_may_divide_a_step_and_each_part_is_answered() -> None:
     assert g.due() == []
     for wrong in (
         answer(first, None),
-        Result(3, FIRST.epoch, 1, 4, None),
+        Result(3, FIRST.epoch, 1, 6, None),
         Result(3, FIRST.epoch, 2, 2, None),
         Result(3, FIRST.epoch, 1, 2, 7),
     ):
@@ -66,6 +66,33 @@ def test_a_stage_may_divide_a_step_and_each_part_is_answered() -> None:
         g.take(Result(3, FIRST.epoch, 5, 1, None))
     assert g.take(Result(3, FIRST.epoch, 5, 1, 77)) == 77
     assert last.want is Want.TOKEN
+
+
+def test_a_stage_may_join_rows_that_follow_each_other() -> None:
+    g = generation(12)
+    g.start(FIRST)
+    assert spans(g.due()) == [(0, 4, False), (4, 4, False), (8, 4, True)]
+    assert g.take(Result(3, FIRST.epoch, 0, 6, None)) is None
+    for wrong in (
+        Result(3, FIRST.epoch, 6, 6, None),  # with all rows there is a token
+        Result(3, FIRST.epoch, 6, 5, 7),  # and without all there is none
+        Result(3, FIRST.epoch, 6, 7, 7),
+        Result(3, FIRST.epoch, 4, 2, None),
+    ):
+        with pytest.raises(RemoteProtocolError, match="was not due"):
+            g.take(wrong)
+    assert g.take(Result(3, FIRST.epoch, 6, 6, 7)) == 7
+    assert spans(g.due()) == [(12, 1, True)]
+
+
+def test_rows_of_an_answer_that_was_left_may_be_joined_with_those_of_the_next() -> None:
+    g = generation(8)
+    g.start(FIRST)
+    g.due()
+    g.ask([*range(8), 50, 51], 3)
+    assert spans(g.due()) == [(8, 2, True)]
+    assert g.take(Result(3, FIRST.epoch, 0, 8, 9)) is None
+    assert g.take(Result(3, FIRST.epoch, 8, 2, 11)) == 11
 
 
 def test_parts_of_an_answer_that_was_left_are_passed_over() -> None:

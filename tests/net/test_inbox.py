@@ -8,8 +8,10 @@ import pytest
 
 from shoal.engine.batch import Sampling, Want
 from shoal.net.inbox import (
+    LEAST_STRETCH,
     MAX_BYTES,
     MAX_STEPS,
+    STRETCH,
     WHOLE_SECONDS,
     Batch,
     Inbox,
@@ -23,6 +25,7 @@ from shoal.net.scheduler import Load
 from shoal.planner.groups import Grouping
 
 NOW, OLD = Epoch(1, 2), Epoch(1, 1)
+ALONE = Grouping(1, 0.01)
 
 
 def opened(session: int, epoch: Epoch = NOW) -> Open:
@@ -220,38 +223,40 @@ def test_calls_that_wait_are_joined_up_to_the_rows_of_a_group() -> None:
     assert taken(box) == [(1, 7)]
 
 
-def test_rows_of_prompts_stay_in_their_call_and_those_that_wait_join_one_without_any() -> None:
-    box = inbox(passed(1, 5, more=True), passed(50, 0, 3), passed(51, 0, 3), passed(2, 5), passed(3, 5))
-    assert taken(box) == [(1, 5), (50, 0)]
-    assert taken(box) == [(2, 5), (51, 0)]
-    assert taken(box) == [(3, 5)]
-    box = inbox(passed(50, 0, 3), passed(1, 5, more=True), passed(50, 3, 3))
-    assert taken(box) == [(1, 5), (50, 0)]
-    assert taken(box) == [(50, 3)]
+def test_rows_of_prompts_do_not_hold_up_rows_that_decode() -> None:
+    box = inbox(passed(1, 5, more=True), passed(2, 5), passed(50, 0, 3))
+    assert taken(box) == [(1, 5), (2, 5), (50, 0)]
+    box = inbox(passed(50, 0, 3), passed(1, 5, more=True))
+    assert box.take(0.001) == WHOLE_SECONDS
 
 
-# Rows of prompts beside sequences that decode, at most 11 in a call. A call takes 5 ms and 0.48 ms a row.
+# Rows of prompts beside sequences that decode. A call takes 5 ms and 0.48 ms a row.
 
 
 def costly(loads: Sequence[Load], pause: float) -> float:
     return 0.005 + 0.00048 * sum(count for count, _, _ in loads)
 
 
-def busy(streams: int = 1, chunk_rows: int = 64) -> Inbox:
-    """An inbox with sequences that decode, whose rows are back 3 ms after their calls; the last call ended at
-    1.0."""
-    box = Inbox(NOW, 256, chunk_rows, (Grouping(1, 0.01, 11),) * 8, costly)
-    now = 1.0 - 9 * (0.003 + costly([(streams, 0, True)], 0.0))
+ROW = 0.00548
+"""Seconds of a call of one row."""
+
+
+def busy(away: float = 0.003, grouping: Grouping = ALONE, later: bool = False) -> tuple[Inbox, float]:
+    """An inbox with a sequence that decodes, whose rows are away for so long after their calls, and the time
+    at which the last one of them ended."""
+    box, now = Inbox(NOW, 256, 64, (grouping,) * 8, costly), 1.0
     for at in range(9):
-        now = lap(box, range(streams), at, now + 0.003)
-    return box
+        now = lap(box, at, now + away, later)
+    return box, now
 
 
-def lap(box: Inbox, sessions: Sequence[int], at: int, now: float) -> float:
-    """Lets rows of these sessions arrive and be computed; returns the end of the call."""
-    for session in sessions:
-        box.put(rows(session, at), now)
-    batch = take(box, now)
+def lap(box: Inbox, at: int, now: float, later: bool = False) -> float:
+    """Lets the row of that position arrive and be computed; returns the end of the call."""
+    box.put(passed(0, at) if later else rows(0, at), now)
+    return ended(box, take(box, now), now)
+
+
+def ended(box: Inbox, batch: Batch, now: float) -> float:
     end = now + costly([load(step) for step in batch.steps], 0.0)
     box.ran(batch, now, end)
     return end
@@ -262,66 +267,107 @@ def parts(batch: Batch | float | None) -> list[tuple[int, int, int]]:
     return [(step.session, step.first, len(step.tokens)) for step in batch.steps]
 
 
-def test_a_prompt_is_divided_into_slices_beside_rows_that_decode() -> None:
-    box = busy()
-    box.put(prompt(50, 0, 64), 1.001)
-    box.put(rows(0, 9), 1.003)
-    assert parts(box.take(1.003)) == [(0, 9, 1), (50, 0, 11)]
-    box.put(rows(0, 10), 1.020)
-    assert parts(box.take(1.020)) == [(0, 10, 1), (50, 11, 11)]
+@pytest.mark.parametrize("later", [False, True])
+def test_a_prompt_is_divided_so_that_tokens_stay_within_the_stretch(later: bool) -> None:
+    box, now = busy(later=later)
+    period = 0.003 + ROW
+    for at in (9, 10, 11):
+        if at == 9:
+            box.put(passed(50, 0, 64) if later else prompt(50, 0, 64), now)
+        before, now = now, lap(box, at, now + 0.003, later)
+        # Another row, 0.48 ms, would be too many.
+        assert STRETCH * period - 0.00048 < now - before <= STRETCH * period + 1e-9
+
+
+def test_a_row_that_is_late_leaves_less_room_but_some() -> None:
+    box, now = busy()
+    box.put(prompt(50, 0, 64), now)
+    box.put(rows(0, 9), now + 0.008)
+    before = now
+    batch = take(box, now + 0.008)
+    assert len(batch.steps) == 2
+    assert ended(box, batch, now + 0.008) <= before + STRETCH * (0.003 + ROW) + 1e-9
+    box, now = busy()
+    box.put(prompt(50, 0, 64), now)
+    box.put(rows(0, 9), now + 0.050)
+    batch = take(box, now + 0.050)
+    seconds = costly([load(step) for step in batch.steps], 0.0)
+    assert ROW < seconds <= LEAST_STRETCH * ROW
 
 
 def test_the_last_part_of_a_divided_prompt_wants_the_token() -> None:
-    box = busy()
-    box.put(prompt(50, 0, 16, want=Want.TOKEN), 1.001)
-    box.put(rows(0, 9), 1.003)
-    first = take(box, 1.003).steps[1]
-    box.put(rows(0, 10), 1.020)
-    last = take(box, 1.020).steps[1]
-    assert (first.want, first.tokens + last.tokens) == (Want.NOTHING, tuple(range(16)))
-    assert (last.want, last.first) == (Want.TOKEN, 11)
+    box, now = busy()
+    box.put(prompt(50, 0, 16, want=Want.TOKEN), now)
+    box.put(rows(0, 9), now + 0.003)
+    first = take(box, now + 0.003)
+    now = ended(box, first, now + 0.003)
+    box.put(rows(0, 10), now + 0.003)
+    one, other = first.steps[1], take(box, now + 0.003).steps[1]
+    assert (one.want, one.tokens + other.tokens) == (Want.NOTHING, tuple(range(16)))
+    assert (other.want, other.first) == (Want.TOKEN, len(one.tokens))
 
 
-def test_a_slice_alone_ends_before_rows_that_decode_are_due_or_waits_for_them() -> None:
-    box = busy()
-    box.put(prompt(50, 0, 64), 1.0)
-    # A row is due at 1.003, and a slice would take 10.28 ms.
-    assert box.take(1.0) == pytest.approx(1.0033, abs=1e-3)
-    box, now = busy(), 1.0
-    for at in range(9, 60):  # laps get longer
-        now = lap(box, [0], at, now + 0.020)
+def test_a_prompt_waits_for_rows_that_are_due_soon_and_fills_a_longer_gap() -> None:
+    box, now = busy(away=0.001)
     box.put(prompt(50, 0, 64), now)
-    for first in (0, 11):  # the second one ends a quarter of a call too late at most
-        batch = take(box, now)
-        assert parts(batch) == [(50, first, 11)]
-        end = now + costly([load(batch.steps[0])], 0.0)
-        box.ran(batch, now, end)
-        now = end
-    assert isinstance(box.take(now), float)
+    until = box.take(now)
+    assert isinstance(until, float) and now + 0.001 < until < now + 0.002
+    box, now = busy(away=0.030)
+    box.put(prompt(50, 0, 64), now)
+    batch = take(box, now)
+    assert [step.session for step in batch.steps] == [50]
+    # After it the row that is due can still end in time.
+    period = 0.030 + ROW
+    assert ended(box, batch, now) + ROW <= now + STRETCH * period
+
+
+def test_what_was_divided_is_joined_while_it_waits() -> None:
+    box, now = busy(away=0.030, later=True)
+    for first in range(0, 24, 3):
+        box.put(passed(50, first, 3), now)
+    box.put(passed(50, 30, 3), now)  # does not follow
+    assert parts(take(box, now)) == [(50, 0, 24)]
+    assert parts(take(box, now)) == [(50, 30, 3)]
+    box.put(prompt(51, 0, 3), now)
+    box.put(prompt(51, 3, 3, want=Want.TOKEN), now)
+    box.put(prompt(51, 6, 3), now)  # of the next answer
+    assert [(step.first, step.want) for step in take(box, now).steps] == [(0, Want.TOKEN)]
+
+
+def test_joined_rows_keep_their_values_and_their_bytes() -> None:
+    box, now = busy(later=True)
+    before = box._bytes
+    values = np.arange(24, dtype=np.float32).reshape(6, 4)
+    for at in range(6):
+        box.put(Step(50, NOW, at, (at,), Want.NOTHING, values[at : at + 1]), now)
+    box.put(passed(0, 9), now + 0.003)
+    (_, step) = take(box, now + 0.003).steps
+    assert step.tokens == tuple(range(6))
+    assert np.array_equal(step.hidden if step.hidden is not None else [], values)
+    assert box._bytes == before
 
 
 def test_prompts_share_what_a_call_may_take_in_turn() -> None:
-    box = busy()
-    for session in (50, 51, 52):
-        box.put(prompt(session, 0, 8), 1.001)
-    box.put(rows(0, 9), 1.003)
-    assert parts(box.take(1.003)) == [(0, 9, 1), (50, 0, 8), (51, 0, 3)]
-    box.put(rows(0, 10), 1.020)
-    assert parts(box.take(1.020)) == [(0, 10, 1), (52, 0, 8), (51, 3, 3)]
+    box, now = busy(away=0.030)
+    for session in (50, 51, 52, 53, 54):
+        box.put(prompt(session, 0, 20), now)
+    first = parts(take(box, now))
+    assert [session for session, _, _ in first] == [50, 51, 52, 53]
+    assert [count for _, _, count in first[:3]] == [20, 20, 20] and first[3][2] == 4
+    assert parts(take(box, now))[0] == (54, 0, 20)
 
 
-def test_a_call_of_a_prompt_alone_counts_as_delay_of_the_next() -> None:
-    box = busy()
-    box.ran(Batch((), (prompt(50, 0, 8),)), 1.001, 1.009)
-    box.put(prompt(50, 8, 64), 1.001)
-    box.put(rows(0, 9), 1.003)
-    # The row has waited for 6 ms, more than the 5.48 by which it may be delayed.
-    assert parts(box.take(1.009)) == [(0, 9, 1)]
+def test_slices_stay_within_those_of_the_grouping_and_shrink_with_the_position() -> None:
+    for first, count in ((0, 12), (1000, 6), (100_000, 1)):
+        box, now = busy(away=0.050, grouping=Grouping(1, 0.0, 12, 0.001))
+        box.put(prompt(50, first, 64), now)
+        assert parts(take(box, now)) == [(50, first, count)]
 
 
 def test_prompts_are_not_divided_while_nothing_decodes_or_no_costs_are_known() -> None:
     box = Inbox(NOW, 256, 64, (), costly)
     box.put(prompt(50, 0, 64), 0.0)
+    box.put(prompt(50, 64, 64), 0.0)
     assert parts(box.take(0.0)) == [(50, 0, 64)]
     box = Inbox(NOW, 256, 64)
     box.put(prompt(50, 0, 64), 0.0)
@@ -329,22 +375,26 @@ def test_prompts_are_not_divided_while_nothing_decodes_or_no_costs_are_known() -
     assert parts(box.take(0.0)) == [(0, 9, 1), (50, 0, 64)]
 
 
-def test_slices_shrink_with_the_position_down_to_a_row() -> None:
-    box = Inbox(NOW, 256, 64, (Grouping(1, 0.0, 12, 0.001),), costly)
-    for at, first, count in ((0, 0, 12), (1, 1000, 6), (2, 100_000, 1)):
-        box.put(rows(0, at), 0.0)
-        box.put(prompt(50 + at, first, 64), 0.0)
-        assert parts(box.take(0.0)) == [(0, at, 1), (50 + at, first, count)]
-        box.put(Close(50 + at, NOW), 0.0)
+def test_a_prompt_goes_on_row_by_row_where_even_one_row_takes_too_long() -> None:
+    def deep(loads: Sequence[Load], pause: float) -> float:
+        return 0.001 * sum(count * (1 + first / 10) for count, first, _ in loads)
+
+    box, now = Inbox(NOW, 256, 64, (), deep), 0.0
+    for at in range(5):
+        now = lap(box, at, now + 0.002)
+    box.put(prompt(50, 1000, 64), now)
+    box.put(rows(0, 9), now + 0.010)
+    assert parts(box.take(now + 0.010)) == [(0, 9, 1)]
+    assert parts(box.take(now + 0.1)) == [(50, 1000, 1)]
 
 
 def test_what_is_left_of_a_divided_step_counts_for_its_bytes() -> None:
-    box = busy()
-    box.put(prompt(50, 0, 64), 1.0)
-    box.put(rows(0, 9), 1.0)
+    box, now = busy()
+    box.put(prompt(50, 0, 64), now)
+    box.put(rows(0, 9), now + 0.003)
     before = box._bytes
-    take(box, 1.0)
-    assert before - box._bytes == held_bytes(rows(0, 9)) + 11 * 40
-    box.put(Close(50, NOW), 0.0)
-    take(box)
+    count = len(take(box, now + 0.003).steps[1].tokens)
+    assert before - box._bytes == held_bytes(rows(0, 9)) + count * 40
+    box.put(Close(50, NOW), now)
+    take(box, now)
     assert (box._bytes, bool(box)) == (0, False)

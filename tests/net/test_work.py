@@ -153,19 +153,19 @@ def test_statistics_tell_decoding_from_prompts(lab: ModuleType) -> None:
     assert (stats.epoch, stats.decode, stats.prefill) == (EPOCH, Work(2, 3, 0.5), Work(1, 4, 0.5))
 
 
-def test_all_rows_of_a_call_but_the_last_say_that_more_follow(lab: ModuleType) -> None:
+def test_rows_that_decode_say_that_more_follow_and_go_before_those_of_prompts(lab: ModuleType) -> None:
     work = StageWork(lab.FakeStage(0, 2), EPOCH, last=False)
-    opening = tuple(opened(session) for session in (1, 2, 3))
-    work.do(Batch(opening, ()))
-    steps = tuple(rows(session, 0, (4,)) for session in (1, 2, 3))
-    assert [answer.more for answer in work.do(Batch((), steps))] == [True, True, False]  # type: ignore[union-attr]
+    work.do(Batch(tuple(opened(session) for session in (1, 2, 3, 4)), ()))
+    steps = (rows(1, 0, (4,)), rows(4, 0, (4, 5), Want.NOTHING), rows(2, 0, (4,)), rows(3, 0, (4,)))
+
+    def said(*steps: Step) -> list[tuple[int, bool]]:
+        return [(one.session, one.more) for one in work.do(Batch((), steps)) if isinstance(one, Step)]
+
+    assert said(*steps) == [(1, True), (2, True), (3, False), (4, False)]
     # The last one fails, and the rows before it are a call without it. What came in says nothing.
-    steps = (replace(rows(1, 1, (4,)), more=True), rows(2, 1, (4,)), rows(3, 9, (4,)))
-    answers = work.do(Batch((), steps))
-    assert isinstance(answers[0], Failed)
-    assert [answer.more for answer in answers[1:]] == [True, False]  # type: ignore[union-attr]
-    (alone,) = work.do(Batch((), (replace(rows(1, 2, (4,)), more=True),)))
-    assert isinstance(alone, Step) and not alone.more
+    failing = (replace(rows(1, 1, (4,)), more=True), rows(2, 1, (4,)), rows(3, 9, (4,)))
+    assert said(*failing) == [(1, True), (2, False)]
+    assert said(replace(rows(1, 2, (4,)), more=True)) == [(1, False)]
 
 
 def test_a_damaged_file_is_nobodys_session(lab: ModuleType) -> None:

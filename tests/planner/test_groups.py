@@ -101,15 +101,14 @@ def test_a_wait_is_what_two_laps_save_on_the_busiest_stage() -> None:
     assert (found.groups, found.wait) == (1, pytest.approx(0.1))
 
 
-def test_a_slice_of_a_prompt_makes_calls_twice_as_long_on_every_stage_that_matters() -> None:
-    # A row by itself takes 4.5 ms, so 9 rows of 0.5 ms go with it.
-    assert grouping(way(USUAL), 1).rows == 9
-    assert grouping(way(USUAL), 8).rows == 16
-    assert grouping(way(USUAL, EVEN), 1).rows == 1
-    # A stage of 0.1 ms a row takes less time with 18 rows than the busiest one with none.
-    light = Fixed([0.0001 * rows for rows in range(300)])
-    assert grouping(way(USUAL, light), 1).rows == 9
-    assert grouping(way(light), 1).rows == 1
+def test_every_stage_and_link_is_done_with_a_slice_within_two_rounds() -> None:
+    # A round takes 6.5 ms, and a call 4 ms and 0.5 ms a row: with the decoded one, 13 ms for 18 rows.
+    assert grouping(way(USUAL), 1).rows == 17
+    assert grouping(way(USUAL, USUAL), 1).rows > 17
+    # On a stage of 2 ms a row, of rounds of 8.5 ms.
+    assert grouping(way(USUAL, EVEN, hop=0.0), 1).rows == 5
+    # A link takes 1 ms a row.
+    assert grouping(way(USUAL, hop=0.0, row=0.001), 1).rows == 13
 
 
 def test_slices_shrink_with_the_position_of_their_prompt() -> None:

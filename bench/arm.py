@@ -52,17 +52,24 @@ class Kernel:
         return "judged_" + re.sub(r"\W+", "_", self.work)
 
 
+ALONE = "(shoal_ahead){.alone = 1}"
+
+
 def _kernels() -> list[Kernel]:
     found = []
     for isa in ("neon", "neon_dot"):  # few rows of neon_i8mm are neon_dot's
         for bits, no_mins in ((8, ""), (4, "NULL, ")):
             found += [
-                Kernel(isa, f"int{bits}, rows: {rows}", f"q{bits}_dots(w, s, {no_mins}x, {rows}, 1, sums)")
+                Kernel(
+                    isa,
+                    f"int{bits}, rows: {rows}",
+                    f"q{bits}_dots(w, s, {no_mins}x, {rows}, 1, {ALONE}, sums)",
+                )
                 for rows in (1, 2, 4)
             ]
     for isa in ("neon_dot", "neon_i8mm"):
         for mins, weights in ((0, "int8, int4"), (1, "int4 with mins")):
-            found.append(Kernel(isa, f"{weights}, many rows", f"packed_dots(w, x, n, {mins}, sums)"))
+            found.append(Kernel(isa, f"{weights}, many rows", f"packed_dots(w, x, 4, n, {mins}, sums)"))
     return found
 
 
@@ -173,8 +180,8 @@ def ceiling(loops: Sequence[Sequence[str]], cpu: str) -> int | None:
     return None if cpu in NO_SMMLA else 2 * CEILINGS[cpu]
 
 
-def count_instructions(folder: Path) -> dict[str, int]:
-    """Instructions of each of PRODUCTS, exactly; `folder` takes what is compiled."""
+def count_instructions(folder: Path, products: Sequence[tuple[str, str, int]] = PRODUCTS) -> dict[str, int]:
+    """Instructions of each product (set, type, rows), exactly; `folder` takes what is compiled."""
     plugin, product = folder / "plugin.so", folder / "product"
     subprocess.run(["cc", "-O2", "-shared", "-fPIC", COUNT / "plugin.c", "-o", plugin], check=True)
     sources = [COUNT / "product.c", *sorted(CSRC.glob("*.c"))]
@@ -182,7 +189,7 @@ def count_instructions(folder: Path) -> dict[str, int]:
         [*ARM, *FLAGS, "-fuse-ld=lld", "-static", *sources, "-o", product, "-lpthread", "-lm"], check=True
     )
     counts = {}
-    for isa, type_, rows in PRODUCTS:
+    for isa, type_, rows in products:
         done = subprocess.run(
             [QEMU, "-cpu", "max,pauth-impdef=on", "-plugin", str(plugin), str(product), isa, type_]
             + [str(number) for number in (rows, COLUMNS, PANELS)],

@@ -11,8 +11,9 @@
 #include "lanes_avx2.h"
 
 #define Q8_BIAS 1
-#define Q8_ROWS 8
-#define Q8_TILE 4
+#define Q8_ROWS 3
+#define Q8_BLOCK 3
+#define Q8_EVEN 1
 #define Q8_PANELS 1
 #define ATTEND_QUERIES 4
 #define ATTEND_MANY 6
@@ -23,22 +24,23 @@
 
 enum { LINE = 64, AHEAD = 4096 };
 
-/* Products of up to 4 rows with 8 * `halves` outputs of a panel, starting with its first or its second 8. abs(x) is the
+/* Products of up to 3 rows with a panel, or of 4 with one of its halves: more sums do not fit in 16 registers. abs(x) is the
  * unsigned operand of maddubs and w takes the sign of x: with both in [-127, 127] a pair sums to at most 32258, which fits in
  * 16 bits. */
 SHOAL_INLINE void half_dots(const int8_t *w, const uint16_t *scales, const shoal_q8_row *x, const int32_t rows,
-                            const int32_t halves, __m256 *sum) {
+                            const int32_t halves, shoal_ahead ahead, __m256 *sum) {
   const int32_t groups = x[0].groups;
   const __m256i ones = _mm256_set1_epi16(1);
-  UNROLL(4)
+  UNROLL(6)
   for (int32_t i = 0; i < rows * halves; i++) sum[i] = _mm256_setzero_ps();
   for (int32_t g = 0; g < groups; g++) {
-    __m256i dots[4];
-    UNROLL(4)
+    __m256i dots[6];
+    shoal_fetch_share(w, ahead);
+    UNROLL(6)
     for (int32_t i = 0; i < rows * halves; i++) dots[i] = _mm256_setzero_si256();
     UNROLL(8)
     for (int32_t k = 0; k < SHOAL_GROUP; k += SHOAL_QUAD, w += LINE) {
-      if (halves == 2) _mm_prefetch((const char *)w + AHEAD, _MM_HINT_T0);
+      if (halves == 2 && ahead.alone) _mm_prefetch((const char *)w + AHEAD, _MM_HINT_T0);
       UNROLL(4)
       for (int32_t r = 0; r < rows; r++) {
         int32_t quad;
@@ -66,24 +68,20 @@ SHOAL_INLINE void half_dots(const int8_t *w, const uint16_t *scales, const shoal
 }
 
 SHOAL_INLINE void q8_dots(const int8_t *w, const uint16_t *scales, const shoal_q8_row *x, const int32_t rows,
-                          const int32_t panels, v16 *sums) {
+                          const int32_t panels, shoal_ahead ahead, v16 *sums) {
   (void)panels;
-  if (rows <= 2) { /* whole lines, in the order of memory */
-    __m256 sum[4];
-    half_dots(w, scales, x, rows, 2, sum);
-    UNROLL(2)
+  if (rows <= 3) { /* whole lines */
+    __m256 sum[6];
+    half_dots(w, scales, x, rows, 2, ahead, sum);
+    UNROLL(3)
     for (int32_t r = 0; r < rows; r++) sums[r] = (v16){sum[2 * r], sum[2 * r + 1]};
     return;
   }
-  UNROLL(2)
-  for (int32_t r = 0; r < rows; r += 4) { /* 16 registers hold 4 rows of 8 outputs; the second half reads its lines from L1 */
-    const int32_t n = rows - r < 4 ? rows - r : 4;
-    __m256 low[4], high[4];
-    half_dots(w, scales, x + r, n, 1, low);
-    half_dots(w + LINE / 2, scales + SHOAL_PANEL / 2, x + r, n, 1, high);
-    UNROLL(4)
-    for (int32_t i = 0; i < n; i++) sums[r + i] = (v16){low[i], high[i]};
-  }
+  __m256 low[4], high[4];
+  half_dots(w, scales, x, rows, 1, ahead, low);
+  half_dots(w + LINE / 2, scales + SHOAL_PANEL / 2, x, rows, 1, ahead, high);
+  UNROLL(4)
+  for (int32_t r = 0; r < rows; r++) sums[r] = (v16){low[r], high[r]};
 }
 
 SHOAL_INLINE __m256i quad(const int8_t *x) {
@@ -95,18 +93,19 @@ SHOAL_INLINE __m256i quad(const int8_t *x) {
 /* half_dots for int4. Nibbles are unsigned: eight pairs sum to at most 30480, which fits in 16 bits, so sums are widened to
  * 32 bits once per group. A sixteenth of the bias subtracts the offset of 8, unless the group has a minimum. */
 SHOAL_INLINE void half_dots_q4(const uint8_t *w, const uint16_t *scales, const uint16_t *mins, const shoal_q8_row *x,
-                               const int32_t rows, const int32_t halves, __m256 *sum) {
+                               const int32_t rows, const int32_t halves, shoal_ahead ahead, __m256 *sum) {
   const int32_t groups = x[0].groups, lines = SHOAL_GROUP / SHOAL_QUAD / 2;
   const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15);
-  UNROLL(4)
+  UNROLL(6)
   for (int32_t i = 0; i < rows * halves; i++) sum[i] = _mm256_setzero_ps();
   for (int32_t g = 0; g < groups; g++) {
-    __m256i pairs[4];
-    UNROLL(4)
+    __m256i pairs[6];
+    shoal_fetch_share(w, ahead);
+    UNROLL(6)
     for (int32_t i = 0; i < rows * halves; i++) pairs[i] = _mm256_setzero_si256();
     UNROLL(4)
     for (int32_t k = 0; k < lines; k++, w += LINE) {
-      if (halves == 2) _mm_prefetch((const char *)w + AHEAD, _MM_HINT_T0);
+      if (halves == 2 && ahead.alone) _mm_prefetch((const char *)w + AHEAD, _MM_HINT_T0);
       __m256i first[2], second[2];
       UNROLL(2)
       for (int32_t h = 0; h < halves; h++) {
@@ -146,33 +145,29 @@ SHOAL_INLINE void half_dots_q4(const uint8_t *w, const uint16_t *scales, const u
 }
 
 SHOAL_INLINE void rows_q4(const uint8_t *w, const uint16_t *scales, const uint16_t *mins, const shoal_q8_row *x,
-                          const int32_t rows, v16 *sums) {
-  if (rows <= 2) { /* whole lines, in the order of memory */
-    __m256 sum[4];
-    half_dots_q4(w, scales, mins, x, rows, 2, sum);
-    UNROLL(2)
+                          const int32_t rows, shoal_ahead ahead, v16 *sums) {
+  if (rows <= 3) { /* whole lines */
+    __m256 sum[6];
+    half_dots_q4(w, scales, mins, x, rows, 2, ahead, sum);
+    UNROLL(3)
     for (int32_t r = 0; r < rows; r++) sums[r] = (v16){sum[2 * r], sum[2 * r + 1]};
     return;
   }
-  UNROLL(2)
-  for (int32_t r = 0; r < rows; r += 4) {
-    const int32_t n = rows - r < 4 ? rows - r : 4;
-    __m256 left[4], right[4];
-    half_dots_q4(w, scales, mins, x + r, n, 1, left);
-    half_dots_q4(w + LINE / 2, scales + SHOAL_PANEL / 2, mins ? mins + SHOAL_PANEL / 2 : NULL, x + r, n, 1, right);
-    UNROLL(4)
-    for (int32_t i = 0; i < n; i++) sums[r + i] = (v16){left[i], right[i]};
-  }
+  __m256 left[4], right[4];
+  half_dots_q4(w, scales, mins, x, rows, 1, ahead, left);
+  half_dots_q4(w + LINE / 2, scales + SHOAL_PANEL / 2, mins ? mins + SHOAL_PANEL / 2 : NULL, x, rows, 1, ahead, right);
+  UNROLL(4)
+  for (int32_t r = 0; r < rows; r++) sums[r] = (v16){left[r], right[r]};
 }
 
 #define Q4_DOTS
 SHOAL_INLINE void q4_dots(const uint8_t *w, const uint16_t *scales, const uint16_t *mins, const shoal_q8_row *x,
-                          const int32_t rows, const int32_t panels, v16 *sums) {
+                          const int32_t rows, const int32_t panels, shoal_ahead ahead, v16 *sums) {
   (void)panels;
   if (mins)
-    rows_q4(w, scales, mins, x, rows, sums);
+    rows_q4(w, scales, mins, x, rows, ahead, sums);
   else
-    rows_q4(w, scales, NULL, x, rows, sums);
+    rows_q4(w, scales, NULL, x, rows, ahead, sums);
 }
 
 #define SHOAL_SET shoal_kernels_avx2

@@ -76,7 +76,8 @@ SHOAL_INLINE float v_largest(v16 a) {
 
 #define Q8_BIAS 1
 #define Q8_ROWS 8
-#define Q8_TILE 6
+#define Q8_BLOCK 7
+#define Q8_EVEN 1
 #define Q8_PANELS 2
 #define ATTEND_QUERIES 8
 #define ATTEND_MANY 6
@@ -148,12 +149,11 @@ SHOAL_INLINE void dot_lines(chains *c, const __m512i *w, const shoal_q8_row *x, 
   }
 }
 
+/* At a line of weights, for the only block of rows. */
 SHOAL_INLINE void prefetch(const int32_t type, const uint8_t *line, const int32_t rows, const int32_t groups) {
-  if (rows <= 2) {
-    const size_t ahead = groups < LONG ? SHORT_AHEAD : LONG_AHEAD;
-    if (type == SHOAL_Q4) _mm_prefetch((const char *)line + ahead, _MM_HINT_NTA);
-    return;
-  }
+  if (type == SHOAL_Q4 && rows <= 2)
+    _mm_prefetch((const char *)line + (groups < LONG ? SHORT_AHEAD : LONG_AHEAD), _MM_HINT_NTA);
+  if (rows <= (type == SHOAL_Q8 ? 4 : 2)) return;
   _mm_prefetch((const char *)line + L2_AHEAD, _MM_HINT_T1);
   _mm_prefetch((const char *)line + L1_AHEAD, _MM_HINT_T0);
 }
@@ -162,7 +162,7 @@ SHOAL_INLINE void prefetch(const int32_t type, const uint8_t *line, const int32_
  * subtracts the excess. int4: the unsigned operand is the nibble; a sixteenth of the bias subtracts the offset of 8, unless
  * the group has a minimum. */
 SHOAL_INLINE void panel_dots(const int32_t type, const uint8_t *w, const uint16_t *scales, const uint16_t *mins,
-                             const shoal_q8_row *x, const int32_t rows, const int32_t panels, v16 *sums) {
+                             const shoal_q8_row *x, const int32_t rows, const int32_t panels, shoal_ahead ahead, v16 *sums) {
   const int32_t groups = x[0].groups, lines = type == SHOAL_Q8 ? 8 : 4;
   const int32_t two = rows * panels < 4;
   const __m512i flip = _mm512_set1_epi8((char)0x80), low = _mm512_set1_epi8(15);
@@ -174,6 +174,10 @@ SHOAL_INLINE void panel_dots(const int32_t type, const uint8_t *w, const uint16_
   for (int32_t i = 0; i < rows * panels; i++) sum[i] = _mm512_setzero_ps();
   for (int32_t g = 0; g < groups; g++, scale_at += sizeof(float), w += lines * LINE) {
     chains c;
+    size_t group_at = (size_t)g * SHOAL_GROUP;
+    /* Hidden from the compiler, which else advances a pointer for each row and keeps some of them in memory. */
+    __asm__("" : "+r"(group_at), "+r"(scale_at));
+    shoal_fetch_share(w, ahead);
     UNROLL(16)
     for (int32_t i = 0; i < rows * panels; i++) {
       const __m512i bias = quad(x[i / panels].q + scale_at + bias_from_scale);
@@ -186,7 +190,7 @@ SHOAL_INLINE void panel_dots(const int32_t type, const uint8_t *w, const uint16_
       UNROLL(2)
       for (int32_t p = 0; p < panels; p++) {
         const uint8_t *from = w + p * next_panel + k * LINE;
-        if (panels == 1) prefetch(type, from, rows, groups);
+        if (panels == 1 && ahead.alone) prefetch(type, from, rows, groups);
         line[p] = _mm512_loadu_si512(from);
         if (type == SHOAL_Q8) {
           line[p] = _mm512_xor_si512(line[p], flip);
@@ -195,8 +199,8 @@ SHOAL_INLINE void panel_dots(const int32_t type, const uint8_t *w, const uint16_
           line[p] = _mm512_and_si512(line[p], low);
         }
       }
-      dot_lines(&c, line, x, (size_t)g * SHOAL_GROUP, k, rows, panels);
-      if (type != SHOAL_Q8) dot_lines(&c, next, x, (size_t)g * SHOAL_GROUP, k + lines, rows, panels);
+      dot_lines(&c, line, x, group_at, k, rows, panels);
+      if (type != SHOAL_Q8) dot_lines(&c, next, x, group_at, k + lines, rows, panels);
     }
     UNROLL(2)
     for (int32_t p = 0; p < panels; p++) {
@@ -210,9 +214,8 @@ SHOAL_INLINE void panel_dots(const int32_t type, const uint8_t *w, const uint16_
         if (two) c.even[i] = _mm512_add_epi32(c.even[i], c.odd[i]);
         sum[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(c.even[i]), _mm512_mul_ps(scale, of_inputs), sum[i]);
         if (type == SHOAL_Q8 || !mins) continue;
-        const v16 total = _mm512_mul_ps(_mm512_cvtepi32_ps(quad(x[r].q + scale_at + bias_from_scale)),
-                                        _mm512_set1_ps(-1.0f / 128)); /* exact */
-        sum[i] = _mm512_fmadd_ps(total, _mm512_mul_ps(v_load_f16(mins + at), of_inputs), sum[i]);
+        const v16 total = _mm512_cvtepi32_ps(_mm512_srai_epi32(quad(x[r].q + scale_at + bias_from_scale), 7));
+        sum[i] = _mm512_fnmadd_ps(total, _mm512_mul_ps(v_load_f16(mins + at), of_inputs), sum[i]); /* bias is -128 * total */
       }
     }
   }
@@ -221,17 +224,17 @@ SHOAL_INLINE void panel_dots(const int32_t type, const uint8_t *w, const uint16_
 }
 
 SHOAL_INLINE void q8_dots(const int8_t *w, const uint16_t *scales, const shoal_q8_row *x, const int32_t rows,
-                          const int32_t panels, v16 *sums) {
-  panel_dots(SHOAL_Q8, (const uint8_t *)w, scales, NULL, x, rows, panels, sums);
+                          const int32_t panels, shoal_ahead ahead, v16 *sums) {
+  panel_dots(SHOAL_Q8, (const uint8_t *)w, scales, NULL, x, rows, panels, ahead, sums);
 }
 
 #define Q4_DOTS
 SHOAL_INLINE void q4_dots(const uint8_t *w, const uint16_t *scales, const uint16_t *mins, const shoal_q8_row *x,
-                          const int32_t rows, const int32_t panels, v16 *sums) {
+                          const int32_t rows, const int32_t panels, shoal_ahead ahead, v16 *sums) {
   if (mins)
-    panel_dots(SHOAL_Q4, w, scales, mins, x, rows, panels, sums);
+    panel_dots(SHOAL_Q4, w, scales, mins, x, rows, panels, ahead, sums);
   else
-    panel_dots(SHOAL_Q4, w, scales, NULL, x, rows, panels, sums);
+    panel_dots(SHOAL_Q4, w, scales, NULL, x, rows, panels, ahead, sums);
 }
 
 #define SHOAL_SET shoal_kernels_avx512

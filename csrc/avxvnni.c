@@ -12,7 +12,8 @@
 
 #define Q8_BIAS 1
 #define Q8_ROWS 4
-#define Q8_TILE 4
+#define Q8_BLOCK 4
+#define Q8_EVEN 1
 #define Q8_PANELS 1
 #define ATTEND_QUERIES 4
 #define ATTEND_MANY 6
@@ -21,7 +22,7 @@
 #define F32_TILE 1
 #define UNROLL SHOAL_UNROLL
 
-enum { LINE = 64, AHEAD = 4096 };
+enum { LINE = 64, AHEAD = 4096, L2_AHEAD = 16384 };
 
 /* sum + the products of w's unsigned with x's signed quads. Written as assembly, because the mnemonic without {vex} may
  * assemble to AVX-512's instruction and compilers have the intrinsic only since gcc 11 and clang 12. The tests replace this
@@ -48,7 +49,7 @@ SHOAL_INLINE void numbers(const int32_t type, const uint8_t *w, __m256i *first, 
  * the group has a minimum. With a single row, lines alternate between two sums, since one chain cannot keep two multipliers
  * busy. */
 SHOAL_INLINE void panel_dots(const int32_t type, const uint8_t *w, const uint16_t *scales, const uint16_t *mins,
-                             const shoal_q8_row *x, const int32_t rows, v16 *sums) {
+                             const shoal_q8_row *x, const int32_t rows, shoal_ahead ahead, v16 *sums) {
   const int32_t groups = x[0].groups, chains = rows == 1 ? 2 : 1;
   const int32_t halves = type == SHOAL_Q8 ? 1 : 2, lines = 8 / halves;
   v16 sum[4];
@@ -56,6 +57,7 @@ SHOAL_INLINE void panel_dots(const int32_t type, const uint8_t *w, const uint16_
   for (int32_t r = 0; r < rows; r++) sum[r] = v_set1(0.0f);
   for (int32_t g = 0; g < groups; g++) {
     __m256i low[4], high[4];
+    shoal_fetch_share(w, ahead);
     UNROLL(4)
     for (int32_t i = 0; i < rows * chains; i++) {
       const int32_t offset = i >= rows || mins ? 0 : type == SHOAL_Q8 ? x[i].bias[g] : x[i].bias[g] / 16;
@@ -64,7 +66,8 @@ SHOAL_INLINE void panel_dots(const int32_t type, const uint8_t *w, const uint16_
     UNROLL(8)
     for (int32_t k = 0; k < lines; k++, w += LINE) {
       __m256i left[2], right[2];
-      if (rows <= 2) _mm_prefetch((const char *)w + AHEAD, _MM_HINT_T0);
+      if (ahead.alone && rows <= 2) _mm_prefetch((const char *)w + AHEAD, _MM_HINT_T0);
+      if (ahead.alone && rows == 4) _mm_prefetch((const char *)w + L2_AHEAD, _MM_HINT_T1);
       numbers(type, w, &left[0], &left[1]);
       numbers(type, w + LINE / 2, &right[0], &right[1]);
       UNROLL(4)
@@ -98,19 +101,19 @@ SHOAL_INLINE void panel_dots(const int32_t type, const uint8_t *w, const uint16_
 }
 
 SHOAL_INLINE void q8_dots(const int8_t *w, const uint16_t *scales, const shoal_q8_row *x, const int32_t rows,
-                          const int32_t panels, v16 *sums) {
+                          const int32_t panels, shoal_ahead ahead, v16 *sums) {
   (void)panels;
-  panel_dots(SHOAL_Q8, (const uint8_t *)w, scales, NULL, x, rows, sums);
+  panel_dots(SHOAL_Q8, (const uint8_t *)w, scales, NULL, x, rows, ahead, sums);
 }
 
 #define Q4_DOTS
 SHOAL_INLINE void q4_dots(const uint8_t *w, const uint16_t *scales, const uint16_t *mins, const shoal_q8_row *x,
-                          const int32_t rows, const int32_t panels, v16 *sums) {
+                          const int32_t rows, const int32_t panels, shoal_ahead ahead, v16 *sums) {
   (void)panels;
   if (mins)
-    panel_dots(SHOAL_Q4, w, scales, mins, x, rows, sums);
+    panel_dots(SHOAL_Q4, w, scales, mins, x, rows, ahead, sums);
   else
-    panel_dots(SHOAL_Q4, w, scales, NULL, x, rows, sums);
+    panel_dots(SHOAL_Q4, w, scales, NULL, x, rows, ahead, sums);
 }
 
 #define SHOAL_SET shoal_kernels_avxvnni

@@ -67,6 +67,21 @@ typedef struct {
   int32_t add; /* 1: added to what out holds */
 } shoal_matmul;
 
+/* What a product with a block of rows prefetches. The only block (alone = 1, a constant) does so as its set likes best. If a
+ * panel has several, each block fetches its share of the next panel to L2: at each group, lines [first, end) of the group
+ * `bytes` further on. */
+typedef struct {
+  int32_t alone;
+  int32_t first, end;
+  size_t bytes;
+} shoal_ahead;
+
+SHOAL_INLINE void shoal_fetch_share(const void *group, shoal_ahead ahead) {
+  if (ahead.alone) return;
+  for (int32_t line = ahead.first; line < ahead.end; line++)
+    __builtin_prefetch((const char *)group + ahead.bytes + line * SHOAL_PANEL * SHOAL_QUAD, 0, 2);
+}
+
 /* Rows [0, rows) of one sequence, from position first on, for the query heads of some kv heads. */
 typedef struct {
   const char *in;     /* at the column of the first kv head's first query head; for STORE at the kv heads' keys */

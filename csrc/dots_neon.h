@@ -145,15 +145,15 @@ SHOAL_INLINE void sdot_rows(panel_at w, const int32_t type, const int32_t mins, 
 }
 
 SHOAL_INLINE void q8_dots(const int8_t *w, const uint16_t *scales, const shoal_q8_row *x, const int32_t rows,
-                          const int32_t panels, v16 *sums) {
-  (void)panels;
+                          const int32_t panels, shoal_ahead ahead, v16 *sums) {
+  (void)panels, (void)ahead;
   sdot_rows((panel_at){w, scales, NULL}, SHOAL_Q8, 0, x, rows, sums);
 }
 
 #define Q4_DOTS
 SHOAL_INLINE void q4_dots(const uint8_t *w, const uint16_t *scales, const uint16_t *mins, const shoal_q8_row *x,
-                          const int32_t rows, const int32_t panels, v16 *sums) {
-  (void)panels;
+                          const int32_t rows, const int32_t panels, shoal_ahead ahead, v16 *sums) {
+  (void)panels, (void)ahead;
   if (mins)
     sdot_rows((panel_at){w, scales, mins}, SHOAL_Q4, 1, x, rows, sums);
   else

@@ -9,7 +9,7 @@ enum {
   SMALL_WORK = 16384,      /* elements touched, below which a hand-over to another thread costs more */
   SMALL_ATTENTION = 65536, /* the same, in multiply-adds: queries, keys and values are in the caller's caches */
   ROW_BLOCK = 256,         /* rows of a product that one claim takes: as many as a batch usually has */
-  FEW_ROWS = 8,            /* up to these, a product's time is that of reading its weights */
+  FEW_ROWS = 31,           /* up to these, a panel passes so quickly that threads should not meet after each */
   CLAIM_BYTES = 65536      /* weights that the least claim of a product with few rows reads */
 };
 
@@ -40,8 +40,8 @@ static work_split split_matmul(const run *r, const shoal_op *op) {
   const int64_t input_bytes = p->buffers[op->in].type == SHOAL_Q8 ? SHOAL_PANEL : SHOAL_PANEL * sizeof(float);
   int64_t panels = 0;
   for (int32_t i = 0; i < op->n_weights; i++) panels += panels_of(&p->weights[op->weights[i]]);
+  if (threads == 1) return (work_split){panels * blocks, SHOAL_MAX(panels * blocks, 1), 0};
   if (rows > FEW_ROWS) return (work_split){panels * blocks, 2, 0};
-  if (threads == 1) return (work_split){panels * blocks, SHOAL_MAX(panels, 1), 0};
   /* Long stretches first, as each begins with a wait for memory; short ones last, so that all threads end together. */
   const int64_t fair = panels / (8 * threads);
   const int64_t claim = SHOAL_MIN(fair, CLAIM_BYTES / (p->buffers[op->in].cols * input_bytes));

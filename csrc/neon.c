@@ -6,7 +6,8 @@
 
 #define Q8_BIAS 1
 #define Q8_ROWS 4
-#define Q8_TILE 4
+#define Q8_BLOCK 4
+#define Q8_EVEN 0
 #define Q8_PANELS 1
 #define ATTEND_QUERIES 4
 #define ATTEND_MANY 4
@@ -124,15 +125,15 @@ SHOAL_INLINE void dots(const void *w, const int32_t type, const uint16_t *scales
 }
 
 SHOAL_INLINE void q8_dots(const int8_t *w, const uint16_t *scales, const shoal_q8_row *x, const int32_t rows,
-                          const int32_t panels, v16 *sums) {
-  (void)panels;
+                          const int32_t panels, shoal_ahead ahead, v16 *sums) {
+  (void)panels, (void)ahead;
   dots(w, SHOAL_Q8, scales, NULL, x, rows, sums);
 }
 
 #define Q4_DOTS
 SHOAL_INLINE void q4_dots(const uint8_t *w, const uint16_t *scales, const uint16_t *mins, const shoal_q8_row *x,
-                          const int32_t rows, const int32_t panels, v16 *sums) {
-  (void)panels;
+                          const int32_t rows, const int32_t panels, shoal_ahead ahead, v16 *sums) {
+  (void)panels, (void)ahead;
   if (mins)
     dots(w, SHOAL_Q4, scales, mins, x, rows, sums);
   else

@@ -15,7 +15,8 @@
 
 #define Q8_BIAS 1
 #define Q8_ROWS 4
-#define Q8_TILE 4
+#define Q8_BLOCK 4
+#define Q8_EVEN 0
 #define Q8_PANELS 1
 #define ATTEND_QUERIES 4
 #define ATTEND_MANY 4
@@ -24,6 +25,7 @@
 #define F32_TILE 1
 #define UNROLL SHOAL_UNROLL
 
+#define PACKED_FROM(type) ((type) == SHOAL_Q8 ? 32 : 17)
 #define PACKED_ROWS 4
 
 /* Inputs are not packed: they are read in place. */
@@ -38,26 +40,44 @@ SHOAL_INLINE void pack_rows(packed_rows *to, const shoal_q8_row *x, int32_t firs
   to->first = first;
 }
 
-/* Registers hold the sums of 4 rows and half a panel. */
-SHOAL_INLINE void packed_half(panel_at w, const int32_t mins, const packed_rows *x, int32_t groups, v16 *sums,
-                              const int32_t half) {
+/* The quads of outputs [from, from + quads) of a panel. Registers hold the sums of 2 rows, or of 4 rows and half a panel. */
+SHOAL_INLINE void packed_quads(panel_at w, const int32_t mins, const packed_rows *x, int32_t groups, v16 *sums,
+                               const int32_t rows, const int32_t from, const int32_t quads) {
   float32x4_t sum[2 * PACKED_ROWS];
   UNROLL(8)
-  for (int32_t i = 0; i < 2 * PACKED_ROWS; i++) sum[i] = sums[i / 2].val[2 * half + i % 2];
-  sdot_groups(panel_from(w, EXPANDED, 0, half * HALF), EXPANDED, mins, x->row, x->first, x->first + groups, PACKED_ROWS,
-              2, sum);
+  for (int32_t i = 0; i < rows * quads; i++) sum[i] = sums[i / quads].val[from + i % quads];
+  sdot_groups(panel_from(w, EXPANDED, 0, from * SHOAL_QUAD), EXPANDED, mins, x->row, x->first, x->first + groups, rows,
+              quads, sum);
   UNROLL(8)
-  for (int32_t i = 0; i < 2 * PACKED_ROWS; i++) sums[i / 2].val[2 * half + i % 2] = sum[i];
+  for (int32_t i = 0; i < rows * quads; i++) sums[i / quads].val[from + i % quads] = sum[i];
 }
 
-SHOAL_INLINE void packed_dots(const packed_panel *w, const packed_rows *x, int32_t groups, int32_t mins, v16 *sums) {
-  const panel_at at = {w->lines, w->scales, mins ? w->mins : NULL};
-  for (int32_t half = 0; half < 2; half++) {
-    if (mins)
-      packed_half(at, 1, x, groups, sums, half);
-    else
-      packed_half(at, 0, x, groups, sums, half);
+SHOAL_INLINE void packed_some(panel_at w, const int32_t mins, const packed_rows *x, int32_t groups, v16 *sums,
+                              const int32_t rows) {
+  if (rows <= 2) {
+    packed_quads(w, mins, x, groups, sums, rows, 0, 4);
+    return;
   }
+  for (int32_t half = 0; half < 2; half++) packed_quads(w, mins, x, groups, sums, rows, 2 * half, 2);
+}
+
+SHOAL_INLINE void packed_count(panel_at w, const int32_t mins, const packed_rows *x, int32_t groups, v16 *sums,
+                               const int32_t rows) {
+  switch (rows) {
+    case 1: packed_some(w, mins, x, groups, sums, 1); break;
+    case 2: packed_some(w, mins, x, groups, sums, 2); break;
+    case 3: packed_some(w, mins, x, groups, sums, 3); break;
+    default: packed_some(w, mins, x, groups, sums, 4);
+  }
+}
+
+SHOAL_INLINE void packed_dots(const packed_panel *w, const packed_rows *x, int32_t rows, int32_t groups, int32_t mins,
+                              v16 *sums) {
+  const panel_at at = {w->lines, w->scales, mins ? w->mins : NULL};
+  if (mins)
+    packed_count(at, 1, x, groups, sums, rows);
+  else
+    packed_count(at, 0, x, groups, sums, rows);
 }
 
 SHOAL_INLINE v16 packed_sum(const v16 *sums, int32_t row) { return sums[row]; }

@@ -15,7 +15,8 @@
 
 #define Q8_BIAS 1
 #define Q8_ROWS 4
-#define Q8_TILE 4
+#define Q8_BLOCK 4
+#define Q8_EVEN 0
 #define Q8_PANELS 1
 #define ATTEND_QUERIES 4
 #define ATTEND_MANY 4
@@ -24,6 +25,7 @@
 #define F32_TILE 1
 #define UNROLL SHOAL_UNROLL
 
+#define PACKED_FROM(type) ((type) == SHOAL_Q8 ? 11 : 9)
 #define PACKED_ROWS 4
 enum { PACKED_GROUPS = 8, EIGHTS = SHOAL_GROUP / 8, ROW_PAIRS = PACKED_ROWS / 2, OUTPUT_PAIRS = HALF / 2 };
 
@@ -109,26 +111,26 @@ SHOAL_INLINE void pack_panel(packed_panel *to, const int32_t type, const void *d
   }
 }
 
-/* Products of 4 rows with 8 outputs. */
+/* Products of 1 or 2 pairs of rows with 8 outputs. */
 SHOAL_INLINE void smmla_groups(const output_group *w, const input_group *x, int32_t groups, const int32_t mins,
-                               float *sums) {
-  enum { SUMS = ROW_PAIRS * OUTPUT_PAIRS };
-  float32x4_t sum[SUMS];
+                               const int32_t pairs, float *sums) {
+  const int32_t count = pairs * OUTPUT_PAIRS;
+  float32x4_t sum[ROW_PAIRS * OUTPUT_PAIRS];
   UNROLL(8)
-  for (int32_t i = 0; i < SUMS; i++) sum[i] = vld1q_f32(sums + 4 * i);
+  for (int32_t i = 0; i < count; i++) sum[i] = vld1q_f32(sums + 4 * i);
   for (int32_t g = 0; g < groups; g++, w++, x++) {
     const int32_t *start = starts();
-    int32x4_t dots[SUMS];
+    int32x4_t dots[ROW_PAIRS * OUTPUT_PAIRS];
     UNROLL(8)
-    for (int32_t i = 0; i < SUMS; i++) dots[i] = vld1q_s32(start + 4 * i);
+    for (int32_t i = 0; i < count; i++) dots[i] = vld1q_s32(start + 4 * i);
     UNROLL(4)
     for (int32_t k = 0; k < EIGHTS; k++) {
       UNROLL(8)
-      for (int32_t i = 0; i < SUMS; i++)
+      for (int32_t i = 0; i < count; i++)
         dots[i] = vmmlaq_s32(dots[i], vld1q_s8(x->q[k][i / OUTPUT_PAIRS]), vld1q_s8(w->q[k][i % OUTPUT_PAIRS]));
     }
     UNROLL(8)
-    for (int32_t i = 0; i < SUMS; i++) {
+    for (int32_t i = 0; i < count; i++) {
       const int32_t p = i / OUTPUT_PAIRS, o = i % OUTPUT_PAIRS;
       const float32x4_t scale = vld1q_f32(x->scale[p]);
       sum[i] = vfmaq_f32(sum[i], since(vdupq_n_f32(0x1.8p23f), dots[i]), vmulq_f32(vld1q_f32(w->scale[o]), scale));
@@ -136,18 +138,26 @@ SHOAL_INLINE void smmla_groups(const output_group *w, const input_group *x, int3
     }
   }
   UNROLL(8)
-  for (int32_t i = 0; i < SUMS; i++) vst1q_f32(sums + 4 * i, sum[i]);
+  for (int32_t i = 0; i < count; i++) vst1q_f32(sums + 4 * i, sum[i]);
+}
+
+SHOAL_INLINE void smmla_panel(const packed_panel *w, const input_group *x, int32_t groups, const int32_t mins,
+                              const int32_t pairs, v16 *sums) {
+  for (int32_t half = 0; half < 2; half++)
+    smmla_groups(w->group[half], x, groups, mins, pairs, (float *)(sums + 2 * half));
 }
 
 /* Sums are [half of the panel][pair of rows][pair of outputs][4]. */
-SHOAL_INLINE void packed_dots(const packed_panel *w, const packed_rows *x, int32_t groups, int32_t mins, v16 *sums) {
-  for (int32_t half = 0; half < 2; half++) {
-    float *at = (float *)(sums + 2 * half);
-    if (mins)
-      smmla_groups(w->group[half], x->group, groups, 1, at);
-    else
-      smmla_groups(w->group[half], x->group, groups, 0, at);
-  }
+SHOAL_INLINE void packed_dots(const packed_panel *w, const packed_rows *x, int32_t rows, int32_t groups, int32_t mins,
+                              v16 *sums) {
+  if (mins && rows > 2)
+    smmla_panel(w, x->group, groups, 1, 2, sums);
+  else if (mins)
+    smmla_panel(w, x->group, groups, 1, 1, sums);
+  else if (rows > 2)
+    smmla_panel(w, x->group, groups, 0, 2, sums);
+  else
+    smmla_panel(w, x->group, groups, 0, 1, sums);
 }
 
 SHOAL_INLINE v16 packed_sum(const v16 *sums, int32_t row) {

@@ -65,9 +65,10 @@ LANES float v_largest(v16 a) {
 
 /* What the shared files need to know of a set; none of it changes a result. */
 #define Q8_BIAS 0        /* whether q8_dots reads the bias of q8 rows */
-#define Q8_ROWS 1        /* rows that share one pass over the weights when there are few: 1, 4 or 8 */
-#define Q8_TILE 1        /* rows of a tile when there are many */
-#define Q8_PANELS 1      /* panels of a tile */
+#define Q8_ROWS 1        /* rows of a product up to which one block of rows has them all: 1, 3, 4 or 8 */
+#define Q8_BLOCK 1       /* rows of a block when there are several, at most */
+#define Q8_EVEN 0        /* 1: blocks of nearly equal size; 0: the last block has the rest */
+#define Q8_PANELS 1      /* panels of a product of attention */
 #define ATTEND_QUERIES 1 /* queries that share the loads of keys and values: 1, 4 or more */
 #define ATTEND_MANY 1    /* the same while more than a few wait */
 #define ATTEND_WIDTH 1   /* lines of values that a query sums at once */
@@ -77,7 +78,8 @@ LANES float v_largest(v16 a) {
 
 /* sums[r * panels + p] = the panel's 16 outputs for row r, over all groups in ascending order. */
 SHOAL_INLINE void q8_dots(const int8_t *w, const uint16_t *scales, const shoal_q8_row *x, int32_t rows, int32_t panels,
-                          v16 *sums) {
+                          shoal_ahead ahead, v16 *sums) {
+  (void)ahead;
   const int32_t groups = x[0].groups;
   for (int32_t r = 0; r < rows; r++) {
     for (int32_t p = 0; p < panels; p++) {

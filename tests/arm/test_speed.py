@@ -62,3 +62,19 @@ def test_no_product_takes_more_instructions_than_it_did(tmp_path):
     counts = arm.count_instructions(tmp_path)
     assert counts.keys() == most.keys()
     assert {name: count for name, count in counts.items() if count > most[name]} == {}
+
+
+@pytest.mark.arm
+@pytest.mark.slow
+def test_more_rows_cost_more_and_a_row_costs_less(tmp_path):
+    """From 1 row to 32, without a cliff: above all not where another way to multiply begins."""
+    rows = range(1, 33)
+    products = [(isa, type_, n) for isa in arm.TARGETS for type_ in ("q8", "q4") for n in rows]
+    counts = arm.count_instructions(tmp_path, products)
+    for isa, type_ in {product[:2] for product in products}:
+        cost = {n: counts[f"{isa} {type_} {n}"] for n in rows}
+        what = f"{isa} {type_}: {cost}"
+        assert all(cost[n] < cost[n + 1] for n in rows[:-1]), what
+        assert cost[9] <= 1.25 * cost[8], what
+        assert cost[16] <= 2 * cost[8], what
+        assert all(cost[n + 4] / (n + 4) <= 1.03 * cost[n] / n for n in rows[:-4]), what

@@ -12,7 +12,8 @@ from .test_ops import dequantised
 from .weights import GROUP, f32, floats, q4, random_q8, random_weight
 
 KINDS = ("Q8", "Q4", "Q4M", "F32")
-ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 17, 64, 97)
+ROWS = (*range(1, 33), 64, 97)
+SOME_ROWS = (1, 5, 9, 17, 97)  # of products that are slow by their definition
 
 
 def program(kind, parts, cols, rng, accumulate=False, biases=()):
@@ -51,7 +52,7 @@ def test_every_tile_and_tail(kind, parts, cols):
     size = np.abs(seen) @ np.abs(dense).T
     if kind == "Q4M":  # the parts with the scale and with the min may cancel
         size = size * 20 + np.abs(seen).sum(axis=1, keepdims=True) * 0.3
-    for rows in ROWS:
+    for rows in ROWS if cols <= 100 else SOME_ROWS:
         got = everywhere(p, lambda e, rows=rows: e.run([Rows(rows)], [x[:rows]]).outputs)[0]
         assert np.all(np.abs(got - expected[:rows]) <= 1e-6 * size[:rows] + 1e-30)
 

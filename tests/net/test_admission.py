@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import trio
 import trio.testing
+from tests.models import TINY
 
 from shoal.engine.batch import Sampling
+from shoal.engine.convert import convert
 from shoal.engine.errors import ContextError
+from shoal.engine.generate import generate
+from shoal.engine.kv_page import page_bytes
+from shoal.engine.model_directory import Model
+from shoal.engine.stage import Stage, StageOptions
 from shoal.net.admission import Admission, ChainRoom, Claim, Decision, decide
+from shoal.net.coordinator import Coordinator, CoordinatorOptions
+from shoal.net.identity import shape_of
 from shoal.net.placement import Links, NodeInfo, Placement, plan_at
 from shoal.planner import Assignment
 
@@ -536,5 +546,49 @@ def test_a_chain_with_less_room_sets_aside_what_does_not_fit(lab: ModuleType) ->
                 for text in failed.values():
                     assert "an answer that has grown to" in text and "b has room for 52" in text
                 assert coordinator.recoveries == 1
+
+    lab.run(main)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [3, 60])
+def test_real_stages_answer_more_prompts_than_they_have_room_for(
+    lab: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, count: int
+) -> None:
+    """24 prompts of 240 to 300 tokens, a page or two, where one stage has room for 7 pages."""
+    convert(TINY, tmp_path / "model", dtype="int8")
+    model = Model.open(tmp_path / "model")
+
+    def page(first: int, last: int) -> int:
+        states = [state for unit in model.program.units[first:last] for state in unit.states]
+        return sum(page_bytes(state, model.kv_dtype) for state in states)
+
+    def opener(pages: int) -> Callable[[int, int], Stage]:
+        return lambda a, b: Stage(model, a, b, StageOptions(threads=1, kv_bytes=pages * page(a, b)))
+
+    prompts = [[*prompt_of(seed, 240 + seed * 5 % 61)] for seed in range(24)]
+    with Stage(model, 0, model.n_units) as stage:
+        expected = [list(generate(stage, prompt, SAMPLING, max_tokens=count, end=())) for prompt in prompts]
+
+    async def main() -> None:
+        async with lab.network() as net:
+            for name, pages in (("a", 9), ("b", 7)):
+                net.add(name, open_stage=opener(pages), units=model.n_units)
+            refused = failures(net, monkeypatch)
+            options = CoordinatorOptions(hop=lab.inline, open_stream=net.open_stream, measure_links=False)
+            async with Coordinator.open(
+                [("host", port) for port in net.nodes],
+                lab.identity("laptop", 99), shape_of(model), plan_at((0, 2, model.n_units), 8), options,
+            ) as coordinator:  # fmt: skip
+                found: list[list[int]] = [[] for _ in prompts]
+
+                async def one(i: int) -> None:
+                    found[i] = await lab.collect(coordinator, prompts[i], count, sampling=SAMPLING)
+
+                async with trio.open_nursery() as tasks:
+                    for i in range(len(prompts)):
+                        tasks.start_soon(one, i)
+                assert found == expected
+                assert refused == []
 
     lab.run(main)

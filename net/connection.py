@@ -75,6 +75,8 @@ class Connection:
 
     def __init__(self, stream: trio.abc.Stream, peer: str, *, dialled: bool, queue: int = QUEUE) -> None:
         self.peer = peer
+        self.trip: float | None = None
+        """The seconds between sending Hello and the answer, on the side that dialled."""
         self.received = 0
         """Bytes that have arrived."""
         self._stream = stream
@@ -424,7 +426,7 @@ async def dial(
     async with open_connection(
         stream, who, dialled=True, queue=STEP_QUEUE if purpose == "step" else QUEUE
     ) as connection:
-        hello = None
+        hello, start = None, trio.current_time()
         with trio.move_on_at(deadline):
             await connection.send(me.hello(purpose, ticket=0 if peer is None else peer.ticket))
             hello = await connection.expect(Hello)
@@ -432,6 +434,7 @@ async def dial(
             raise NodeLostError(
                 f"{who} did not say Hello within {seconds:g} s: check that it is a shoal node"
             )
+        connection.trip = trio.current_time() - start
         connection.peer = f"{hello.name} ({where})"
         check_hello(me, hello, connection.peer)
         if peer is not None:

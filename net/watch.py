@@ -14,7 +14,7 @@ from ..engine.errors import ShoalError
 from .connection import Connection, open_tasks
 from .errors import NodeLostError
 from .events import Timing
-from .liveness import TICK_SECONDS, Awake, Pulse, Stillness
+from .liveness import TICK_SECONDS, Awake, Pulse, RoundTrip, Stillness
 from .messages import Ping, Pong
 
 IDLE_TICK_SECONDS = 0.5
@@ -46,7 +46,9 @@ class Watch:
         self._connection, self._timing = connection, timing
         self._busy, self._probe, self._ponged = busy, probe, ponged
         self._awake = Awake(trio.current_time())
-        self._pulse, self._nonce, self._probing = Pulse(), FIRST_NONCE, False
+        # A stage that computes without a pause answers no ping at once, so this trip may be the only one.
+        trip = RoundTrip() if connection.trip is None else RoundTrip().measured(connection.trip)
+        self._pulse, self._nonce, self._probing = Pulse(trip), FIRST_NONCE, False
 
     async def run(self) -> None:
         """Watches until cancelled. NodeLostError: the connection has ended, or the peer is silent for too

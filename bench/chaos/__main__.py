@@ -119,6 +119,8 @@ async def _trials(
             file=sys.stderr,
             flush=True,
         )
+        if outcome.problems:
+            print(outcome.log, file=sys.stderr, flush=True)
     return outcomes
 
 

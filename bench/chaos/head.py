@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -84,7 +85,10 @@ async def serve(job: Job) -> None:
         say(chain=[stage.device for stage in placement.stages])
         return placement
 
-    options = CoordinatorOptions(measure_links=False)
+    def log(text: str) -> None:
+        print(f"{time.monotonic():.2f} {text}", file=sys.stderr, flush=True)
+
+    options = CoordinatorOptions(measure_links=False, log=log)
     async with Coordinator.open(
         job.addresses, coordinator_identity(model), shape_of(model), plan, options
     ) as coordinator:

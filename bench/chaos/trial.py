@@ -81,6 +81,8 @@ class Outcome:
     lost: tuple[str, ...]
     seconds: float
     problems: tuple[str, ...]
+    log: str = ""
+    """What the coordinator has said, with times, and when the fault struck."""
 
 
 def asks(rng: random.Random, vocab: int) -> list[Ask]:
@@ -144,7 +146,7 @@ async def run(
     addresses = [gate.address for gate in trial.network.gates]
     log = trial.fleet.nodes["n0"].directory / "head.log"
     problems: list[str] = []
-    struck = trio.current_time()
+    struck, clock = trio.current_time(), start
     async with AsyncExitStack() as stack:
         if around is not None:
             await stack.enter_async_context(around(trial))
@@ -161,7 +163,7 @@ async def run(
                     trial.tasks = tasks
                     tasks.start_soon(heard.listen, trial)
                     await heard.until(STREAMS * int(TOKENS * trial.rng.uniform(0.1, 0.5)))
-                    struck = trio.current_time()
+                    struck, clock = trio.current_time(), time.monotonic()
                     tasks.start_soon(fault, trial)
                     await trio.lowlevel.checkpoint()
                     limit.deadline = trio.current_time() + PATIENCE_SECONDS + trial.own
@@ -207,6 +209,7 @@ async def run(
         lost,
         time.monotonic() - start,
         tuple(problems),
+        f"{clock:.2f} {trial.kind} of {', '.join(sorted(trial.victims)) or 'the coordinator'}\n{words}",
     )
 
 

@@ -170,6 +170,33 @@ def test_a_node_that_cannot_be_reached_is_named_as_the_command_line_takes_it(
     lab.run(main)
 
 
+def test_dialling_measures_how_long_the_answer_takes(lab: ModuleType) -> None:
+    async def main() -> None:
+        here, there = trio.testing.memory_stream_pair()
+
+        async def open_stream(host: str, port: int) -> trio.abc.Stream:
+            await trio.sleep(3)
+            return here
+
+        async def slow(hello: Hello) -> int:
+            await trio.sleep(0.25)
+            return 0
+
+        async def node() -> None:
+            async with open_connection(there, "laptop", dialled=False) as connection:
+                await greet(connection, lab.identity("pi", 2), lab.OFFER, seconds=5, admit=slow)
+
+        async with trio.open_nursery() as tasks:
+            tasks.start_soon(node)
+            async with dial(open_stream, "pi", 7, lab.identity("laptop", 1), "step", seconds=5) as (
+                connection,
+                _,
+            ):
+                assert connection.trip == 0.25
+
+    lab.run(main)
+
+
 def test_dialling_has_one_deadline_for_all_of_it(lab: ModuleType) -> None:
     async def slow(host: str, port: int) -> trio.abc.Stream:
         await trio.sleep(seconds)

@@ -186,9 +186,17 @@ async def unreachable() -> None:
     raise NodeLostError("nobody there")
 
 
-@pytest.mark.parametrize(("busy", "least", "most"), [(True, 5, 6), (False, 10, 11.5)])
-def test_silence_from_the_start_is_bounded(lab: ModuleType, busy: bool, least: float, most: float) -> None:
+@pytest.mark.parametrize(
+    ("busy", "greeted", "least", "most"),
+    [(True, None, 5, 6), (True, 0.01, 2, 3), (True, 0.1, 3, 4), (False, 0.01, 10, 11.5)],
+)
+def test_silence_from_the_start_is_bounded(
+    lab: ModuleType, busy: bool, greeted: float | None, least: float, most: float
+) -> None:
+    """By the time that the exchange of Hello took, until a ping is answered."""
+
     async def test(down: Any, up: Any) -> None:
+        down.trip = greeted
         with pytest.raises(NodeLostError, match=r"b is lost: it has answered nothing for \d+\.\d s"):
             await watch(down, busy=busy, probe=unreachable).run()
         assert least <= trio.current_time() < most

@@ -46,9 +46,9 @@ LEAST_STRETCH = 1.25
 that prompts go on."""
 MOST_JOINED = 64
 """The most rows to which parts of a prompt that wait are joined."""
-WHOLE_SECONDS = 0.005
-"""How long rows wait for the others of their call on the previous stage, which are on their way; or for as
-long as a call takes, if that is longer."""
+WHOLE_SECONDS = 1.0
+"""How long rows wait for the next row of their call on the previous stage, which is on its way. A slow link
+brings one after another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +61,11 @@ class Batch:
 
 @dataclass(slots=True)
 class _Call:
-    """Sessions that decode whose rows the previous stage has computed together, and when the first arrived.
+    """Sessions that decode whose rows the previous stage has computed together, and when the latest arrived.
     `whole`: the last of them has arrived."""
 
-    since: float
     decoding: list[int] = field(default_factory=list)
+    latest: float = 0.0
     whole: bool = False
 
 
@@ -133,12 +133,12 @@ class Inbox:
                 del self._lines[item.session]
                 return
         elif isinstance(item, Step):
-            row = not line and decodes(item)
+            row = decodes(item) and not any(isinstance(waiting, Step) for waiting in line)
             if row:
                 self._decoding.add(item.session)
                 self._streams.arrived(item.session, now)
-            if row and item.hidden is not None:
-                self._join_call(item, now)
+            if decodes(item) and item.hidden is not None:
+                self._join_call(item, row, now)
         self._heard += not isinstance(item, Step)
         self._bytes += held_bytes(item)
         line.append(item)
@@ -186,12 +186,17 @@ class Inbox:
 
     # Rows of sequences that decode.
 
-    def _join_call(self, step: Step, now: float) -> None:
-        """Adds a row to the call of the previous stage that it was a part of."""
+    def _join_call(self, step: Step, row: bool, now: float) -> None:
+        """Adds a row to the call of the previous stage that it was a part of. Without `row`, it is not the
+        next one of its session, and only says whether more of the call follow."""
         if not self._calls or self._calls[-1].whole:
-            self._calls.append(_Call(now))
-        self._calls[-1].decoding.append(step.session)
-        self._calls[-1].whole = not step.more
+            self._calls.append(_Call())
+        call = self._calls[-1]
+        if row:
+            call.decoding.append(step.session)
+        call.latest, call.whole = now, not step.more
+        if call.whole and not call.decoding:
+            self._calls.pop()
 
     def _chosen(self, now: float) -> _Call | float | None:
         """The next call of sequences that decode; or the time until which to wait for more of them; or None
@@ -200,14 +205,14 @@ class Inbox:
             return None
         if self._calls and self._calls[0].decoding:
             call = self._calls[0]
-            end = call.since + max(WHOLE_SECONDS, self._seconds(self._last))
+            end = call.latest + WHOLE_SECONDS
             if not call.whole and now < end:
                 return end
             call.whole = True
             self._merge()
             return call
         found = self._streams.choose(now)
-        return _Call(now, found) if isinstance(found, list) else found
+        return _Call(found) if isinstance(found, list) else found
 
     def _merge(self) -> None:
         """Joins calls that wait, as long as they are not more than a group: sequences whose laps end at

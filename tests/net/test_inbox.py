@@ -178,16 +178,25 @@ def test_rows_computed_together_stay_together() -> None:
 
 def test_rows_wait_for_the_others_of_their_call_but_not_for_ever() -> None:
     box = inbox(passed(1, 5, more=True))
-    until = box.take(0.001)
-    assert until == WHOLE_SECONDS
-    box.put(passed(2, 7), 0.002)
-    assert taken(box) == [(1, 5), (2, 7)]
-    box.put(passed(1, 6, more=True), 1.0)
-    assert isinstance(box.take(1.0), float)
-    late = box.take(1.0 + WHOLE_SECONDS)
+    assert box.take(0.001) == WHOLE_SECONDS
+    box.put(passed(2, 7, more=True), 0.9)  # over a slow link
+    assert box.take(1.0) == 0.9 + WHOLE_SECONDS
+    box.put(passed(3, 7), 1.5)
+    assert taken(box) == [(1, 5), (2, 7), (3, 7)]
+    box.put(passed(1, 6, more=True), 3.0)
+    assert isinstance(box.take(3.0), float)
+    late = box.take(3.0 + WHOLE_SECONDS)
     assert isinstance(late, Batch) and [step.session for step in late.steps] == [1]
-    box.put(passed(2, 8), 1.1)
+    box.put(passed(2, 8), 5.0)
     assert taken(box) == [(2, 8)]
+
+
+def test_a_row_behind_its_sessions_open_or_another_step_ends_its_call() -> None:
+    box = inbox(passed(1, 5, more=True), opened(2), passed(2, 0))
+    assert box.take(0.0) == Batch((opened(2),), (passed(1, 5, more=True), passed(2, 0)))
+    box = inbox(passed(2, 0, 3), passed(1, 5, more=True), passed(2, 3))
+    assert taken(box) == [(1, 5), (2, 0)]
+    assert taken(box) == [(2, 3)]
 
 
 def test_a_session_that_ends_is_missing_from_its_call_alone() -> None:

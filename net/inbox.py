@@ -265,7 +265,7 @@ class Inbox:
             if self._divides:
                 self._join_parts(session)
             front = self._front(session)
-            rows = len(front.tokens)
+            rows = count = len(front.tokens)
             if self._divides:
                 limit = min(self._slice(front.first), self.chunk_rows, self.max_rows - before)
                 rows = self._most(front, loads, room, limit - taken)
@@ -276,6 +276,8 @@ class Inbox:
                 steps.append(self._pop(session, rows))
                 loads.append(load(steps[-1]))
                 taken += rows
+            if rows < count:
+                return  # there is no room for more
 
     @property
     def _divides(self) -> bool:

@@ -20,7 +20,7 @@ MOST_SEQUENCES = CALL_STEPS
 NEAR = 1.03
 """A group for each stage is chosen where its round takes at most this much longer than that of the best
 number, which may be best only because measured costs are not exact."""
-LAPS = 2
+LAPS = 3
 """A group may wait for a sequence for as long as having it back saves the busiest stage in so many laps."""
 
 

@@ -92,13 +92,13 @@ def test_calls_never_have_more_rows_than_a_node_takes() -> None:
     ]  # fmt: skip
 
 
-def test_a_wait_is_what_two_laps_save_on_the_busiest_stage() -> None:
-    assert grouping(way(FLAT), 4).wait == pytest.approx(0.008)
+def test_a_wait_is_what_three_laps_save_on_the_busiest_stage() -> None:
+    assert grouping(way(FLAT), 4).wait == pytest.approx(0.012)
     assert grouping(way(FLAT), 1).wait == 0.0
     assert grouping(way(EVEN, hop=0.010), 4).wait == pytest.approx(0.0)
     slow = Fixed([0.0] + [0.050] * 32)
     found = grouping(way(FLAT, slow), 8)
-    assert (found.groups, found.wait) == (1, pytest.approx(0.1))
+    assert (found.groups, found.wait) == (1, pytest.approx(0.15))
 
 
 def test_every_stage_and_link_is_done_with_a_slice_within_two_rounds() -> None:

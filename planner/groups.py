@@ -96,16 +96,21 @@ def round_seconds(way: Way, count: int, groups: int, depth: int = 0) -> float:
     def call(stage: Calls, rows: int) -> float:
         return stage.rows(rows) + rows * depth * stage.position if rows else 0.0
 
+    def lap_of(rows: int) -> float:
+        return sum(call(stage, rows) for stage in way.stages) + sum(way.latency) + rows * sum(way.busy)
+
     calls = [call(stage, large) for stage in way.stages]
     taken = [
         more * seconds + (groups - more) * call(stage, small) if more else groups * seconds
         for stage, seconds in zip(way.stages, calls, strict=True)
     ]
-    lap = sum(calls) + sum(way.latency) + large * sum(way.busy)
+    lap = lap_of(large)
+    either = (lap + lap_of(small)) / 2 if more else lap
     busiest = max(*taken, count * max(way.busy))
     seconds, paused = max(lap, busiest), 0.0
     while True:
-        # Groups follow each other closely, so a stage is idle once in a round, and pays for a pause after it.
+        # Groups follow each other closely, so a stage is idle once in a round, and the group that comes first
+        # pays for a pause: a large one or a small one.
         pauses = sum(
             stage.pause
             for stage, busy in zip(way.stages, taken, strict=True)
@@ -114,7 +119,7 @@ def round_seconds(way: Way, count: int, groups: int, depth: int = 0) -> float:
         if pauses <= paused:
             return seconds
         paused = pauses
-        seconds = max(lap + pauses, busiest)
+        seconds = max(lap, either + pauses, busiest)
 
 
 def best_groups(way: Way, count: int, depth: int = 0) -> int:

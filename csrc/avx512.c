@@ -75,7 +75,7 @@ SHOAL_INLINE float v_largest(v16 a) {
 }
 
 #define Q8_BIAS 1
-#define Q8_ROWS 8
+#define Q8_ROWS 11
 #define Q8_BLOCK 7
 #define Q8_EVEN 1
 #define Q8_PANELS 2
@@ -127,7 +127,7 @@ typedef struct {
 /* Adds the products of quad `k` of the group at x + at with line w[p] of each panel; the weights are unsigned here. */
 SHOAL_INLINE void dot_lines(chains *c, const __m512i *w, const shoal_q8_row *x, size_t at, const int32_t k,
                             const int32_t rows, const int32_t panels) {
-  UNROLL(8)
+  UNROLL(11)
   for (int32_t r = 0; r < rows; r++) {
     const int8_t *four = x[r].q + at + k * SHOAL_QUAD;
     if (panels == 1) {
@@ -170,7 +170,7 @@ SHOAL_INLINE void panel_dots(const int32_t type, const uint8_t *w, const uint16_
   size_t scale_at = (size_t)groups * SHOAL_GROUP;
   const size_t bias_from_scale = (size_t)groups * sizeof(float);
   v16 sum[Q8_ROWS * Q8_PANELS];
-  UNROLL(16)
+  UNROLL(22)
   for (int32_t i = 0; i < rows * panels; i++) sum[i] = _mm512_setzero_ps();
   for (int32_t g = 0; g < groups; g++, scale_at += sizeof(float), w += lines * LINE) {
     chains c;
@@ -178,7 +178,7 @@ SHOAL_INLINE void panel_dots(const int32_t type, const uint8_t *w, const uint16_
     /* Hidden from the compiler, which else advances a pointer for each row and keeps some of them in memory. */
     __asm__("" : "+r"(group_at), "+r"(scale_at));
     shoal_fetch_share(w, ahead);
-    UNROLL(16)
+    UNROLL(22)
     for (int32_t i = 0; i < rows * panels; i++) {
       const __m512i bias = quad(x[i / panels].q + scale_at + bias_from_scale);
       c.even[i] = type == SHOAL_Q8 ? bias : mins ? _mm512_setzero_si512() : _mm512_srai_epi32(bias, 4);
@@ -207,7 +207,7 @@ SHOAL_INLINE void panel_dots(const int32_t type, const uint8_t *w, const uint16_
       const size_t at = ((size_t)p * groups + g) * SHOAL_PANEL;
       const v16 scale = v_load_f16(scales + at);
       if (panels == 1) _mm_prefetch((const char *)(scales + at) + SCALES_AHEAD, _MM_HINT_NTA);
-      UNROLL(8)
+      UNROLL(11)
       for (int32_t r = 0; r < rows; r++) {
         const int32_t i = r * panels + p;
         const v16 of_inputs = _mm512_castsi512_ps(quad(x[r].q + scale_at));
@@ -219,7 +219,7 @@ SHOAL_INLINE void panel_dots(const int32_t type, const uint8_t *w, const uint16_
       }
     }
   }
-  UNROLL(16)
+  UNROLL(22)
   for (int32_t i = 0; i < rows * panels; i++) sums[i] = sum[i];
 }
 

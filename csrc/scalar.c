@@ -65,7 +65,7 @@ LANES float v_largest(v16 a) {
 
 /* What the shared files need to know of a set; none of it changes a result. */
 #define Q8_BIAS 0        /* whether q8_dots reads the bias of q8 rows */
-#define Q8_ROWS 1        /* rows of a product up to which one block of rows has them all: 1, 3, 4 or 8 */
+#define Q8_ROWS 1        /* rows of a product up to which one block of rows has them all: 1, 3, 4, 8 or 11 */
 #define Q8_BLOCK 1       /* rows of a block when there are several, at most */
 #define Q8_EVEN 0        /* 1: blocks of nearly equal size; 0: the last block has the rest */
 #define Q8_PANELS 1      /* panels of a product of attention */

@@ -84,6 +84,8 @@ class Streams:
     def __init__(self, groupings: Sequence[Grouping] = ()) -> None:
         self._groupings = groupings
         self._streams: dict[int, _Stream] = {}
+        self._lap: float | None = None
+        """The laps of all streams, as a moving average, for those that have not made one."""
         self._free = 0.0
         self._looked = -math.inf
 
@@ -111,6 +113,8 @@ class Streams:
             self._balance()
         else:
             stream.back(now)
+            if stream.lap is not None:
+                self._lap = stream.lap if self._lap is None else self._lap + WEIGHT * (stream.lap - self._lap)
 
     def taken(self, sessions: Iterable[int]) -> None:
         """The rows of these sessions are in the call that begins."""
@@ -151,29 +155,25 @@ class Streams:
             self._balance()
 
     def deadline(self, stretch: float, now: float, sessions: Iterable[int] | None = None) -> float | None:
-        """When the next call of these sessions must end, or of all whose row is due, so that none takes
-        `stretch` times as long from token to token as without prompts; None if that is not known."""
+        """When the next call of these sessions must end, or of all whose row is here or due, so that none
+        takes `stretch` times as long from token to token as without prompts; None if that is not known."""
         streams = self._streams
-        known = (
-            [streams[session] for session in sessions if session in streams]
-            if sessions
-            else [
-                stream
-                for stream in streams.values()
-                if stream.here is not None
-                or (stream.left is not None and now < self._late(stream, self._lap()))
+        if sessions is None:
+            known = [
+                stream for stream in streams.values() if stream.here is not None or self._due(stream, now)
             ]
-        )
-        return min((s.ended + stretch * s.quiet for s in known if s.ended and s.quiet), default=None)
+        else:
+            known = [streams[session] for session in sessions if session in streams]
+        times = [s.ended + stretch * s.quiet for s in known if s.ended is not None and s.quiet is not None]
+        return min(times, default=None)
 
     def due(self, now: float) -> tuple[float, float] | None:
         """When the next row should arrive, and until when at the latest; None if none is expected."""
-        known = self._lap()
         times = []
         for stream in self._streams.values():
-            lap = stream.lap or known
-            if stream.left is not None and lap is not None and now < self._late(stream, known):
-                times.append((stream.left + lap, self._late(stream, known)))
+            lap = stream.lap or self._lap
+            if lap is not None and stream.left is not None and self._due(stream, now):
+                times.append((stream.left + lap, self._late(stream)))
         return min(times, default=None)
 
     def choose(self, now: float) -> list[int] | float | None:
@@ -200,24 +200,23 @@ class Streams:
     def _waits(self, away: Iterable[_Stream], limit: float, now: float) -> float | None:
         """Until when a group waits for its sequences that are away, at most until `limit`; None if for none
         of them."""
-        known, until = self._lap(), None
+        until = None
         for stream in away:
-            lap = stream.lap or known
+            lap = stream.lap or self._lap
             if lap is not None and stream.left is not None and stream.left + lap < limit:
-                late = min(limit, self._late(stream, known))
+                late = min(limit, self._late(stream))
                 until = late if until is None else max(until, late)
         return until if until is not None and until > now else None
 
-    def _late(self, stream: _Stream, known: float | None) -> float:
+    def _due(self, stream: _Stream, now: float) -> bool:
+        """Whether a stream is away and still waited for."""
+        return stream.left is not None and now < self._late(stream)
+
+    def _late(self, stream: _Stream) -> float:
         """The time from which a stream that is away is no longer waited for."""
         assert stream.left is not None
-        lap = stream.lap or known
+        lap = stream.lap or self._lap
         return stream.left if lap is None else stream.left + (1 + LATE) * lap + 2 * stream.spread
-
-    def _lap(self) -> float | None:
-        """The mean lap of the streams that have made one."""
-        laps = [stream.lap for stream in self._streams.values() if stream.lap is not None]
-        return sum(laps) / len(laps) if laps else None
 
     # Groups.
 

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import trio
 
 from shoal import planner
-from shoal.distributed import coordinator_identity
+from shoal.distributed import cluster_of, coordinator_identity, placement_of
 from shoal.engine.model_directory import Model
-from shoal.net.coordinator import Coordinator, CoordinatorOptions
+from shoal.engine.stage import StageOptions
+from shoal.net.coordinator import Coordinator
 from shoal.net.identity import shape_of
 from shoal.net.placement import Links, NodeInfo, Placement
+from shoal.planning import planner_model
 
 from .lab import Lab
 from .others import Others
@@ -61,14 +63,17 @@ async def quiet(once: Callable[[], Awaitable[Timed]]) -> Timed:
 async def measure(
     lab: Lab, model: Model, stages: Sequence[planner.Assignment], streams: int, repeats: int, tokens: int
 ) -> list[Timed]:
-    """So many quiet runs of `tokens` tokens a stream, after a short one to warm up."""
+    """So many quiet runs of `tokens` tokens a stream, after a short one to warm up. Sequences share calls as
+    the measurements of nodes and links say."""
+    rows = planner_model(model, StageOptions())
+    load = planner.Workload(PROMPT + tokens, sequences=streams, prompt_tokens=PROMPT, streams=streams)
 
     def fixed(nodes: Sequence[NodeInfo], links: Links) -> Placement:
-        return Placement(tuple(stages), CHUNK_ROWS)
+        question = planner.Question(rows, cluster_of(nodes, links), load)
+        return replace(placement_of(question, stages), chunk_rows=CHUNK_ROWS)
 
-    options = CoordinatorOptions(measure_links=False)
     async with Coordinator.open(
-        lab.addresses, coordinator_identity(model), shape_of(model), fixed, options
+        lab.addresses, coordinator_identity(model), shape_of(model), fixed
     ) as coordinator:
 
         async def once() -> Timed:

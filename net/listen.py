@@ -21,7 +21,7 @@ _TRIES = 20
 _ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _FULL_SECONDS = 0.1
-_BATCH, _SILENT = 128, 16
+_BATCH, _SILENT = 32, 8
 _FAR = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
 """Addresses reserved for documentation. The route to them is the default route."""
 

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import math
+import os
+import resource
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
 from bench.chaos import __main__ as chaos
+from bench.chaos.head import Ask, Job
 from bench.chaos.proxy import FIRST_SYN_RETRY, Gate, Link, Network
+from tests.models import tiny_chat_checkpoint
 
+from shoal.engine.convert import convert
 from shoal.net.identity import Identity
 from shoal.net.wire import WireProtocol
+from shoal.processes import NodeSpec, nodes
 
 pytestmark = pytest.mark.lab
 
@@ -94,6 +105,26 @@ def test_a_trial_whose_answers_differ_fails(
     out, err = capsys.readouterr()
     assert "5/0 kill" in err and "1 answers differ" in err
     assert out.splitlines()[-1].startswith("| kill | 1 | 0 | 3 of 4 |")
+
+
+@pytest.mark.slow
+def test_idle_connections_do_not_use_up_a_nodes_file_descriptors(tmp_path: Path) -> None:
+    def few() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+
+    convert(tiny_chat_checkpoint(tmp_path / "checkpoint"), tmp_path / "tiny")
+    spec = NodeSpec("n0", 2000, options=("--measure-seconds", "0.05"), enter=few)
+    with nodes(tmp_path / "tiny", [spec], tmp_path) as (node,), ExitStack() as idle:
+        most = 0
+        for _ in range(500):
+            idle.enter_context(socket.create_connection(node.address))
+            most = max(most, len(os.listdir(f"/proc/{node.process.pid}/fd")))
+        job = Job(str(tmp_path / "tiny"), [node.address], [Ask([1, 2, 3], 9, None)])
+        done = subprocess.run(
+            [sys.executable, "-m", "bench.chaos.head", job.to_json()], capture_output=True, text=True
+        )
+        assert (done.returncode, done.stdout.count('"token"')) == (0, 9), done.stderr
+        assert most < 120
 
 
 def test_an_unknown_kind_is_named(capsys: pytest.CaptureFixture[str]) -> None:

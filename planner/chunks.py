@@ -23,6 +23,11 @@ DEEP = 1024
 SHORT = 256
 """Prompts up to so many tokens are cut into chunks of equal rows: their attention matters little."""
 MOST_WINDOW = 64
+NEAR = 1.01
+"""Of the cuts whose first token takes at most this much longer than that of the best, the one of the largest
+chunks is chosen: measured costs are not exact, and every message has a cost that no profile has."""
+CHUNKS_A_STAGE = 12
+"""The most chunks of a prompt for each stage, and as many more: no profile makes a prompt creep."""
 
 
 class Calls(Protocol):
@@ -87,8 +92,12 @@ def best_chunking(way: Way, tokens: int, most: int) -> Chunking:
     """The cut of a prompt of so many tokens with which its first token is there soonest, in chunks of at most
     `most` rows."""
     sizes = [size for size in SIZES if size <= most and size < tokens + LEAST_CHUNK] or [most]
+    least = tokens / (CHUNKS_A_STAGE * (len(way.stages) + 1))
+    sizes = [size for size in sizes if size >= least] or sizes[-1:]
     found = [(_first_token(way, tokens, chunking), chunking) for chunking in _candidates(way, tokens, sizes)]
-    return min(found, key=lambda one: one[0])[1]
+    limit = NEAR * min(seconds for seconds, _ in found)
+    near = [(chunking.rows, -seconds, chunking) for seconds, chunking in found if seconds <= limit]
+    return max(near, key=lambda one: one[:2])[2]
 
 
 def chunkings(way: Way, most: int, context: int) -> tuple[tuple[int, Chunking], ...]:

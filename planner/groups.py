@@ -17,9 +17,10 @@ from .rows import MOST_ROWS, check_real, check_seconds, check_whole
 
 MOST_SEQUENCES = CALL_STEPS
 """The numbers of sequences for which a chain's groups are computed in advance: 1 up to this one."""
-NEAR = 1.03
-"""A group for each stage is chosen where its round takes at most this much longer than that of the best
-number, which may be best only because measured costs are not exact."""
+NEAR = 1.05
+"""Of the numbers of groups whose round takes at most this much longer than that of the best, the one nearest
+to a group for each stage is chosen: measured costs are not exact, and fuller calls lose less where links or
+devices are slower than measured."""
 LAPS = 3
 """A group may wait for a sequence for as long as having it back saves the busiest stage in so many laps."""
 
@@ -130,8 +131,9 @@ def best_groups(way: Way, count: int, depth: int = 0) -> int:
     if usual * CALL_STEPS >= count:
         numbers.add(usual)
     rounds = {groups: round_seconds(way, count, groups, depth) for groups in sorted(numbers)}
-    best = min(rounds, key=rounds.__getitem__)
-    return usual if rounds.get(usual, math.inf) <= NEAR * rounds[best] else best
+    limit = NEAR * min(rounds.values())
+    near = [groups for groups, seconds in rounds.items() if seconds <= limit]
+    return min(near, key=lambda groups: abs(groups - usual))
 
 
 def grouping(way: Way, count: int, depth: int = 0) -> Grouping:

@@ -73,7 +73,7 @@ def test_a_group_for_each_stage_where_rows_cost_less_than_reading_the_weights() 
 
 
 def test_more_groups_where_links_are_slow_and_fewer_where_a_stage_is() -> None:
-    assert best_groups(way(USUAL, USUAL, hop=0.010), 16) > 4
+    assert best_groups(way(USUAL, USUAL, hop=0.010), 16) == 4
     slow = Fixed([0.0] + [0.050 + 0.0005 * rows for rows in range(1, 33)])
     assert best_groups(way(USUAL, slow, USUAL, hop=0.0001), 16) == 1
 
@@ -82,7 +82,8 @@ def test_a_group_for_each_stage_unless_another_number_is_clearly_better() -> Non
     assert best_groups(way(FLAT, FLAT), 16) == 2  # as good as one
     # Two groups of two pass three stages as quickly as groups of two, one and one.
     assert best_groups(way(USUAL, USUAL, USUAL, hop=0.0001), 4) == 3
-    assert best_groups(way(USUAL, USUAL, USUAL, hop=0.005), 4) == 4
+    # Four of one are 4 % quicker where links are slow, which is less than costs are known to.
+    assert best_groups(way(USUAL, USUAL, USUAL, hop=0.005), 4) == 3
 
 
 def test_calls_never_have_more_rows_than_a_node_takes() -> None:

@@ -63,6 +63,8 @@ grows with each loss of the node."""
 QUICK_SECONDS, MOST_AGAIN = 10.0, 3
 """How often the same chain is tried again after its connections have failed, each time within
 QUICK_SECONDS."""
+BUSY_BYTES_PER_S = 200e6
+"""A node that loads so many bytes may be silent for a second longer, since its memory and disk are busy."""
 RETRY_SECONDS = 1.0
 """The time between two measurements of links that cannot be measured, while nodes are waited for."""
 
@@ -485,17 +487,20 @@ def _reconsidered(state: ClusterState, now: float) -> Outcome:
 
 def _beats(state: ClusterState, event: Tick, now: float) -> Outcome:
     """Pings the nodes, tries those anew whose answer is late, and removes those that are silent for too long.
-    A node may be twice as long silent while it loads."""
+    A node that loads many weights may be silent for longer."""
     commands: list[Command] = []
     for i in state.alive():
         member, loading = state.members[i], state.phase == "loading"
         pulse, timing = member.pulse, state.timing
         busy = state.holds(i) and (loading or event.busy)
         silence = pulse.silence(now)
-        bound = pulse.bound(timing.overdue, busy=busy) * (2 if loading else 1)
-        if silence > min(timing.overdue, bound) or _overdue_load(state, i, now):
+        bound = pulse.bound(timing.overdue, busy=busy)
+        if busy and loading:
+            stage = state.placement.stages[state.holders().index(i)]
+            bound = min(timing.overdue, bound + state.bytes_of(stage) / BUSY_BYTES_PER_S)
+        if silence > bound or _overdue_load(state, i, now):
             why = f"has answered nothing for {silence:.1f} s: check that it is awake and on the network"
-            if silence <= min(timing.overdue, bound):
+            if silence <= bound:
                 why = f"has not loaded its layers within {now - state.since:.0f} s"
             state, more = _left(state, i, NodeLostError(f"{member.called} {why}"), now)
             commands += more

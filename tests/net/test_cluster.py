@@ -479,6 +479,17 @@ def test_loading_is_bounded_by_size() -> None:
     assert "has not loaded its layers within 31 s" in str(state.members[1].lost)
 
 
+@pytest.mark.parametrize(("size", "bound"), [(0, 5.0), (300_000_000, 8.0), (10**10, 10.0)])
+def test_a_node_that_reads_many_weights_may_be_silent_for_longer(size: int, bound: float) -> None:
+    """No round trip has been measured yet: 5 s, and 1 s for 200 MB of the stage's two units, at most 10 s."""
+    state, _ = after(fresh(unit_bytes=(size,) * 6), *TO_LOAD)
+    state, _ = after(state, Tick(), now=1.0)
+    state, _ = after(state, Heard(0), Heard(2), Tick(), now=1.0 + bound)
+    assert state.members[1].alive
+    state, commands = after(state, Heard(0), Heard(2), Tick(), now=1.1 + bound)
+    assert HangUp(1) in commands
+
+
 def test_a_node_under_two_addresses_is_used_once() -> None:
     state, _ = after(fresh(), JOINS[0], Joined(1, hello("a", 100)), Left(2, GONE))
     assert state.alive() == (1,) and state.members[0].barred

@@ -59,8 +59,7 @@ class StageParts:
         return onward if nonce is None else [*onward, Ping(nonce)], back
 
     def ran(self, batch: Batch, start: float, end: float) -> None:
-        """Counts a batch whose call began and ended at these times."""
-        self.work.count(batch, end - start)
+        """Learns from a batch whose call began and ended at these times."""
         self.pace.count(batch, start, end)
         self.inbox.ran(batch, start, end)
 
@@ -122,6 +121,7 @@ class TaskLoop:
         answers = await self._hop(partial(parts.work.do, batch))
         parts.pace.returned()
         end = trio.current_time()
+        parts.work.count(batch, end - start)  # before the results arrive, since statistics follow them
         onward, back = parts.routed(answers, end)
         try:
             for message in back:
@@ -288,6 +288,7 @@ class ThreadLoop:
         answers = parts.work.do(batch)
         parts.pace.returned()
         end = self.clock()
+        parts.work.count(batch, end - start)  # before the results arrive, since statistics follow them
         onward, back = parts.routed(answers, end)
         try:
             if back:

@@ -78,6 +78,7 @@ SHOAL_INLINE float v_largest(v16 a) {
 #define Q8_ROWS 11
 #define Q8_BLOCK 7
 #define Q8_EVEN 1
+#define Q8_TILE 6
 #define Q8_PANELS 2
 #define ATTEND_QUERIES 8
 #define ATTEND_MANY 6

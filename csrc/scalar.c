@@ -68,7 +68,7 @@ LANES float v_largest(v16 a) {
 #define Q8_ROWS 1        /* rows of a product up to which one block of rows has them all: 1, 3, 4, 8 or 11 */
 #define Q8_BLOCK 1       /* rows of a block when there are several, at most */
 #define Q8_EVEN 0        /* 1: blocks of nearly equal size; 0: the last block has the rest */
-#define Q8_PANELS 1      /* panels of a product of attention */
+#define Q8_PANELS 1      /* panels of a tile, of long prompts and in attention; if more than 1, Q8_TILE is its rows */
 #define ATTEND_QUERIES 1 /* queries that share the loads of keys and values: 1, 4 or more */
 #define ATTEND_MANY 1    /* the same while more than a few wait */
 #define ATTEND_WIDTH 1   /* lines of values that a query sums at once */

@@ -12,7 +12,7 @@ from .test_ops import dequantised
 from .weights import GROUP, f32, floats, q4, random_q8, random_weight
 
 KINDS = ("Q8", "Q4", "Q4M", "F32")
-ROWS = (*range(1, 33), 64, 97)
+ROWS = (*range(1, 33), 64, *range(96, 102))
 SOME_ROWS = (1, 5, 9, 17, 97)  # of products that are slow by their definition
 
 

@@ -17,7 +17,7 @@ from tests.kernels.harness import CSRC, source_hash
 SANITISERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 FLAGS = ("-std=c11", "-O1", "-g", "-ffp-contract=off", "-fvisibility=hidden", "-fPIC", *SANITISERS)
 TESTS = ("tests/kernels", "tests/engine", "--deselect=tests/kernels/test_avxvnni.py")
-WITHOUT = "not flush_to_zero and not memory_of_a_file_is_freed"
+WITHOUT = "not flush_to_zero and not memory_of_a_file_is_freed and not resident_memory"
 """Tests of the process itself, which the sanitiser changes: its rounding mode, its resident memory."""
 
 

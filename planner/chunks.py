@@ -9,9 +9,8 @@ equally long.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-from .cost import Step
+from .groups import Way
 from .rows import LEAST_CHUNK, check_real, check_whole
 
 SIZES = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -28,24 +27,6 @@ NEAR = 1.01
 chunks is chosen: measured costs are not exact, and every message has a cost that no profile has."""
 CHUNKS_A_STAGE = 6
 """The most chunks of a prompt for each stage, and as many more: no profile makes a prompt creep."""
-
-
-class Calls(Protocol):
-    """The costs of a stage's calls, such as cost.StageCost."""
-
-    def call_seconds(self, steps: Sequence[Step], /) -> float:
-        """Seconds of a call of any steps."""
-
-
-class Way(Protocol):
-    """A chain as chunks pass it: the stages, and the latency and the seconds a row of every hop."""
-
-    @property
-    def stages(self) -> Sequence[Calls]: ...
-    @property
-    def latency(self) -> Sequence[float]: ...
-    @property
-    def busy(self) -> Sequence[float]: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ from .messages import (
     Epoch,
     Hello,
     Message,
+    Pages,
     Purpose,
     Result,
     Step,
@@ -40,9 +41,12 @@ HEADER = struct.Struct("<4sHHI")
 MAX_ROWS = 4096
 MAX_COLS = 1 << 16
 MAX_POSITION = 1 << 31
+MAX_UNITS = 1 << 16
 
-_STEP = struct.Struct("<QQIIIBB2xI")  # session, epoch (coordinator, counter), first, rows, want, more, cols
+_STEP = struct.Struct("<QQIIIBBHIHH")
+"""session, epoch (coordinator, counter), first, rows, want, more, 0, cols, part (enter, until; 0, 0: none)"""
 _RESULT = struct.Struct("<QQIIIi")  # session, epoch (coordinator, counter), first, rows, token or -1
+_PAGES = struct.Struct("<QQIIII")  # session, epoch (coordinator, counter), unit, first, last
 _NO_TOKEN = -1
 
 
@@ -194,6 +198,11 @@ def _encode(message: Message) -> list[bytes]:
             return [_RESULT.pack(*body)]
         case Data():
             return [bytes(message.size)]
+        case Pages():
+            _check_pages(message.unit, message.first, message.last)
+            epoch = message.epoch
+            where = message.session, epoch.coordinator, epoch.counter, message.unit
+            return [_PAGES.pack(*where, message.first, message.last), bytes(message.data)]
         case _:
             return [strict.encode(message)]
 
@@ -205,7 +214,8 @@ def _encode_step(step: Step) -> list[bytes]:
     _check_run(step.first, rows, int(step.want), cols)
     epoch = step.epoch
     where = step.session, epoch.coordinator, epoch.counter, step.first, rows
-    fixed = _STEP.pack(*where, int(step.want), int(step.more), cols)
+    _check_part(step.part)
+    fixed = _STEP.pack(*where, int(step.want), int(step.more), 0, cols, *(step.part or (0, 0)))
     tokens = struct.pack(f"<{rows}i", *step.tokens)
     # tobytes copies, since the stage may reuse its buffer before this is written.
     hidden = b"" if step.hidden is None else step.hidden.astype("<f4", copy=False).tobytes()
@@ -220,16 +230,20 @@ def _decode(entry: Entry, body: bytearray) -> Message:
         return _decode_result(body)
     if entry.kind is Data:
         return Data(len(body))
+    if entry.kind is Pages:
+        return _decode_pages(body)
     return strict.decode(entry.kind, body)
 
 
 def _decode_step(body: bytearray) -> Step:
     if len(body) < _STEP.size:
         raise ValueError(f"a Step has {len(body)} bytes, fewer than the {_STEP.size} of its fixed part")
-    session, coordinator, counter, first, rows, want, more, cols = _STEP.unpack_from(body)
+    session, coordinator, counter, first, rows, want, more, zero, cols, *part = _STEP.unpack_from(body)
     _check_run(first, rows, want, cols)
-    if more > 1:
-        raise ValueError(f"more = {more} is neither 0 nor 1")
+    if more > 1 or zero:
+        raise ValueError(f"more = {more} is neither 0 nor 1" if more > 1 else f"a field is {zero}, not 0")
+    units = (part[0], part[1]) if any(part) else None
+    _check_part(units)
     size = _STEP.size + 4 * rows + 4 * rows * cols
     if len(body) != size:
         raise ValueError(f"a Step of {rows} rows and {cols} columns has {len(body)} bytes, not {size}")
@@ -246,6 +260,7 @@ def _decode_step(body: bytearray) -> Step:
         Want(want),
         hidden.reshape(rows, cols) if cols else None,
         bool(more),
+        units,
     )
 
 
@@ -257,6 +272,26 @@ def _decode_result(body: bytearray) -> Result:
     if token < _NO_TOKEN:
         raise ValueError(f"a Result holds the token id {token}")
     return Result(session, Epoch(coordinator, counter), first, rows, None if token == _NO_TOKEN else token)
+
+
+def _decode_pages(body: bytearray) -> Pages:
+    if len(body) < _PAGES.size:
+        raise ValueError(f"Pages have {len(body)} bytes, fewer than the {_PAGES.size} of their fixed part")
+    session, coordinator, counter, unit, first, last = _PAGES.unpack_from(body)
+    _check_pages(unit, first, last)
+    return Pages(
+        session, Epoch(coordinator, counter), unit, first, last, memoryview(bytes(body[_PAGES.size :]))
+    )
+
+
+def _check_pages(unit: int, first: int, last: int) -> None:
+    if not 0 <= first < last <= MAX_POSITION or unit > MAX_UNITS:
+        raise ValueError(f"positions [{first}, {last}) of unit {unit} are out of range")
+
+
+def _check_part(part: tuple[int, int] | None) -> None:
+    if part is not None and not 0 <= part[0] < part[1] < MAX_UNITS:
+        raise ValueError(f"units [{part[0]}, {part[1]}) are no part of a chain")
 
 
 def _check_run(first: int, rows: int, want: int, cols: int) -> None:

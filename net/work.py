@@ -16,9 +16,8 @@ from ..engine.batch import Run, Sampling
 from ..engine.errors import ContextError, ModelFileError, ShoalError
 from .errors import to_wire
 from .inbox import Batch, decodes
-from .messages import Close, Epoch, Failed, Open, Result, Stats, Step, Work
+from .messages import MOST_SESSIONS, Close, Epoch, Failed, Open, Result, Stats, Step, Work
 
-MAX_SESSIONS = 256
 STAGE_ERRORS = (ShoalError, ValueError, FloatingPointError, MemoryError)
 """Exceptions of a stage for invalid rows, or rows without room. They end a session, not the node."""
 
@@ -102,8 +101,8 @@ class StageWork:
         try:
             if notice.session in self._sessions:
                 raise ValueError(f"session {notice.session} is open already")
-            if len(self._sessions) >= MAX_SESSIONS:
-                raise ContextError(f"{MAX_SESSIONS} sessions are open, the most that a node serves: end one")
+            if len(self._sessions) >= MOST_SESSIONS:
+                raise ContextError(f"{MOST_SESSIONS} sessions are open, the most that a node serves: end one")
             self._stage.open_sequence(notice.session, notice.sampling, notice.context)
         except STAGE_ERRORS as error:
             return [self._failed(notice.session, error)]

@@ -22,10 +22,9 @@ from .engine.errors import ContextError, ShoalError
 from .engine.model_directory import Model
 from .net.coordinator import DEFAULT_OPTIONS, Coordinator
 from .net.identity import shape_of
-from .net.messages import Work
+from .net.messages import MOST_SESSIONS, Work
 from .net.placement import StageReport
 from .net.session import Session
-from .net.work import MAX_SESSIONS
 from .planner.cost import chain_hops, hop_seconds
 from .portal import Portal, open_portal
 
@@ -98,9 +97,9 @@ def check_chain(cases: Sequence[Case], model: Model) -> None:
                 f"{case.name} over nodes needs a context of {_positions(case)} tokens and the model's is "
                 f"{model.config.context}{model.config.limit}: lower -p, -n or -d"
             )
-        if case.sequences > MAX_SESSIONS:
+        if case.sequences > MOST_SESSIONS:
             raise ShoalError(
-                f"a node serves at most {MAX_SESSIONS} sequences: give --batch no more than that, not "
+                f"a node serves at most {MOST_SESSIONS} sequences: give --batch no more than that, not "
                 f"{case.sequences}"
             )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from ..engine.errors import NoPlanError
 from ..planner import Assignment, LinkSpeed
@@ -64,11 +65,71 @@ class StageReport:
     stats: Stats
 
 
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a chain is used for at the moment, as the coordinator measures it. `streams` answers are being
+    computed, at `depth` positions in the mean, and should need `remaining` more tokens in all
+    (net/rebalance.expected_tokens). `tokens` is the number of tokens of all answers so far; it only grows.
+    `reading`: prompts are being computed, so that tokens/s say little. `waiting`: the share of the last
+    seconds in which each stage did not compute, where it is known. `copies`: the units whose weights each
+    node holds beside those of its stage."""
+
+    streams: int = 0
+    depth: int = 0
+    remaining: float = 0.0
+    tokens: int = 0
+    reading: bool = False
+    waiting: Mapping[str, float] = field(default_factory=dict)
+    copies: Mapping[str, frozenset[int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A placement that should be better than the one in force. `why` is a clause for the user. Predicted are
+    the seconds of a token before and after, of all answers together; the seconds by which the change delays
+    the answers; and the bytes of keys and values that travel."""
+
+    placement: Placement
+    why: str
+    seconds_before: float
+    seconds_after: float
+    cost_s: float
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a proposal: whether it was `committed`; the seconds until it was committed or aborted,
+    and for how many of them the answers stood still."""
+
+    committed: bool
+    seconds: float = 0.0
+    standstill: float = 0.0
+
+
 Links = Mapping[tuple[str, str], LinkSpeed]
 Planner = Callable[[Sequence[NodeInfo], Links], Placement]
 """A function that makes a plan for the nodes that have joined. It is called in a worker thread. Links are
 keyed by (from label, to label); those that could not be measured are missing. It raises NoPlanError if no
 plan exists."""
+
+
+class Rebalancer(Protocol):
+    """Proposes changes of a placement while it is in use. One thread at a time calls it."""
+
+    def look(
+        self, nodes: Sequence[NodeInfo], links: Links, placement: Placement, usage: Usage, now: float
+    ) -> Proposal | None:
+        """A better placement for these nodes, or None. It is called every half second while a chain is
+        served and no change is under way, in a worker thread. `now` is in seconds of a clock that never goes
+        back."""
+
+    def happened(self, outcome: Outcome) -> None:
+        """Notes what became of the last proposal. It must be called before the next `look`."""
+
+    def copies(self, nodes: Sequence[NodeInfo], placement: Placement) -> Mapping[str, tuple[int, ...]]:
+        """The units whose weights each node should hold beside those of its stage, in the order of their
+        use."""
 
 
 def plan_at(edges: Sequence[int], chunk_rows: int = 128) -> Planner:

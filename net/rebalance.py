@@ -1,4 +1,4 @@
-"""The rebalancer: proposes to move layers while answers are computed. Nothing here does I/O or reads a clock."""
+"""The rebalancer: proposes to move layers while answers are computed. It does no I/O and reads no clock."""
 
 from __future__ import annotations
 

@@ -3,8 +3,9 @@
 There is no TLS yet, so anybody who reaches the port can connect. A node must stay free for its coordinator
 and the nodes of its chain, and use a bounded number of file descriptors. The kinds of places:
 
-    waiting      at most WAITING connections that have not said Hello. A further one ends the oldest of the
-                 address that has the most of them
+    waiting      at most WAITING connections that have not said Hello, and no more than a quarter of the
+                 process's file descriptors. A further one ends the oldest of the address that has the most
+                 of them
     caller       at most CALLERS coordinators that wait a moment for the one that is served to leave
     coordinator  one, which no other kind of connection can use
     guest        `step` and `probe` connections of peers that show the coordinator's ticket, at most GUESTS of
@@ -64,32 +65,50 @@ class Door:
 
     def __init__(self, name: str, handshake: float, log: Callable[[str], None]) -> None:
         self._name, self._handshake, self._log = name, handshake, log
+        self._most = most_waiting()
         self._waiting: dict[Visit, None] = {}
         self._leaving: dict[Visit, None] = {}
+        self._evicted: set[Visit] = set()
+        self._closed = trio.Event()
         self._callers = 0
         self._slot = trio.Semaphore(1)
         self._served: _Served | None = None
         self._guests: dict[Visit, Hello] = {}
         self._since, self._lines = -LINES_SECONDS, 0
 
-    @contextmanager
-    def visit(self, address: str) -> Iterator[Visit]:
-        """A place for a new connection from a host, until the block ends. The block is cancelled when the
-        place is needed for another connection."""
+    def arrive(self, address: str) -> Visit:
+        """A place for a new connection from a host, which may end another one: `settled` waits for that."""
         seconds = self._handshake if len(self._waiting) < CROWD else min(self._handshake, CROWD_SECONDS)
         visit = Visit(address, seconds)
         self._waiting[visit] = None
-        if len(self._waiting) > WAITING:
+        if len(self._waiting) > self._most:
             self._evict()
+        return visit
+
+    @contextmanager
+    def visit(self, visit: Visit) -> Iterator[None]:
+        """Keeps a connection's place until the block ends, which closes the connection. The block is
+        cancelled when the place is needed for another connection."""
         try:
             with visit.scope:
-                yield visit
+                yield
         finally:
             self._waiting.pop(visit, None)
             self._leaving.pop(visit, None)
             self._guests.pop(visit, None)
+            if visit in self._evicted:
+                self._evicted.remove(visit)
+                self._closed.set()
+                self._closed = trio.Event()
             if self._serves(visit):
                 self._farewell()
+
+    async def settled(self) -> None:
+        """Waits until every connection whose place was needed has closed its socket. A caller that accepts
+        more connections only then has no more sockets than there are places, and those of one `accept`."""
+        await trio.lowlevel.checkpoint()
+        while self._evicted:
+            await self._closed.wait()
 
     async def admit(self, visit: Visit, hello: Hello, name: str) -> int:
         """Gives a connection that has said Hello the place of its purpose, and returns the ticket for its
@@ -127,7 +146,7 @@ class Door:
         if len(self._leaving) > LEAVING:
             oldest = next(iter(self._leaving))
             del self._leaving[oldest]
-            oldest.scope.cancel()
+            self._end(oldest)
 
     def note(self, visit: Visit, line: str) -> None:
         """Logs why a connection ended. Of a flood of strangers the first lines and the number are logged."""
@@ -182,6 +201,20 @@ class Door:
         most = max(count.values())
         oldest = next(visit for visit in self._waiting if count[visit.address] == most)
         del self._waiting[oldest]
-        oldest.scope.cancel()
+        self._end(oldest)
         who = oldest.address or "a peer"
         self.note(oldest, f"{who} did not say Hello, and its place was needed for another connection")
+
+    def _end(self, visit: Visit) -> None:
+        self._evicted.add(visit)
+        visit.scope.cancel()
+
+
+def most_waiting() -> int:
+    """The number of places of connections that have not said Hello."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return WAITING
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return WAITING if soft == resource.RLIM_INFINITY else max(1, min(WAITING, soft // 4))

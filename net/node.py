@@ -84,12 +84,17 @@ class Node:
     async def _accept(self, listener: trio.SocketListener, tasks: trio.Nursery) -> None:
         while True:
             for stream in await accept(listener):
-                tasks.start_soon(self.connected, stream)
+                host, who = _address(stream)
+                tasks.start_soon(self._attend, stream, who, self._door.arrive(host))
+            await self._door.settled()
 
     async def connected(self, stream: trio.abc.Stream) -> None:
         """Serves one connection until it ends. Errors are logged and end only this connection."""
         host, who = _address(stream)
-        with self._door.visit(host) as visit:
+        await self._attend(stream, who, self._door.arrive(host))
+
+    async def _attend(self, stream: trio.abc.Stream, who: str, visit: Visit) -> None:
+        with self._door.visit(visit):
             async with open_connection(stream, who, dialled=False) as connection:
                 try:
                     await self._serve(visit, connection)

@@ -1,5 +1,6 @@
 """The door of a node: strangers, however many there are, keep nobody out who has been sent."""
 
+import resource
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from functools import partial
@@ -23,6 +24,7 @@ from shoal.net.door import (
     PATIENCE_SECONDS,
     WAITING,
     Door,
+    most_waiting,
 )
 from shoal.net.errors import NetError, NodeLostError, RemoteProtocolError
 from shoal.net.messages import Assign, Epoch, Loaded, Open, Peer, Ping, Pong, Result, Step
@@ -133,13 +135,53 @@ def test_of_many_idle_connections_the_oldest_of_the_busiest_address_ends(lab: Mo
     async def main() -> None:
         door = Door("a", 10.0, log.append)
         with ExitStack() as stack:
-            friend = stack.enter_context(door.visit("10.0.0.2"))
-            crowded = [stack.enter_context(door.visit("10.0.0.9")) for _ in range(WAITING + 5)]
+            friend = door.arrive("10.0.0.2")
+            crowded = [door.arrive("10.0.0.9") for _ in range(WAITING + 5)]
+            for visit in (friend, *crowded):
+                stack.enter_context(door.visit(visit))
             assert not friend.scope.cancel_called
             assert [v.scope.cancel_called for v in crowded] == [True] * 6 + [False] * (WAITING - 1)
         assert log[0].startswith("10.0.0.9 did not say Hello")
 
     lab.run(main)
+
+
+def test_a_place_is_settled_when_the_connection_that_had_it_has_closed(lab: ModuleType) -> None:
+    async def main() -> None:
+        door, times = Door("a", 10.0, lambda line: None), []
+
+        async def close_slowly(visit: Any) -> None:
+            with door.visit(visit):
+                try:
+                    await trio.sleep_forever()
+                finally:
+                    with trio.CancelScope(shield=True):
+                        await trio.sleep(3)
+            times.append(trio.current_time())
+
+        async with trio.open_nursery() as tasks:
+            for _ in range(WAITING):
+                tasks.start_soon(close_slowly, door.arrive("10.0.0.9"))
+            await door.settled()
+            assert trio.current_time() == 0
+            for wave in (1, 2):
+                tasks.start_soon(close_slowly, door.arrive("10.0.0.9"))
+                await door.settled()
+                assert (trio.current_time(), times) == (3 * wave, [3.0, 6.0][:wave])
+            tasks.cancel_scope.cancel()
+
+    lab.run(main)
+
+
+@pytest.mark.parametrize(
+    ("descriptors", "places"),
+    [(resource.RLIM_INFINITY, WAITING), (1024, WAITING), (4 * WAITING, WAITING), (128, 32), (3, 1)],
+)
+def test_few_descriptors_have_few_places(
+    monkeypatch: pytest.MonkeyPatch, descriptors: int, places: int
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (descriptors, descriptors))
+    assert most_waiting() == places
 
 
 def test_in_a_crowd_there_is_less_time_for_a_hello(lab: ModuleType) -> None:

@@ -1,11 +1,12 @@
 """Real sockets and worker threads on loopback, the fake model: what memory streams cannot show."""
 
+import os
 import re
 import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from types import ModuleType
@@ -13,10 +14,13 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from shoal.net.connection import in_thread, open_tcp
 from shoal.net.coordinator import Coordinator, CoordinatorOptions
+from shoal.net.door import WAITING
 from shoal.net.errors import NodeLostError
+from shoal.net.listen import _SILENT
 from shoal.net.node import Node
 from shoal.net.placement import plan_at
 
@@ -103,6 +107,33 @@ def test_a_port_where_nobody_listens_is_said_in_the_systems_words(lab: ModuleTyp
             with pytest.raises(NodeLostError, match=re.escape(words)):
                 async with Coordinator.open([address], lab.identity("laptop", 9), lab.SHAPE, plan_at((0, 6))):
                     pass
+
+    limited(main)
+
+
+def test_a_flood_uses_no_more_descriptors_than_there_are_places(lab: ModuleType) -> None:
+    """They have connected already when the node begins to accept, so it never waits for the next one."""
+
+    class Count(trio.abc.Instrument):
+        most = 0
+
+        def after_task_step(self, task: trio.lowlevel.Task) -> None:
+            self.most = max(self.most, len(os.listdir("/proc/self/fd")))
+
+    async def main() -> None:
+        async with nodes(lab, 1) as (_, net), trio.open_nursery() as tasks:
+            (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+            with ExitStack() as idle:
+                for _ in range(300):
+                    idle.enter_context(socket.create_connection(listener.socket.getsockname()[:2]))
+                before, count = len(os.listdir("/proc/self/fd")), Count()
+                trio.lowlevel.add_instrument(count)
+                node = net.nodes[7001].node
+                await tasks.start(node.serve, [listener])
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                trio.lowlevel.remove_instrument(count)
+                assert WAITING <= count.most - before <= WAITING + _SILENT
+            tasks.cancel_scope.cancel()
 
     limited(main)
 

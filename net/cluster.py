@@ -37,6 +37,9 @@ from .events import (
     MeasureLinks,
     Pause,
     Planned,
+    Proposed,
+    Quiet,
+    Reached,
     Redial,
     Say,
     SendAssign,
@@ -45,6 +48,7 @@ from .events import (
     Serve,
     StageBroken,
     StageLoaded,
+    StagePrepared,
     Stalled,
     Tick,
     TryAnew,
@@ -94,6 +98,8 @@ def decide(state: ClusterState, event: Event, now: float) -> Outcome:
             return _stalled(state, member)
         case Tick():
             return _tick(state, event, now)
+        case Proposed() | StagePrepared() | Reached() | Quiet():
+            return state, ()
 
 
 def check_placement(state: ClusterState, placement: Placement) -> None:

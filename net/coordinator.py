@@ -28,6 +28,7 @@ from .identity import Identity, ModelShape
 from .liveness import TICK_SECONDS, Awake, Stillness, call_bound, redial_pause
 from .members import ITSELF, ClusterState, Member, peer_of
 from .messages import (
+    Abort,
     Broken,
     Epoch,
     Failed,
@@ -38,6 +39,7 @@ from .messages import (
     Message,
     Ping,
     Pong,
+    Prepared,
     Progress,
     Release,
     Result,
@@ -291,11 +293,14 @@ class Coordinator:
             case Pong():
                 answered = self._pace.answered(self._state, member, message, trio.current_time())
                 self._peers[member].progress = message.progress
-                await self._events.send(events.Heard(member, message.progress, answered))
+                heard = events.Heard(member, message.progress, answered, message.condition)
+                await self._events.send(heard)
                 return
             case Loaded(epoch):
                 self._peers[member].loaded = message
                 await self._events.send(events.StageLoaded(member, epoch))
+            case Prepared(epoch, seconds, sent):
+                await self._events.send(events.StagePrepared(member, epoch, seconds, sent))
             case Broken(epoch, code, text, blamed, again):
                 error = from_wire(code, text, self._state.members[member].label)
                 await self._events.send(events.StageBroken(member, epoch, error, blamed, again))
@@ -334,6 +339,10 @@ class Coordinator:
                 self._post(member, assign)
             case events.SendRelease(member, epoch):
                 self._post(member, Release(epoch))
+            case events.SendCommit(member, commit):
+                self._post(member, commit)
+            case events.SendAbort(member, epoch):
+                self._post(member, Abort(epoch))
             case events.HangUp(member):
                 self._peers[member].scope.cancel()
             case events.Redial(member):

@@ -1,6 +1,7 @@
 """Events and commands of net/cluster.py: what can happen to nodes, and what a coordinator can do about it.
 
-A member is identified by its index in the coordinator's list of addresses.
+A member is identified by its index in the coordinator's list of addresses. A transition (net/transition.py)
+is identified by the epoch that it prepares; the epoch that runs meanwhile is its base.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..engine.errors import ShoalError
-from .messages import Assign, Epoch, Hello, Progress
+from .messages import Assign, Commit, Condition, Epoch, Hello, Kept, Progress
 from .placement import Placement
 
 
@@ -42,12 +43,13 @@ class Joined:
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """A message arrived from the node: a Pong, with the progress of its stage, or any other. `answered`: it
-    answers the last ping."""
+    """A message arrived from the node: a Pong, with the progress of its stage and the condition of the node,
+    or any other. `answered`: it answers the last ping."""
 
     member: int
     progress: Progress | None = None
     answered: bool = False
+    condition: Condition | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +80,57 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class StageLoaded:
-    """The node has loaded its stage of the epoch."""
+    """The node has loaded its stage of the epoch, or has changed to it after Commit. A node that has no unit
+    in it any more has sent all that other nodes take."""
 
     member: int
     epoch: Epoch
 
 
 @dataclass(frozen=True, slots=True)
+class Proposed:
+    """A better placement was found, or somebody asks for one: it is carried out as a transition, or a Moved
+    with the reason why not is the answer. `why` is a clause for the user, and `copying` the seconds that
+    sending the keys and values should take, if that is known."""
+
+    placement: Placement
+    why: str
+    copying: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StagePrepared:
+    """The node has prepared its stage of a transition, which has taken so many seconds, and has sent so many
+    bytes of keys and values."""
+
+    member: int
+    epoch: Epoch
+    seconds: float
+    sent: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """The coordinator is connected to the first node of the prepared epoch, as Reach asked. If it cannot be,
+    StageBroken of that epoch is reported instead."""
+
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class Quiet:
+    """No Step is on its way any more, as Hold asked for the transition to `epoch`. `sessions` are those that
+    are open, each with the positions that all of its stages hold."""
+
+    epoch: Epoch
+    sessions: tuple[Kept, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StageBroken:
-    """The node cannot run its stage of the epoch. `peer` is the incarnation of another node, if that one is
-    at fault. `again`: only a connection has failed, and the same chain can be tried again."""
+    """The node cannot run, or cannot prepare, its stage of the epoch. `peer` is the incarnation of another
+    node, if that one is at fault. `again`: only a connection has failed, and the same chain can be tried
+    again."""
 
     member: int
     epoch: Epoch
@@ -112,7 +155,10 @@ class Tick:
     stalled: bool = False
 
 
-Event = Joined | Heard | Left | LinksMeasured | Planned | StageLoaded | StageBroken | Stalled | Tick
+Event = (
+    Joined | Heard | Left | LinksMeasured | Planned | Proposed | StagePrepared | Reached | Quiet | StageLoaded
+    | StageBroken | Stalled | Tick
+)  # fmt: skip
 
 
 # --- commands
@@ -138,6 +184,55 @@ class SendRelease:
     """Tell the node that it has no stage in the epoch."""
 
     member: int
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class SendCommit:
+    """Tell the node to change to the prepared epoch."""
+
+    member: int
+    commit: Commit
+
+
+@dataclass(frozen=True, slots=True)
+class SendAbort:
+    """Tell the node to forget the prepared epoch."""
+
+    member: int
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """Connect to this member, the first node of the epoch that is being prepared, beside the running chain.
+    Report Reached, or StageBroken."""
+
+    epoch: Epoch
+    member: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unreach:
+    """End the connection that Reach asked for, if it is there: the transition has been given up."""
+
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Send no more Steps of the epoch `base`. Report Quiet of the transition to `epoch` when no Step is on
+    its way; at once, with the positions that Results have confirmed, if the chain has ended."""
+
+    epoch: Epoch
+    base: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Send Steps of this epoch again: the transition that held it has been given up. A Quiet that was not
+    reported yet is not reported any more."""
+
     epoch: Epoch
 
 
@@ -187,9 +282,42 @@ class MakePlan:
 
 @dataclass(frozen=True, slots=True)
 class Serve:
-    """Connect to the first node of the loaded chain, and let sessions go on."""
+    """Let sessions go on in the chain of this epoch. Without `base`, it was loaded anew: connect to its first
+    node, and send all tokens again. With `base`, the counter of the epoch before, it is the result of a
+    transition: sessions are carried over with their positions, on the connection that Reach has made. No node
+    has the keys and values of units [lost[0], lost[1]): they are filled first."""
 
     epoch: Epoch
+    base: int | None = None
+    lost: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Shift:
+    """Units [first, last) that move from one node to another, by their labels."""
+
+    first: int
+    last: int
+    giver: str
+    taker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """What became of a transition, for the log and for statistics. `why` is the reason for it, a clause.
+    `failure` is the reason why it was given up or not begun, a sentence without its end; empty if the new
+    epoch is served. `recovery`: it was made after a loss. `seconds`: from the first order to the end, `held`
+    of them without Steps. `sent`: bytes of keys and values that were sent before Commit."""
+
+    epoch: Epoch
+    why: str
+    shifts: tuple[Shift, ...] = ()
+    lost: tuple[int, int] = (0, 0)
+    recovery: bool = False
+    seconds: float = 0.0
+    held: float = 0.0
+    sent: int = 0
+    failure: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +335,6 @@ class Fail:
 
 
 Command = (
-    SendPing | SendAssign | SendRelease | HangUp | Redial | TryAnew | Say | MeasureLinks | MakePlan | Serve
-    | Pause | Fail
+    SendPing | SendAssign | SendCommit | SendAbort | SendRelease | Reach | Unreach | Hold | Resume | HangUp
+    | Redial | TryAnew | Say | MeasureLinks | MakePlan | Serve | Pause | Moved | Fail
 )  # fmt: skip

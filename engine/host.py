@@ -16,6 +16,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from .kernel_files import integer, read_fields, read_lines, read_number, read_text
+
 _ROOT = Path("/")
 _BIG = 0.7
 """Lowest speed of a big core, as a fraction of the fastest core's. Middle cores have 0.75 to 0.9, small ones
@@ -80,7 +82,7 @@ def big_cores(usable: Collection[int] | None = None, root: Path = _ROOT) -> froz
     does not report speeds."""
     usable = usable_cpus() if usable is None else usable
     for name in ("cpu_capacity", "cpufreq/cpuinfo_max_freq"):
-        speeds = {cpu: _number(root / f"sys/devices/system/cpu/cpu{cpu}" / name) for cpu in usable}
+        speeds = {cpu: read_number(root / f"sys/devices/system/cpu/cpu{cpu}" / name) for cpu in usable}
         known = [speed for speed in speeds.values() if speed is not None]
         if len(known) == len(speeds):
             return frozenset(cpu for cpu, speed in speeds.items() if (speed or 0) >= _BIG * max(known))
@@ -92,10 +94,10 @@ def cpu_quota(root: Path = _ROOT) -> float | None:
     quota."""
     shares = []
     for group in control_groups("cpu", root):
-        v2 = (_text(group / "cpu.max") or "").split()  # such as "max 100000" or "150000 100000"
-        quota, period = map(_integer, v2 if len(v2) == 2 else ("", ""))
+        v2 = (read_text(group / "cpu.max") or "").split()  # such as "max 100000" or "150000 100000"
+        quota, period = map(integer, v2 if len(v2) == 2 else ("", ""))
         if not v2:  # cgroup v1, where -1 means no quota
-            quota, period = _number(group / "cpu.cfs_quota_us"), _number(group / "cpu.cfs_period_us")
+            quota, period = read_number(group / "cpu.cfs_quota_us"), read_number(group / "cpu.cfs_period_us")
         if quota and period and quota > 0:
             shares.append(quota / period)
     return min(shares, default=None)
@@ -118,13 +120,13 @@ def control_groups(controller: str, root: Path = _ROOT) -> Iterator[Path]:
     """Directories of the control groups that limit this process through `controller` ("cpu", "memory"): in
     each hierarchy its own group first, then its ancestors as far as they are mounted."""
     paths: dict[bool, str] = {}
-    for line in _lines(root / "proc/self/cgroup"):
+    for line in read_lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
         if not controllers or controller in controllers.split(","):
             paths[not controllers] = path  # True: the single hierarchy of v2
     # By mount point: a later mount at the same point hides the earlier one.
     mounts: dict[bool, dict[Path, str]] = {True: {}, False: {}}
-    for line in _lines(root / "proc/self/mountinfo"):
+    for line in read_lines(root / "proc/self/mountinfo"):
         place, _, filesystem = line.partition(" - ")
         kind, _, options = filesystem.partition(" ")
         options = options.rpartition(" ")[2]
@@ -144,25 +146,6 @@ def control_groups(controller: str, root: Path = _ROOT) -> Iterator[Path]:
             yield top
 
 
-def on_mains(root: Path = _ROOT) -> bool:
-    """Whether this device runs on mains power, so that a thread may keep a core busy while it waits for a few
-    milliseconds. True on Linux without a battery; False where the system does not tell, as on many phones."""
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        supplies = list((root / "sys/class/power_supply").iterdir())
-    except FileNotFoundError:
-        return "ANDROID_ROOT" not in os.environ
-    except OSError:
-        return False
-    kinds = [
-        (_text(supply / "type"), _text(supply / "online"), _text(supply / "scope")) for supply in supplies
-    ]
-    own = [(kind or "").strip() for kind, _, scope in kinds if (scope or "").strip() != "Device"]
-    plugged = any((kind or "").strip() != "Battery" and _integer(online or "") for kind, online, _ in kinds)
-    return plugged or ("Battery" not in own and "ANDROID_ROOT" not in os.environ)
-
-
 def limit_libraries() -> None:
     """Limits the threads of NumPy's matrix libraries to the CPU quota, by setting OMP_NUM_THREADS.
 
@@ -174,7 +157,7 @@ def limit_libraries() -> None:
 
 def _machine(root: Path) -> Ram:
     """The RAM of the machine."""
-    found = _fields(root / "proc/meminfo", 1024)
+    found = read_fields(root / "proc/meminfo", 1024)
     total, available = found.get("MemTotal"), found.get("MemAvailable")
     if total is None:  # no procfs, as on macOS, or an Android that hides it
         try:
@@ -192,13 +175,13 @@ def _group_bounds(root: Path) -> Iterator[Ram]:
     """The bound of each memory control group. Clean file pages count as available, since the kernel drops
     them before it kills a process."""
     for group in control_groups("memory", root):
-        stat = _fields(group / "memory.stat")
-        limits = [_number(group / f"memory.{name}") for name in ("max", "high", "limit_in_bytes")]
+        stat = read_fields(group / "memory.stat")
+        limits = [read_number(group / f"memory.{name}") for name in ("max", "high", "limit_in_bytes")]
         limits.append(stat.get("hierarchical_memory_limit"))  # v1: includes ancestors that are not mounted
         limit = min((limit for limit in limits if limit is not None), default=None)
-        used = _number(group / "memory.current")
+        used = read_number(group / "memory.current")
         if used is None:
-            used = _number(group / "memory.usage_in_bytes")
+            used = read_number(group / "memory.usage_in_bytes")
         if limit is None:
             continue
         available = None
@@ -241,35 +224,5 @@ def _unescaped(field: str) -> str:
 
 def _statm(root: Path) -> list[int] | None:
     """Sizes of this process in bytes: virtual, resident, shared, text, 0, data. None: not reported."""
-    text = _text(root / "proc/self/statm")
-    return None if text is None else [int(pages) * os.sysconf("SC_PAGE_SIZE") for pages in text.split()]
-
-
-def _fields(path: Path, unit: int = 1) -> dict[str, int]:
-    """Integers by name, in a file such as meminfo or memory.stat; empty if unreadable. `unit` multiplies
-    them."""
-    rows = [line.replace(":", " ").split() for line in _lines(path)]
-    return {row[0]: int(row[1]) * unit for row in rows if len(row) > 1 and row[1].isdecimal()}
-
-
-def _number(path: Path) -> int | None:
-    """The integer in a file; None: not an integer, such as "max", or unreadable, as on many phones."""
-    return _integer(_text(path) or "")
-
-
-def _integer(text: str) -> int | None:
-    try:
-        return int(text)
-    except ValueError:
-        return None
-
-
-def _lines(path: Path) -> list[str]:
-    return (_text(path) or "").splitlines()
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8", errors="surrogateescape")
-    except OSError:
-        return None
+    sizes = read_text(root / "proc/self/statm")
+    return None if sizes is None else [int(pages) * os.sysconf("SC_PAGE_SIZE") for pages in sizes.split()]

@@ -15,7 +15,7 @@ from traceback import clear_frames
 import trio
 
 from ..engine.errors import ModelFileError, ShoalError
-from ..engine.host import on_mains
+from ..engine.power import on_mains
 from ..planner import LinkSpeed
 from .connection import Connection, Hop, OpenStream, enter_dial, in_thread, open_tasks, open_tcp
 from .errors import NetError, to_wire

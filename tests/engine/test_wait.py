@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from shoal.engine import wait as waiting
-from shoal.engine.host import on_mains
+from shoal.engine.power import on_mains
 from shoal.engine.wait import CALM_WAITS, GAVE_UP, SPIN_SECONDS, Spin, waiter
 
 WAITS = [waiter(), waiting._sleeping]

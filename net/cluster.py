@@ -1,28 +1,33 @@
 """The coordinator's decisions about its nodes: `decide(state, event, now) -> (state, commands)`, without I/O
 or a clock.
 
-    gathering ──> measuring ──> planning ──> loading ──all loaded──> serving
-                      ↑            ↑ │                      │           │
-                      │            └─┼──── a node is lost ──┴───────────┘
+    gathering ──> measuring ──> planning ─┬─> loading ──────────────┬──all loaded──> serving ─┐
+                      ↑            ↑ │    └─> moving ──> committing ┘                │   ↑    │ transition
+                      │            └─┼──────── a node is lost ───────────────────────┘   └────┘
                       └── waiting <──┘ no plan
     failed: reached from any phase, and final
 
-Each plan that is carried out gets an epoch of its own. The loss of a node that holds a stage ends the epoch,
-and the others are planned for at once. Nodes are dialled again for as long as the coordinator lives. One that
-comes back is used where a plan needs it, or when a plan with it is better than the one in force. If the
-others cannot hold the model, the coordinator waits for nodes, for a bounded time. Before the first plan, the
-user is still at the terminal: a node that cannot be reached is left out if the others suffice, and is an
-error otherwise.
+Each plan that is carried out gets an epoch of its own, by a transition from the one in force
+(net/transition.py): beside a chain that is served, or as `moving` after the chain has ended. The first one,
+and one after a fault that no transition covers, is loaded from nothing.
+
+The loss of a node that holds a stage ends the chain, and the others are planned for at once. Nodes are
+dialled again for as long as the coordinator lives. One that comes back is used where a plan needs it, or when
+a plan with it is better than the one in force. One that is leaving, by its own policy, is emptied, if the
+others suffice. If they cannot hold the model, the coordinator waits for nodes, for a bounded time. Before the
+first plan, the user is still at the terminal: a node that cannot be reached is left out if the others
+suffice, and is an error otherwise.
 
 `now` is in seconds of a monotonic clock that stands still while this process does not run (liveness.Awake).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ..engine.errors import NoPlanError, ShoalError
-from ..planner.groups import plain_groupings
+from . import transition
 from .errors import LocalProtocolError, MismatchError, NetError, NodeLostError, StageStuckError
 from .events import (
     Command,
@@ -35,17 +40,14 @@ from .events import (
     LinksMeasured,
     MakePlan,
     MeasureLinks,
-    Pause,
+    Moved,
     Planned,
     Proposed,
     Quiet,
     Reached,
     Redial,
     Say,
-    SendAssign,
     SendPing,
-    SendRelease,
-    Serve,
     StageBroken,
     StageLoaded,
     StagePrepared,
@@ -55,8 +57,8 @@ from .events import (
 )
 from .identity import host_port
 from .liveness import Pulse, call_bound, load_bound
-from .members import ClusterState, Phase, labelled, peer_of
-from .messages import Assign, Epoch
+from .members import NO_POLICY, ClusterState, Phase, Transition, labelled
+from .messages import Condition
 from .placement import Placement
 
 GAIN = 1.1
@@ -90,34 +92,48 @@ def decide(state: ClusterState, event: Event, now: float) -> Outcome:
             return _links_measured(state, event, now)
         case Planned(number, answer):
             return _planned(state, answer, now) if number == state.plans else (state, ())
+        case Proposed():
+            return _proposed(state, event, now)
+        case StagePrepared():
+            return transition.prepared(state, event, now)
+        case Reached(epoch):
+            return transition.reached(state, epoch, now)
+        case Quiet():
+            return transition.quiet(state, event, now)
         case StageLoaded(member, epoch):
-            return _loaded(state, member, epoch, now)
+            return transition.loaded(state, member, epoch, now)
         case StageBroken():
             return _broken(state, event, now)
         case Stalled(member):
             return _stalled(state, member)
         case Tick():
             return _tick(state, event, now)
-        case Proposed() | StagePrepared() | Reached() | Quiet():
-            return state, ()
 
 
 def check_placement(state: ClusterState, placement: Placement) -> None:
     """Checks a plan. LocalProtocolError, since plans are made by our own code: it does not cover the units in
     order, or names an absent node, or a node twice."""
+    unfit = _unfit(state, placement, state.alive())
+    if unfit is not None:
+        raise LocalProtocolError(unfit)
+
+
+def _unfit(state: ClusterState, placement: Placement, members: Sequence[int]) -> str | None:
+    """The reason why a placement is none for these members; None if it is one."""
     edges = [0, *(stage.last for stage in placement.stages)]
     if (
         [stage.first for stage in placement.stages] != edges[:-1]
         or sorted(set(edges)) != edges
         or edges[-1] != state.units
     ):
-        raise LocalProtocolError(f"the plan's stages {edges} do not cover units 0 to {state.units} in order")
+        return f"the plan's stages {edges} do not cover units 0 to {state.units} in order"
     names = [stage.device for stage in placement.stages]
-    there = {state.members[i].label for i in state.alive()}
+    there = {state.members[i].label for i in members}
     if len(set(names)) < len(names) or not set(names) <= there:
-        raise LocalProtocolError(f"the plan names {names}; each must be one of {sorted(there)}, once")
+        return f"the plan names {names}; each must be one of {sorted(there)}, once"
     if placement.chunk_rows < 1:
-        raise LocalProtocolError(f"the plan has chunks of {placement.chunk_rows} rows")
+        return f"the plan has chunks of {placement.chunk_rows} rows"
+    return None
 
 
 def _fail(state: ClusterState, error: ShoalError) -> Outcome:
@@ -142,13 +158,14 @@ def _joined(state: ClusterState, event: Joined, now: float) -> Outcome:
     if before.alive and not same:  # its old connection has not ended yet
         restarted = NodeLostError(f"{before.called} has restarted")
         state, commands = _left(state, member, restarted, now, hang_up=False)
-    was, held = state.members[member].alive, state.holds(member)
+    was = state.members[member].alive
     state = state.changed(
         member,
         hello=event.hello,
         lost=None,
         joined=before.joined if was else now,
         pulse=Pulse(before.pulse.trip, now),
+        condition=before.condition if same else NO_POLICY,
     )
     state = replace(state, considered=state.considered - {incarnation}) if not was else state
     for other in state.alive():
@@ -164,13 +181,27 @@ def _joined(state: ClusterState, event: Joined, now: float) -> Outcome:
     mixed = _mixed(state, member)
     if mixed is not None:
         state, more = _left(state, member, mixed, now, own=True)
-    elif was and held:  # only the connection is new
-        state, more = _load_again(state, now)
+    elif was:  # only the connection is new
+        state, more = _emptied(state, member, f"{state.members[member].called} has a new connection", now)
     else:
-        if not was:
-            told = "has joined" if before.hello is None else "is back"
-            commands += (Say(f"{state.members[member].called} {told}"),)
+        told = "has joined" if before.hello is None else "is back"
+        commands += (Say(f"{state.members[member].called} {told}"),)
         state, more = _advance(state, now)
+    return state, (*commands, *more)
+
+
+def _emptied(state: ClusterState, member: int, reason: str, now: float) -> Outcome:
+    """A live node has dropped its stage, and what it has prepared."""
+    held, changes = state.holds(member), state.changes(member)
+    state = replace(state, standing=state.standing - {member})
+    if held:
+        return _again(state, reason, now)
+    if not changes:
+        return state, ()
+    state, commands = transition.give_up(state, reason, now)
+    if state.phase != "moving":
+        return state, commands
+    state, more = _advance(_enter(state, "measuring", now), now)
     return state, (*commands, *more)
 
 
@@ -229,32 +260,38 @@ def _left(
     lost = state.members[member]
     if lost.lost is not None:
         return state, ()
-    held, strict = state.holds(member), not state.recover
+    held, changes, strict = state.holds(member), state.changes(member), not state.recover
     at_fault = lost.alive and own and not isinstance(error, NodeLostError | StageStuckError)
+    left = lost.alive and lost.condition.leaving and not held and not own
     state = state.changed(
         member,
         lost=error,
-        losses=lost.losses + lost.alive,
+        losses=lost.losses + (lost.alive and not left),
         faulty=state.incarnation(member) if at_fault else lost.faulty,
     )
+    state = replace(state, standing=state.standing - {member})
     if strict and (held or not state.served):
         return _fail(state, error)
     if state.phase == "gathering":
         return _gathered(state, now)
-    ended: tuple[Command, ...] = ((HangUp(member),) if hang_up else ()) + (Say(str(error)),)
+    said = Say(f"{lost.called} has left" if left else str(error))
+    commands: tuple[Command, ...] = (*((HangUp(member),) if hang_up else ()), said)
+    more: tuple[Command, ...] = ()
     if held:
-        paused = Pause(state.epoch)
-        state, commands = _advance(_enter(state, "measuring", now), now)
-        return state, (*ended, paused, *commands)
+        state, ended = transition.end_chain(state, str(error), now)
+        state, more = _advance(state, now)
+        return state, (*commands, *ended, *more)
+    if changes:
+        state, ended = transition.give_up(state, str(error), now)
+        commands += ended
+        state = _enter(state, "measuring", now) if state.phase == "moving" else state
+    if state.trial:  # it may be in that plan
+        state = replace(state, trial=False, plans=state.plans + 1)
     if state.phase == "planning":
-        state, commands = _plan(state, now)
+        state, more = _plan(state, now)
     elif state.phase == "measuring":
-        state, commands = _advance(state, now)
-    elif state.trial:  # it may be in that plan
-        state, commands = replace(state, trial=False, plans=state.plans + 1), ()
-    else:
-        commands = ()
-    return state, (*ended, *commands)
+        state, more = _advance(state, now)
+    return state, (*commands, *more)
 
 
 # --- from links to a plan
@@ -302,13 +339,9 @@ def _plan(state: ClusterState, now: float, *, trial: bool = False) -> Outcome:
 
 
 def _planned(state: ClusterState, answer: Placement | ShoalError, now: float) -> Outcome:
-    paused: tuple[Command, ...] = ()
     if state.phase == "serving" and state.trial:
-        state = replace(state, trial=False)
-        if isinstance(answer, ShoalError) or not _better(answer, state.placement):
-            return state, ()
-        paused = (Say("a plan with more nodes is better: changing to it"), Pause(state.epoch))
-    elif state.phase != "planning":
+        return _tried(replace(state, trial=False), answer, now)
+    if state.phase != "planning":
         return state, ()
     if isinstance(answer, NoPlanError):
         return _no_plan(state, answer, now)
@@ -318,8 +351,65 @@ def _planned(state: ClusterState, answer: Placement | ShoalError, now: float) ->
         check_placement(state, answer)
     except LocalProtocolError as error:
         return _fail(state, error)
-    state, commands = _load(replace(state, placement=answer), now)
-    return state, (*paused, *commands)
+    return transition.begin(state, answer, "a node was lost", now)
+
+
+def _tried(state: ClusterState, answer: Placement | ShoalError, now: float) -> Outcome:
+    """Changes to a plan that was made while a chain is served, if it is better or empties a node that is
+    leaving."""
+    if state.transition is not None:  # proposed in the meantime
+        return replace(state, considered=frozenset()), ()
+    leaving = _leaving(state)
+    if isinstance(answer, ShoalError):
+        if not leaving or not isinstance(answer, NoPlanError):
+            return state, ()
+        state, said = _insufficient(state)
+        return replace(state, considered=frozenset(state.incarnation(i) for i in state.usable())), said
+    stages = {stage.device for stage in answer.stages}
+    emptied = [i for i in leaving if state.members[i].label not in stages]
+    if not emptied and not _better(answer, state.placement):
+        return state, ()
+    try:
+        check_placement(state, answer)
+    except LocalProtocolError as error:
+        return _fail(state, error)
+    if emptied:
+        why = f"{', '.join(state.members[i].label for i in emptied)} is leaving"
+        return transition.begin(state, answer, why, now)
+    better = "a plan with more nodes is better"
+    state, commands = transition.begin(state, answer, better, now)
+    return state, (Say(f"{better}: changing to it"), *commands)
+
+
+def _proposed(state: ClusterState, event: Proposed, now: float) -> Outcome:
+    """Begins the transition to a placement that the rebalancer, or somebody else, wants."""
+    placement, setback = event.placement, state.setback
+    refusal = _unfit(state, placement, state.usable())
+    if state.moves == "off":
+        refusal = "layers are moved only after losses (--moves off)"
+    elif state.phase != "serving" or state.transition is not None:
+        refusal = "the chain is changing already"
+    elif placement == state.placement:
+        refusal = "it is the plan in force"
+    elif setback is not None and setback.stages == placement.stages and now < setback.until:
+        refusal = "it has just failed"
+    if refusal is not None:
+        return state, (Moved(state.epoch, event.why, failure=refusal),)
+    return transition.begin(state, placement, event.why, now, event.copying)
+
+
+def _leaving(state: ClusterState) -> tuple[int, ...]:
+    """The holders that are leaving and may: the others are not known to be insufficient."""
+    usable = state.usable()
+    return tuple(i for i in state.holders() if state.members[i].condition.leaving and i not in usable)
+
+
+def _insufficient(state: ClusterState) -> Outcome:
+    """Keeps nodes that are leaving, since the others, for which a plan was requested, cannot hold the
+    model."""
+    names = [state.members[i].called for i in state.alive() if state.members[i].condition.leaving]
+    said = Say(f"the other nodes cannot hold the model without {', '.join(names)}: not left out yet")
+    return replace(state, insufficient=state.considered), (said,)
 
 
 def _better(plan: Placement, old: Placement) -> bool:
@@ -332,8 +422,15 @@ def _no_plan(state: ClusterState, reason: NoPlanError | None, now: float) -> Out
     """Waits for nodes, if there was a plan once and a node is lost. `reason` None: no node is left."""
     if reason is not None and state.unmeasured():  # newcomers may change that
         return _measure(_enter(state, "measuring", now))
+    said: tuple[Command, ...] = ()
+    if reason is not None and any(
+        state.members[i].condition.leaving and state.incarnation(i) not in state.considered
+        for i in state.alive()
+    ):
+        state, said = _insufficient(state)
     if reason is not None and state.considered != {state.incarnation(i) for i in state.usable()}:
-        return _plan(state, now)
+        state, commands = _plan(state, now)
+        return state, (*said, *commands)
     errors = [member.lost for member in state.members if member.lost is not None]
     error: ShoalError
     if reason is None:
@@ -349,54 +446,24 @@ def _no_plan(state: ClusterState, reason: NoPlanError | None, now: float) -> Out
     since = now if state.waiting is None else state.waiting
     if now - since >= state.timing.patience:
         return _fail(state, error)
-    said = (Say(f"waiting for nodes, {state.timing.patience:g} s at most"),) if state.waiting is None else ()
+    if state.waiting is None:
+        said = (*said, Say(f"waiting for nodes, {state.timing.patience:g} s at most"))
     return replace(_enter(state, "waiting", now), waiting=since, failure=error), said
 
 
-# --- epochs
-
-
-def _load(state: ClusterState, now: float) -> Outcome:
-    """Begins an epoch with the placement of the state."""
-    epoch = replace(state.epoch, counter=state.epoch.counter + 1)
-    state = replace(_enter(state, "loading", now), epoch=epoch, loaded=frozenset(), trial=False)
-    holders = state.holders()
-    peers = [peer_of(state.members[i]) for i in holders]
-    before = (epoch.coordinator, *(peer.incarnation for peer in peers[:-1]))
-    placement = state.placement
-    groupings = placement.groupings or plain_groupings(len(placement.stages))
-    assigns = tuple(
-        SendAssign(
-            i,
-            Assign(epoch, stage.first, stage.last, after, placement.chunk_rows, previous, groupings),
-        )
-        for i, stage, after, previous in zip(
-            holders, placement.stages, (*peers[1:], None), before, strict=True
-        )
-    )
-    idle = tuple(SendRelease(i, epoch) for i in state.alive() if i not in holders)
-    return state, (*idle, *assigns)
-
-
-def _load_again(state: ClusterState, now: float) -> Outcome:
-    """Begins another epoch with the placement in force."""
-    ended = state.epoch
-    quick = now - state.since < QUICK_SECONDS
-    state, commands = _load(replace(state, again=state.again + 1 if quick else 1), now)
-    return state, (Pause(ended), *commands)
-
-
-def _loaded(state: ClusterState, member: int, epoch: Epoch, now: float) -> Outcome:
-    if state.phase != "loading" or epoch != state.epoch or member not in state.holders():
-        return state, ()
-    state = replace(state, loaded=state.loaded | {member})
-    if state.loaded != frozenset(state.holders()):
-        return state, ()
-    state = replace(_enter(state, "serving", now), served=True)
-    return state, (Serve(epoch),)
-
-
 # --- faults
+
+
+def _again(state: ClusterState, reason: str, now: float, *, anew: bool = False) -> Outcome:
+    """Begins another epoch with the placement in force. `anew`: the stages are loaded again, since one of
+    them may be at fault."""
+    quick = now - state.since < QUICK_SECONDS
+    state, ended = transition.end_chain(replace(state, again=state.again + 1 if quick else 1), reason, now)
+    if anew:
+        state, commands = transition.load(state, state.placement, now)
+    else:
+        state, commands = transition.begin(state, state.placement, reason, now)
+    return state, (*ended, *commands)
 
 
 def _heard(state: ClusterState, event: Heard, now: float) -> Outcome:
@@ -406,9 +473,11 @@ def _heard(state: ClusterState, event: Heard, now: float) -> Outcome:
     state = state.changed(
         event.member, pulse=member.pulse.heard(now - member.pulse.pinged if event.answered else None)
     )
+    if event.condition is not None and event.condition != member.condition and member.alive:
+        return _conditioned(state, event.member, event.condition, now)
     if progress is None or progress.epoch != state.epoch or progress.running is None:
         return state, ()
-    if not member.alive or not state.holds(event.member):
+    if not member.alive or not state.holds(event.member) or event.member not in state.holders():
         return state, ()
     stage = state.placement.stages[state.holders().index(event.member)]
     expected = progress.expected
@@ -422,20 +491,68 @@ def _heard(state: ClusterState, event: Heard, now: float) -> Outcome:
     return _left(state, event.member, error, now)
 
 
+def _conditioned(state: ClusterState, member: int, condition: Condition, now: float) -> Outcome:
+    """The policy of a node wants another use of it. One that is leaving is emptied, at the next Tick; what is
+    prepared with it is given up."""
+    before, called = state.members[member].condition, state.members[member].called
+    state = state.changed(member, condition=condition)
+    if condition.leaving == before.leaving:
+        return state, ()
+    if not condition.leaving:
+        state = state.changed(member, joined=now)
+        state = replace(state, considered=state.considered - {state.incarnation(member)})
+        return state, (Say(f"{called} can be used again"),)
+    reason = f"{called} is leaving" + (f": {condition.reason}" if condition.reason else "")
+    commands: tuple[Command, ...] = (Say(reason),)
+    move = state.transition
+    if state.phase == "serving" and move is not None and member in state.holders_of(move.placement):
+        state, more = transition.give_up(state, reason, now)
+        commands += more
+    return state, commands
+
+
 def _broken(state: ClusterState, event: StageBroken, now: float) -> Outcome:
     """Removes the node at fault: the sender, whose stage failed, or the next node, which it cannot reach. If
-    only a connection has failed, the same chain begins another epoch, unless that has not helped before."""
-    if event.epoch != state.epoch or state.phase not in ("loading", "serving"):
+    only a connection has failed, the same chain begins another epoch, unless that has not helped before. A
+    fault of a transition ends it."""
+    move = state.transition
+    if move is not None and event.epoch == move.epoch:
+        return _unmoved(state, move, event, now)
+    if event.epoch != state.epoch:
         return state, ()
+    if state.phase not in ("loading", "serving"):  # the chain has ended, and another one is planned for
+        return _emptied(state, event.member, str(event.error), now) if event.peer is None else (state, ())
     if event.again and state.again < MOST_AGAIN:
-        return _load_again(state, now)
-    blamed = event.member
-    for i in state.alive():
-        if event.peer is not None and state.incarnation(i) == event.peer:
-            blamed = i
+        return _again(state, "a connection has failed", now)
+    blamed = _blamed(state, event)
     if blamed != event.member:  # the link between them may be another now
         state = replace(state, measured=state.measured - {state.ends(event.member, blamed)})
     return _left(state, blamed, event.error, now, own=event.peer is None)
+
+
+def _unmoved(state: ClusterState, move: Transition, event: StageBroken, now: float) -> Outcome:
+    """A transition has failed. The chain that is served goes on; without one, the stages are loaded again,
+    and what fails then is the node's fault."""
+    reason = str(event.error)
+    if move.step == "committed":
+        said = Say(f"the layers are loaded again: {reason}")
+        state, commands = _again(state, reason, now, anew=True)
+        return state, (said, *commands)
+    blamed, more = _blamed(state, event), tuple[Command, ...]()
+    state, commands = transition.give_up(state, reason, now, failed=True)
+    if state.phase == "moving":
+        state, more = transition.load(state, move.placement, now)
+    elif blamed != event.member:
+        state = replace(state, measured=state.measured - {state.ends(event.member, blamed)})
+        state, more = _measure(state)
+    return state, (*commands, *more)
+
+
+def _blamed(state: ClusterState, event: StageBroken) -> int:
+    for i in state.alive():
+        if event.peer is not None and state.incarnation(i) == event.peer:
+            return i
+    return event.member
 
 
 def _stalled(state: ClusterState, member: int) -> Outcome:
@@ -458,12 +575,30 @@ def _tick(state: ClusterState, event: Tick, now: float) -> Outcome:
         retry = replace(state, measured=state.measured - state.unreachable, unreachable=frozenset())
         state, commands = _advance(_enter(retry, "measuring", now), now)
     elif state.phase == "serving" and event.stalled and not _silent(state, now):
-        said = Say("the chain stands still, and no node reports a fault: its stages are loaded again")
-        state, more = _load_again(state, now)
-        commands = (said, *more)
+        why = "the chain stands still, and no node reports a fault"
+        state, more = _again(state, why, now, anew=True)
+        commands = (Say(f"{why}: its stages are loaded again"), *more)
+    elif state.transition is not None:
+        state, commands = _hurried(state, state.transition, now)
     elif state.phase == "serving":
         state, commands = _reconsidered(state, now)
     return state, (*beats, *commands)
+
+
+def _hurried(state: ClusterState, move: Transition, now: float) -> Outcome:
+    """Ends a transition that takes too long. In a recovery, `_beats` has removed nodes that are not
+    prepared."""
+    reason = transition.too_late(state, now)
+    if reason is None:
+        return state, ()
+    if move.step == "committed":
+        state, commands = _again(state, reason, now, anew=True)
+        return state, (Say(f"{reason}: the layers are loaded again"), *commands)
+    state, commands = transition.give_up(state, reason, now, failed=True)
+    if state.phase == "moving":
+        state, more = transition.load(state, move.placement, now)
+        commands += more
+    return state, commands
 
 
 def _silent(state: ClusterState, now: float) -> bool:
@@ -477,16 +612,20 @@ def _tired(state: ClusterState, now: float) -> bool:
 
 
 def _reconsidered(state: ClusterState, now: float) -> Outcome:
-    """Asks for a plan with nodes that have joined since the last one."""
-    if now - state.since < SETTLED_SECONDS:
+    """Asks for a plan without nodes that are leaving, or with nodes that have joined since the last one."""
+    settled = now - state.since >= SETTLED_SECONDS
+    if settled:
+        state = replace(state, waiting=None, failure=None)
+    if state.trial or (state.setback is not None and now < state.setback.until):
         return state, ()
-    state = replace(state, waiting=None, failure=None)
-    if state.trial:
+    if _leaving(state):
+        return _plan(state, now, trial=True)
+    if not settled or state.moves == "off":
         return state, ()
     for i in state.usable():
         member = state.members[i]
-        settled = min(MOST_SETTLED, SETTLED_SECONDS * 2.0 ** (max(0, member.losses - 1)))
-        if state.incarnation(i) not in state.considered and now - member.joined >= settled:
+        wait = min(MOST_SETTLED, SETTLED_SECONDS * 2.0 ** (max(0, member.losses - 1)))
+        if state.incarnation(i) not in state.considered and now - member.joined >= wait:
             return _plan(state, now, trial=True)
     return state, ()
 
@@ -496,14 +635,14 @@ def _beats(state: ClusterState, event: Tick, now: float) -> Outcome:
     A node that loads many weights may be silent for longer."""
     commands: list[Command] = []
     for i in state.alive():
-        member, loading = state.members[i], state.phase == "loading"
+        member, changing = state.members[i], state.phase in ("loading", "moving", "committing")
         pulse, timing = member.pulse, state.timing
-        busy = state.holds(i) and (loading or event.busy)
+        busy = (state.holds(i) or state.changes(i)) and (changing or event.busy)
         silence = pulse.silence(now)
         bound = pulse.bound(timing.overdue, busy=busy)
-        if busy and loading:
-            stage = state.placement.stages[state.holders().index(i)]
-            bound = min(timing.overdue, bound + state.bytes_of(stage) / BUSY_BYTES_PER_S)
+        loads = state.loads(i)
+        if busy and loads is not None:
+            bound = min(timing.overdue, bound + loads / BUSY_BYTES_PER_S)
         if silence > bound or _overdue_load(state, i, now):
             why = f"has answered nothing for {silence:.1f} s: check that it is awake and on the network"
             if silence <= bound:
@@ -522,5 +661,11 @@ def _beats(state: ClusterState, event: Tick, now: float) -> Outcome:
 
 
 def _overdue_load(state: ClusterState, member: int, now: float) -> bool:
-    loading = state.phase == "loading" and state.holds(member) and member not in state.loaded
-    return loading and now - state.since > state.load_bound()
+    """Whether nothing but the stage of a member has been waited for, for too long."""
+    if state.phase == "loading":
+        late = now - state.since > state.load_bound()
+        return late and state.holds(member) and member not in state.loaded
+    move = state.transition
+    if state.phase != "moving" or move is None or move.step != "preparing" or not state.changes(member):
+        return False
+    return now - move.since > move.bound and member not in move.prepared

@@ -26,7 +26,7 @@ from .events import DEFAULT_TIMING, Command, Event, Timing
 from .generation import Flow, Generation
 from .identity import Identity, ModelShape
 from .liveness import TICK_SECONDS, Awake, Stillness, call_bound, redial_pause
-from .members import ITSELF, ClusterState, Member, peer_of
+from .members import ITSELF, ClusterState, Member, Moves, peer_of
 from .messages import (
     Abort,
     Broken,
@@ -57,13 +57,15 @@ LASTING_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class CoordinatorOptions:
-    """Options of a coordinator. `recover`: go on with the other nodes after one is lost. `approximate`: allow
-    nodes whose results are not exact beside exact ones. `log` is called with sentences for the user, in the
+    """Options of a coordinator. `recover`: go on with the other nodes after one is lost. `moves`: how the
+    placement changes while answers are computed (members.Moves). `approximate`: allow nodes whose results are
+    not exact beside exact ones. `log` is called with sentences for the user, in the
     event loop's thread: it must not block. Tests replace `hop` and `open_stream`."""
 
     timing: Timing = DEFAULT_TIMING
     measure_links: bool = True
     recover: bool = True
+    moves: Moves = "reload"
     approximate: bool = False
     max_sessions: int = 32
     log: Callable[[str], None] = ignore
@@ -132,6 +134,7 @@ class Coordinator:
             timing=options.timing,
             approximate=options.approximate,
             recover=options.recover,
+            moves=options.moves,
             unit_bytes=shape.unit_bytes,
         )
         self._pace = ChainPace(self.links)

@@ -9,16 +9,21 @@ from typing import Literal
 from ..engine.errors import ShoalError
 from ..planner import Assignment
 from .errors import NetError, NodeLostError, StageStuckError
-from .events import DEFAULT_TIMING, Timing
+from .events import DEFAULT_TIMING, Shift, Timing
 from .identity import host_port
 from .liveness import Pulse, load_bound
-from .messages import Epoch, Hello, Peer
+from .messages import Condition, Epoch, Hello, Peer
 from .placement import COORDINATOR, Placement
 
-NO_PLACEMENT, NO_PULSE = Placement(()), Pulse()
+NO_PLACEMENT, NO_PULSE, NO_POLICY = Placement(()), Pulse(), Condition()
 ITSELF = -1
 """The coordinator, where the indices of members are asked for."""
-Phase = Literal["gathering", "measuring", "planning", "loading", "serving", "waiting", "failed"]
+Phase = Literal[
+    "gathering", "measuring", "planning", "loading", "serving", "moving", "committing", "waiting", "failed"
+]
+Moves = Literal["move", "reload", "off"]
+"""How the placement changes while answers are computed: layers move with their keys and values; all stages
+are loaded again, and all tokens are sent again; or it changes only when a node is lost or leaves."""
 Ends = tuple[int, int]
 """The incarnations of two processes, the smaller first."""
 
@@ -44,6 +49,8 @@ class Member:
     again, so that process is not used any more."""
     barred: bool = False
     """Not to be dialled again: it is another member under a second address."""
+    condition: Condition = NO_POLICY
+    """How much of it may be used, by its own policy."""
 
     @property
     def alive(self) -> bool:
@@ -71,13 +78,54 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
+class Transition:
+    """A change from the epoch with the counter `base` to `epoch`, which has begun (net/transition.py).
+    `members` are all nodes that have a stage before or after it, `shifts` the units that move, and `lost` the
+    range of units whose keys and values no node has. `recovery`: the chain of the base has ended."""
+
+    epoch: Epoch
+    base: int
+    placement: Placement
+    why: str
+    members: tuple[int, ...]
+    shifts: tuple[Shift, ...]
+    lost: tuple[int, int]
+    recovery: bool
+    began: float
+    since: float
+    """When the step began."""
+    bound: float = 0.0
+    """The longest time, in seconds, that preparing may take."""
+    step: Literal["preparing", "holding", "committed"] = "preparing"
+    prepared: frozenset[int] = frozenset()
+    reached: bool = False
+    """Whether the coordinator is connected to the first node of the prepared chain."""
+    sent: int = 0
+    """The bytes of keys and values that were sent ahead."""
+    held: float | None = None
+    """When the hold began."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setback:
+    """Transitions that have failed in a row: how many, and the stages of the last one, which is not tried
+    again before `until`."""
+
+    stages: tuple[Assignment, ...]
+    count: int
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterState:
-    """The coordinator's view of its nodes. `epoch` and `placement` are those of the newest plan."""
+    """The coordinator's view of its nodes. `epoch` and `placement` are those in force: of the newest plan
+    that was committed, or is loaded without a base."""
 
     members: tuple[Member, ...]
     units: int
     epoch: Epoch
     timing: Timing = DEFAULT_TIMING
+    moves: Moves = "reload"
     approximate: bool = False
     """Allow nodes whose results are not exact beside exact ones."""
     recover: bool = True
@@ -108,8 +156,17 @@ class ClusterState:
     """Those that could not be."""
     measuring: frozenset[Ends] = frozenset()
     """The links that are being measured."""
+    insufficient: frozenset[int] = frozenset()
+    """The incarnations of nodes that cannot hold the model without the nodes that are leaving."""
     placement: Placement = NO_PLACEMENT
+    issued: int = 0
+    """The counter of the newest epoch that nodes were given, also if it was given up."""
     loaded: frozenset[int] = frozenset()
+    standing: frozenset[int] = frozenset()
+    """The members that have their stage of the epoch in force, with its keys and values, whether its chain is
+    served or has ended."""
+    transition: Transition | None = None
+    setback: Setback | None = None
     served: bool = False
     """Whether any epoch has been served."""
 
@@ -126,12 +183,34 @@ class ClusterState:
 
     def holders(self) -> tuple[int, ...]:
         """The members with a stage, in the order of the chain, including lost ones."""
+        return self.holders_of(self.placement)
+
+    def holders_of(self, placement: Placement) -> tuple[int, ...]:
+        """The members with a stage of a placement, in the order of the chain."""
         labels = [member.label for member in self.members]
-        return tuple(labels.index(stage.device) for stage in self.placement.stages)
+        return tuple(labels.index(stage.device) for stage in placement.stages)
 
     def holds(self, member: int) -> bool:
-        """Whether the member has a stage of an epoch that is loaded or served."""
+        """Whether the epoch in force ends without the member: it has a stage of one that is loaded or served,
+        or takes part in a transition that is committed."""
+        if self.phase == "committing":
+            return self.changes(member)
         return self.phase in ("loading", "serving") and member in self.holders()
+
+    def changes(self, member: int) -> bool:
+        """Whether the member takes part in a transition."""
+        return self.transition is not None and member in self.transition.members
+
+    def standing_units(self) -> list[int | None]:
+        """The holder of each unit of the epoch in force, if it has its stage still."""
+        stages = zip(self.holders(), self.placement.stages, strict=True)
+        return [
+            i if i in self.standing else None for i, stage in stages for _ in range(stage.first, stage.last)
+        ]
+
+    def next_epoch(self) -> Epoch:
+        """An epoch that no node was given yet."""
+        return replace(self.epoch, counter=max(self.issued, self.epoch.counter) + 1)
 
     def incarnation(self, member: int) -> int:
         """The incarnation of a member that has joined, or of the coordinator."""
@@ -153,13 +232,29 @@ class ClusterState:
 
     def usable(self) -> tuple[int, ...]:
         """Live members whose links to each other and to the coordinator were measured, the longest joined
-        first where not all can be."""
+        first where not all can be; without those that are leaving, unless the others do not suffice."""
         unknown = {frozenset(pair) for pair in self.unmeasured()}
         found: list[int] = []
         for i in sorted(self.alive(), key=lambda i: self.members[i].joined):
             if not any(frozenset((i, other)) in unknown for other in (ITSELF, *found)):
                 found.append(i)
-        return tuple(sorted(found))
+        staying = [i for i in found if not self.members[i].condition.leaving]
+        needed = {self.incarnation(i) for i in staying} <= self.insufficient
+        return tuple(sorted(found if needed else staying))
+
+    def loads(self, member: int) -> int | None:
+        """The bytes of weights that a member loads for the newest orders; None if it loads nothing."""
+        move = self.transition
+        if self.phase == "loading" and member in self.holders():
+            return self.bytes_of(self.placement.stages[self.holders().index(member)])
+        if move is None or move.step != "preparing" or member not in move.members or member in move.prepared:
+            return None
+        holders = self.holders_of(move.placement)
+        if member not in holders:
+            return 0
+        stage = move.placement.stages[holders.index(member)]
+        new = [u for u, holder in enumerate(self.standing_units()) if holder != member]
+        return sum(self.unit_bytes[u] for u in new if self.unit_bytes and stage.first <= u < stage.last)
 
     def load_bound(self) -> float:
         """The seconds within which all stages of the placement should be loaded."""

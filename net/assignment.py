@@ -26,6 +26,7 @@ from .messages import (
     Assign,
     Broken,
     Close,
+    Condition,
     Epoch,
     Loaded,
     Offer,
@@ -72,6 +73,14 @@ class NodeParts:
     """Run the loop of a stage in a thread of its own, which needs sockets."""
     spin: bool = field(default_factory=on_mains)
     """Keep a core awake between rows that follow each other closely."""
+    condition: Callable[[], Condition | None] = lambda: None
+    """How much of this node may be used; None without a policy. It is called in any thread."""
+
+    @property
+    def share(self) -> float:
+        """The share of the time in which a stage may compute."""
+        condition = self.condition()
+        return 1.0 if condition is None else condition.share
 
 
 class Assignment:
@@ -168,7 +177,13 @@ class Assignment:
                 self._pace.assigned(None if expect is None else expect(assign.first, assign.last))
                 self._loop = self._open_loop(
                     StageParts(
-                        self._inbox, self._work, self._pace, self._onward, following, self._coordinator
+                        self._inbox,
+                        self._work,
+                        self._pace,
+                        self._onward,
+                        following,
+                        self._coordinator,
+                        lambda: self._parts.share,
                     )
                 )
                 self._ready.set()

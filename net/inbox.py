@@ -173,12 +173,13 @@ class Inbox:
         assert not isinstance(chosen, _Call), "a call has rows"
         return chosen
 
-    def ran(self, batch: Batch, start: float, end: float) -> None:
-        """Learns from a batch that was taken, whose call began and ended at these times."""
+    def ran(self, batch: Batch, start: float, end: float, rest: float = 0.0) -> None:
+        """Learns from a batch that was taken, whose call began and ended at these times, and after which the
+        stage takes no other for `rest` seconds."""
         if not batch.steps:
             return
         if self._costs is not None:
-            self._costs.ran([load(step) for step in batch.steps], end - start)
+            self._costs.ran([load(step) for step in batch.steps], end - start + rest)
         decoding = [step.session for step in batch.steps if decodes(step)]
         if len(decoding) < len(batch.steps) or len(self._lines) > len(self._decoding):
             self._pressed = end

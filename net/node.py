@@ -185,9 +185,9 @@ class Node:
             )
         match message:
             case Ping(nonce):
-                now = self._assignment
-                told = (None, None) if now is None else (now.pace(), now.progress())
-                _post(connection, Pong(nonce, *told))
+                now, condition = self._assignment, self._parts.condition()
+                pace, progress = (None, None) if now is None else (now.pace(), now.progress())
+                _post(connection, Pong(nonce, pace, progress, condition=condition))
             case Assign() | Release():
                 if self._assignment is not None:
                     self._assignment.stop()

@@ -42,10 +42,11 @@ class NodePace:
         self._running: Batch | None = None
         self._calls = 0
         self._age, self._still = 0.0, Stillness()
+        self._rest = 0.0
 
     def assigned(self, expect: Expect | None) -> None:
         """Begins a stage, whose times `expect` predicts; None if nothing is known."""
-        self._expect, self._ended, self._calls = expect, None, 0
+        self._expect, self._ended, self._calls, self._rest = expect, None, 0, 0.0
 
     def began(self, batch: Batch) -> None:
         """Notes that a call of the stage begins. It is called in any thread."""
@@ -55,14 +56,21 @@ class NodePace:
         """Notes that the call has returned, in any thread; `count` follows once its results are sent."""
         self._running, self._calls = None, self._calls + 1
 
+    def rests(self, seconds: float) -> None:
+        """Notes, in any thread, that the stage rests for so long after a call; 0: no longer."""
+        self._rest = seconds
+
     def tick(self, now: float) -> None:
         """Measures how long the current call has been running, to the time between two ticks."""
         running = self._running
         self._age = self._still.seconds(now, self._calls, due=running is not None)
 
     def progress(self, epoch: Epoch, waiting: int) -> Progress:
-        """How far the stage of that epoch is, with `waiting` bytes in its inbox."""
-        running = self._running
+        """How far the stage of that epoch is, with `waiting` bytes in its inbox. A rest is told as a call
+        that has just begun and takes as long, so that it is waited for and never counts as too long."""
+        running, rest = self._running, self._rest
+        if running is None and rest > 0:
+            return Progress(epoch, self._calls, 0.0, rest, waiting)
         if running is None:
             return Progress(epoch, self._calls, None, None, waiting)
         return Progress(epoch, self._calls, self._age, self._expected(running), waiting)

@@ -42,7 +42,8 @@ IDLE_PUMP_SECONDS = 1.0
 @dataclass(frozen=True, slots=True)
 class StageParts:
     """A stage at work in one epoch: its inbox, its calls, its measurements, and its connections. `following`
-    is the connection to the next stage; None on the last one, whose results go to the coordinator."""
+    is the connection to the next stage; None on the last one, whose results go to the coordinator. `share()`
+    is the share of the time in which the stage may compute: it rests after each call."""
 
     inbox: Inbox
     work: StageWork
@@ -50,6 +51,7 @@ class StageParts:
     onward: Onward
     following: Connection | None
     coordinator: Connection
+    share: Callable[[], float] = lambda: 1.0
 
     def routed(self, answers: Sequence[Answer], now: float) -> tuple[list[Message], list[Message]]:
         """The messages for the next stage, with a ping if one is due, and those for the coordinator."""
@@ -58,10 +60,14 @@ class StageParts:
         nonce = self.onward.due(onward, now)
         return onward if nonce is None else [*onward, Ping(nonce)], back
 
-    def ran(self, batch: Batch, start: float, end: float) -> None:
-        """Learns from a batch whose call began and ended at these times."""
+    def ran(self, batch: Batch, start: float, end: float) -> float:
+        """Learns from a batch whose call began and ended at these times; returns until when the stage rests
+        now."""
+        rest = (end - start) * (1 / self.share() - 1) if batch.steps else 0.0
         self.pace.count(batch, start, end)
-        self.inbox.ran(batch, start, end)
+        self.pace.rests(rest)
+        self.inbox.ran(batch, start, end, rest)
+        return end + rest
 
 
 class StageLoop(Protocol):
@@ -131,7 +137,8 @@ class TaskLoop:
                 await parts.following.send(message)
         except NodeLostError:  # the task that reads that connection reports its end and cancels this
             await trio.sleep_forever()
-        parts.ran(batch, start, end)
+        await trio.sleep_until(parts.ran(batch, start, end))
+        parts.pace.rests(0.0)
 
     def _wake_feeders(self) -> None:
         self._taken.set()
@@ -196,6 +203,8 @@ class ThreadLoop:
         os.set_blocking(self._bell, False)
         self._stopping = self._away = False
         """`_away`: the thread computes, or waits until the next stage accepts rows, and reads nothing."""
+        self._rested = -math.inf
+        """Until when the thread takes no batch."""
         self._rehearsal: Rehearsal | None = None
         self._failure: BaseException | None = None
         self._token, self._done = trio.lowlevel.current_trio_token(), trio.Event()
@@ -254,7 +263,7 @@ class ThreadLoop:
                 for source in self._sources.copy():
                     self._read(source, at_once=waited)
                 with self._lock:
-                    batch = self._parts.inbox.take(self.clock())
+                    batch = self._next(self.clock())
                 waited = not isinstance(batch, Batch)
                 if isinstance(batch, Batch):
                     self._run(batch)
@@ -265,16 +274,26 @@ class ThreadLoop:
         finally:
             self._call(self._done.set)
 
+    def _next(self, now: float) -> Batch | float | None:
+        """The next batch, or the time at which to ask again, as Inbox.take; the end of the rest while the
+        stage rests. The caller holds the lock."""
+        if now < self._rested:
+            return self._rested
+        self._parts.pace.rests(0.0)
+        return self._parts.inbox.take(now)
+
     def _sleep(self, until: float | None) -> None:
         """Waits until a source can be read, the bell rings, or the time has come."""
         start = self.clock()
-        handles = [self._bell, *(source.handle for source in self._sources.copy())]
-        if self._spin is not None:
+        resting = start < self._rested
+        sources = [] if self._parts.inbox.full else self._sources.copy()
+        handles = [self._bell, *(source.handle for source in sources)]
+        if self._spin is not None and not resting:
             for _ in self._spin.looks(handles, REHEARSE_SECONDS, math.inf if until is None else until):
                 if self._rehearsal is not None:
                     self._rehearsal.play()
         self._wait(handles, 0.0, None if until is None else until - self.clock())
-        if self._spin is not None:
+        if self._spin is not None and not resting:
             self._spin.waited(self.clock() - start)
         try:
             os.read(self._bell, 64)
@@ -303,7 +322,7 @@ class ThreadLoop:
         self._away = False
         os.sched_yield()  # the receiver may be a process of this device, which was woken on this core
         with self._lock:
-            parts.ran(batch, start, end)
+            self._rested = parts.ran(batch, start, end)
 
     def _read(self, source: _Source, *, at_once: bool) -> None:
         """Takes what has arrived from a source, in either thread, unless the inbox is full."""

@@ -54,13 +54,19 @@ class Run:
     """Consecutive rows of one sequence, at positions [first, first + len(tokens)).
 
     A run at position p drops the sequence's keys and values from p on. `hidden` is the cut
-    `[rows, hidden]` that the previous stage returned; None for a stage that starts with the embedding."""
+    `[rows, hidden]` that the previous stage returned; None for a stage that starts with the embedding.
+
+    With `part` (enter, until) only those units of the stage run that are in [enter, until), to fill keys and
+    values that were lost. `hidden` is then the input of the first of them, and `Result.hidden` the output of
+    the last one. They must hold the positions before `first`; nothing is dropped, and the tokens must be
+    those that the sequence has. All runs of a batch have the same part."""
 
     sequence: int
     first: int
     tokens: Sequence[int]
     want: Want
     hidden: F32 | None = None
+    part: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

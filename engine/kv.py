@@ -5,6 +5,7 @@ does not touch the pages that stay."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -42,7 +43,7 @@ class PagePool:
     `limit` bounds the memory that the pool takes from the system: pages in use, free pages, and the unused
     rest of a huge page. The first page of a sequence is cut from small (4 KiB) memory pages, so that a short
     context touches only what it fills. Later pages are cut from huge memory pages, which attention reads
-    faster."""
+    faster. Thread-safe."""
 
     def __init__(self, kv_type: str, limit: int | None = None) -> None:
         self.kv_type = kv_type
@@ -54,6 +55,11 @@ class PagePool:
         self._free: dict[tuple[int, bool], list[Page]] = {}
         self._empty: dict[int, list[Page]] = {}
         self._slabs: dict[bool, Arena] = {}
+        self._lock = threading.Lock()
+
+    def unlock(self) -> None:
+        """Replaces the lock. Called in a forked process, where the thread that held it does not exist."""
+        self._lock = threading.Lock()
 
     @property
     def limit(self) -> int | None:
@@ -63,43 +69,50 @@ class PagePool:
 
     @limit.setter
     def limit(self, limit: int | None) -> None:
-        self._limit = limit
-        self._return(0)
+        with self._lock:
+            self._limit = limit
+            self._return(0)
 
     def take(self, size: int, *, first: bool) -> Page:
         """A page of `size` bytes with undefined contents. `first`: it is for the first positions of a
         sequence. ContextError: the limit is reached, or the system is out of memory."""
-        try:
-            page = (
-                self._reused(size, huge=not first)
-                or self._refilled(size)
-                or self._cut(size, huge=not first)
-                # The limit allows no page of the preferred kind: the other kind will do.
-                or self._reused(size, huge=first)
-                or self._cut(size, huge=first)
-            )
-            if page is None and self._return(size):  # free pages of another size made room
-                page = self._refilled(size) or self._cut(size, huge=False)
-        except MemoryError:
-            raise ContextError(
-                "out of memory for keys and values: end another request, or promise less RAM"
-            ) from None
-        if page is None:
-            assert self._limit is not None
-            raise ContextError(
-                f"keys and values have filled the {self._limit / 1e6:.0f} MB promised for them: "
-                "end another request, shorten the prompt, or promise more RAM"
-            )
-        page.users = 1
-        self.used += size
-        return page
+        with self._lock:
+            try:
+                page = self._found(size, first)
+            except MemoryError:
+                raise ContextError(
+                    "out of memory for keys and values: end another request, or promise less RAM"
+                ) from None
+            if page is None:
+                assert self._limit is not None
+                raise ContextError(
+                    f"keys and values have filled the {self._limit / 1e6:.0f} MB promised for them: "
+                    "end another request, shorten the prompt, or promise more RAM"
+                )
+            page.users = 1
+            self.used += size
+            return page
 
     def give(self, page: Page) -> None:
         """Drops one sequence's use of a page; the last one frees it."""
-        page.users -= 1
-        if page.users == 0:
-            self.used -= page.bytes.nbytes
-            self._free.setdefault((page.bytes.nbytes, page.huge), []).append(page)
+        with self._lock:
+            page.users -= 1
+            if page.users == 0:
+                self.used -= page.bytes.nbytes
+                self._free.setdefault((page.bytes.nbytes, page.huge), []).append(page)
+
+    def _found(self, size: int, first: bool) -> Page | None:
+        page = (
+            self._reused(size, huge=not first)
+            or self._refilled(size)
+            or self._cut(size, huge=not first)
+            # The limit allows no page of the preferred kind: the other kind will do.
+            or self._reused(size, huge=first)
+            or self._cut(size, huge=first)
+        )
+        if page is None and self._return(size):  # free pages of another size made room
+            page = self._refilled(size) or self._cut(size, huge=False)
+        return page
 
     def _allows(self, more: int) -> bool:
         return self._limit is None or self.held + more <= self._limit
@@ -155,17 +168,45 @@ class _UnitKv:
         return zip(self.states, self.pages, strict=True)
 
 
-class SequenceKv:
-    """Keys and values of one sequence, unit by unit, and the page table that C reads.
+class KvRows:
+    """Keys and values of one sequence in consecutive units, as an executor reads and writes them."""
 
-    `table` holds page addresses `[states of the running range, pages of the context]`. Every unit of the
-    running range holds the positions that have been run; a unit added to the range holds none until they
-    are imported. Pages shared with another sequence are copied before they are written."""
+    kv_type: str
+    table: NDArray[np.uint64]
+    """Page addresses `[states of the units, pages of the context]`, for C."""
+    _rows: list[tuple[KvState, list[Page]]]
+
+    def keys_values(self, s: int, n: int) -> tuple[F32, F32, F32 | None]:
+        """Keys and values of positions [0, n) in row s of the table: two arrays f32
+        `[kv_heads, n, head_dim]`. With int8, the second holds the quantised values, and the third array
+        their scales `[kv_heads, n]`."""
+        state, pages = self._rows[s]
+        pages_read = [views(page.bytes, state, self.kv_type) for page in pages[: -(-n // PAGE)]]
+        parts = (view.read(min(n - i * PAGE, PAGE)) for i, view in enumerate(pages_read))
+        keys, values, scales = zip(*parts, strict=True)
+        join = partial(np.concatenate, axis=1)
+        return join(keys), join(values), None if scales[0] is None else join(scales)
+
+    def write(self, s: int, first: int, keys: F32, values: F32) -> None:
+        """Writes keys and values f32 `[rows, kv_heads, head_dim]` to row s of the table, at positions from
+        `first` on."""
+        state, pages = self._rows[s]
+        for i, (key, value) in enumerate(zip(keys, values, strict=True)):
+            page, at = divmod(first + i, PAGE)
+            views(pages[page].bytes, state, self.kv_type).write(at, key, value)
+
+
+class SequenceKv(KvRows):
+    """Keys and values of one sequence, unit by unit, and the page table of the running range.
+
+    Every unit of the running range holds the positions that have been run; a unit added to the range holds
+    none until they are imported or run. Pages shared with another sequence are copied before they are
+    written."""
 
     def __init__(self, pool: PagePool, states: Sequence[Sequence[KvState]], context: int) -> None:
         """`states`: the states of each unit of the model. The running range is empty at first: see
         `arrange`."""
-        self.pool = pool
+        self.pool, self.kv_type = pool, pool.kv_type
         self._states, self._context = states, context
         self._units: dict[int, _UnitKv] = {}
         self._end = 0  # no unit has pages or positions from here on
@@ -191,10 +232,22 @@ class SequenceKv:
         """Number of positions that unit u holds."""
         return self._units[u].positions if u in self._units else 0
 
-    def check(self, first: int) -> None:
-        """ValueError: a running unit lacks positions before `first`."""
+    def holds(self, u: int) -> bool:
+        """Whether unit u has pages here."""
+        return u in self._units
+
+    def receive(self, u: int, other: SequenceKv) -> None:
+        """Takes over what another sequence of the same pool holds of unit u. It must not be running in
+        either."""
+        if u in self._units:
+            self._cut_off(self._units[u], 0)
+        self._units[u] = other._units.pop(u)
+        self._end = max(self._end, other._end)
+
+    def check(self, first: int, units: range) -> None:
+        """ValueError: one of these running units lacks positions before `first`."""
         for u, unit in self._running:
-            if unit.positions < first:
+            if unit.positions < first and u in units:
                 raise ValueError(
                     f"unit {u} holds {unit.positions} of the {first} positions before the run: "
                     "import the others, or run them again"
@@ -214,6 +267,31 @@ class SequenceKv:
         """Records that the running units hold positions [0, end)."""
         for _, unit in self._running:
             unit.positions = end
+
+    def prepare_part(self, first: int, end: int, units: range) -> KvRows:
+        """Allocates pages for a run of some running units at positions [first, end); returns their rows of
+        the table. Other units, and positions from `end` on, stay. ContextError: no memory for more pages."""
+        self._end = max(self._end, end)
+        before, part = self._rows_of(units)
+        for s in range(before, before + len(part._rows)):
+            self._reserve(*self._rows[s], first, end, self.table[s])
+        self._held = min((len(pages) for _, pages in self._rows), default=0)
+        return part
+
+    def ran_part(self, end: int, units: range) -> None:
+        """Records that these running units hold positions [0, end), and later ones if they did before."""
+        for u, unit in self._running:
+            if u in units:
+                unit.positions = max(unit.positions, end)
+
+    def _rows_of(self, units: range) -> tuple[int, KvRows]:
+        """The index of the units' first row of the table, and their rows."""
+        before = sum(len(self._states[u]) for u, _ in self._running if u < units.start)
+        count = sum(len(self._states[u]) for u, _ in self._running if u in units)
+        part = KvRows()
+        part.kv_type, part._rows = self.kv_type, self._rows[before : before + count]
+        part.table = self.table[before : before + count]
+        return before, part
 
     def truncate(self, positions: int) -> None:
         """Drops positions from `positions` on; pages without positions are returned to the pool."""
@@ -257,10 +335,10 @@ class SequenceKv:
             for chunk in range(first // CHUNK, -(-last // CHUNK)):
                 page, at = divmod(chunk, PAGE // CHUNK)
                 part = np.concatenate(
-                    [half[:, at] for half in chunks_of(pages[page].bytes, state, self.pool.kv_type)], 1
+                    [half[:, at] for half in chunks_of(pages[page].bytes, state, self.kv_type)], 1
                 )
                 if last < (chunk + 1) * CHUNK:
-                    part = cleared(part, state, self.pool.kv_type, last % CHUNK)
+                    part = cleared(part, state, self.kv_type, last % CHUNK)
                 parts.append(part.tobytes())
         return b"".join(parts)
 
@@ -275,7 +353,7 @@ class SequenceKv:
                 f"positions [{first}, {last}) do not follow the {unit.positions} that unit {u} holds, "
                 f"within a context of {self._context}"
             )
-        sizes = [page_bytes(state, self.pool.kv_type) * CHUNK // PAGE for state in unit.states]
+        sizes = [page_bytes(state, self.kv_type) * CHUNK // PAGE for state in unit.states]
         if len(data) != (chunks - begin) * sum(sizes):
             raise ValueError(
                 f"{len(data)} bytes cannot be positions [{first}, {last}) of unit {u}, which have "
@@ -292,30 +370,11 @@ class SequenceKv:
                 self.arrange(*self._range)  # the unit may be in the running range
             for chunk, part in enumerate(parts.reshape(-1, state.kv_heads, size // state.kv_heads), begin):
                 page, at = divmod(chunk, PAGE // CHUNK)
-                keys, values = chunks_of(pages[page].bytes, state, self.pool.kv_type)
+                keys, values = chunks_of(pages[page].bytes, state, self.kv_type)
                 keys[:, at], values[:, at] = np.split(part, [keys.shape[2]], axis=1)
-                if not views(pages[page].bytes, state, self.pool.kv_type).sound(at):
+                if not views(pages[page].bytes, state, self.kv_type).sound(at):
                     raise ValueError(f"keys or values of unit {u} are not finite, or of another type")
         unit.positions = last
-
-    def keys_values(self, s: int, n: int) -> tuple[F32, F32, F32 | None]:
-        """Keys and values of positions [0, n) in row s of the table: two arrays f32
-        `[kv_heads, n, head_dim]`. With int8, the second holds the quantised values, and the third array
-        their scales `[kv_heads, n]`."""
-        state, pages = self._rows[s]
-        pages_read = [views(page.bytes, state, self.pool.kv_type) for page in pages[: -(-n // PAGE)]]
-        parts = (view.read(min(n - i * PAGE, PAGE)) for i, view in enumerate(pages_read))
-        keys, values, scales = zip(*parts, strict=True)
-        join = partial(np.concatenate, axis=1)
-        return join(keys), join(values), None if scales[0] is None else join(scales)
-
-    def write(self, s: int, first: int, keys: F32, values: F32) -> None:
-        """Writes keys and values f32 `[rows, kv_heads, head_dim]` to row s of the table, at positions from
-        `first` on."""
-        state, pages = self._rows[s]
-        for i, (key, value) in enumerate(zip(keys, values, strict=True)):
-            page, at = divmod(first + i, PAGE)
-            views(pages[page].bytes, state, self.pool.kv_type).write(at, key, value)
 
     def _unit(self, u: int) -> _UnitKv:
         if u not in self._units:
@@ -335,14 +394,14 @@ class SequenceKv:
                 self.pool.give(pages[i])
                 pages[i] = copy
             else:
-                pages.append(self.pool.take(page_bytes(state, self.pool.kv_type), first=i == 0))
+                pages.append(self.pool.take(page_bytes(state, self.kv_type), first=i == 0))
             if row is not None:
                 row[i] = pages[i].address
 
     def _copy(self, state: KvState, page: Page, positions: int, *, first: bool) -> Page:
         """A new page with the first `positions` of another page; the memory of the rest is not touched."""
         copy, chunks = self.pool.take(page.bytes.nbytes, first=first), -(-positions // CHUNK)
-        halves = (chunks_of(p.bytes, state, self.pool.kv_type) for p in (copy, page))
+        halves = (chunks_of(p.bytes, state, self.kv_type) for p in (copy, page))
         for to, source in zip(*halves, strict=True):
             to[:, :chunks] = source[:, :chunks]
         return copy

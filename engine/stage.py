@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
@@ -18,16 +19,19 @@ from numpy.typing import NDArray
 
 from .arrays import F32
 from .backends import choose, open_backend
-from .backends.base import CANCELLED, BoundProgram, Outcome, SequenceRows
+from .backends.base import CANCELLED, BoundProgram, Executor, Outcome, SequenceRows
 from .batch import Result, Run, Sampling, Want
 from .calls import Calls, Flag
 from .errors import CancelledRunError, ContextError, MissingDependencyError
-from .kv import PagePool, SequenceKv
+from .incoming import Arriving, Incoming
+from .kv import KvRows, PagePool, SequenceKv
 from .kv_page import page_bytes
 from .layout import PAGE
 from .memory import trim_heap
 from .model_directory import Model
+from .prepared import PreparedRange, contiguous
 from .threads import chosen
+from .transition import OpenSequence, Transition
 from .weights import WeightStore
 
 
@@ -52,15 +56,6 @@ class StageOptions:
     memory if that takes at most half of the available RAM, else mapped."""
 
 
-@dataclass(slots=True)
-class _Sequence:
-    kv: SequenceKv
-    tokens: NDArray[np.int32]
-    """Token ids by position; only [0, length) are valid."""
-    length: int
-    sampling: Sampling
-
-
 class Stage:
     """Units [first, last) of a model, ready to run batches.
 
@@ -75,17 +70,21 @@ class Stage:
         threads, _ = chosen(options.threads, choose(options.backend)[0], options.isa)
         options = replace(options, threads=threads)
         self.model, self.first, self.last, self.options, self.threads = model, first, last, options, threads
-        self._sequences: dict[int, _Sequence] = {}
+        self._sequences: dict[int, OpenSequence] = {}
         self._ended: deque[int] = deque()  # sequences to be closed
         self._calls = Calls(self._close_ended, self._restart)
-        self._range_lock = threading.Lock()  # held while loading weights, which does not wait for runs
+        self._load_lock = threading.Lock()  # held while loading weights, which does not wait for runs
         self._states = [unit.states for unit in model.program.units]
         self._pool = PagePool(model.kv_dtype, options.kv_bytes)
         self._weights = WeightStore(model, options.resident)
         self._weights.load(first, last)
-        self._bound = bind(self._weights, first, last, options)
         self._backend = open_backend(options.backend, options.isa, threads)
-        self._executor = self._backend.executor(self._bound)
+        self._running = PreparedRange(self._weights, first, last, options, self._backend)
+        self._prepared: list[PreparedRange] = []
+        self._incoming: list[Incoming] = []
+        self._ahead: frozenset[int] = frozenset()  # units that `load` has loaded since the last change
+        self._held: frozenset[int] = frozenset()
+        self._crowded = False  # whether units are loaded that may not be needed
 
     def __enter__(self) -> Self:
         return self
@@ -108,11 +107,25 @@ class Stage:
     @property
     def bound(self) -> BoundProgram:
         """The ops of the units, bound to their weights in memory."""
-        return self._bound
+        return self._running.bound
+
+    @property
+    def _executor(self) -> Executor:
+        return self._running.executor
+
+    @property
+    def held(self) -> frozenset[int]:
+        """The units that `hold` keeps loaded."""
+        return self._held
+
+    @property
+    def sequences(self) -> tuple[int, ...]:
+        """The numbers of the open sequences."""
+        return tuple(self._sequences)
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the pages of keys and values in use by sequences."""
+        """Bytes of the pages of keys and values in use by sequences, incoming ones included."""
         return self._pool.used
 
     @property
@@ -155,22 +168,13 @@ class Stage:
         token is not in the vocabulary. ContextError: the context is longer than the model's, or the history
         longer than the context."""
         with self._calls.alone():
-            longest = self.model.config.context
-            context = longest if context is None else context
-            if not 0 < context <= longest:
-                raise ContextError(
-                    f"a context of {context} tokens is not between 1 and the model's {longest}"
-                    f"{self.model.config.limit}"
-                )
+            context = self._check_parameters(context, history)
             if len(history) > context:
                 raise ContextError(f"a history of {len(history)} tokens exceeds the context of {context}")
-            self._check_tokens(history)
             number = self._free_number(sequence)
-            tokens = np.zeros(context, np.int32)
-            tokens[: len(history)] = history
             kv = SequenceKv(self._pool, self._states, context)
             kv.arrange(self.first, self.last)
-            self._sequences[number] = _Sequence(kv, tokens, len(history), sampling)
+            self._sequences[number] = OpenSequence.begun(kv, context, sampling, history)
             return number
 
     def fork_sequence(
@@ -192,13 +196,43 @@ class Stage:
             number = self._free_number(sequence)
             kv = state.kv.fork(n)
             kv.arrange(self.first, self.last)
-            self._sequences[number] = _Sequence(kv, state.tokens.copy(), n, sampling or state.sampling)
+            self._sequences[number] = OpenSequence(kv, state.tokens.copy(), n, sampling or state.sampling)
             return number
 
     def close_sequence(self, sequence: int) -> None:
-        """Closes a sequence and frees its pages. Does nothing if it is not open or the stage is closed."""
+        """Closes a sequence and frees its pages, incoming ones too. Does nothing if it is not open or the
+        stage is closed."""
         self._ended.append(sequence)
         self._calls.tidy()
+
+    def length(self, sequence: int) -> int:
+        """Number of positions that have been run. KeyError: the sequence is not open."""
+        with self._calls.alone():
+            return self._sequences[sequence].length
+
+    def lowest(self, sequence: int) -> int:
+        """The lowest position from which the sequence was run since this was last asked; its length if it was
+        not. What was exported before from there on is no longer valid. KeyError: the sequence is not open."""
+        with self._calls.alone():
+            state = self._sequences[sequence]
+            lowest = state.length if state.lowest is None else min(state.lowest, state.length)
+            state.lowest = None
+            return lowest
+
+    def parameters(self, sequence: int) -> tuple[Sampling, int]:
+        """The sampling parameters and the context of a sequence. KeyError: it is not open."""
+        with self._calls.alone():
+            state = self._sequences[sequence]
+            return state.sampling, len(state.tokens)
+
+    def tokens(self, sequence: int, first: int, last: int) -> list[int]:
+        """Token ids of positions [first, last). KeyError: the sequence is not open. ValueError: it does not
+        hold these positions."""
+        with self._calls.alone():
+            state = self._sequences[sequence]
+            if not 0 <= first <= last <= state.length:
+                raise ValueError(f"sequence {sequence} holds {state.length} positions, not [{first}, {last})")
+            return state.tokens[first:last].tolist()  # type: ignore[no-any-return]
 
     def positions(self, sequence: int, unit: int) -> int:
         """Number of positions of a sequence that a unit holds. KeyError: the sequence is not open."""
@@ -228,13 +262,91 @@ class Stage:
             state.kv.accept(unit, first, last, data)
 
     def load(self, first: int, last: int) -> None:
-        """Loads the weights of units [first, last) in advance, so that a later `set_range` is quick; runs
-        continue meanwhile. `set_range` unloads units that its range does not have. ModelFileError: a file is
-        missing or damaged. MemoryError: out of memory. After an error nothing has changed."""
+        """Loads the weights of units [first, last) in advance, so that a later change of the range is quick;
+        runs continue meanwhile. The change unloads units that its range does not have; `hold` is for copies
+        that stay. ModelFileError: a file is missing or damaged. MemoryError: out of memory. After an error
+        nothing has changed."""
         _check_range(self.model, first, last)
-        with self._range_lock:
-            self._calls.check()
+        with self._loading():
             self._weights.load(first, last)
+            self._ahead |= frozenset(range(first, last))
+
+    def hold(self, units: Collection[int]) -> None:
+        """Loads copies of the weights of these units, and keeps them, whatever the range is, until `hold` is
+        called again; runs continue meanwhile. Units that were held before and are not among these are
+        unloaded. ValueError: there is no such unit. Other errors: see `load`."""
+        wanted = frozenset(units)
+        for u in wanted:
+            if not 0 <= u < self.model.n_units:
+                raise ValueError(f"there is no unit {u}: the model has {self.model.n_units}")
+        with self._loading():
+            for missing in contiguous(wanted - self._weights.units):
+                self._weights.load(missing.start, missing.stop)
+            self._held = wanted
+
+    def prepare(self, first: int, last: int) -> PreparedRange:
+        """Makes units [first, last) ready to run beside the current range: loads their weights and makes an
+        executor; runs continue meanwhile. Ends with `adopt` or `discard`. Errors: see `load`."""
+        _check_range(self.model, first, last)
+        with self._loading():
+            self._weights.load(first, last)
+            prepared = PreparedRange(self._weights, first, last, self.options, self._backend)
+            self._prepared.append(prepared)
+        return prepared
+
+    def discard(self, prepared: PreparedRange) -> None:
+        """Undoes `prepare`. Does nothing if the range has been adopted or discarded."""
+        if self._calls.closed:
+            return
+        with self._calls.alone():
+            if prepared not in self._prepared:
+                return
+            self._prepared.remove(prepared)
+            prepared.close()
+        self._unload()
+
+    def incoming(self) -> Incoming:
+        """Opens a staging area for keys and values that arrive from other stages while this one runs. Ends
+        with `adopt` or `Incoming.close`."""
+        with self._calls.alone():
+            self._incoming = [incoming for incoming in self._incoming if not incoming.closed]
+            context = self.model.config.context
+            self._incoming.append(
+                Incoming(self._pool, self._states, context, self._calls.check, self._check_parameters)
+            )
+            return self._incoming[-1]
+
+    def adopt(
+        self,
+        prepared: PreparedRange | None,
+        sequences: Mapping[int, int],
+        incoming: Incoming | None = None,
+        lost: range = range(0),
+        kv_bytes: int | None = None,
+    ) -> None:
+        """Changes to a prepared range between two runs; None: the range stays. Sequences that are not among
+        `sequences` are closed, the others truncated to the number of positions given there. Units that stay
+        keep their pages; those of new units are taken over from `incoming`, and so are sequences that the
+        stage does not have. Units in `lost` may lack positions, which parts of runs then fill (`Run.part`); a
+        sequence may be unknown here if all units with keys and values are lost. `kv_bytes` is the new cap on
+        keys and values; None keeps the old one.
+
+        ValueError: a unit, which the message names, lacks positions; or the range was not prepared here, or
+        has been adopted or discarded. ContextError: see `Incoming`. After an error nothing has changed. Pages
+        and weights that are not needed any more are freed."""
+        with self._calls.alone():
+            if prepared is not None and prepared not in self._prepared:
+                raise ValueError("the range is not prepared: it has been adopted or discarded")
+            if incoming is not None and incoming not in self._incoming:
+                raise ValueError("the staging area is not of this stage, or has been closed")
+            if incoming is None:
+                self._take_over(prepared or self._running, sequences, {}, lost)
+            else:
+                with incoming.locked() as arriving:
+                    self._take_over(prepared or self._running, sequences, arriving, lost)
+                incoming.close()
+            old = self._switch(prepared, kv_bytes)
+        self._free_range(old)
 
     def set_range(self, first: int, last: int, kv_bytes: int | None = None) -> None:
         """Changes the stage's range to units [first, last): loads missing units while runs continue, switches
@@ -242,43 +354,86 @@ class Stage:
         holds only the positions that were imported; a run that needs more is a ValueError. `kv_bytes` is the
         new cap on keys and values; None keeps the old one. Errors: see `load`. After an error nothing has
         changed."""
-        _check_range(self.model, first, last)
-        with self._range_lock:
-            self._calls.check()
-            before = self._weights.units
-            try:
-                self._weights.load(first, last)
-                bound = bind(self._weights, first, last, self.options)
-                old, new = self._executor, self._backend.executor(bound)
-                with self._calls.alone():
-                    for state in self._sequences.values():
-                        state.kv.keep(first, last)
-                        state.kv.arrange(first, last)
-                    self.first, self.last, self._bound, self._executor = first, last, bound, new
-                    if kv_bytes is not None:
-                        self.options = replace(self.options, kv_bytes=kv_bytes)
-                        self._pool.limit = kv_bytes
-            except BaseException:
-                self._weights.keep(before)
-                raise
+        prepared = self.prepare(first, last)
+        with self._calls.alone():
+            lengths = {number: state.length for number, state in self._sequences.items()}
+            self._take_over(prepared, lengths, {}, range(first, last))
+            old = self._switch(prepared, kv_bytes)
+        self._free_range(old)
+
+    def _take_over(
+        self, new: PreparedRange, kept: Mapping[int, int], arriving: Mapping[int, Arriving], lost: range
+    ) -> None:
+        """The part of `adopt` about sequences. Raises ValueError before it changes anything."""
+        old, units = range(self.first, self.last), range(new.first, new.last)
+        transition = Transition(old, units, kept, arriving, lost)
+        transition.check(self._sequences, self._states)
+        self._calls.forget(number for number in kept if number not in self._sequences)
+        transition.apply(self._sequences, self._pool, self._states)
+
+    def _switch(self, prepared: PreparedRange | None, kv_bytes: int | None) -> PreparedRange | None:
+        """Makes a prepared range the current one; returns the one before."""
+        if kv_bytes is not None:
+            self.options = replace(self.options, kv_bytes=kv_bytes)
+            self._pool.limit = kv_bytes
+        if prepared is None:
+            return None
+        old, self._running = self._running, prepared
+        self.first, self.last = prepared.first, prepared.last
+        self._prepared.remove(prepared)
+        self._ahead = frozenset()
+        return old
+
+    def _free_range(self, old: PreparedRange | None) -> None:
+        """Frees a range that is no longer the current one, and the weights that only it needed."""
+        if old is not None:
             old.close()
-            self._weights.keep(range(first, last))
+            self._unload()
+
+    @contextmanager
+    def _loading(self) -> Iterator[None]:
+        """One thread at a time loads weights. After an error those are unloaded that are not needed."""
+        self._calls.check()  # a forked process gets a new lock
+        try:
+            with self._load_lock:
+                self._calls.check()
+                yield
+        finally:
+            self._unload()
+
+    def _unload(self) -> None:
+        """Unloads units that nothing needs: at once, or, while another thread loads, when that ends."""
+        self._crowded = True
+        while self._crowded and self._load_lock.acquire(blocking=False):
+            try:
+                self._crowded = False
+                needed = set(self._held | self._ahead)
+                for used in (*self._prepared, self._running):  # in this order: `adopt` moves one to the end
+                    needed.update(range(used.first, used.last))
+                self._weights.keep(needed)
+            finally:
+                self._load_lock.release()
 
     def close(self) -> None:
         """Waits for earlier calls, closes all sequences, and frees threads and memory."""
-        with self._range_lock:
+        if not self._calls.closed:
+            self._calls.check()  # a forked process gets a new lock
+        with self._load_lock:
             self._calls.close(self._end)
 
     def _end(self) -> None:
+        for incoming in self._incoming:
+            incoming.close()
         for state in self._sequences.values():
             state.kv.truncate(0)
         self._sequences.clear()
-        self._executor.close()
+        for used in (self._running, *self._prepared):
+            used.close()
         self._backend.close()
         # Frees weights and pages now, not when this object is collected: the next stage needs the memory.
         self._weights.keep(())
         self._pool = PagePool(self._pool.kv_type)
-        del self._executor, self._bound
+        self._prepared, self._incoming = [], []
         trim_heap()
 
     def cancel(self, sequence: int | None = None) -> None:
@@ -315,24 +470,43 @@ class Stage:
             raise ValueError(f"the batch has more than {self.options.max_rows} rows, this stage's max_rows")
         if cancel[0]:
             raise CancelledRunError(CANCELLED)
-        rows = [self._rows(run) for run in batch]
-        if sum(item.wanted for item in rows) > self._bound.max_wanted:
+        parts = {run.part for run in batch}
+        if len(parts) > 1:
+            raise ValueError("the runs of a batch are of different parts of the range")
+        part = next(iter(parts), None)
+        units = self._units(part)
+        if not units:
+            raise ValueError(f"units {part} are not of this stage, which has [{self.first}, {self.last})")
+        bound, executor = self._running.part(units.start, units.stop)
+        rows = [self._rows(run, bound, units) for run in batch]
+        if sum(item.wanted for item in rows) > bound.max_wanted:
             raise ValueError(
-                f"the batch wants logits of more than {self._bound.max_wanted} rows, this stage's max_wanted"
+                f"the batch wants logits of more than {bound.max_wanted} rows, this stage's max_wanted"
             )
-        hidden = None if self._bound.reads_tokens else _joined([run.hidden for run in batch])
+        hidden = None if bound.reads_tokens else _joined([run.hidden for run in batch])
         try:
-            outcome = self._executor.run(rows, hidden, any(run.want is Want.LOGITS for run in batch), cancel)
+            outcome = executor.run(rows, hidden, any(run.want is Want.LOGITS for run in batch), cancel)
         finally:
             self._weights.check()  # another error may be a consequence of a truncated file
         for run in batch:
-            state = self._sequences[run.sequence]
-            state.length = run.first + len(run.tokens)
-            state.kv.ran(state.length)
+            state, end = self._sequences[run.sequence], run.first + len(run.tokens)
+            if part is None:
+                state.length = end
+                state.kv.ran(end)
+            else:
+                state.length = max(state.length, end)
+                state.kv.ran_part(end, units)
         return self._results(batch, rows, outcome)
 
-    def _rows(self, run: Run) -> SequenceRows:
-        """Checks one run, truncates its sequence to the run's first position, and allocates its pages."""
+    def _units(self, part: tuple[int, int] | None) -> range:
+        """The units of the range that are in a part; None: all of them."""
+        if part is None:
+            return range(self.first, self.last)
+        return range(max(part[0], self.first), min(part[1], self.last))
+
+    def _rows(self, run: Run, bound: BoundProgram, units: range) -> SequenceRows:
+        """Checks one run, and allocates its pages. Truncates its sequence to the run's first position, unless
+        only a part of the units runs."""
         state = self._sequences.get(run.sequence)
         n, end = len(run.tokens), run.first + len(run.tokens)
         if state is None:
@@ -348,20 +522,55 @@ class Stage:
                 f"{len(state.tokens)}"
             )
         self._check_tokens(run.tokens)
-        if not self._bound.reads_tokens:
+        if not bound.reads_tokens:
             width = self.model.program.cut_cols
             if run.hidden is None or run.hidden.shape != (n, width):
                 raise ValueError(
-                    f"the stage of units [{self.first}, {self.last}) needs hidden rows of shape "
+                    f"the stage of units [{units.start}, {units.stop}) needs hidden rows of shape "
                     f"({n}, {width})"
                 )
-        state.kv.check(run.first)
-        state.length = min(state.length, run.first)  # set to the new length once the run succeeds
-        state.kv.prepare(run.first, end)
+        state.kv.check(run.first, units)
+        if run.part is None:
+            state.lowest = run.first if state.lowest is None else min(state.lowest, run.first)
+            state.length = min(state.length, run.first)  # set to the new length once the run succeeds
+        else:
+            known = state.tokens[run.first : min(end, state.length)]
+            if not np.array_equal(known, run.tokens[: len(known)]):
+                raise ValueError(
+                    f"sequence {run.sequence} has other tokens than a run of a part of its units"
+                )
+        kv = self._allocated(state.kv, run, units)
         state.tokens[run.first : end] = run.tokens
-        want = run.want if self._bound.last else Want.NOTHING
+        want = run.want if bound.last else Want.NOTHING
         wanted = {Want.NOTHING: 0, Want.TOKEN: 1, Want.LOGITS: n}[want]
-        return SequenceRows(state.kv, state.tokens, state.sampling, n, run.first, wanted, want is Want.TOKEN)
+        return SequenceRows(kv, state.tokens, state.sampling, n, run.first, wanted, want is Want.TOKEN)
+
+    def _allocated(self, kv: SequenceKv, run: Run, units: range) -> KvRows:
+        """Allocates the pages of a run. What is incoming makes room for it. ContextError: no memory."""
+        end = run.first + len(run.tokens)
+        while True:
+            try:
+                if run.part is not None:
+                    return kv.prepare_part(run.first, end, units)
+                kv.prepare(run.first, end)
+                return kv
+            except ContextError:
+                made = [incoming.make_room() for incoming in self._incoming]
+                if not any(made):
+                    raise
+
+    def _check_parameters(self, context: int | None, tokens: Sequence[int]) -> int:
+        """The context of a new sequence with these tokens; None: the model's. ContextError: it is longer than
+        the model's. ValueError: a token is not in the vocabulary."""
+        longest = self.model.config.context
+        context = longest if context is None else context
+        if not 0 < context <= longest:
+            raise ContextError(
+                f"a context of {context} tokens is not between 1 and the model's {longest}"
+                f"{self.model.config.limit}"
+            )
+        self._check_tokens(tokens)
+        return context
 
     def _check_tokens(self, tokens: Sequence[int]) -> None:
         if len(tokens) and (min(tokens) < 0 or max(tokens) >= self.model.program.vocab):
@@ -381,15 +590,21 @@ class Stage:
     def _restart(self, lost: Sequence[int]) -> None:
         """Prepares a forked process: new threads, workspace and locks; closes the sequences `lost`."""
         self._ended.extend(lost)
-        self._range_lock = threading.Lock()
+        self._load_lock = threading.Lock()
         self._weights.unlock()
+        self._pool.unlock()
+        for incoming in self._incoming:
+            incoming.unlock()
         self._backend = open_backend(self.options.backend, self.options.isa, self.threads)
-        self._executor = self._backend.executor(self._bound)
+        for used in (self._running, *self._prepared):
+            used.restart(self._backend)
 
     def _close_ended(self) -> None:
         while self._ended:
-            state = self._sequences.pop(self._ended.popleft(), None)
-            if state is not None:
+            number = self._ended.popleft()
+            for incoming in self._incoming:
+                incoming.drop(number)
+            if state := self._sequences.pop(number, None):
                 state.kv.truncate(0)
 
     def _results(self, batch: Sequence[Run], rows: Sequence[SequenceRows], outcome: Outcome) -> list[Result]:
@@ -413,23 +628,3 @@ def _joined(parts: Sequence[F32 | None]) -> F32:
 def _check_range(model: Model, first: int, last: int) -> None:
     if not 0 <= first < last <= model.n_units:
         raise ValueError(f"units [{first}, {last}) are not a range of this model's {model.n_units} units")
-
-
-def bind(weights: WeightStore, first: int, last: int, options: StageOptions) -> BoundProgram:
-    """Binds the ops of units [first, last) to their weights. KeyError: a unit is not loaded."""
-    model = weights.model
-    ops = tuple(model.program.ops(first, last))
-    held = weights.of(first, last)
-    if any(unit == -1 for unit, _ in ops):
-        held |= weights.constants()
-    return BoundProgram(
-        program=model.program,
-        ops=ops,
-        weights=held,
-        states=tuple((u, state) for u in range(first, last) for state in model.program.units[u].states),
-        kv_type=model.kv_dtype,
-        reads_tokens=first == 0,
-        last=last == model.n_units,
-        max_rows=options.max_rows,
-        max_wanted=min(options.max_rows, options.max_wanted),
-    )

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..arrays import F32
 from ..batch import Sampling
-from ..kv import SequenceKv
+from ..kv import KvRows
 from ..program import KvState, Op, Program
 
 CANCELLED = "the run was cancelled: its positions are empty, earlier ones are kept"
@@ -57,7 +57,7 @@ class BoundProgram:
 class SequenceRows:
     """Rows of one sequence within a batch."""
 
-    kv: SequenceKv
+    kv: KvRows
     history: NDArray[np.int32]
     """Token ids by position, including those of this batch's rows."""
     sampling: Sampling

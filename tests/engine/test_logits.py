@@ -15,7 +15,8 @@ from shoal.engine.backends.numba_backend import NumbaExecutor
 from shoal.engine.backends.numpy_backend import NumpyExecutor, quantised
 from shoal.engine.batch import Run, Sampling, Want
 from shoal.engine.model_directory import Model
-from shoal.engine.stage import Stage, StageOptions, bind
+from shoal.engine.prepared import bind
+from shoal.engine.stage import Stage, StageOptions
 from shoal.engine.weights import WeightStore
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"

@@ -15,8 +15,9 @@ from shoal.engine.backends.base import BoundProgram, WeightData
 from shoal.engine.batch import Run, Want
 from shoal.engine.host import Ram
 from shoal.engine.model_directory import Model, unit_file
+from shoal.engine.prepared import bind
 from shoal.engine.safetensors_file import SafetensorsFile
-from shoal.engine.stage import Stage, StageOptions, bind
+from shoal.engine.stage import Stage, StageOptions
 from shoal.engine.weights import WeightStore
 
 

@@ -1,0 +1,380 @@
+"""Parts of a range that run alone, ranges that are prepared while others run, and copies that are held."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+from shoal.engine.batch import Run, Sampling, Want
+from shoal.engine.errors import ContextError, ModelFileError
+from shoal.engine.generate import generate
+from shoal.engine.kv_page import page_bytes
+from shoal.engine.layout import PAGE
+from shoal.engine.model_directory import Model, unit_file
+from shoal.engine.stage import Stage, StageOptions
+
+OPTIONS = StageOptions("native", threads=1, max_wanted=256)
+PROMPT: list[int] = np.random.default_rng(0).integers(0, 267, 300).tolist()
+LIVELY = Sampling(temperature=1.1, repetition_penalty=1.2, seed=5)
+LAYERS = range(1, 4)
+
+
+def test_parts_that_cannot_run_are_refused_and_nothing_is_lost(tiny_int8: Model) -> None:
+    with Stage(tiny_int8, 1, 4, OPTIONS) as stage:
+        for n in (1, 2):
+            stage.open_sequence(n, context=100)
+        rows = np.random.default_rng(3).standard_normal((90, 72)).astype(np.float32)
+        (whole,) = stage.run([Run(1, 0, PROMPT[:80], Want.NOTHING, rows[:80])])
+        held = [stage.export_positions(1, u, 0, 80) for u in LAYERS]
+
+        def part(first: int, tokens: list[int], part: tuple[int, int], sequence: int = 1) -> Run:
+            return Run(sequence, first, tokens, Want.NOTHING, rows[first : first + len(tokens)], part)
+
+        for batch, why in (
+            ([part(0, PROMPT[:8], (0, 1))], r"units \(0, 1\) are not of this stage, which has \[1, 4\)"),
+            ([part(0, PROMPT[:8], (4, 9))], "are not of this stage"),
+            ([part(0, PROMPT[:8], (3, 3))], "are not of this stage"),
+            ([part(0, PROMPT[:8], (2, 1))], "are not of this stage"),
+            ([part(0, PROMPT[1:9], (1, 3))], "sequence 1 has other tokens"),
+            ([part(76, [*PROMPT[76:79], 0, 1], (1, 3))], "sequence 1 has other tokens"),
+            ([part(81, PROMPT[:8], (1, 3))], "holds 80 positions and cannot run 8 rows from position 81"),
+            ([part(0, PROMPT[:8], (1, 3)), part(0, [1], (2, 3), 2)], "of different parts"),
+            ([part(0, PROMPT[:8], (1, 3)), Run(2, 0, [1], Want.NOTHING, rows[:1])], "of different parts"),
+            ([Run(1, 0, PROMPT[:8], Want.NOTHING, None, (2, 3))], r"units \[2, 3\) needs hidden rows"),
+        ):
+            with pytest.raises(ValueError, match=why):
+                stage.run(batch)
+        with pytest.raises(FloatingPointError):
+            stage.run([Run(1, 0, PROMPT[:8], Want.NOTHING, np.full((8, 72), np.nan, np.float32), (1, 3))])
+        with pytest.raises(ContextError, match="more than its context"):
+            stage.run([part(80, PROMPT[:21], (1, 3))])
+        assert held == [stage.export_positions(1, u, 0, 80) for u in LAYERS]
+        stage.run([part(70, PROMPT[70:90], (2, 3))])  # and some positions that are new
+        assert [stage.positions(1, u) for u in LAYERS] == [80, 90, 80]
+        assert stage.length(1) == 90
+        with pytest.raises(ValueError, match="unit 1 holds 80 of the 90 positions"):
+            stage.run([Run(1, 90, [1], Want.NOTHING, rows[:1])])
+        (again,) = stage.run([Run(1, 0, PROMPT[:80], Want.NOTHING, rows[:80])])
+        assert again.hidden is not None and whole.hidden is not None
+        assert again.hidden.tobytes() == whole.hidden.tobytes()
+
+
+def test_a_part_does_not_write_to_pages_that_a_fork_shares(tiny_int8: Model) -> None:
+    rows = np.random.default_rng(3).standard_normal((PAGE + 8, 72)).astype(np.float32)
+    with Stage(tiny_int8, 1, 4, StageOptions("native", threads=1, max_rows=PAGE + 8)) as stage:
+        stage.open_sequence(1)
+        stage.run([Run(1, 0, [5] * (PAGE + 8), Want.NOTHING, rows)])
+        stage.fork_sequence(1, 2)
+        held = stage.export_positions(1, 2, 0, PAGE + 8)
+        stage.run([Run(2, 0, [5] * (PAGE + 8), Want.NOTHING, -rows, (2, 3))])
+        assert stage.export_positions(1, 2, 0, PAGE + 8) == held != stage.export_positions(2, 2, 0, PAGE + 8)
+
+
+def test_executors_of_parts_are_few(tiny_int8: Model) -> None:
+    """Each has a workspace, and what a part is comes from the network."""
+    with Stage(tiny_int8, 0, 5, OPTIONS) as stage:
+        stage.open_sequence(1)
+        for _ in range(2):
+            for enter in range(4):
+                for until in range(enter + 1, 5):
+                    rows = None if enter == 0 else np.ones((4, 72), np.float32)
+                    stage.run([Run(1, 0, [1, 2, 3, 4], Want.NOTHING, rows, (enter, until))])
+                    assert len(stage._running._parts) <= 2
+        stage.run([Run(1, 0, [1, 2, 3, 4], Want.NOTHING, None, (-7, 99))])
+        stage.set_range(0, 4)
+        assert not stage._running._parts
+
+
+def test_a_range_that_cannot_be_prepared_changes_nothing(
+    tiny_int8: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_file = Model.open_file
+
+    def failing(model: Model, name: str, arena: Any = None) -> Any:
+        if name == unit_file(3):
+            raise ModelFileError(f"{name} is missing")
+        return open_file(model, name, arena)
+
+    monkeypatch.setattr(Model, "open_file", failing)
+    with Stage(tiny_int8, 0, 2, OPTIONS) as stage:
+        stage.hold([2])
+        for use in (lambda: stage.prepare(0, 4), lambda: stage.hold([0, 3, 4]), lambda: stage.prepare(2, 5)):
+            with pytest.raises(ModelFileError, match="is missing"):
+                use()
+            assert (stage._weights.units, stage.held) == ({0, 1, 2}, {2})
+            assert (stage.first, stage.last) == (0, 2)
+        for units in ([5], [-1], [1, 9]):
+            with pytest.raises(ValueError, match="there is no unit"):
+                stage.hold(units)
+        for first, last in ((0, 6), (2, 2), (-1, 2)):
+            with pytest.raises(ValueError, match="are not a range"):
+                stage.prepare(first, last)
+        executor = type(stage._backend).executor
+
+        def without_memory(*_: Any) -> Any:
+            raise MemoryError
+
+        monkeypatch.setattr(type(stage._backend), "executor", without_memory)
+        with pytest.raises(MemoryError):
+            stage.prepare(0, 3)
+        monkeypatch.setattr(type(stage._backend), "executor", executor)
+        assert stage._weights.units == {0, 1, 2}
+
+
+def test_copies_stay_whatever_the_range_is(tiny_int8: Model) -> None:
+    with Stage(tiny_int8, 1, 3, OPTIONS) as stage:
+        stage.hold([4, 2])
+        assert (stage.held, stage._weights.units) == ({2, 4}, {1, 2, 4})
+        size = stage._weights.nbytes
+        held = stage._weights.of(4, 5)
+        ready = stage.prepare(2, 5)
+        assert stage._weights.units == {1, 2, 3, 4}
+        assert all(stage._weights.of(4, 5)[key].data is held[key].data for key in held)
+        stage.discard(ready)
+        assert (stage._weights.units, stage._weights.nbytes) == ({1, 2, 4}, size)
+        stage.adopt(stage.prepare(3, 5), {})
+        assert stage._weights.units == {2, 3, 4}
+        stage.set_range(0, 1)
+        assert stage._weights.units == {0, 2, 4}
+        stage.load(3, 4)
+        stage.hold([4])
+        assert stage._weights.units == {0, 3, 4}  # 3 until the range changes
+        stage.set_range(0, 2)
+        assert stage._weights.units == {0, 1, 4}
+        stage.hold([])
+        assert (stage.held, stage._weights.units) == (frozenset(), {0, 1})
+
+
+def test_a_copy_of_the_head_and_the_embedding_it_is_tied_to_count_once(tiny_tied: Model) -> None:
+    last = tiny_tied.n_units - 1
+    with Stage(tiny_tied, 0, 1, OPTIONS) as stage:
+        stage.hold([0, last])
+        sizes = [tiny_tied.index.files[unit_file(u)].size for u in (0, last)]
+        assert stage._weights.nbytes == sum(sizes)
+        stage.adopt(stage.prepare(1, 2), {})
+        assert stage._weights.nbytes == sum(sizes) + tiny_tied.index.files[unit_file(1)].size
+
+
+def test_incoming_pages_count_and_make_room_for_running_answers(tiny_int8: Model) -> None:
+    page = page_bytes(tiny_int8.program.units[1].states[0], "f16")
+    with Stage(tiny_int8, 0, 5, OPTIONS) as giver:
+        giver.open_sequence(1)
+        giver.run([Run(1, 0, PROMPT[:100], Want.NOTHING)])
+        data = giver.export_positions(1, 2, 0, 100)
+    with Stage(tiny_int8, 0, 2, StageOptions("native", threads=1, kv_bytes=4 * page)) as stage:
+        for n in (1, 2):
+            stage.open_sequence(n)
+            stage.run([Run(n, 0, [1], Want.NOTHING)])
+        area, other = stage.incoming(), stage.incoming()
+        ready = stage.prepare(0, 3)
+        area.accept(1, 2, 0, 100, data)
+        other.accept(2, 2, 0, 100, data)
+        assert stage.kv_bytes == 4 * page
+        with pytest.raises(ContextError, match="promise more RAM"):
+            area.accept(3, 2, 0, 100, data)
+        assert (area.positions(1, 2), area.positions(3, 2)) == (100, 0)
+        stage.open_sequence(3)
+        stage.run([Run(3, 0, [1], Want.NOTHING)])
+        assert stage.kv_bytes == 3 * page
+        for use in (lambda: area.accept(1, 2, 0, 100, data), lambda: stage.adopt(ready, {1: 1}, area)):
+            with pytest.raises(ContextError, match="made room for running answers"):
+                use()
+        assert (stage.first, stage.last, stage.kv_bytes) == (0, 2, 3 * page)
+        area.close()
+        again = stage.incoming()
+        again.accept(1, 2, 0, 100, data)
+        with pytest.raises(ContextError, match="made room"):
+            other.positions(2, 2)
+        stage.adopt(ready, {1: 1}, again, kv_bytes=2 * page)
+        assert (stage.kv_bytes, stage.options.kv_bytes) == (2 * page, 2 * page)
+
+
+def test_a_closed_stage_ends_what_was_prepared(tiny_int8: Model) -> None:
+    stage = Stage(tiny_int8, 0, 2, OPTIONS)
+    ready, area = stage.prepare(0, 3), stage.incoming()
+    area.carried(1, LIVELY, 20, 0, [1])
+    stage.close()
+    for use in (
+        lambda: stage.adopt(ready, {}),
+        lambda: stage.prepare(0, 3),
+        lambda: stage.hold([3]),
+        lambda: stage.incoming(),
+        lambda: area.positions(1, 2),
+    ):
+        with pytest.raises(ValueError, match="has been closed"):
+            use()
+    stage.discard(ready)
+    area.close()
+    assert stage._weights.nbytes == stage.kv_bytes == 0
+
+
+def test_where_a_sequence_was_run_from_is_told_once(tiny_int8: Model) -> None:
+    with Stage(tiny_int8, 0, 3, OPTIONS) as stage:
+        stage.open_sequence(1)
+        assert (stage.lowest(1), stage.length(1)) == (0, 0)
+        for first, n, lowest in ((0, 100, 0), (100, 1, 100), (101, 1, 101)):
+            stage.run([Run(1, first, PROMPT[:n], Want.NOTHING)])
+            assert (stage.lowest(1), stage.lowest(1)) == (lowest, first + n)
+        for first in (90, 30, 31):
+            stage.run([Run(1, first, PROMPT[:1], Want.NOTHING)])
+        stage.run([Run(1, 0, stage.tokens(1, 0, 5), Want.NOTHING, None, (0, 2))])
+        assert (stage.lowest(1), stage.lowest(1)) == (30, 32)
+        with pytest.raises(FloatingPointError):
+            fail_at_20(stage)
+        assert stage.lowest(1) == stage.length(1) == 20
+        for first, last in ((0, 21), (-1, 3), (5, 4)):
+            with pytest.raises(ValueError, match="holds 20 positions"):
+                stage.tokens(1, first, last)
+        for ask in (stage.lowest, stage.length, stage.parameters, lambda n: stage.tokens(n, 0, 0)):
+            with pytest.raises(KeyError):
+                ask(2)
+
+
+def fail_at_20(stage: Stage) -> None:
+    """A run from position 20 that fails."""
+    executor = stage._executor
+    run = executor.run
+
+    def failing(*_: Any) -> Any:
+        raise FloatingPointError
+
+    executor.run = failing  # type: ignore[method-assign]
+    try:
+        stage.run([Run(1, 20, [1, 2], Want.NOTHING)])
+    finally:
+        executor.run = run  # type: ignore[method-assign]
+
+
+@pytest.mark.slow
+def test_answers_go_on_while_other_threads_prepare_hold_and_receive(tiny_int8: Model) -> None:
+    with Stage(tiny_int8, 0, 5, OPTIONS) as giver, Stage(tiny_int8, 0, 5, OPTIONS) as stage:
+        expected = list(generate(giver, PROMPT[:100], LIVELY, max_tokens=12, end=(), context=400))
+        giver.open_sequence(1)
+        giver.run([Run(1, 0, PROMPT[:200], Want.NOTHING)])
+        data = [giver.export_positions(1, 2, a, a + 64) for a in (0, 64, 128)]
+        stop = threading.Event()
+        rounds = [0, 0, 0]
+
+        def prepare() -> None:
+            while not stop.is_set():
+                first = rounds[0] % 3
+                stage.discard(stage.prepare(first, 5))
+                rounds[0] += 1
+
+        def hold() -> None:
+            while not stop.is_set():
+                stage.hold([[1], [2, 4], []][rounds[1] % 3])
+                rounds[1] += 1
+
+        def receive() -> None:
+            while not stop.is_set():
+                area = stage.incoming()
+                for n in range(6):
+                    for i, part in enumerate(data):
+                        area.accept(n, 1 + n % 3, 64 * i, 64 * i + 64, part)
+                area.close()
+                rounds[2] += 1
+
+        with ThreadPoolExecutor(3) as threads:
+            working = [threads.submit(work) for work in (prepare, hold, receive)]
+            try:
+                for _ in range(12):
+                    found = list(generate(stage, PROMPT[:100], LIVELY, max_tokens=12, end=(), context=400))
+                    assert found == expected
+                    stage.set_range(0, 4)
+                    stage.adopt(stage.prepare(0, 5), {})
+            finally:
+                stop.set()
+            for one in working:
+                one.result()
+        assert min(rounds) > 0
+        stage.hold([])
+        assert (stage.kv_bytes, stage._weights.units) == (0, {0, 1, 2, 3, 4})
+
+
+def test_weights_that_load_do_not_delay_an_adoption(
+    tiny_int8: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_file, inside, go = Model.open_file, threading.Event(), threading.Event()
+
+    def slow(model: Model, name: str, arena: Any = None) -> Any:
+        if name == unit_file(4):
+            inside.set()
+            assert go.wait(10)
+        return open_file(model, name, arena)
+
+    with Stage(tiny_int8, 0, 2, OPTIONS) as stage, ThreadPoolExecutor(1) as threads:
+        ready = stage.prepare(1, 3)
+        monkeypatch.setattr(Model, "open_file", slow)
+        holding = threads.submit(stage.hold, [4])
+        assert inside.wait(10)
+        stage.adopt(ready, {})
+        assert (stage.first, stage.last, stage.held) == (1, 3, frozenset())
+        go.set()
+        holding.result()
+        assert (stage.held, stage._weights.units) == ({4}, {1, 2, 4})
+
+
+FORK = """
+import os, sys, threading
+import shoal
+from shoal.engine.batch import Run, Want
+model = shoal.Model.open(sys.argv[1])
+options = shoal.StageOptions(backend=sys.argv[2], threads=1)
+whole = shoal.Stage(model, 0, 5, options)
+whole.open_sequence(1)
+whole.run([Run(1, 0, list(range(100)), Want.NOTHING)])
+data = [whole.export_positions(1, u, 0, 100) for u in (1, 2, 3)]
+(expected,) = whole.run([Run(1, 100, [7], Want.TOKEN)])
+stage = shoal.Stage(model, 0, 2, options)
+stage.open_sequence(1)
+stage.run([Run(1, 0, list(range(100)), Want.NOTHING)])
+area, other, stop = stage.incoming(), stage.incoming(), threading.Event()
+ready = stage.prepare(0, 5)
+for unit in (2, 3):
+    area.accept(1, unit, 0, 100, data[unit - 1])
+def work():
+    while not stop.is_set():
+        other.accept(2, 2, 0, 100, data[1])
+        other.drop(2)
+        stage.discard(stage.prepare(1, 3))
+        stage.hold([3])
+        stage.hold([])
+working = threading.Thread(target=work)
+working.start()
+for i in range(10):
+    child = os.fork()
+    if child == 0:
+        if i % 2:
+            other.close()
+        stage.adopt(ready, {1: 100}, area)
+        (result,) = stage.run([Run(1, 100, [7], Want.TOKEN)])
+        good = result.token == expected.token
+        stage.close()
+        sys.exit(0 if good else 3)
+    _, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)
+stop.set()
+working.join()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["native", "numpy"])
+def test_a_forked_process_adopts_what_was_prepared_before(tiny_int8: Model, backend: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORK, str(tiny_int8.path), backend],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert (done.stdout.split(), done.stderr) == (["0"] * 10, "")

@@ -165,8 +165,12 @@ class Admission:
 
     def open(self, room: ChainRoom) -> None:
         """Begins an epoch: the chain has this room, and holds nothing yet."""
-        self._room, self._refused = room, None
         self.make_room()
+        self.change(room)
+
+    def change(self, room: ChainRoom) -> None:
+        """Goes on in an epoch whose chain has this room, and holds what the last one held."""
+        self._room, self._refused = room, None
         for session in [s for s, place in self._running.items() if not room.holds(place.positions)]:
             self._set_aside(session)
         self._settle()
@@ -226,6 +230,12 @@ class Admission:
         """Removes a session that has been closed."""
         self._idle.pop(session, None)
         self.end(session, keep=False)
+
+    def lost(self, session: Admitted) -> None:
+        """Notes that the state of a session went with its chain. If it is idle, it takes no room in the next
+        one."""
+        if self._idle.pop(session, None) is not None:
+            self._freed += 1
 
     def make_room(self) -> bool:
         """Drops the state of all idle sessions; returns whether there were any."""

@@ -1,14 +1,16 @@
 """The coordinator: connects to nodes, makes a chain of them, and runs sessions through it.
 
-Decisions are made in net/cluster.py. Here one task for each node turns its messages into events, one task
-passes the events to `decide` in order, and each command is carried out at once or by a task of its own.
+Decisions are made in net/cluster.py. Here one task for each node turns its messages into events, and each
+command is carried out at once, or by a task of its own. An event is decided in the turn of the event loop in
+which it happens: answers stand still between the last Result of one epoch and the first Step of the next.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 
@@ -16,17 +18,21 @@ import trio
 
 from ..engine.batch import Sampling
 from ..engine.errors import ShoalError, ignore
-from ..planner import LinkSpeed
+from ..planner import Assignment, LinkSpeed
 from . import events
-from .admission import Admission, ChainRoom
+from .admission import Admission
+from .chain import Chain
 from .cluster import decide
-from .connection import Connection, Hop, Kind, OpenStream, dial, enter_dial, in_thread, open_tasks, open_tcp
+from .connection import Hop, OpenStream, dial, in_thread, open_tasks, open_tcp
+from .control import Control
+from .epochs import Epochs
 from .errors import NodeLostError, RemoteProtocolError, from_wire
 from .events import DEFAULT_TIMING, Command, Event, Timing
-from .generation import Flow, Generation
+from .generation import Generation
 from .identity import Identity, ModelShape
 from .liveness import TICK_SECONDS, Awake, Stillness, call_bound, redial_pause
-from .members import ITSELF, ClusterState, Member, Moves, peer_of
+from .measuring import LinkMeasurer
+from .members import ClusterState, Member, Moves, peer_of
 from .messages import (
     Abort,
     Broken,
@@ -34,33 +40,43 @@ from .messages import (
     Failed,
     GetStats,
     Loaded,
-    Measure,
     Measured,
     Message,
     Ping,
     Pong,
     Prepared,
-    Progress,
     Release,
     Result,
+    Spare,
+    Spares,
     Stats,
 )
+from .moves import Move, MoveLog, usage_of
 from .pace import ChainPace
-from .placement import COORDINATOR, NodeInfo, Placement, Planner, StageReport, fit_chunk
-from .probe import OneAtATime, measure_peer, probe
-from .session import Answer, Chain, Session
-from .watch import SETTLE_SECONDS, ConnectionStalledError, Watch
+from .placement import (
+    NodeInfo,
+    Placement,
+    Planner,
+    Rebalancer,
+    StageReport,
+    Usage,
+    fit_chunk,
+)
+from .probe import probe
+from .session import Answer, Session
 
 LASTING_SECONDS = 5.0
 """A connection that has lasted for so long was no failed attempt to connect."""
+REBALANCE_SECONDS = 0.5
+"""The time between two questions to the rebalancer."""
 
 
 @dataclass(frozen=True, slots=True)
 class CoordinatorOptions:
     """Options of a coordinator. `recover`: go on with the other nodes after one is lost. `moves`: how the
-    placement changes while answers are computed (members.Moves). `approximate`: allow nodes whose results are
-    not exact beside exact ones. `log` is called with sentences for the user, in the
-    event loop's thread: it must not block. Tests replace `hop` and `open_stream`."""
+    placement changes while answers are computed (members.Moves). `rebalancer` proposes such changes.
+    `approximate`: allow nodes whose results are not exact beside exact ones. `log` is called with sentences
+    for the user, in the event loop's thread: it must not block. Tests replace `hop` and `open_stream`."""
 
     timing: Timing = DEFAULT_TIMING
     measure_links: bool = True
@@ -68,30 +84,13 @@ class CoordinatorOptions:
     moves: Moves = "reload"
     approximate: bool = False
     max_sessions: int = 32
+    rebalancer: Rebalancer | None = None
     log: Callable[[str], None] = ignore
     hop: Hop = in_thread
     open_stream: OpenStream = open_tcp
 
 
 DEFAULT_OPTIONS = CoordinatorOptions()
-
-
-@dataclass(slots=True)
-class _Peer:
-    """The control connection to one node, and what was received on it."""
-
-    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    connection: Connection | None = None
-    greeted: float | None = None
-    """When the connection was greeted."""
-    at_once: bool = False
-    """Dial again without a pause when the connection has ended."""
-    trying: bool = False
-    """Whether a new connection is tried beside this one."""
-    loaded: Loaded | None = None
-    progress: Progress | None = None
-    asking: trio.Lock = field(default_factory=trio.Lock)
-    answers: trio.MemorySendChannel[Message] | None = None
 
 
 class Coordinator:
@@ -140,11 +139,17 @@ class Coordinator:
         self._pace = ChainPace(self.links)
         self._awake = Awake(0.0)
         self._results, self._still = 0, Stillness()
-        self._peers = [_Peer() for _ in addresses]
-        self._events, self._inbound = trio.open_memory_channel[Event](64)
-        self._chain: Chain | None = None
-        self._changed = trio.Event()
+        self._controls = [Control() for _ in addresses]
+        self._happened = deque[Event]()
+        self._deciding = False
+        self._failure: ShoalError | None = None
+        self._failed = trio.Event()
+        self._log = MoveLog(options.log)
         self._admission = Admission(options.max_sessions)
+        self._epochs = Epochs(
+            identity, options.open_stream, options.timing, self._admission, self._controls,
+            state=lambda: self._state, happens=self._happens, post=self._post,
+        )  # fmt: skip
         self._numbers = count()
         self._tasks: trio.Nursery
 
@@ -162,11 +167,13 @@ class Coordinator:
         coordinator = cls(addresses, identity, shape, plan, options)
         coordinator._awake = Awake(trio.current_time())
         async with open_tasks() as tasks:
-            coordinator._tasks = tasks
-            tasks.start_soon(coordinator._decide)
+            coordinator._tasks = coordinator._epochs.tasks = tasks
+            tasks.start_soon(coordinator._fail)
             tasks.start_soon(coordinator._tick)
             for member in range(len(addresses)):
                 tasks.start_soon(coordinator._keep_connected, member)
+            if options.rebalancer is not None:
+                tasks.start_soon(coordinator._rebalance, options.rebalancer)
             await coordinator.chain()
             yield coordinator
             tasks.cancel_scope.cancel()
@@ -185,6 +192,11 @@ class Coordinator:
     def recoveries(self) -> int:
         """The number of times that the chain was replaced."""
         return self._state.epoch.counter - 1
+
+    @property
+    def moves(self) -> Sequence[Move]:
+        """What became of the latest transitions, the oldest first."""
+        return self._log.moves
 
     def session(self, sampling: Sampling | None = None, *, context: int | None = None) -> Session:
         """A sequence of at most `context` tokens (default: the model's context) for consecutive answers, each
@@ -211,8 +223,8 @@ class Coordinator:
         """The work of each stage of the chain in this epoch. NodeLostError: a node was lost meanwhile."""
         reports = []
         for member, stage in zip(self._state.holders(), self._state.placement.stages, strict=True):
-            answer = await self._ask(member, GetStats(), Stats)
-            loaded = self._peers[member].loaded
+            answer = await self._controls[member].ask(GetStats(), Stats, self._state.members[member].label)
+            loaded = self._controls[member].loaded
             if loaded is None or loaded.epoch != self._state.epoch:
                 raise NodeLostError(f"{stage.device} is still loading the layers of a lost node: ask again")
             reports.append(
@@ -221,26 +233,49 @@ class Coordinator:
         return tuple(reports)
 
     async def chain(self) -> Chain:
-        """The current chain, for sessions; waits while there is none."""
-        while self._chain is None:
-            await self._changed.wait()
-        return self._chain
+        """The current chain, for sessions; waits while there is none, or while it is held."""
+        return await self._epochs.wait()
+
+    def move(self, stages: Sequence[Assignment], why: str) -> None:
+        """Changes to these stages, by labels of nodes, while answers go on. What becomes of it is added to
+        `moves`: at once if it cannot be begun, for example while another transition is under way."""
+        placement = replace(self._state.placement, stages=tuple(stages), groupings=(), window=0)
+        self._happens(events.Proposed(self._fitting(placement), why))
 
     # --- events
+
+    def _happens(self, event: Event) -> None:
+        """Decides about an event, and carries out the commands. An event that happens meanwhile is next."""
+        self._happened.append(event)
+        if self._deciding:
+            return
+        self._deciding = True
+        while self._happened:
+            now = self._awake.at(trio.current_time())
+            self._state, commands = decide(self._state, self._happened.popleft(), now)
+            for command in commands:
+                self._carry_out(command)
+        self._deciding = False
+
+    async def _fail(self) -> None:
+        """Ends the coordinator with the error of a Fail command."""
+        await self._failed.wait()
+        assert self._failure is not None
+        raise self._failure
 
     async def _tick(self) -> None:
         while True:
             await trio.sleep(TICK_SECONDS)
-            now = self._awake.tick(trio.current_time())
-            busy = self._chain is None or bool(self._chain.sessions)
-            await self._events.send(events.Tick(busy, self._stands_still(now)))
+            now, epochs = self._awake.tick(trio.current_time()), self._epochs
+            self._log.tick(now, epochs.tokens, due=epochs.due)
+            self._happens(events.Tick(epochs.busy, self._stands_still(now)))
 
     def _stands_still(self, now: float) -> bool:
         """Whether results are due, and for too long none has arrived and no stage has finished a call."""
-        chain, peers = self._chain, [self._peers[i] for i in self._state.holders()]
-        progress = [peer.progress for peer in peers if peer.progress is not None]
+        stages = [self._controls[i] for i in self._state.holders()]
+        progress = [stage.progress for stage in stages if stage.progress is not None]
         moved = (self._state.epoch, self._results, tuple(told.calls for told in progress))
-        seconds = self._still.seconds(now, moved, due=chain is not None and chain.due)
+        seconds = self._still.seconds(now, moved, due=self._epochs.due)
         if seconds <= call_bound(0.0):
             return False
         running = [told for told in progress if told.running is not None]
@@ -252,21 +287,21 @@ class Coordinator:
 
     async def _keep_connected(self, member: int) -> None:
         """Keeps a connection to a node: dials again for as long as this coordinator lives."""
-        peer, tries = self._peers[member], 0
+        control, tries = self._controls[member], 0
         while not self._state.members[member].barred:
-            peer.scope, peer.at_once = trio.CancelScope(), False
-            with peer.scope:
+            control.scope, control.at_once = trio.CancelScope(), False
+            with control.scope:
                 await self._converse(member)
-            lasted = peer.greeted is not None and trio.current_time() - peer.greeted > LASTING_SECONDS
+            lasted = control.greeted is not None and trio.current_time() - control.greeted > LASTING_SECONDS
             tries = 0 if lasted else tries + 1
-            if not peer.at_once:
+            if not control.at_once:
                 await trio.sleep(redial_pause(tries))
 
     async def _converse(self, member: int) -> None:
         """Connects to one node and receives its messages. The end of the connection is an event, unless this
         coordinator ends it."""
-        peer, where, options = self._peers[member], self._state.members[member], self.options
-        peer.greeted = None
+        control, where, options = self._controls[member], self._state.members[member], self.options
+        control.greeted = None
         try:
             async with dial(
                 options.open_stream, where.host, where.port, self.identity, "control",
@@ -274,65 +309,59 @@ class Coordinator:
             ) as (connection, hello):  # fmt: skip
                 if hello.offer is None:
                     raise RemoteProtocolError(f"{connection.peer} is not a node: it offers no device")
-                peer.connection, peer.greeted = connection, trio.current_time()
-                await self._events.send(events.Joined(member, hello))
+                control.connection, control.greeted = connection, trio.current_time()
+                self._happens(events.Joined(member, hello))
                 while True:
                     messages = await connection.receive_some()
                     self._deliver(member, [m for m in messages if isinstance(m, Result | Failed)])
                     for message in messages:
-                        await self._hear(member, message)
+                        self._hear(member, message)
         except ShoalError as error:
-            peer.connection = None
-            await self._events.send(events.Left(member, error, greeted=peer.greeted is not None))
+            control.ended()
+            self._happens(events.Left(member, error, greeted=control.greeted is not None))
         finally:
-            peer.connection = peer.progress = None
-            if peer.answers is not None:
-                peer.answers.close()
+            control.ended()
 
-    async def _hear(self, member: int, message: Message) -> None:
+    def _hear(self, member: int, message: Message) -> None:
+        control = self._controls[member]
         match message:
             case Result() | Failed():
                 return  # was delivered before
             case Pong():
                 answered = self._pace.answered(self._state, member, message, trio.current_time())
-                self._peers[member].progress = message.progress
-                heard = events.Heard(member, message.progress, answered, message.condition)
-                await self._events.send(heard)
+                control.ponged(message)
+                self._happens(events.Heard(member, message.progress, answered, message.condition))
                 return
-            case Loaded(epoch):
-                self._peers[member].loaded = message
-                await self._events.send(events.StageLoaded(member, epoch))
             case Prepared(epoch, seconds, sent):
-                await self._events.send(events.StagePrepared(member, epoch, seconds, sent))
+                self._happens(events.StagePrepared(member, epoch, seconds, sent))
+            case Loaded(epoch):
+                control.loaded = message
+                self._happens(events.StageLoaded(member, epoch))
             case Broken(epoch, code, text, blamed, again):
                 error = from_wire(code, text, self._state.members[member].label)
-                await self._events.send(events.StageBroken(member, epoch, error, blamed, again))
+                self._happens(events.StageBroken(member, epoch, error, blamed, again))
+            case Spares(units):
+                control.copies = frozenset(units)
             case Measured() | Stats():
-                self._answer(member, message)
+                control.answer(message)
             case _:
                 raise AssertionError(f"the wire lets no {type(message).__name__} through")
-        await self._events.send(events.Heard(member))
+        self._happens(events.Heard(member))
 
     def _deliver(self, member: int, messages: Sequence[Result | Failed]) -> None:
-        """Passes messages of a stage to their sessions. RemoteProtocolError: another node than the last one
-        has sent a Result."""
+        """Passes messages of a stage to their sessions. RemoteProtocolError: another node than the one at the
+        end of the rows' way has sent a Result."""
+        chain = self._epochs.chain
         self._results += len(messages)
-        if self._chain is None:
+        if chain is None:
             return
-        if member != self._state.holders()[-1] and any(
-            isinstance(message, Result) and message.epoch == self._chain.flow.epoch for message in messages
-        ):
-            who = self._state.members[member].label
-            raise RemoteProtocolError(f"{who} sent a Result and is not the last node of the chain")
-        self._chain.deliver(messages)
+        for message in messages:
+            if isinstance(message, Result) and not chain.expects(member, message):
+                who = self._state.members[member].label
+                raise RemoteProtocolError(f"{who} sent a Result and is not the last node of the chain")
+        chain.deliver(messages)
 
     # --- commands
-
-    async def _decide(self) -> None:
-        async for event in self._inbound:
-            self._state, commands = decide(self._state, event, self._awake.at(trio.current_time()))
-            for command in commands:
-                self._carry_out(command)
 
     def _carry_out(self, command: Command) -> None:
         match command:
@@ -340,134 +369,70 @@ class Coordinator:
                 self._post(member, Ping(self._pace.pinged(member, trio.current_time())))
             case events.SendAssign(member, assign):
                 self._post(member, assign)
-            case events.SendRelease(member, epoch):
-                self._post(member, Release(epoch))
             case events.SendCommit(member, commit):
                 self._post(member, commit)
             case events.SendAbort(member, epoch):
                 self._post(member, Abort(epoch))
+            case events.SendRelease(member, epoch):
+                self._post(member, Release(epoch))
             case events.HangUp(member):
-                self._peers[member].scope.cancel()
+                self._controls[member].scope.cancel()
             case events.Redial(member):
-                self._peers[member].at_once = True
-                self._peers[member].scope.cancel()
+                self._controls[member].at_once = True
+                self._controls[member].scope.cancel()
             case events.TryAnew(member):
-                if not self._peers[member].trying:
-                    self._peers[member].trying = True
-                    self._tasks.start_soon(self._try_anew, member)
+                self._tasks.start_soon(self._try_anew, member)
             case events.Say(text):
                 self.options.log(text)
             case events.MeasureLinks(pairs):
                 self._tasks.start_soon(self._measure_links, pairs)
             case events.MakePlan(number, members):
                 self._tasks.start_soon(self._make_plan, number, members)
-            case events.Serve(epoch):
-                self._tasks.start_soon(self._serve, epoch)
-            case events.Pause():
-                self._end_chain()
+            case events.Reach(epoch, member):
+                self._epochs.reach(epoch, member)
+            case events.Unreach(epoch):
+                self._epochs.unreach(epoch)
+            case events.Hold(epoch, base):
+                self._epochs.hold(epoch, base)
+            case events.Resume(epoch):
+                self._epochs.resume(epoch)
+            case events.Serve():
+                self._epochs.serve(command)
+            case events.Pause(epoch):
+                self._epochs.pause(epoch)
+            case events.Moved():
+                self._log.ended(command)
             case events.Fail(error):
-                raise error
+                self._failure = error
+                self._failed.set()
 
     def _post(self, member: int, message: Message) -> None:
-        """Sends without waiting. `_converse` notices a connection that has ended. A node that accepts no
-        orders is lost; pings may be dropped, since its silence is noticed."""
-        connection = self._peers[member].connection
-        if connection is None:
-            return
-        try:
-            posted = connection.post(message)
-        except NodeLostError:
-            return
-        if not posted and not isinstance(message, Ping):
-            error = NodeLostError(f"{connection.peer} is lost: it does not read what is sent to it")
-            self._tasks.start_soon(self._events.send, events.Left(member, error))
-
-    async def _ask(self, member: int, message: Message, kind: type[Kind]) -> Kind:
-        """Sends a question and waits for the answer of that kind. NodeLostError: the node is lost."""
-        peer = self._peers[member]
-        async with peer.asking:
-            peer.answers, inbound = trio.open_memory_channel[Message](1)
-            if peer.connection is not None:
-                await peer.connection.send(message)
-                async for answer in inbound:
-                    if isinstance(answer, kind):
-                        return answer
-            raise NodeLostError(f"{self._state.members[member].label} is lost")
-
-    def _answer(self, member: int, message: Message) -> None:
-        """Passes an answer to the task in `_ask`; dropped if no task waits or one answer is there already."""
-        answers = self._peers[member].answers
-        try:
-            if answers is not None:
-                answers.send_nowait(message)
-        except (trio.WouldBlock, trio.BrokenResourceError):
-            return
+        """Sends without waiting. A node that accepts no orders is lost."""
+        control = self._controls[member]
+        if not control.post(message):
+            assert control.connection is not None
+            peer = control.connection.peer
+            self._happens(
+                events.Left(member, NodeLostError(f"{peer} is lost: it does not read what is sent to it"))
+            )
 
     async def _try_anew(self, member: int) -> None:
         """Reports a control connection that is silent while a new connection to the same node is answered."""
-        peer, where, options = self._peers[member], self._state.members[member], self.options
-        connection = peer.connection
-        try:
-            if connection is None:
-                return
-            received = connection.received
-            await probe(options.open_stream, self.identity, peer_of(where), options.timing.handshake)
-            await trio.sleep(SETTLE_SECONDS)
-            if peer.connection is connection and connection.received == received:
-                await self._events.send(events.Stalled(member))
-        except ShoalError:
-            return  # the node cannot be reached at all: its silence decides
-        finally:
-            peer.trying = False
+        peer, options = peer_of(self._state.members[member]), self.options
+        anew = partial(probe, options.open_stream, self.identity, peer, options.timing.handshake)
+        if await self._controls[member].try_anew(anew):
+            self._happens(events.Stalled(member))
 
     async def _measure_links(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Measures the links of these pairs. Pairs that share no end are measured at the same time, and
-        others one after another, so that no device has to do with two measurements at once."""
-        unreachable: set[tuple[int, int]] = set()
+        unreachable: frozenset[tuple[int, int]] = frozenset()
         if self.options.measure_links:
-            state, ends = self._state, OneAtATime()
-            labels = [member.label for member in state.members]
-
-            async def measure(one: int, other: int) -> None:
-                async with ends.using(one, other):
-                    if one == ITSELF:
-                        await self._measure_own(other, labels[other])
-                    else:
-                        both = (
-                            await self._measure_between(one, other),
-                            await self._measure_between(other, one),
-                        )
-                        if not all(both):
-                            unreachable.add(state.ends(one, other))
-
-            async with open_tasks() as tasks:
-                for pair in pairs:
-                    tasks.start_soon(measure, *pair)
-        await self._events.send(events.LinksMeasured(frozenset(unreachable)))
-
-    async def _measure_own(self, member: int, label: str) -> None:
-        """Measures the link to a node. The one back is assumed to be as quick."""
-        peer, options = peer_of(self._state.members[member]), self.options
-        try:
-            found = await measure_peer(options.open_stream, self.identity, peer, options.timing.handshake)
-        except ShoalError as error:
-            await self._events.send(events.Left(member, error))
-        else:
-            self.links[COORDINATOR, label] = self.links[label, COORDINATOR] = found
-
-    async def _measure_between(self, source: int, target: int) -> bool:
-        """Has a node measure the link to another; returns whether it could."""
-        members = self._state.members
-        peer, ends = peer_of(members[target]), (members[source].label, members[target].label)
-        self.links.pop(ends, None)
-        try:
-            answer = await self._ask(source, Measure(peer), Measured)
-        except NodeLostError:
-            return True  # `_converse` reports the loss as an event
-        if answer.link is None or answer.peer != peer.incarnation:
-            return False
-        self.links[ends] = answer.link
-        return True
+            options, me = self.options, self.identity
+            measurer = LinkMeasurer(
+                self._state.members, self._controls, self.links, me, options.open_stream,
+                options.timing.handshake, lambda member, error: self._happens(events.Left(member, error)),
+            )  # fmt: skip
+            unreachable = await measurer.measure(pairs)
+        self._happens(events.LinksMeasured(unreachable))
 
     async def _make_plan(self, number: int, members: Sequence[int]) -> None:
         nodes = [self._info(i) for i in members]
@@ -477,56 +442,57 @@ class Coordinator:
             answer = fit_chunk(placement, nodes, self.shape.cut_cols)
         except ShoalError as error:
             answer = error
-        await self._events.send(events.Planned(number, answer))
+        self._happens(events.Planned(number, answer))
 
-    async def _serve(self, epoch: Epoch) -> None:
-        """Connects to the first node for steps and starts the chain, until the epoch or that connection
-        ends."""
-        if self._state.epoch != epoch or self._state.phase != "serving":
-            return
-        member, options = self._state.holders()[0], self.options
-        where, placement = self._state.members[member], self._state.placement
-        try:
-            async with AsyncExitStack() as stack:
-                peer, seconds = peer_of(where), options.timing.handshake
-                connection = await enter_dial(
-                    stack, options.open_stream, self.identity, peer, "step", seconds
-                )
-                if self._state.epoch != epoch or self._state.phase != "serving":
-                    return
-                window = placement.window or len(placement.stages) + 2
-                flow = Flow(epoch, placement.chunk_rows, window, placement.chunks)
-                self._admission.open(self._room())
-                self._chain = chain = Chain(flow, connection)
-                self._changed.set()
-                self._changed = trio.Event()
-                anew = partial(probe, options.open_stream, self.identity, peer, seconds)
-                watch = Watch(connection, options.timing, busy=lambda: bool(chain.sessions), probe=anew)
-                with chain.scope:  # cancelled when the epoch ends
-                    async with open_tasks() as tasks:
-                        tasks.start_soon(chain.write)
-                        await watch.run()
-        except ConnectionStalledError as error:
-            await self._events.send(events.StageBroken(member, epoch, error, None, again=True))
-        except ShoalError as error:
-            incarnation = peer_of(where).incarnation
-            await self._events.send(events.StageBroken(member, epoch, error, incarnation))
+    def _fitting(self, placement: Placement) -> Placement:
+        """The placement with chunks that its nodes and a Step can carry."""
+        labels = {stage.device for stage in placement.stages}
+        return fit_chunk(placement, [n for n in self.nodes if n.label in labels], self.shape.cut_cols)
 
-    def _end_chain(self) -> None:
-        chain, self._chain = self._chain, None
-        if chain is not None:
-            chain.end()
+    # --- moves
 
-    def _room(self) -> ChainRoom:
-        """The room of the chain, which has just been loaded: that of the node with the least."""
-        rooms = []
-        for member in self._state.holders():
-            loaded = self._peers[member].loaded
-            if loaded is not None and loaded.room is not None:
-                rooms.append(
-                    ChainRoom(self._state.members[member].label, loaded.room.pages, loaded.room.positions)
-                )
-        return min(rooms, key=lambda room: (room.pages or 0) * room.page, default=ChainRoom())
+    async def _rebalance(self, rebalancer: Rebalancer) -> None:
+        """Asks for a better placement while the chain is served, and for the copies of weights that nodes
+        should hold."""
+        hop, asked = self.options.hop, None
+        while True:
+            await trio.sleep(REBALANCE_SECONDS)
+            outcome = self._log.outcome()
+            if outcome is not None:
+                await hop(partial(rebalancer.happened, outcome))
+            chain, placement, nodes = self._epochs.chain, self._state.placement, self.nodes
+            if chain is None or not chain.open or self._state.transition is not None:
+                continue
+            there = chain.flow.epoch, tuple(node.label for node in nodes)
+            if there != asked:
+                asked = there
+                self._order_copies(await hop(partial(rebalancer.copies, nodes, placement)))
+            if any(session.filling for session in chain.sessions.values()):
+                continue
+            now, usage = self._awake.at(trio.current_time()), self._usage(chain)
+            look = partial(rebalancer.look, nodes, dict(self.links), placement, usage, now)
+            proposal = await hop(look)
+            if proposal is not None:
+                self._log.proposed(proposal)
+                self._happens(events.Proposed(self._fitting(proposal.placement), proposal.why))
+
+    def _order_copies(self, wanted: Mapping[str, Sequence[int]]) -> None:
+        """Tells each node of which units it should hold copies."""
+        for member in self._state.alive():
+            units = tuple(wanted.get(self._state.members[member].label, ()))
+            if units != self._controls[member].ordered:
+                self._controls[member].ordered = units
+                self._post(member, Spare(units))
+
+    def _usage(self, chain: Chain) -> Usage:
+        """What the chain is used for at the moment."""
+        answers = [s.generation for s in chain.sessions.values() if not s.generation.finished]
+        there = [(self._state.members[i].label, self._controls[i]) for i in self._state.alive()]
+        return replace(
+            usage_of(answers, self._epochs.tokens),
+            waiting={name: control.waiting for name, control in there if control.waiting is not None},
+            copies={name: control.copies for name, control in there},
+        )
 
     def _info(self, member: int) -> NodeInfo:
         where = self._state.members[member]

@@ -2,10 +2,11 @@
 due.
 
 A session gives one answer after another. The coordinator keeps the token ids, so it knows which positions the
-chain holds, and sends a prompt from the first position that differs. Recovery uses the same code: in a new
-epoch the chain holds nothing, all known tokens are sent again as a prompt, and the answer goes on with the
-same token, since sampling depends only on the history, the parameters and the position. Nothing here does
-I/O.
+chain holds, and sends a prompt from the first position that differs. Recovery uses the same code: in an epoch
+whose chain holds nothing, all known tokens are sent again as a prompt, and the answer goes on with the same
+token, since sampling depends only on the history, the parameters and the position. A transition between
+epochs carries a session: the chain of the next epoch holds the same positions, and nothing is sent again. If
+some units have lost their keys and values, these are filled first (`Fill`). Nothing here does I/O.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from ..engine.batch import Sampling, Want, common_prefix
 from ..engine.errors import ContextError
 from ..planner.chunks import Chunking, Chunkings, of_length
 from .errors import RemoteProtocolError
-from .messages import Close, Epoch, Open, Result, Step
+from .messages import Close, Epoch, Open, Refill, Result, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,62 @@ class Flow:
         return of_length(self.chunks, tokens) if self.chunks else Chunking(self.chunk_rows)
 
 
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """How the lost keys and values of a session are filled. Its tokens are sent as Steps through units [0,
+    until), of which the stage of the last one answers with Results. A stage that ends at unit `enter` has
+    kept the rows of the first `kept` positions: those are only sent on, through units [enter, until)."""
+
+    until: int
+    enter: int = 0
+    kept: int = 0
+
+
+class Part(NamedTuple):
+    """A stage of a chain: units [first, last) on a member."""
+
+    member: int
+    first: int
+    last: int
+
+
+class Loss(NamedTuple):
+    """How a chain fills units that have lost the keys and values of all sessions: its stages run units [0,
+    until) again, and `filler` answers. `keeper` is the member that may have kept the rows that go into unit
+    `enter`. With `until` 0 there is nothing to fill."""
+
+    until: int = 0
+    filler: int | None = None
+    keeper: int | None = None
+    enter: int = 0
+
+
+def loss_of(lost: tuple[int, int], before: Sequence[Part], after: Sequence[Part]) -> Loss | None:
+    """How to fill units [lost[0], lost[1]) after a transition between chains of these stages. None: a member
+    that had no stage would not learn the sessions' tokens, so sessions must begin anew.
+
+    The first unit and the last one, embedding and LM head, have no keys and values."""
+    if lost[0] >= lost[1]:
+        return Loss()
+    head = after[-1].last - 1
+    first, until = max(lost[0], 1), min(lost[1], head)
+    until = until if first < until else 0
+    knowing = {part.member for part in before}
+    blank = [
+        p for p in after if p.member not in knowing and lost[0] <= p.first and min(p.last, head) <= lost[1]
+    ]
+    if any(part.first >= until for part in blank):
+        return None
+    if not until:
+        return Loss()
+    (filler,) = (part.member for part in after if part.first < until <= part.last)
+    ended = {part.member for part in before if part.last == first}
+    keepers = [part.member for part in after if part.member in ended and part.first <= first <= part.last]
+    if not keepers or blank:  # kept rows might arrive at a blank stage before the Open does
+        return Loss(until, filler)
+    return Loss(until, filler, keepers[0], first)
+
+
 @dataclass(slots=True)
 class Generation:
     """The state of one session. `ask` begins an answer. As with engine.generate in one process, it ends after
@@ -50,6 +108,8 @@ class Generation:
     finished: bool = field(init=False, default=True)
     _last: int = field(init=False, default=0)
     """The length of `known` at which the answer is complete."""
+    _asked: int = field(init=False, default=0)
+    """The length of the prompt."""
     _end: Collection[int] = field(init=False, default=())
     _flow: Flow | None = field(init=False, default=None)
     _cut: Chunking = field(init=False, default=Chunking(1))
@@ -60,6 +120,10 @@ class Generation:
     _in_flight: deque[Step] = field(init=False, default_factory=deque)
     _old: int = field(init=False, default=0)
     """How many of the Steps in flight, from the first, belong to an abandoned answer."""
+    _fill: Fill | None = field(init=False, default=None)
+    """How positions [0, _sent) of lost units are filled before any other rows are sent."""
+    _filled: int = field(init=False, default=0)
+    """The positions that are filled, or will be when all Steps in flight are done."""
 
     def check(self, prompt: Sequence[int]) -> None:
         """Checks a prompt. ContextError: it is empty, or leaves no position for an answer. ValueError: a
@@ -85,7 +149,7 @@ class Generation:
         self._old = len(self._in_flight)
         self._sent = min(common_prefix(self.known[: self._sent], prompt), len(prompt) - 1)
         self._carried = self._flow is not None
-        self.known, self._end = list(prompt), end
+        self.known, self._asked, self._end = list(prompt), len(prompt), end
         self._last = min(len(prompt) + max_tokens, self.context + 1)
         self.finished = max_tokens <= 0
         self._plan_cut()
@@ -97,9 +161,40 @@ class Generation:
         self._plan_cut()
         return Open(self.session, flow.epoch, self.sampling, self.context)
 
+    def carry(self, flow: Flow, fill: Fill | None = None) -> Open | None:
+        """Goes on in the next epoch, whose chain holds `held` positions. With `fill`, some of its units have
+        lost them: returns the Open message to send first."""
+        assert self._flow is not None and not self.filling
+        self._sent, self._flow, self._old, self._carried = self.held, flow, 0, True
+        self._in_flight.clear()
+        self._fill, self._filled = fill, 0
+        self._plan_cut()
+        return None if fill is None else Open(self.session, flow.epoch, self.sampling, self.context)
+
+    @property
+    def held(self) -> int:
+        """The positions, from the first, that every stage of the chain certainly holds; 0 while lost ones are
+        filled. A stage may hold more."""
+        return 0 if self.filling else min([self._sent, *(step.first for step in self._in_flight)])
+
+    @property
+    def filling(self) -> bool:
+        """Whether positions of lost units remain to be filled."""
+        return self._fill is not None and (self._filled < self._sent or bool(self._in_flight))
+
+    @property
+    def made(self) -> int:
+        """The tokens of the answer so far."""
+        return len(self.known) - self._asked
+
+    @property
+    def most_made(self) -> int:
+        """The tokens that the answer has at most."""
+        return self._last - self._asked
+
     @property
     def carried(self) -> bool:
-        """Whether the answer uses state that earlier answers left in the chain."""
+        """Whether the answer uses state that earlier answers, or an earlier epoch, left in the chain."""
         return self._carried
 
     @property
@@ -107,24 +202,60 @@ class Generation:
         """The number of Steps whose results have not been taken."""
         return len(self._in_flight)
 
-    def due(self) -> list[Step]:
-        """The Steps to send now, as far as the window allows. The Step with the last known token wants a
+    def due(self) -> list[Step | Refill]:
+        """The messages to send now, as far as the window allows. The Step with the last known token wants a
         token."""
-        steps: list[Step] = []
         if self.finished:
-            return steps
-        assert self._flow is not None
-        while self._sent < len(self.known) and len(self._in_flight) < self._flow.window:
-            rows = min(self._flow.chunk_rows, self._cut.at(self._sent))
-            tokens = tuple(self.known[self._sent : self._sent + rows])
-            last = self._sent + len(tokens) == len(self.known)
-            step = Step(
-                self.session, self._flow.epoch, self._sent, tokens, Want.TOKEN if last else Want.NOTHING
-            )
-            self._sent += len(tokens)
-            self._in_flight.append(step)
+            return []
+        if self._fill is not None:
+            if self.filling:
+                return self._due_fill(self._fill)
+            self._fill = None
+        steps: list[Step | Refill] = []
+        while self._sent < len(self.known) and self._open_window:
+            step = self._step(self._sent, len(self.known), self._cut)
+            self._sent += len(step.tokens)
             steps.append(step)
         return steps
+
+    def _due_fill(self, fill: Fill) -> list[Step | Refill]:
+        """The messages that fill lost positions: a Refill of the rows that a stage has kept, and after their
+        Results, Steps."""
+        assert self._flow is not None
+        kept, part = min(fill.kept, self._sent), (fill.enter, fill.until)
+        if self._filled < kept:
+            tokens, self._filled = tuple(self.known[:kept]), kept
+            self._in_flight.append(Step(self.session, self._flow.epoch, 0, tokens, Want.NOTHING, part=part))
+            return [Refill(self.session, self._flow.epoch, 0, kept, *part)]
+        steps: list[Step | Refill] = []
+        while self._filled < self._sent and self._open_window and not self._refilling:
+            step = self._step(self._filled, self._sent, self._flow.cut(self._sent), (0, fill.until))
+            self._filled += len(step.tokens)
+            steps.append(step)
+        return steps
+
+    @property
+    def _open_window(self) -> bool:
+        """Whether another Step may be in flight."""
+        assert self._flow is not None
+        return len(self._in_flight) < self._flow.window
+
+    @property
+    def _refilling(self) -> bool:
+        """Whether rows that a stage has kept are on their way. They are sent by that stage, so Steps of the
+        coordinator might overtake them."""
+        part = self._in_flight[0].part if self._in_flight else None
+        return part is not None and part[0] > 0
+
+    def _step(self, first: int, end: int, cut: Chunking, part: tuple[int, int] | None = None) -> Step:
+        """A Step of known tokens from position `first`, and before `end`, which is in flight from now on."""
+        assert self._flow is not None
+        last = min(end, first + min(self._flow.chunk_rows, cut.at(first)))
+        want = Want.TOKEN if last == len(self.known) and part is None else Want.NOTHING
+        tokens = tuple(self.known[first:last])
+        step = Step(self.session, self._flow.epoch, first, tokens, want, part=part)
+        self._in_flight.append(step)
+        return step
 
     def take(self, result: Result) -> int | None:
         """Accepts a result of the first rows in flight, which need not be those of one Step: a stage may
@@ -172,6 +303,7 @@ class Generation:
 
     def _forget(self) -> None:
         self._flow, self._sent, self._old, self._carried = None, 0, 0, False
+        self._fill, self._filled = None, 0
         self._in_flight.clear()
 
     def _plan_cut(self) -> None:

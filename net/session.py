@@ -2,15 +2,16 @@
 chain.
 
 `Generation` decides what to send and which results are due; this file only sends and waits. A result is taken
-where it arrives: the next Step is on its way before anybody reads the token. When an epoch ends, a session
-joins the next chain and sends all known tokens as a prompt, and the answer goes on with the same token. So
-does a session that was set aside for lack of room (net/admission).
+where it arrives: the next Step is on its way before anybody reads the token. When an epoch ends, its sessions
+wait: a transition carries them to the next chain, where they go on at the same position; in a chain that was
+loaded anew, each sends all known tokens as a prompt, and the answer goes on with the same token. So does a
+session that was set aside for lack of room (net/admission).
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -18,81 +19,17 @@ import trio
 
 from ..engine.errors import ContextError, ShoalError
 from .admission import Admission
-from .connection import Connection
-from .errors import NodeLostError, RemoteProtocolError, from_wire
-from .generation import Flow, Generation
-from .messages import Close, Failed, Message, Result, Step
-
-
-class Chain:
-    """The chain of one epoch as sessions use it: the connection to its first node, and the sessions that wait
-    for results. Messages that the connection does not accept at once wait here."""
-
-    def __init__(self, flow: Flow, connection: Connection) -> None:
-        self.flow = flow
-        self.sessions: dict[int, Session] = {}
-        self.ended = trio.Event()
-        self.scope = trio.CancelScope()
-        self._connection = connection
-        self._unsent: deque[Message] = deque()
-        self._stuck = trio.Event()
-
-    @property
-    def due(self) -> bool:
-        """Whether results are due."""
-        return any(session.due for session in self.sessions.values())
-
-    def join(self, session: int, waiting: Session) -> None:
-        """Passes the results of a session to `waiting`."""
-        self.sessions[session] = waiting
-
-    def leave(self, close: Close) -> None:
-        """Ends a session and sends its Close."""
-        if self.sessions.pop(close.session, None) is not None and not self.ended.is_set():
-            self.send([close])
-
-    def deliver(self, messages: Iterable[Result | Failed]) -> None:
-        """Passes results to their sessions, and sends the Steps that are due after them in one write, before
-        anybody looks at the tokens. Results of old epochs and of sessions that have ended are dropped."""
-        due: list[Message] = []
-        for message in messages:
-            session = self.sessions.get(message.session)
-            if session is not None and message.epoch == self.flow.epoch:
-                due += session.take(message)
-        self.send(due)
-
-    def send(self, messages: Sequence[Message]) -> None:
-        """Sends messages, now or as soon as the connection accepts them."""
-        try:
-            if messages and (self._unsent or not self._connection.post(*messages)):
-                self._unsent.extend(messages)
-                self._stuck.set()
-        except NodeLostError:
-            return  # the epoch is over: sessions send everything again in the next one
-
-    async def write(self) -> None:
-        """Sends messages that the connection has not accepted at once, until cancelled. NodeLostError: the
-        connection has ended."""
-        while True:
-            await self._stuck.wait()
-            while self._unsent:
-                await self._connection.send(self._unsent[0])
-                self._unsent.popleft()
-            self._stuck = trio.Event()
-
-    def end(self) -> None:
-        """Ends the epoch and wakes the sessions that wait for results."""
-        self.ended.set()
-        self.scope.cancel()
-        for session in self.sessions.values():
-            session.wake()
+from .chain import Chain
+from .errors import RemoteProtocolError, from_wire
+from .generation import Fill, Generation
+from .messages import Failed, Open, Refill, Result, Step
 
 
 class Chains(Protocol):
     """The source of the current chain, for sessions; a Coordinator is one."""
 
     async def chain(self) -> Chain:
-        """The current chain; waits while there is none."""
+        """The current chain; waits while there is none to which rows may be sent."""
 
 
 class Session:
@@ -140,7 +77,22 @@ class Session:
     @property
     def due(self) -> bool:
         """Whether results are due."""
-        return self._generation.in_flight > 0
+        return self._generation.in_flight > 0 and self._failed is None
+
+    @property
+    def held(self) -> int:
+        """The positions that the whole chain certainly holds, for a transition to carry."""
+        return self._generation.held if self._failed is None else 0
+
+    @property
+    def filling(self) -> bool:
+        """Whether lost keys and values of this session are being filled."""
+        return self._generation.filling
+
+    @property
+    def generation(self) -> Generation:
+        """What is known of the sequence."""
+        return self._generation
 
     def close(self) -> None:
         """Ends the session and frees its state on all nodes."""
@@ -156,6 +108,19 @@ class Session:
         if isinstance(self._failed, Failed):  # it concerned the state that is freed
             self._failed = None
         self.wake()
+
+    def carry(self, new: Chain, fill: Fill | None) -> Open | None:
+        """Goes on in the chain of the next epoch, which holds the session's state, but for what `fill` says.
+        Returns the Open message to send first, if any."""
+        self._chain = new
+        new.join(self._generation.session, self)
+        return self._generation.carry(new.flow, fill)
+
+    def dropped(self) -> None:
+        """Notes that the state of the session went with its chain."""
+        self._chain = None
+        self.leave()
+        self._admission.lost(self)
 
     async def begin(
         self, prompt: Sequence[int], max_tokens: int, end: Collection[int], *, keep: bool
@@ -179,15 +144,14 @@ class Session:
             self._failed = None
         self._generation.ask(prompt, max_tokens, end)
         if self._chain is not None:
-            self._chain.send(self._due())
+            self._chain.send(self.due_steps())
 
     def end(self, *, keep: bool) -> None:
         """Ends an answer, complete or not."""
         self._generation.stop()
         if not keep:
             self.leave()
-        held = self._chain is not None and not self._chain.ended.is_set()
-        self._admission.end(self, keep=keep and held)
+        self._admission.end(self, keep=keep and self._chain is not None)
         self._answering = False
 
     async def next_token(self) -> int | None:
@@ -200,14 +164,12 @@ class Session:
                 return None
             elif self._chain is None:
                 await self._join()
-            elif self._chain.ended.is_set():
-                self._chain = None
             else:
                 await self._news.wait()
         return self._tokens.popleft()
 
-    def take(self, message: Result | Failed) -> list[Step]:
-        """Takes a message of the last stage; returns the Steps that are due after it."""
+    def take(self, message: Result | Failed) -> list[Step | Refill]:
+        """Takes a message of the chain; returns the messages that are due after it."""
         self.wake()
         if isinstance(message, Failed):
             self._failed = message
@@ -219,19 +181,26 @@ class Session:
             return []
         if token is not None:
             self._tokens.append(token)
+            if self._chain is not None:
+                self._chain.tokens += 1
         if self._generation.finished and not self._keep:  # others need not wait until the tokens are read
             self.leave()
             self._admission.end(self, keep=False)
-        return self._due()
+        return self.due_steps()
 
     def wake(self) -> None:
         """Lets `next_token` look again."""
         self._news.set()
         self._news = trio.Event()
 
-    def _due(self) -> list[Step]:
-        """The Steps to send now. A session whose next position has no room is set aside instead."""
-        if self._generation.finished or not self._admission.grow(self, len(self._generation.known)):
+    def due_steps(self) -> list[Step | Refill]:
+        """The messages to send now; none while the chain is held. A session whose next position has no room
+        is set aside instead."""
+        if self._generation.finished or self._failed is not None:
+            return []
+        if self._chain is None or not self._chain.open:
+            return []
+        if not self._admission.grow(self, len(self._generation.known)):
             return []
         return self._generation.due()
 
@@ -259,7 +228,7 @@ class Session:
         self._generation.session = next(self._numbers)  # results for an earlier number may still arrive
         opening = self._generation.start(chain.flow)
         chain.join(opening.session, self)
-        steps = self._due()
+        steps = self.due_steps()
         if self._chain is chain:  # not set aside
             chain.send([opening, *steps])
 

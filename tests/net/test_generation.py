@@ -7,8 +7,8 @@ import pytest
 from shoal.engine.batch import Sampling, Want
 from shoal.engine.errors import ContextError
 from shoal.net.errors import RemoteProtocolError
-from shoal.net.generation import Flow, Generation
-from shoal.net.messages import Close, Epoch, Open, Result, Step
+from shoal.net.generation import Fill, Flow, Generation
+from shoal.net.messages import Close, Epoch, Open, Refill, Result, Step
 
 FIRST, SECOND = Flow(Epoch(9, 1), 4, 3), Flow(Epoch(9, 2), 8, 2)
 
@@ -283,3 +283,221 @@ def test_a_prompt_that_does_not_fit_leaves_the_session_as_it_was() -> None:
         g.ask([1] * 50, 2)
     g.ask([*range(5), 50, 9], 2)
     assert sent(g.due()) == [(6, (9,))]
+
+
+# Transitions between epochs.
+
+
+def rounds(g: Generation, count: int) -> None:
+    """Answers that many Steps, those that want a token with 50, 51 …"""
+    for token in range(50, 50 + count):
+        step = g.due()[0]
+        assert isinstance(step, Step)
+        g.take(answer(step, token if step.want is Want.TOKEN else None))
+
+
+def test_a_carried_answer_goes_on_where_it_was() -> None:
+    g = generation(3, max_tokens=5)
+    g.start(FIRST)
+    rounds(g, 2)
+    assert (g.in_flight, g.held) == (0, 4)
+    assert g.carry(SECOND) is None
+    assert (g.held, g.filling, g.carried) == (4, False, True)
+    (step,) = g.due()
+    assert step == Step(3, SECOND.epoch, 4, (51,), Want.TOKEN)
+    assert g.leave() == Close(3, SECOND.epoch)
+
+
+def test_a_prompt_is_carried_in_its_middle() -> None:
+    g = generation(20)
+    g.start(FIRST)
+    for step in g.due():
+        assert isinstance(step, Step)
+        g.take(answer(step, None))
+    assert g.held == 12
+    g.carry(SECOND)
+    assert sent(g.due()) == [(12, tuple(range(12, 20)))]
+
+
+@pytest.mark.parametrize(
+    ("results", "held"),
+    [((), 0), ((4,), 4), ((2,), 2), ((4, 4), 8), ((6,), 6), ((4, 4, 4), 12), ((4, 4, 3), 11)],
+)
+def test_after_a_loss_only_positions_count_whose_results_have_arrived(
+    results: tuple[int, ...], held: int
+) -> None:
+    g = generation(20)
+    g.start(FIRST)
+    g.due()
+    first = 0
+    for rows in results:
+        g.take(Result(3, FIRST.epoch, first, rows, None))
+        first += rows
+    assert g.held == held
+
+
+def test_the_token_that_was_on_its_way_is_drawn_again() -> None:
+    g = generation(3, max_tokens=3)
+    g.start(FIRST)
+    rounds(g, 1)
+    g.due()
+    assert (g.held, g.in_flight) == (3, 1)
+    g.carry(SECOND)
+    (step,) = g.due()
+    assert step == Step(3, SECOND.epoch, 3, (50,), Want.TOKEN)
+
+
+def test_positions_of_a_prompt_that_was_replaced_are_not_held() -> None:
+    """The chain holds the old prompt's rows until it has run those of the new one."""
+    g = generation(12)
+    g.start(FIRST)
+    old = g.due()
+    for step in old[:2]:
+        assert isinstance(step, Step)
+        g.take(answer(step, None))
+    assert g.held == 8
+    g.ask([*range(6), 90, 91, 92], 3)  # parts from the old one at 6
+    assert g.held == 6
+    g.due()
+    g.take(Result(3, FIRST.epoch, 8, 4, 70))  # the old one's last rows, and a token that nobody wants
+    assert g.held == 6
+    g.ask([*range(3), 80], 3)
+    assert g.held == 3
+    g.due()
+    g.take(Result(3, FIRST.epoch, 6, 3, 70))
+    assert g.held == 3
+    g.take(Result(3, FIRST.epoch, 3, 1, 71))
+    assert g.held == 4 and g.known[-1] == 71
+
+
+def test_a_session_between_answers_is_carried() -> None:
+    g = generation(5, max_tokens=2)
+    g.start(FIRST)
+    drive(g, [50, 51])
+    g.carry(SECOND)
+    assert g.due() == [] and g.held == 6
+    g.ask([*range(5), 50, 51, 7], 2)
+    assert sent(g.due()) == [(6, (51, 7))]
+
+
+def test_an_answer_that_begins_before_the_next_epoch_does_holds_what_it_shares() -> None:
+    g = generation(5, max_tokens=2)
+    g.start(FIRST)
+    drive(g, [50, 51])
+    g.ask([0, 1, 2, 9, 9], 2)
+    g.carry(SECOND)
+    assert sent(g.due()) == [(3, (9, 9))]
+
+
+def parts(messages: list[Step | Refill]) -> list[tuple[int, int, tuple[int, int] | None]]:
+    return [(m.first, len(m.tokens), m.part) for m in messages if isinstance(m, Step)]
+
+
+def lost(prompt: int, fill: Fill, flow: Flow = SECOND) -> Generation:
+    """An answer whose first token has arrived, in an epoch in which units have lost what they held."""
+    g = generation(prompt)
+    g.start(FIRST)
+    while g.held < prompt:
+        for step in g.due():
+            assert isinstance(step, Step)
+            g.take(answer(step, 77 if step.want is Want.TOKEN else None))
+    assert g.carry(flow, fill) == Open(3, flow.epoch, Sampling(seed=1), 50)
+    return g
+
+
+def test_lost_units_are_filled_before_the_answer_goes_on() -> None:
+    g = lost(20, Fill(4), FIRST)
+    assert (g.filling, g.held) == (True, 0)
+    first = g.due()
+    assert parts(first) == [(0, 4, (0, 4)), (4, 4, (0, 4)), (8, 4, (0, 4))]  # within the window
+    assert all(isinstance(step, Step) and step.want is Want.NOTHING for step in first)
+    assert g.take(Result(3, FIRST.epoch, 0, 12, None)) is None
+    assert parts(g.due()) == [(12, 4, (0, 4)), (16, 4, (0, 4))]
+    assert g.due() == []
+    g.take(Result(3, FIRST.epoch, 12, 4, None))
+    assert g.due() == [] and g.held == 0  # normal rows follow the last of the others
+    g.take(Result(3, FIRST.epoch, 16, 4, None))
+    assert (g.filling, g.held) == (False, 20)
+    assert g.due() == [Step(3, FIRST.epoch, 20, (77,), Want.TOKEN)]
+    assert g.take(Result(3, FIRST.epoch, 20, 1, 78)) == 78
+
+
+@pytest.mark.parametrize("kept", [20, 25])
+def test_kept_rows_are_sent_by_the_stage_that_has_them(kept: int) -> None:
+    g = lost(20, Fill(4, enter=2, kept=kept))
+    assert g.due() == [Refill(3, SECOND.epoch, 0, 20, 2, 4)]
+    assert g.due() == []
+    g.take(Result(3, SECOND.epoch, 0, 7, None))
+    assert g.due() == [] and g.in_flight == 1
+    g.take(Result(3, SECOND.epoch, 7, 13, None))
+    assert g.due() == [Step(3, SECOND.epoch, 20, (77,), Want.TOKEN)]
+
+
+def test_rows_that_were_not_kept_follow_the_kept_ones() -> None:
+    g = lost(20, Fill(4, enter=2, kept=6))
+    assert g.due() == [Refill(3, SECOND.epoch, 0, 6, 2, 4)]
+    assert g.take(Result(3, SECOND.epoch, 0, 3, None)) is None
+    assert g.due() == []  # Steps could overtake the rest
+    g.take(Result(3, SECOND.epoch, 3, 3, None))
+    assert parts(g.due()) == [(6, 8, (0, 4)), (14, 6, (0, 4))]
+    g.take(Result(3, SECOND.epoch, 6, 14, None))
+    assert parts(g.due()) == [(20, 1, None)]
+
+
+def test_lost_units_of_a_session_that_waits_are_filled_with_its_next_answer() -> None:
+    g = lost(6, Fill(4))
+    g.stop()
+    assert g.due() == [] and (g.filling, g.held) == (True, 0)
+    g.ask([*range(5), 9, 9], 2)
+    assert parts(g.due()) == [(0, 5, (0, 4))]  # no more than the new prompt shares
+    g.take(Result(3, SECOND.epoch, 0, 5, None))
+    assert sent(g.due()) == [(5, (9, 9))]
+
+
+def test_a_prompt_that_shares_nothing_needs_no_filling() -> None:
+    g = lost(6, Fill(4))
+    g.stop()
+    g.ask([9, 9], 2)
+    assert not g.filling
+    assert g.due() == [Step(3, SECOND.epoch, 0, (9, 9), Want.TOKEN)]
+
+
+def test_an_answer_that_is_replaced_while_lost_units_are_filled() -> None:
+    g = lost(20, Fill(4))
+    g.due()  # 16 rows are in flight
+    g.ask([0, 1, 2, 80], 2)
+    assert g.due() == [] and g.held == 0
+    g.take(Result(3, SECOND.epoch, 0, 8, None))
+    assert g.due() == [] and g.filling
+    g.take(Result(3, SECOND.epoch, 8, 8, None))
+    assert g.held == 3
+    assert sent(g.due()) == [(3, (80,))]
+
+
+def test_an_answer_that_ends_while_lost_units_are_filled_leaves_them_so() -> None:
+    g = lost(20, Fill(4))
+    g.due()
+    g.stop()
+    g.take(Result(3, SECOND.epoch, 0, 16, None))
+    assert g.due() == [] and g.in_flight == 0
+    assert (g.filling, g.held) == (True, 0)
+
+
+def test_results_of_filled_rows_that_were_not_due_are_the_nodes_fault() -> None:
+    for wrong in (
+        Result(3, SECOND.epoch, 0, 20, 7),
+        Result(3, SECOND.epoch, 0, 21, None),
+        Result(3, SECOND.epoch, 1, 3, None),
+    ):
+        g = lost(20, Fill(4, enter=2, kept=20))
+        g.due()
+        with pytest.raises(RemoteProtocolError, match="was not due"):
+            g.take(wrong)
+
+
+def test_a_session_that_begins_anew_fills_nothing() -> None:
+    g = lost(6, Fill(4))
+    g.due()
+    g.start(FIRST)
+    assert not g.filling
+    assert [m.part for m in g.due() if isinstance(m, Step)] == [None, None]

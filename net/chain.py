@@ -1,0 +1,213 @@
+"""The chain of one epoch as sessions use it, and how they go from one chain to the next.
+
+A transition holds a chain, waits until it is quiet, and carries its sessions to the next one with the
+positions that all stages hold. Sessions of a chain that has ended can be carried, too. In a chain that was
+loaded anew, they begin anew.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import trio
+
+from .connection import Connection
+from .errors import NodeLostError
+from .generation import Fill, Flow, Generation, Part
+from .messages import Close, Failed, Kept, Message, Open, Refill, Result, Step
+
+FillOf = Callable[[int], Fill | None]
+"""How the lost keys and values of a session are filled, by its number; None if no units have lost any."""
+
+
+class Seated(Protocol):
+    """What a chain uses of a session (net/session.py)."""
+
+    @property
+    def due(self) -> bool:
+        """Whether results are due."""
+
+    @property
+    def held(self) -> int:
+        """The positions that the whole chain certainly holds, for a transition to carry."""
+
+    @property
+    def filling(self) -> bool:
+        """Whether lost keys and values of this session are being filled."""
+
+    @property
+    def generation(self) -> Generation:
+        """What is known of the sequence."""
+
+    def take(self, message: Result | Failed) -> Sequence[Step | Refill]:
+        """Takes a message of the chain; returns the messages that are due after it."""
+
+    def due_steps(self) -> Sequence[Step | Refill]:
+        """The messages to send now; none while the chain is held."""
+
+    def carry(self, new: Chain, fill: Fill | None) -> Open | None:
+        """Goes on in the chain of the next epoch, which holds the session's state, but for what `fill` says.
+        Returns the Open message to send first, if any."""
+
+    def dropped(self) -> None:
+        """Notes that the state of the session went with its chain."""
+
+
+class Chain:
+    """The chain of one epoch as sessions use it: the connection to its first node, and the sessions whose
+    keys and values it holds. Messages that the connection does not accept at once wait here. `scope` is that
+    of the connection, and is cancelled when the epoch ends.
+
+    The last stage answers. In a chain in which units have lost keys and values, `filler` is the member that
+    answers the Steps that fill them, and `refill` sends an order to the member that has kept rows."""
+
+    def __init__(
+        self, flow: Flow, connection: Connection, stages: Sequence[Part], scope: trio.CancelScope
+    ) -> None:
+        self.flow, self.stages = flow, stages
+        self.filler = self.last = stages[-1].member
+        self.refill: Callable[[Refill], None] | None = None
+        self.sessions: dict[int, Seated] = {}
+        self.held = self.ended = False
+        """`held`: no Steps are sent, since a transition begins. `ended`: nothing is sent any more."""
+        self.tokens = 0
+        """Tokens of answers that have arrived."""
+        self._connection, self._scope = connection, scope
+        self._unsent: deque[Message] = deque()
+        self._stuck = trio.Event()
+        self._quiet: Callable[[tuple[Kept, ...]], None] | None = None
+        self._kept: Mapping[int, int] = {}
+        """The positions of the sessions that a transition carries; see `hold`."""
+        self._closes: list[Close] | None = None
+        """Closes that wait for the transition that the chain is quiet for; None: they are sent at once."""
+
+    @property
+    def open(self) -> bool:
+        """Whether rows may be sent."""
+        return not (self.held or self.ended)
+
+    @property
+    def due(self) -> bool:
+        """Whether results are due."""
+        return not self.ended and any(session.due for session in self.sessions.values())
+
+    def expects(self, member: int, result: Result) -> bool:
+        """Whether a result may be from that member. Those of other epochs are dropped anyway."""
+        if result.epoch != self.flow.epoch:
+            return True
+        session = self.sessions.get(result.session)
+        if session is None:  # it has been closed
+            return member in (self.last, self.filler)
+        return member == (self.filler if session.filling else self.last)
+
+    def join(self, session: int, waiting: Seated) -> None:
+        """Passes the results of a session to `waiting`."""
+        self.sessions[session] = waiting
+
+    def leave(self, close: Close) -> None:
+        """Ends a session and sends its Close. A transition that has been committed names the session, so then
+        the Close waits until the next epoch."""
+        if self.sessions.pop(close.session, None) is None:
+            return
+        if self._closes is not None:
+            self._closes.append(close)
+        elif not self.ended:
+            self.send([close])
+        self._look()
+
+    def deliver(self, messages: Iterable[Result | Failed]) -> None:
+        """Passes results to their sessions, and sends the Steps that are due after them in one write, before
+        anybody looks at the tokens. Results of old epochs and of sessions that have ended are dropped; and
+        those that come after `quiet` was called, since the nodes forget what is beyond its positions."""
+        if self._closes is not None:
+            return
+        due: list[Message] = []
+        for message in messages:
+            session = self.sessions.get(message.session)
+            if session is not None and message.epoch == self.flow.epoch:
+                due += session.take(message)
+        self.send(due)
+        self._look()
+
+    def send(self, messages: Sequence[Message]) -> None:
+        """Sends messages, now or as soon as the connection accepts them."""
+        if self.refill is not None:
+            messages = self._without_refills(messages)
+        try:
+            if messages and (self._unsent or not self._connection.post(*messages)):
+                self._unsent.extend(messages)
+                self._stuck.set()
+        except NodeLostError:
+            return  # the epoch is over: what is lost is sent again in the next one
+
+    def _without_refills(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages for the first node. Refills are sent to another one."""
+        assert self.refill is not None
+        for message in messages:
+            if isinstance(message, Refill):
+                self.refill(message)
+        return [message for message in messages if not isinstance(message, Refill)]
+
+    async def write(self) -> None:
+        """Sends messages that the connection has not accepted at once, until cancelled. NodeLostError: the
+        connection has ended."""
+        while True:
+            await self._stuck.wait()
+            while self._unsent:
+                await self._connection.send(self._unsent[0])
+                self._unsent.popleft()
+            self._stuck = trio.Event()
+
+    # --- the end of an epoch
+
+    def hold(self, quiet: Callable[[tuple[Kept, ...]], None]) -> None:
+        """Sends no Steps from now on. Once no results are due, or at once if the epoch has ended, calls
+        `quiet` with the sessions whose state a transition can carry, and the positions of each."""
+        self.held, self._quiet = True, quiet
+        self._look()
+
+    def _look(self) -> None:
+        """Tells that the chain is quiet, if that is waited for."""
+        if self._quiet is None or self.due:
+            return
+        quiet, self._quiet, self._closes = self._quiet, None, []
+        held = {number: session.held for number, session in self.sessions.items()}
+        self._kept = {number: positions for number, positions in held.items() if positions}
+        quiet(tuple(Kept(number, positions) for number, positions in self._kept.items()))
+
+    def resume(self) -> None:
+        """Goes on in the same epoch, since the transition was aborted."""
+        closes, self._closes, self._quiet, self.held = self._closes or [], None, None, False
+        self.send([*closes, *self.due_steps()])
+
+    def due_steps(self) -> list[Message]:
+        """The messages of all sessions to send now."""
+        return [step for session in list(self.sessions.values()) for step in session.due_steps()]
+
+    def end(self) -> None:
+        """Ends the epoch. Its sessions wait for `carry` or `drop`."""
+        self.ended, self._quiet = True, None
+        self._scope.cancel()
+
+    def carry(self, new: Chain, fill: FillOf | None) -> list[Message]:
+        """Passes the sessions that `quiet` was told of to the chain of the next epoch, and drops the others;
+        without `fill`, ends them all. Returns the messages to send there first."""
+        first: list[Message] = [replace(close, epoch=new.flow.epoch) for close in self._closes or ()]
+        for number, session in list(self.sessions.items()):
+            if number in self._kept and fill is not None:
+                opening = session.carry(new, fill(number))
+                first += [] if opening is None else [opening]
+            else:
+                first += [Close(number, new.flow.epoch)] if number in self._kept else []
+                session.dropped()
+        self.sessions.clear()
+        return first
+
+    def drop(self) -> None:
+        """Lets all sessions begin anew in the next chain, which holds nothing."""
+        for session in list(self.sessions.values()):
+            session.dropped()
+        self.sessions.clear()

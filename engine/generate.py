@@ -30,6 +30,16 @@ def check_prompt(prompt: Sequence[int], context: int, vocab: int | None = None) 
         )
 
 
+def check_whole(stage: Stage) -> None:
+    """ValueError: the stage lacks units of its model, so it cannot answer alone."""
+    units = stage.model.n_units
+    if (stage.first, stage.last) != (0, units):
+        raise ValueError(
+            f"the stage has units [{stage.first}, {stage.last}), but an answer needs all {units}: open a "
+            f"stage with units [0, {units})"
+        )
+
+
 def prompt_runs(sequence: int, first: int, tokens: Sequence[int], chunk: int) -> Iterator[Run]:
     """Runs of at most `chunk` rows for positions [first, first + len(tokens)). The last one asks for the
     next token."""
@@ -59,12 +69,7 @@ class Session:
         """Opens a sequence with this number, or a free number if None. `context` is in tokens; None: the
         model's. ValueError: the sequence is already open, or the stage lacks units. ContextError: the
         context is longer than the model's."""
-        units = stage.model.n_units
-        if (stage.first, stage.last) != (0, units):
-            raise ValueError(
-                f"the stage has units [{stage.first}, {stage.last}), but an answer needs all {units}: open a "
-                f"stage with units [0, {units})"
-            )
+        check_whole(stage)
         self.stage = stage
         self.context = stage.model.config.context if context is None else context
         self._held: list[int] = []

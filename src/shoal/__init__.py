@@ -5,8 +5,8 @@ These names are the public API; everything else may change without notice. Names
 
     import shoal
 
-    model = shoal.Model.open("path/to/model")
-    stage = shoal.Stage(model, 0, model.n_units)    # every unit: the whole engine in this process
+    llm = shoal.LLM("smollm2-135m")
+    print(llm.chat("What is a shoal?").text)
 """
 
 from importlib import import_module
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from .engine.stage import Stage as Stage
     from .engine.stage import StageOptions as StageOptions
     from .engine.tokenizer import Tokenizer as Tokenizer
+    from .llm import LLM as LLM
+    from .llm import ChatSession as ChatSession
+    from .llm import Completion as Completion
+    from .llm import Stream as Stream
     from .net.errors import AddressInUseError as AddressInUseError
     from .net.errors import LocalProtocolError as LocalProtocolError
     from .net.errors import MismatchError as MismatchError
@@ -52,6 +56,7 @@ _NAMES = {
     "engine.model_directory": ("Model",),
     "engine.stage": ("Stage", "StageOptions"),
     "engine.tokenizer": ("Tokenizer",),
+    "llm": ("LLM", "ChatSession", "Completion", "Stream"),
     "net.errors": (
         "AddressInUseError", "LocalProtocolError", "MismatchError", "NetError", "NodeLostError",
         "RemoteProtocolError", "StageStuckError",

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from .engine.batch import Sampling
-from .engine.generate import Session as LocalSession
+from .engine.batcher import Batcher, BatchSession
 from .engine.generate import TextStream, check_prompt
 from .engine.stage import Stage
 from .engine.tokenizer import Tokenizer
@@ -73,22 +73,47 @@ class Session(Protocol):
         """Frees the sequence's state."""
 
 
+Put = Callable[[int | Exception | None], None]
+"""Receives the tokens of an answer, then None, or the exception that has ended it, in any thread. It must not
+block."""
+
+
 class Engine(Protocol):
-    """Opens sessions, in this process or on nodes."""
+    """Answers, in this process or on nodes. Thread-safe."""
 
     def session(self, settings: Settings) -> Session:
         """A new session, with a sequence of its own."""
 
+    def begin(self, prompt: Sequence[int], settings: Settings, put: Put) -> Callable[[], None]:
+        """Begins an answer without waiting; the returned function ends it early, and waits for its end.
+        Answers that were begun together are computed together. ContextError: the prompt does not fit."""
+
 
 class LocalEngine:
-    """An engine in this process: a stage with all units of a model. It has one session at a time."""
+    """An engine in this process: a stage with all units of a model, whose answers run together."""
 
     def __init__(self, stage: Stage) -> None:
-        self.stage = stage
+        self.stage, self._batcher = stage, Batcher(stage)
 
-    def session(self, settings: Settings) -> LocalSession:
+    def session(self, settings: Settings) -> BatchSession:
         """See Engine."""
-        return LocalSession(self.stage, settings.sampling, context=settings.context)
+        return self._batcher.session(settings.sampling, context=settings.context)
+
+    def begin(self, prompt: Sequence[int], settings: Settings, put: Put) -> Callable[[], None]:
+        """See Engine."""
+        most = most_tokens(prompt, settings)
+        return self._batcher.begin_alone(
+            prompt, settings.sampling, put, context=settings.context, max_tokens=most, end=settings.end
+        )
+
+    def close(self) -> None:
+        """Ends all answers. The stage stays open."""
+        self._batcher.close()
+
+
+def most_tokens(prompt: Sequence[int], settings: Settings) -> int:
+    """The most tokens that an answer may have."""
+    return settings.context - len(prompt) if settings.max_tokens is None else settings.max_tokens
 
 
 def answer(
@@ -105,9 +130,7 @@ def answer(
     UnsupportedModelError: as for check_prompt."""
     check_prompt(prompt, settings.context, settings.vocab)
     stream, made = TextStream(tokenizer, settings.stops), Answer(len(prompt))
-    room = settings.context - len(prompt)
-    max_tokens = room if settings.max_tokens is None else settings.max_tokens
-    start = time.perf_counter()
+    max_tokens, start = most_tokens(prompt, settings), time.perf_counter()
 
     def give(text: str) -> None:
         made.text += text

@@ -15,7 +15,7 @@ from queue import SimpleQueue
 import trio
 
 from . import __version__, planner
-from .answering import Settings
+from .answering import Put, Settings, most_tokens
 from .engine.errors import ShoalError, ignore
 from .engine.model_directory import Model
 from .engine.stage import StageOptions
@@ -211,6 +211,23 @@ class Nodes:
         coordinator = self._portal.opened
         session = coordinator.session(settings.sampling, context=settings.context)
         return NodeSession(self._portal, session, lambda: self.context)
+
+    def begin(self, prompt: Sequence[int], settings: Settings, put: Put) -> Callable[[], None]:
+        """See answering.Engine."""
+
+        async def feed(give: Callable[[int], None]) -> None:
+            answer = self._portal.opened.generate(
+                prompt,
+                settings.sampling,
+                max_tokens=most_tokens(prompt, settings),
+                end=settings.end,
+                context=settings.context,
+            )
+            async with answer as tokens:
+                async for token in tokens:
+                    give(token)
+
+        return self._portal.start(feed, put)
 
     def stats(self) -> tuple[Sequence[StageReport], planner.Plan]:
         """Measurements of each stage, and the plan's prediction by the latest measurements of nodes and

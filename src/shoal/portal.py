@@ -84,26 +84,8 @@ class Portal(Generic[T]):
         """Runs an async function and yields what it passes to its argument `put`. Closing the generator
         cancels the function and waits for its end. If the loop has ended, its error is raised."""
         items: SimpleQueue[tuple[Item] | _End] = SimpleQueue()
-        scope = trio.CancelScope()
-
-        async def work() -> None:
-            end = _End(complete=False)
-            try:
-                with scope:
-                    await feed(lambda item: items.put((item,)))
-                end = _End(complete=True)
-            except Exception as error:  # for the caller, not for the loop
-                end = _End(complete=False, error=error)
-            finally:
-                items.put(end)
-
-        def begin() -> None:
-            try:
-                self._nursery.start_soon(work)
-            except RuntimeError:  # the loop is ending and accepts no more tasks
-                items.put(_End(complete=False))
-
-        end = None if self.tell(begin) else _End(complete=False)
+        cancel = self._begin(feed, lambda item: items.put((item,)), items.put)
+        end: _End | None = None
         try:
             while end is None:
                 item = items.get()
@@ -113,14 +95,76 @@ class Portal(Generic[T]):
                     yield item[0]
         finally:
             if end is None:
-                self.tell(scope.cancel)
+                cancel()
                 _drain(items)
-        if end.error is not None:
-            raise end.error
-        if not end.complete:
+        error = self._failure(end)
+        if error is not None:
+            raise error
+
+    def start(
+        self,
+        feed: Callable[[Callable[[Item], None]], Awaitable[None]],
+        put: Callable[[Item | Exception | None], None],
+    ) -> Callable[[], None]:
+        """Runs an async function without waiting for it. `put` is called in the loop's thread with what the
+        function passes to its argument, then with None, or the exception that has ended it. The returned
+        function cancels it and waits for its end."""
+        ended = threading.Event()
+
+        def finish(end: _End) -> None:
+            put(self._failure(end))
+            ended.set()
+
+        cancel = self._begin(feed, put, finish)
+
+        def stop() -> None:
+            if not ended.is_set():
+                cancel()
+                ended.wait()
+
+        return stop
+
+    def _begin(
+        self,
+        feed: Callable[[Callable[[Item], None]], Awaitable[None]],
+        put: Callable[[Item], None],
+        finish: Callable[[_End], None],
+    ) -> Callable[[], object]:
+        """Runs an async function; returns a function that cancels it. `finish` is called at its end, which
+        may be at once."""
+        scope = trio.CancelScope()
+
+        async def work() -> None:
+            end = _End(complete=False)
+            try:
+                with scope:
+                    await feed(put)
+                end = _End(complete=True)
+            except Exception as error:  # for the caller, not for the loop
+                end = _End(complete=False, error=error)
+            finally:
+                finish(end)
+
+        def begin() -> None:
+            try:
+                self._nursery.start_soon(work)
+            except RuntimeError:  # the loop is ending and accepts no more tasks
+                finish(_End(complete=False))
+
+        if not self.tell(begin):
+            finish(_End(complete=False))
+        return lambda: self.tell(scope.cancel)
+
+    def _failure(self, end: _End) -> Exception | None:
+        """The error with which a function has ended. If the loop itself has ended, that is its error."""
+        if end.error is not None or end.complete:
+            return end.error
+        if threading.current_thread() is not self._thread:
             self._thread.join()
-            self.check()
-            raise RuntimeError("the event loop has been closed")
+        error = self._error
+        if isinstance(error, Exception) or error is None:
+            return error or RuntimeError("the event loop has been closed")
+        raise error
 
     def _run(self) -> None:
         try:

@@ -216,7 +216,8 @@ def open_engine(
         where = f"{stage.backend}, {threads} thread{'s' if threads > 1 else ''}"
         if args.stats:
             print(f"[{where}{f' ({why})' if why else ''}]", file=sys.stderr)
-        yield LocalEngine(stage), settings, where
+        with closing(LocalEngine(stage)) as engine:
+            yield engine, settings, where
 
 
 def _with_context(settings: Settings, context: int) -> Settings:

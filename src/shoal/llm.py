@@ -93,10 +93,11 @@ class Stream:
     def __next__(self) -> str:
         """The next piece of text. ContextError or another ShoalError: the answer cannot go on."""
         while not self._answer.finished:
-            if text := self._answer.take(self._items.get()):
-                return text
+            text = self._answer.take(self._items.get())
             if self._answer.finished:
                 self._stop()
+            if text:
+                return text
         if text := self._answer.rest():
             return text
         raise StopIteration

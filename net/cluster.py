@@ -394,7 +394,7 @@ def _proposed(state: ClusterState, event: Proposed, now: float) -> Outcome:
     elif setback is not None and setback.stages == placement.stages and now < setback.until:
         refusal = "it has just failed"
     if refusal is not None:
-        return state, (Moved(state.epoch, event.why, failure=refusal),)
+        return state, (Moved(None, event.why, failure=refusal),)
     return transition.begin(state, placement, event.why, now, event.copying)
 
 
@@ -568,7 +568,7 @@ def _tick(state: ClusterState, event: Tick, now: float) -> Outcome:
     commands: tuple[Command, ...] = ()
     if state.phase == "gathering":
         state, commands = _gathered(state, now)
-    elif state.phase not in ("serving", "failed") and _tired(state, now):
+    elif state.phase in ("measuring", "planning", "waiting") and _tired(state, now):
         assert state.failure is not None, "waiting has a reason"
         state, commands = _fail(state, state.failure)
     elif state.phase == "waiting" and state.unreachable and now - state.since >= RETRY_SECONDS:

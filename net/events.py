@@ -304,12 +304,13 @@ class Shift:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """What became of a transition, for the log and for statistics. `why` is the reason for it, a clause.
-    `failure` is the reason why it was given up or not begun, a sentence without its end; empty if the new
-    epoch is served. `recovery`: it was made after a loss. `seconds`: from the first order to the end, `held`
+    """What became of a transition, for the log and for statistics. `epoch` is the one that it prepared; None
+    if a proposal was refused. `why` is the reason for it, a clause. `failure` is the reason why it was given
+    up or refused, a sentence without its end; empty if the new epoch is served. `recovery`: it was made after
+    the chain had ended. `seconds`: from the first order to the end, `held`
     of them without Steps. `sent`: bytes of keys and values that were sent before Commit."""
 
-    epoch: Epoch
+    epoch: Epoch | None
     why: str
     shifts: tuple[Shift, ...] = ()
     lost: tuple[int, int] = (0, 0)

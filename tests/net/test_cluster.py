@@ -1,13 +1,11 @@
 """The coordinator's decisions as a function: literal cases, and invariants under random interleavings."""
 
-import random
 from dataclasses import replace
 
 import pytest
 from tests.net.clusters import (
     GONE,
     JOINS,
-    NAMES,
     THREE,
     TO_LOAD,
     TO_PLAN,
@@ -21,10 +19,8 @@ from tests.net.clusters import (
 )
 
 from shoal.engine.errors import ModelFileError, NoPlanError, ShoalError
-from shoal.net.cluster import decide
 from shoal.net.errors import LocalProtocolError, MismatchError, NodeLostError, RemoteProtocolError
 from shoal.net.events import (
-    Command,
     Event,
     Fail,
     HangUp,
@@ -551,118 +547,3 @@ def test_heartbeats_are_due_each_second_and_overdue_after_ten() -> None:
     assert HangUp(1) not in commands
     _, commands = after(state, Tick(), now=11.1)
     assert commands[:3] == [HangUp(1), Pause(epoch(1)), MakePlan(2, (0, 2))]
-
-
-def consistent(state: ClusterState, commands: tuple[Command, ...], before: ClusterState) -> None:
-    """What must hold after every event, whatever happened."""
-    for command in commands:
-        match command:
-            case SendAssign(member, assign):
-                assert state.members[member].alive and assign.epoch == state.epoch > before.epoch
-            case Serve(served):
-                assert served == state.epoch and state.loaded == frozenset(state.holders())
-            case MakePlan(number):
-                assert number > before.plans
-            case SendPing(member):
-                assert state.members[member].alive
-            case Fail():
-                assert state.phase == "failed"
-    plans = [command for command in commands if isinstance(command, MakePlan)]
-    if plans and state.phase != "failed" and plans[-1].number == state.plans:
-        assert set(plans[-1].members) <= set(state.usable()) <= set(state.alive())
-    assert len([command for command in commands if isinstance(command, Serve | Fail)]) <= 1
-    if state.phase in ("loading", "serving"):
-        assert all(state.members[i].alive for i in state.holders())
-    if before.phase == "serving" and state.phase != "serving":
-        assert any(isinstance(command, Pause | Fail) for command in commands)
-    assert state.epoch >= before.epoch
-
-
-def random_event(rng: random.Random, state: ClusterState) -> Event:
-    member, counter = rng.randrange(3), rng.randint(max(0, state.epoch.counter - 1), state.epoch.counter)
-    alive = [state.members[i].label for i in state.alive()]
-    placement = None
-    if alive:
-        chosen = rng.sample(alive, rng.randint(1, len(alive)))
-        edges = [0, *sorted(rng.sample(range(1, 6), len(chosen) - 1)), 6]
-        placement = Placement(
-            tuple(Assignment(n or "nobody", a, b) for n, a, b in zip(chosen, edges, edges[1:], strict=False))
-        )
-    number = rng.randint(max(0, state.plans - 1), state.plans)
-    loads = [StageLoaded(i, state.epoch) for i in range(3)]
-    choices: list[Event] = [
-        LinksMeasured(),
-        Tick(busy=rng.random() < 0.5, stalled=rng.random() < 0.05),
-        Heard(member, answered=rng.random() < 0.5),
-        Stalled(member),
-        StageLoaded(member, epoch(counter)),
-        *loads,
-    ]
-    if not state.members[member].alive:
-        choices += [Joined(member, hello(NAMES[member], 100 + member + rng.choice((0, 0, 10))))] * 5
-    elif rng.random() < 0.1:
-        choices.append(Joined(member, hello(NAMES[member], 100 + member + rng.choice((0, 10)))))
-    if placement is not None:
-        choices += [Planned(number, replace(placement, tokens_per_s=rng.random()))] * 2
-        choices += [Planned(number, NO_PLAN)] * (rng.random() < 0.1)
-    if rng.random() < 0.1:
-        choices.append(Left(member, GONE))
-        choices.append(StageBroken(member, epoch(counter), GONE, rng.choice((None, 100, 101, 102))))
-    return rng.choice(choices)
-
-
-def test_random_interleavings_never_mix_epochs_or_use_the_lost() -> None:
-    rng, phases = random.Random(3), set()
-    served = recovered = 0
-    for _ in range(150):
-        state, now = fresh(), 0.0
-        for _ in range(60):
-            now += rng.random()
-            before = state
-            state, commands = decide(state, random_event(rng, state), now)
-            consistent(state, commands, before)
-            phases.add(state.phase)
-            served += any(isinstance(c, Serve) for c in commands)
-            recovered += any(isinstance(c, Serve) for c in commands) and state.epoch.counter > 1
-    assert phases == {"gathering", "measuring", "planning", "loading", "serving", "waiting", "failed"}
-    assert served > 20 and recovered > 5
-
-
-def test_when_every_command_is_carried_out_all_that_are_back_serve_again() -> None:
-    """Nodes leave at any time, one always stays or comes back, and all are back in the end: the chain serves,
-    and has all three nodes where a plan with more nodes is faster."""
-    rng = random.Random(4)
-    for _ in range(10):
-        state, todo, now = fresh(), list[Event](JOINS), 0.0
-        losses = rng.randint(0, 4)
-        while todo or now < 100:
-            now += 0.25
-            event: Event = Tick(busy=True)
-            if losses and rng.random() < 0.05:
-                losses -= 1
-                event = Left(rng.randrange(3), GONE)
-            elif todo and rng.random() < 0.8:
-                event = todo.pop(rng.randrange(len(todo)))
-            before = state
-            state, commands = decide(state, event, now)
-            consistent(state, commands, before)
-            for i, member in enumerate(state.members):
-                back = Joined(i, hello(NAMES[i], 100 + i + rng.choice((0, 10, 20))))
-                if member.lost and not any(isinstance(e, Joined) and e.member == i for e in todo):
-                    todo.append(back)
-            for command in commands:
-                match command:
-                    case MeasureLinks():
-                        todo.append(LinksMeasured())
-                    case MakePlan(number, members):
-                        names = [state.members[i].label for i in members]
-                        edges = [*range(len(names)), 6]
-                        ranges = zip(names, edges, edges[1:], strict=False)
-                        stages = tuple(Assignment(*r) for r in ranges)
-                        todo.append(Planned(number, Placement(stages, tokens_per_s=2.0 * len(names))))
-                    case SendAssign(member, assign):
-                        todo.append(StageLoaded(member, assign.epoch))
-                    case SendPing(member):
-                        todo.append(Heard(member, answered=True))
-        assert state.phase == "serving"
-        assert state.loaded == frozenset(state.holders()) == {0, 1, 2}, state

@@ -251,7 +251,7 @@ def refusal(state: ClusterState, placement: Placement, now: float = 0.0) -> str:
     before, commands = after(state, Proposed(placement, "why not"), now=now)
     assert before == state
     (moved,) = commands
-    assert isinstance(moved, Moved) and moved.why == "why not"
+    assert isinstance(moved, Moved) and (moved.epoch, moved.why) == (None, "why not")
     return moved.failure
 
 

@@ -348,6 +348,11 @@ class Stage:
             old = self._switch(prepared, kv_bytes)
         self._free_range(old)
 
+    def limit_kv(self, kv_bytes: int) -> None:
+        """Caps the keys and values of all sequences for a while, as long as another range is prepared for
+        instance: `adopt` and `set_range` set another cap. Pages in use stay, and so does `kv_pages`."""
+        self._pool.limit = kv_bytes
+
     def set_range(self, first: int, last: int, kv_bytes: int | None = None) -> None:
         """Changes the stage's range to units [first, last): loads missing units while runs continue, switches
         between two runs, and unloads the others. Sequences keep the pages of units that stay. An added unit

@@ -1,24 +1,28 @@
-"""An assignment: the stage that a node runs in one epoch.
+"""An assignment: what a node does in one epoch.
 
-It loads the stage, connects to the next node, and then runs the stage's loop (net/stage_loop.py).
+It connects to the next node and to the takers of keys and values, and runs the loop of the stage
+(net/stage_loop.py). The stage itself may outlive the epoch: it belongs to the Keeper (net/keeper.py), which
+starts and ends these tasks as net/stage_state.py decides.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from traceback import clear_frames
+from typing import Any, Protocol
 
 import trio
 
 from ..engine.errors import ModelFileError, ShoalError
 from ..engine.power import on_mains
 from ..planner import LinkSpeed
+from .carry import Giver, Taker
 from .connection import Connection, Hop, OpenStream, enter_dial, in_thread, open_tasks, open_tcp
-from .errors import NetError, to_wire
+from .errors import to_wire
 from .events import DEFAULT_TIMING, Timing
 from .identity import Identity
 from .inbox import ENOUGH_BYTES, Inbox
@@ -26,16 +30,16 @@ from .messages import (
     Assign,
     Broken,
     Close,
+    Commit,
     Condition,
     Epoch,
-    Loaded,
+    Gift,
     Offer,
     Open,
     Pace,
     Peer,
     Pong,
     Progress,
-    Room,
     Stats,
     Step,
     Work,
@@ -44,18 +48,30 @@ from .pace import NodePace, Onward
 from .probe import probe
 from .scheduler import Expect
 from .stage_loop import StageLoop, StageParts, TaskLoop, ThreadLoop
+from .stage_state import Copied, Event, Reached, Sent, Stopped
 from .watch import ConnectionStalledError, Watch
 from .work import StageLike, StageWork
 
 NO_WORK = Work(0, 0, 0.0)
 
 
+class KvBytes(Protocol):
+    """See NodeParts. NoPlanError: nothing is left."""
+
+    def __call__(self, first: int, last: int, beside: range = ..., /) -> int | None: ...
+
+
+def _no_limit(first: int, last: int, beside: range = range(0)) -> int | None:
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class NodeParts:
     """What a Node needs from its process. `open_stage(first, last)` loads a stage and blocks meanwhile;
     `resident()` is the process's resident memory in bytes; `log` prints a line for the user. `expect(first,
-    last)` predicts the times of a stage's calls from the offer. Tests replace `hop` (runs a blocking call)
-    and `open_stream`."""
+    last)` predicts the times of a stage's calls from the offer. `kv_bytes(first, last, beside)` is what the
+    promised RAM leaves for keys and values of a stage, while the units `beside` are held as well (None: no
+    limit). Tests replace `hop` (runs a blocking call) and `open_stream`."""
 
     identity: Identity
     offer: Offer
@@ -67,6 +83,9 @@ class NodeParts:
     hop: Hop = in_thread
     open_stream: OpenStream = open_tcp
     expect: Callable[[int, int], Expect] | None = None
+    kv_bytes: KvBytes = _no_limit
+    stateless: frozenset[int] = frozenset()
+    """Units that have no keys and values."""
     enough: int = ENOUGH_BYTES
     """Bytes of messages that may wait for a stage when another is read."""
     own_thread: bool = True
@@ -83,8 +102,47 @@ class NodeParts:
         return 1.0 if condition is None else condition.share
 
 
+class Group:
+    """Tasks in a nursery that are cancelled together, before the nursery is."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+        self._scopes: set[trio.CancelScope] = set()
+        self._news = trio.Event()
+        self.cancelled = False
+
+    def start(self, task: Callable[[], Awaitable[None]]) -> trio.CancelScope:
+        """Starts a task; returns the scope that cancels it alone."""
+        scope = trio.CancelScope()
+        if self.cancelled:
+            scope.cancel()
+        self._scopes.add(scope)
+        self._nursery.start_soon(self._run, scope, task)
+        return scope
+
+    def cancel(self) -> None:
+        """Cancels all tasks, and those that are started later."""
+        self.cancelled = True
+        for scope in self._scopes:
+            scope.cancel()
+
+    async def ended(self) -> None:
+        """Waits until no task runs."""
+        while self._scopes:
+            await self._news.wait()
+
+    async def _run(self, scope: trio.CancelScope, task: Callable[[], Awaitable[None]]) -> None:
+        try:
+            with scope:
+                await task()
+        finally:
+            self._scopes.discard(scope)
+            self._news.set()
+            self._news = trio.Event()
+
+
 class Assignment:
-    """A stage in one epoch: loads it, takes batches from its inbox, and sends results on."""
+    """What a node does in one epoch. Its methods return at once; `tell` is told what has become of them."""
 
     def __init__(
         self,
@@ -92,9 +150,13 @@ class Assignment:
         coordinator: Connection,
         assign: Assign,
         pace: NodePace,
-        links: dict[int, LinkSpeed],
+        links: Mapping[int, LinkSpeed],
+        tasks: trio.Nursery,
+        tell: Callable[[Event], None],
     ) -> None:
-        self._parts, self._coordinator, self._assign, self._pace = parts, coordinator, assign, pace
+        self._parts, self._coordinator, self._pace, self._links = parts, coordinator, pace, links
+        self.assign, self._tell = assign, tell
+        self.began = trio.current_time()
         self._onward = Onward(None if assign.next is None else links.get(assign.next.incarnation))
         self._inbox = Inbox(
             assign.epoch,
@@ -104,29 +166,28 @@ class Assignment:
             None if parts.expect is None else parts.expect(assign.first, assign.last),
             parts.enough,
         )
-        self._scope, self._ended, self._ready = trio.CancelScope(), trio.Event(), trio.Event()
-        self._work: StageWork | None = None
+        self._group = Group(tasks)
+        self._ready, self._looped = trio.Event(), trio.Event()
+        self._following: Connection | None = None
+        self._reaching: trio.CancelScope | None = None
         self._loop: StageLoop | None = None
+        self._looping: trio.CancelScope | None = None
+        self._givers: dict[int, Giver] = {}
+        self.work: StageWork | None = None
+        """The stage at work, once `begin` was called."""
+        self.prepared: Any = None
+        """What the stage has prepared for this epoch."""
+        self.taker: Taker | None = None
 
-    def stop(self) -> None:
-        """Cancels the assignment; `run` returns when the stage is closed."""
-        self._scope.cancel()
+    @property
+    def epoch(self) -> Epoch:
+        """The epoch of the assignment."""
+        return self.assign.epoch
 
-    def stats(self) -> Stats:
-        """The stage's work so far."""
-        return Stats(self._assign.epoch, NO_WORK, NO_WORK) if self._work is None else self._work.stats()
-
-    def pace(self) -> Pace:
-        """The measured speeds of the stage and of the link to the next node."""
-        return Pace(self._assign.epoch, self._pace.slower, self._onward.measured)
-
-    def progress(self) -> Progress:
-        """How far the stage is with its calls."""
-        return self._pace.progress(self._assign.epoch, self._inbox.bytes)
-
-    async def report(self, error: ShoalError) -> None:
-        """Tells the coordinator that the stage cannot run."""
-        await self._coordinator.send(Broken(self._assign.epoch, *to_wire(error), None))
+    @property
+    def previous(self) -> int:
+        """The incarnation of the only peer that may send rows."""
+        return self.assign.previous
 
     @property
     def full(self) -> bool:
@@ -134,118 +195,149 @@ class Assignment:
         return self._inbox.full
 
     @property
-    def epoch(self) -> Epoch:
-        """The epoch of the assignment."""
-        return self._assign.epoch
+    def dropped(self) -> bool:
+        """Whether `drop` was called."""
+        return self._group.cancelled
 
     @property
-    def previous(self) -> int:
-        """The incarnation of the only peer that may send rows."""
-        return self._assign.previous
+    def given(self) -> int:
+        """Bytes of keys and values that were sent to takers."""
+        return sum(giver.bytes for giver in self._givers.values())
+
+    def stats(self) -> Stats:
+        """The stage's work so far."""
+        return Stats(self.epoch, NO_WORK, NO_WORK) if self.work is None else self.work.stats()
+
+    def pace(self) -> Pace:
+        """The measured speeds of the stage and of the link to the next node."""
+        return Pace(self.epoch, self._pace.slower, self._onward.measured)
+
+    def progress(self) -> Progress:
+        """How far the stage is with its calls."""
+        return self._pace.progress(self.epoch, self._inbox.bytes)
+
+    async def report(self, error: ShoalError) -> None:
+        """Tells the coordinator that the stage cannot run."""
+        await self._coordinator.send(Broken(self.epoch, *to_wire(error), None))
+
+    def dial(self, peer: Peer) -> None:
+        """Connects to the next node and watches the connection. Reached, and Broken when it ends."""
+        self._reaching = self._group.start(partial(self._reach, peer))
+
+    def give(self, taker: Peer, gifts: Sequence[Gift], stage: StageLike, work: StageWork) -> None:
+        """Sends a taker the keys and values of its units, as far as `work` has finished them. Copied, and
+        Broken when the connection ends before `send_tail` is done."""
+        link = self._links.get(taker.incarnation)
+        units = [u for gift in gifts for u in range(gift.first, gift.last) if u not in self._parts.stateless]
+        giver = self._givers[taker.incarnation] = Giver(
+            stage,
+            work,
+            self.epoch,
+            units,
+            history=any(gift.history for gift in gifts),
+            hop=self._parts.hop,
+            bytes_per_s=None if link is None else link.bytes_per_s,
+        )
+        self._group.start(partial(self._give, taker, giver))
+
+    def send_tail(self, commit: Commit, taker: int) -> None:
+        """Sends a taker the rest of the commit's sessions. Sent."""
+        self._givers[taker].finish(commit)
+
+    def begin(self, work: StageWork) -> None:
+        """Starts the loop of the stage. Broken when the stage itself cannot go on."""
+        expect, assign = self._parts.expect, self.assign
+        self._pace.assigned(None if expect is None else expect(assign.first, assign.last))
+        self.work = work
+        parts = StageParts(
+            self._inbox,
+            work,
+            self._pace,
+            self._onward,
+            self._following,
+            self._coordinator,
+            lambda: self._parts.share,
+        )
+        if self._parts.own_thread and os.name == "posix":
+            self._loop = ThreadLoop(parts, spin=self._parts.spin)
+        else:
+            self._loop = TaskLoop(parts, self._parts.hop)
+        self._looping = self._group.start(partial(self._run, self._loop))
+        self._ready.set()
+
+    def stop(self) -> None:
+        """Ends the loop, and closes the connection to the next node. Stopped."""
+        self._group.start(self._stop)
+
+    def drop(self) -> None:
+        """Cancels everything; `ended` waits for it."""
+        self._group.cancel()
+        self._ready.set()
+
+    async def ended(self) -> None:
+        """Waits until no task of the assignment runs."""
+        await self._group.ended()
 
     async def feed(self, connection: Connection, first: Open | Close | Step) -> None:
-        """Takes a message of the previous stage and reads its connection, until the assignment has ended.
-        Errors as for Connection.receive."""
+        """Takes a message of the previous stage and reads its connection, until the loop has ended. Errors as
+        for Connection.receive."""
         await self._ready.wait()
-        if self._loop is not None and not self._ended.is_set():
+        if self._loop is not None and not self._looped.is_set():
             await self._loop.feed(connection, first)
 
-    async def run(self, before: Assignment | None) -> None:
-        """Waits until the previous assignment has closed its stage, loads this one, and serves until
-        stopped."""
+    async def _run(self, loop: StageLoop) -> None:
         try:
-            if before is not None:
-                await before._ended.wait()
-            with self._scope:
-                await self._serve()
-        finally:
-            self._ended.set()
-            self._ready.set()
-
-    async def _serve(self) -> None:
-        assign, start = self._assign, trio.current_time()
-        try:
-            stage = await self._parts.hop(lambda: self._parts.open_stage(assign.first, assign.last))
-        except (ShoalError, MemoryError) as error:
-            await self._coordinator.send(Broken(assign.epoch, *to_wire(error), None))
-            return
-        try:
-            async with AsyncExitStack() as stack:
-                following = None if assign.next is None else await self._reach(stack, assign.next)
-                self._work = StageWork(stage, assign.epoch, last=following is None)
-                expect = self._parts.expect
-                self._pace.assigned(None if expect is None else expect(assign.first, assign.last))
-                self._loop = self._open_loop(
-                    StageParts(
-                        self._inbox,
-                        self._work,
-                        self._pace,
-                        self._onward,
-                        following,
-                        self._coordinator,
-                        lambda: self._parts.share,
-                    )
-                )
-                self._ready.set()
-                seconds = trio.current_time() - start
-                pages = stage.kv_pages
-                room = None if pages is None else Room(pages, stage.page_positions)
-                await self._coordinator.send(Loaded(assign.epoch, seconds, self._parts.resident(), room))
-                await self._loop.run()
+            await loop.run()
         except ModelFileError as error:
             clear_frames(error.__traceback__)  # they keep the weights
-            await self.report(error)
-        except _NextLost as lost:
-            assert assign.next is not None
-            again = isinstance(lost.error, ConnectionStalledError)
-            await self._coordinator.send(
-                Broken(assign.epoch, *to_wire(lost.error), assign.next.incarnation, again)
-            )
+            self._tell(Broken(self.epoch, *to_wire(error), None))
         finally:
-            stage.close()
+            self._looped.set()
 
-    async def _reach(self, stack: AsyncExitStack, peer: Peer) -> Connection:
-        """Connects to the next node, and starts a task that receives on that connection."""
+    async def _stop(self) -> None:
+        if self._looping is not None:
+            self._looping.cancel()
+            await self._looped.wait()
+        if self._reaching is not None:
+            self._reaching.cancel()
+        self._tell(Stopped(self.epoch))
+
+    async def _reach(self, peer: Peer) -> None:
         parts = self._parts
         try:
-            connection = await enter_dial(
-                stack, parts.open_stream, parts.identity, peer, "step", parts.timing.handshake
-            )
-        except NetError as error:
-            raise _NextLost(error) from error
-        tasks = await stack.enter_async_context(open_tasks())
-        stack.callback(tasks.cancel_scope.cancel)
-        tasks.start_soon(self._watch, connection, peer)
-        return connection
-
-    async def _watch(self, connection: Connection, peer: Peer) -> None:
-        """Watches the connection to the next node. _NextLost: it has ended, or carries nothing."""
-        parts = self._parts
-        watch = Watch(
-            connection,
-            parts.timing,
-            busy=lambda: self._work is not None and self._work.busy,
-            probe=partial(probe, parts.open_stream, parts.identity, peer, parts.timing.handshake),
-            ponged=self._ponged,
-        )
-        try:
-            await watch.run()
+            async with AsyncExitStack() as stack:
+                seconds = parts.timing.handshake
+                self._following = await enter_dial(
+                    stack, parts.open_stream, parts.identity, peer, "step", seconds
+                )
+                self._tell(Reached(self.epoch))
+                watch = Watch(
+                    self._following,
+                    parts.timing,
+                    busy=lambda: self.work is not None and self.work.busy,
+                    probe=partial(probe, parts.open_stream, parts.identity, peer, seconds),
+                    ponged=self._ponged,
+                )
+                await watch.run()
         except ShoalError as error:
-            raise _NextLost(error) from error
+            again = isinstance(error, ConnectionStalledError)
+            self._tell(Broken(self.epoch, *to_wire(error), peer.incarnation, again))
 
     def _ponged(self, pong: Pong) -> None:
         if pong.at_once and self._loop is not None:
             self._onward.answered(pong.nonce, self._loop.clock())
 
-    def _open_loop(self, parts: StageParts) -> StageLoop:
-        if self._parts.own_thread and os.name == "posix":
-            return ThreadLoop(parts, spin=self._parts.spin)
-        return TaskLoop(parts, self._parts.hop)
-
-
-class _NextLost(Exception):
-    """The next node of the chain cannot be reached or is lost; `error` is the reason."""
-
-    def __init__(self, error: ShoalError) -> None:
-        super().__init__(str(error))
-        self.error = error
+    async def _give(self, taker: Peer, giver: Giver) -> None:
+        parts = self._parts
+        try:
+            async with AsyncExitStack() as stack:
+                connection = await enter_dial(
+                    stack, parts.open_stream, parts.identity, taker, "bulk", parts.timing.handshake
+                )
+                async with open_tasks() as tasks:
+                    tasks.start_soon(connection.receive)  # raises when the connection ends
+                    await giver.run(connection, lambda: self._tell(Copied(self.epoch, taker.incarnation)))
+                    tasks.cancel_scope.cancel()
+            self._tell(Sent(self.epoch, taker.incarnation))
+        except ShoalError as error:
+            self._tell(Broken(self.epoch, *to_wire(error), taker.incarnation))

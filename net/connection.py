@@ -46,8 +46,8 @@ LOOK_SECONDS = 0.1
 """How often a thread that waits for room in a queue looks whether it should stop."""
 QUEUE = 64
 STEP_QUEUE = 4
-"""Length of the queue of a `step` connection, whose frames have up to 4 MiB. It is short so that a slow
-network throttles the stage that sends."""
+"""Length of the queue of a `step` or `bulk` connection, whose frames have up to 4 MiB. It is short so that a
+slow network throttles the stage that sends."""
 
 OpenStream = Callable[[str, int], Awaitable[trio.abc.Stream]]
 Kind = TypeVar("Kind")
@@ -88,6 +88,8 @@ class Connection:
         self._unsent: deque[bytes | memoryview] = deque()
         self._lost: NodeLostError | None = None
         self._ending = self._broken = False
+        self._busy = False
+        """Whether a stream that is no socket is being written to."""
         self._reading = threading.Lock()
         self._held: ShoalError | None = None
         """An error to raise once the messages before it were returned."""
@@ -123,6 +125,14 @@ class Connection:
             if self._unsent:
                 self._tell()
             return True
+
+    async def flush(self) -> None:
+        """Waits until the queue is written. NodeLostError: the connection has ended before."""
+        await trio.lowlevel.checkpoint()
+        while (self._unsent or self._busy) and not self._ending:
+            await self._news.wait()
+        if self._unsent or self._busy:
+            raise self._loss("the connection has ended")
 
     def write(self, messages: Sequence[Message], stopped: Callable[[], bool]) -> None:
         """Sends messages as `post` does, from a thread of its own; it blocks while the queue is full, until
@@ -251,7 +261,9 @@ class Connection:
                             self._flush()
                         self._heard()
                     else:
+                        self._busy = True
                         await self._stream.send_all(self._unsent.popleft())
+                        self._busy = False
                         self._heard()
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             self._broken = True
@@ -424,7 +436,7 @@ async def dial(
     if stream is None:
         raise NodeLostError(f"{who} did not answer within {seconds:g} s: {hint}")
     async with open_connection(
-        stream, who, dialled=True, queue=STEP_QUEUE if purpose == "step" else QUEUE
+        stream, who, dialled=True, queue=STEP_QUEUE if purpose in ("step", "bulk") else QUEUE
     ) as connection:
         hello, start = None, trio.current_time()
         with trio.move_on_at(deadline):

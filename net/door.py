@@ -8,8 +8,9 @@ and the nodes of its chain, and use a bounded number of file descriptors. The ki
                  of them
     caller       at most CALLERS coordinators that wait a moment for the one that is served to leave
     coordinator  one, which no other kind of connection can use
-    guest        `step` and `probe` connections of peers that show the coordinator's ticket, at most GUESTS of
-                 each purpose. A newer `step` connection of a peer replaces its older one
+    guest        `step`, `bulk` and `probe` connections of peers that show the coordinator's ticket, at most
+                 GUESTS of each purpose. A peer has at most two `step` connections, for the epoch in force and
+                 for the next one, and one `bulk` connection: a newer one replaces its oldest
     leaving      at most LEAVING connections that are being told why they are refused. A further one ends the
                  oldest
 
@@ -35,6 +36,8 @@ CROWD, CROWD_SECONDS = 16, 2.0  # while more than CROWD wait, a new connection h
 CALLERS = 4
 PATIENCE_SECONDS = 5.0
 GUESTS = 16
+_OWN = {"step": 2, "bulk": 1}
+"""The most guests of each purpose that a peer may have."""
 LEAVING = 16
 LINES, LINES_SECONDS = 20, 10.0  # at most LINES about strangers in the log within LINES_SECONDS
 _HINT = "connect again if it has restarted, or give an address that is the same on all devices"
@@ -125,12 +128,11 @@ class Door:
                 f"sent by it; {_HINT}"
             )
         alike = [guest for guest, other in self._guests.items() if other.purpose == hello.purpose]
-        for guest in alike:
-            if hello.purpose == "step" and self._guests[guest].incarnation == hello.incarnation:
-                alike.remove(guest)
-                del self._guests[guest]
-                guest.scope.cancel()
-                break
+        own = [guest for guest in alike if self._guests[guest].incarnation == hello.incarnation]
+        if len(own) >= _OWN.get(hello.purpose, GUESTS):
+            alike.remove(own[0])
+            del self._guests[own[0]]
+            own[0].scope.cancel()
         if len(alike) >= GUESTS:
             raise NetError(
                 f"{self._name} has {GUESTS} {hello.purpose} connections, the most that it accepts: end one"

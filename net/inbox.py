@@ -355,6 +355,8 @@ class Inbox:
             last = joined[-1]
             if not isinstance(item, Step) or item.first != last.first + len(last.tokens):
                 break
+            if item.part != last.part:
+                break
             rows += len(item.tokens)
             if rows > MOST_JOINED or last.want is Want.TOKEN:
                 break

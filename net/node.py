@@ -25,11 +25,14 @@ from .connection import (
 )
 from .door import Door, Visit
 from .errors import NetError, NodeLostError, RemoteProtocolError, StageStuckError, to_wire
+from .keeper import MOST_ORDERS, Keeper
 from .listen import accept, host_port
 from .liveness import TICK_SECONDS, Awake, load_bound
 from .messages import (
+    Abort,
     Assign,
     Close,
+    Commit,
     Data,
     GetStats,
     Hello,
@@ -48,7 +51,6 @@ from .pace import NodePace
 from .probe import measure_peer
 from .watch import attend
 
-MAX_TASKS = 16
 PROBE_HANDSHAKES = 3
 """The most time for a `probe` connection, in times for a handshake."""
 
@@ -59,10 +61,10 @@ class Node:
     def __init__(self, parts: NodeParts) -> None:
         self._parts = parts
         self._door = Door(parts.identity.name, parts.timing.handshake, parts.log)
-        self._assignment: Assignment | None = None
-        self._last: Assignment | None = None
-        """The newest assignment, which may be ending."""
+        self._keeper: Keeper | None = None
+        """The keeper of the stage for the coordinator that is served."""
         self._pace = self._new_pace()
+        self._measuring = 0
         self._links: dict[int, LinkSpeed] = {}
         """Links to other nodes by incarnation, as measured for this coordinator."""
 
@@ -127,6 +129,8 @@ class Node:
                     await self._serve_steps(connection, hello.incarnation)
                 case "probe":
                     await self._serve_probe(connection)
+                case "bulk":
+                    await self._serve_bulk(connection, hello.incarnation)
         except NodeLostError as error:  # the usual end; a coordinator notices by its own connections
             if hello.purpose == "control":
                 parts.log(f"{error}; waiting for the next coordinator")
@@ -143,11 +147,15 @@ class Node:
         self._parts.log(f"{connection.peer} is the coordinator now")
         try:
             async with open_tasks() as tasks:
+                keeper = Keeper(self._parts, connection, self._pace, self._links, tasks)
+                self._keeper = keeper
+                tasks.start_soon(keeper.run)
                 tasks.start_soon(self._look_at_calls)
                 while True:
-                    self._follow(connection, await _heard(connection, self._parts.timing.overdue), tasks)
+                    message = await _heard(connection, self._parts.timing.overdue)
+                    self._follow(connection, message, keeper, tasks)
         finally:
-            self._assignment = self._last = None
+            self._keeper = None
             self._pace, self._links = self._new_pace(), {}
 
     async def _look_at_calls(self) -> None:
@@ -157,9 +165,10 @@ class Node:
             await trio.sleep(TICK_SECONDS)
             self._pace.tick(awake.tick(trio.current_time()))
             stuck = self.stuck()
-            if stuck is not None and not reported and self._assignment is not None:
+            assignment = self._assignment
+            if stuck is not None and not reported and assignment is not None:
                 self._parts.log(stuck)
-                await self._assignment.report(StageStuckError(stuck))
+                await assignment.report(StageStuckError(stuck))
             reported = stuck is not None
 
     def stuck(self, unseen: float = 0.0) -> str | None:
@@ -177,31 +186,27 @@ class Node:
         # The weights that the first call may read from the disk are no more than what this node promises.
         return NodePace(load_bound(self._parts.offer.device.ram_bytes))
 
-    def _follow(self, connection: Connection, message: Message, tasks: trio.Nursery) -> None:
-        # One child is `_look_at_calls`.
-        if isinstance(message, Assign | Measure) and len(tasks.child_tasks) > MAX_TASKS:
+    @property
+    def _assignment(self) -> Assignment | None:
+        """The assignment in force."""
+        return None if self._keeper is None else self._keeper.current
+
+    def _follow(self, connection: Connection, message: Message, keeper: Keeper, tasks: trio.Nursery) -> None:
+        if isinstance(message, Assign | Measure) and (keeper.busy or self._measuring > MOST_ORDERS):
             raise RemoteProtocolError(
-                f"{connection.peer} has sent more than {MAX_TASKS} orders that are still being carried out"
+                f"{connection.peer} has sent more than {MOST_ORDERS} orders that are still being carried out"
             )
+        now = keeper.current
         match message:
             case Ping(nonce):
-                now, condition = self._assignment, self._parts.condition()
                 pace, progress = (None, None) if now is None else (now.pace(), now.progress())
-                _post(connection, Pong(nonce, pace, progress, condition=condition))
-            case Assign() | Release():
-                if self._assignment is not None:
-                    self._assignment.stop()
-                self._assignment = None
-                if isinstance(message, Assign):
-                    _check_assign(message, self._parts.units)
-                    self._assignment = Assignment(self._parts, connection, message, self._pace, self._links)
-                    tasks.start_soon(self._assignment.run, self._last)
-                    self._last = self._assignment
+                _post(connection, Pong(nonce, pace, progress, condition=self._parts.condition()))
+            case Assign() | Release() | Commit() | Abort():
+                keeper.order(message)
             case Measure(peer):
                 tasks.start_soon(self._measure, connection, peer)
             case GetStats():
-                assignment = self._assignment
-                _post(connection, Stats(None, NO_WORK, NO_WORK) if assignment is None else assignment.stats())
+                _post(connection, Stats(None, NO_WORK, NO_WORK) if now is None else now.stats())
             case _:
                 raise AssertionError(f"the wire lets no {type(message).__name__} through")
 
@@ -229,6 +234,11 @@ class Node:
     def _held_back(self) -> bool:
         return self._assignment is not None and self._assignment.full
 
+    async def _serve_bulk(self, connection: Connection, giver: int) -> None:
+        """Takes keys and values that move here from the node with the incarnation `giver`."""
+        if self._keeper is not None:
+            await self._keeper.receive_bulk(connection, giver)
+
     async def _serve_probe(self, connection: Connection) -> None:
         timing = self._parts.timing
         most = PROBE_HANDSHAKES * timing.handshake
@@ -243,12 +253,15 @@ class Node:
 
     async def _measure(self, coordinator: Connection, peer: Peer) -> None:
         parts = self._parts
+        self._measuring += 1
         try:
             found = await measure_peer(parts.open_stream, parts.identity, peer, parts.timing.handshake)
             self._links[peer.incarnation] = found
             answer = Measured(peer.incarnation, found, "")
         except NetError as error:
             answer = Measured(peer.incarnation, None, to_wire(error)[1])
+        finally:
+            self._measuring -= 1
         await coordinator.send(answer)
 
 
@@ -267,14 +280,6 @@ async def _heard(connection: Connection, seconds: float) -> Message:
 def _post(connection: Connection, message: Message) -> None:
     if not connection.post(message):
         raise NodeLostError(f"{connection.peer} is lost: it does not read what is sent to it")
-
-
-def _check_assign(assign: Assign, units: int) -> None:
-    if not 0 <= assign.first < assign.last <= units or (assign.next is None) != (assign.last == units):
-        raise RemoteProtocolError(
-            f"the coordinator assigned units [{assign.first}, {assign.last}) of {units} with "
-            f"{'no' if assign.next is None else 'a'} next node: such a stage cannot be in a chain"
-        )
 
 
 def _address(stream: trio.abc.Stream) -> tuple[str, str]:

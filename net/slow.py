@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
-from ..engine.batch import Result, Run, Sampling
+from ..engine.batch import Result, Run
 from ..engine.errors import ShoalError
 from .work import StageLike
 
@@ -107,7 +108,7 @@ class SlowWatch:
 
 
 class SlowStage:
-    """A StageLike whose runs take F times as long, each computed within a `turn`."""
+    """A StageLike whose runs take F times as long, each computed within a `turn`. All else is the stage's."""
 
     def __init__(
         self,
@@ -119,16 +120,8 @@ class SlowStage:
         self._stage, self._slowness, self._clock, self._turn = stage, slowness, clock, turn
         self._late = 0.0
 
-    @property
-    def kv_pages(self) -> int | None:
-        return self._stage.kv_pages
-
-    @property
-    def page_positions(self) -> int:
-        return self._stage.page_positions
-
-    def open_sequence(self, sequence: int, sampling: Sampling, context: int) -> None:
-        self._stage.open_sequence(sequence, sampling, context)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stage, name)
 
     def run(self, batch: Sequence[Run]) -> list[Result]:
         """Runs the batch and sleeps. If a run ends late, the next one sleeps less, by at most its own
@@ -147,8 +140,7 @@ class SlowStage:
             self._late = min(max(0.0, clock.now() - until), seconds)
         return results
 
-    def close_sequence(self, sequence: int) -> None:
-        self._stage.close_sequence(sequence)
 
-    def close(self) -> None:
-        self._stage.close()
+def slow_stage(stage: Any, slowness: Slowness, turn: Turn) -> StageLike:
+    """The SlowStage of a stage as a StageLike, which a type checker cannot see."""
+    return cast("StageLike", SlowStage(stage, slowness, turn=turn))

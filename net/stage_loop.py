@@ -92,6 +92,7 @@ class TaskLoop:
         self._parts, self._hop = parts, hop
         self._arrived, self._taken = trio.Event(), trio.Event()
         self._ended = False
+        self._feeders: set[trio.CancelScope] = set()
 
     async def run(self) -> None:
         try:
@@ -107,19 +108,29 @@ class TaskLoop:
         finally:
             self._ended = True
             self._wake_feeders()
+            for scope in self._feeders:
+                scope.cancel()
 
     async def feed(self, connection: Connection, first: Message) -> None:
         message = first
-        while not self._ended:
-            if isinstance(message, Ping):
-                await connection.send(Pong(message.nonce))
-            else:
-                while self._parts.inbox.full and not self._ended:
-                    await self._taken.wait()
-                assert isinstance(message, Open | Close | Step)
-                self._parts.inbox.put(message, trio.current_time())
-                self._arrived.set()
-            message = await connection.receive()
+        with trio.CancelScope() as scope:  # at the end, the next message is left to others
+            self._feeders.add(scope)
+            try:
+                while not self._ended:
+                    await self._take(connection, message)
+                    message = await connection.receive()
+            finally:
+                self._feeders.discard(scope)
+
+    async def _take(self, connection: Connection, message: Message) -> None:
+        if isinstance(message, Ping):
+            await connection.send(Pong(message.nonce))
+            return
+        while self._parts.inbox.full and not self._ended:
+            await self._taken.wait()
+        assert isinstance(message, Open | Close | Step)
+        self._parts.inbox.put(message, trio.current_time())
+        self._arrived.set()
 
     async def _run(self, batch: Batch) -> None:
         parts, start = self._parts, trio.current_time()

@@ -7,9 +7,11 @@ batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Any, Protocol
 
 from ..engine.batch import Result as StageResult
 from ..engine.batch import Run, Sampling
@@ -35,6 +37,10 @@ class StageLike(Protocol):
     def page_positions(self) -> int:
         """Positions of a page."""
 
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the pages in use."""
+
     def open_sequence(self, sequence: int, sampling: Sampling, context: int) -> object:
         """Begins a sequence."""
 
@@ -44,8 +50,67 @@ class StageLike(Protocol):
     def close_sequence(self, sequence: int) -> None:
         """Ends a sequence; does nothing if it is not open."""
 
+    def export_positions(self, sequence: int, unit: int, first: int, last: int) -> bytes:
+        """Keys and values of positions of a unit."""
+
+    def prepare(self, first: int, last: int) -> Any:
+        """Loads another range beside the running one, for `adopt`. Blocks; runs go on meanwhile."""
+
+    def discard(self, prepared: Any) -> None:
+        """Undoes `prepare`."""
+
+    def incoming(self) -> IncomingLike:
+        """A place for sequences that arrive from other stages, for `adopt`."""
+
+    def adopt(
+        self,
+        prepared: Any,
+        sequences: Mapping[int, int],
+        incoming: Any = None,
+        lost: range = range(0),
+        kv_bytes: int | None = None,
+    ) -> None:
+        """Changes to a prepared range (None: the same) between two runs: the sequences keep so many
+        positions, all others end. ValueError: a unit that is not lost lacks positions."""
+
+    def limit_kv(self, kv_bytes: int) -> None:
+        """Sets the most bytes of keys and values."""
+
     def close(self) -> None:
         """Ends the stage."""
+
+
+class IncomingLike(Protocol):
+    """The members of engine.incoming.Incoming that a node uses."""
+
+    def carried(
+        self, sequence: int, sampling: Sampling, context: int, first: int, tokens: Sequence[int]
+    ) -> None:
+        """Takes the parameters and tokens of a sequence that the stage does not have."""
+
+    def accept(self, sequence: int, unit: int, first: int, last: int, data: bytes | memoryview) -> None:
+        """Takes what `export_positions` returned on another stage."""
+
+    def close(self) -> None:
+        """Forgets all that has arrived."""
+
+
+@dataclass(slots=True)
+class Session:
+    """An open session: its parameters, and the token ids of its positions. `carried`: it was open in an
+    earlier epoch, and its Open may be sent again."""
+
+    sampling: Sampling
+    context: int
+    tokens: array[int] = field(default_factory=lambda: array("i"))
+    carried: bool = False
+
+    def truncated(self, positions: int) -> Session:
+        """The session with its first positions, for the next epoch."""
+        return Session(self.sampling, self.context, self.tokens[:positions], carried=True)
+
+
+NO_SESSIONS: Mapping[int, Session] = {}
 
 
 @dataclass(slots=True)
@@ -59,17 +124,31 @@ class _Tally:
 
 
 class StageWork:
-    """A stage in one epoch with its open sessions and statistics. Not thread-safe: one call at a time."""
+    """A stage in one epoch with its open sessions and statistics. Not thread-safe: one call at a time. Other
+    threads may read `sessions`, and what `rewinds` returns, meanwhile.
 
-    def __init__(self, stage: StageLike, epoch: Epoch, *, last: bool) -> None:
+    `last`: the end of the stage's units; None if it is the end of the model. `sessions` are carried over from
+    an earlier epoch, and are open in the stage."""
+
+    def __init__(
+        self, stage: StageLike, epoch: Epoch, last: int | None, sessions: Mapping[int, Session] = NO_SESSIONS
+    ) -> None:
         self._stage, self._epoch, self._last = stage, epoch, last
-        self._sessions: set[int] = set()
+        self.sessions = dict(sessions)
+        self._rewinds: list[dict[int, int]] = []
         self._decode, self._prefill = _Tally(), _Tally()
 
     @property
     def busy(self) -> bool:
         """Whether sessions are open."""
-        return bool(self._sessions)
+        return bool(self.sessions)
+
+    def rewinds(self) -> dict[int, int]:
+        """A dict in which the lowest position that each session has run is noted from now on, after the
+        run. The caller removes what it has seen."""
+        noted: dict[int, int] = {}
+        self._rewinds.append(noted)
+        return noted
 
     def do(self, batch: Batch) -> list[Answer]:
         """Carries out a batch; returns the messages to send, in order. ModelFileError: a file of the stage is
@@ -78,8 +157,9 @@ class StageWork:
         for notice in batch.notices:
             answers += self._open(notice) if isinstance(notice, Open) else self._close(notice)
         # A session that is not open here has failed, and its Close is on the way: its rows are dropped.
-        steps = [step for step in batch.steps if step.session in self._sessions]
-        return answers + _together(self._run(steps) if steps else [])
+        steps = [step for step in batch.steps if step.session in self.sessions]
+        done = [answer for _, alike in groupby(steps, _part) for answer in self._run(list(alike))]
+        return answers + _together(done)
 
     def count(self, batch: Batch, seconds: float) -> None:
         """Adds a batch that took `seconds` to the statistics."""
@@ -93,28 +173,31 @@ class StageWork:
         """The work so far."""
         return Stats(self._epoch, self._decode.work(), self._prefill.work())
 
-    def close(self) -> None:
-        """Ends the stage."""
-        self._stage.close()
-
     def _open(self, notice: Open) -> list[Answer]:
+        known = self.sessions.get(notice.session)
         try:
-            if notice.session in self._sessions:
+            if known is None:
+                if len(self.sessions) >= MOST_SESSIONS:
+                    raise ContextError(
+                        f"{MOST_SESSIONS} sessions are open, the most that a node serves: end one"
+                    )
+                self._stage.open_sequence(notice.session, notice.sampling, notice.context)
+                self.sessions[notice.session] = Session(notice.sampling, notice.context)
+                self._note(notice.session, 0)
+            elif not known.carried or (known.sampling, known.context) != (notice.sampling, notice.context):
                 raise ValueError(f"session {notice.session} is open already")
-            if len(self._sessions) >= MOST_SESSIONS:
-                raise ContextError(f"{MOST_SESSIONS} sessions are open, the most that a node serves: end one")
-            self._stage.open_sequence(notice.session, notice.sampling, notice.context)
+            else:
+                known.carried = False
         except STAGE_ERRORS as error:
             return [self._failed(notice.session, error)]
-        self._sessions.add(notice.session)
-        return [] if self._last else [notice]
+        return [notice] if self._last is not None else []
 
     def _close(self, notice: Close) -> list[Answer]:
         self._forget(notice.session)
-        return [] if self._last else [notice]
+        return [notice] if self._last is not None else []
 
     def _run(self, steps: Sequence[Step]) -> list[Answer]:
-        runs = [Run(step.session, step.first, step.tokens, step.want, step.hidden) for step in steps]
+        runs = [self._as_run(step) for step in steps]
         try:
             results = self._stage.run(runs)
         except ModelFileError:  # no session is at fault: the stage cannot go on
@@ -124,16 +207,33 @@ class StageWork:
                 return [answer for step in steps for answer in self._run([step])]
             self._forget(steps[0].session)
             return [self._failed(steps[0].session, error)]
+        for step in steps:
+            self._ran(step)
         return [self._passed_on(step, result) for step, result in zip(steps, results, strict=True)]
 
+    def _as_run(self, step: Step) -> Run:
+        return Run(step.session, step.first, step.tokens, step.want, step.hidden, step.part)
+
+    def _ran(self, step: Step) -> None:
+        """Notes the tokens of rows that have run. Rows of a part are positions that the session has already,
+        or their continuation."""
+        tokens, end = self.sessions[step.session].tokens, step.first + len(step.tokens)
+        tokens[step.first : max(end, len(tokens)) if step.part is None else end] = array("i", step.tokens)
+        self._note(step.session, step.first)
+
+    def _note(self, session: int, first: int) -> None:
+        for noted in self._rewinds:
+            noted[session] = min(noted.get(session, first), first)
+
     def _passed_on(self, step: Step, result: StageResult) -> Answer:
-        if self._last:
+        ends = self._last is None or (step.part is not None and step.part[1] <= self._last)
+        if ends:
             return Result(step.session, step.epoch, step.first, len(step.tokens), result.token)
         assert result.hidden is not None, "every stage but the last returns hidden rows"
-        return Step(step.session, step.epoch, step.first, step.tokens, step.want, result.hidden)
+        return replace(step, hidden=result.hidden, more=False)
 
     def _forget(self, session: int) -> None:
-        self._sessions.discard(session)
+        self.sessions.pop(session, None)
         self._stage.close_sequence(session)
 
     def _failed(self, session: int, error: Exception) -> Failed:
@@ -150,3 +250,7 @@ def _together(answers: list[Answer]) -> list[Answer]:
     decoding = [answer for answer in answers if isinstance(answer, Step) and decodes(answer)]
     others = [answer for answer in answers if not (isinstance(answer, Step) and decodes(answer))]
     return [*(replace(step, more=step is not decoding[-1]) for step in decoding), *others]
+
+
+def _part(step: Step) -> tuple[int, int] | None:
+    return step.part

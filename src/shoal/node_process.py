@@ -39,7 +39,7 @@ from .net.inbox import enough_bytes
 from .net.listen import addresses, listen, named, reachable
 from .net.messages import Offer
 from .net.node import Node
-from .net.slow import Slowness, SlowStage, SlowWatch, Turn, turn
+from .net.slow import Slowness, SlowWatch, Turn, slow_stage, turn
 from .planner import Device
 from .planning import (
     FREE_SHARE,
@@ -103,7 +103,9 @@ async def _main(
             identity=identity_of(model, args.name or platform.node(), secrets.randbits(64), __version__),
             offer=offer,
             units=model.n_units,
-            open_stage=lambda first, last: SlowStage(opener(first, last), slowness, turn=turns),
+            open_stage=lambda first, last: slow_stage(opener(first, last), slowness, turns),
+            kv_bytes=opener.kv_bytes,
+            stateless=frozenset(u for u, unit in enumerate(model.program.units) if not unit.states),
             resident=resident_bytes,
             log=_log,
             expect=stage_expectation(planner_model(model, options), offer.device),
@@ -210,20 +212,30 @@ class StageOpener:
 
     def __call__(self, first: int, last: int) -> Stage:
         """The stage of units [first, last). NoPlanError: it does not fit."""
+        options = replace(self._options, kv_bytes=self.kv_bytes(first, last))
+        return Stage(self._model, first, last, options)
+
+    def kv_bytes(self, first: int, last: int, beside: range = range(0)) -> int:
+        """What a stage of units [first, last) leaves for keys and values, while a stage of units `beside` is
+        ready as well. NoPlanError: nothing."""
         model, device = self._model, self._device
-        held = sum(unit_cost(model, u).bytes for u in range(first, last))
-        if (first, last) == (0, model.n_units):
+        units = {*range(first, last), *beside}
+        held = sum(unit_cost(model, u).bytes for u in units)
+        if len(units) == model.n_units:
             held -= tied_bytes(model)
         held += constant_bytes(model.program) + workspace_bytes(model, self._options, first, last)
+        if beside:
+            held += workspace_bytes(model, self._options, beside.start, beside.stop)
         held += message_bytes(model, self._options)
         left = device.ram_bytes - device.base_bytes - held
         if left <= 0:
+            others = f" beside [{beside.start}, {beside.stop})" if beside else ""
             raise NoPlanError(
-                f"units [{first}, {last}) need {held / MB:.0f} MB and the process itself "
+                f"units [{first}, {last}){others} need {held / MB:.0f} MB and the process itself "
                 f"{device.base_bytes / MB:.0f} MB, of {device.ram_bytes / MB:.0f} MB promised: "
                 f"{-left / MB + 1:.0f} MB are missing"
             )
-        return Stage(model, first, last, replace(self._options, kv_bytes=left))
+        return left
 
 
 def bare_bytes(path: str) -> int:

@@ -1,8 +1,5 @@
-"""A network in memory and a model whose tokens are arithmetic, for tests of everything above the wire.
-
-The fake stage computes inline, so a mock clock may jump while it does. Each of its units keeps a running
-number per sequence that depends on all rows before, so a lost, repeated or misplaced row changes the tokens.
-"""
+"""A network in memory and a model whose tokens are arithmetic (fake_stage.py), for tests of everything above
+the wire. The fake stage computes inline, so a mock clock may jump while it does."""
 
 from __future__ import annotations
 
@@ -14,13 +11,12 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import trio
 import trio.testing
+from tests.net.fake_stage import COLS, CONTEXT, PAGE, PRIME, UNITS, VOCAB, FakeStage
 
-from shoal.engine.batch import Result, Run, Sampling, Want
-from shoal.engine.errors import ContextError
+from shoal.engine.batch import Run, Sampling, Want
 from shoal.net.assignment import NodeParts
 from shoal.net.coordinator import Coordinator, CoordinatorOptions
 from shoal.net.identity import Identity, ModelShape
@@ -29,8 +25,7 @@ from shoal.net.node import Node
 from shoal.net.placement import Planner
 from shoal.planner import Device
 
-UNITS, VOCAB, CONTEXT, COLS, PRIME = 6, 97, 64, 2, 65521
-PAGE = 4
+__all__ = ["PAGE", "PRIME"]  # of tests, as attributes of `lab`
 SHAPE = ModelShape(UNITS, VOCAB, CONTEXT, COLS)
 OFFER = Offer(
     Device("fake", ram_bytes=10**9, read_bytes_per_s=1e9, macs_per_s=1e9, base_bytes=10**7),
@@ -40,71 +35,6 @@ OFFER = Offer(
 
 def identity(name: str, incarnation: int, model: str = "aa" * 32) -> Identity:
     return Identity(name, incarnation, "0.1.0", 1, model)
-
-
-class FakeStage:
-    """Units [first, last) of the arithmetic model. `room` caps the positions held by all sequences, and
-    `kv_pages` pages of PAGE positions, of which sequences take whole ones."""
-
-    page_positions = PAGE
-
-    def __init__(self, first: int, last: int, room: int = 10**9, pages: int | None = None) -> None:
-        self.first, self.last, self.room, self.kv_pages = first, last, room, pages
-        self.sequences: dict[int, tuple[Sampling, int, list[list[int]]]] = {}
-        self.batches: list[list[tuple[int, int, int]]] = []
-        self.closed = False
-        self.most_open = 0
-
-    def open_sequence(self, sequence: int, sampling: Sampling, context: int) -> None:
-        assert not self.closed
-        if sequence in self.sequences:
-            raise ValueError(f"sequence {sequence} is open already")
-        self.sequences[sequence] = (sampling, context, [[] for _ in range(self.first, self.last)])
-        self.most_open = max(self.most_open, len(self.sequences))
-
-    def run(self, batch: Sequence[Run]) -> list[Result]:
-        assert not self.closed
-        assert len({run.sequence for run in batch}) == len(batch)
-        self.batches.append([(run.sequence, run.first, len(run.tokens)) for run in batch])
-        return [self._run(run) for run in batch]
-
-    def _run(self, run: Run) -> Result:
-        sampling, context, states = self.sequences[run.sequence]
-        held = sum(len(state[0]) for _, _, state in self.sequences.values())
-        if run.first > len(states[0]) or run.first + len(run.tokens) > context:
-            raise ValueError(f"rows from {run.first}: the sequence holds {len(states[0])} positions")
-        if held - len(states[0]) + run.first + len(run.tokens) > self.room:
-            raise ContextError("keys and values have filled the MB promised to them")
-        others = [len(state[0]) for s, (_, _, state) in self.sequences.items() if s != run.sequence]
-        pages = sum(-(-n // PAGE) for n in (*others, run.first + len(run.tokens)))
-        if self.kv_pages is not None and pages > self.kv_pages:
-            raise ContextError(f"{pages} pages are more than the {self.kv_pages} promised")
-        if self.first == 0:
-            values = list(run.tokens)
-        else:
-            if run.hidden is None or run.hidden.shape != (len(run.tokens), COLS):
-                raise ValueError(f"stage [{self.first}, {self.last}) needs hidden rows of {COLS} columns")
-            values = [int(v) for v in run.hidden[:, 0]]
-        for unit, state in zip(range(self.first, self.last), states, strict=True):
-            del state[run.first :]
-            for i, value in enumerate(values):
-                before = state[-1] if state else 1
-                state.append((before * 31 + value * (unit + 1) + 7) % PRIME)
-                values[i] = state[-1]
-        n = len(run.tokens)
-        if self.last < UNITS:
-            hidden = np.array([[value, run.first + i] for i, value in enumerate(values)], np.float32)
-            return Result(run.sequence, run.first, n, hidden=hidden)
-        token = (values[-1] + sampling.seed) % VOCAB if run.want is Want.TOKEN else None
-        return Result(run.sequence, run.first, n, token=token)
-
-    def close_sequence(self, sequence: int) -> None:
-        self.sequences.pop(sequence, None)
-
-    def close(self) -> None:
-        assert not self.closed
-        self.closed = True
-        self.sequences.clear()
 
 
 def oracle(

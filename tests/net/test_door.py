@@ -217,7 +217,7 @@ def test_only_peers_with_the_coordinators_ticket_are_guests(lab: ModuleType, pur
     one(lab, test)
 
 
-@pytest.mark.parametrize("purpose", ["step", "probe"])
+@pytest.mark.parametrize("purpose", ["step", "probe", "bulk"])
 def test_guests_leave_with_their_coordinator(lab: ModuleType, purpose: str) -> None:
     async def test(net: Any) -> None:
         async with served(lab, net) as (control, ticket), shown(lab, net, purpose, ticket, 5) as guest:
@@ -228,23 +228,23 @@ def test_guests_leave_with_their_coordinator(lab: ModuleType, purpose: str) -> N
     one(lab, test)
 
 
-@pytest.mark.parametrize("purpose", ["step", "probe"])
-def test_a_newer_connection_that_brings_rows_replaces_the_older_one(lab: ModuleType, purpose: str) -> None:
+@pytest.mark.parametrize(("purpose", "most"), [("step", 2), ("bulk", 1), ("probe", 4)])
+def test_a_newer_connection_of_a_peer_replaces_its_oldest(lab: ModuleType, purpose: str, most: int) -> None:
     async def test(net: Any) -> None:
-        async with (
-            served(lab, net) as (_, ticket),
-            shown(lab, net, purpose, ticket, 5) as older,
-            shown(lab, net, purpose, ticket, 6) as other,
-            shown(lab, net, purpose, ticket, 5) as newer,
-        ):
+        start = trio.current_time()
+        async with served(lab, net) as (_, ticket), AsyncExitStack() as stack:
+            other = await stack.enter_async_context(shown(lab, net, purpose, ticket, 6))
+            own = [await stack.enter_async_context(shown(lab, net, purpose, ticket, 5)) for _ in range(4)]
             await trio.testing.wait_all_tasks_blocked()
-            kept = (other, newer) if purpose == "step" else (older, other, newer)
-            for guest in kept:
-                await guest.send(Ping(3))
-                assert (await guest.expect(Pong)).nonce == 3
-            if purpose == "step":
+            for connection in own[:-most]:
                 with pytest.raises(NodeLostError, match="it closed the connection"):
-                    await older.receive()
+                    await connection.receive()
+            assert len(net.nodes[7001].node._door._guests) == 1 + most
+            if purpose != "bulk":
+                for connection in (other, *own[-most:]):
+                    await connection.send(Ping(3))
+                    assert (await connection.expect(Pong)).nonce == 3
+        assert trio.current_time() == start
 
     one(lab, test)
 

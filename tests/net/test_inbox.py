@@ -343,6 +343,15 @@ def test_what_was_divided_is_joined_while_it_waits() -> None:
     assert [(step.first, step.want) for step in take(box, now).steps] == [(0, Want.TOKEN)]
 
 
+def test_rows_of_another_part_are_not_joined() -> None:
+    box, now = busy(away=0.030, later=True)
+    for at, part in enumerate([(0, 4), (0, 4), (0, 5), None]):
+        box.put(replace(passed(50, 3 * at, 3), part=part), now)
+    assert parts(take(box, now)) == [(50, 0, 6)]
+    assert parts(take(box, now)) == [(50, 6, 3)]
+    assert parts(take(box, now)) == [(50, 9, 3)]
+
+
 def test_joined_rows_keep_their_values_and_their_bytes() -> None:
     box, now = busy(later=True)
     before = box._bytes

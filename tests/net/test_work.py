@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ from shoal.engine.batch import Result as StageResult
 from shoal.engine.batch import Run, Sampling, Want
 from shoal.engine.errors import ContextError, ModelFileError
 from shoal.net.inbox import Batch
-from shoal.net.messages import Close, Epoch, Failed, Open, Result, Step, Work
-from shoal.net.work import MAX_SESSIONS, StageWork
+from shoal.net.messages import MOST_SESSIONS, Close, Epoch, Failed, Open, Result, Step, Work
+from shoal.net.work import Session, StageWork
 
 EPOCH = Epoch(1, 1)
 
@@ -26,7 +27,7 @@ def rows(session: int, first: int, tokens: tuple[int, ...], want: Want = Want.TO
 
 
 def test_hidden_rows_go_on_with_their_tokens(lab: ModuleType) -> None:
-    work = StageWork(lab.FakeStage(0, 2), EPOCH, last=False)
+    work = StageWork(lab.FakeStage(0, 2), EPOCH, 2)
     step = rows(1, 0, (4, 5, 6), Want.NOTHING)
     opening, onward = work.do(Batch((opened(1),), (step,)))
     assert opening == opened(1)
@@ -36,7 +37,7 @@ def test_hidden_rows_go_on_with_their_tokens(lab: ModuleType) -> None:
 
 
 def test_the_last_stage_answers_each_step_with_a_result(lab: ModuleType) -> None:
-    work = StageWork(lab.FakeStage(0, lab.UNITS), EPOCH, last=True)
+    work = StageWork(lab.FakeStage(0, lab.UNITS), EPOCH, None)
     batch = Batch((opened(1), opened(2)), (rows(1, 0, (4, 5), Want.NOTHING), rows(2, 0, (7,))))
     expected = lab.oracle([7], 1)[0]
     assert work.do(batch) == [Result(1, EPOCH, 0, 2, None), Result(2, EPOCH, 0, 1, expected)]
@@ -45,14 +46,14 @@ def test_the_last_stage_answers_each_step_with_a_result(lab: ModuleType) -> None
 
 def test_rows_of_a_session_that_is_not_open_are_dropped(lab: ModuleType) -> None:
     stage = lab.FakeStage(0, lab.UNITS)
-    work = StageWork(stage, EPOCH, last=True)
+    work = StageWork(stage, EPOCH, None)
     assert work.do(Batch((), (rows(1, 0, (4,)),))) == []
     assert stage.batches == []
 
 
 def test_one_sessions_failure_leaves_the_others_of_its_batch_alone(lab: ModuleType) -> None:
     stage = lab.FakeStage(0, lab.UNITS)
-    work = StageWork(stage, EPOCH, last=True)
+    work = StageWork(stage, EPOCH, None)
     batch = Batch((opened(1), opened(2), opened(3)), (rows(1, 0, (4,)), rows(2, 9, (1,)), rows(3, 0, (5,))))
     first, failed, third = work.do(batch)
     assert (first, third) == (
@@ -65,7 +66,7 @@ def test_one_sessions_failure_leaves_the_others_of_its_batch_alone(lab: ModuleTy
 
 
 def test_an_engine_error_keeps_its_code(lab: ModuleType) -> None:
-    work = StageWork(lab.FakeStage(0, 2, room=3), EPOCH, last=False)
+    work = StageWork(lab.FakeStage(0, 2, room=3), EPOCH, 2)
     work.do(Batch((opened(1), opened(2)), (rows(1, 0, (1, 2), Want.NOTHING),)))
     (failed,) = work.do(Batch((), (rows(2, 0, (1, 2)),)))
     assert isinstance(failed, Failed) and failed.code == ContextError.exit_code
@@ -91,7 +92,7 @@ class NotFinite:
 
 
 def test_numbers_that_are_none_end_the_session() -> None:
-    work = StageWork(NotFinite(), EPOCH, last=True)
+    work = StageWork(NotFinite(), EPOCH, None)
     step = Step(1, EPOCH, 0, (1,), Want.TOKEN, np.full((1, 2), np.nan, np.float32))
     assert work.do(Batch((opened(1),), (step,))) == [Failed(1, EPOCH, 13, "NaN in layer 3")]
 
@@ -100,7 +101,7 @@ def test_without_memory_one_session_ends_and_the_others_of_its_batch_go_on(
     lab: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = lab.FakeStage(0, lab.UNITS)
-    work, run, begin = StageWork(stage, EPOCH, last=True), stage.run, stage.open_sequence
+    work, run, begin = StageWork(stage, EPOCH, None), stage.run, stage.open_sequence
 
     def short_of_memory(batch: Sequence[Run]) -> list[StageResult]:
         if any(run.sequence == 2 for run in batch):
@@ -128,23 +129,23 @@ def test_without_memory_one_session_ends_and_the_others_of_its_batch_go_on(
 
 def test_a_mistake_of_ours_is_not_a_sessions_failure(lab: ModuleType) -> None:
     stage = lab.FakeStage(0, 2)
-    work = StageWork(stage, EPOCH, last=False)
+    work = StageWork(stage, EPOCH, 2)
     stage.close()
     with pytest.raises(AssertionError):
         work.do(Batch((opened(1),), ()))
 
 
 def test_opening_twice_or_too_often_fails_that_session_alone(lab: ModuleType) -> None:
-    work = StageWork(lab.FakeStage(0, lab.UNITS), EPOCH, last=True)
-    assert work.do(Batch(tuple(opened(s) for s in range(MAX_SESSIONS)), ())) == []
-    (failed,) = work.do(Batch((opened(MAX_SESSIONS),), ()))
-    assert isinstance(failed, Failed) and f"{MAX_SESSIONS} sessions" in failed.text
+    work = StageWork(lab.FakeStage(0, lab.UNITS), EPOCH, None)
+    assert work.do(Batch(tuple(opened(s) for s in range(MOST_SESSIONS)), ())) == []
+    (failed,) = work.do(Batch((opened(MOST_SESSIONS),), ()))
+    assert isinstance(failed, Failed) and f"{MOST_SESSIONS} sessions" in failed.text
     (failed,) = work.do(Batch((opened(5),), ()))
     assert isinstance(failed, Failed) and "open already" in failed.text
 
 
 def test_statistics_tell_decoding_from_prompts(lab: ModuleType) -> None:
-    work = StageWork(lab.FakeStage(0, lab.UNITS), EPOCH, last=True)
+    work = StageWork(lab.FakeStage(0, lab.UNITS), EPOCH, None)
     work.count(Batch((), (rows(1, 0, (1, 2, 3)), rows(2, 5, (1,)))), 0.5)
     work.count(Batch((), (rows(2, 6, (1,)), rows(3, 1, (1,)))), 0.25)
     work.count(Batch((), (rows(2, 7, (1,)),)), 0.25)
@@ -154,7 +155,7 @@ def test_statistics_tell_decoding_from_prompts(lab: ModuleType) -> None:
 
 
 def test_rows_that_decode_say_that_more_follow_and_go_before_those_of_prompts(lab: ModuleType) -> None:
-    work = StageWork(lab.FakeStage(0, 2), EPOCH, last=False)
+    work = StageWork(lab.FakeStage(0, 2), EPOCH, 2)
     work.do(Batch(tuple(opened(session) for session in (1, 2, 3, 4)), ()))
     steps = (rows(1, 0, (4,)), rows(4, 0, (4, 5), Want.NOTHING), rows(2, 0, (4,)), rows(3, 0, (4,)))
 
@@ -173,6 +174,63 @@ def test_a_damaged_file_is_nobodys_session(lab: ModuleType) -> None:
         def run(self, batch: Sequence[Run]) -> list[StageResult]:
             raise ModelFileError("unit-002.safetensors was truncated while it was in use")
 
-    work = StageWork(Damaged(0, lab.UNITS), EPOCH, last=True)
+    work = StageWork(Damaged(0, lab.UNITS), EPOCH, None)
     with pytest.raises(ModelFileError, match="was truncated"):
         work.do(Batch((opened(1), opened(2)), (rows(1, 0, (4,)), rows(2, 0, (7,)))))
+
+
+def carried(stage: Any, *prompt: int) -> dict[int, Session]:
+    """Session 1 as an earlier epoch left it, with the positions of a prompt."""
+    work = StageWork(stage, EPOCH, 2)
+    work.do(Batch((opened(1),), (rows(1, 0, prompt, Want.NOTHING),)))
+    return {1: work.sessions[1].truncated(len(prompt))}
+
+
+def test_a_session_that_was_carried_over_may_be_opened_once_again(lab: ModuleType) -> None:
+    stage = lab.FakeStage(0, 2)
+    work = StageWork(stage, EPOCH, 2, carried(stage, 4, 5))
+    assert work.do(Batch((opened(1),), ())) == [opened(1)]
+    assert len(stage.sequences) == 1
+    (failed,) = work.do(Batch((opened(1),), ()))
+    assert isinstance(failed, Failed) and failed.text == "session 1 is open already"
+
+
+def test_a_session_that_was_carried_over_is_not_opened_with_other_parameters(lab: ModuleType) -> None:
+    stage = lab.FakeStage(0, 2)
+    work = StageWork(stage, EPOCH, 2, carried(stage, 4, 5))
+    (failed,) = work.do(Batch((replace(opened(1), sampling=Sampling(seed=3)),), ()))
+    assert isinstance(failed, Failed)
+
+
+def test_tokens_follow_the_rows_that_have_run(lab: ModuleType) -> None:
+    stage = lab.FakeStage(0, 2)
+    work = StageWork(stage, EPOCH, 2, carried(stage, 4, 5, 6, 7))
+    rewinds = work.rewinds()
+    work.do(Batch((), (rows(1, 4, (8,)),)))
+    assert (work.sessions[1].tokens.tolist(), rewinds) == ([4, 5, 6, 7, 8], {1: 4})
+    rewinds.clear()
+    work.do(Batch((), (rows(1, 2, (9,)),)))
+    work.do(Batch((), (rows(1, 3, (3,)),)))
+    assert (work.sessions[1].tokens.tolist(), rewinds) == ([4, 5, 9, 3], {1: 2})
+    (failed,) = work.do(Batch((), (rows(1, 9, (1,)),)))
+    assert isinstance(failed, Failed) and not work.sessions
+
+
+def test_rows_of_a_part_leave_later_positions_and_end_at_its_last_stage(lab: ModuleType) -> None:
+    stage = lab.FakeStage(0, 2)
+    work = StageWork(stage, EPOCH, 2, carried(stage, 4, 5, 6, 7))
+    (onward,) = work.do(Batch((), (replace(rows(1, 0, (4, 5), Want.NOTHING), part=(0, 3)),)))
+    assert isinstance(onward, Step) and (onward.part, onward.first, onward.tokens) == ((0, 3), 0, (4, 5))
+    assert work.sessions[1].tokens.tolist() == [4, 5, 6, 7]
+    ends = replace(rows(1, 2, (6, 7), Want.NOTHING), part=(0, 2))
+    assert work.do(Batch((), (ends,))) == [Result(1, EPOCH, 2, 2, None)]
+
+
+def test_runs_of_one_call_have_the_same_part(lab: ModuleType) -> None:
+    stage = lab.FakeStage(0, 2)
+    work = StageWork(stage, EPOCH, 2)
+    parts = {1: None, 2: (0, 1), 3: (0, 1), 4: (0, 3)}
+    steps = tuple(replace(rows(s, 0, (4,), Want.NOTHING), part=part) for s, part in parts.items())
+    answers = work.do(Batch(tuple(opened(s) for s in parts), steps))[4:]
+    assert [type(answer) for answer in answers] == [Step, Result, Result, Step]
+    assert [[run[0] for run in batch] for batch in stage.batches] == [[1], [2, 3], [4]]

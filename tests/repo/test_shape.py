@@ -19,6 +19,7 @@ MAY_IMPORT = {
 WITH_TRIO = [
     "net/admission.py",
     "net/assignment.py",
+    "net/carry.py",
     "net/stage_loop.py",
     "net/chain.py",
     "net/connection.py",
@@ -26,6 +27,7 @@ WITH_TRIO = [
     "net/coordinator.py",
     "net/door.py",
     "net/epochs.py",
+    "net/keeper.py",
     "net/listen.py",
     "net/node.py",
     "net/probe.py",

@@ -1,0 +1,181 @@
+"""Keys and values that move with their units from one node to another, on a `bulk` connection.
+
+Keys and values are written once for each position, so a giver copies finished chunks of positions while the
+stage runs, and sends the rest after the commit, when nothing runs. A session that goes back to an earlier
+position writes anew from there on, and so the giver sends it anew (`StageWork.rewinds`).
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+
+import trio
+
+from ..engine.layout import CHUNK
+from .connection import Connection, Hop
+from .errors import NetError, RemoteProtocolError
+from .messages import MOST_SESSIONS, Carried, Commit, Complete, Epoch, Pages
+from .work import IncomingLike, Session, StageLike, StageWork
+
+LOOK_SECONDS = 0.05
+"""How often a giver looks for chunks that have been finished."""
+SHARE = 0.5
+"""The share of the link, and of the time, that copies may take while the stage runs."""
+CARRIED_TOKENS = 4096
+"""The most tokens in a Carried message."""
+
+
+class Giver:
+    """Sends the keys and values of units to the node that takes them over. `work` is the stage at work in the
+    base epoch, and `units` are those that have keys and values. With `history`, the taker also gets the
+    parameters and the tokens of the sessions. `bytes_per_s` is the rate of the link, or None if it is
+    unknown."""
+
+    def __init__(
+        self,
+        stage: StageLike,
+        work: StageWork,
+        epoch: Epoch,
+        units: Sequence[int],
+        *,
+        history: bool,
+        hop: Hop,
+        bytes_per_s: float | None,
+    ) -> None:
+        self._stage, self._work, self._epoch, self._units = stage, work, epoch, units
+        self._history, self._hop, self._bytes_per_s = history, hop, bytes_per_s
+        self._rewinds = work.rewinds()
+        self._sent: dict[int, int] = {}
+        """For each session, up to which position keys and values have been sent."""
+        self._told: dict[int, int] = {}
+        """For each session, up to which position tokens have been sent."""
+        self._commit: Commit | None = None
+        self._ordered = trio.Event()
+        self.bytes = 0
+        """Bytes of keys and values that have been sent."""
+
+    def finish(self, commit: Commit) -> None:
+        """Lets `run` send the rest of the commit's sessions. No call of the stage runs any more."""
+        self._commit = commit
+        self._ordered.set()
+
+    async def run(self, connection: Connection, copied: Callable[[], None]) -> None:
+        """Sends everything, and Complete. `copied` is called when, for the first time, no finished chunk is
+        left to send. NetError: the connection has ended, or the commit has positions that the stage does not
+        hold."""
+        told = False
+        while self._commit is None:
+            if await self._copy(connection):
+                continue
+            if not told:
+                copied()
+                told = True
+            await self._pause(LOOK_SECONDS)
+        for kept in self._commit.sessions:
+            known = self._work.sessions.get(kept.session)
+            if kept.positions and known is None:
+                raise NetError(f"the commit has session {kept.session}, which is not open here")
+            while known is not None and self._next(kept.session) < kept.positions:
+                end = min(self._next(kept.session) + CHUNK, kept.positions)
+                if not await self._send(connection, kept.session, known, end):
+                    raise NetError(
+                        f"session {kept.session} does not hold the {kept.positions} positions of the commit"
+                    )
+        await connection.send(Complete(self._epoch))
+        await connection.flush()
+
+    async def _copy(self, connection: Connection) -> bool:
+        """Sends the next finished chunk of each session. False: there is none."""
+        found = False
+        for session, known in list(self._work.sessions.items()):
+            end = self._next(session) + CHUNK
+            if self._commit is not None or len(known.tokens) < end:
+                continue
+            start, before = trio.current_time(), self.bytes
+            found |= await self._send(connection, session, known, end)
+            took = trio.current_time() - start
+            rate = self._bytes_per_s
+            usual = 0.0 if rate is None else (self.bytes - before) / rate
+            await self._pause(max(took, usual) / SHARE - took)
+        for gone in self._sent.keys() - self._work.sessions.keys():
+            del self._sent[gone]
+            self._told.pop(gone, None)
+        return found
+
+    def _next(self, session: int) -> int:
+        """The position from which a session's keys and values are still to be sent: the first of a chunk, or
+        the end."""
+        low = self._rewinds.pop(session, None)
+        if low is not None:
+            self._sent[session] = min(self._sent.get(session, 0), low // CHUNK * CHUNK)
+            self._told[session] = min(self._told.get(session, 0), low)
+        return self._sent.get(session, 0)
+
+    async def _send(self, connection: Connection, session: int, known: Session, end: int) -> bool:
+        """Sends the positions of a session up to `end`. False: the stage does not hold them any more."""
+        first = self._sent.get(session, 0)
+        try:
+            parts = await self._hop(partial(self._exported, session, first, end))
+        except (KeyError, ValueError):  # it has ended, or gone back, since it was looked at
+            return False
+        if self._history:
+            await self._tell(connection, session, known, end)
+        for unit, data in zip(self._units, parts, strict=True):
+            await connection.send(Pages(session, self._epoch, unit, first, end, data))
+            self.bytes += len(data)
+        self._sent[session] = end
+        return True
+
+    def _exported(self, session: int, first: int, end: int) -> list[bytes]:
+        return [self._stage.export_positions(session, unit, first, end) for unit in self._units]
+
+    async def _tell(self, connection: Connection, session: int, known: Session, end: int) -> None:
+        """Sends the tokens of a session up to `end`."""
+        while (first := self._told.get(session, 0)) < end:
+            last = min(end, first + CARRIED_TOKENS)
+            tokens = tuple(known.tokens[first:last])
+            self._told[session] = last
+            await connection.send(Carried(session, self._epoch, known.sampling, known.context, first, tokens))
+
+    async def _pause(self, seconds: float) -> None:
+        """Waits, but not any longer once the commit has come."""
+        with trio.move_on_after(seconds):
+            await self._ordered.wait()
+
+
+class Taker:
+    """Takes what givers send for one transition. `history`: the node has no stage in the base epoch, so it
+    is told the sessions' tokens, too."""
+
+    def __init__(self, incoming: IncomingLike, hop: Hop, *, history: bool) -> None:
+        self.incoming, self._hop, self._history = incoming, hop, history
+        self.sessions: dict[int, Session] = {}
+        """The sessions as far as their tokens have arrived."""
+        self._seen: set[int] = set()
+
+    async def take(self, message: Carried | Pages, units: Collection[int]) -> None:
+        """Takes a message of the giver of `units`. RemoteProtocolError: it does not fit. ContextError: there
+        is no room for it."""
+        self._seen.add(message.session)
+        if len(self._seen) > 2 * MOST_SESSIONS:  # some of them may have ended meanwhile
+            raise RemoteProtocolError(f"more than {2 * MOST_SESSIONS} sessions were sent in one transition")
+        try:
+            if isinstance(message, Carried):
+                await self._carried(message)
+            elif message.unit not in units:
+                raise ValueError(f"unit {message.unit} is not among those that this node takes over from it")
+            else:
+                where = message.session, message.unit, message.first, message.last, message.data
+                await self._hop(partial(self.incoming.accept, *where))
+        except ValueError as error:
+            raise RemoteProtocolError(f"keys and values do not fit: {error}") from error
+
+    async def _carried(self, message: Carried) -> None:
+        if not self._history:
+            raise ValueError(f"session {message.session} is open here, and its tokens are known")
+        where = message.session, message.sampling, message.context, message.first, message.tokens
+        await self._hop(partial(self.incoming.carried, *where))
+        known = self.sessions.setdefault(message.session, Session(message.sampling, message.context))
+        known.tokens[message.first : message.first + len(message.tokens)] = array("i", message.tokens)

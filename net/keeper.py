@@ -1,0 +1,376 @@
+"""The keeper of a node's stage for one coordinator: carries out what net/stage_state.py decides.
+
+The stage outlives epochs: a transition changes its range and its sessions, and only the loop, the inbox and
+the connections are made anew (net/assignment.py). What changes the stage itself is done by one task, in the
+order of the commands.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from typing import Literal
+
+import trio
+
+from ..engine.errors import NoPlanError, ShoalError
+from ..planner import LinkSpeed
+from .assignment import Assignment, NodeParts
+from .carry import Taker
+from .connection import Connection, open_tasks
+from .errors import NetError, RemoteProtocolError, to_wire
+from .messages import (
+    Assign,
+    Broken,
+    Carried,
+    Commit,
+    Complete,
+    Epoch,
+    Loaded,
+    Message,
+    Pages,
+    Prepared,
+    Room,
+)
+from .pace import NodePace
+from .stage_state import (
+    Adopt,
+    Adopted,
+    Command,
+    Completed,
+    CopyAhead,
+    Dial,
+    Drop,
+    Event,
+    NodeState,
+    OpenStage,
+    Order,
+    Prepare,
+    Ready,
+    SendTail,
+    StartLoop,
+    StopLoop,
+    Tell,
+    decide,
+)
+from .work import NO_SESSIONS, Session, StageLike, StageWork
+
+MOST_ORDERS = 16
+"""The most orders about the stage that may wait to be carried out."""
+
+
+class Keeper:
+    """Holds a node's stage for one coordinator. `tasks` outlives `run`."""
+
+    def __init__(
+        self,
+        parts: NodeParts,
+        coordinator: Connection,
+        pace: NodePace,
+        links: Mapping[int, LinkSpeed],
+        tasks: trio.Nursery,
+    ) -> None:
+        self._parts, self._coordinator, self._pace, self._links = parts, coordinator, pace, links
+        self._tasks = tasks
+        self._state, self._news = NodeState(), trio.Event()
+        self._assignments: dict[Epoch, Assignment] = {}
+        self._over: list[Assignment] = []
+        """Assignments that were dropped, and may be ending."""
+        self._stage: StageLike | None = None
+        self._owner: Epoch | None = None
+        """The epoch whose units the stage has."""
+        self._range = range(0)
+        self._carried: Mapping[int, Session] = NO_SESSIONS
+        """The sessions that the stage holds for the next loop."""
+        self._events = deque[Event]()
+        self._work, self._to_do = trio.open_memory_channel[Callable[[], Awaitable[None]]](math.inf)
+        self._reports, self._to_send = trio.open_memory_channel[Message](math.inf)
+
+    async def run(self) -> None:
+        """Works until cancelled, and then closes the stage."""
+        try:
+            async with open_tasks() as tasks:
+                tasks.start_soon(self._send_reports)
+                async for work in self._to_do:
+                    await work()
+        finally:
+            with trio.CancelScope(shield=True):
+                for assignment in (*self._assignments.values(), *self._over):
+                    assignment.drop()
+                    await assignment.ended()
+            self._close_stage()
+
+    @property
+    def current(self) -> Assignment | None:
+        """The assignment in force, which may be loading; None if there is none."""
+        return None if self._state.epoch is None else self._assignments[self._state.epoch]
+
+    @property
+    def busy(self) -> bool:
+        """Whether many orders wait to be carried out."""
+        return self._work.statistics().current_buffer_used > MOST_ORDERS
+
+    def order(self, message: Order) -> None:
+        """Follows an order; the coordinator is told of its outcome. RemoteProtocolError: it cannot be
+        followed."""
+        if isinstance(message, Assign):
+            check_assign(message, self._parts.units)
+            if message.epoch in self._assignments:
+                raise RemoteProtocolError(f"the coordinator assigned units twice in epoch {message.epoch}")
+            self._assignments[message.epoch] = Assignment(
+                self._parts, self._coordinator, message, self._pace, self._links, self._tasks, self._tell
+            )
+        elif isinstance(message, Commit) and message.epoch in self._assignments:
+            self._assignments[message.epoch].began = trio.current_time()
+        self._tell(message)
+
+    async def receive_bulk(self, connection: Connection, giver: int) -> None:
+        """Takes keys and values from a giver until it disconnects. Errors as for Connection.receive, and what
+        is wrong with them."""
+        while True:
+            message = await connection.receive()
+            assert isinstance(message, Carried | Pages | Complete), "the wire lets nothing else through"
+            assignment = await self._taking(message.epoch, giver)
+            units = self._state.taken(message.epoch, giver)
+            if assignment is None or assignment.taker is None or units is None:
+                continue
+            if isinstance(message, Complete):
+                self._tell(Completed(message.epoch, giver))
+                continue
+            try:
+                await assignment.taker.take(message, units)
+            except (ShoalError, MemoryError) as error:
+                if assignment.dropped:
+                    continue
+                self._tell(Broken(message.epoch, *to_wire(error), None))
+                raise error if isinstance(error, ShoalError) else NetError("out of memory") from error
+
+    async def _taking(self, epoch: Epoch, giver: int) -> Assignment | None:
+        """The assignment of a transition in which a giver sends something; None if there is none. Waits for
+        an order that may be on its way, and for the stage."""
+        while self._state.awaits(epoch):
+            await self._news.wait()
+        while self._state.taken(epoch, giver) is not None:
+            assignment = self._assignments[epoch]
+            if assignment.taker is not None:
+                return assignment
+            await self._news.wait()
+        return None
+
+    def _tell(self, event: Event) -> None:
+        """Carries out what follows from an event, and from those that this leads to."""
+        self._events.append(event)
+        if len(self._events) > 1:
+            return  # the caller is called by the loop below
+        while self._events:
+            self._state, commands = decide(self._state, self._events[0])
+            for command in commands:
+                self._carry_out(command)
+            self._events.popleft()
+        self._notify()
+
+    def _notify(self) -> None:
+        self._news.set()
+        self._news = trio.Event()
+
+    def _carry_out(self, command: Command) -> None:
+        match command:
+            case OpenStage(assign):
+                self._do(self._open, self._assignments[assign.epoch])
+            case Prepare(assign):
+                self._do(self._prepare, self._assignments[assign.epoch])
+            case Dial(epoch, peer):
+                self._assignments[epoch].dial(peer)
+            case CopyAhead(epoch, taker, gifts):
+                base = self.current
+                if base is None or base.work is None or self._stage is None:
+                    self._tell(Broken(epoch, *to_wire(NetError("there is nothing to give away here")), None))
+                else:
+                    self._assignments[epoch].give(taker, gifts, self._stage, base.work)
+            case StopLoop(epoch):
+                self._assignments[epoch].stop()
+            case SendTail(commit, giver):
+                self._assignments[commit.epoch].send_tail(commit, giver)
+            case Adopt(assign, commit):
+                self._do(
+                    partial(self._adopt, commit=commit, base=self.current), self._assignments[assign.epoch]
+                )
+            case StartLoop(epoch):
+                self._start(self._assignments[epoch])
+            case Tell(what, epoch):
+                self._reports.send_nowait(self._report(what, epoch))
+            case Drop(epoch):
+                self._drop(self._assignments[epoch])
+
+    def _do(self, work: Callable[[Assignment], Awaitable[None]], assignment: Assignment) -> None:
+        """Has the task of the stage do something, after all that it has been given before."""
+        self._work.send_nowait(partial(work, assignment))
+
+    def _drop(self, assignment: Assignment) -> None:
+        del self._assignments[assignment.epoch]
+        assignment.drop()
+        self._over.append(assignment)
+        self._do(self._undo, assignment)
+
+    def _start(self, assignment: Assignment) -> None:
+        for other in [other for epoch, other in self._assignments.items() if epoch < assignment.epoch]:
+            self._drop(other)  # its stage is the one that starts now
+        assert self._stage is not None
+        assign = assignment.assign
+        last = None if assign.next is None else assign.last
+        assignment.begin(StageWork(self._stage, assign.epoch, last, self._carried))
+        self._carried = NO_SESSIONS
+
+    def _report(self, what: Literal["prepared", "loaded"] | Broken, epoch: Epoch) -> Message:
+        if isinstance(what, Broken):
+            return what
+        assignment = self._assignments[epoch]
+        seconds = trio.current_time() - assignment.began
+        if what == "prepared":
+            return Prepared(epoch, seconds, assignment.given)
+        pages = None
+        if self._stage is not None and assignment.assign.first < assignment.assign.last:
+            pages = self._stage.kv_pages
+        room = None if pages is None or self._stage is None else Room(pages, self._stage.page_positions)
+        return Loaded(epoch, seconds, self._parts.resident(), room)
+
+    async def _send_reports(self) -> None:
+        async for report in self._to_send:
+            await self._coordinator.send(report)
+
+    # --- the task of the stage
+
+    async def _open(self, assignment: Assignment) -> None:
+        if assignment.dropped:
+            return
+        assign = assignment.assign
+        try:
+            self._stage = await self._parts.hop(partial(self._parts.open_stage, assign.first, assign.last))
+        except (ShoalError, MemoryError) as error:
+            self._tell(Broken(assign.epoch, *to_wire(error), None))
+            return
+        self._owner, self._range = assign.epoch, range(assign.first, assign.last)
+        await self._take_over(assignment, self._stage, history=True)
+        self._tell(Ready(assign.epoch))
+
+    async def _prepare(self, assignment: Assignment) -> None:
+        stage, assign = self._stage, assignment.assign
+        if assignment.dropped or stage is None:
+            return
+        await self._take_over(assignment, stage, history=False)
+        beside = range(assign.first, assign.last)
+        try:
+            if beside != self._range:
+                assignment.prepared = await self._parts.hop(partial(self._prepared, stage, beside))
+        except (ShoalError, MemoryError) as error:
+            self._tell(Broken(assign.epoch, *to_wire(error), None))
+        else:
+            self._tell(Ready(assign.epoch))
+
+    def _prepared(self, stage: StageLike, beside: range) -> object:
+        """Prepares a range beside the running one. Keys and values have less room meanwhile."""
+        limit = self._parts.kv_bytes(self._range.start, self._range.stop, beside)
+        if limit is not None:
+            if stage.kv_bytes > limit:
+                raise NoPlanError(
+                    f"keys and values of running answers leave no room for units [{beside.start}, "
+                    f"{beside.stop}): end requests, or promise more RAM"
+                )
+            stage.limit_kv(limit)
+        try:
+            return stage.prepare(beside.start, beside.stop)
+        except (ShoalError, MemoryError):
+            self._whole_room(stage)
+            raise
+
+    def _whole_room(self, stage: StageLike) -> None:
+        limit = self._parts.kv_bytes(self._range.start, self._range.stop)
+        if limit is not None:
+            stage.limit_kv(limit)
+
+    async def _take_over(self, assignment: Assignment, stage: StageLike, *, history: bool) -> None:
+        """Lets the givers of the assignment send."""
+        if assignment.assign.takes:
+            incoming = await self._parts.hop(stage.incoming)
+            assignment.taker = Taker(incoming, self._parts.hop, history=history)
+            self._notify()
+
+    async def _adopt(self, assignment: Assignment, commit: Commit, base: Assignment | None) -> None:
+        stage, assign, taker = self._stage, assignment.assign, assignment.taker
+        if assignment.dropped or stage is None:
+            return
+        known: dict[int, Session] = {} if taker is None else dict(taker.sessions)
+        if base is not None and base.work is not None:
+            known |= base.work.sessions
+        try:
+            kept = self._kept(assign, commit, known)
+            change = partial(
+                stage.adopt,
+                assignment.prepared,
+                kept,
+                None if taker is None else taker.incoming,
+                range(commit.lost_first, commit.lost_last),
+                self._parts.kv_bytes(assign.first, assign.last),
+            )
+            await self._parts.hop(change)
+        except (ShoalError, ValueError, MemoryError) as error:
+            self._tell(Broken(assign.epoch, *to_wire(error), None))
+            return
+        assignment.prepared = None
+        if taker is not None:
+            taker.incoming.close()
+        self._owner, self._range = assign.epoch, range(assign.first, assign.last)
+        self._carried = {session: known[session].truncated(positions) for session, positions in kept.items()}
+        self._tell(Adopted(assign.epoch))
+
+    def _kept(self, assign: Assign, commit: Commit, known: Mapping[int, Session]) -> dict[int, int]:
+        """The positions of the commit's sessions that the stage keeps. It need not know a session without
+        positions, or one whose keys and values it would have lost: their Open is sent again. NetError: it
+        does not know another one."""
+        lost = {*range(commit.lost_first, commit.lost_last), *self._parts.stateless}
+        for kept in commit.sessions:
+            if (
+                kept.positions
+                and kept.session not in known
+                and not lost.issuperset(range(assign.first, assign.last))
+            ):
+                raise NetError(f"session {kept.session} of the commit has not been sent here")
+        return {kept.session: kept.positions for kept in commit.sessions if kept.session in known}
+
+    async def _undo(self, assignment: Assignment) -> None:
+        await assignment.ended()
+        self._over.remove(assignment)
+        if assignment.taker is not None:
+            assignment.taker.incoming.close()
+        if assignment.epoch == self._owner:
+            self._close_stage()
+        elif assignment.prepared is not None and self._stage is not None:
+            await self._parts.hop(partial(self._discard, self._stage, assignment.prepared))
+
+    def _discard(self, stage: StageLike, prepared: object) -> None:
+        stage.discard(prepared)
+        self._whole_room(stage)
+
+    def _close_stage(self) -> None:
+        if self._stage is not None:
+            self._stage.close()
+        self._stage = self._owner = None
+
+
+def check_assign(assign: Assign, units: int) -> None:
+    """RemoteProtocolError: a stage of these units cannot be in a chain."""
+    first, last = assign.first, assign.last
+    empty = first == last == 0 and assign.base is not None and not assign.takes
+    if (
+        not (0 <= first < last <= units or empty)
+        or (assign.next is None) != (empty or last == units)
+        or not all(first <= take.first < take.last <= last for take in assign.takes)
+        or not all(0 <= gift.first < gift.last <= units for gift in assign.gives)
+        or (assign.base is None and (assign.gives or assign.takes))
+    ):
+        raise RemoteProtocolError(
+            f"the coordinator assigned units [{first}, {last}) of {units} with "
+            f"{'no' if assign.next is None else 'a'} next node: such a stage cannot be in a chain"
+        )

@@ -1,0 +1,202 @@
+"""A stage of a model whose tokens are arithmetic. Each of its units keeps a running number per sequence that
+depends on all rows before, so a lost, repeated or misplaced row, and keys and values of another position,
+change the tokens."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from shoal.engine.batch import Result, Run, Sampling, Want
+from shoal.engine.errors import ContextError
+
+UNITS, VOCAB, CONTEXT, COLS, PRIME = 6, 97, 64, 2, 65521
+PAGE = 4
+
+
+@dataclass
+class FakeSequence:
+    """Numbers by unit, one for each position that the unit holds, and how many positions have tokens."""
+
+    sampling: Sampling
+    context: int
+    length: int = 0
+    states: dict[int, list[int]] = field(default_factory=dict)
+
+    def held(self, unit: int) -> int:
+        return len(self.states.get(unit, ()))
+
+
+class FakeIncoming:
+    """Sequences as far as they have arrived."""
+
+    def __init__(self) -> None:
+        self.arrived: dict[int, FakeSequence] = {}
+        self.known: set[int] = set()
+        """Sequences whose parameters have arrived."""
+        self.closed = False
+
+    def carried(
+        self, sequence: int, sampling: Sampling, context: int, first: int, tokens: Sequence[int]
+    ) -> None:
+        self._open()
+        self.known.add(sequence)
+        arrived = self.arrived.setdefault(sequence, FakeSequence(sampling, context))
+        if first > arrived.length:
+            raise ValueError(f"tokens from {first} on do not follow the {arrived.length} of {sequence}")
+        arrived.sampling, arrived.context = sampling, context
+        arrived.length = max(arrived.length, first + len(tokens))
+
+    def accept(self, sequence: int, unit: int, first: int, last: int, data: bytes | memoryview) -> None:
+        self._open()
+        arrived = self.arrived.setdefault(sequence, FakeSequence(Sampling(), CONTEXT))
+        state = arrived.states.setdefault(unit, [])
+        if first > len(state) or len(data) != 4 * (last - first):
+            raise ValueError(f"positions [{first}, {last}) do not follow the {len(state)} of unit {unit}")
+        del state[first:]
+        state += struct.unpack(f"<{last - first}I", data)
+
+    def close(self) -> None:
+        self.closed = True
+        self.arrived.clear()
+
+    def _open(self) -> None:
+        if self.closed:
+            raise ValueError("the staging area has been closed")
+
+
+class FakeStage:
+    """Units [first, last) of the arithmetic model. `room` caps the positions held by all sequences, and
+    `kv_pages` pages of PAGE positions, of which sequences take whole ones."""
+
+    page_positions = PAGE
+    kv_bytes = 0
+
+    def __init__(self, first: int, last: int, room: int = 10**9, pages: int | None = None) -> None:
+        self.first, self.last, self.room, self.kv_pages = first, last, room, pages
+        self.sequences: dict[int, FakeSequence] = {}
+        self.batches: list[list[tuple[int, int, int]]] = []
+        self.closed = False
+        self.most_open = 0
+        self.prepared: list[range] = []
+        self.loaded: list[range] = [range(first, last)]
+        """The ranges that were opened, or prepared."""
+        self.staged: list[FakeIncoming] = []
+        self.limits: list[int] = []
+
+    def open_sequence(self, sequence: int, sampling: Sampling, context: int) -> None:
+        assert not self.closed
+        if sequence in self.sequences:
+            raise ValueError(f"sequence {sequence} is open already")
+        self.sequences[sequence] = FakeSequence(sampling, context)
+        self.most_open = max(self.most_open, len(self.sequences))
+
+    def run(self, batch: Sequence[Run]) -> list[Result]:
+        assert not self.closed
+        assert len({run.sequence for run in batch}) == len(batch)
+        assert len({run.part for run in batch}) == 1
+        self.batches.append([(run.sequence, run.first, len(run.tokens)) for run in batch])
+        return [self._run(run) for run in batch]
+
+    def _run(self, run: Run) -> Result:
+        known, n = self.sequences[run.sequence], len(run.tokens)
+        enter, until = run.part or (self.first, self.last)
+        enter, until = max(enter, self.first), min(until, self.last)
+        assert enter < until
+        end = run.first + n
+        if run.first > known.length or end > known.context:
+            raise ValueError(f"rows from {run.first}: the sequence holds {known.length} positions")
+        length = end if run.part is None else max(end, known.length)
+        others = [other.length for s, other in self.sequences.items() if s != run.sequence]
+        if sum(others) + length > self.room:
+            raise ContextError("keys and values have filled the MB promised to them")
+        pages = sum(-(-positions // PAGE) for positions in (*others, length))
+        if self.kv_pages is not None and pages > self.kv_pages:
+            raise ContextError(f"{pages} pages are more than the {self.kv_pages} promised")
+        if enter == 0:
+            values = list(run.tokens)
+        else:
+            if run.hidden is None or run.hidden.shape != (n, COLS):
+                raise ValueError(f"stage [{self.first}, {self.last}) needs hidden rows of {COLS} columns")
+            values = [int(v) for v in run.hidden[:, 0]]
+        known.length = length
+        for unit in range(enter, until):
+            state = known.states.setdefault(unit, [])
+            if len(state) < run.first:
+                raise ValueError(f"unit {unit} holds {len(state)} of the {run.first} positions")
+            later = [] if run.part is None else state[end:]
+            del state[run.first :]
+            for i, value in enumerate(values):
+                before = state[-1] if state else 1
+                state.append((before * 31 + value * (unit + 1) + 7) % PRIME)
+                values[i] = state[-1]
+            state += later
+        if until < UNITS:
+            hidden = np.array([[value, run.first + i] for i, value in enumerate(values)], np.float32)
+            return Result(run.sequence, run.first, n, hidden=hidden)
+        token = (values[-1] + known.sampling.seed) % VOCAB if run.want is Want.TOKEN else None
+        return Result(run.sequence, run.first, n, token=token)
+
+    def close_sequence(self, sequence: int) -> None:
+        self.sequences.pop(sequence, None)
+
+    def close(self) -> None:
+        assert not self.closed
+        self.closed = True
+        self.sequences.clear()
+
+    def export_positions(self, sequence: int, unit: int, first: int, last: int) -> bytes:
+        state = self.sequences[sequence].states.get(unit, [])
+        if not 0 <= first < last <= len(state):
+            raise ValueError(f"unit {unit} holds {len(state)} positions, not [{first}, {last})")
+        return struct.pack(f"<{last - first}I", *state[first:last])
+
+    def prepare(self, first: int, last: int) -> range:
+        assert not self.closed and not self.prepared
+        self.prepared.append(range(first, last))
+        self.loaded.append(range(first, last))
+        return self.prepared[0]
+
+    def discard(self, prepared: range) -> None:
+        self.prepared.remove(prepared)
+
+    def incoming(self) -> FakeIncoming:
+        self.staged.append(FakeIncoming())
+        return self.staged[-1]
+
+    def limit_kv(self, kv_bytes: int) -> None:
+        self.limits.append(kv_bytes)
+
+    def adopt(
+        self,
+        prepared: range | None,
+        sequences: Mapping[int, int],
+        incoming: FakeIncoming | None = None,
+        lost: range = range(0),
+        kv_bytes: int | None = None,
+    ) -> None:
+        assert not self.closed
+        old, new = range(self.first, self.last), prepared or range(self.first, self.last)
+        after: dict[int, FakeSequence] = {}
+        for number, positions in sequences.items():
+            own = self.sequences.get(number)
+            more = None if incoming is None else incoming.arrived.get(number)
+            if own is None and incoming is not None and number in incoming.known:
+                own = more
+            if own is None or own.length < positions:
+                raise ValueError(f"sequence {number} has no tokens of {positions} positions")
+            kept = after[number] = FakeSequence(own.sampling, own.context, positions)
+            for unit in new:
+                source = own if unit in old and number in self.sequences else more
+                held = 0 if source is None else source.held(unit)
+                if held < positions and unit not in lost:
+                    raise ValueError(f"unit {unit} holds {held} of the {positions} positions of {number}")
+                kept.states[unit] = [] if source is None else source.states.get(unit, [])[:positions]
+        if prepared is not None:
+            self.prepared.remove(prepared)
+        self.sequences, self.first, self.last = after, new.start, new.stop
+        if kv_bytes is not None:
+            self.limits.append(kv_bytes)

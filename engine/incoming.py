@@ -80,18 +80,6 @@ class Incoming:
             arriving = sequences.get(sequence)
             return 0 if arriving is None else arriving.kv.positions(unit)
 
-    def length(self, sequence: int) -> int:
-        """Number of tokens of a sequence that have arrived."""
-        with self.locked() as sequences:
-            arriving = sequences.get(sequence)
-            return 0 if arriving is None else len(arriving.tokens)
-
-    def drop(self, sequence: int) -> None:
-        """Forgets a sequence, and frees its pages."""
-        with self._lock:
-            if arriving := self._sequences.pop(sequence, None):
-                arriving.kv.truncate(0)
-
     def close(self) -> None:
         """Forgets all sequences, and frees their pages. Later calls raise ValueError."""
         with suppress(ValueError):  # the stage has been closed

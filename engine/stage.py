@@ -119,11 +119,6 @@ class Stage:
         return self._held
 
     @property
-    def sequences(self) -> tuple[int, ...]:
-        """The numbers of the open sequences."""
-        return tuple(self._sequences)
-
-    @property
     def kv_bytes(self) -> int:
         """Bytes of the pages of keys and values in use by sequences, incoming ones included."""
         return self._pool.used
@@ -200,39 +195,10 @@ class Stage:
             return number
 
     def close_sequence(self, sequence: int) -> None:
-        """Closes a sequence and frees its pages, incoming ones too. Does nothing if it is not open or the
-        stage is closed."""
+        """Closes a sequence and frees its pages. Does nothing if it is not open or the stage is closed. What
+        is incoming of it stays until `adopt`, since its giver may not know of the end yet."""
         self._ended.append(sequence)
         self._calls.tidy()
-
-    def length(self, sequence: int) -> int:
-        """Number of positions that have been run. KeyError: the sequence is not open."""
-        with self._calls.alone():
-            return self._sequences[sequence].length
-
-    def lowest(self, sequence: int) -> int:
-        """The lowest position from which the sequence was run since this was last asked; its length if it was
-        not. What was exported before from there on is no longer valid. KeyError: the sequence is not open."""
-        with self._calls.alone():
-            state = self._sequences[sequence]
-            lowest = state.length if state.lowest is None else min(state.lowest, state.length)
-            state.lowest = None
-            return lowest
-
-    def parameters(self, sequence: int) -> tuple[Sampling, int]:
-        """The sampling parameters and the context of a sequence. KeyError: it is not open."""
-        with self._calls.alone():
-            state = self._sequences[sequence]
-            return state.sampling, len(state.tokens)
-
-    def tokens(self, sequence: int, first: int, last: int) -> list[int]:
-        """Token ids of positions [first, last). KeyError: the sequence is not open. ValueError: it does not
-        hold these positions."""
-        with self._calls.alone():
-            state = self._sequences[sequence]
-            if not 0 <= first <= last <= state.length:
-                raise ValueError(f"sequence {sequence} holds {state.length} positions, not [{first}, {last})")
-            return state.tokens[first:last].tolist()  # type: ignore[no-any-return]
 
     def positions(self, sequence: int, unit: int) -> int:
         """Number of positions of a sequence that a unit holds. KeyError: the sequence is not open."""
@@ -536,7 +502,6 @@ class Stage:
                 )
         state.kv.check(run.first, units)
         if run.part is None:
-            state.lowest = run.first if state.lowest is None else min(state.lowest, run.first)
             state.length = min(state.length, run.first)  # set to the new length once the run succeeds
         else:
             known = state.tokens[run.first : min(end, state.length)]
@@ -606,10 +571,8 @@ class Stage:
 
     def _close_ended(self) -> None:
         while self._ended:
-            number = self._ended.popleft()
-            for incoming in self._incoming:
-                incoming.drop(number)
-            if state := self._sequences.pop(number, None):
+            state = self._sequences.pop(self._ended.popleft(), None)
+            if state is not None:
                 state.kv.truncate(0)
 
     def _results(self, batch: Sequence[Run], rows: Sequence[SequenceRows], outcome: Outcome) -> list[Result]:

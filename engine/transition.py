@@ -23,8 +23,6 @@ class OpenSequence:
     """Token ids by position; only [0, length) are valid."""
     length: int
     sampling: Sampling
-    lowest: int | None = None
-    """The lowest first position of runs since `Stage.lowest` was called."""
 
     @classmethod
     def begun(cls, kv: SequenceKv, context: int, sampling: Sampling, history: Sequence[int]) -> OpenSequence:

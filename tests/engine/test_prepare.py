@@ -58,7 +58,7 @@ def test_parts_that_cannot_run_are_refused_and_nothing_is_lost(tiny_int8: Model)
         assert held == [stage.export_positions(1, u, 0, 80) for u in LAYERS]
         stage.run([part(70, PROMPT[70:90], (2, 3))])  # and some positions that are new
         assert [stage.positions(1, u) for u in LAYERS] == [80, 90, 80]
-        assert stage.length(1) == 90
+        assert stage._sequences[1].length == 90
         with pytest.raises(ValueError, match="unit 1 holds 80 of the 90 positions"):
             stage.run([Run(1, 90, [1], Want.NOTHING, rows[:1])])
         (again,) = stage.run([Run(1, 0, PROMPT[:80], Want.NOTHING, rows[:80])])
@@ -215,43 +215,6 @@ def test_a_closed_stage_ends_what_was_prepared(tiny_int8: Model) -> None:
     assert stage._weights.nbytes == stage.kv_bytes == 0
 
 
-def test_where_a_sequence_was_run_from_is_told_once(tiny_int8: Model) -> None:
-    with Stage(tiny_int8, 0, 3, OPTIONS) as stage:
-        stage.open_sequence(1)
-        assert (stage.lowest(1), stage.length(1)) == (0, 0)
-        for first, n, lowest in ((0, 100, 0), (100, 1, 100), (101, 1, 101)):
-            stage.run([Run(1, first, PROMPT[:n], Want.NOTHING)])
-            assert (stage.lowest(1), stage.lowest(1)) == (lowest, first + n)
-        for first in (90, 30, 31):
-            stage.run([Run(1, first, PROMPT[:1], Want.NOTHING)])
-        stage.run([Run(1, 0, stage.tokens(1, 0, 5), Want.NOTHING, None, (0, 2))])
-        assert (stage.lowest(1), stage.lowest(1)) == (30, 32)
-        with pytest.raises(FloatingPointError):
-            fail_at_20(stage)
-        assert stage.lowest(1) == stage.length(1) == 20
-        for first, last in ((0, 21), (-1, 3), (5, 4)):
-            with pytest.raises(ValueError, match="holds 20 positions"):
-                stage.tokens(1, first, last)
-        for ask in (stage.lowest, stage.length, stage.parameters, lambda n: stage.tokens(n, 0, 0)):
-            with pytest.raises(KeyError):
-                ask(2)
-
-
-def fail_at_20(stage: Stage) -> None:
-    """A run from position 20 that fails."""
-    executor = stage._executor
-    run = executor.run
-
-    def failing(*_: Any) -> Any:
-        raise FloatingPointError
-
-    executor.run = failing  # type: ignore[method-assign]
-    try:
-        stage.run([Run(1, 20, [1, 2], Want.NOTHING)])
-    finally:
-        executor.run = run  # type: ignore[method-assign]
-
-
 @pytest.mark.slow
 def test_answers_go_on_while_other_threads_prepare_hold_and_receive(tiny_int8: Model) -> None:
     with Stage(tiny_int8, 0, 5, OPTIONS) as giver, Stage(tiny_int8, 0, 5, OPTIONS) as stage:
@@ -343,7 +306,6 @@ for unit in (2, 3):
 def work():
     while not stop.is_set():
         other.accept(2, 2, 0, 100, data[1])
-        other.drop(2)
         stage.discard(stage.prepare(1, 3))
         stage.hold([3])
         stage.hold([])

@@ -3,7 +3,7 @@
 Requests arrive at the coordinator, prompts go in chunks, stages choose their calls with the inbox of nodes
 (net/inbox.py), links carry one message at a time, answers grow token by token. Devices get slower or
 die at given times; a dead one means a new plan on the others, and a replay of everything known; a slow one
-loses boundary layers to a neighbour. Nothing is random but what random_requests draws from its seed.
+loses layers if the rebalancer says so. Nothing is random but what random_requests draws from its seed.
 """
 
 import heapq
@@ -21,14 +21,17 @@ from shoal.engine.batch import Want
 from shoal.net.inbox import Batch, Inbox, decodes, load
 from shoal.net.messages import Close, Epoch, Step
 from shoal.net.pace import slowed
+from shoal.net.placement import Outcome as Moved
+from shoal.net.placement import Proposal, Usage
+from shoal.net.rebalance import Memory, View, happened, look
 from shoal.net.scheduler import Load
 from shoal.planner import Assignment, Cluster, Question
 from shoal.planner.chunks import Chunking, best_chunking
 from shoal.planner.cost import PAUSE_SECONDS, StageCost, hop_seconds
 from shoal.planner.evaluation import check_stages
 from shoal.planner.groups import Grouping, grouping
-from shoal.planner.moves import Move, best_move
-from shoal.planner.rows import MOST_ROWS, check_name, check_real, check_seconds, check_whole
+from shoal.planner.moves import travel
+from shoal.planner.rows import LOOPBACK, MOST_ROWS, check_name, check_real, check_seconds, check_whole
 from shoal.planner.streams import Follower, Way
 
 EPOCH = Epoch(0, 0)
@@ -73,22 +76,19 @@ class Event:
 class Rules:
     """How the system behaves. `chunk_rows`: the most rows of a chunk; `window`: chunks of a prompt in flight.
     `replan` gives the stages for the devices that are left; `recover_s` passes between a death and the new
-    assignment. `steal_every_s`: how often neighbours compare themselves; 0 never. A layer moves when the
-    slower of the two gains at least `steal_gain`."""
+    assignment. `look_every_s`: how often the rebalancer looks at the paces; 0 never."""
 
     chunk_rows: int = 128
     window: int = 4
     recover_s: float = 1.0
     replan: Callable[[Cluster], Sequence[Assignment]] | None = None
-    steal_every_s: float = 0.0
-    steal_gain: float = 0.1
+    look_every_s: float = 0.0
 
     def __post_init__(self) -> None:
         check_whole("chunk_rows", self.chunk_rows, 1)
         check_whole("window", self.window, 1)
         check_seconds("recover_s", self.recover_s)
-        check_seconds("steal_every_s", self.steal_every_s)
-        check_seconds("steal_gain", self.steal_gain)
+        check_seconds("look_every_s", self.look_every_s)
 
 
 @dataclass(slots=True)
@@ -99,7 +99,7 @@ class Outcome:
     tokens: int = 0
     first_token_at: list[float | None] = field(default_factory=list)
     done_at: list[float | None] = field(default_factory=list)
-    steals: int = 0
+    changes: int = 0
     recoveries: int = 0
     calls: int = 0
     stages: tuple[Assignment, ...] = ()
@@ -324,13 +324,15 @@ class _Run:
         self.count = 0
         self.now = 0.0
         self.moving = False
+        self.memory = Memory()
+        self.slower: dict[str, float] = {}
         self._assign(stages)
         for index, request in enumerate(requests):
             self.at(request.at, self._arrive, index)
         for event in events:
             self.at(event.at, self._happen, event)
-        if rules.steal_every_s:
-            self.at(rules.steal_every_s, self._balance)
+        if rules.look_every_s:
+            self.at(rules.look_every_s, self._balance)
 
     def run(self) -> Outcome:
         heap = self.heap
@@ -404,6 +406,7 @@ class _Run:
         where = [at for at, stage in enumerate(self.stages) if stage.device == event.device]
         if event.kind == "slow":
             hot = slowed(self.start.cluster.device(event.device), event.factor)
+            self.slower[event.device] = event.factor
             self._change(
                 replace(cluster, devices=tuple(hot if d.name == hot.name else d for d in cluster.devices))
             )
@@ -443,29 +446,43 @@ class _Run:
                 self._feed(index, session)
 
     def _balance(self) -> None:
-        """Moves the boundary layer that helps most, if any helps enough; its state travels first."""
-        self.at(self.now + self.rules.steal_every_s, self._balance)
-        if self.moving or self.chain.dead:
-            return
+        """Asks the rebalancer. The state of the units that it moves travels before they do."""
+        self.at(self.now + self.rules.look_every_s, self._balance)
         live = [session for session in self.sessions if session is not None]
-        if not live:
+        if self.moving or self.chain.dead or not live:
             return
-        depth = min(self.question.workload.context, max(session.acked for session in live))
-        load = replace(self.question.workload, sequences=len(live), streams=len(live), depth=depth)
-        asked = replace(self.question, workload=load, objective="throughput")
-        move = best_move(asked, self.stages, most_units=1)
-        if move is None or move.gain < self.rules.steal_gain * (move.seconds + move.gain):
-            return
-        link = asked.cluster.link(move.giver, move.taker)
-        if link is not None:
+        load = self.question.workload
+        depth = min(load.context, sum(session.acked for session in live) // len(live))
+        load = replace(load, sequences=len(live), streams=len(live), depth=depth)
+        kept = [device.name for device in self.question.cluster.devices]
+        devices = tuple(self.start.cluster.device(name) for name in kept)
+        cluster = replace(self.question.cluster, devices=devices)
+        asked = replace(self.question, cluster=cluster, workload=load, objective="throughput")
+        usage = Usage(
+            streams=len(live),
+            depth=depth,
+            remaining=sum(session.end - session.known for session in live),
+            tokens=self.outcome.tokens,
+            positions=sum(session.acked for session in live),
+            reading=any(session.acked < session.born for session in live),
+        )
+        view = View(asked, self.slower, self.stages, usage, self.now)
+        self.memory, proposal = look(self.memory, view)
+        if proposal is not None:
             self.moving = True
-            self.at(self.now + hop_seconds(link, move.state_bytes), self._steal, move, self.chain)
+            needed = travel(asked, self.stages, proposal.placement.stages, {})
+            seconds = max(
+                hop_seconds(asked.cluster.link(*ends) or LOOPBACK, usage.positions * size)
+                for ends, size in needed.state.items()
+            )
+            self.at(self.now + seconds, self._moved, proposal, self.chain)
 
-    def _steal(self, move: Move, chain: _Chain) -> None:
-        """The layer's state is there: a new epoch, steps in flight are sent again."""
+    def _moved(self, proposal: Proposal, chain: _Chain) -> None:
+        """The state is there: a new epoch, steps in flight are sent again."""
         self.moving = False
-        if chain is not self.chain or self.chain.dead:
-            return
-        self._assign(move.stages)
-        self.outcome.steals += 1
-        self._resend(replay=False)
+        done = chain is self.chain and not self.chain.dead
+        self.memory = happened(self.memory, Moved(done))
+        if done:
+            self._assign(proposal.placement.stages)
+            self.outcome.changes += 1
+            self._resend(replay=False)

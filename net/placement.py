@@ -70,14 +70,15 @@ class Usage:
     """What a chain is used for at the moment, as the coordinator measures it. `streams` answers are being
     computed, at `depth` positions in the mean, and should need `remaining` more tokens in all
     (net/rebalance.expected_tokens). `tokens` is the number of tokens of all answers so far; it only grows.
-    `reading`: prompts are being computed, so that tokens/s say little. `waiting`: the share of the last
-    seconds in which each stage did not compute, where it is known. `copies`: the units whose weights each
-    node holds beside those of its stage."""
+    `positions`: those of all open sessions. `reading`: prompts are being computed, so that tokens/s say
+    little. `waiting`: the share of the last seconds in which each stage did not compute, where it is known.
+    `copies`: the units whose weights each node holds beside those of its stage."""
 
     streams: int = 0
     depth: int = 0
     remaining: float = 0.0
     tokens: int = 0
+    positions: int = 0
     reading: bool = False
     waiting: Mapping[str, float] = field(default_factory=dict)
     copies: Mapping[str, frozenset[int]] = field(default_factory=dict)

@@ -1,12 +1,474 @@
-"""The rebalancer: proposes to move layers while answers are computed. It does no I/O and reads no clock."""
+"""The rebalancer: proposes to move layers while answers are computed. It does no I/O and reads no clock.
+
+`look` is called twice a second with what has been measured. A device whose pace has changed for good makes
+other placements better than the one in force: the stages that wait for it are offered its boundary layers
+(planner/moves.py), and a whole new plan is one more candidate. Of these the one that saves most time over
+the tokens that the answers should still need is proposed, if it saves clearly more than the change costs.
+
+Changes that do not pay would be worse than none, so there are brakes:
+
+- Measurements are smoothed, and nothing happens while one of them is changing (net/levels.py).
+- A gain must exceed a threshold, which grows with the noise of the measurements. A small one must last.
+- A device that swings is expected to swing again, so a change must pay until then.
+- Changes may cost a small share of the time, whatever they gain.
+- After a change its gain is measured. One that brought nothing is undone, and not proposed again until
+  something else has changed.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from ..planner import Cluster, LinkSpeed, Question
+from ..planner.evaluation import token_seconds
+from ..planner.moves import replans, room, steals, travel
+from ..planner.streams import Follower
+from .levels import Level
+from .pace import slowed
+from .placement import Outcome, Placement, Proposal, Usage
+from .trials import JUDGE_WITHIN, Speed, Stages, Trial, Verdict, distance
+
 USUAL_TOKENS = 64
 """An answer that has just begun is expected to have so many tokens."""
+LEAST_GAIN, NOISES = 0.06, 2.0
+"""The part of a token's time that a change must save after the pace of a device has jumped, and how many
+times the noise of the devices more."""
+DRIFT_GAIN, SURE_GAIN, LASTING_SECONDS = 0.1, 0.15, 3.0
+"""The same if no pace has jumped; and a gain below SURE_GAIN must then have been there for so long."""
+JUMPED_SECONDS = 10.0
+"""The time for which a jump counts."""
+WORTH = 2.0
+"""A change must save so many times its cost."""
+BUDGET, MINUTE = 0.04, 60.0
+"""The share of a minute that changes may cost, if there are several."""
+GRACE_SECONDS, AGAIN_SECONDS, BACK_SECONDS = 1.0, 2.0, 8.0
+"""After a change: the time in which nothing is measured, until another change, and until one back, unless the
+change was to try a device."""
+KEPT_LOOKS = 20
+"""The speed before a change is that of so many looks."""
+MOST_BETWEEN = 2.0
+"""Between two looks that are farther apart, no speed is measured."""
+REST_SECONDS = 15.0
+"""A device without a stage is not measured. It is tried again after so long, and twice as long each next
+time."""
+REMEMBERED = 600.0
+"""How long a change that has failed is remembered."""
+SIMILAR, DEEPER = 0.03, 1.25
+"""Another search is needed when a measurement has changed by more than this part and the noise, or the depth
+by this factor."""
+LOAD_BYTES_PER_S = 200e6
+"""The rate at which a device loads weights that it does not hold."""
+BULK_SHARE = 0.5
+"""The share of a link that keys and values may take."""
+TAIL_POSITIONS = 96
+"""Positions of a session that are sent while its answer stands still: those of an incomplete chunk, and those
+that were computed while the last chunk was sent."""
+FIXED_SECONDS, DELAY_SECONDS, COPYING = 0.03, 0.2, 0.1
+"""Of any change: the standstill, the time that it takes, and the share of the speed that is lost
+meanwhile."""
+WAITS_MORE = 0.1
+"""A stage that waits for a share of the time larger by this than another one's is not relieved by that."""
+NOTABLY = 1.1
+"""A device that takes so many times as long as offered is slow enough to be named."""
+NEAR_SECONDS = 0.0005
+"""It is added to latencies before they are compared: shorter ones do not matter, and vary most."""
+
+Key = tuple[str, ...]
 
 
 def expected_tokens(made: int, most: int) -> int:
     """The tokens that an answer should need still, after `made` of at most `most`. Its length is unknown, and
     one that has lasted long will last longer: it is expected to double."""
     return max(0, min(most - made, max(made, USUAL_TOKENS)))
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What has been measured until `now`. `question`: devices as offered, links as measured, and the workload
+    and objective of what the chain is used for. `slower`: how many times as long as offered each device
+    takes."""
+
+    question: Question
+    slower: Mapping[str, float]
+    stages: Stages
+    usage: Usage
+    now: float
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """The stages that were found, and for what."""
+
+    values: Mapping[Key, float]
+    usage: Usage
+    found: tuple[Stages, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What is known from earlier looks, of which `seen` is the last. `speeds` are those of the last looks
+    with the same stages and streams. `quiet`: until when nothing is measured. `wanted`: since when a change
+    has been worth it. `asked` is the last proposal, and `outcome` what became of it; `trial` is a change
+    whose effect is measured, and `changed` the last change. `costs`: the times and costs of the last
+    minute's changes. `failed`: changes that brought nothing, with the time. `left`: when each device without
+    a stage lost it, and how often it has. `scale`: by how much standstills exceed the estimate. `verdict` is
+    that of this look."""
+
+    seen: View | None = None
+    levels: Mapping[Key, Level] = field(default_factory=dict)
+    speeds: tuple[Speed, ...] = ()
+    quiet: float = -math.inf
+    wanted: float | None = None
+    search: Search | None = None
+    asked: Trial | None = None
+    outcome: Outcome | None = None
+    trial: Trial | None = None
+    changed: Trial | None = None
+    costs: tuple[tuple[float, float], ...] = ()
+    failed: tuple[tuple[Stages, Stages, float], ...] = ()
+    left: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    scale: float = 1.0
+    verdict: Verdict | None = None
+
+
+def happened(memory: Memory, outcome: Outcome) -> Memory:
+    """The memory after what became of the last proposal."""
+    scale = memory.scale
+    if memory.asked is not None and outcome.committed and outcome.standstill > 0:
+        ratio = outcome.standstill * scale / memory.asked.cost_s
+        scale = min(8.0, max(0.25, scale + (ratio - scale) / 3))
+    return replace(memory, outcome=outcome, scale=scale)
+
+
+def look(memory: Memory, view: View) -> tuple[Memory, Proposal | None]:
+    """The memory after a look at the measurements, and a proposal if a change of the stages pays."""
+    memory = _after_changes(replace(memory, verdict=None), view)
+    before, memory = memory.seen, replace(memory, seen=view)
+    if view.now < memory.quiet or not view.usage.streams:
+        return memory, None
+    levels = _levels(memory, view)
+    memory = replace(memory, levels=levels)
+    question = _smoothed(memory, view)
+    follower = Follower(question)
+    try:
+        seconds = token_seconds(question, view.stages, follower)
+    except ValueError:  # a link of the chain is not known any more
+        return memory, None
+    settled = all(levels["pace", stage.device].settled(view.now) for stage in view.stages)
+    if not settled:
+        return memory, None
+    memory = _counted(memory, before, view, seconds)
+    memory, undo = _judged(memory, question, view, seconds)
+    if undo is not None:
+        return _asked(memory, view, undo, "the last change has brought nothing", undoes=True)
+    memory = _searched(memory, question, view, follower)
+    assert memory.search is not None
+    found = (_change(memory, question, view, seconds, one, follower) for one in memory.search.found)
+    able = [one for one in found if one is not None and not _barred(memory, view, one.stages)]
+    best = max(able, key=lambda one: one.saved, default=None)
+    if best is None or not _pays(memory, view, best):
+        return replace(memory, wanted=None), None
+    wanted = view.now if memory.wanted is None else memory.wanted
+    memory = replace(memory, wanted=wanted)
+    lasting = _jumped(memory, view) or view.now - wanted >= LASTING_SECONDS
+    if best.gain < SURE_GAIN and (memory.trial is not None or not lasting):
+        return memory, None
+    if view.now < _next_time(memory, best.stages) or not _in_budget(memory, view, best):
+        return memory, None
+    return _asked(memory, view, best, _why(view, levels, best))
+
+
+# --- what has been measured
+
+
+def _after_changes(memory: Memory, view: View) -> Memory:
+    """The memory after the last proposal was carried out or not, or the stages have changed for another
+    reason."""
+    asked, outcome, seen = memory.asked, memory.outcome, memory.seen
+    memory = replace(memory, asked=None, outcome=None)
+    if seen is None or seen.stages == view.stages:
+        if asked is not None and outcome is not None and not outcome.committed:
+            memory = replace(memory, failed=(*memory.failed, (asked.old, asked.new, view.now)))
+        if seen is None or seen.usage.streams == view.usage.streams:
+            return memory
+        return replace(memory, speeds=(), trial=None)
+    old, new = ({stage.device for stage in stages} for stages in (seen.stages, view.stages))
+    left = {name: (view.now, memory.left.get(name, (0.0, 0))[1] + 1) for name in old - new}
+    memory = replace(
+        memory,
+        speeds=(),
+        trial=None,
+        wanted=None,
+        search=None,
+        quiet=view.now + GRACE_SECONDS,
+        left={**memory.left, **left},
+        levels={key: memory.levels[key] for key in memory.levels.keys() - {("pace", n) for n in new - old}},
+    )
+    if asked is None or asked.new != view.stages:
+        return memory
+    done = replace(asked, since=view.now)
+    costs = tuple(one for one in memory.costs if one[0] > view.now - MINUTE)
+    return replace(memory, trial=done, changed=done, costs=(*costs, (view.now, asked.cost_s)))
+
+
+def _measurements(view: View) -> Iterable[tuple[Key, float]]:
+    """What is smoothed: the paces of devices with a stage, which alone are measured, and all links."""
+    for stage in view.stages:
+        yield ("pace", stage.device), view.slower.get(stage.device, 1.0)
+    for ends, link in view.question.cluster.links.items():
+        yield ("latency", *ends), link.latency_s + NEAR_SECONDS
+        if link.bytes_per_s < math.inf:
+            yield ("rate", *ends), link.bytes_per_s
+
+
+def _levels(memory: Memory, view: View) -> dict[Key, Level]:
+    levels = dict(memory.levels)
+    for key, measured in _measurements(view):
+        known = levels.get(key)
+        levels[key] = Level.of(measured) if known is None else known.seen(measured, view.now)
+    return levels
+
+
+def _factor(memory: Memory, view: View, name: str) -> float:
+    """How many times as long as offered a device takes. One without a stage may have recovered: it is tried
+    again after a rest."""
+    level = memory.levels.get(("pace", name))
+    if any(stage.device == name for stage in view.stages):
+        return 1.0 if level is None else level.measured
+    since, times = memory.left.get(name, (-math.inf, 1))
+    if view.now - since > REST_SECONDS * 2 ** (times - 1):
+        return 1.0
+    return view.slower.get(name, 1.0) if level is None else level.measured
+
+
+def _smoothed(memory: Memory, view: View) -> Question:
+    """The question with what the measurements have settled to."""
+    cluster, levels = view.question.cluster, memory.levels
+    devices = []
+    for device in cluster.devices:
+        factor = _factor(memory, view, device.name)
+        devices.append(device if factor == 1.0 else slowed(device, factor))
+
+    def smoothed(ends: tuple[str, str], link: LinkSpeed) -> LinkSpeed:
+        latency, rate = levels["latency", *ends], levels.get(("rate", *ends))
+        if latency.steady and (rate is None or rate.steady):
+            return link
+        seconds = max(0.0, latency.measured - NEAR_SECONDS)
+        return LinkSpeed(seconds, link.bytes_per_s if rate is None else rate.measured)
+
+    links = {ends: smoothed(ends, link) for ends, link in cluster.links.items()}
+    return replace(view.question, cluster=Cluster(tuple(devices), links, cluster.coordinator))
+
+
+def _counted(memory: Memory, before: View | None, view: View, seconds: float) -> Memory:
+    """The memory with the tokens since the last look, if they tell how fast these stages are."""
+    if before is None or (before.stages, before.usage.streams) != (view.stages, view.usage.streams):
+        return memory
+    passed = view.now - before.now
+    if before.now < memory.quiet or passed > MOST_BETWEEN or before.usage.reading or view.usage.reading:
+        return memory
+    speed = Speed(view.usage.tokens - before.usage.tokens, passed, passed / seconds)
+    return replace(memory, speeds=(*memory.speeds, speed)[-KEPT_LOOKS:])
+
+
+def _judged(memory: Memory, question: Question, view: View, seconds: float) -> tuple[Memory, _Change | None]:
+    """The memory with a verdict on the last change, once there is one; and the change that undoes it, if it
+    should be undone."""
+    trial = memory.trial
+    if trial is None:
+        return memory, None
+    verdict = trial.judged(sum(memory.speeds, Speed()))
+    if verdict is None:
+        late = view.now - trial.since > JUDGE_WITHIN
+        return (replace(memory, trial=None) if late else memory), None
+    memory = replace(memory, trial=None, verdict=verdict)
+    if not verdict.failed:
+        return memory, None
+    memory = replace(memory, failed=(*memory.failed, (trial.old, trial.new, view.now)))
+    if not verdict.undo:
+        return memory, None
+    return memory, _change(memory, question, view, seconds, trial.old, Follower(question))
+
+
+# --- what could change
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """Other stages: the predicted seconds of a token before and after, the seconds that the change costs, and
+    those that it saves over the time that counts; and the bytes that travel."""
+
+    stages: Stages
+    seconds_before: float
+    seconds_after: float
+    cost_s: float
+    saved: float
+    bytes: int
+
+    @property
+    def gain(self) -> float:
+        """The part of a token's time that is saved."""
+        return 1 - self.seconds_after / self.seconds_before
+
+
+def _searched(memory: Memory, question: Question, view: View, follower: Follower) -> Memory:
+    """The memory with the result of a search for the measurements as they are now."""
+    values: dict[Key, float] = {
+        ("pace", d.name): math.log(_factor(memory, view, d.name)) for d in question.cluster.devices
+    }
+    values.update((key, level.value) for key, level in memory.levels.items() if key[0] != "pace")
+    search = memory.search
+    if (
+        search is not None
+        and search.usage.streams == view.usage.streams
+        and search.values.keys() == values.keys()
+    ):
+        depths = sorted((max(1, search.usage.depth), max(1, view.usage.depth)))
+
+        def similar(key: Key) -> bool:
+            level = memory.levels.get(key)
+            return abs(values[key] - search.values[key]) <= SIMILAR + (0.0 if level is None else level.noise)
+
+        if depths[1] <= DEEPER * depths[0] and all(map(similar, values)):
+            return memory
+    found = dict.fromkeys(steal.stages for steal in steals(question, view.stages, follower))
+    found |= dict.fromkeys(replans(question, view.stages))
+    found.pop(view.stages, None)
+    return replace(memory, search=Search(values, view.usage, tuple(found)))
+
+
+def _change(
+    memory: Memory, question: Question, view: View, seconds: float, stages: Stages, follower: Follower
+) -> _Change | None:
+    """What a change to other stages brings and costs. None: a device or a link is not there, or has no
+    room."""
+    fits, usage, link = room(question), view.usage, question.cluster.link
+    try:
+        if not fits(view.stages, stages):
+            return None
+        after = token_seconds(question, stages, follower)
+    except ValueError:
+        return None
+    needed = travel(question, view.stages, stages, usage.copies)
+    positions = max(usage.positions, usage.streams * usage.depth)
+    load = max(needed.weights.values(), default=0) / LOAD_BYTES_PER_S
+    lap = seconds * usage.streams
+    copy = tail = 0.0
+    for ends, size in needed.state.items():
+        way = link(*ends)
+        rate = math.inf if way is None else way.bytes_per_s
+        copy = max(copy, positions * size / (BULK_SHARE * rate))
+        rest = min(positions, TAIL_POSITIONS * usage.streams) * size / rate
+        tail = max(tail, rest + (0.0 if way is None else way.latency_s))
+    delay = DELAY_SECONDS + max(load, copy)
+    cost = memory.scale * (FIXED_SECONDS + lap + tail) + COPYING * delay
+    lasts = min(
+        (
+            level.lasts(view.now)
+            for stage in (*view.stages, *stages)
+            if (level := memory.levels.get(("pace", stage.device))) is not None
+        ),
+        default=math.inf,
+    )
+    horizon = min(usage.remaining * seconds, lasts)
+    saved = max(0.0, horizon - delay) * (1 - after / seconds) - cost
+    return _Change(stages, seconds, after, cost, saved, positions * sum(needed.state.values()))
+
+
+# --- whether it should
+
+
+def _pays(memory: Memory, view: View, change: _Change) -> bool:
+    """Whether a change gains enough to be one, and saves enough."""
+    names = {stage.device for stage in (*view.stages, *change.stages)}
+    noise = max((level.noise for key, level in memory.levels.items() if key[0] == "pace" and key[1] in names))
+    least = LEAST_GAIN if _jumped(memory, view) else DRIFT_GAIN
+    if change.gain < least + NOISES * noise or change.saved < (WORTH - 1) * change.cost_s:
+        return False
+    if view.question.objective != "throughput":
+        return True
+    giver, taker = _ends(view.stages, change.stages)
+    waiting = view.usage.waiting
+    return giver not in waiting or taker not in waiting or waiting[giver] <= waiting[taker] + WAITS_MORE
+
+
+def _barred(memory: Memory, view: View, stages: Stages) -> bool:
+    """Whether stages lead to where an earlier change has failed, and nothing has jumped since."""
+    return any(
+        since > max(_last_jump(memory), view.now - REMEMBERED)
+        and distance(stages, new) < distance(stages, old)
+        for old, new, since in memory.failed
+    )
+
+
+def _last_jump(memory: Memory) -> float:
+    """When the pace of any device has jumped last."""
+    jumps = (level.jumps[-1] for key, level in memory.levels.items() if key[0] == "pace" and level.jumps)
+    return max(jumps, default=-math.inf)
+
+
+def _jumped(memory: Memory, view: View) -> bool:
+    return view.now - _last_jump(memory) < JUMPED_SECONDS
+
+
+def _next_time(memory: Memory, stages: Stages) -> float:
+    """When a change to these stages may follow the last change."""
+    done = memory.changed
+    if done is None:
+        return -math.inf
+    back = distance(stages, done.old) < distance(done.new, done.old)
+    tried = {stage.device for stage in done.new} - {stage.device for stage in done.old}
+    return done.since + (BACK_SECONDS if back and not tried else AGAIN_SECONDS)
+
+
+def _in_budget(memory: Memory, view: View, change: _Change) -> bool:
+    spent = [cost for when, cost in memory.costs if when > view.now - MINUTE]
+    return not spent or sum(spent) + change.cost_s <= BUDGET * MINUTE
+
+
+def _asked(
+    memory: Memory, view: View, change: _Change, why: str, *, undoes: bool = False
+) -> tuple[Memory, Proposal]:
+    trial = Trial(
+        view.stages,
+        change.stages,
+        change.seconds_before,
+        change.seconds_after,
+        change.cost_s,
+        view.usage.streams,
+        sum(memory.speeds, Speed()),
+        undoes,
+    )
+    proposal = Proposal(
+        Placement(change.stages),
+        why,
+        change.seconds_before,
+        change.seconds_after,
+        change.cost_s,
+        change.bytes,
+    )
+    return replace(memory, asked=trial, outcome=None, wanted=None), proposal
+
+
+def _ends(old: Stages, new: Stages) -> tuple[str, str]:
+    """The device that loses most units, and the one that gets most."""
+    more: dict[str, int] = {}
+    for sign, stages in ((-1, old), (1, new)):
+        for stage in stages:
+            more[stage.device] = more.get(stage.device, 0) + sign * (stage.last - stage.first)
+    return min(more, key=more.__getitem__), max(more, key=more.__getitem__)
+
+
+def _why(view: View, levels: Mapping[Key, Level], change: _Change) -> str:
+    """The reason for a change, as a clause."""
+    giver, taker = _ends(view.stages, change.stages)
+    level, waits = levels.get(("pace", giver)), view.usage.waiting.get(taker)
+    if level is not None and level.measured >= NOTABLY:
+        why = f"{giver} takes {level.measured:.1f} times as long as offered"
+    elif all(stage.device != taker for stage in view.stages):
+        why = f"{taker} can take part"
+    else:
+        why = f"{taker} can do more"
+    return why if waits is None else f"{why} and {taker} waits {waits:.0%} of the time"

@@ -28,21 +28,21 @@ from .rows import (
 if TYPE_CHECKING:
     from .evaluation import Alone, Hop, Infeasible, Plan, PlannedStage, Reason, evaluate
     from .milp import SolverMissing
-    from .moves import Move, best_move
+    from .moves import Steal, steals
     from .solve import plan, units_text
 
 _LATE = {
     "evaluation": ("Alone", "Hop", "Infeasible", "Plan", "PlannedStage", "Reason", "evaluate"),
     "milp": ("SolverMissing",),
-    "moves": ("Move", "best_move"),
+    "moves": ("Steal", "steals"),
     "solve": ("plan", "units_text"),
 }
 _MODULES = {name: module for module, names in _LATE.items() for name in names}
 
 __all__ = [
     "Alone", "Assignment", "Cluster", "Constraints", "Device", "Hop", "Infeasible", "LinkSpeed", "ModelCosts",
-    "Move", "Objective", "Plan", "PlannedStage", "Question", "Reason", "SolverMissing", "Unit", "Workload",
-    "best_move", "evaluate", "plan", "units_text",
+    "Objective", "Plan", "PlannedStage", "Question", "Reason", "SolverMissing", "Steal", "Unit", "Workload",
+    "evaluate", "plan", "steals", "units_text",
 ]  # fmt: skip
 
 

@@ -1,67 +1,171 @@
-"""Which one boundary should move: a few layers from a stage to its neighbour, by the same cost model as
-plans. Whoever sees the cluster at work asks, with devices and links as measured now (net/pace.py) and a
-workload of the depth that the sequences have, and weighs the gain against the bytes that must travel."""
+"""Better stages for a chain in use: which layers one device should take from another, by the cost model of
+plans, and what travels with them.
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+A steal moves units from any stage to any other: the stages between the two pass on as many as they get, so
+that every stage stays a range. Whoever sees the cluster at work asks, with devices and links as measured now
+and a workload of the depth that the sequences have (net/rebalance.py).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 
 from . import cost
-from .evaluation import check_stages, token_seconds
+from .evaluation import Plan, check_stages, token_seconds
 from .rows import Assignment, Question
+from .solve import QUICK_EXACT, plan
 from .streams import Follower
 
-MOST_UNITS = 2  # of one move
-NOTHING = 1e-9  # of a token: a gain below that is none
+SIZES = (1, 2, 4, 8)
+"""The numbers of units of one steal. Larger moves are several of them."""
+MOST_ADDED = 2
+"""The number of devices without a stage that are tried beside many with one."""
+NOTHING = 1e-9
+"""A steal that gains less than this part of a token gains nothing."""
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
-    """Units [first, last) from the stage of `giver` to that of its neighbour `taker`, and the stages after
-    it. `seconds` is what a token takes then (or until the first one, where that is the objective), `gain` how
-    much less than now. Of the units: their weights, and the state of all sequences at the workload's
-    depth."""
+class Steal:
+    """`units` units that move from the stage of `giver` to that of `taker`; the stages after it, and the
+    seconds that a token takes then (or those until the first one, where that is the objective). A giver
+    without any unit left has no stage."""
 
     giver: str
     taker: str
-    first: int
-    last: int
+    units: int
     stages: tuple[Assignment, ...]
     seconds: float
-    gain: float
-    weight_bytes: int
-    state_bytes: int
 
 
-def boundary_moves(
-    question: Question, stages: Sequence[Assignment], most_units: int = MOST_UNITS
-) -> Iterator[Move]:
-    """Every move of up to `most_units` units across one boundary that leaves both stages a unit, within the
-    RAM caps, whether it gains or not. ValueError: stages that are no chain of the question's."""
+def steals(
+    question: Question, stages: Sequence[Assignment], follower: Follower | None = None
+) -> Iterator[Steal]:
+    """The steal that gains most, then the one that gains most after that, and so on, until none gains
+    anything. All stages that change stay within the RAM caps. `follower`: one of the same question, which
+    keeps what it computed. ValueError: stages that are no chain of the question's."""
     check_stages(question, stages)
-    model, load, follower = question.model, question.workload, Follower(question)
-    now = token_seconds(question, stages, follower)
-    for at, (left, right) in enumerate(pairwise(stages)):
-        for by in (step for size in range(1, most_units + 1) for step in (-size, size)):
-            cut = left.last + by
-            if not left.first < cut < right.last:
-                continue
-            pair = (Assignment(left.device, left.first, cut), Assignment(right.device, cut, right.last))
-            giver, taker, grown = (left, right, pair[1]) if by < 0 else (right, left, pair[0])
-            device = question.cluster.device(taker.device)
-            if cost.range_ram_bytes(model, device, load, grown.first, grown.last) > device.ram_bytes:
-                continue
-            after = (*stages[:at], *pair, *stages[at + 2 :])
-            first, last = sorted((cut, left.last))
-            units, seconds = model.units[first:last], token_seconds(question, after, follower)
-            weights = sum(unit.bytes for unit in units)
-            state = sum(cost.sequence_state_bytes(model, unit, load.decode_depth) for unit in units)
-            sizes = weights, state * load.sequences
-            yield Move(giver.device, taker.device, first, last, after, seconds, now - seconds, *sizes)
+    follower, fits = follower or Follower(question), room(question)
+    now, seconds = tuple(stages), token_seconds(question, stages, follower)
+    while True:
+        best = None
+        for giver, taker in ((g, t) for g in range(len(now)) for t in range(len(now)) if g != t):
+            for units in SIZES:
+                after = _stolen(now, giver, taker, units)
+                if after is None:
+                    break
+                if not fits(now, after):
+                    continue
+                try:
+                    found = token_seconds(question, after, follower)
+                except ValueError:  # an empty stage was the only way
+                    continue
+                if found < (seconds if best is None else best.seconds):
+                    best = Steal(now[giver].device, now[taker].device, units, after, found)
+        if best is None or best.seconds >= seconds * (1 - NOTHING):
+            return
+        yield best
+        now, seconds = best.stages, best.seconds
 
 
-def best_move(question: Question, stages: Sequence[Assignment], most_units: int = MOST_UNITS) -> Move | None:
-    """The move that gains most, of equal ones that with the fewest bytes; None: none gains anything."""
-    moves = boundary_moves(question, stages, most_units)
-    best = max(moves, key=lambda move: (move.gain, -move.weight_bytes - move.state_bytes), default=None)
-    return best if best is not None and best.gain > NOTHING * (best.seconds + best.gain) else None
+def _stolen(
+    stages: Sequence[Assignment], giver: int, taker: int, units: int
+) -> tuple[Assignment, ...] | None:
+    """The stages after a steal between the stages at two places; None: the giver has fewer units, or a stage
+    between the two would have to pass on units that it gets in the same move."""
+    low, high, by = (taker, giver, units) if taker < giver else (giver, taker, -units)
+    edges = [(stage.first, stage.last) for stage in stages]
+    moved = [
+        (first + (by if low < at <= high else 0), last + (by if low <= at < high else 0))
+        for at, (first, last) in enumerate(edges)
+    ]
+    if moved[giver][0] > moved[giver][1]:
+        return None
+    return tuple(
+        stage if edge == (stage.first, stage.last) else Assignment(stage.device, *edge)
+        for stage, edge in zip(stages, moved, strict=True)
+        if edge[0] < edge[1]
+    )
+
+
+def room(question: Question) -> Callable[[Sequence[Assignment], Sequence[Assignment]], bool]:
+    """Whether all stages that get units in a change from some stages to others fit under the RAM caps of
+    their devices, for any change; it keeps what it computed. ValueError: a device is not there."""
+    model, load, device = question.model, question.workload, question.cluster.device
+
+    @cache
+    def fits(stage: Assignment) -> bool:
+        row = device(stage.device)
+        return cost.range_ram_bytes(model, row, load, stage.first, stage.last) <= row.ram_bytes
+
+    def change(old: Sequence[Assignment], new: Sequence[Assignment]) -> bool:
+        held = {stage.device: stage for stage in old}
+        return all(
+            ((had := held.get(one.device)) is not None and had.first <= one.first and one.last <= had.last)
+            or fits(one)
+            for one in new
+        )
+
+    return change
+
+
+@dataclass(frozen=True, slots=True)
+class Travel:
+    """What a change of stages needs: the bytes of weights that each device has to load, and the bytes of
+    state for each position that go from one device to another."""
+
+    weights: Mapping[str, int]
+    state: Mapping[tuple[str, str], int]
+
+
+def travel(
+    question: Question,
+    old: Sequence[Assignment],
+    new: Sequence[Assignment],
+    copies: Mapping[str, frozenset[int]],
+) -> Travel:
+    """What the change from some stages to others needs. `copies`: the units whose weights each device holds
+    beside those of its old stage."""
+    units = question.model.units
+    holder = [stage.device for stage in old for _ in range(stage.first, stage.last)]
+    weights: dict[str, int] = {}
+    state: dict[tuple[str, str], int] = {}
+    for stage in new:
+        taker, there = stage.device, copies.get(stage.device, frozenset())
+        for u in range(stage.first, stage.last):
+            giver = holder[u]
+            if giver == taker:
+                continue
+            if u not in there:
+                weights[taker] = weights.get(taker, 0) + units[u].bytes
+            state[giver, taker] = state.get((giver, taker), 0) + units[u].kv_bytes_per_token
+    return Travel(weights, state)
+
+
+def replans(question: Question, stages: Sequence[Assignment]) -> Iterator[tuple[Assignment, ...]]:
+    """The stages of new plans: for the same devices in the same order, and for any of up to QUICK_EXACT
+    devices in any order. Those with a stage come first among the devices, then the quickest. Where more have
+    a stage, others are added to their order one at a time."""
+    held = question.constraints
+    used = [stage.device for stage in stages]
+    spare = [name for name in _by_speed(question) if name not in used and held.allowed(name)]
+    orders = [used]
+    if len(used) > QUICK_EXACT:
+        orders += [
+            [*used[:at], name, *used[at:]] for name in spare[:MOST_ADDED] for at in range(len(used) + 1)
+        ]
+    asked = [replace(held, order=tuple(order)) for order in orders]
+    if len(used) <= QUICK_EXACT:
+        others = spare[QUICK_EXACT - len(used) :]
+        asked.append(replace(held, exclude=held.exclude | frozenset(others)))
+    for constraints in asked:
+        found = plan(replace(question, constraints=constraints), method="dp", explain=False)
+        if isinstance(found, Plan):
+            yield found.assignments
+
+
+def _by_speed(question: Question) -> list[str]:
+    """The devices by the time that they need for one row through a layer, the quickest first."""
+    units = question.model.units
+    layer = units[len(units) // 2]
+    devices = sorted(question.cluster.devices, key=lambda device: cost.matmul_seconds(layer, device, 1))
+    return [device.name for device in devices]

@@ -1,8 +1,32 @@
 """The rebalancer: when it proposes to move layers, which, and what it learns from the outcome."""
 
-import pytest
+from __future__ import annotations
 
-from shoal.net.rebalance import expected_tokens
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import pytest
+from tests.net.swarm import Factors, Swarm, fresh, question
+
+from shoal.net.placement import Outcome, Usage
+from shoal.net.rebalance import BUDGET, MINUTE, Memory, View, expected_tokens, happened, look
+from shoal.planner import Assignment, LinkSpeed
+
+UNEQUAL = (0.8, 0.5, 0.2, 0.2)
+
+
+def drops(name: str, factor: float = 2.5, since: float = 10.0, until: float = 1e9) -> Factors:
+    def factors(now: float) -> Mapping[str, float]:
+        return {name: factor} if since <= now < until else {}
+
+    return factors
+
+
+def swings(name: str, half: float, factor: float = 2.5) -> Factors:
+    def factors(now: float) -> Mapping[str, float]:
+        return {name: factor} if int(now / half) % 2 else {}
+
+    return factors
 
 
 @pytest.mark.parametrize(
@@ -10,3 +34,238 @@ from shoal.net.rebalance import expected_tokens
 )
 def test_a_long_answer_is_expected_to_last(made: int, most: int, expected: int) -> None:
     assert expected_tokens(made, most) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", range(4))
+@pytest.mark.parametrize("streams", [1, 4])
+@pytest.mark.parametrize("speeds", [(0.5, 0.4, 0.4, 0.4), UNEQUAL], ids=["alike", "unequal"])
+def test_a_device_that_drops_to_40_percent_costs_little_after_five_seconds(
+    speeds: Sequence[float], streams: int, at: int
+) -> None:
+    """Whichever device of the chain it is: after 5 s the chain is as fast as a new plan."""
+    asked = question(streams, speeds)
+    name = fresh(asked).stages[at].device
+    swarm, without = (Swarm(asked, drops(name), moves=moves) for moves in (True, False))
+    swarm.run(15)
+    new = fresh(asked, {name: 2.5}).tokens_per_s
+    assert swarm.rate() >= 0.92 * new
+    assert len(swarm.changes) <= 2
+    without.run(15)
+    assert swarm.run(60) >= min(0.93, 0.97 * new / without.rate()) * without.run(60)
+
+
+def test_layers_of_the_slowest_stage_of_many_streams_are_worth_most() -> None:
+    """c holds a third of the layers, and paces all others."""
+    asked = question(4)
+    swarm, without = (Swarm(asked, drops("c"), moves=moves) for moves in (True, False))
+    swarm.run(40)
+    without.run(40)
+    assert swarm.run(20) >= 1.32 * without.run(20)
+    ((when, proposal),) = swarm.changes
+    assert 11 <= when <= 12
+    assert proposal.why == "c takes 2.4 times as long as offered"
+    assert proposal.seconds_before / proposal.seconds_after > 1.32
+    assert proposal.bytes > 0
+
+
+@pytest.mark.slow
+def test_a_device_that_recovers_gets_its_layers_back() -> None:
+    asked = question(4, UNEQUAL)
+    name = fresh(asked).stages[2].device
+    swarm = Swarm(asked, drops(name, factor=8, until=40))
+    swarm.run(45)
+    assert swarm.rate() >= 0.92 * fresh(asked).tokens_per_s
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", [0.0, 0.05, 0.1])
+@pytest.mark.parametrize("streams", [1, 4])
+def test_nothing_moves_in_ten_minutes_of_steady_devices(streams: int, noise: float) -> None:
+    swarm = Swarm(question(streams, UNEQUAL), noise=noise, seed=streams)
+    swarm.run(600)
+    assert swarm.changes == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("half", [5.0, 10.0, 25.0])
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_a_device_that_swings_makes_one_change_a_swing_at_most_and_no_harm(half: float, noise: float) -> None:
+    asked = question(4, UNEQUAL)
+    name = fresh(asked).stages[0].device
+    swarm, without = (
+        Swarm(asked, swings(name, half, 4.0), noise if moves else 0.0, moves=moves) for moves in (True, False)
+    )
+    assert swarm.run(200) >= 0.97 * without.run(200)
+    assert 1 <= len(swarm.changes) <= 200 / half
+    for swing in range(int(200 / half)):
+        assert sum(swing * half <= when < (swing + 1) * half for when, _ in swarm.changes) <= 1
+
+
+@pytest.mark.slow
+def test_changes_cost_a_small_share_of_the_time_whatever_they_gain() -> None:
+    """A device that swings between very fast and very slow, so that each change would gain much."""
+    asked = question(4, UNEQUAL)
+    name = fresh(asked).stages[0].device
+    swarm = Swarm(asked, swings(name, 9.0, 20.0))
+    swarm.run(300)
+    times = [when for when, _ in swarm.changes]
+    for start in times:
+        spent = sum(proposal.cost_s for when, proposal in swarm.changes if start <= when < start + MINUTE)
+        assert spent <= BUDGET * MINUTE + 0.5  # the first is free
+
+
+@pytest.mark.slow
+def test_a_change_that_brings_nothing_is_undone_once_and_not_tried_again() -> None:
+    """The model is wrong about all stages but those at the start: with any others tokens take as long as
+    before."""
+    asked = question(4)
+    start = fresh(asked).assignments
+    slow = fresh(asked, {}).tokens_per_s
+
+    def wrong(stages: Sequence[Assignment]) -> float:
+        return 1.0 if tuple(stages) == start else 1.8
+
+    swarm, without = (Swarm(asked, drops("c"), moves=moves, wrong=wrong) for moves in (True, False))
+    assert swarm.run(300) >= 0.97 * without.run(300)
+    assert slow > without.rate()
+    (moved, _), (undone, back) = swarm.changes
+    assert 11 <= moved <= 12
+    assert undone - moved < 6
+    assert back.placement.stages == start
+    assert back.why == "the last change has brought nothing"
+    (_, verdict), _ = swarm.verdicts
+    assert verdict.undo
+    assert verdict.measured < verdict.before < verdict.predicted
+
+
+@pytest.mark.slow
+def test_a_failed_change_is_tried_again_when_something_else_has_changed() -> None:
+    asked = question(4)
+    start = fresh(asked).assignments
+
+    def factors(now: float) -> Mapping[str, float]:
+        return {"c": 2.5 if now < 100 else 8.0} if now >= 10 else {}
+
+    def wrong(stages: Sequence[Assignment]) -> float:
+        return 1.8 if tuple(stages) != start and swarm.now < 100 else 1.0
+
+    swarm = Swarm(asked, factors, wrong=wrong)
+    swarm.run(99)
+    assert len(swarm.changes) == 2
+    swarm.run(20)
+    assert len(swarm.changes) == 3
+    assert swarm.rate() >= 0.92 * fresh(asked, {"c": 8.0}).tokens_per_s
+
+
+@pytest.mark.slow
+def test_a_device_without_layers_is_tried_again_and_less_and_less_often() -> None:
+    """Three quick devices and one that is so slow that it gets nothing at all."""
+    asked = question(1, (0.5, 0.5, 0.5, 0.2), room=200_000_000)
+    name = fresh(asked).stages[-1].device
+    swarm = Swarm(asked, drops(name, factor=30.0))
+    swarm.run(300)
+    assert name not in [stage.device for stage in swarm.stages]
+    tries = [
+        when for when, proposal in swarm.changes if name in [s.device for s in proposal.placement.stages]
+    ]
+    assert len(tries) <= 4
+    back = Swarm(asked, drops(name, factor=30.0, until=40.0))
+    back.run(120)
+    assert back.rate() >= 0.92 * fresh(asked).tokens_per_s
+
+
+# --- single looks
+
+
+@pytest.mark.slow
+def test_a_change_must_pay_within_the_answers_that_are_left() -> None:
+    for remaining, moved in ((1e6, True), (400.0, True), (8.0, False), (0.0, False)):
+        swarm = Swarm(question(4), drops("c"), remaining=remaining)
+        swarm.run(30)
+        assert bool(swarm.changes) == moved, remaining
+
+
+def test_no_answers_no_change() -> None:
+    asked = question(4)
+    stages, memory = fresh(asked).assignments, Memory()
+    for at in range(60):
+        view = View(asked, {"c": 5.0}, stages, Usage(), at / 2)
+        memory, proposal = look(memory, view)
+        assert proposal is None
+
+
+@pytest.mark.slow
+def test_weights_that_are_not_there_and_pages_on_a_slow_link_cost() -> None:
+    quick = {ends: LinkSpeed(0.004, 1e9) for ends in question(4).cluster.links}
+    asked = replace(question(4), cluster=replace(question(4).cluster, links=quick))
+    loads = Swarm(asked, drops("c"))
+    loads.run(12)
+    copies = Swarm(asked, drops("c"), copies=dict.fromkeys("abcd", frozenset(range(32))))
+    copies.run(12)
+    assert copies.changes[0][1].cost_s < loads.changes[0][1].cost_s
+    slow = {ends: LinkSpeed(0.004, 2e5) for ends in asked.cluster.links}
+    asked = replace(asked, cluster=replace(asked.cluster, links=slow))
+    far = Swarm(asked, drops("c"), remaining=500.0, stages=fresh(question(4)).assignments)
+    far.run(30)
+    assert far.changes == []
+
+
+@pytest.mark.slow
+def test_the_stage_that_is_behind_must_not_wait_more_than_the_thief() -> None:
+    """If c waits for half of the time, it is not what the others wait for, whatever the model says."""
+    for waiting, moved in (
+        ({}, True),
+        ({"c": 0.02, "d": 0.6}, True),
+        ({"c": 0.6, "d": 0.1, "a": 0.1, "b": 0.1}, False),
+    ):
+        swarm = Swarm(question(4), drops("c"), waiting=waiting)
+        swarm.run(20)
+        assert bool(swarm.changes) == moved, waiting
+        if moved and waiting:
+            assert swarm.changes[0][1].why.endswith("waits 60% of the time")
+
+
+@pytest.mark.slow
+def test_a_proposal_that_was_aborted_is_not_made_again() -> None:
+    swarm = Swarm(question(4), drops("c"), aborts=True)
+    swarm.run(100)
+    assert len(swarm.changes) == 1
+
+
+def test_stages_that_others_have_changed_are_looked_at_anew() -> None:
+    """A node is lost in the middle of a trial: its verdict is dropped."""
+    asked = question(4)
+    swarm = Swarm(asked, drops("c"))
+    swarm.run(12.5)
+    assert swarm.memory.trial is not None
+    (first, *others) = swarm.stages
+    swarm.stages = (first, *(replace(one, device=name) for one, name in zip(others, "abd", strict=True)))
+    swarm.run(10)
+    assert swarm.memory.trial is None
+    assert swarm.verdicts == []
+
+
+def test_a_link_that_is_gone_or_a_device_that_has_left_is_no_error() -> None:
+    asked = question(4)
+    stages = fresh(asked).assignments
+    links = {ends: link for ends, link in asked.cluster.links.items() if "c" not in ends}
+    cut = replace(asked, cluster=replace(asked.cluster, links=links))
+    _, proposal = look(Memory(), View(cut, {}, stages, Usage(4, 200, 1e6, 0), 0.0))
+    assert proposal is None
+    swarm = Swarm(asked, drops("c"))
+    swarm.run(10)
+    fewer = tuple(d for d in asked.cluster.devices if d.name != "c")
+    gone = replace(asked, cluster=replace(asked.cluster, devices=fewer, links=links))
+    _, proposal = look(swarm.memory, View(gone, {}, stages, Usage(4, 200, 1e6, 0), 10.5))
+    assert proposal is None
+
+
+def test_standstills_that_are_longer_than_predicted_make_changes_dearer() -> None:
+    swarm = Swarm(question(4), drops("c"))
+    swarm.run(11.5)
+    asked = swarm.memory.asked
+    assert asked is not None
+    late = happened(swarm.memory, Outcome(True, 3.0, 10 * asked.cost_s))
+    assert late.scale > 2 * swarm.memory.scale
+    assert happened(Memory(), Outcome(False)).scale == 1.0

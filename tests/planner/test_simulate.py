@@ -193,8 +193,7 @@ def test_what_is_no_request_and_no_plan_is_refused() -> None:
         (lambda: Rules(chunk_rows=0), "chunk_rows"),
         (lambda: Rules(window=0), "window"),
         (lambda: Rules(recover_s=-1.0), "recover_s"),
-        (lambda: Rules(steal_every_s=float("nan")), "steal_every_s"),
-        (lambda: Rules(steal_gain=-0.1), "steal_gain"),
+        (lambda: Rules(look_every_s=float("nan")), "look_every_s"),
     ],
 )
 def test_events_and_rules_that_are_none_are_refused(wrong: Callable[[], object], words: str) -> None:
@@ -250,24 +249,24 @@ def test_a_death_without_a_plan_is_an_error_unless_nobody_needs_the_device() -> 
     assert run([Request(0.0, 1, 50)], stages=stages, events=[Event(0.05, "b", "die")]) == calm
 
 
-def test_a_device_that_gets_hot_paces_the_others_until_a_neighbour_takes_its_layers() -> None:
+def test_a_device_that_gets_hot_paces_the_others_until_they_take_its_layers() -> None:
     requests = [Request(0.0, 1, 300)] * 6
     hot = [Event(0.5, "b", "slow", 4.0)]
     calm, slow = run(requests), run(requests, events=hot)
-    helped = run(requests, events=hot, steal_every_s=0.1)
-    assert (calm.steals, slow.steals) == (0, 0)
+    helped = run(requests, events=hot, look_every_s=0.1)
+    assert (calm.changes, slow.changes) == (0, 0)
     assert calm.stages == slow.stages
-    # b's three layers at 4 ms each: it keeps one, a neighbour has four by then
-    assert helped.steals == 2
-    assert max(stage.last - stage.first for stage in helped.stages if stage.device == "b") == 1
+    # b's three layers at 4 ms each: one more call and hop for what is left of them would not pay
+    assert helped.changes == 1
+    assert helped.stages == (Assignment("a", 0, 5), Assignment("c", 5, 8))
     assert calm.seconds < helped.seconds < 0.6 * slow.seconds
     assert helped.tokens == slow.tokens == 1800
     # nothing moves where nothing is gained
-    assert run(requests, steal_every_s=0.1).steals == 0
+    assert run(requests, look_every_s=0.1).changes == 0
 
 
 def test_the_same_seed_is_the_same_run() -> None:
     requests = random_requests(7, 20, 5.0, (1, 60), (1, 20))
     assert requests == random_requests(7, 20, 5.0, (1, 60), (1, 20))
     assert requests != random_requests(8, 20, 5.0, (1, 60), (1, 20))
-    assert run(requests, steal_every_s=0.2) == run(requests, steal_every_s=0.2)
+    assert run(requests, look_every_s=0.2) == run(requests, look_every_s=0.2)

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from itertools import pairwise
 from types import ModuleType
 from typing import Any
@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import trio
 
-from shoal.engine.batch import Result, Run, Sampling, Want
+from shoal.engine.batch import Result as StageResult
+from shoal.engine.batch import Run, Sampling, Want
+from shoal.engine.wait import Spin, Wait, waiter
+from shoal.net import stage_loop
 from shoal.net.connection import dial, in_thread, open_tcp
 from shoal.net.coordinator import Coordinator
 from shoal.net.inbox import STRETCH, Batch, Inbox
-from shoal.net.messages import Condition, Epoch, Open, Ping, Pong, Progress, Step
-from shoal.net.node import Node
+from shoal.net.messages import Assign, Condition, Epoch, Loaded, Open, Ping, Pong, Progress, Result, Step
 from shoal.net.pace import NodePace
 from shoal.net.placement import plan_at
 
@@ -125,34 +127,41 @@ def sleepy(lab: ModuleType, seconds: float, spans: Spans) -> Callable[[int, int]
     """Opens stages whose calls take that long, in a thread."""
 
     class Sleepy(lab.FakeStage):  # type: ignore[name-defined,misc]
-        def run(self, batch: Sequence[Run]) -> list[Result]:
+        def run(self, batch: Sequence[Run]) -> list[StageResult]:
             start = time.perf_counter()
             time.sleep(seconds)
-            found: list[Result] = super().run(batch)
+            found: list[StageResult] = super().run(batch)
             spans.append((start, time.perf_counter()))
             return found
 
     return Sleepy
 
 
-@pytest.mark.slow
-def test_a_thread_rests_without_looking_for_rows(lab: ModuleType) -> None:
-    """With an inbox that is always full, so that rows wait in the socket meanwhile."""
+@asynccontextmanager
+async def node(lab: ModuleType, **changes: Any) -> AsyncIterator[tuple[tuple[str, int], Any]]:
+    """A node with threads that listens on a port of its own: its address, and the network of its peers."""
+    async with lab.network() as net:
+        net.add("a", hop=in_thread, open_stream=open_tcp, own_thread=True, spin=True, **changes)
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        await net.nursery.start(net.nodes[7001].node.serve, listeners)
+        yield listeners[0].socket.getsockname()[:2], net
 
+
+def in_time(main: Callable[[], Awaitable[None]]) -> None:
+    async def limited() -> None:
+        with trio.fail_after(60):
+            await main()
+
+    trio.run(limited)
+
+
+@pytest.mark.slow
+def test_a_thread_rests_after_each_call(lab: ModuleType) -> None:
     async def main() -> None:
-        async with trio.open_nursery() as tasks:
-            net, spans = lab.FakeNetwork(tasks), Spans()
-            net.add("a")
-            parts = replace(
-                net.nodes[7001].parts, hop=in_thread, open_stream=open_tcp, own_thread=True, spin=True,
-                enough=0, open_stage=sleepy(lab, 0.02, spans), condition=share(0.2),
-            )  # fmt: skip
-            listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
-            await tasks.start(Node(parts).serve, listeners)
-            address = listeners[0].socket.getsockname()[:2]
+        spans = Spans()
+        async with node(lab, open_stage=sleepy(lab, 0.02, spans), condition=share(0.2)) as (address, _):
             me, plan = lab.identity("laptop", 9), plan_at((0, 6))
             async with Coordinator.open([address], me, lab.SHAPE, plan) as coordinator:
-                start, used = time.perf_counter(), time.process_time()
 
                 async def one(seed: int) -> None:
                     assert await lab.collect(coordinator, [seed], 4) == lab.oracle([seed], 4)
@@ -160,19 +169,61 @@ def test_a_thread_rests_without_looking_for_rows(lab: ModuleType) -> None:
                 async with trio.open_nursery() as answers:
                     for seed in range(6):
                         answers.start_soon(one, seed)
-                took, used = time.perf_counter() - start, time.process_time() - used
-                busy = sum(end - begin for begin, end in spans)
-                assert busy / took <= 0.25  # the last rest is not waited for
-                assert min(rests(spans)) >= 4 * 0.02 * 0.99
-                assert used < 0.5 * took
+                for rest, (begin, end) in zip(rests(spans), spans, strict=False):
+                    assert rest >= 4 * (end - begin)
+                assert sum(rests(spans)) < 2 * 4 * sum(end - begin for begin, end in spans)
                 assert coordinator.recoveries == 0
-            tasks.cancel_scope.cancel()
 
-    async def limited() -> None:
-        with trio.fail_after(60):
-            await main()
+    in_time(main)
 
-    trio.run(limited)
+
+@pytest.mark.slow
+def test_a_thread_that_rests_does_not_look_for_rows(lab: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither again and again, nor at rows for which its inbox has no room."""
+    looks: list[float] = []
+    waits: list[float] = []
+
+    def counted() -> Wait:
+        wait = waiter()
+
+        def counting(handles: Sequence[int], spin_s: float, wait_s: float | None) -> int:
+            waits.append(time.perf_counter())
+            return wait(handles, spin_s, wait_s)
+
+        return counting
+
+    class Looks(Spin):
+        def looks(self, *how: Any) -> Iterator[None]:
+            looks.append(time.perf_counter())
+            return super().looks(*how)
+
+    monkeypatch.setattr(stage_loop, "Spin", Looks)
+    monkeypatch.setattr(stage_loop, "waiter", counted)
+
+    async def main() -> None:
+        spans = Spans()
+        stage = sleepy(lab, 0.1, spans)
+        async with node(lab, open_stage=stage, condition=share(0.2), enough=0) as (address, net):
+            me = lab.identity("laptop", 99)
+            async with dial(open_tcp, *address, me, "control", seconds=5) as (control, _):
+                await control.send(Assign(EPOCH, 0, 6, None, 4, 99))
+                await control.expect(Loaded)
+                peer = net.peer(7001)
+                async with dial(open_tcp, *address, me, "step", seconds=5, peer=peer) as (steps, _):
+                    for session in (1, 2, 3):
+                        await steps.send(Open(session, EPOCH, Sampling(), 30))
+                        await steps.send(Step(session, EPOCH, 0, (5,), Want.TOKEN))
+                        if session == 1:
+                            await control.expect(Result)
+                        await trio.sleep(0.05)
+                    await control.expect(Result)
+                    await control.expect(Result)
+        (_, first), (second, _), *_ = spans
+        assert second - first >= 0.4
+        assert looks and not [at for at in looks if first + 0.01 < at < first + 0.39]
+        assert len([at for at in waits if first < at < second]) < 20
+
+    in_time(main)
 
 
 # What measures a stage's calls.

@@ -171,6 +171,11 @@ class Node:
                 await assignment.report(StageStuckError(stuck))
             reported = stuck is not None
 
+    @property
+    def holds_layers(self) -> bool:
+        """Whether a coordinator is connected that has assigned layers to this node."""
+        return self._assignment is not None
+
     def stuck(self, unseen: float = 0.0) -> str | None:
         """A sentence about a call of the stage that does not return, as long as it does not; else None.
         `unseen` is as for NodePace.stuck."""

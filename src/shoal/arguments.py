@@ -166,6 +166,16 @@ factor = _number(sys.float_info.min, sys.float_info.max, "a number above 0")
 seconds = _number(0.01, 3600.0, "a number of seconds from 0.01 up")
 
 
+def policy(text: str) -> object:
+    """A net.policy.Policy."""
+    from .net.policy import parse_policy
+
+    try:
+        return parse_policy(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 # Arguments that several commands have.
 
 

@@ -30,6 +30,7 @@ from .engine.host import Ram, ram, resident_bytes
 from .engine.measure import Watch, measure, median, stopwatch
 from .engine.memory import return_large_frees
 from .engine.model_directory import Model
+from .engine.power import PowerReader
 from .engine.stage import Stage, StageOptions
 from .engine.threads import chosen
 from .net.assignment import NodeParts
@@ -40,6 +41,7 @@ from .net.listen import addresses, listen, named, reachable
 from .net.messages import Offer
 from .net.node import Node
 from .net.slow import Slowness, SlowWatch, Turn, slow_stage, turn
+from .node_care import Care
 from .planner import Device
 from .planning import (
     FREE_SHARE,
@@ -54,12 +56,14 @@ from .planning import (
 from .store import resolve
 
 _LAST_SECONDS = 3.5
-"""How long a node that was told to end waits for the call of its stage."""
+"""How long a node that ends waits for the call of its stage."""
+_AT_ONCE_SECONDS = 1.0
+"""The same for a node that was told to end at once."""
 
 
 def serve(args: argparse.Namespace) -> None:
-    """Serves until SIGINT or SIGTERM, by the arguments of `shoal node`. AddressInUseError: the port is in
-    use."""
+    """Serves until SIGINT or SIGTERM, or the policy says so, by the arguments of `shoal node`. At the second
+    signal it ends at once. AddressInUseError: the port is in use."""
     return_large_frees()
     host, port = args.listen
     slowness = Slowness(args.slow, args.slow_file)
@@ -91,6 +95,8 @@ async def _main(
     listeners = await open_listeners()  # before the slow parts: a port in use is reported at once
     found = named(listeners)
     try:
+        care = Care(args.policy, PowerReader(args.power_files), _log)
+        await care.begin()
         threads, why = chosen(args.threads, choose(args.backend)[0], args.isa)  # as `shoal run` does
         options = StageOptions(args.backend, args.isa, threads, resident=args.resident)
         hop = await _hop_seconds()
@@ -110,6 +116,7 @@ async def _main(
             log=_log,
             expect=stage_expectation(planner_model(model, options), offer.device),
             enough=enough_bytes(options.max_rows, model.program.cut_cols),
+            condition=care.condition,
         )
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             async with trio.open_nursery() as nursery:
@@ -123,24 +130,26 @@ async def _main(
                     f"{offer.threads} thread{plural}{by}, {offer.device.ram_bytes / MB:.0f} MB",
                     flush=True,
                 )
-                async for _ in signals:
-                    insist = threading.Timer(_LAST_SECONDS, _leave_stage, (node,))
-                    insist.daemon = True
-                    insist.start()
-                    nursery.cancel_scope.cancel()
-                    break
+                again = await care.until_left(node, signals)
+                patience, code = (_LAST_SECONDS, 0) if again is None else (_AT_ONCE_SECONDS, 128 + again)
+                insist = threading.Timer(patience, _leave_stage, (node, code))
+                insist.daemon = True
+                insist.start()
+                nursery.cancel_scope.cancel()
             insist.cancel()
+        if again is not None:
+            signal.raise_signal(again)
     finally:
         for listener in listeners:
             await trio.aclose_forcefully(listener)
 
 
-def _leave_stage(node: Node) -> None:
+def _leave_stage(node: Node, code: int) -> None:
     """Ends the process although a call of its stage runs: a thread cannot be ended from outside."""
     stuck = node.stuck(_LAST_SECONDS)
     if stuck is not None:
         _log(f"shoal: error: {stuck}")
-    os._exit(0 if stuck is None else StageStuckError.exit_code)
+    os._exit(code if stuck is None else StageStuckError.exit_code)
 
 
 async def _hop_seconds() -> float:

@@ -36,6 +36,7 @@ WITH_TRIO = [
     "src/shoal/chain_benchmark.py",
     "src/shoal/distributed.py",
     "src/shoal/portal.py",
+    "src/shoal/node_care.py",
     "src/shoal/node_process.py",
 ]
 # The GGUF format calls some of its tokenizers and tensors after families; its names are kept in one table.

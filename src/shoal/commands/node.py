@@ -6,7 +6,17 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from ..arguments import Commands, add_command, add_engine, add_model, address, factor, positive, seconds
+from ..arguments import (
+    Commands,
+    add_command,
+    add_engine,
+    add_model,
+    address,
+    factor,
+    policy,
+    positive,
+    seconds,
+)
 from ..imports import quick_imports
 
 
@@ -16,7 +26,8 @@ def add_parser(commands: Commands) -> None:
         "node",
         "run layers of a model for a coordinator",
         "Serves until Ctrl-C. A coordinator, such as `shoal run --nodes`, connects and assigns layers to "
-        "this node.",
+        "this node. When it ends, its layers move to the other nodes first, so that answers go on; a second "
+        "Ctrl-C ends it at once.",
     )
     add_model(parser)
     parser.add_argument(
@@ -40,6 +51,15 @@ def add_parser(commands: Commands) -> None:
         action="store_true",
         help="allow an address that other devices can reach, although connections are not encrypted",
     )
+    parser.add_argument(
+        "--policy",
+        type=policy,
+        metavar="RULE,...",
+        help="limits within which this device may be used, such as charging,battery=30%%,ram=100MB, beyond "
+        "which it leaves; temperature=42,cpu=50%%, beyond which it works less; time=60%%, the most of the "
+        "time that it works. Or phone, or none (default: phone on Android, none elsewhere; all rules are in "
+        "docs/policy.md)",
+    )
     add_engine(parser)
     # Options of the lab and of tests: docs/lab.md.
     hidden = partial(parser.add_argument, help=argparse.SUPPRESS)
@@ -48,6 +68,7 @@ def add_parser(commands: Commands) -> None:
     hidden("--slow-turns", type=Path)
     hidden("--measure-seconds", type=seconds, default=0.5)
     hidden("--port-file", type=Path)
+    hidden("--power-files", type=Path, default=Path("/"))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -311,6 +311,7 @@ class Coordinator:
                     raise RemoteProtocolError(f"{connection.peer} is not a node: it offers no device")
                 control.connection, control.greeted = connection, trio.current_time()
                 self._happens(events.Joined(member, hello))
+                self._ping(member)  # the first plan counts with the node's condition
                 while True:
                     messages = await connection.receive_some()
                     self._deliver(member, [m for m in messages if isinstance(m, Result | Failed)])
@@ -366,7 +367,7 @@ class Coordinator:
     def _carry_out(self, command: Command) -> None:
         match command:
             case events.SendPing(member):
-                self._post(member, Ping(self._pace.pinged(member, trio.current_time())))
+                self._ping(member)
             case events.SendAssign(member, assign):
                 self._post(member, assign)
             case events.SendCommit(member, commit):
@@ -405,6 +406,9 @@ class Coordinator:
             case events.Fail(error):
                 self._failure = error
                 self._failed.set()
+
+    def _ping(self, member: int) -> None:
+        self._post(member, Ping(self._pace.pinged(member, trio.current_time())))
 
     def _post(self, member: int, message: Message) -> None:
         """Sends without waiting. A node that accepts no orders is lost."""
@@ -497,5 +501,6 @@ class Coordinator:
     def _info(self, member: int) -> NodeInfo:
         where = self._state.members[member]
         assert where.hello is not None and where.hello.offer is not None
-        slower = self._pace.slower(where.label)
+        # A rest after each call is as good as a slower device.
+        slower = self._pace.slower(where.label) / where.condition.share
         return NodeInfo(where.label, where.host, where.port, where.hello.offer, slower)

@@ -24,7 +24,7 @@ COORDINATOR = "coordinator"
 @dataclass(frozen=True, slots=True)
 class NodeInfo:
     """A node that has joined: its label (unique, never COORDINATOR), the address on which it listens, its
-    offer, and `slower`, the factor by which its steps now take longer than offered."""
+    offer, and `slower`, the factor by which its steps now take longer than offered, its rests included."""
 
     label: str
     host: str

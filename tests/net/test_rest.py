@@ -23,7 +23,7 @@ from shoal.net.coordinator import Coordinator
 from shoal.net.inbox import STRETCH, Batch, Inbox
 from shoal.net.messages import Assign, Condition, Epoch, Loaded, Open, Ping, Pong, Progress, Result, Step
 from shoal.net.pace import NodePace
-from shoal.net.placement import plan_at
+from shoal.net.placement import Links, NodeInfo, Placement, plan_at
 
 EPOCH = Epoch(1, 1)
 Spans = list[tuple[float, float]]
@@ -116,6 +116,29 @@ def test_a_node_tells_its_condition(lab: ModuleType) -> None:
                     told[0] = one
                     await control.send(Ping(i))
                     assert await control.expect(Pong) == Pong(i, condition=one)
+
+    lab.run(main)
+
+
+def test_a_coordinator_counts_the_share_as_a_slower_pace(lab: ModuleType) -> None:
+    """From the first plan on, and after each change."""
+    asked: list[dict[str, float]] = []
+
+    def plan(nodes: Sequence[NodeInfo], links: Links) -> Placement:
+        asked.append({node.label: node.slower for node in nodes})
+        return plan_at((0, 3, 6))(nodes, links)
+
+    async def main() -> None:
+        async with lab.network() as net:
+            now = [0.5]
+            net.add("a", condition=lambda: Condition(now[0]))
+            net.add("b")
+            async with net.coordinator(plan=plan, measure_links=True) as coordinator:
+                assert asked == [{"a": 2.0, "b": 1.0}]
+                for of in (0.25, 1.0):
+                    now[0] = of
+                    await trio.sleep(3)  # longer than a heartbeat
+                    assert [node.slower for node in coordinator.nodes] == [1 / of, 1.0]
 
     lab.run(main)
 

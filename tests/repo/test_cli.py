@@ -95,7 +95,7 @@ def test_options_of_the_lab_are_described_in_its_page_and_not_in_help(
         for option in parser._actions
         if option.help == argparse.SUPPRESS and option.dest != "traceback"
     ]
-    assert [name for name, _ in hidden] == ["node"] * 5
+    assert [name for name, _ in hidden] == ["node"] * 6
     page = (Path(__file__).resolve().parents[2] / "docs/lab.md").read_text(encoding="utf-8")
     assert [option for _, option in hidden if f"\n| `{option} " not in page] == []
     with pytest.raises(SystemExit):

@@ -71,14 +71,17 @@ class Chain:
         self.filler = self.last = stages[-1].member
         self.refill: Callable[[Refill], None] | None = None
         self.sessions: dict[int, Seated] = {}
-        self.held = self.ended = False
-        """`held`: no Steps are sent, since a transition begins. `ended`: nothing is sent any more."""
+        self.ended = False
+        """Nothing is sent any more."""
+        self.stopped: float | None = None
+        """Since when no Steps are sent, because a transition begins or the epoch has ended."""
         self.tokens = 0
         """Tokens of answers that have arrived."""
         self._connection, self._scope = connection, scope
         self._unsent: deque[Message] = deque()
         self._stuck = trio.Event()
         self._quiet: Callable[[tuple[Kept, ...]], None] | None = None
+        """Who waits until the chain is quiet."""
         self._kept: Mapping[int, int] = {}
         """The positions of the sessions that a transition carries; see `hold`."""
         self._closes: list[Close] | None = None
@@ -86,8 +89,14 @@ class Chain:
 
     @property
     def open(self) -> bool:
-        """Whether rows may be sent."""
-        return not (self.held or self.ended)
+        """Whether the rows of all sessions may be sent, and sessions may join."""
+        return self.stopped is None and self._quiet is None
+
+    def sends(self, generation: Generation) -> bool:
+        """Whether the next rows of a session may be sent."""
+        if self._quiet is not None:
+            self._stop()
+        return self.open or (self.stopped is None and generation.decodes)
 
     @property
     def due(self) -> bool:
@@ -164,23 +173,33 @@ class Chain:
     # --- the end of an epoch
 
     def hold(self, quiet: Callable[[tuple[Kept, ...]], None]) -> None:
-        """Sends no Steps from now on. Once no results are due, or at once if the epoch has ended, calls
-        `quiet` with the sessions whose state a transition can carry, and the positions of each."""
-        self.held, self._quiet = True, quiet
+        """Lets the chain become quiet: no rows of prompts are sent from now on, and once those on their way
+        have been computed, no others either, so that sequences that decode stand still for one lap. When no
+        results are due, or at once if the epoch has ended, calls `quiet` with the sessions whose state a
+        transition can carry, and the positions of each."""
+        self._quiet = quiet
         self._look()
 
     def _look(self) -> None:
         """Tells that the chain is quiet, if that is waited for."""
-        if self._quiet is None or self.due:
+        if self._quiet is None:
+            return
+        self._stop()
+        if self.stopped is None or self.due:
             return
         quiet, self._quiet, self._closes = self._quiet, None, []
         held = {number: session.held for number, session in self.sessions.items()}
         self._kept = {number: positions for number, positions in held.items() if positions}
         quiet(tuple(Kept(number, positions) for number, positions in self._kept.items()))
 
+    def _stop(self) -> None:
+        """Sends no more Steps, if no rows of prompts are on their way."""
+        if self.stopped is None and not any(s.generation.reads for s in self.sessions.values() if s.due):
+            self.stopped = trio.current_time()
+
     def resume(self) -> None:
         """Goes on in the same epoch, since the transition was aborted."""
-        closes, self._closes, self._quiet, self.held = self._closes or [], None, None, False
+        closes, self._closes, self._quiet, self.stopped = self._closes or [], None, None, None
         self.send([*closes, *self.due_steps()])
 
     def due_steps(self) -> list[Message]:
@@ -190,6 +209,7 @@ class Chain:
     def end(self) -> None:
         """Ends the epoch. Its sessions wait for `carry` or `drop`."""
         self.ended, self._quiet = True, None
+        self.stopped = trio.current_time() if self.stopped is None else self.stopped
         self._scope.cancel()
 
     def carry(self, new: Chain, fill: FillOf | None) -> list[Message]:

@@ -402,7 +402,7 @@ class Coordinator:
             case events.Pause(epoch):
                 self._epochs.pause(epoch)
             case events.Moved():
-                self._log.ended(command)
+                self._log.ended(command, self._epochs.standstill)
             case events.Fail(error):
                 self._failure = error
                 self._failed.set()

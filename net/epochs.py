@@ -73,6 +73,8 @@ class Epochs:
         """The connection for the epoch that is being prepared, or that waits to be served."""
         self.tasks: trio.Nursery
         self._changed = trio.Event()
+        self.standstill = 0.0
+        """The seconds without Steps before the current chain."""
         self._tokens = 0
         """Tokens of answers in earlier epochs."""
 
@@ -140,7 +142,7 @@ class Epochs:
             self._begin(first, first.serve)
 
     def hold(self, epoch: Epoch, base: Epoch) -> None:
-        """Sends no more Steps of the base, and reports when it is quiet for the transition to `epoch`."""
+        """Lets the base become quiet, and reports when it is, for the transition to `epoch`."""
 
         def quiet(sessions: tuple[Kept, ...]) -> None:
             self._happens(events.Quiet(epoch, sessions))
@@ -196,8 +198,9 @@ class Epochs:
                 old.drop()
             self._admission.open(self._room(chain))
         if old is not None:
-            self._tokens += old.tokens
             old.end()
+            assert old.stopped is not None
+            self._tokens, self.standstill = self._tokens + old.tokens, trio.current_time() - old.stopped
         first.tasks.start_soon(chain.write)
         self._wake()
 

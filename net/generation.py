@@ -183,6 +183,16 @@ class Generation:
         return self._fill is not None and (self._filled < self._sent or bool(self._in_flight))
 
     @property
+    def decodes(self) -> bool:
+        """Whether the next Step is the row of the newest token."""
+        return not self.filling and self._sent + 1 == len(self.known)
+
+    @property
+    def reads(self) -> bool:
+        """Whether rows of a prompt, or of positions that are filled, are on their way."""
+        return any(len(step.tokens) > 1 for step in self._in_flight)
+
+    @property
     def made(self) -> int:
         """The tokens of the answer so far."""
         return len(self.known) - self._asked

@@ -54,9 +54,11 @@ class Rate:
 class Move:
     """A transition: `moved` says what became of it, and `proposal` what was predicted, if a rebalancer has
     proposed it. `before` and `after` are the tokens/s of all answers before it began and after it was
-    committed, where answers have run for long enough."""
+    committed, where answers have run for long enough, and `standstill` the seconds without Steps, for which
+    answers stood still."""
 
     moved: Moved
+    standstill: float = 0.0
     proposal: Proposal | None = None
     before: float | None = None
     after: float | None = None
@@ -69,7 +71,7 @@ class Move:
     @property
     def outcome(self) -> Outcome:
         """What the rebalancer is told."""
-        return Outcome(not self.aborted, self.moved.seconds, self.moved.held)
+        return Outcome(not self.aborted, self.moved.seconds, self.standstill)
 
     def what(self) -> str:
         """The units that moved, and from where to where."""
@@ -85,9 +87,8 @@ class Move:
         if self.aborted:
             return f"not moved: {self.what()} ({moved.why}), because {moved.failure}"
         told = f"moved {self.what()} ({moved.why})"
-        told += (
-            f": {_bytes(moved.sent)} sent in {moved.seconds:.1f} s, {1000 * moved.held:.0f} ms without steps"
-        )
+        told += f": {_bytes(moved.sent)} sent in {moved.seconds:.1f} s, "
+        told += f"{1000 * self.standstill:.0f} ms without steps"
         if self.proposal is not None:
             old, new = self.proposal.seconds_before, self.proposal.seconds_after
             if old > 0 and new > 0:
@@ -127,9 +128,10 @@ class MoveLog:
         """Notes that the next transition is that of a proposal."""
         self._proposed = proposal
 
-    def ended(self, moved: Moved) -> None:
-        """Records what became of a transition."""
-        move = Move(moved, self._proposed, self._rate.tokens_per_s)
+    def ended(self, moved: Moved, standstill: float) -> None:
+        """Records what became of a transition. If it was committed, answers stood still for so long."""
+        standstill = 0.0 if moved.failure else standstill
+        move = Move(moved, standstill, self._proposed, self._rate.tokens_per_s)
         self.moves.append(move)
         if not move.aborted:
             self._say(move.line())

@@ -198,7 +198,7 @@ class Session:
         is set aside instead."""
         if self._generation.finished or self._failed is not None:
             return []
-        if self._chain is None or not self._chain.open:
+        if self._chain is None or not self._chain.sends(self._generation):
             return []
         if not self._admission.grow(self, len(self._generation.known)):
             return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import count
 from types import ModuleType
 from typing import Any
@@ -12,6 +13,7 @@ import trio
 import trio.testing
 
 from shoal.engine.batch import Sampling, Want
+from shoal.engine.errors import ShoalError
 from shoal.net.admission import Admission, ChainRoom
 from shoal.net.chain import Chain
 from shoal.net.errors import NodeLostError
@@ -92,7 +94,7 @@ async def reader(session: Session, prompt: Sequence[int], most: int, got: list[i
 
 
 async def leaver(session: Session, prompt: Sequence[int], leave: trio.CancelScope) -> None:
-    with leave:
+    with leave, suppress(ShoalError):
         await reader(session, prompt, 9, [], keep=False)
 
 
@@ -112,7 +114,7 @@ def test_a_held_chain_sends_no_steps_and_is_quiet_when_the_last_result_is_there(
     async def main(chains: Chains, tasks: trio.Nursery) -> None:
         one, two, chain = list[int](), list[int](), chains.current
         assert chain is not None
-        tasks.start_soon(reader, chains.session(), [1, 2], 9, one)
+        tasks.start_soon(reader, chains.session(), [1], 9, one)
         await settle()
         tasks.start_soon(reader, chains.session(), list(range(20)), 9, two)
         await settle()
@@ -120,17 +122,68 @@ def test_a_held_chain_sends_no_steps_and_is_quiet_when_the_last_result_is_there(
         assert [(m.session, m.first) for m in sent] == [(0, 0), (1, 0), (1, 4), (1, 8)]
         chain.deliver([served(sent[1])])
         chains.hold()
-        chain.deliver([served(sent[0], 60)])
         chain.deliver([served(sent[2])])
-        assert chains.quiet == []
-        assert [m.first for m in chains.line.take() if isinstance(m, Step)] == [12]  # before the hold
         chain.deliver([served(sent[3])])
-        assert chains.quiet == []
+        assert [m.first for m in chains.line.take() if isinstance(m, Step)] == [12]  # before the hold
         chain.deliver([Result(1, FIRST, 12, 4, None)])
-        assert chains.quiet == [(Kept(0, 2), Kept(1, 16))]
+        assert chains.quiet == []
+        chain.deliver([served(sent[0], 60)])
+        assert chains.quiet == [(Kept(0, 1), Kept(1, 16))]
         assert chains.line.take() == []
         await settle()
         assert one == [60]  # tokens are read meanwhile
+
+    scenario(lab, main)
+
+
+def test_sequences_that_decode_go_on_until_prompts_on_their_way_have_been_read(lab: ModuleType) -> None:
+    async def main(chains: Chains, tasks: trio.Nursery) -> None:
+        chain, line = chains.current, chains.line
+        assert chain is not None
+        tasks.start_soon(reader, chains.session(), [1], 30, [])
+        await settle()
+        tasks.start_soon(reader, chains.session(), list(range(20)), 9, [])
+        await settle()
+        decode, *chunks = [m for m in line.take() if isinstance(m, Step)]
+        assert [m.first for m in chunks] == [0, 4, 8]
+        chains.hold()
+        tasks.start_soon(reader, chains.session(), [7], 9, [])  # waits for the next chain
+        await settle()
+        for i, chunk in enumerate(chunks):
+            assert line.take() == [] and chains.quiet == [] and not chain.open
+            chain.deliver([served(decode, 50 + i)])
+            (decode,) = line.take()
+            assert decode == Step(0, FIRST, 1 + i, (50 + i,), Want.TOKEN)
+            chain.deliver([served(chunk)])
+        assert line.take() == [] and chains.quiet == []
+        chain.deliver([served(decode, 60)])
+        assert line.take() == [] and chains.quiet == [(Kept(0, 4), Kept(1, 12))]
+        chain.resume()
+        resumed = [(m.session, m.first) for m in line.take() if isinstance(m, Step)]
+        assert resumed == [(0, 4), (1, 12), (1, 16)]
+
+    scenario(lab, main)
+
+
+@pytest.mark.parametrize("end", ["close", "fail"])
+def test_a_prompt_that_ends_lets_the_others_stop(lab: ModuleType, end: str) -> None:
+    async def main(chains: Chains, tasks: trio.Nursery) -> None:
+        chain, leave = chains.current, trio.CancelScope()
+        assert chain is not None
+        tasks.start_soon(reader, chains.session(), [1], 30, [])
+        await settle()
+        tasks.start_soon(leaver, chains.session(), list(range(20)), leave)
+        await settle()
+        decode = chains.line.take()[1]
+        chains.hold()
+        if end == "close":
+            leave.cancel()
+            await settle()
+        else:
+            chain.deliver([Failed(1, FIRST, 1, "its rows are invalid")])
+        assert chains.quiet == []
+        chain.deliver([served(decode)])
+        assert chains.quiet == [(Kept(0, 1),)]
 
     scenario(lab, main)
 
@@ -189,9 +242,9 @@ def test_a_session_that_ends_during_a_hold_is_closed_in_the_epoch_that_knows_it(
         chain, line = chains.current, chains.line
         assert chain is not None
         leave = trio.CancelScope()
-        tasks.start_soon(leaver, chains.session(), [1, 2], leave)
+        tasks.start_soon(leaver, chains.session(), [1], leave)
         await settle()
-        tasks.start_soon(reader, chains.session(), [3, 4], 9, [])
+        tasks.start_soon(reader, chains.session(), [3], 9, [])
         await settle()
         steps = [m for m in line.take() if isinstance(m, Step)]
         chains.hold()
@@ -201,18 +254,18 @@ def test_a_session_that_ends_during_a_hold_is_closed_in_the_epoch_that_knows_it(
             await settle()
             assert line.take() == [Close(0, FIRST)]
             chain.deliver([served(steps[1])])
-            assert chains.quiet == [(Kept(1, 2),)]
+            assert chains.quiet == [(Kept(1, 1),)]
         else:
             chain.deliver([served(steps[1])])
-            assert chains.quiet == [(Kept(0, 2), Kept(1, 2))]
+            assert chains.quiet == [(Kept(0, 1), Kept(1, 1))]
             leave.cancel()
             await settle()
             assert line.take() == []
-        due = [Step(1, SECOND, 2, (50,), Want.TOKEN)]
+        due = [Step(1, SECOND, 1, (50,), Want.TOKEN)]
         if aborted:
             chain.resume()
             closed = [Close(0, FIRST)] if when == "after" else []
-            assert line.take() == [*closed, Step(1, FIRST, 2, (50,), Want.TOKEN)]
+            assert line.take() == [*closed, Step(1, FIRST, 1, (50,), Want.TOKEN)]
         else:
             new = chains.new(SECOND)
             assert chain.carry(new, lambda session: None) == [Close(0, SECOND)] * (when == "after")

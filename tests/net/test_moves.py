@@ -13,7 +13,7 @@ from shoal.net.placement import Outcome, Placement, Proposal, Usage
 
 EPOCH = Epoch(9, 2)
 HOT = Moved(
-    EPOCH, "a is 2.5 times slower", (Shift(3, 5, "a", "b"), Shift(7, 8, "b", "c")), seconds=1.25, held=0.021,
+    EPOCH, "a is 2.5 times slower", (Shift(3, 5, "a", "b"), Shift(7, 8, "b", "c")), seconds=1.25, held=0.5,
     sent=3_200_000,
 )  # fmt: skip
 PROPOSAL = Proposal(Placement(()), "a is 2.5 times slower", 1 / 40, 1 / 50, 0.1, 3_000_000)
@@ -23,14 +23,14 @@ PROPOSAL = Proposal(Placement(()), "a is 2.5 times slower", 1 / 40, 1 / 50, 0.1,
     ("move", "line"),
     [
         (
-            Move(HOT),
+            Move(HOT, 0.021),
             (
                 "moved units 3-4 from a to b, unit 7 from b to c (a is 2.5 times slower): 3.2 MB sent in "
                 "1.2 s, 21 ms without steps"
             ),
         ),
         (
-            Move(HOT, PROPOSAL, 39.0, 51.26),
+            Move(HOT, 0.021, PROPOSAL, 39.0, 51.26),
             (
                 "moved units 3-4 from a to b, unit 7 from b to c (a is 2.5 times slower): 3.2 MB sent in "
                 "1.2 s, 21 ms without steps; predicted 40.0 -> 50.0 tokens/s; measured 39.0 -> 51.3 tokens/s"
@@ -44,7 +44,7 @@ PROPOSAL = Proposal(Placement(()), "a is 2.5 times slower", 1 / 40, 1 / 50, 0.1,
             ),
         ),
         (
-            Move(Moved(EPOCH, "b is lost", (), (2, 5), True, 0.3, 0.1)),
+            Move(Moved(EPOCH, "b is lost", (), (2, 5), True, 0.3, 0.1), 0.1),
             (
                 "moved units 2-4 anew, since no node has what they hold (b is lost): 0.0 kB sent in 0.3 s, "
                 "100 ms without steps"
@@ -94,7 +94,7 @@ def test_what_came_of_a_move_is_told_when_answers_have_run_for_long_enough() -> 
     tokens = run(log, 0.0, 10, 0)
     log.proposed(PROPOSAL)
     assert log.outcome() is None
-    log.ended(HOT)
+    log.ended(HOT, 0.021)
     assert log.outcome() == Outcome(True, 1.25, 0.021)
     assert log.outcome() is None
     (move,) = log.moves
@@ -114,9 +114,9 @@ def test_moves_that_were_given_up_are_recorded_and_the_rebalancer_is_told() -> N
     log = MoveLog(said.append)
     run(log, 0.0, 10, 0)
     log.proposed(PROPOSAL)
-    log.ended(Moved(EPOCH, "a is hot", seconds=2.0, failure="b could not prepare"))
+    log.ended(Moved(EPOCH, "a is hot", seconds=2.0, failure="b could not prepare"), 9.0)
     assert log.outcome() == Outcome(False, 2.0, 0.0)
-    log.ended(Moved(EPOCH, "c has joined"))  # nobody proposed it
+    log.ended(Moved(EPOCH, "c has joined"), 0.0)  # nobody proposed it
     assert log.outcome() is None
     assert [move.aborted for move in log.moves] == [True, False]
     assert [move.proposal for move in log.moves] == [PROPOSAL, None]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from tests.net.fake_stage import COLS, CONTEXT, PAGE, PRIME, UNITS, VOCAB, FakeStage
+from tests.net.fake_stage import COLS, CONTEXT, PAGE, PRIME, STATELESS, UNITS, VOCAB, FakeStage
 
 from shoal.engine.batch import Run, Sampling, Want
 from shoal.net.assignment import NodeParts
@@ -115,7 +115,7 @@ class FakeNetwork:
 
         parts = NodeParts(
             identity=identity(name, port, model), offer=OFFER, units=UNITS, open_stage=open_stage,
-            resident=lambda: 1, log=log.append, hop=inline, own_thread=False,
+            resident=lambda: 1, log=log.append, hop=inline, own_thread=False, stateless=STATELESS,
             open_stream=partial(self.open_stream, source=port),
         )  # fmt: skip
         parts = replace(parts, **changes)

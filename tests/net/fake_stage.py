@@ -1,6 +1,6 @@
-"""A stage of a model whose tokens are arithmetic. Each of its units keeps a running number per sequence that
-depends on all rows before, so a lost, repeated or misplaced row, and keys and values of another position,
-change the tokens."""
+"""A stage of a model whose tokens are arithmetic. Each of its units but the last keeps a running number per
+sequence that depends on all rows before, so a lost, repeated or misplaced row, and keys and values of another
+position, change the tokens."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from shoal.engine.errors import ContextError
 
 UNITS, VOCAB, CONTEXT, COLS, PRIME = 6, 97, 64, 2, 65521
 PAGE = 4
+STATELESS = frozenset({UNITS - 1})
+"""Units without keys and values, as the LM head."""
 
 
 @dataclass
@@ -125,14 +127,15 @@ class FakeStage:
         known.length = length
         for unit in range(enter, until):
             state = known.states.setdefault(unit, [])
-            if len(state) < run.first:
+            if len(state) < run.first and unit not in STATELESS:
                 raise ValueError(f"unit {unit} holds {len(state)} of the {run.first} positions")
             later = [] if run.part is None else state[end:]
             del state[run.first :]
             for i, value in enumerate(values):
                 before = state[-1] if state else 1
-                state.append((before * 31 + value * (unit + 1) + 7) % PRIME)
-                values[i] = state[-1]
+                values[i] = (before * 31 + value * (unit + 1) + 7) % PRIME
+                if unit not in STATELESS:
+                    state.append(values[i])
             state += later
         if until < UNITS:
             hidden = np.array([[value, run.first + i] for i, value in enumerate(values)], np.float32)
@@ -192,7 +195,7 @@ class FakeStage:
             for unit in new:
                 source = own if unit in old and number in self.sequences else more
                 held = 0 if source is None else source.held(unit)
-                if held < positions and unit not in lost:
+                if held < positions and unit not in lost and unit not in STATELESS:
                     raise ValueError(f"unit {unit} holds {held} of the {positions} positions of {number}")
                 kept.states[unit] = [] if source is None else source.states.get(unit, [])[:positions]
         if prepared is not None:

@@ -6,7 +6,7 @@ does not touch the pages that stay."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -50,12 +50,14 @@ class PagePool:
         self.used = 0
         """Bytes of the pages that sequences use; a shared page counts once."""
         self.held = 0
-        """Bytes of memory taken from the system."""
+        """Bytes of memory taken from the system, or claimed."""
         self._limit = limit
         self._free: dict[tuple[int, bool], list[Page]] = {}
         self._empty: dict[int, list[Page]] = {}
         self._slabs: dict[bool, Arena] = {}
         self._lock = threading.Lock()
+        self.spare: Callable[[], bool] | None = None
+        """Gives claimed memory back, before a lack of room is an error. False: there is none."""
 
     def unlock(self) -> None:
         """Replaces the lock. Called in a forked process, where the thread that held it does not exist."""
@@ -69,29 +71,34 @@ class PagePool:
 
     @limit.setter
     def limit(self, limit: int | None) -> None:
-        with self._lock:
-            self._limit = limit
-            self._return(0)
+        fits = False
+        while not fits:
+            with self._lock:
+                self._limit = limit
+                fits = self._return(0)
+            fits = fits or self.spare is None or not self.spare()
 
     def take(self, size: int, *, first: bool) -> Page:
         """A page of `size` bytes with undefined contents. `first`: it is for the first positions of a
         sequence. ContextError: the limit is reached, or the system is out of memory."""
-        with self._lock:
-            try:
-                page = self._found(size, first)
-            except MemoryError:
-                raise ContextError(
-                    "out of memory for keys and values: end another request, or promise less RAM"
-                ) from None
-            if page is None:
+        while True:
+            with self._lock:
+                try:
+                    page = self._found(size, first)
+                except MemoryError:
+                    raise ContextError(
+                        "out of memory for keys and values: end another request, or promise less RAM"
+                    ) from None
+                if page is not None:
+                    page.users = 1
+                    self.used += size
+                    return page
+            if self.spare is None or not self.spare():
                 assert self._limit is not None
                 raise ContextError(
                     f"keys and values have filled the {self._limit / 1e6:.0f} MB promised for them: "
                     "end another request, shorten the prompt, or promise more RAM"
                 )
-            page.users = 1
-            self.used += size
-            return page
 
     def give(self, page: Page) -> None:
         """Drops one sequence's use of a page; the last one frees it."""
@@ -100,6 +107,19 @@ class PagePool:
             if page.users == 0:
                 self.used -= page.bytes.nbytes
                 self._free.setdefault((page.bytes.nbytes, page.huge), []).append(page)
+
+    def claim(self, size: int) -> bool:
+        """Counts memory for something else than pages, which `spare` can give back. False: the limit does not
+        allow it."""
+        with self._lock:
+            allowed = self._allows(size)
+            self.held += size if allowed else 0
+            return allowed
+
+    def give_back(self, size: int) -> None:
+        """Counts memory no more that was claimed, and is free again."""
+        with self._lock:
+            self.held -= size
 
     def _found(self, size: int, first: bool) -> Page | None:
         page = (

@@ -24,6 +24,7 @@ from .batch import Result, Run, Sampling, Want
 from .calls import Calls, Flag
 from .errors import CancelledRunError, ContextError, MissingDependencyError
 from .incoming import Arriving, Incoming
+from .kept_rows import KeptRows
 from .kv import KvRows, PagePool, SequenceKv
 from .kv_page import page_bytes
 from .layout import PAGE
@@ -50,6 +51,8 @@ class StageOptions:
     max_rows: int = 256
     max_wanted: int = 32
     kv_bytes: int | None = None
+    keep_rows: bool = False
+    """Keep the rows that runs return, as far as keys and values leave room (`Stage.kept_rows`)."""
     resident: bool | None = None
     """Where weights are. True: read into memory (faster), and locked there as far as the system allows.
     False: in mappings of the files, which the system can drop when memory runs short. None: read into
@@ -76,6 +79,7 @@ class Stage:
         self._load_lock = threading.Lock()  # held while loading weights, which does not wait for runs
         self._states = [unit.states for unit in model.program.units]
         self._pool = PagePool(model.kv_dtype, options.kv_bytes)
+        self._kept = KeptRows(self._pool, model.program.cut_cols)
         self._weights = WeightStore(model, options.resident)
         self._weights.load(first, last)
         self._backend = open_backend(options.backend, options.isa, threads)
@@ -211,6 +215,17 @@ class Stage:
         with self._calls.alone():
             return self._sequences[sequence].kv.export(unit, first, last)
 
+    def rows_kept(self, sequence: int, unit: int) -> int:
+        """Number of positions, from the first, whose rows into this unit are kept: see `kept_rows`."""
+        return self._kept.positions(sequence, unit)
+
+    def kept_rows(self, sequence: int, unit: int, first: int, last: int) -> F32:
+        """The rows of positions [first, last) that earlier runs have returned when `unit` was the end of the
+        range, so that they can be sent once more. They are kept with `StageOptions.keep_rows`, and dropped
+        when keys and values need the room. After the end has changed, a sequence loses them with its next
+        run of the whole range. ValueError: they are not kept."""
+        return self._kept.rows(sequence, unit, first, last)
+
     def import_positions(
         self, sequence: int, unit: int, first: int, last: int, data: bytes | memoryview
     ) -> None:
@@ -341,6 +356,7 @@ class Stage:
         transition.check(self._sequences, self._states)
         self._calls.forget(number for number in kept if number not in self._sequences)
         transition.apply(self._sequences, self._pool, self._states)
+        self._kept.keep(kept)
 
     def _switch(self, prepared: PreparedRange | None, kv_bytes: int | None) -> PreparedRange | None:
         """Makes a prepared range the current one; returns the one before."""
@@ -404,6 +420,7 @@ class Stage:
         # Frees weights and pages now, not when this object is collected: the next stage needs the memory.
         self._weights.keep(())
         self._pool = PagePool(self._pool.kv_type)
+        self._kept = KeptRows(self._pool, self.model.program.cut_cols)
         self._prepared, self._incoming = [], []
         trim_heap()
 
@@ -434,6 +451,7 @@ class Stage:
                 for run in batch:
                     if state := self._sequences.get(run.sequence):
                         state.kv.truncate(state.length)
+                        self._kept.truncate(run.sequence, state.length)
                 raise
 
     def _run(self, batch: Sequence[Run], cancel: Flag) -> list[Result]:
@@ -467,7 +485,13 @@ class Stage:
             else:
                 state.length = max(state.length, end)
                 state.kv.ran_part(end, units)
-        return self._results(batch, rows, outcome)
+        results = self._results(batch, rows, outcome)
+        if self.options.keep_rows and units.stop == self.last:
+            for result in results:
+                if result.hidden is not None:
+                    rows_of = result.sequence, self.last, result.first, result.hidden
+                    self._kept.note(*rows_of, part=part is not None)
+        return results
 
     def _units(self, part: tuple[int, int] | None) -> range:
         """The units of the range that are in a part; None: all of them."""
@@ -563,6 +587,7 @@ class Stage:
         self._load_lock = threading.Lock()
         self._weights.unlock()
         self._pool.unlock()
+        self._kept.unlock()
         for incoming in self._incoming:
             incoming.unlock()
         self._backend = open_backend(self.options.backend, self.options.isa, self.threads)
@@ -571,8 +596,9 @@ class Stage:
 
     def _close_ended(self) -> None:
         while self._ended:
-            state = self._sequences.pop(self._ended.popleft(), None)
-            if state is not None:
+            number = self._ended.popleft()
+            self._kept.forget(number)
+            if state := self._sequences.pop(number, None):
                 state.kv.truncate(0)
 
     def _results(self, batch: Sequence[Run], rows: Sequence[SequenceRows], outcome: Outcome) -> list[Result]:

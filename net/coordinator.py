@@ -464,17 +464,18 @@ class Coordinator:
             outcome = self._log.outcome()
             if outcome is not None:
                 await hop(partial(rebalancer.happened, outcome))
-            chain, placement, nodes = self._epochs.chain, self._state.placement, self.nodes
+            chain, placement = self._epochs.chain, self._state.placement
+            nodes, links = [self._info(i) for i in self._state.usable()], dict(self.links)
             if chain is None or not chain.open or self._state.transition is not None:
                 continue
             there = chain.flow.epoch, tuple(node.label for node in nodes)
             if there != asked:
                 asked = there
-                self._order_copies(await hop(partial(rebalancer.copies, nodes, placement)))
+                self._order_copies(await hop(partial(rebalancer.copies, nodes, links, placement)))
             if any(session.filling for session in chain.sessions.values()):
                 continue
             now, usage = self._awake.at(trio.current_time()), self._usage(chain)
-            look = partial(rebalancer.look, nodes, dict(self.links), placement, usage, now)
+            look = partial(rebalancer.look, nodes, links, placement, usage, now)
             proposal = await hop(look)
             if proposal is not None:
                 self._log.proposed(proposal)

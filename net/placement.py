@@ -128,7 +128,9 @@ class Rebalancer(Protocol):
     def happened(self, outcome: Outcome) -> None:
         """Notes what became of the last proposal. It must be called before the next `look`."""
 
-    def copies(self, nodes: Sequence[NodeInfo], placement: Placement) -> Mapping[str, tuple[int, ...]]:
+    def copies(
+        self, nodes: Sequence[NodeInfo], links: Links, placement: Placement
+    ) -> Mapping[str, tuple[int, ...]]:
         """The units whose weights each node should hold beside those of its stage, in the order of their
         use."""
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import platform
 import secrets
 import threading
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -19,11 +19,23 @@ from .answering import Put, Settings, most_tokens
 from .engine.errors import ShoalError, ignore
 from .engine.model_directory import Model
 from .engine.stage import StageOptions
+from .net import rebalance
 from .net.coordinator import Coordinator, CoordinatorOptions
 from .net.events import DEFAULT_TIMING
 from .net.identity import Identity, identity_of, shape_of
+from .net.members import Moves
+from .net.moves import Move
 from .net.pace import slowed
-from .net.placement import COORDINATOR, Links, NodeInfo, Placement, StageReport
+from .net.placement import (
+    COORDINATOR,
+    Links,
+    NodeInfo,
+    Outcome,
+    Placement,
+    Proposal,
+    StageReport,
+    Usage,
+)
 from .net.session import Session
 from .net.survey import survey
 from .plan_report import RunMeasurements
@@ -47,9 +59,12 @@ def coordinator_identity(model: Model) -> Identity:
     return identity_of(model, f"coordinator on {platform.node()}", secrets.randbits(64), __version__)
 
 
-def cluster_of(nodes: Sequence[NodeInfo], links: Links) -> planner.Cluster:
-    """The planner's view of the nodes that answered and of their links, by the latest measurements."""
-    devices = tuple(slowed(replace(node.offer.device, name=node.label), node.slower) for node in nodes)
+def cluster_of(nodes: Sequence[NodeInfo], links: Links, *, offered: bool = False) -> planner.Cluster:
+    """The planner's view of the nodes that answered and of their links, by the latest measurements; with
+    `offered`, of nodes as they were at the start."""
+    devices = tuple(
+        slowed(replace(node.offer.device, name=node.label), 1.0 if offered else node.slower) for node in nodes
+    )
     there = {COORDINATOR, *(node.label for node in nodes)}
     return planner.Cluster(
         devices, {ends: link for ends, link in links.items() if there.issuperset(ends)}, COORDINATOR
@@ -126,6 +141,21 @@ class NetworkPlanner:
             detail=plan,
         )
 
+    @property
+    def fixed(self) -> bool:
+        """Whether the user has given the number of layers on each node."""
+        return bool(self._layers)
+
+    def placement(
+        self, nodes: Sequence[NodeInfo], links: Links, stages: Sequence[planner.Assignment], before: Placement
+    ) -> Placement:
+        """Other stages for what was planned before, with predictions by the latest measurements. ValueError:
+        a node or a link is missing."""
+        question = self._question(cluster_of(nodes, links), self.workload)
+        plan = replace(planner.evaluate(question, stages), method="moving layers")
+        placed = placement_of(question, stages)
+        return replace(placed, tokens_per_s=plan.tokens_per_s, context=before.context, detail=plan)
+
     def now(
         self,
         nodes: Sequence[NodeInfo],
@@ -147,6 +177,49 @@ class NetworkPlanner:
         if self._layers:
             held = layer_constraints(self._layers, [device.name for device in cluster.devices])
         return planner.Question(self.costs, cluster, workload, self._objective, held)
+
+
+class NetworkRebalancer:
+    """A net.placement.Rebalancer by the cost model of a NetworkPlanner, whose plans it changes. Layers that
+    the user has given are left where they are."""
+
+    def __init__(self, plans: NetworkPlanner) -> None:
+        self._plans = plans
+        self._memory = rebalance.Memory()
+
+    def look(
+        self, nodes: Sequence[NodeInfo], links: Links, placement: Placement, usage: Usage, now: float
+    ) -> Proposal | None:
+        """A placement that pays, with the best groups of sequences and chunks of prompts for it; or None."""
+        if self._plans.fixed:
+            return None
+        question = self._question(cluster_of(nodes, links, offered=True), placement, usage)
+        slower = {node.label: node.slower for node in nodes}
+        view = rebalance.View(question, slower, placement.stages, usage, now)
+        self._memory, proposal = rebalance.look(self._memory, view)
+        if proposal is None:
+            return None
+        changed = self._plans.placement(nodes, links, proposal.placement.stages, placement)
+        return replace(proposal, placement=changed)
+
+    def happened(self, outcome: Outcome) -> None:
+        """See net.placement.Rebalancer."""
+        self._memory = rebalance.happened(self._memory, outcome)
+
+    def copies(
+        self, nodes: Sequence[NodeInfo], links: Links, placement: Placement
+    ) -> Mapping[str, tuple[int, ...]]:
+        """See net.placement.Rebalancer."""
+        return {}
+
+    def _question(self, cluster: planner.Cluster, placement: Placement, usage: Usage) -> planner.Question:
+        """What the chain is used for, as a question. There is room for as many positions as were planned,
+        which the answers share."""
+        streams, planned = max(1, usage.streams), self._plans.workload
+        context = max(1, usage.depth, (placement.context or planned.context) * planned.sequences // streams)
+        load = planner.Workload(context, streams, streams=streams, depth=usage.depth)
+        objective: planner.Objective = "throughput" if streams > 1 else "latency"
+        return planner.Question(self._plans.costs, cluster, load, objective)
 
 
 def measured_of(
@@ -201,6 +274,10 @@ class Nodes:
         assert isinstance(plan, planner.Plan), "NetworkPlanner records its plans"
         return plan
 
+    def moves(self) -> Sequence[Move]:
+        """What became of the latest changes of the plan while answers were computed, the oldest first."""
+        return tuple(self._portal.opened.moves)
+
     @property
     def context(self) -> int:
         """The context length of the plan, in tokens."""
@@ -249,15 +326,22 @@ def open_nodes(
     *,
     shrink: bool = False,
     wait: float = DEFAULT_TIMING.patience,
+    moves: Moves = "move",
     log: Callable[[str], object] = ignore,
 ) -> Iterator[Nodes]:
     """A chain of nodes that run the model; `shrink` as for NetworkPlanner. Lost nodes that the model needs
-    are waited for, at most `wait` seconds. `log` is called with sentences about nodes that are lost or come
+    are waited for, at most `wait` seconds. `moves`: how the plan changes while answers are computed
+    (net.members.Moves). `log` is called with sentences about nodes that are lost or come
     back, in a thread of its own. NoPlanError: the nodes cannot hold the model. NetError: a node cannot be
     reached."""
     plans = NetworkPlanner(model, workload, shrink=shrink)
     with in_order(log) as say:
-        options = CoordinatorOptions(timing=replace(DEFAULT_TIMING, patience=wait), log=say)
+        options = CoordinatorOptions(
+            timing=replace(DEFAULT_TIMING, patience=wait),
+            moves=moves,
+            rebalancer=None if moves == "off" else NetworkRebalancer(plans),
+            log=say,
+        )
         who, shape = coordinator_identity(model), shape_of(model)
         opening = partial(Coordinator.open, addresses, who, shape, plans, options)
         with open_portal(opening) as portal:

@@ -298,7 +298,9 @@ class Once:
     def happened(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
 
-    def copies(self, nodes: Sequence[NodeInfo], placement: Placement) -> dict[str, tuple[int, ...]]:
+    def copies(
+        self, nodes: Sequence[NodeInfo], links: Links, placement: Placement
+    ) -> dict[str, tuple[int, ...]]:
         self.placements.append(placement)
         return {}
 

@@ -52,6 +52,14 @@ def add_parser(commands: Commands) -> None:
         metavar="S",
         help="wait at most S seconds for lost nodes that the model needs (default 60)",
     )
+    parser.add_argument(
+        "--moves",
+        choices=("move", "reload", "off"),
+        default="move",
+        help="what happens while answers are computed when nodes become slower, quicker or come back: layers "
+        "move with their keys and values (move, the default), all layers are loaded and all tokens computed "
+        "again (reload), or nothing (off)",
+    )
     texts = parser.add_argument_group("text")
     texts.add_argument(
         "-n",
@@ -195,7 +203,9 @@ def open_engine(
         from ..planning import default_workload
 
         workload = default_workload(settings.context, given=not free)
-        with open_nodes(model, args.nodes, workload, shrink=free, wait=args.wait, log=tell) as nodes:
+        with open_nodes(
+            model, args.nodes, workload, shrink=free, wait=args.wait, moves=args.moves, log=tell
+        ) as nodes:
             if args.stats:
                 print(render(nodes.plan), file=sys.stderr)
             names = [stage.device for stage in nodes.plan.stages]

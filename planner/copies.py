@@ -1,0 +1,73 @@
+"""Of which other units a device should hold the weights, in RAM that its stage does not need: those that it
+would get if another device became slower or were lost, and then its neighbours' nearest ones. A change of the
+stages then moves keys and values only, and no device has to load weights."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain, zip_longest
+
+from . import cost
+from .evaluation import Plan
+from .moves import steals
+from .rows import Assignment, Cluster, Device, Question
+from .solve import plan
+
+HOT = 2.5
+"""How many times as long as now a device takes that has become slow."""
+
+
+def copies(
+    question: Question, stages: Sequence[Assignment], slowed: Callable[[Device, float], Device]
+) -> dict[str, tuple[int, ...]]:
+    """The units whose weights each device of a chain should hold beside those of its stage, the most useful
+    first, as far as its RAM cap allows. `slowed`: a device that takes so many times as long."""
+    wanted: dict[str, Counter[int]] = {stage.device: Counter() for stage in stages}
+    for later in _later(question, stages, slowed):
+        for stage in later:
+            if stage.device in wanted:
+                wanted[stage.device].update(range(stage.first, stage.last))
+    found = {}
+    for at, stage in enumerate(stages):
+        device, own = question.cluster.device(stage.device), range(stage.first, stage.last)
+        free = device.ram_bytes - cost.range_ram_bytes(
+            question.model, device, question.workload, stage.first, stage.last
+        )
+        near = _near(stages, at)
+        place = {u: by for by, u in enumerate(near)}
+        useful = [u for u in wanted[stage.device] if u not in own]
+        useful.sort(key=lambda u: (-wanted[stage.device][u], place.get(u, len(place)), u))
+        held = []
+        for u in dict.fromkeys([*useful, *near]):
+            size = question.model.units[u].bytes
+            if size <= free:
+                free -= size
+                held.append(u)
+        found[stage.device] = tuple(held)
+    return found
+
+
+def _later(
+    question: Question, stages: Sequence[Assignment], slowed: Callable[[Device, float], Device]
+) -> Iterator[Sequence[Assignment]]:
+    """The stages that are best when one device of the chain is slower, and when it is lost."""
+    cluster, held = question.cluster, question.constraints
+    for stage in stages:
+        devices = tuple(slowed(d, HOT) if d.name == stage.device else d for d in cluster.devices)
+        asked = replace(question, cluster=Cluster(devices, cluster.links, cluster.coordinator))
+        yield from (steal.stages for steal in [*steals(asked, stages)][-1:])
+        others = tuple(one.device for one in stages if one is not stage)
+        if others:
+            without = replace(held, exclude=held.exclude | {stage.device}, order=others)
+            lost = plan(replace(question, constraints=without), method="dp", explain=False)
+            if isinstance(lost, Plan):
+                yield lost.assignments
+
+
+def _near(stages: Sequence[Assignment], at: int) -> list[int]:
+    """The units of the stages beside one, the nearest first, in turns from either side."""
+    stage = stages[at]
+    before = reversed(range(stages[at - 1].first, stage.first)) if at else ()
+    after = range(stage.last, stages[at + 1].last) if at + 1 < len(stages) else ()
+    pairs = zip_longest(before, after)
+    return [u for u in chain.from_iterable(pairs) if u is not None]

@@ -1,0 +1,104 @@
+"""The rebalancer with the planner, as a coordinator has it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from tests.net.swarm import MODEL, question
+
+from shoal.distributed import NetworkPlanner, NetworkRebalancer
+from shoal.net.messages import Offer
+from shoal.net.placement import COORDINATOR, NodeInfo, Outcome, Placement, Proposal, Usage
+from shoal.planner import Plan, Workload
+
+STREAMS = 4
+
+
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch) -> NetworkPlanner:
+    return planner_of(monkeypatch)
+
+
+def planner_of(monkeypatch: pytest.MonkeyPatch, **options: Any) -> NetworkPlanner:
+    monkeypatch.setattr("shoal.distributed.planner_model", lambda model, options: MODEL)
+    load = Workload(512, STREAMS, streams=STREAMS, depth=200)
+    model: Any = None
+    return NetworkPlanner(model, load, "throughput", **options)
+
+
+ASKED = question(STREAMS)
+NAMES = [device.name for device in ASKED.cluster.devices]
+LINKS = {
+    (COORDINATOR if a == "head" else a, COORDINATOR if b == "head" else b): link
+    for (a, b), link in ASKED.cluster.links.items()
+}
+
+
+def nodes(names: Sequence[str] = NAMES, **slower: float) -> list[NodeInfo]:
+    return [
+        NodeInfo(
+            d.name, "127.0.0.1", 7000 + at, Offer(d, 256, 1, "native", exact=True), slower.get(d.name, 1.0)
+        )
+        for at, d in enumerate(ASKED.cluster.devices)
+        if d.name in names
+    ]
+
+
+def proposed(plans: NetworkPlanner, rebalancer: NetworkRebalancer, hot: str = "c") -> Proposal | None:
+    """What is proposed within three seconds after a device has become slow."""
+    placement = plans(nodes(), LINKS)
+    for at in range(26):
+        slower = {hot: 2.5} if at >= 20 else {}
+        usage = Usage(STREAMS, 200, 1e5, 20 * at)
+        found = rebalancer.look(nodes(**slower), LINKS, placement, usage, at / 2)
+        if found is not None:
+            assert at > 20
+            return found
+    return None
+
+
+def test_a_proposal_is_a_whole_placement(plans: NetworkPlanner) -> None:
+    rebalancer = NetworkRebalancer(plans)
+    found = proposed(plans, rebalancer)
+    assert found is not None
+    placement = found.placement
+    assert placement.stages[-1].last == len(MODEL.units)
+    assert placement.groupings
+    assert placement.window
+    assert placement.context == 512
+    plan = placement.detail
+    assert isinstance(plan, Plan)
+    assert plan.assignments == placement.stages
+    assert placement.tokens_per_s == plan.tokens_per_s == pytest.approx(1 / found.seconds_after, rel=0.05)
+    rebalancer.happened(Outcome(False))
+    usage = Usage(STREAMS, 200, 1e5, 600)
+    before = Placement(plans(nodes(), LINKS).stages, context=512)
+    for at in range(26, 40):
+        assert rebalancer.look(nodes(c=2.5), LINKS, before, usage, at / 2) is None
+
+
+def test_layers_that_the_user_has_given_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = planner_of(monkeypatch, layers=(7, 8, 8, 7))
+    rebalancer = NetworkRebalancer(plans)
+    assert proposed(plans, rebalancer, hot="b") is None
+    assert rebalancer.copies(nodes(), LINKS, plans(nodes(), LINKS)) == {}
+
+
+def test_the_room_is_that_of_the_plan_however_many_answers_share_it(plans: NetworkPlanner) -> None:
+    """Sixteen short answers need no more room than the four long ones that were planned for."""
+    rebalancer, placement = NetworkRebalancer(plans), plans(nodes(), LINKS)
+    for at in range(26):
+        slower = {"c": 2.5} if at >= 20 else {}
+        usage = Usage(16, 100, 1e5, 60 * at)
+        if rebalancer.look(nodes(**slower), LINKS, placement, usage, at / 2) is not None:
+            return
+    raise AssertionError("nothing was proposed")
+
+
+def test_a_node_that_is_leaving_is_no_error(plans: NetworkPlanner) -> None:
+    """It is not among the nodes, and has a stage still."""
+    rebalancer, placement = NetworkRebalancer(plans), plans(nodes(), LINKS)
+    there = nodes([name for name in NAMES if name != placement.stages[1].device])
+    assert rebalancer.look(there, LINKS, placement, Usage(STREAMS, 200, 1e5, 0), 0.0) is None

@@ -23,24 +23,19 @@ suffice, and is an error otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
-from ..engine.errors import NoPlanError, ShoalError
-from . import transition
-from .errors import LocalProtocolError, MismatchError, NetError, NodeLostError, StageStuckError
+from ..engine.errors import ShoalError
+from . import plans, transition
+from .errors import MismatchError, NetError, NodeLostError, StageStuckError
 from .events import (
     Command,
     Event,
-    Fail,
     HangUp,
     Heard,
     Joined,
     Left,
     LinksMeasured,
-    MakePlan,
-    MeasureLinks,
-    Moved,
     Planned,
     Proposed,
     Quiet,
@@ -57,15 +52,10 @@ from .events import (
 )
 from .identity import host_port
 from .liveness import Pulse, call_bound, load_bound
-from .members import NO_POLICY, ClusterState, Phase, Transition, labelled
+from .members import NO_POLICY, ClusterState, Transition, labelled
 from .messages import Condition
-from .placement import Placement
+from .transition import Outcome
 
-GAIN = 1.1
-"""How many times as fast as the plan in force a plan with other nodes must be."""
-SETTLED_SECONDS, MOST_SETTLED = 3.0, 60.0
-"""How long a node must have been back, and a chain have been served, before such a plan is tried. The time
-grows with each loss of the node."""
 QUICK_SECONDS, MOST_AGAIN = 10.0, 3
 """How often the same chain is tried again after its connections have failed, each time within
 QUICK_SECONDS."""
@@ -73,8 +63,6 @@ BUSY_BYTES_PER_S = 200e6
 """A node that loads so many bytes may be silent for a second longer, since its memory and disk are busy."""
 RETRY_SECONDS = 1.0
 """The time between two measurements of links that cannot be measured, while nodes are waited for."""
-
-Outcome = tuple[ClusterState, tuple[Command, ...]]
 
 
 def decide(state: ClusterState, event: Event, now: float) -> Outcome:
@@ -89,11 +77,11 @@ def decide(state: ClusterState, event: Event, now: float) -> Outcome:
         case Left(member, error, greeted):
             return _left(state, member, error, now, own=greeted)
         case LinksMeasured():
-            return _links_measured(state, event, now)
+            return plans.links_measured(state, event, now)
         case Planned(number, answer):
-            return _planned(state, answer, now) if number == state.plans else (state, ())
+            return plans.planned(state, answer, now) if number == state.plans else (state, ())
         case Proposed():
-            return _proposed(state, event, now)
+            return plans.proposed(state, event, now)
         case StagePrepared():
             return transition.prepared(state, event, now)
         case Reached(epoch):
@@ -108,40 +96,6 @@ def decide(state: ClusterState, event: Event, now: float) -> Outcome:
             return _stalled(state, member)
         case Tick():
             return _tick(state, event, now)
-
-
-def check_placement(state: ClusterState, placement: Placement) -> None:
-    """Checks a plan. LocalProtocolError, since plans are made by our own code: it does not cover the units in
-    order, or names an absent node, or a node twice."""
-    unfit = _unfit(state, placement, state.alive())
-    if unfit is not None:
-        raise LocalProtocolError(unfit)
-
-
-def _unfit(state: ClusterState, placement: Placement, members: Sequence[int]) -> str | None:
-    """The reason why a placement is none for these members; None if it is one."""
-    edges = [0, *(stage.last for stage in placement.stages)]
-    if (
-        [stage.first for stage in placement.stages] != edges[:-1]
-        or sorted(set(edges)) != edges
-        or edges[-1] != state.units
-    ):
-        return f"the plan's stages {edges} do not cover units 0 to {state.units} in order"
-    names = [stage.device for stage in placement.stages]
-    there = {state.members[i].label for i in members}
-    if len(set(names)) < len(names) or not set(names) <= there:
-        return f"the plan names {names}; each must be one of {sorted(there)}, once"
-    if placement.chunk_rows < 1:
-        return f"the plan has chunks of {placement.chunk_rows} rows"
-    return None
-
-
-def _fail(state: ClusterState, error: ShoalError) -> Outcome:
-    return replace(state, phase="failed"), (Fail(error),)
-
-
-def _enter(state: ClusterState, phase: Phase, now: float) -> ClusterState:
-    return replace(state, phase=phase, since=now)
 
 
 # --- members that join and leave
@@ -186,7 +140,7 @@ def _joined(state: ClusterState, event: Joined, now: float) -> Outcome:
     else:
         told = "has joined" if before.hello is None else "is back"
         commands += (Say(f"{state.members[member].called} {told}"),)
-        state, more = _advance(state, now)
+        state, more = plans.advance(state, now)
     return state, (*commands, *more)
 
 
@@ -201,7 +155,7 @@ def _emptied(state: ClusterState, member: int, reason: str, now: float) -> Outco
     state, commands = transition.give_up(state, reason, now)
     if state.phase != "moving":
         return state, commands
-    state, more = _advance(_enter(state, "measuring", now), now)
+    state, more = plans.advance(plans.enter(state, "measuring", now), now)
     return state, (*commands, *more)
 
 
@@ -220,16 +174,16 @@ def _gathered(state: ClusterState, now: float) -> Outcome:
         return state, ()
     absent = [member for member in state.members if not member.alive]
     if not state.alive():
-        return _fail(state, next(member.lost for member in absent if member.lost is not None))
+        return plans.fail(state, next(member.lost for member in absent if member.lost is not None))
     state = labelled(state)
     mixed = _mixed(state)
     if mixed is not None:
-        return _fail(state, mixed)
+        return plans.fail(state, mixed)
     said = tuple(
         Say(f"{member.lost or f'{member.called} has not answered yet'}: going on without it")
         for member in absent
     )
-    state, commands = _advance(_enter(state, "measuring", now), now)
+    state, commands = plans.advance(plans.enter(state, "measuring", now), now)
     return state, (*said, *commands)
 
 
@@ -271,7 +225,7 @@ def _left(
     )
     state = replace(state, standing=state.standing - {member})
     if strict and (held or not state.served):
-        return _fail(state, error)
+        return plans.fail(state, error)
     if state.phase == "gathering":
         return _gathered(state, now)
     said = Say(f"{lost.called} has left" if left else str(error))
@@ -279,176 +233,19 @@ def _left(
     more: tuple[Command, ...] = ()
     if held:
         state, ended = transition.end_chain(state, str(error), now)
-        state, more = _advance(state, now)
+        state, more = plans.advance(state, now)
         return state, (*commands, *ended, *more)
     if changes:
         state, ended = transition.give_up(state, str(error), now)
         commands += ended
-        state = _enter(state, "measuring", now) if state.phase == "moving" else state
+        state = plans.enter(state, "measuring", now) if state.phase == "moving" else state
     if state.trial:  # it may be in that plan
         state = replace(state, trial=False, plans=state.plans + 1)
     if state.phase == "planning":
-        state, more = _plan(state, now)
+        state, more = plans.plan(state, now)
     elif state.phase == "measuring":
-        state, more = _advance(state, now)
+        state, more = plans.advance(state, now)
     return state, (*commands, *more)
-
-
-# --- from links to a plan
-
-
-def _measure(state: ClusterState) -> Outcome:
-    """Measures the links that are unknown, unless others are being measured."""
-    pairs = state.unmeasured()
-    if not pairs or state.measuring:
-        return state, ()
-    return replace(state, measuring=frozenset(state.ends(*pair) for pair in pairs)), (MeasureLinks(pairs),)
-
-
-def _links_measured(state: ClusterState, event: LinksMeasured, now: float) -> Outcome:
-    state = replace(
-        state,
-        measured=state.measured | state.measuring,
-        unreachable=(state.unreachable - state.measuring) | event.unreachable,
-        measuring=frozenset(),
-    )
-    return _advance(state, now)
-
-
-def _advance(state: ClusterState, now: float) -> Outcome:
-    """Measures links that are unknown, and plans if no chain is there. The survivors of a loss are planned
-    for before the links of newcomers are known, and a chain that is served goes on meanwhile."""
-    state, commands = _measure(state)
-    if state.phase in ("measuring", "waiting"):
-        first = state.epoch.counter == 0 and bool(state.unmeasured())
-        if not state.alive() or (state.usable() and not first):
-            state, more = _plan(state, now)
-            commands += more
-    return state, commands
-
-
-def _plan(state: ClusterState, now: float, *, trial: bool = False) -> Outcome:
-    usable = state.usable()
-    considered = frozenset(state.incarnation(i) for i in usable)
-    state = replace(state, plans=state.plans + 1, trial=trial, considered=considered)
-    if not usable:
-        return _no_plan(state, None, now)
-    if not trial:
-        state = replace(_enter(state, "planning", now), loaded=frozenset())
-    return state, (MakePlan(state.plans, usable),)
-
-
-def _planned(state: ClusterState, answer: Placement | ShoalError, now: float) -> Outcome:
-    if state.phase == "serving" and state.trial:
-        return _tried(replace(state, trial=False), answer, now)
-    if state.phase != "planning":
-        return state, ()
-    if isinstance(answer, NoPlanError):
-        return _no_plan(state, answer, now)
-    if isinstance(answer, ShoalError):
-        return _fail(state, answer)
-    try:
-        check_placement(state, answer)
-    except LocalProtocolError as error:
-        return _fail(state, error)
-    return transition.begin(state, answer, "a node was lost", now)
-
-
-def _tried(state: ClusterState, answer: Placement | ShoalError, now: float) -> Outcome:
-    """Changes to a plan that was made while a chain is served, if it is better or empties a node that is
-    leaving."""
-    if state.transition is not None:  # proposed in the meantime
-        return replace(state, considered=frozenset()), ()
-    leaving = _leaving(state)
-    if isinstance(answer, ShoalError):
-        if not leaving or not isinstance(answer, NoPlanError):
-            return state, ()
-        state, said = _insufficient(state)
-        return replace(state, considered=frozenset(state.incarnation(i) for i in state.usable())), said
-    stages = {stage.device for stage in answer.stages}
-    emptied = [i for i in leaving if state.members[i].label not in stages]
-    if not emptied and not _better(answer, state.placement):
-        return state, ()
-    try:
-        check_placement(state, answer)
-    except LocalProtocolError as error:
-        return _fail(state, error)
-    if emptied:
-        why = f"{', '.join(state.members[i].label for i in emptied)} is leaving"
-        return transition.begin(state, answer, why, now)
-    better = "a plan with more nodes is better"
-    state, commands = transition.begin(state, answer, better, now)
-    return state, (Say(f"{better}: changing to it"), *commands)
-
-
-def _proposed(state: ClusterState, event: Proposed, now: float) -> Outcome:
-    """Begins the transition to a placement that the rebalancer, or somebody else, wants."""
-    placement, setback = event.placement, state.setback
-    refusal = _unfit(state, placement, state.usable())
-    if state.moves == "off":
-        refusal = "layers are moved only after losses (--moves off)"
-    elif state.phase != "serving" or state.transition is not None:
-        refusal = "the chain is changing already"
-    elif placement == state.placement:
-        refusal = "it is the plan in force"
-    elif setback is not None and setback.stages == placement.stages and now < setback.until:
-        refusal = "it has just failed"
-    if refusal is not None:
-        return state, (Moved(None, event.why, failure=refusal),)
-    return transition.begin(state, placement, event.why, now, event.copying)
-
-
-def _leaving(state: ClusterState) -> tuple[int, ...]:
-    """The holders that are leaving and may: the others are not known to be insufficient."""
-    usable = state.usable()
-    return tuple(i for i in state.holders() if state.members[i].condition.leaving and i not in usable)
-
-
-def _insufficient(state: ClusterState) -> Outcome:
-    """Keeps nodes that are leaving, since the others, for which a plan was requested, cannot hold the
-    model."""
-    names = [state.members[i].called for i in state.alive() if state.members[i].condition.leaving]
-    said = Say(f"the other nodes cannot hold the model without {', '.join(names)}: not left out yet")
-    return replace(state, insufficient=state.considered), (said,)
-
-
-def _better(plan: Placement, old: Placement) -> bool:
-    """Whether a plan is worth the interruption: it holds a longer context, or is faster by GAIN."""
-    faster = plan.tokens_per_s > GAIN * old.tokens_per_s
-    return plan.context > old.context or (plan.context == old.context and faster)
-
-
-def _no_plan(state: ClusterState, reason: NoPlanError | None, now: float) -> Outcome:
-    """Waits for nodes, if there was a plan once and a node is lost. `reason` None: no node is left."""
-    if reason is not None and state.unmeasured():  # newcomers may change that
-        return _measure(_enter(state, "measuring", now))
-    said: tuple[Command, ...] = ()
-    if reason is not None and any(
-        state.members[i].condition.leaving and state.incarnation(i) not in state.considered
-        for i in state.alive()
-    ):
-        state, said = _insufficient(state)
-    if reason is not None and state.considered != {state.incarnation(i) for i in state.usable()}:
-        state, commands = _plan(state, now)
-        return state, (*said, *commands)
-    errors = [member.lost for member in state.members if member.lost is not None]
-    error: ShoalError
-    if reason is None:
-        error = errors[-1]
-    elif errors:
-        kind = NodeLostError if state.served else type(errors[0])
-        error = kind(f"{'; '.join(map(str, errors))}; the other nodes cannot go on: {reason}")
-    else:
-        error = reason
-    hope = state.waiting is not None or state.unreachable or any(m.may_return for m in state.members)
-    if state.epoch.counter == 0 or not hope:
-        return _fail(state, error)
-    since = now if state.waiting is None else state.waiting
-    if now - since >= state.timing.patience:
-        return _fail(state, error)
-    if state.waiting is None:
-        said = (*said, Say(f"waiting for nodes, {state.timing.patience:g} s at most"))
-    return replace(_enter(state, "waiting", now), waiting=since, failure=error), said
 
 
 # --- faults
@@ -544,7 +341,7 @@ def _unmoved(state: ClusterState, move: Transition, event: StageBroken, now: flo
         state, more = transition.load(state, move.placement, now)
     elif blamed != event.member:
         state = replace(state, measured=state.measured - {state.ends(event.member, blamed)})
-        state, more = _measure(state)
+        state, more = plans.measure(state)
     return state, (*commands, *more)
 
 
@@ -570,10 +367,10 @@ def _tick(state: ClusterState, event: Tick, now: float) -> Outcome:
         state, commands = _gathered(state, now)
     elif state.phase in ("measuring", "planning", "waiting") and _tired(state, now):
         assert state.failure is not None, "waiting has a reason"
-        state, commands = _fail(state, state.failure)
+        state, commands = plans.fail(state, state.failure)
     elif state.phase == "waiting" and state.unreachable and now - state.since >= RETRY_SECONDS:
         retry = replace(state, measured=state.measured - state.unreachable, unreachable=frozenset())
-        state, commands = _advance(_enter(retry, "measuring", now), now)
+        state, commands = plans.advance(plans.enter(retry, "measuring", now), now)
     elif state.phase == "serving" and event.stalled and not _silent(state, now):
         why = "the chain stands still, and no node reports a fault"
         state, more = _again(state, why, now, anew=True)
@@ -581,7 +378,7 @@ def _tick(state: ClusterState, event: Tick, now: float) -> Outcome:
     elif state.transition is not None:
         state, commands = _hurried(state, state.transition, now)
     elif state.phase == "serving":
-        state, commands = _reconsidered(state, now)
+        state, commands = plans.reconsidered(state, now)
     return state, (*beats, *commands)
 
 
@@ -601,33 +398,14 @@ def _hurried(state: ClusterState, move: Transition, now: float) -> Outcome:
     return state, commands
 
 
-def _silent(state: ClusterState, now: float) -> bool:
-    """Whether a node of the chain is late with an answer, which may be why the chain stands still."""
-    pulses = (state.members[i].pulse for i in state.holders())
-    return any(pulse.silence(now) > pulse.trip.suspect() for pulse in pulses)
-
-
 def _tired(state: ClusterState, now: float) -> bool:
     return state.waiting is not None and now - state.waiting >= state.timing.patience
 
 
-def _reconsidered(state: ClusterState, now: float) -> Outcome:
-    """Asks for a plan without nodes that are leaving, or with nodes that have joined since the last one."""
-    settled = now - state.since >= SETTLED_SECONDS
-    if settled:
-        state = replace(state, waiting=None, failure=None)
-    if state.trial or (state.setback is not None and now < state.setback.until):
-        return state, ()
-    if _leaving(state):
-        return _plan(state, now, trial=True)
-    if not settled or state.moves == "off":
-        return state, ()
-    for i in state.usable():
-        member = state.members[i]
-        wait = min(MOST_SETTLED, SETTLED_SECONDS * 2.0 ** (max(0, member.losses - 1)))
-        if state.incarnation(i) not in state.considered and now - member.joined >= wait:
-            return _plan(state, now, trial=True)
-    return state, ()
+def _silent(state: ClusterState, now: float) -> bool:
+    """Whether a node of the chain is late with an answer, which may be why the chain stands still."""
+    pulses = (state.members[i].pulse for i in state.holders())
+    return any(pulse.silence(now) > pulse.trip.suspect() for pulse in pulses)
 
 
 def _beats(state: ClusterState, event: Tick, now: float) -> Outcome:

@@ -135,7 +135,8 @@ class ClusterState:
     """The bytes of each unit's weights; empty if they are unknown."""
     phase: Phase = "gathering"
     since: float = 0.0
-    """When the phase began; while gathering, when the first node joined."""
+    """When the phase began; while gathering, when the first node joined. A transition beside a chain that is
+    served does not begin it anew."""
     waiting: float | None = None
     """Since when the nodes that are there cannot hold the model; None after a chain was served for a
     while."""

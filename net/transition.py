@@ -201,8 +201,8 @@ def quiet(state: ClusterState, event: Quiet, now: float) -> Outcome:
     if move is None or move.step != "holding" or move.epoch != event.epoch:
         return state, ()
     state = replace(
-        state, phase="committing", since=now, epoch=move.epoch, placement=move.placement,
-        loaded=frozenset(), standing=frozenset(), transition=replace(move, step="committed", since=now),
+        state, phase="committing", epoch=move.epoch, placement=move.placement, loaded=frozenset(),
+        standing=frozenset(), transition=replace(move, step="committed", since=now),
     )  # fmt: skip
     commit = Commit(move.epoch, event.sessions, *move.lost)
     return state, tuple(SendCommit(i, commit) for i in move.members)
@@ -219,11 +219,12 @@ def loaded(state: ClusterState, member: int, epoch: Epoch, now: float) -> Outcom
     state = replace(state, loaded=state.loaded | {member})
     if state.loaded != awaited:
         return state, ()
-    state = replace(state, phase="serving", since=now, served=True, loaded=holders, standing=holders)
+    state = replace(state, phase="serving", served=True, loaded=holders, standing=holders)
     if move is None:
-        return state, (Serve(epoch),)
+        return replace(state, since=now), (Serve(epoch),)
     emptied = tuple(SendRelease(i, epoch) for i in move.members if i not in holders)
-    state = replace(state, transition=None, setback=None)
+    since = now if move.recovery else state.since  # answers have gone on
+    state = replace(state, since=since, transition=None, setback=None)
     return state, (Serve(epoch, move.base, move.lost), *emptied, _moved(move, now))
 
 

@@ -249,7 +249,8 @@ def test_random_interleavings_never_mix_epochs_or_use_the_lost(moves: str) -> No
     rng, phases, transitions = random.Random(5), set[str](), set[tuple[bool, bool]]()
     served = recovered = 0
     for _ in range(120):
-        state, now, ledger = replace(fresh(moves=moves), timing=HASTY), 0.0, Ledger()
+        state, now, ledger = fresh(moves=moves, recover=rng.random() < 0.9), 0.0, Ledger()
+        state = replace(state, timing=HASTY)
         for _ in range(80):
             now += 0.4 * rng.random()
             before = state

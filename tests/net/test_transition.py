@@ -227,6 +227,17 @@ def test_a_plan_with_a_node_that_is_back_becomes_a_transition_within_ten_seconds
     assert commands[0] == Serve(epoch(2), 1) and state.placement.tokens_per_s == 150.0
 
 
+def test_layers_that_move_again_and_again_keep_no_node_out() -> None:
+    state, _ = after(serving(WITHOUT_B), Left(1, GONE), JOINS[1], now=10.0)
+    for second in (11.0, 12.0, 13.0):
+        assert MakePlan(2, (0, 1, 2)) not in after(state, Tick(), now=second - 0.5)[1]
+        state, _ = after(
+            state, Proposed(chain(("a", 0, int(second) % 4 + 1), ("c", int(second) % 4 + 1, 6)), "")
+        )
+        state, _ = served(state, now=second)
+    assert MakePlan(2, (0, 1, 2)) in after(state, Tick(), now=13.25)[1]
+
+
 def test_events_of_other_epochs_and_nodes_change_nothing() -> None:
     state, _ = after(serving(chain(("a", 0, 3), ("b", 3, 6))), Proposed(chain(("b", 0, 6)), ""))
     for event in (

@@ -190,8 +190,9 @@ class Coordinator:
 
     @property
     def recoveries(self) -> int:
-        """The number of times that the chain was replaced."""
-        return self._state.epoch.counter - 1
+        """The number of times that the chain has ended, because a node or a connection was lost, and another
+        was begun. Moves of layers do not count."""
+        return self._epochs.recoveries
 
     @property
     def moves(self) -> Sequence[Move]:

@@ -75,6 +75,8 @@ class Epochs:
         self._changed = trio.Event()
         self.standstill = 0.0
         """The seconds without Steps before the current chain."""
+        self.recoveries = 0
+        """How many chains were begun after one had ended. Moves of layers do not count."""
         self._tokens = 0
         """Tokens of answers in earlier epochs."""
 
@@ -198,6 +200,7 @@ class Epochs:
                 old.drop()
             self._admission.open(self._room(chain))
         if old is not None:
+            self.recoveries += old.ended
             old.end()
             assert old.stopped is not None
             self._tokens, self.standstill = self._tokens + old.tokens, trio.current_time() - old.stopped

@@ -137,7 +137,7 @@ def test_whatever_happens_the_room_suffices_and_everybody_is_served(lab: ModuleT
             for _ in range(3):
                 await trio.sleep(5)
                 room = replace(room, pages=rng.choice((8, 9, 15)))
-                admission.open(room)
+                rng.choice((admission.open, admission.change))(room)
                 check()
         assert not admission._running and not admission._waiting and not admission._idle
 

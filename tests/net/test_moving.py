@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import trio
 import trio.testing
+from tests.models import TINY
 
 from shoal.engine.batch import Sampling
+from shoal.engine.convert import convert
+from shoal.engine.generate import generate
+from shoal.engine.layout import CHUNK
+from shoal.engine.model_directory import Model
+from shoal.engine.stage import Stage, StageOptions
 from shoal.net import carry
-from shoal.net.coordinator import Coordinator
+from shoal.net.coordinator import Coordinator, CoordinatorOptions
+from shoal.net.identity import shape_of
 from shoal.net.inbox import Batch
 from shoal.net.placement import Links, NodeInfo, Outcome, Placement, Proposal, Usage
 from shoal.planner import Assignment
@@ -161,6 +169,7 @@ def test_many_answers_go_on_through_many_moves(lab: ModuleType) -> None:
         ended = [move for move in coordinator.moves if not move.aborted]
         assert len(ended) > 5
         assert ended == list(coordinator.moves)
+        assert coordinator.recoveries == 0
 
     with_chain(lab, test)
 
@@ -213,6 +222,7 @@ def test_after_a_death_only_lost_units_are_computed_again(lab: ModuleType, port:
         (move,) = coordinator.moves
         assert move.moved.recovery and not move.aborted
         assert move.moved.lost[0] < move.moved.lost[1]
+        assert coordinator.recoveries == 1
 
     with_chain(lab, test)
 
@@ -379,3 +389,69 @@ def test_an_answer_stands_still_for_a_few_of_its_token_gaps(lab: ModuleType, bes
         assert max(gaps) <= (1.1 if beside else 2) * usual
 
     with_chain(lab, test, hop=by_rows)
+
+
+@pytest.mark.slow
+def test_real_stages_move_die_and_return_and_the_tokens_are_those_of_one_process(
+    lab: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(carry, "CHUNK", CHUNK)
+    convert(TINY, tmp_path / "model", dtype="int8")
+    model = Model.open(tmp_path / "model")
+    n = model.n_units
+    rng = random.Random(11)
+    prompts = [[rng.randrange(97) for _ in range(length)] for length in (3, 70, 140, 200)]
+    with Stage(model, 0, n) as stage:
+        expected = [list(generate(stage, prompt, SAMPLING, max_tokens=100, end=())) for prompt in prompts]
+
+    def plan(nodes: Sequence[NodeInfo], links: Links) -> Placement:
+        edges = [n * i // len(nodes) for i in range(len(nodes) + 1)]
+        parts = zip(nodes, edges, edges[1:], strict=False)
+        return Placement(tuple(Assignment(node.label, a, b) for node, a, b in parts), 8)
+
+    async def main() -> None:
+        async with lab.network() as net:
+            for name in "abc":
+                net.add(
+                    name,
+                    open_stage=lambda a, b: Stage(model, a, b, StageOptions(threads=1)),
+                    units=n,
+                    stateless=frozenset(u for u, unit in enumerate(model.program.units) if not unit.states),
+                    hop=lab.slow_hop(0.01),
+                )
+            options = CoordinatorOptions(
+                hop=lab.inline, open_stream=net.open_stream, measure_links=False, moves="move"
+            )
+            async with Coordinator.open(
+                [("host", port) for port in net.nodes],
+                lab.identity("laptop", 99),
+                shape_of(model),
+                plan,
+                options,
+            ) as coordinator:
+                found: dict[int, list[int]] = {}
+
+                async def one(i: int) -> None:
+                    found[i] = await lab.collect(coordinator, prompts[i], 100, sampling=SAMPLING)
+
+                async def disturb() -> None:
+                    for i in range(12):
+                        await trio.sleep(0.2)
+                        names = rng.sample([node.label for node in coordinator.nodes], rng.randint(1, 2))
+                        edges = [0, *sorted(rng.sample(range(1, n), len(names) - 1)), n]
+                        parts = zip(names, edges, edges[1:], strict=False)
+                        coordinator.move([Assignment(name, a, b) for name, a, b in parts], "at random")
+                        if i in (3, 7):
+                            await trio.sleep(rng.random() / 2)
+                            await net.kill(7001 + i % 3)
+                            net.restart(7001 + i % 3)
+
+                async with trio.open_nursery() as tasks:
+                    for i in range(len(prompts)):
+                        tasks.start_soon(one, i)
+                    await disturb()
+                assert [found[i] for i in range(len(prompts))] == expected
+                assert [m for m in coordinator.moves if m.moved.recovery and not m.aborted]
+                assert [m for m in coordinator.moves if not m.moved.recovery and not m.aborted]
+
+    lab.run(main)

@@ -10,19 +10,20 @@ from __future__ import annotations
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from traceback import clear_frames
 from typing import Any, Protocol
 
 import trio
 
+from ..engine.batch import Want
 from ..engine.errors import ModelFileError, ShoalError
 from ..engine.power import on_mains
 from ..planner import LinkSpeed
 from .carry import Giver, Taker
 from .connection import Connection, Hop, OpenStream, enter_dial, in_thread, open_tasks, open_tcp
-from .errors import to_wire
+from .errors import RemoteProtocolError, to_wire
 from .events import DEFAULT_TIMING, Timing
 from .identity import Identity
 from .inbox import ENOUGH_BYTES, Inbox
@@ -34,12 +35,14 @@ from .messages import (
     Condition,
     Epoch,
     Gift,
+    Kept,
     Offer,
     Open,
     Pace,
     Peer,
     Pong,
     Progress,
+    Refill,
     Stats,
     Step,
     Work,
@@ -178,6 +181,8 @@ class Assignment:
         self.prepared: Any = None
         """What the stage has prepared for this epoch."""
         self.taker: Taker | None = None
+        self.rows: tuple[Kept, ...] = ()
+        """The positions whose rows the stage has kept, to fill units that are lost in this epoch."""
 
     @property
     def epoch(self) -> Epoch:
@@ -284,6 +289,22 @@ class Assignment:
         await self._ready.wait()
         if self._loop is not None and not self._looped.is_set():
             await self._loop.feed(connection, first)
+
+    def refill(self, order: Refill) -> None:
+        """Has the loop send rows that the stage has kept. RemoteProtocolError: the session has no such
+        positions."""
+        session = None if self.work is None else self.work.sessions.get(order.session)
+        if self._loop is None or session is None:
+            return  # it has failed, and the coordinator has been told
+        if not 0 <= order.first < order.last <= len(session.tokens):
+            raise RemoteProtocolError(
+                f"the coordinator asked for positions [{order.first}, {order.last}) of session "
+                f"{order.session}, which has {len(session.tokens)}"
+            )
+        step = Step(order.session, self.epoch, 0, (), Want.NOTHING, part=(order.enter, order.until))
+        rows = self.assign.chunk_rows
+        cuts = [(first, min(first + rows, order.last)) for first in range(order.first, order.last, rows)]
+        self._loop.put([replace(step, first=a, tokens=tuple(session.tokens[a:b])) for a, b in cuts])
 
     async def _run(self, loop: StageLoop) -> None:
         try:

@@ -28,10 +28,12 @@ from .messages import (
     Commit,
     Complete,
     Epoch,
+    Kept,
     Loaded,
     Message,
     Pages,
     Prepared,
+    Refill,
     Room,
 )
 from .pace import NodePace
@@ -125,6 +127,12 @@ class Keeper:
         elif isinstance(message, Commit) and message.epoch in self._assignments:
             self._assignments[message.epoch].began = trio.current_time()
         self._tell(message)
+
+    def refill(self, order: Refill) -> None:
+        """Follows an order to send kept rows. RemoteProtocolError: it cannot be followed."""
+        current = self.current
+        if current is not None and current.epoch == order.epoch:
+            current.refill(order)
 
     async def receive_bulk(self, connection: Connection, giver: int) -> None:
         """Takes keys and values from a giver until it disconnects. Errors as for Connection.receive, and what
@@ -234,7 +242,7 @@ class Keeper:
         if self._stage is not None and assignment.assign.first < assignment.assign.last:
             pages = self._stage.kv_pages
         room = None if pages is None or self._stage is None else Room(pages, self._stage.page_positions)
-        return Loaded(epoch, seconds, self._parts.resident(), room)
+        return Loaded(epoch, seconds, self._parts.resident(), room, assignment.rows)
 
     async def _send_reports(self) -> None:
         async for report in self._to_send:
@@ -321,6 +329,10 @@ class Keeper:
         assignment.prepared = None
         if taker is not None:
             taker.incoming.close()
+        if commit.lost_first < commit.lost_last:
+            end = self._range.stop
+            positions = {session: stage.rows_kept(session, end) for session in kept}
+            assignment.rows = tuple(Kept(session, n) for session, n in positions.items() if n)
         self._owner, self._range = assign.epoch, range(assign.first, assign.last)
         self._carried = {session: known[session].truncated(positions) for session, positions in kept.items()}
         self._tell(Adopted(assign.epoch))

@@ -43,6 +43,7 @@ from .messages import (
     Peer,
     Ping,
     Pong,
+    Refill,
     Release,
     Stats,
     Step,
@@ -208,6 +209,8 @@ class Node:
                 _post(connection, Pong(nonce, pace, progress, condition=self._parts.condition()))
             case Assign() | Release() | Commit() | Abort():
                 keeper.order(message)
+            case Refill():
+                keeper.refill(message)
             case Measure(peer):
                 tasks.start_soon(self._measure, connection, peer)
             case GetStats():

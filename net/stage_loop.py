@@ -82,6 +82,9 @@ class StageLoop(Protocol):
         """Takes a message of the previous stage and reads its connection, until the loop has ended. Errors
         as for Connection.receive."""
 
+    def put(self, steps: Sequence[Step]) -> None:
+        """Takes Steps of this node itself."""
+
 
 class TaskLoop:
     """The loop in a task, whose calls run by `hop`."""
@@ -121,6 +124,11 @@ class TaskLoop:
                     message = await connection.receive()
             finally:
                 self._feeders.discard(scope)
+
+    def put(self, steps: Sequence[Step]) -> None:
+        for step in steps:
+            self._parts.inbox.put(step, trio.current_time())
+        self._arrived.set()
 
     async def _take(self, connection: Connection, message: Message) -> None:
         if isinstance(message, Ping):
@@ -264,6 +272,13 @@ class ThreadLoop:
                     self._ring()
         if source.error is not None:
             raise source.error
+
+    def put(self, steps: Sequence[Step]) -> None:
+        with self._lock:
+            for step in steps:
+                self._parts.inbox.put(step, self.clock())
+            if not self._stopping:
+                self._ring()
 
     # --- the thread
 

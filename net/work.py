@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, Protocol
 
+from ..engine.arrays import F32
 from ..engine.batch import Result as StageResult
 from ..engine.batch import Run, Sampling
 from ..engine.errors import ContextError, ModelFileError, ShoalError
@@ -52,6 +53,12 @@ class StageLike(Protocol):
 
     def export_positions(self, sequence: int, unit: int, first: int, last: int) -> bytes:
         """Keys and values of positions of a unit."""
+
+    def rows_kept(self, sequence: int, unit: int) -> int:
+        """Number of positions, from the first, whose rows into a unit the stage has kept."""
+
+    def kept_rows(self, sequence: int, unit: int, first: int, last: int) -> F32:
+        """Rows of positions [first, last) into a unit. ValueError: they are not kept."""
 
     def prepare(self, first: int, last: int) -> Any:
         """Loads another range beside the running one, for `adopt`. Blocks; runs go on meanwhile."""
@@ -197,9 +204,11 @@ class StageWork:
         return [notice] if self._last is not None else []
 
     def _run(self, steps: Sequence[Step]) -> list[Answer]:
-        runs = [self._as_run(step) for step in steps]
         try:
-            results = self._stage.run(runs)
+            steps = [self._with_rows(step) for step in steps]
+            if self._behind(steps[0].part):
+                return list(steps)
+            results = self._stage.run([self._as_run(step) for step in steps])
         except ModelFileError:  # no session is at fault: the stage cannot go on
             raise
         except STAGE_ERRORS as error:
@@ -210,6 +219,17 @@ class StageWork:
         for step in steps:
             self._ran(step)
         return [self._passed_on(step, result) for step, result in zip(steps, results, strict=True)]
+
+    def _with_rows(self, step: Step) -> Step:
+        """A Step of a refill with the rows that the stage has kept. ValueError: it has dropped them."""
+        if step.part is None or step.part[0] == 0 or step.hidden is not None:
+            return step
+        end = step.first + len(step.tokens)
+        return replace(step, hidden=self._stage.kept_rows(step.session, step.part[0], step.first, end))
+
+    def _behind(self, part: tuple[int, int] | None) -> bool:
+        """Whether a part of the model begins behind this stage, so that its rows are only passed on."""
+        return part is not None and self._last is not None and part[0] >= self._last
 
     def _as_run(self, step: Step) -> Run:
         return Run(step.session, step.first, step.tokens, step.want, step.hidden, step.part)

@@ -98,7 +98,7 @@ async def _main(
         care = Care(args.policy, PowerReader(args.power_files), _log)
         await care.begin()
         threads, why = chosen(args.threads, choose(args.backend)[0], args.isa)  # as `shoal run` does
-        options = StageOptions(args.backend, args.isa, threads, resident=args.resident)
+        options = StageOptions(args.backend, args.isa, threads, resident=args.resident, keep_rows=True)
         hop = await _hop_seconds()
         turns: Turn = nullcontext if args.slow_turns is None else partial(turn, args.slow_turns)
         plays = args.slow_file is not None or slowness.factor() > 1

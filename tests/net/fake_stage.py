@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from shoal.engine.arrays import F32
 from shoal.engine.batch import Result, Run, Sampling, Want
 from shoal.engine.errors import ContextError
 
@@ -81,6 +82,8 @@ class FakeStage:
         self.first, self.last, self.room, self.kv_pages = first, last, room, pages
         self.sequences: dict[int, FakeSequence] = {}
         self.batches: list[list[tuple[int, int, int]]] = []
+        self.parts: list[tuple[int, int]] = []
+        """The units of the runs of parts."""
         self.closed = False
         self.most_open = 0
         self.prepared: list[range] = []
@@ -88,6 +91,8 @@ class FakeStage:
         """The ranges that were opened, or prepared."""
         self.staged: list[FakeIncoming] = []
         self.limits: list[int] = []
+        self.kept: dict[int, dict[int, list[tuple[int, int]]]] = {}
+        """The rows that went into a unit, by sequence and unit."""
 
     def open_sequence(self, sequence: int, sampling: Sampling, context: int) -> None:
         assert not self.closed
@@ -108,6 +113,8 @@ class FakeStage:
         enter, until = run.part or (self.first, self.last)
         enter, until = max(enter, self.first), min(until, self.last)
         assert enter < until
+        if run.part is not None:
+            self.parts.append((enter, until))
         end = run.first + n
         if run.first > known.length or end > known.context:
             raise ValueError(f"rows from {run.first}: the sequence holds {known.length} positions")
@@ -138,13 +145,32 @@ class FakeStage:
                     state.append(values[i])
             state += later
         if until < UNITS:
+            self._keep(run, until, values)
             hidden = np.array([[value, run.first + i] for i, value in enumerate(values)], np.float32)
             return Result(run.sequence, run.first, n, hidden=hidden)
         token = (values[-1] + known.sampling.seed) % VOCAB if run.want is Want.TOKEN else None
         return Result(run.sequence, run.first, n, token=token)
 
+    def _keep(self, run: Run, until: int, values: Sequence[int]) -> None:
+        units = self.kept.setdefault(run.sequence, {})
+        if run.part is None:
+            self.kept[run.sequence] = units = {until: units.get(until, [])[: run.first]}
+        rows = units.setdefault(until, [])
+        if until == self.last and run.first <= len(rows):
+            new = [(value, run.first + i) for i, value in enumerate(values)]
+            rows[run.first : run.first + len(new)] = new
+
+    def rows_kept(self, sequence: int, unit: int) -> int:
+        return len(self.kept.get(sequence, {}).get(unit, ()))
+
+    def kept_rows(self, sequence: int, unit: int, first: int, last: int) -> F32:
+        if not 0 <= first < last <= self.rows_kept(sequence, unit):
+            raise ValueError(f"rows of positions [{first}, {last}) are not kept")
+        return np.array(self.kept[sequence][unit][first:last], np.float32)
+
     def close_sequence(self, sequence: int) -> None:
         self.sequences.pop(sequence, None)
+        self.kept.pop(sequence, None)
 
     def close(self) -> None:
         assert not self.closed
@@ -201,5 +227,10 @@ class FakeStage:
         if prepared is not None:
             self.prepared.remove(prepared)
         self.sequences, self.first, self.last = after, new.start, new.stop
+        self.kept = {
+            s: {unit: rows[: sequences[s]] for unit, rows in units.items()}
+            for s, units in self.kept.items()
+            if s in after
+        }
         if kv_bytes is not None:
             self.limits.append(kv_bytes)

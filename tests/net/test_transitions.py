@@ -17,6 +17,7 @@ import trio.testing
 from shoal.engine.batch import Sampling, Want
 from shoal.net import carry
 from shoal.net.connection import Connection, dial
+from shoal.net.errors import NetError
 from shoal.net.messages import (
     Abort,
     Assign,
@@ -24,11 +25,13 @@ from shoal.net.messages import (
     Close,
     Commit,
     Epoch,
+    Failed,
     Gift,
     Kept,
     Loaded,
     Open,
     Prepared,
+    Refill,
     Result,
     Step,
     Take,
@@ -66,6 +69,7 @@ class Hand:
     known: dict[int, list[int]] = field(default_factory=dict)
     samplings: dict[int, Sampling] = field(default_factory=dict)
     positions: dict[int, int] = field(default_factory=dict)
+    loaded: dict[int, Loaded] = field(default_factory=dict)
 
     @property
     def epoch(self) -> Epoch:
@@ -118,7 +122,8 @@ class Hand:
     async def serve(self, places: Sequence[Place]) -> None:
         """All have loaded: rows of the epoch go to the first of them."""
         for port, _, _ in places:
-            assert (await self.hear(port, Loaded)).epoch == self.epoch
+            self.loaded[port] = await self.hear(port, Loaded)
+            assert self.loaded[port].epoch == self.epoch
         self.places = list(places)
         await self.down.aclose()
         self.steps = await self.down.enter_async_context(connected(self.lab, self.net, places[0][0], "step"))
@@ -472,5 +477,123 @@ def test_a_stage_stands_when_its_next_node_is_lost_and_only_lost_units_are_compu
         await hand.step(1, 5)
         await hand.step(2, 5)
         hand.check(s1=9, s2=1)
+
+    with_nodes(lab, test, *"abc")
+
+
+AFTER_A_LOSS = [
+    ((7001, 0, 2), (7003, 2, 6)),
+    ((7001, 0, 4), (7003, 4, 6)),
+    ((7001, 0, 3), (7003, 3, 6)),
+    ((7001, 0, 5), (7003, 5, 6)),
+]
+
+
+async def lose_the_second_of_three(hand: Hand, after: Sequence[Place]) -> None:
+    """Units 2 and 3 are lost; two sessions have a part of an answer."""
+    await hand.load(*places((0, 2, 4, 6)))
+    await hand.open(1, *range(9))
+    await hand.step(1, 3)
+    await hand.rewind(1, 7, *range(40, 53))
+    await hand.open(2, 5, seed=3)
+    await hand.net.kill(7002)
+    await hand.hear(7001, Broken)
+    hand.places = [(7001, 0, 2), (7003, 4, 6)]
+    ports = await hand.prepare(*after)
+    await hand.commit(ports, *after, lost=(2, 4))
+    assert hand.steps is not None
+    for session, sampling in hand.samplings.items():
+        await hand.steps.send(Open(session, hand.epoch, sampling, hand.lab.CONTEXT))
+
+
+@pytest.mark.parametrize("after", AFTER_A_LOSS)
+@pytest.mark.parametrize("cut", [20, 11, 1])
+def test_lost_units_are_filled_from_kept_rows(lab: ModuleType, after: Sequence[Place], cut: int) -> None:
+    """All rows or the first `cut` of them, and Steps for the others. No other unit is computed again."""
+
+    async def test(hand: Hand) -> None:
+        await lose_the_second_of_three(hand, after)
+        assert hand.loaded[7001].rows == (Kept(1, 20), Kept(2, 1))
+        filler = next(port for port, first, last in after if first < 4 <= last)
+        units = [
+            stage for port, first, last in after for stage in [hand.stage(port)] if first < 4 and last > 2
+        ]
+        before = [len(stage.batches) for stage in units]
+        await hand.controls[7001].send(Refill(1, hand.epoch, 0, cut, 2, 4))
+        done = 0
+        while done < cut:
+            result = await hand.hear(filler, Result)
+            assert (result.session, result.first, result.token) == (1, done, None)
+            done += result.rows
+        for stage, n in zip(units, before, strict=True):
+            assert sum(rows for batch in stage.batches[n:] for _, _, rows in batch) == cut
+        assert hand.steps is not None
+        if cut < 20:
+            tokens = tuple(hand.known[1][cut:20])
+            await hand.steps.send(Step(1, hand.epoch, cut, tokens, Want.NOTHING, part=(0, 4)))
+            assert (await hand.hear(filler, Result)).rows == 20 - cut
+        await hand.controls[7001].send(Refill(2, hand.epoch, 0, 1, 2, 4))
+        assert await hand.hear(filler, Result) == Result(2, hand.epoch, 0, 1, None)
+        await hand.step(1, 5)
+        await hand.step(2, 5)
+        hand.check(s1=20, s2=1)
+
+    with_nodes(lab, test, *"abc")
+
+
+def test_kept_rows_serve_a_second_loss(lab: ModuleType) -> None:
+    """Of a session that was filled, and of one that began after the first loss."""
+
+    async def test(hand: Hand) -> None:
+        await lose_the_second_of_three(hand, ((7001, 0, 4), (7003, 4, 6)))
+        for session, positions in hand.positions.items():
+            await hand.controls[7001].send(Refill(session, hand.epoch, 0, positions, 2, 4))
+            done = 0
+            while done < positions:
+                done += (await hand.hear(7001, Result)).rows
+        await hand.step(1, 2)
+        await hand.open(3, 8, 9)
+        await hand.net.kill(7003)
+        await hand.hear(7001, Broken)
+        hand.places = [(7001, 0, 4)]
+        ports = await hand.prepare((7001, 0, 6))
+        await hand.commit(ports, (7001, 0, 6), lost=(4, 6))
+        assert hand.loaded[7001].rows == (Kept(1, 22), Kept(2, 1), Kept(3, 2))
+        for session, positions in hand.positions.items():
+            await hand.controls[7001].send(Refill(session, hand.epoch, 0, positions, 4, 6))
+            done = 0
+            while done < positions:
+                done += (await hand.hear(7001, Result)).rows
+            await hand.step(session, 3)
+        hand.check(s1=20, s2=1, s3=2)
+
+    with_nodes(lab, test, *"abc")
+
+
+def test_rows_that_were_dropped_meanwhile_end_the_session_alone(lab: ModuleType) -> None:
+    async def test(hand: Hand) -> None:
+        await lose_the_second_of_three(hand, ((7001, 0, 2), (7003, 2, 6)))
+        del hand.stage(7001).kept[1]
+        await hand.controls[7001].send(Refill(1, hand.epoch, 0, 20, 2, 4))
+        failed = await hand.hear(7001, Failed)
+        assert failed.session == 1 and "are not kept" in failed.text
+        await hand.controls[7001].send(Refill(1, hand.epoch, 0, 20, 2, 4))  # it is gone: nothing happens
+        await hand.controls[7001].send(Refill(2, Epoch(5, 1), 0, 1, 2, 4))  # of an epoch that is over
+        await hand.controls[7001].send(Refill(2, hand.epoch, 0, 1, 2, 4))
+        assert (await hand.hear(7003, Result)).session == 2
+        await hand.step(2, 3)
+
+    with_nodes(lab, test, *"abc")
+
+
+@pytest.mark.parametrize("bounds", [(0, 21), (3, 3), (5, 2), (20, 30)])
+def test_a_refill_of_positions_that_a_session_has_not_ends_the_connection(
+    lab: ModuleType, bounds: tuple[int, int]
+) -> None:
+    async def test(hand: Hand) -> None:
+        await lose_the_second_of_three(hand, ((7001, 0, 2), (7003, 2, 6)))
+        await hand.controls[7001].send(Refill(1, hand.epoch, *bounds, 2, 4))
+        with pytest.raises(NetError, match=r"asked for positions .* of session 1, which has 20"):
+            await hand.hear(7001, Failed)
 
     with_nodes(lab, test, *"abc")

@@ -44,6 +44,20 @@ def test_the_last_stage_answers_each_step_with_a_result(lab: ModuleType) -> None
     assert work.do(Batch((Close(1, EPOCH),), ())) == []
 
 
+def test_rows_that_were_kept_are_sent_on_and_run_only_from_the_part_on(lab: ModuleType) -> None:
+    stage = lab.FakeStage(0, 2)
+    work = StageWork(stage, EPOCH, 2)
+    _, sent = work.do(Batch((opened(1),), (rows(1, 0, (4, 5, 6), Want.NOTHING),)))
+    again = replace(rows(1, 1, (5, 6), Want.NOTHING), part=(2, 4))
+    (onward,) = work.do(Batch((), (again,)))
+    assert onward == again and isinstance(onward, Step) and onward.hidden is not None
+    assert isinstance(sent, Step) and sent.hidden is not None
+    assert onward.hidden.tobytes() == sent.hidden[1:].tobytes()
+    assert len(stage.batches) == 1  # nothing has run again
+    (failed,) = work.do(Batch((), (replace(again, tokens=(5, 6, 7)),)))
+    assert isinstance(failed, Failed) and "are not kept" in failed.text
+
+
 def test_rows_of_a_session_that_is_not_open_are_dropped(lab: ModuleType) -> None:
     stage = lab.FakeStage(0, lab.UNITS)
     work = StageWork(stage, EPOCH, None)

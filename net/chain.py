@@ -212,16 +212,15 @@ class Chain:
         self.stopped = trio.current_time() if self.stopped is None else self.stopped
         self._scope.cancel()
 
-    def carry(self, new: Chain, fill: FillOf | None) -> list[Message]:
-        """Passes the sessions that `quiet` was told of to the chain of the next epoch, and drops the others;
-        without `fill`, ends them all. Returns the messages to send there first."""
+    def carry(self, new: Chain, fill: FillOf) -> list[Message]:
+        """Passes the sessions that `quiet` was told of to the chain of the next epoch, and drops the others.
+        Returns the messages to send there first."""
         first: list[Message] = [replace(close, epoch=new.flow.epoch) for close in self._closes or ()]
         for number, session in list(self.sessions.items()):
-            if number in self._kept and fill is not None:
+            if number in self._kept:
                 opening = session.carry(new, fill(number))
                 first += [] if opening is None else [opening]
             else:
-                first += [Close(number, new.flow.epoch)] if number in self._kept else []
                 session.dropped()
         self.sessions.clear()
         return first

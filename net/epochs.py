@@ -210,8 +210,8 @@ class Epochs:
     def _carried(self, old: Chain, new: Chain, lost: tuple[int, int]) -> list[Message]:
         """Carries the sessions of a chain to the next one; returns the messages to send there first."""
         loss = loss_of(lost, old.stages, new.stages)
-        if loss is None or loss.filler is None:
-            return old.carry(new, None if loss is None else lambda session: None)
+        if loss.filler is None:
+            return old.carry(new, lambda session: None)
         rows, keeper = dict[int, int](), loss.keeper
         if keeper is not None:
             loaded = self._controls[keeper].loaded

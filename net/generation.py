@@ -68,11 +68,12 @@ class Loss(NamedTuple):
     enter: int = 0
 
 
-def loss_of(lost: tuple[int, int], before: Sequence[Part], after: Sequence[Part]) -> Loss | None:
-    """How to fill units [lost[0], lost[1]) after a transition between chains of these stages. None: a member
-    that had no stage would not learn the sessions' tokens, so sessions must begin anew.
+def loss_of(lost: tuple[int, int], before: Sequence[Part], after: Sequence[Part]) -> Loss:
+    """How to fill units [lost[0], lost[1]) after a transition between chains of these stages.
 
-    The first unit and the last one, embedding and LM head, have no keys and values."""
+    The first unit and the last one, embedding and LM head, have no keys and values. But a member that had no
+    stage, and has lost units alone, needs the tokens of all sessions, so it must be on the way of the
+    Steps."""
     if lost[0] >= lost[1]:
         return Loss()
     head = after[-1].last - 1
@@ -82,8 +83,7 @@ def loss_of(lost: tuple[int, int], before: Sequence[Part], after: Sequence[Part]
     blank = [
         p for p in after if p.member not in knowing and lost[0] <= p.first and min(p.last, head) <= lost[1]
     ]
-    if any(part.first >= until for part in blank):
-        return None
+    until = max([until, *(part.first + 1 for part in blank)])
     if not until:
         return Loss()
     (filler,) = (part.member for part in after if part.first < until <= part.last)

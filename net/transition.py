@@ -96,9 +96,12 @@ def begin(state: ClusterState, placement: Placement, why: str, now: float, copyi
     holders = state.holders_of(placement)
     stages = zip(holders, placement.stages, strict=True)
     after = [i for i, stage in stages for _ in range(stage.first, stage.last)]
-    moving, lost = flows(state.standing_units(), after) if state.standing else ((), (0, 0))
+    standing = state.standing_units()
+    moving, lost = flows(standing, after) if state.standing else ((), (0, 0))
     informed = state.standing | {taker for *_, taker in moving}
     informed |= {i for unit, i in enumerate(after) if lost[0] <= unit < lost[1]}
+    if standing and standing[-1] is None and lost[1] == state.units - 1:
+        informed |= {after[-1]}  # what fills the layers before the LM head goes on to it (generation.loss_of)
     ended: tuple[Command, ...] = (Pause(state.epoch),) if state.phase == "serving" else ()
     if (
         state.moves == "reload"

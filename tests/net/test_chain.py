@@ -454,24 +454,6 @@ def test_a_session_without_state_begins_anew_in_the_next_chain(lab: ModuleType) 
     scenario(lab, main)
 
 
-def test_sessions_whose_tokens_a_stage_would_not_learn_are_closed_and_begin_anew(lab: ModuleType) -> None:
-    async def main(chains: Chains, tasks: trio.Nursery) -> None:
-        chain = chains.current
-        assert chain is not None
-        tasks.start_soon(reader, chains.session(), [1, 2], 3, [])
-        await settle()
-        chain.deliver([served(chains.line.take()[-1])])
-        chain.end()
-        chains.hold()
-        new = chains.new(SECOND)
-        assert chain.carry(new, None) == [Close(0, SECOND)]
-        chains.begin(new)
-        await settle()
-        assert [m.tokens for m in chains.line.take() if isinstance(m, Step)] == [(1, 2, 50)]
-
-    scenario(lab, main)
-
-
 @pytest.mark.parametrize("ended", [False, True])
 def test_a_chain_that_was_loaded_anew_is_sent_all_tokens(lab: ModuleType, ended: bool) -> None:
     async def main(chains: Chains, tasks: trio.Nursery) -> None:
@@ -575,9 +557,12 @@ A, B, C, D = range(4)
          [(A, 0, 3), (D, 3, 6), (C, 6, 9)], Loss(6, D)),
         ("a newcomer has keys and values from others", (3, 6), [(A, 0, 3), (B, 3, 6), (C, 6, 9)],
          [(A, 0, 5), (D, 5, 7), (C, 7, 9)], Loss(6, D, A, 3)),
-        ("a newcomer that no Step would pass", (6, 9), [(A, 0, 6), (B, 6, 9)], [(A, 0, 8), (D, 8, 9)], None),
+        ("a newcomer that no Step would pass", (6, 9), [(A, 0, 6), (B, 6, 9)], [(A, 0, 8), (D, 8, 9)],
+         Loss(9, D)),
         ("a newcomer with the lost LM head alone", (8, 9), [(A, 0, 8), (B, 8, 9)], [(A, 0, 8), (D, 8, 9)],
-         None),
+         Loss(9, D)),
+        ("a newcomer with the lost embedding alone", (0, 1), [(A, 0, 1), (B, 1, 9)], [(D, 0, 1), (B, 1, 9)],
+         Loss(1, D)),
         ("a newcomer with the lost embedding", (0, 3), [(A, 0, 3), (B, 3, 9)], [(D, 0, 3), (B, 3, 9)],
          Loss(3, D)),
     ],
@@ -587,7 +572,7 @@ def test_how_lost_units_are_filled(
     lost: tuple[int, int],
     before: list[tuple[int, int, int]],
     after: list[tuple[int, int, int]],
-    expected: Loss | None,
+    expected: Loss,
 ) -> None:
     found = loss_of(lost, [Part(*part) for part in before], [Part(*part) for part in after])
     assert found == expected, why

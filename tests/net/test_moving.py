@@ -230,6 +230,43 @@ def test_after_a_death_only_lost_units_are_computed_again(lab: ModuleType, port:
     with_chain(lab, test)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("a2 b4 c6", "a2 d4 c6"),
+        ("a2 b4 c6", "a3 d4 c6"),
+        ("b2 a4 c6", "d2 a4 c6"),
+        ("a2 c4 b6", "a2 c4 d6"),
+        ("a2 c4 b6", "a2 c5 d6"),  # the newcomer has the LM head alone
+        ("b1 a3 c6", "d1 a3 c6"),
+    ],
+)
+def test_a_newcomer_takes_the_place_of_a_node_that_died(lab: ModuleType, old: str, new: str) -> None:
+    prompt, texts = [3, 1, 4, 1, 5, 9, 2, 6, 5], [old, new]
+
+    def plan(nodes: Sequence[NodeInfo], links: Links) -> Placement:
+        there = {node.label for node in nodes}
+        text = next(text for text in texts if {word[0] for word in text.split()} <= there)
+        return Placement(tuple(stages(text)), 4)
+
+    async def main() -> None:
+        async with lab.network() as net:
+            for name in "abcd":
+                net.add(name, hop=lab.slow_hop(0.01))
+            async with net.coordinator(plan=plan, moves="move") as coordinator:
+                async with coordinator.generate(prompt, SAMPLING, max_tokens=20) as tokens:
+                    got = [await anext(tokens) for _ in range(5)]
+                    await net.kill(7002)
+                    got += [token async for token in tokens]
+                assert got == lab.oracle(prompt, 20, SAMPLING)
+                assert coordinator.placement.stages == tuple(stages(new))
+                assert [len(node.stages) for node in net.nodes.values()] == [1, 1, 1, 1]
+                (move,) = coordinator.moves
+                assert move.moved.recovery and not move.aborted
+
+    lab.run(main)
+
+
 @pytest.mark.parametrize("dies", [7001, 7002, 7003])
 def test_a_session_between_answers_survives_a_death(lab: ModuleType, dies: int) -> None:
     async def test(net: Any, coordinator: Coordinator) -> None:

@@ -44,21 +44,44 @@ static int32_t check_pages(const shoal_program *p, const shoal_sequence *s, int3
   return SHOAL_OK;
 }
 
+static int32_t allows_any(const uint8_t *allowed, int32_t vocabulary) {
+  for (int32_t t = 0; t < vocabulary; t++)
+    if (shoal_is_allowed(allowed, t)) return 1;
+  return 0;
+}
+
+static int32_t check_reported(const shoal_program *p, const shoal_batch *b, const shoal_sequence *s, int32_t index,
+                              char *error, int32_t error_bytes) {
+  const int32_t vocabulary = sampled_cols(p);
+  if (!s->sample || !vocabulary || !s->reported) return SHOAL_OK;
+  if (s->reported < 0 || s->reported > SHOAL_MIN(vocabulary, SHOAL_MOST_LIKELY) + 1 || s->reported > b->most_reported)
+    REFUSE("sequence %d: log-probabilities of %d tokens", index, s->reported);
+  if (!b->reports || !b->logprobs) REFUSE("log-probabilities are wanted, and their tables are NULL");
+  return SHOAL_OK;
+}
+
 static int32_t check_sampling(const shoal_program *p, const shoal_sequence *s, int32_t index, char *error,
                               int32_t error_bytes) {
   const shoal_sampling *a = &s->sampling;
   const int32_t vocabulary = sampled_cols(p);
   if (!s->sample || !vocabulary) return SHOAL_OK;
-  const float values[] = {a->temperature, a->top_p, a->min_p, a->repetition_penalty};
-  for (int32_t i = 0; i < 4; i++)
+  const float values[] = {a->temperature, a->top_p, a->min_p, a->repetition_penalty, a->presence_penalty,
+                          a->frequency_penalty};
+  for (int32_t i = 0; i < 6; i++)
     if (!shoal_is_finite(values[i])) REFUSE("sequence %d: a sampling parameter is not finite", index);
   if (a->temperature < 0) REFUSE("sequence %d: the temperature is negative", index);
   if (a->top_k < 0) REFUSE("sequence %d: top_k %d is negative", index, a->top_k);
   if (a->top_p <= 0 || a->top_p > 1) REFUSE("sequence %d: top_p is not in (0, 1]", index);
   if (a->min_p < 0 || a->min_p > 1) REFUSE("sequence %d: min_p is not in [0, 1]", index);
   if (a->repetition_penalty <= 0) REFUSE("sequence %d: the repetition penalty is not positive", index);
-  if (a->repetition_penalty == 1) return SHOAL_OK;
-  if (!s->history) REFUSE("sequence %d: a repetition penalty, but no history", index);
+  if (a->n_biases < 0 || a->n_biases > vocabulary || (a->n_biases && (!a->biased || !a->biases)))
+    REFUSE("sequence %d: %d biases, or tables that are NULL", index, a->n_biases);
+  for (int32_t i = 0; i < a->n_biases; i++)
+    if (a->biased[i] < 0 || a->biased[i] >= vocabulary || !shoal_is_finite(a->biases[i]))
+      REFUSE("sequence %d: the bias of token %d is not finite, or there is no such token", index, a->biased[i]);
+  if (a->allowed && !allows_any(a->allowed, vocabulary)) REFUSE("sequence %d: no token is allowed", index);
+  if (!shoal_penalises(a)) return SHOAL_OK;
+  if (!s->history) REFUSE("sequence %d: a penalty, but no history", index);
   for (int32_t i = 0; i < s->first + s->rows; i++)
     if (s->history[i] < 0 || s->history[i] >= vocabulary)
       REFUSE("sequence %d: token %d at position %d is not in the vocabulary", index, s->history[i], i);
@@ -97,7 +120,8 @@ int32_t shoal_check_batch(const shoal_program *p, const shoal_batch *b, char *er
     wanted += s->wanted;
     if (rows > p->max_rows || wanted > p->max_wanted)
       REFUSE("the batch has more than %d rows or wants more than %d", p->max_rows, p->max_wanted);
-    if ((status = check_pages(p, s, i, error, error_bytes)) || (status = check_sampling(p, s, i, error, error_bytes)))
+    if ((status = check_pages(p, s, i, error, error_bytes)) || (status = check_sampling(p, s, i, error, error_bytes)) ||
+        (status = check_reported(p, b, s, i, error, error_bytes)))
       return status;
   }
   if ((status = check_distinct(p, b, error, error_bytes))) return status;

@@ -142,7 +142,18 @@ void shoal_angles(int32_t position, const double *inv_freq, int32_t half, float 
 
 /* sample.c: draws the token at `position`, after history[0 .. position); scratch is shoal_sample_scratch(vocab) bytes.
  * -1: a logit is not finite. */
+enum { SHOAL_MOST_LIKELY = 64 };
 size_t shoal_sample_scratch(int32_t vocab);
+static inline int32_t shoal_penalises(const shoal_sampling *s) {
+  return s->repetition_penalty != 1.0f || s->presence_penalty != 0.0f || s->frequency_penalty != 0.0f;
+}
+static inline int32_t shoal_is_allowed(const uint8_t *allowed, int32_t token) {
+  return !allowed || (allowed[token / 8] >> token % 8 & 1);
+}
+/* The log-probabilities of reports[0], the drawn token, and of the n - 1 likeliest tokens, by the logits as the model gives
+ * them. */
+void shoal_report(const shoal_kernels *kernels, const float *logits, int32_t vocab, int32_t n, int32_t *reports,
+                  float *logprobs, void *scratch);
 int32_t shoal_sample(const shoal_kernels *kernels, const float *logits, int32_t vocab, const shoal_sampling *sampling,
                      const int32_t *history, int32_t position, void *scratch);
 

@@ -209,10 +209,16 @@ static void run_sample(run *r, const shoal_op *op, const shoal_places *at, int64
     row += s->wanted;
     if (i < unit || !s->sample) continue;
     const float *logits = (const float *)shoal_row(r, at->in, op->in, row);
+    const shoal_batch *b = r->batch;
+    const int32_t vocab = r->e->program.buffers[op->in].cols;
+    char *scratch = r->e->scratch + (size_t)thread * r->e->scratch_bytes;
     const int32_t token =
-        shoal_sample(r->e->kernels, logits, r->e->program.buffers[op->in].cols, &s->sampling, s->history,
-                     s->first + s->rows, r->e->scratch + (size_t)thread * r->e->scratch_bytes);
-    r->batch->drawn[i] = token;
+        shoal_sample(r->e->kernels, logits, vocab, &s->sampling, s->history, s->first + s->rows, scratch);
+    b->drawn[i] = token;
+    if (token < 0 || !s->reported) continue;
+    int32_t *reports = b->reports + i * b->most_reported;
+    reports[0] = token;
+    shoal_report(r->e->kernels, logits, vocab, s->reported, reports, b->logprobs + i * b->most_reported, scratch);
   }
 }
 

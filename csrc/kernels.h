@@ -131,6 +131,12 @@ typedef struct {
   float min_p;       /* 0: off */
   float repetition_penalty; /* 1: off */
   uint64_t seed;
+  float presence_penalty;  /* 0: off */
+  float frequency_penalty; /* 0: off */
+  int32_t n_biases;
+  const int32_t *biased;  /* [n_biases] token ids, each once */
+  const float *biases;    /* [n_biases]: added to their logits */
+  const uint8_t *allowed; /* bit t % 8 of byte t / 8: whether token t may be drawn. NULL: all may */
 } shoal_sampling;
 
 /* One sequence's run of consecutive rows. */
@@ -141,8 +147,9 @@ typedef struct {
   int32_t sample; /* 1: draw a token from the last row */
   void *const *pages;    /* [n_states][pages_stride]: page p of state s holds positions [256 p, 256 p + 256) */
   int64_t pages_stride;
-  const int32_t *history; /* token ids at positions [0, first + rows): read when repetition_penalty != 1 */
+  const int32_t *history; /* token ids at positions [0, first + rows): read when there is a penalty */
   shoal_sampling sampling;
+  int32_t reported; /* tokens whose log-probabilities are wanted: 0, or the drawn one and reported - 1 likeliest */
 } shoal_sequence;
 
 typedef struct {
@@ -152,6 +159,9 @@ typedef struct {
   const float *const *inputs; /* per input buffer: [rows][cols], dense */
   float *const *outputs;      /* per output buffer: [rows or wanted rows][cols], dense; an entry may be NULL */
   int32_t *drawn;             /* [n_sequences]: the drawn token, or -1 */
+  int32_t most_reported;      /* the most that a sequence wants reported; if it is 0, the next two may be NULL */
+  int32_t *reports;           /* [n_sequences][most_reported]: the drawn token, then the likeliest ones */
+  float *logprobs;            /* [n_sequences][most_reported]: theirs */
   const volatile int32_t *cancel; /* the run ends between two ops once this is not 0; may be NULL */
   uint64_t *op_ns;            /* [n_ops] nanoseconds, or NULL */
 } shoal_batch;

@@ -11,6 +11,7 @@ typedef struct {
   float *run_largest; /* largest p in each run of RUN tokens */
   int32_t *ids;       /* candidates: a heap, then sorted */
   int32_t vocab;
+  const uint8_t *allowed;
 } candidates;
 
 static size_t padded(int32_t vocab) { return SHOAL_UP((size_t)vocab, RUN); }
@@ -119,33 +120,88 @@ static int32_t draw(const candidates *c, const int32_t *ids, int32_t n, double u
     sum += (double)c->p[id];
     if (sum > goal) return id;
   }
-  return ids ? ids[n - 1] : n - 1;
+  int32_t last = n - 1; /* u times the total was rounded up to it */
+  while (!shoal_is_allowed(c->allowed, ids ? ids[last] : last)) last--;
+  return ids ? ids[last] : last;
+}
+
+/* The logits after biases, penalties and the mask: `changed`, or the given ones if nothing changes them. A token's penalties
+ * count once, whatever its number of occurrences. */
+static const float *adjusted(const float *logits, int32_t vocab, const shoal_sampling *s, const int32_t *history,
+                             int32_t position, float *changed, int32_t *counts) {
+  if (!s->n_biases && !shoal_penalises(s) && !s->allowed) return logits;
+  memcpy(changed, logits, (size_t)vocab * sizeof(float));
+  for (int32_t i = 0; i < s->n_biases; i++) changed[s->biased[i]] += s->biases[i];
+  if (shoal_penalises(s)) {
+    memset(counts, 0, (size_t)vocab * sizeof(int32_t));
+    for (int32_t i = 0; i < position; i++) counts[history[i]]++;
+    for (int32_t i = 0; i < position; i++) {
+      float *logit = &changed[history[i]];
+      const float count = (float)counts[history[i]];
+      if (count == 0) continue;
+      counts[history[i]] = 0;
+      if (s->repetition_penalty != 1.0f)
+        *logit = *logit > 0 ? *logit / s->repetition_penalty : *logit * s->repetition_penalty;
+      *logit -= s->presence_penalty + s->frequency_penalty * count;
+    }
+  }
+  return changed;
+}
+
+/* Lowers the logits of tokens that are not allowed so far that they are never drawn. */
+static void forbid(float *logits, int32_t vocab, const uint8_t *allowed) {
+  for (int32_t t = 0; t < vocab; t++)
+    if (!shoal_is_allowed(allowed, t)) logits[t] = -FLT_MAX;
 }
 
 int32_t shoal_sample(const shoal_kernels *kernels, const float *logits, int32_t vocab, const shoal_sampling *s,
                      const int32_t *history, int32_t position, void *scratch) {
   float *changed = scratch, *p = changed + padded(vocab), *run_largest = p + padded(vocab);
-  candidates c = {logits, p, run_largest, (int32_t *)(run_largest + padded(vocab) / RUN), vocab};
+  candidates c = {logits, p, run_largest, (int32_t *)(run_largest + padded(vocab) / RUN), vocab, s->allowed};
   if (!kernels->finite(logits, vocab)) return -1;
-  if (s->repetition_penalty != 1.0f) {
-    memcpy(changed, logits, (size_t)vocab * sizeof(float));
-    for (int32_t i = 0; i < position; i++) { /* from the original logit: a token that occurs twice is penalised once */
-      const float logit = logits[history[i]];
-      changed[history[i]] = logit > 0 ? logit / s->repetition_penalty : logit * s->repetition_penalty;
-    }
-    if (!kernels->finite(changed, vocab)) return -1;
-    c.logits = changed;
-  }
+  c.logits = adjusted(logits, vocab, s, history, position, changed, c.ids);
+  if (c.logits == changed && !kernels->finite(changed, vocab)) return -1;
+  if (s->allowed) forbid(changed, vocab, s->allowed);
   const float largest = kernels->largest(c.logits, vocab);
   if (s->temperature == 0) {
     int32_t first = 0;
-    while (c.logits[first] != largest) first++;
+    while (c.logits[first] != largest || !shoal_is_allowed(s->allowed, first)) first++;
     return first;
   }
   kernels->exponentials(c.logits, vocab, largest, s->temperature, p);
+  for (int32_t t = 0; s->allowed && t < vocab; t++)
+    if (!shoal_is_allowed(s->allowed, t)) p[t] = 0; /* at a high temperature, even the lowest logit has some p */
   const double u = uniform(s->seed, position);
   if (s->top_k <= 0 && s->top_p >= 1 && s->min_p <= 0) return draw(&c, NULL, vocab, u);
   for (int32_t run = 0; run < vocab; run += RUN)
     run_largest[run / RUN] = kernels->largest(p + run, SHOAL_MIN(RUN, vocab - run));
   return draw(&c, c.ids, truncate(&c, s), u);
+}
+
+/* The natural logarithm of x >= 1, by the series of the inverse hyperbolic tangent: libraries differ in the last bit. */
+static double logarithm(double x) {
+  int32_t exponent = 0;
+  while (x >= 0x1p32) x *= 0x1p-32, exponent += 32;
+  while (x > 0x1.6a09e667f3bcdp0) x *= 0.5, exponent++;
+  const double z = (x - 1) / (x + 1), square = z * z;
+  double sum = 0;
+  for (int32_t k = 23; k > 0; k -= 2) sum = sum * square + 1.0 / k;
+  return 2 * z * sum + exponent * 0x1.62e42fefa39efp-1;
+}
+
+void shoal_report(const shoal_kernels *kernels, const float *logits, int32_t vocab, int32_t n, int32_t *reports,
+                  float *logprobs, void *scratch) {
+  float *p = (float *)scratch + padded(vocab);
+  const candidates c = {logits, p, NULL, NULL, vocab, NULL};
+  const float largest = kernels->largest(logits, vocab);
+  kernels->exponentials(logits, vocab, largest, 1.0f, p);
+  const double total = logarithm(sum_of(&c, NULL, vocab));
+  int32_t *likely = reports + 1, found = 0;
+  for (int32_t t = 0; n > 1 && t < vocab; t++) {
+    if (found == n - 1 && !before(logits, t, likely[found - 1])) continue;
+    int32_t at = found < n - 1 ? found++ : found - 1;
+    for (; at > 0 && before(logits, t, likely[at - 1]); at--) likely[at] = likely[at - 1];
+    likely[at] = t;
+  }
+  for (int32_t i = 0; i < n; i++) logprobs[i] = (float)((double)logits[reports[i]] - (double)largest - total);
 }

@@ -5,8 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Annotated
+
+import numpy as np
+from numpy.typing import NDArray
 
 from .arrays import F32
+from .strict import AtMost
+
+MOST_BIASES = 1024
+MOST_REPORTED = 64
+"""The most likeliest tokens of which log-probabilities are reported."""
+Biases = Annotated[tuple[tuple[int, float], ...], AtMost(MOST_BIASES)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,8 +24,10 @@ class Sampling:
     """Sampling parameters; the defaults are greedy decoding. ValueError: a value is out of range.
 
     A draw is a pure function of the logits, these values, the token history and (seed, position), so a
-    replay, or another device, draws the same token. Order: repetition penalty, temperature, top-k, top-p,
-    min-p."""
+    replay, or another device, draws the same token. Order: `bias`, penalties, temperature, top-k, top-p,
+    min-p. `bias` is added to the logits of tokens: (token id, value) pairs, each token once. Penalties
+    concern tokens that occur in the prompt or the answer: the presence penalty is subtracted from their
+    logits once, the frequency penalty for each time."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -23,6 +35,9 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    bias: Biases = ()
 
     def __post_init__(self) -> None:
         limits: tuple[tuple[str, float, bool], ...] = (
@@ -32,10 +47,22 @@ class Sampling:
             ("min_p", self.min_p, 0 <= self.min_p <= 1),
             ("repetition_penalty", self.repetition_penalty, 1e-6 <= self.repetition_penalty <= 1e6),
             ("seed", self.seed, 0 <= self.seed < 1 << 64),
+            ("presence_penalty", self.presence_penalty, abs(self.presence_penalty) <= 1e6),
+            ("frequency_penalty", self.frequency_penalty, abs(self.frequency_penalty) <= 1e6),
         )
         for name, value, good in limits:
             if not good:
                 raise ValueError(f"sampling: {name} = {value!r} is out of range")
+        for token, value in self.bias:
+            if not (0 <= token < 1 << 31 and abs(value) <= 1e6):
+                raise ValueError(f"sampling: a bias of {value!r} for token {token!r} is out of range")
+        if len({token for token, _ in self.bias}) < len(self.bias) or len(self.bias) > MOST_BIASES:
+            raise ValueError(f"sampling: a token has two biases, or there are more than {MOST_BIASES}")
+
+    @property
+    def penalises(self) -> bool:
+        """Whether tokens that occurred before are penalised."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
 
 class Want(IntEnum):
@@ -67,6 +94,19 @@ class Run:
     want: Want
     hidden: F32 | None = None
     part: tuple[int, int] | None = None
+    report: int | None = None
+    """With Want.TOKEN: report log-probabilities of the drawn token and of so many of the likeliest."""
+    allowed: NDArray[np.uint8] | None = None
+    """With Want.TOKEN: only these tokens may be drawn: bit t % 8 of byte t // 8 is that of token t."""
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Natural log-probabilities by the logits as the model gives them, before biases and penalties: of the
+    drawn token, and of the likeliest tokens, the likeliest first."""
+
+    drawn: float
+    likeliest: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +114,8 @@ class Result:
     """Result of the `Run` at the same index of the batch.
 
     `hidden` (`[rows, hidden]`) is set by every stage but the last; `token` by the last stage for
-    Want.TOKEN; `logits` (`[rows, vocab]`) by the last stage for Want.LOGITS."""
+    Want.TOKEN; `logits` (`[rows, vocab]`) by the last stage for Want.LOGITS; `logprobs` where
+    `Run.report` asks for them."""
 
     sequence: int
     first: int
@@ -82,6 +123,7 @@ class Result:
     hidden: F32 | None = None
     token: int | None = None
     logits: F32 | None = None
+    logprobs: Logprobs | None = None
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

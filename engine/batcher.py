@@ -16,7 +16,7 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Self
 
-from .batch import Run, Sampling, Want, common_prefix
+from .batch import Logprobs, Run, Sampling, Want, common_prefix
 from .errors import CancelledRunError, ContextError
 from .generate import check_prompt, check_whole
 from .stage import Stage
@@ -25,6 +25,15 @@ BESIDE_ROWS = 64
 """The most rows of prompts in a call that has rows of answers, which wait for them."""
 
 Put = Callable[[int | Exception | None], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Report:
+    """Log-probabilities of an answer's tokens, and of the `count` likeliest tokens at each. They are in
+    `found` before the token is put."""
+
+    count: int
+    found: list[Logprobs] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
@@ -51,6 +60,7 @@ class Job:
     put: Put
     keep: bool
     """Whether the sequence stays open after the answer."""
+    report: Report | None = None
     sent: int = 0
     stopped: bool = False
     ended: threading.Event = field(default_factory=threading.Event)
@@ -126,11 +136,12 @@ class Batcher:
         context: int,
         max_tokens: int,
         end: Collection[int],
+        report: Report | None = None,
     ) -> Callable[[], None]:
         """Begins an answer in a sequence of its own, without waiting; the returned function is `stop` for
         it. ContextError: the prompt does not fit. ValueError: the batcher has been closed."""
         sequence = _Sequence(sampling, context)
-        job = self.begin(sequence, prompt, put, max_tokens=max_tokens, end=end, keep=False)
+        job = self.begin(sequence, prompt, put, max_tokens=max_tokens, end=end, keep=False, report=report)
         return partial(self.stop, job)
 
     def begin(
@@ -142,12 +153,13 @@ class Batcher:
         max_tokens: int,
         end: Collection[int],
         keep: bool,
+        report: Report | None = None,
     ) -> Job:
         """Begins an answer without waiting. ContextError: the prompt does not fit. ValueError: the batcher
         has been closed."""
         check_prompt(prompt, sequence.context)
         last = min(len(prompt) + max_tokens, sequence.context + 1)
-        job = Job(sequence, list(prompt), last, end, put, keep)
+        job = Job(sequence, list(prompt), last, end, put, keep, report)
         if max_tokens <= 0:
             _end(job)
             return job
@@ -295,12 +307,14 @@ class Batcher:
             job.sequence.held += run.tokens
             job.sent += len(run.tokens)
             if result.token is not None:
-                self._append(job, result.token)
+                self._append(job, result.token, result.logprobs)
 
-    def _append(self, job: Job, token: int) -> None:
+    def _append(self, job: Job, token: int, logprobs: Logprobs | None) -> None:
         if token in job.end:
             self._finish(job)
             return
+        if job.report is not None and logprobs is not None:
+            job.report.found.append(logprobs)
         job.known.append(token)
         job.put(token)
         if len(job.known) >= job.last:
@@ -391,7 +405,8 @@ class BatchSession:
 def _run_of(job: Job, rows: int) -> Run:
     end = job.sent + rows
     want = Want.TOKEN if end == len(job.known) else Want.NOTHING
-    return Run(_number(job), job.sent, job.known[job.sent : end], want)
+    report = None if job.report is None else job.report.count
+    return Run(_number(job), job.sent, job.known[job.sent : end], want, report=report)
 
 
 def _number(job: Job) -> int:

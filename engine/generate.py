@@ -6,6 +6,8 @@ from collections.abc import Collection, Generator, Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+
 from .batch import Run, Sampling, Want, common_prefix
 from .errors import CancelledRunError, ContextError, UnsupportedModelError
 from .stage import Stage
@@ -47,6 +49,29 @@ def prompt_runs(sequence: int, first: int, tokens: Sequence[int], chunk: int) ->
         part = tokens[at : at + chunk]
         want = Want.TOKEN if at + chunk >= len(tokens) else Want.NOTHING
         yield Run(sequence, first + at, part, want)
+
+
+def logprobs(stage: Stage, tokens: Sequence[int], first: int) -> list[float]:
+    """The natural log-probabilities of tokens[first:], each after the tokens before it. `first` is at least
+    1, since nothing predicts the first token. Errors as for Stage.run."""
+    check_whole(stage)
+    rows = min(stage.options.max_wanted, stage.options.max_rows)
+    sequence = stage.open_sequence(None, Sampling(), len(tokens))
+    found: list[float] = []
+    try:
+        for at in range(0, first - 1, rows):
+            stage.run([Run(sequence, at, tokens[at : min(at + rows, first - 1)], Want.NOTHING)])
+        for at in range(first - 1, len(tokens) - 1, rows):
+            part = tokens[at : min(at + rows, len(tokens) - 1)]
+            (result,) = stage.run([Run(sequence, at, part, Want.LOGITS)])
+            assert result.logits is not None, "they were wanted"
+            drawn = tokens[at + 1 : at + 1 + len(part)]
+            values = result.logits.astype(np.float64) - result.logits.max(axis=1, keepdims=True)
+            totals = np.log(np.exp(values).sum(axis=1))
+            found += (values[np.arange(len(part)), drawn] - totals).tolist()
+    finally:
+        stage.close_sequence(sequence)
+    return found
 
 
 class Session:

@@ -53,7 +53,7 @@ class Incoming:
         """Takes the parameters of a sequence that the stage does not have, and its token ids from position
         `first` on. ValueError: tokens before `first` are missing, or a token is not in the vocabulary.
         ContextError: the context is longer than the model's, or the tokens longer than the context."""
-        context = self._check(context, tokens)
+        context = self._check(context, [*tokens, *(token for token, _ in sampling.bias)])
         with self.locked() as sequences:
             known = sequences.get(sequence)
             held = 0 if known is None else len(known.tokens)

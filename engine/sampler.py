@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arrays import F32
-from .batch import Sampling
+from .batch import Logprobs, Sampling
 
 _MASK = (1 << 64) - 1
 
@@ -30,16 +30,29 @@ def _mix(z: int) -> int:
     return z ^ z >> 31
 
 
-def draw(logits: F32, sampling: Sampling, history: NDArray[np.int32], position: int) -> int:
-    """The token at `position`, from logits `[vocab]` and the earlier tokens `history`.
+def draw(
+    logits: F32,
+    sampling: Sampling,
+    history: NDArray[np.int32],
+    position: int,
+    allowed: NDArray[np.uint8] | None = None,
+) -> int:
+    """The token at `position`, from logits `[vocab]` and the earlier tokens `history`; `allowed` as in
+    batch.Run.
 
-    Repetition penalty, then temperature (0: the largest logit, ties to the lowest id), top-k, top-p over
-    the remaining tokens, min-p against the largest; then inverse transform sampling."""
+    Biases, penalties and the mask, then temperature (0: the largest logit, ties to the lowest id), top-k,
+    top-p over the remaining tokens, min-p against the largest; then inverse transform sampling."""
     logits = logits.astype(np.float32)
-    if sampling.repetition_penalty != 1:
-        seen = np.unique(history)
+    for token, bias in sampling.bias:
+        logits[token] += np.float32(bias)
+    if sampling.penalises:
+        seen, counts = np.unique(history, return_counts=True)
         penalty = np.float32(sampling.repetition_penalty)
-        logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+        changed = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+        often = np.float32(sampling.frequency_penalty) * counts.astype(np.float32)
+        logits[seen] = changed - (np.float32(sampling.presence_penalty) + often)
+    if allowed is not None:
+        logits[~allowed_tokens(allowed, len(logits))] = -np.inf
     if sampling.temperature == 0:
         return int(np.argmax(logits))
     logits /= np.float32(sampling.temperature)
@@ -58,3 +71,24 @@ def draw(logits: F32, sampling: Sampling, history: NDArray[np.int32], position: 
     cumulative = np.cumsum(p)
     at = int(np.searchsorted(cumulative, uniform(sampling.seed, position) * cumulative[-1], side="right"))
     return int(ids[min(at, len(ids) - 1)])
+
+
+def report(logits: F32, drawn: int, count: int) -> Logprobs:
+    """The log-probabilities of the drawn token and of the `count` likeliest, from logits `[vocab]`."""
+    values = logits.astype(np.float64) - float(logits.max())
+    values -= np.log(np.exp(values).sum())
+    likeliest = np.argsort(-logits, kind="stable")[:count].tolist()
+    return Logprobs(float(values[drawn]), tuple((i, float(values[i])) for i in likeliest))
+
+
+def allowed_tokens(allowed: NDArray[np.uint8], vocab: int) -> NDArray[np.bool_]:
+    """The mask of allowed tokens `[vocab]`, from its bits."""
+    return np.unpackbits(allowed, count=vocab, bitorder="little").astype(bool)
+
+
+def check_allowed(allowed: NDArray[np.uint8], vocab: int) -> None:
+    """ValueError: this is no mask of `vocab` tokens, or allows none."""
+    if allowed.dtype != np.uint8 or allowed.shape != (-(-vocab // 8),) or not allowed.flags.c_contiguous:
+        raise ValueError(f"a mask of {vocab} tokens is uint8 of shape ({-(-vocab // 8)},)")
+    if not allowed_tokens(allowed, vocab).any():
+        raise ValueError("the mask allows no token")

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from .arrays import F32
 from .backends import choose, open_backend
 from .backends.base import CANCELLED, BoundProgram, Executor, Outcome, SequenceRows
-from .batch import Result, Run, Sampling, Want
+from .batch import MOST_REPORTED, Result, Run, Sampling, Want
 from .calls import Calls, Flag
 from .errors import CancelledRunError, ContextError, MissingDependencyError
 from .incoming import Arriving, Incoming
@@ -31,6 +31,7 @@ from .layout import PAGE
 from .memory import trim_heap
 from .model_directory import Model
 from .prepared import PreparedRange, contiguous
+from .sampler import check_allowed
 from .threads import chosen
 from .transition import OpenSequence, Transition
 from .weights import WeightStore
@@ -167,7 +168,7 @@ class Stage:
         token is not in the vocabulary. ContextError: the context is longer than the model's, or the history
         longer than the context."""
         with self._calls.alone():
-            context = self._check_parameters(context, history)
+            context = self._check_parameters(context, [*history, *(token for token, _ in sampling.bias)])
             if len(history) > context:
                 raise ContextError(f"a history of {len(history)} tokens exceeds the context of {context}")
             number = self._free_number(sequence)
@@ -537,7 +538,15 @@ class Stage:
         state.tokens[run.first : end] = run.tokens
         want = run.want if bound.last else Want.NOTHING
         wanted = {Want.NOTHING: 0, Want.TOKEN: 1, Want.LOGITS: n}[want]
-        return SequenceRows(kv, state.tokens, state.sampling, n, run.first, wanted, want is Want.TOKEN)
+        report = run.report if want is Want.TOKEN else None
+        if report is not None and not 0 <= report <= min(MOST_REPORTED, self.model.program.vocab):
+            raise ValueError(f"log-probabilities of {report} tokens are wanted, more than {MOST_REPORTED}")
+        if run.allowed is not None:
+            check_allowed(run.allowed, self.model.program.vocab)
+        return SequenceRows(
+            *(kv, state.tokens, state.sampling, n, run.first, wanted, want is Want.TOKEN, report),
+            run.allowed if want is Want.TOKEN else None,
+        )
 
     def _allocated(self, kv: SequenceKv, run: Run, units: range) -> KvRows:
         """Allocates the pages of a run. What is incoming makes room for it. ContextError: no memory."""
@@ -609,7 +618,8 @@ class Stage:
             if run.want is Want.LOGITS and outcome.logits is not None:
                 logits = outcome.logits[wanted : wanted + item.wanted]
             token = int(outcome.drawn[i]) if item.sample else None
-            results.append(Result(run.sequence, run.first, item.rows, hidden, token, logits))
+            reported = outcome.reports.get(i)
+            results.append(Result(run.sequence, run.first, item.rows, hidden, token, logits, reported))
             row, wanted = row + item.rows, wanted + item.wanted
         return results
 

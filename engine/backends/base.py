@@ -4,14 +4,14 @@ batches."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays import F32
-from ..batch import Sampling
+from ..batch import Logprobs, Sampling
 from ..kv import KvRows
 from ..program import KvState, Op, Program
 
@@ -66,16 +66,21 @@ class SequenceRows:
     wanted: int
     """Number of logit rows, the last ones: 0, 1 or `rows`."""
     sample: bool
+    report: int | None = None
+    """See batch.Run."""
+    allowed: NDArray[np.uint8] | None = None
+    """See batch.Run."""
 
 
 @dataclass(slots=True)
 class Outcome:
-    """The output of a batch: the cut `[rows, hidden]`, or logits `[wanted, vocab]`; and one drawn token (or
-    -1) per sequence."""
+    """The output of a batch: the cut `[rows, hidden]`, or logits `[wanted, vocab]`; one drawn token (or -1)
+    per sequence; and the log-probabilities that sequences want reported, by index."""
 
     hidden: F32 | None
     logits: F32 | None
     drawn: NDArray[np.int32]
+    reports: dict[int, Logprobs] = field(default_factory=dict)
 
 
 class Executor(Protocol):

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays import F32
+from ..batch import Logprobs
 from ..errors import CancelledRunError, MissingDependencyError, ShoalError
 from ..host import big_cores
 from ..program import Op
@@ -191,8 +192,8 @@ class NativeExecutor:
             keep += [pages, history]
             item.rows, item.first, item.wanted, item.sample = s.rows, s.first, s.wanted, s.sample
             item.pages, item.pages_stride, item.history = pages, s.kv.table.shape[1], history
-            p = s.sampling
-            item.sampling = (p.temperature, p.top_k, p.top_p, p.min_p, p.repetition_penalty, p.seed)
+            item.sampling = _sampling(s, keep)
+            item.reported = 0 if s.report is None else 1 + s.report
             self._tokens[row : row + s.rows] = s.history[s.first : s.first + s.rows]
             row, wanted = row + s.rows, wanted + s.wanted
         if hidden is not None:
@@ -207,10 +208,20 @@ class NativeExecutor:
         for i, out in enumerate(outs):
             self._outputs[i] = keep_buffer(keep, "float[]", out)
         batch.n_sequences, batch.cancel = len(sequences), keep_buffer(keep, "int32_t[]", cancel)
+        most = batch.most_reported = max(item.reported for item in described[0 : len(sequences)])
+        reports, logprobs = np.empty((2, len(sequences), most), np.int32)
+        if most:
+            batch.reports = keep_buffer(keep, "int32_t[]", reports)
+            batch.logprobs = ffi.cast("float *", keep_buffer(keep, "int32_t[]", logprobs))
         self._check(self._lib.shoal_run(self._executor, batch, self._error, _ERROR_BYTES))
         drawn = self._drawn[: len(sequences)].copy()
         if bound.last:
-            return Outcome(None, outs[0] if outs else None, drawn)
+            told = {
+                i: _logprobs(reports[i, : 1 + s.report], logprobs[i].view(np.float32))
+                for i, s in enumerate(sequences)
+                if s.sample and s.report is not None
+            }
+            return Outcome(None, outs[0] if outs else None, drawn, told)
         return Outcome(outs[0] if len(outs) == 1 else np.concatenate(outs, axis=1), None, drawn)
 
     def _parts(self, hidden: F32) -> list[F32]:
@@ -281,6 +292,25 @@ def _weight(weight: WeightData, keep: list[Any]) -> dict[str, Any]:
         if array is not None:
             row[name], row[f"{name}_bytes"] = keep_buffer(keep, "uint16_t[]", array), array.nbytes
     return row
+
+
+def _logprobs(tokens: NDArray[np.int32], values: F32) -> Logprobs:
+    drawn, *likeliest = zip(tokens.tolist(), values[: len(tokens)].tolist(), strict=True)
+    return Logprobs(drawn[1], tuple(likeliest))
+
+
+def _sampling(s: SequenceRows, keep: list[Any]) -> Any:
+    p = s.sampling
+    biased = biases = allowed = ffi.NULL
+    if p.bias:
+        biased = keep_buffer(keep, "int32_t[]", np.array([token for token, _ in p.bias], np.int32))
+        biases = keep_buffer(keep, "float[]", np.array([value for _, value in p.bias], np.float32))
+    if s.allowed is not None:
+        allowed = keep_buffer(keep, "uint8_t[]", s.allowed)
+    return (
+        *(p.temperature, p.top_k, p.top_p, p.min_p, p.repetition_penalty, p.seed),
+        *(p.presence_penalty, p.frequency_penalty, len(p.bias), biased, biases, allowed),
+    )
 
 
 def _op(

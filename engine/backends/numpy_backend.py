@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays import F32
+from ..batch import Logprobs
 from ..errors import CancelledRunError
 from ..layout import GROUP, round_up
 from ..packing import unpack
 from ..program import Angles, Attend, Embed, Gate, HeadNorm, Matmul, Norm, Op, Quantise, Rope, Sample, Store
-from ..sampler import draw
+from ..sampler import draw, report
 from .base import CANCELLED, BoundProgram, Outcome, SequenceRows, WeightData
 
 
@@ -45,6 +46,7 @@ class NumpyExecutor:
         self.buffers: dict[str, F32] = {}
         self.sequences: Sequence[SequenceRows] = ()
         self.drawn: NDArray[np.int32] = np.empty(0, np.int32)
+        self.reports: dict[int, Logprobs] = {}
 
     def prepare(self, weight: WeightData) -> Any:
         """Converts a weight to the form that this backend's ops read: f32 (or f64) `[rows, cols]`."""
@@ -62,6 +64,7 @@ class NumpyExecutor:
         """See base.Executor.run."""
         self.sequences = sequences
         self.drawn = np.full(len(sequences), -1, np.int32)
+        self.reports = {}
         self.buffers = {}
         program = self.bound.program
         if hidden is not None:
@@ -80,7 +83,8 @@ class NumpyExecutor:
         if not self.bound.last:
             cut = np.concatenate([self.buffers[name] for name in program.cut], axis=1)
             return Outcome(cut, None, self.drawn)
-        return Outcome(None, self.buffers[program.logits] if want_logits and wanted else None, self.drawn)
+        logits = self.buffers[program.logits] if want_logits and wanted else None
+        return Outcome(None, logits, self.drawn, self.reports)
 
     def close(self) -> None:
         """Does nothing: there is nothing to free."""
@@ -212,7 +216,10 @@ class NumpyExecutor:
             end += s.wanted
             if s.sample:
                 position = s.first + s.rows
-                self.drawn[i] = draw(logits[end - 1], s.sampling, s.history[:position], position)
+                row = logits[end - 1]
+                self.drawn[i] = draw(row, s.sampling, s.history[:position], position, s.allowed)
+                if s.report is not None:
+                    self.reports[i] = report(row, int(self.drawn[i]), s.report)
 
     ops: ClassVar[dict[type[Any], Callable[[Any, int, Any], None]]] = {
         Embed: embed,

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .llm import LLM as LLM
     from .llm import ChatSession as ChatSession
     from .llm import Completion as Completion
+    from .llm import Score as Score
     from .llm import Stream as Stream
     from .net.errors import AddressInUseError as AddressInUseError
     from .net.errors import LocalProtocolError as LocalProtocolError
@@ -56,7 +57,7 @@ _NAMES = {
     "engine.model_directory": ("Model",),
     "engine.stage": ("Stage", "StageOptions"),
     "engine.tokenizer": ("Tokenizer",),
-    "llm": ("LLM", "ChatSession", "Completion", "Stream"),
+    "llm": ("LLM", "ChatSession", "Completion", "Score", "Stream"),
     "net.errors": (
         "AddressInUseError", "LocalProtocolError", "MismatchError", "NetError", "NodeLostError",
         "RemoteProtocolError", "StageStuckError",

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from .engine.batch import Sampling
-from .engine.batcher import Batcher, BatchSession
+from .engine.batcher import Batcher, BatchSession, Report
 from .engine.generate import TextStream, check_prompt
 from .engine.stage import Stage
 from .engine.tokenizer import Tokenizer
@@ -84,9 +84,12 @@ class Engine(Protocol):
     def session(self, settings: Settings) -> Session:
         """A new session, with a sequence of its own."""
 
-    def begin(self, prompt: Sequence[int], settings: Settings, put: Put) -> Callable[[], None]:
+    def begin(
+        self, prompt: Sequence[int], settings: Settings, put: Put, report: Report | None = None
+    ) -> Callable[[], None]:
         """Begins an answer without waiting; the returned function ends it early, and waits for its end.
-        Answers that were begun together are computed together. ContextError: the prompt does not fit."""
+        Answers that were begun together are computed together. ContextError: the prompt does not fit.
+        ShoalError: the engine does not give log-probabilities."""
 
 
 class LocalEngine:
@@ -99,11 +102,18 @@ class LocalEngine:
         """See Engine."""
         return self._batcher.session(settings.sampling, context=settings.context)
 
-    def begin(self, prompt: Sequence[int], settings: Settings, put: Put) -> Callable[[], None]:
+    def begin(
+        self, prompt: Sequence[int], settings: Settings, put: Put, report: Report | None = None
+    ) -> Callable[[], None]:
         """See Engine."""
-        most = most_tokens(prompt, settings)
         return self._batcher.begin_alone(
-            prompt, settings.sampling, put, context=settings.context, max_tokens=most, end=settings.end
+            prompt,
+            settings.sampling,
+            put,
+            context=settings.context,
+            max_tokens=most_tokens(prompt, settings),
+            end=settings.end,
+            report=report,
         )
 
     def close(self) -> None:

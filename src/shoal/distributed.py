@@ -16,6 +16,7 @@ import trio
 
 from . import __version__, planner
 from .answering import Put, Settings, most_tokens
+from .engine.batcher import Report
 from .engine.errors import ShoalError, ignore
 from .engine.model_directory import Model
 from .engine.stage import StageOptions
@@ -289,8 +290,14 @@ class Nodes:
         session = coordinator.session(settings.sampling, context=settings.context)
         return NodeSession(self._portal, session, lambda: self.context)
 
-    def begin(self, prompt: Sequence[int], settings: Settings, put: Put) -> Callable[[], None]:
+    def begin(
+        self, prompt: Sequence[int], settings: Settings, put: Put, report: Report | None = None
+    ) -> Callable[[], None]:
         """See answering.Engine."""
+        if report is not None:
+            raise ShoalError(
+                "nodes do not send log-probabilities yet: leave logprobs out, or answer in this process"
+            )
 
         async def feed(give: Callable[[int], None]) -> None:
             answer = self._portal.opened.generate(

@@ -5,6 +5,7 @@ text. Answers of all threads, and all prompts of a list, are computed together."
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import time
@@ -18,10 +19,11 @@ from typing import Any, Literal, Self, TypedDict, Unpack, overload
 
 from .answering import Engine, LocalEngine, Settings, most_tokens
 from .contexts import context_of, fitting
-from .engine.batch import Sampling
+from .engine.batch import Logprobs, Sampling
+from .engine.batcher import Report
 from .engine.chat import Chat, Message
 from .engine.errors import ShoalError, ignore
-from .engine.generate import TextStream, check_prompt
+from .engine.generate import TextStream, check_prompt, logprobs
 from .engine.host import ram
 from .engine.model_directory import Model
 from .engine.stage import Stage, StageOptions
@@ -36,7 +38,9 @@ DEFAULT_TOKENS = 512
 class Options(TypedDict, total=False):
     """Options of an answer, with the defaults of `shoal run`. `max_tokens` 512, None: until the context is
     full. `stop`: strings before which the answer ends. `end`: token ids before which it ends (default: the
-    model's). The others are those of `Sampling`; without `seed` each answer has its own."""
+    model's). `logprobs`: report log-probabilities of each token, and of so many of the likeliest.
+    `logit_bias` is `Sampling.bias` as a mapping. The others are those of `Sampling`; without `seed` each
+    answer has its own."""
 
     max_tokens: int | None
     stop: str | Sequence[str]
@@ -46,6 +50,10 @@ class Options(TypedDict, total=False):
     top_p: float
     min_p: float
     repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    logprobs: int | None
     seed: int
 
 
@@ -68,13 +76,33 @@ class Timings:
 @dataclass(frozen=True, slots=True)
 class Completion:
     """An answer. `finish_reason`: "stop" (at an end token or a stop string), "length" (`max_tokens`, or the
-    context is full), or "cancelled" (its stream was closed). `tokens` has those of a stop string, too."""
+    context is full), or "cancelled" (its stream was closed). `tokens` has those of a stop string, too.
+    `logprobs` are those of `tokens`, if they were asked for."""
 
     text: str
     tokens: tuple[int, ...]
     finish_reason: FinishReason
     usage: Usage
     timings: Timings
+    logprobs: tuple[Logprobs, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How likely a text is: its tokens, and the natural log-probability of each after those before it."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+    @property
+    def logprob(self) -> float:
+        """The log-probability of the whole text."""
+        return math.fsum(self.logprobs)
+
+    @property
+    def perplexity(self) -> float:
+        """The perplexity for each token."""
+        return math.exp(-self.logprob / len(self.logprobs)) if self.logprobs else math.nan
 
 
 class Stream:
@@ -264,8 +292,30 @@ class LLM:
         _check_single(stream)
         return self._all([self._chat_tokens(chat) for chat in messages], options)
 
+    @overload  # as for `generate`
+    def score(  # type: ignore[overload-overlap]
+        self, text: str, *, prompt: str = ...
+    ) -> Score: ...
+    @overload
+    def score(self, text: Sequence[str], *, prompt: str = ...) -> list[Score]: ...
+    def score(self, text: str | Sequence[str], *, prompt: str = "") -> Score | list[Score]:
+        """How likely a text is, as a continuation of `prompt`. Without one, the first token, which nothing
+        precedes, is not scored. ContextError: the text does not fit. ShoalError: the model is on nodes, which
+        send no log-probabilities yet."""
+        if not isinstance(self._engine, LocalEngine):
+            raise ShoalError("nodes do not send log-probabilities yet: score in this process")
+        if not isinstance(text, str):
+            return [self.score(one, prompt=prompt) for one in text]
+        before = self.tokenize(prompt) if prompt else []
+        tokens = self.tokenizer.encode(text, special=not prompt)
+        check_prompt([*before, *tokens][:-1], self._context, self.model.config.vocab)
+        first = max(1, len(before))
+        values = logprobs(self._engine.stage, [*before, *tokens], first)
+        return Score(tuple([*before, *tokens][first:]), tuple(values))
+
     def session(self, *, system: str | None = None, **options: Unpack[Options]) -> ChatSession:
-        """A chat whose keys and values are kept, so that each turn computes only what is new."""
+        """A chat whose keys and values are kept, so that each turn computes only what is new. It reports no
+        log-probabilities."""
         return ChatSession(self, system, self._settings(options))
 
     def _chat_tokens(self, messages: str | Sequence[Turn]) -> list[int]:
@@ -276,6 +326,8 @@ class LLM:
         given: dict[str, Any] = dict(options)
         max_tokens = given.pop("max_tokens", DEFAULT_TOKENS)
         stop, end = given.pop("stop", ()), given.pop("end", None)
+        given.pop("logprobs", None)
+        given["bias"] = tuple(given.pop("logit_bias", {}).items())
         given.setdefault("seed", secrets.randbits(64))
         return Settings(
             self._context,
@@ -289,13 +341,13 @@ class LLM:
     def _one(self, prompt: list[int], options: Options, stream: bool) -> Completion | Stream:
         settings = self._settings(options)
         if stream:
-            return self._stream(prompt, settings)
+            return self._stream(prompt, settings, _report(options))
         return self._all([prompt], options, settings)[0]
 
-    def _stream(self, prompt: list[int], settings: Settings) -> Stream:
+    def _stream(self, prompt: list[int], settings: Settings, report: Report | None) -> Stream:
         check_prompt(prompt, settings.context, settings.vocab)
-        answer = _Answer(self.tokenizer, prompt, settings)
-        return Stream(partial(self._engine.begin, prompt, settings), answer)
+        answer = _Answer(self.tokenizer, prompt, settings, report)
+        return Stream(partial(self._engine.begin, prompt, settings, report=report), answer)
 
     def _all(
         self, prompts: Sequence[list[int]], options: Options, settings: Settings | None = None
@@ -305,11 +357,15 @@ class LLM:
         for prompt, given in zip(prompts, each, strict=True):
             check_prompt(prompt, given.context, given.vocab)
         items: SimpleQueue[tuple[int, Item]] = SimpleQueue()
-        answers = [_Answer(self.tokenizer, p, given) for p, given in zip(prompts, each, strict=True)]
+        answers = [
+            _Answer(self.tokenizer, p, given, _report(options))
+            for p, given in zip(prompts, each, strict=True)
+        ]
         stops: list[Callable[[], None]] = []
         try:
             for i, (prompt, given) in enumerate(zip(prompts, each, strict=True)):
-                stops.append(self._engine.begin(prompt, given, partial(_put, items, i)))
+                put = partial(_put, items, i)
+                stops.append(self._engine.begin(prompt, given, put, answers[i].report))
             left = len(answers)
             while left:
                 i, item = items.get()
@@ -397,8 +453,14 @@ class ChatSession:
 class _Answer:
     """An answer that grows: tokens in, text out."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], settings: Settings) -> None:
-        self.prompt = prompt
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        settings: Settings,
+        report: Report | None = None,
+    ) -> None:
+        self.prompt, self.report = prompt, report
         self._most = min(most_tokens(prompt, settings), settings.context + 1 - len(prompt))
         self.finished = False
         self._stream = TextStream(tokenizer, settings.stops)
@@ -448,6 +510,7 @@ class _Answer:
             reason,
             Usage(len(self.prompt), len(self._tokens)),
             Timings(self._first - self._start, self._last - self._start),
+            None if self.report is None else tuple(self.report.found[: len(self._tokens)]),
         )
 
 
@@ -464,6 +527,11 @@ def _addresses(nodes: Sequence[str]) -> list[tuple[str, int]]:
         raise ShoalError(str(error)) from None
     check_nodes(found)
     return found
+
+
+def _report(options: Options) -> Report | None:
+    count = options.get("logprobs")
+    return None if count is None else Report(count)
 
 
 def _put(items: SimpleQueue[tuple[int, Item]], i: int, item: Item) -> None:

@@ -190,7 +190,9 @@ static void run_program(uint64_t seed, shoal_executor *executor, int32_t vocab) 
     for (int32_t t = 0; t < POSITIONS; t++) history[i][t] = below(vocab);
     s[i] = (shoal_sequence){.pages = &pages[i][0][0], .pages_stride = MAX_PAGES, .history = history[i]};
     s[i].sampling = (shoal_sampling){(float)below(3) * 0.5f, below(2) * 20,       below(2) ? 1 : 0.9f,
-                                     below(2) ? 0 : 0.05f,   below(2) ? 1 : 1.3f, next()};
+                                     below(2) ? 0 : 0.05f,   below(2) ? 1 : 1.3f, next(),
+                                     below(2) ? 0 : 0.7f,    below(2) ? 0 : 0.3f, 0, NULL, NULL, NULL};
+    s[i].reported = (int32_t[]){0, 1, 4}[below(3)];
   }
   for (int32_t turn = 0;; turn++) {
     int32_t tokens[MAX_ROWS * MAX_SEQUENCES], drawn[MAX_SEQUENCES], rows = 0, wanted = 0;
@@ -205,10 +207,14 @@ static void run_program(uint64_t seed, shoal_executor *executor, int32_t vocab) 
       wanted += s[i].wanted;
     }
     for (int32_t o = 0; o < program.n_outputs; o++) out[o] = room((size_t)rows * buffers[outputs[o]].cols * 4);
-    const shoal_batch batch = {
-        .sequences = s, .n_sequences = n, .tokens = tokens, .outputs = out, .drawn = drawn};
+    int32_t reports[MAX_SEQUENCES][4] = {{0}};
+    float logprobs[MAX_SEQUENCES][4] = {{0}};
+    const shoal_batch batch = {.sequences = s,        .n_sequences = n,       .tokens = tokens,
+                               .outputs = out,        .drawn = drawn,         .most_reported = 4,
+                               .reports = reports[0], .logprobs = logprobs[0]};
     must(shoal_run(executor, &batch, error, sizeof error), error);
     uint64_t h = hash(0xcbf29ce484222325u, drawn, (size_t)n * sizeof drawn[0]);
+    h = hash(hash(h, reports, sizeof reports), logprobs, sizeof logprobs);
     printf("%d %d drawn %016llx\n", (int)seed, turn, (unsigned long long)h);
     for (int32_t o = 0; o < program.n_outputs; o++) {
       const shoal_buffer *b = &buffers[outputs[o]];

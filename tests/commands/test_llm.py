@@ -142,6 +142,41 @@ def test_a_seed_repeats_an_answer_and_without_one_it_varies(llm: shoal.LLM) -> N
     assert len({made.tokens for made in many}) > 1
 
 
+def test_log_probabilities_of_an_answer(llm: shoal.LLM) -> None:
+    made = llm.generate("Once", max_tokens=6, logprobs=3, **LIVELY)
+    assert made.logprobs is not None and len(made.logprobs) == 6
+    assert all(len(one.likeliest) == 3 for one in made.logprobs)
+    whole = llm.score(made.text, prompt="Once")
+    if whole.tokens == made.tokens:  # the text of some tokens is that of other tokens, too
+        assert list(whole.logprobs) == pytest.approx([one.drawn for one in made.logprobs], abs=1e-4)
+    stream = llm.generate("Once", stream=True, max_tokens=6, logprobs=0, **LIVELY)
+    list(stream)
+    assert stream.completion.logprobs is not None
+    assert [one.drawn for one in stream.completion.logprobs] == [one.drawn for one in made.logprobs]
+    both = llm.generate(["Once", "Once"], max_tokens=6, logprobs=3, **LIVELY)
+    assert [one.logprobs for one in both] == [made.logprobs] * 2
+    assert llm.generate("Once", max_tokens=6, **LIVELY).logprobs is None
+
+
+def test_scores(llm: shoal.LLM) -> None:
+    score = llm.score("Once upon a time")
+    assert len(score.logprobs) == len(score.tokens) == llm.count("Once upon a time") - 1
+    assert score.logprob == pytest.approx(sum(score.logprobs))
+    assert score.perplexity > 1
+    parts = llm.score(["Once", " upon"], prompt="Say: ")
+    assert parts[0] == llm.score("Once", prompt="Say: ") != parts[1]
+    with pytest.raises(shoal.ContextError):
+        llm.score("x" * 400)
+    assert kv_bytes(llm) == 0
+
+
+def test_biases_and_penalties_of_an_answer(llm: shoal.LLM) -> None:
+    made = llm.generate("Once", max_tokens=5, logit_bias={65: 1000.0})
+    assert made.tokens == (65,) * 5
+    varied = llm.generate("Once", max_tokens=20, frequency_penalty=1000.0, end=())
+    assert len(set(varied.tokens)) == 20
+
+
 def test_threads_share_a_model(llm: shoal.LLM) -> None:
     def ask(i: int) -> tuple[int, ...]:
         return llm.generate(f"number {i}", max_tokens=15, **LIVELY).tokens
@@ -225,6 +260,12 @@ def test_nodes_give_the_same_answers(llm: shoal.LLM, path: Path, tmp_path: Path)
                     assert there.send(text).tokens == here.send(text).tokens
             with pytest.raises(shoal.ContextError, match="the context holds 300"):
                 far.generate([[5], [5] * 300])
+            adjusted: Any = {"presence_penalty": 0.7, "logit_bias": {65: 2.0}, **options}
+            assert far.generate("Once", **adjusted).tokens == llm.generate("Once", **adjusted).tokens
+            with pytest.raises(shoal.ShoalError, match="log-probabilities"):
+                far.generate("Once", logprobs=2)
+            with pytest.raises(shoal.ShoalError, match="log-probabilities"):
+                far.score("Once")
             with ThreadPoolExecutor(4) as pool:
                 found = pool.map(lambda text: far.chat(text, **options).tokens, CHATS)
                 assert list(found) == [made.tokens for made in llm.chat(CHATS, **options)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from copy import copy
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from shoal.engine.errors import (
     ShoalError,
     UnsupportedModelError,
 )
-from shoal.engine.generate import Session, check_prompt, generate
+from shoal.engine.generate import Session, check_prompt, generate, logprobs
 from shoal.engine.layout import PAGE
 from shoal.engine.model_directory import Model
 from shoal.engine.stage import Stage, StageOptions
@@ -174,9 +175,109 @@ def test_a_closed_stage_refuses_work(tiny_int8: Model) -> None:
         list(generate(stage, [1, 2, 3], max_tokens=2))
 
 
+ADJUSTED = [
+    Sampling(presence_penalty=1.5),
+    Sampling(temperature=1.2, frequency_penalty=0.7, seed=3),
+    Sampling(temperature=1.2, repetition_penalty=1.3, presence_penalty=-0.4, top_k=20, seed=4),
+    Sampling(temperature=0.9, bias=((7, 3.0), (2, -50.0)), top_p=0.9, seed=5),
+]
+
+
+@pytest.mark.parametrize("sampling", ADJUSTED)
+def test_penalties_and_biases_draw_the_same_tokens_by_the_definition(
+    tiny_f32: Model, sampling: Sampling
+) -> None:
+    drawn = []
+    for backend in ("native", "numpy", "numba"):
+        with Stage(tiny_f32, 0, tiny_f32.n_units, StageOptions(backend=backend)) as stage:
+            drawn.append(list(generate(stage, [1, 2, 3, 3], sampling, max_tokens=40, end=())))
+            plain = list(
+                generate(stage, [1, 2, 3, 3], replace(PLAIN, seed=sampling.seed), max_tokens=40, end=())
+            )
+    assert drawn[0] == drawn[1] == drawn[2]
+    assert drawn[0] != plain
+
+
+PLAIN = Sampling(temperature=1.2)
+
+
+@pytest.mark.parametrize("backend", ["native", "numpy", "numba"])
+def test_log_probabilities_and_masks(tiny_f32: Model, backend: str) -> None:
+    vocab = tiny_f32.program.vocab
+    mask = np.zeros(vocab, bool)
+    mask[[5, 9]] = True
+    allowed = np.packbits(mask, bitorder="little")
+    with Stage(tiny_f32, 0, tiny_f32.n_units, StageOptions(backend=backend)) as stage:
+        for sequence in range(3):
+            stage.open_sequence(sequence, replace(PLAIN, seed=sequence))
+        (whole,) = stage.run([Run(0, 0, [1, 2, 3], Want.LOGITS)])
+        assert whole.logits is not None
+        expected = whole.logits[-1].astype(np.float64)
+        expected -= np.log(np.exp(expected).sum())
+        one, two, three = stage.run(
+            [
+                Run(0, 0, [1, 2, 3], Want.TOKEN, report=4),
+                Run(1, 0, [1, 2, 3], Want.TOKEN, report=0, allowed=allowed),
+                Run(2, 0, [1, 2, 3], Want.TOKEN),
+            ]
+        )
+        assert one.logprobs is not None and two.logprobs is not None and three.logprobs is None
+        assert one.token is not None and two.token in (5, 9)
+        assert one.logprobs.drawn == pytest.approx(expected[one.token], abs=1e-5)
+        assert two.logprobs.drawn == pytest.approx(expected[two.token], abs=1e-5)
+        assert [token for token, _ in one.logprobs.likeliest] == np.argsort(-expected)[:4].tolist()
+        assert [value for _, value in one.logprobs.likeliest] == pytest.approx(
+            sorted(expected)[:-5:-1], abs=1e-5
+        )
+        for bad, words in (
+            (np.zeros(3, np.uint8), "a mask of"),
+            (np.zeros_like(allowed), "allows no token"),
+            (allowed.astype(np.int64), "a mask of"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                stage.run([Run(0, 3, [4], Want.TOKEN, allowed=bad)])
+        with pytest.raises(ValueError, match="more than 64"):
+            stage.run([Run(0, 3, [4], Want.TOKEN, report=65)])
+        with pytest.raises(ValueError, match="a token id is not in"):
+            stage.open_sequence(9, Sampling(bias=((vocab, 1.0),)))
+
+
+@pytest.mark.parametrize("first", [1, 2, 40])
+def test_the_log_probabilities_of_a_text(tiny_f32: Model, first: int) -> None:
+    tokens = [(7 * i) % 50 + 1 for i in range(80)]
+    options = StageOptions(max_rows=128, max_wanted=16)
+    with Stage(tiny_f32, 0, tiny_f32.n_units, options) as stage:
+        found = logprobs(stage, tokens, first)
+        assert stage.kv_bytes == 0
+    with Stage(tiny_f32, 0, tiny_f32.n_units, StageOptions(max_wanted=128)) as stage:
+        stage.open_sequence(0)
+        (whole,) = stage.run([Run(0, 0, tokens, Want.LOGITS)])
+    assert whole.logits is not None
+    expected = whole.logits.astype(np.float64)
+    expected -= np.log(np.exp(expected).sum(axis=1, keepdims=True))
+    rows = np.arange(first - 1, 79)
+    assert found == pytest.approx(expected[rows, tokens[first:]].tolist(), abs=1e-9)
+
+
 @pytest.mark.parametrize(
     "values",
-    [{"top_p": 1e-50}, {"temperature": 1e300}, {"temperature": float("nan")}, {"repetition_penalty": 1e39}],
+    [{"bias": ((1, 1.0), (1, 2.0))}, {"bias": ((-1, 1.0),)}, {"bias": ((1, float("nan")),)}],
+)
+def test_biases_that_cannot_be_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="bias"):
+        Sampling(**values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"presence_penalty": float("nan")},
+        {"frequency_penalty": 1e30},
+        {"top_p": 1e-50},
+        {"temperature": 1e300},
+        {"temperature": float("nan")},
+        {"repetition_penalty": 1e39},
+    ],
 )
 def test_sampling_that_floats_cannot_hold_is_refused(values: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="out of range"):

@@ -113,6 +113,7 @@ class Rows:
     pages: list[list[Any]] = field(default_factory=list)
     history: Any = None
     sampling: dict[str, Any] = field(default_factory=dict)
+    reported: int = 0
 
 
 @dataclass
@@ -220,8 +221,15 @@ class Executor:
         batch.outputs = pointers(keep, outputs) if want else keep[-1]
         drawn = np.full(len(sequences), -7, np.int32)
         batch.drawn = pointer(keep, "int32_t[]", drawn)
+        most = batch.most_reported = max(s.reported for s in sequences)
+        reports = np.full((len(sequences), most), -7, np.int32)
+        logprobs = np.zeros((len(sequences), most), np.float32)
+        batch.reports, batch.logprobs = (
+            pointer(keep, "int32_t[]", reports),
+            pointer(keep, "float[]", logprobs),
+        )
         self.run_raw(batch)
-        return Outcome(outputs, drawn)
+        return Outcome(outputs, drawn, reports, logprobs)
 
     def run_raw(self, batch: Any) -> None:
         """One batch as it stands. Refused: the library said no."""
@@ -233,6 +241,8 @@ class Executor:
 class Outcome:
     outputs: list[Any]
     drawn: Any
+    reports: Any
+    logprobs: Any
 
 
 def check(status: int, error: Any) -> None:
@@ -270,8 +280,22 @@ def describe(p: Program, sequences: Sequence[Rows], keep: list[Any]) -> Any:
         row.pages, row.pages_stride = table, stride
         if s.history is not None:
             row.history = pointer(keep, "int32_t[]", s.history)
-        row.sampling = {"top_p": 1.0, "repetition_penalty": 1.0, **s.sampling}
+        row.sampling = {"top_p": 1.0, "repetition_penalty": 1.0, **_tables(s.sampling, keep)}
+        row.reported = s.reported
     return rows
+
+
+def _tables(sampling: dict[str, Any], keep: list[Any]) -> dict[str, Any]:
+    """The sampling with `bias` {token: value} and the mask `allowed` as C sees them."""
+    fields = dict(sampling)
+    bias, allowed = fields.pop("bias", {}), fields.pop("allowed", None)
+    if bias:
+        fields["n_biases"] = len(bias)
+        fields["biased"] = pointer(keep, "int32_t[]", np.array(list(bias), np.int32))
+        fields["biases"] = pointer(keep, "float[]", np.array(list(bias.values()), np.float32))
+    if allowed is not None:
+        fields["allowed"] = pointer(keep, "uint8_t[]", np.packbits(allowed, bitorder="little"))
+    return fields
 
 
 def everywhere(

@@ -258,6 +258,9 @@ SAMPLING = {
     "min_p": (1.5, "min_p"),
     "repetition_penalty": (0.0, "repetition penalty"),
     "top_k": (-1, "top_k"),
+    "presence_penalty": (float("inf"), "finite"),
+    "frequency_penalty": (float("nan"), "finite"),
+    "n_biases": (1, "tables that are NULL"),
 }
 
 
@@ -303,6 +306,45 @@ def test_hostile_sampling_is_refused(opened, name):
     batch, _keep = batch_of(p)
     setattr(writable(batch).sampling, name, value)
     with pytest.raises(Refused, match=words):
+        executor.run_raw(batch)
+
+
+@pytest.mark.parametrize(
+    ("bias", "words"),
+    [
+        ({VOCAB: 1.0}, f"token {VOCAB}"),
+        ({-1: 1.0}, "token -1"),
+        ({3: float("nan")}, "token 3 is not finite"),
+        (dict.fromkeys(range(VOCAB + 1), 1.0), "biases"),
+    ],
+    ids=["beyond", "negative", "not finite", "too many"],
+)
+def test_hostile_biases_are_refused(opened, bias, words):
+    _p, executor = opened
+    rows = Rows(3, 0, 3, 1, history=np.zeros(3, np.int32), sampling={"bias": bias})
+    with pytest.raises(Refused, match=words):
+        executor.run([rows], tokens=[1, 2, 3])
+
+
+def test_a_mask_allows_a_token(opened):
+    _p, executor = opened
+    rows = Rows(3, 0, 3, 1, history=np.zeros(3, np.int32), sampling={"allowed": np.zeros(VOCAB, bool)})
+    with pytest.raises(Refused, match="no token is allowed"):
+        executor.run([rows], tokens=[1, 2, 3])
+
+
+@pytest.mark.parametrize(("reported", "most"), [(-1, 9), (66, 99), (5, 4)])
+def test_hostile_numbers_of_log_probabilities_are_refused(opened, reported, most):
+    p, executor = opened
+    batch, keep = batch_of(p)
+    batch.most_reported = most
+    batch.reports = pointer(keep, "int32_t[]", np.zeros(99, np.int32))
+    batch.logprobs = pointer(keep, "float[]", np.zeros(99, np.float32))
+    writable(batch).reported = reported
+    with pytest.raises(Refused, match=f"log-probabilities of {reported} tokens"):
+        executor.run_raw(batch)
+    batch.most_reported, writable(batch).reported, batch.logprobs = 9, 2, ffi.NULL
+    with pytest.raises(Refused, match="tables are NULL"):
         executor.run_raw(batch)
 
 

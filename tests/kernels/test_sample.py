@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from .harness import Program, Refused, Rows, isas
+from .harness import Program, Refused, Rows, everywhere, isas
 from .weights import f32, floats
 
 MASK = (1 << 64) - 1
@@ -23,18 +23,35 @@ def uniform(seed, position):
 
 
 def candidates(
-    logits, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, history=(), **_
+    logits,
+    temperature=0.0,
+    top_k=0,
+    top_p=1.0,
+    min_p=0.0,
+    repetition_penalty=1.0,
+    presence_penalty=0.0,
+    frequency_penalty=0.0,
+    bias=None,
+    allowed=None,
+    history=(),
+    **_,
 ):
     """Ids in the order of the definition, and their weights."""
     logits = logits.astype(np.float64)
     penalty = float(np.float32(repetition_penalty))
+    for token, value in (bias or {}).items():
+        logits[token] += float(np.float32(value))
     for token in set(history):
         logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
-    by_value = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
+        logits[token] -= float(np.float32(presence_penalty))
+        logits[token] -= float(np.float32(frequency_penalty)) * history.count(token)
+    if allowed is not None:
+        logits[~allowed] = -np.inf
+    by_value = sorted(np.flatnonzero(np.isfinite(logits)).tolist(), key=lambda i: (-logits[i], i))
     if temperature == 0:
         return by_value[:1], np.ones(1)
     truncated = top_k > 0 or top_p < 1 or min_p > 0
-    ids = (by_value if truncated else list(range(len(logits))))[: top_k or None]
+    ids = (by_value if truncated else sorted(by_value))[: top_k or None]
     p = np.exp((logits[ids] - logits.max()) / float(np.float32(temperature)))
     p[p < 1.7e-38] = 0  # exp is 0 below -87
     if top_p < 1:
@@ -99,13 +116,30 @@ PARAMETERS = [
     {"temperature": 0.8, "repetition_penalty": 1.3},
     {"temperature": 0.8, "repetition_penalty": 0.5, "top_k": 7},
     {"repetition_penalty": 2.0},
+    {"presence_penalty": 3.0},
+    {"temperature": 1.5, "presence_penalty": 2.5, "frequency_penalty": 0.75},
+    {"temperature": 1.5, "frequency_penalty": -0.5, "top_p": 0.9},
+    {"temperature": 2.0, "repetition_penalty": 1.2, "presence_penalty": 0.5, "top_k": 30},
+    {"bias": {3: 50.0}},
+    {"temperature": 2.0, "bias": {0: 7.5, 6: -100.0, 2: 1e-3}, "min_p": 0.01},
+    {"temperature": 1.0, "bias": {5: 9.0}, "repetition_penalty": 1.3, "frequency_penalty": 0.1},
 ]
+
+
+def parameters_of(parameters, vocab, rng):
+    """The parameters with a mask that allows some of the tokens."""
+    allowed = rng.random(vocab) < 0.3
+    allowed[rng.integers(vocab)] = True
+    return {**parameters, "allowed": allowed}
 
 
 @pytest.mark.parametrize("parameters", PARAMETERS, ids=str)
 @pytest.mark.parametrize("vocab", [7, 300, 1000])
-def test_draws_as_the_oracle_does(vocab, parameters):
+@pytest.mark.parametrize("masked", [False, True])
+def test_draws_as_the_oracle_does(vocab, parameters, masked):
     rng = np.random.default_rng(vocab)
+    if masked:
+        parameters = parameters_of(parameters, vocab, rng)
     logits = floats(rng, vocab) * 6
     history = rng.integers(0, vocab, 40).astype(np.int32)
     history[:5] = np.argmax(logits)
@@ -191,3 +225,40 @@ def test_logits_that_are_not_finite_draw_nothing():
         executor = p.open(isa, 2)
         with pytest.raises(Refused, match="logits of sequence 1"):
             executor.run([Rows(1, 0, 1, 0), Rows(2, 0, 1, 1)], [floats(np.random.default_rng(0), 3, 32)])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 3e38])
+def test_only_allowed_tokens_are_drawn_however_unlikely(temperature):
+    rng = np.random.default_rng(2)
+    logits = floats(rng, 1000) * 30
+    allowed = np.zeros(1000, bool)
+    allowed[np.argsort(logits)[:3]] = True
+    for extra in ({}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.001}):
+        drawn, _ = draw_all(1000, logits, list(range(64)), temperature=temperature, allowed=allowed, **extra)
+        assert set(drawn) <= set(np.flatnonzero(allowed).tolist())
+
+
+@pytest.mark.parametrize("vocab", [7, 300, 4096])
+def test_log_probabilities(vocab):
+    rng = np.random.default_rng(vocab)
+    logits = (floats(rng, 4, vocab) * 6).astype(np.float32)
+    logits[1, 3] = logits[1, 5] = logits[1].max() + 1  # a tie
+    reported = [0, 6, 1, min(vocab, 64) + 1]
+
+    def work(executor):
+        batch = [
+            Rows(1, 0, 1, 1, reported=n, sampling={"temperature": 1.0, "seed": i, "bias": {2: 3.0}})
+            for i, n in enumerate(reported)
+        ]
+        outcome = executor.run(batch, [logits])
+        return outcome.drawn, outcome.reports, outcome.logprobs, outcome.outputs[0]
+
+    drawn, reports, logprobs, seen = everywhere(sampler(vocab), work)
+    expected = seen.astype(np.float64)
+    expected -= expected.max(axis=1, keepdims=True)
+    expected -= np.log(np.exp(expected).sum(axis=1, keepdims=True))
+    for i, n in enumerate(reported):
+        if n:
+            likeliest = np.argsort(-seen[i], kind="stable")[: n - 1]
+            assert reports[i, :n].tolist() == [drawn[i], *likeliest.tolist()]
+            np.testing.assert_allclose(logprobs[i, :n], expected[i, reports[i, :n]], atol=2e-6, rtol=2e-6)

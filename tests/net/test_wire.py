@@ -87,7 +87,7 @@ EXAMPLES: list[Message] = [
     Spare((4, 12)),
     Spares(()),
     Refill(TOP, EPOCH, 0, 1200, 4, 12),
-    Carried(TOP, EPOCH, Sampling(0.8), 2048, 4, (1, 2)),
+    Carried(TOP, EPOCH, Sampling(0.8, bias=((5, -1.5), (9, 2.0))), 2048, 4, (1, 2)),
     Complete(EPOCH),
     Pages(TOP, EPOCH, 12, 64, 90, b"keys and values"),
     Pong(5, condition=Condition(0.6, True, "the battery is at 20 %")),
@@ -222,6 +222,7 @@ GOOD_OPEN = {
     "epoch": {"coordinator": 1, "counter": 1},
     "sampling": {
         "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 0,
+        "presence_penalty": 0.0, "frequency_penalty": 0.0, "bias": [],
     },
     "context": 10,
 }  # fmt: skip

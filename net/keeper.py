@@ -102,6 +102,7 @@ class Keeper:
                 for assignment in (*self._assignments.values(), *self._over):
                     assignment.drop()
                     await assignment.ended()
+                    _close_taker(assignment)
             self._close_stage()
 
     @property
@@ -327,8 +328,7 @@ class Keeper:
             self._tell(Broken(assign.epoch, *to_wire(error), None))
             return
         assignment.prepared = None
-        if taker is not None:
-            taker.incoming.close()
+        _close_taker(assignment)
         if commit.lost_first < commit.lost_last:
             end = self._range.stop
             positions = {session: stage.rows_kept(session, end) for session in kept}
@@ -354,8 +354,7 @@ class Keeper:
     async def _undo(self, assignment: Assignment) -> None:
         await assignment.ended()
         self._over.remove(assignment)
-        if assignment.taker is not None:
-            assignment.taker.incoming.close()
+        _close_taker(assignment)
         if assignment.epoch == self._owner:
             self._close_stage()
         elif assignment.prepared is not None and self._stage is not None:
@@ -369,6 +368,12 @@ class Keeper:
         if self._stage is not None:
             self._stage.close()
         self._stage = self._owner = None
+
+
+def _close_taker(assignment: Assignment) -> None:
+    """Forgets what was sent to an assignment, and has not been adopted."""
+    if assignment.taker is not None:
+        assignment.taker.incoming.close()
 
 
 def check_assign(assign: Assign, units: int) -> None:

@@ -1,5 +1,6 @@
 """Real sockets and worker threads on loopback, the fake model: what memory streams cannot show."""
 
+import itertools
 import os
 import re
 import socket
@@ -16,6 +17,7 @@ import pytest
 import trio
 import trio.testing
 
+from shoal.net import carry
 from shoal.net.connection import in_thread, open_tcp
 from shoal.net.coordinator import Coordinator, CoordinatorOptions
 from shoal.net.door import WAITING
@@ -23,6 +25,7 @@ from shoal.net.errors import NodeLostError
 from shoal.net.listen import _SILENT
 from shoal.net.node import Node
 from shoal.net.placement import plan_at
+from shoal.planner import Assignment
 
 
 @asynccontextmanager
@@ -72,6 +75,40 @@ def test_a_chain_over_sockets_and_threads_gives_the_same_tokens(lab: ModuleType)
                         tasks.start_soon(one, seed)
                 links = coordinator.links.values()
                 assert all(link.latency_s < 1 and link.bytes_per_s > 1e5 for link in links)
+
+    limited(main)
+
+
+@pytest.mark.slow
+def test_layers_move_over_sockets_while_threads_compute(
+    lab: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(carry, "CHUNK", 4)
+
+    async def main() -> None:
+        async with nodes(lab, 3) as (addresses, net):
+            plan, me = plan_at((0, 2, 4, 6), 4), lab.identity("laptop", 9)
+            options = CoordinatorOptions(moves="move", measure_links=False)
+            async with Coordinator.open(addresses, me, lab.SHAPE, plan, options) as coordinator:
+                edges = [(0, 1, 4, 6), (0, 2, 2, 6), (0, 0, 4, 6), (0, 3, 6, 6)] * 2
+
+                async def one(seed: int) -> None:
+                    while len(coordinator.moves) < len(edges):
+                        for length in (2, 20):
+                            prompt = [seed] * length
+                            assert await lab.collect(coordinator, prompt, 40) == lab.oracle(prompt, 40)
+
+                async with trio.open_nursery() as tasks:
+                    for seed in range(4):
+                        tasks.start_soon(one, seed)
+                    for count, cut in enumerate(edges):
+                        ranges = enumerate(itertools.pairwise(cut))
+                        coordinator.move([Assignment(f"n{i}", a, b) for i, (a, b) in ranges if a < b], "")
+                        while len(coordinator.moves) <= count:  # noqa: ASYNC110
+                            await trio.sleep(0.001)
+                assert {move.moved.failure for move in coordinator.moves} <= {""}
+                for node in net.nodes.values():
+                    assert sum(not stage.closed for stage in node.stages) <= 1
 
     limited(main)
 

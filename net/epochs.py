@@ -38,7 +38,7 @@ class _FirstLink:
     serve: events.Serve | None = None
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     connection: Connection | None = None
-    tasks: trio.Nursery | None = None
+    served: trio.Event = field(default_factory=trio.Event)
     chain: Chain | None = None
 
     @property
@@ -127,13 +127,19 @@ class Epochs:
                     watch = Watch(first.connection, self._timing, busy=lambda: first.busy, probe=anew)
                     first.scope = trio.CancelScope()  # from now on, its end leaves time to write what waits
                     with first.scope:
-                        async with open_tasks() as first.tasks:
+                        async with open_tasks() as tasks:
+                            tasks.start_soon(self._write, first)
                             self._reached(first)
                             await watch.run()
         except ConnectionStalledError as error:
             self._happens(events.StageBroken(member, first.epoch, error, None, again=True))
         except ShoalError as error:
             self._happens(events.StageBroken(member, first.epoch, error, peer.incarnation))
+
+    async def _write(self, first: _FirstLink) -> None:
+        await first.served.wait()
+        assert first.chain is not None
+        await first.chain.write()
 
     def _reached(self, first: _FirstLink) -> None:
         if self._next is not first:
@@ -183,7 +189,7 @@ class Epochs:
         if state.epoch != serve.epoch or state.phase != "serving":
             self.unreach(serve.epoch)
             return
-        assert first.connection is not None and first.tasks is not None
+        assert first.connection is not None
         placement = state.placement
         window = placement.window or len(placement.stages) + 2
         flow = Flow(serve.epoch, placement.chunk_rows, window, placement.chunks)
@@ -204,7 +210,7 @@ class Epochs:
             old.end()
             assert old.stopped is not None
             self._tokens, self.standstill = self._tokens + old.tokens, trio.current_time() - old.stopped
-        first.tasks.start_soon(chain.write)
+        first.served.set()
         self._wake()
 
     def _carried(self, old: Chain, new: Chain, lost: tuple[int, int]) -> list[Message]:

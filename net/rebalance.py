@@ -20,12 +20,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from ..planner import Cluster, LinkSpeed, Question
 from ..planner.evaluation import token_seconds
-from ..planner.moves import replans, room, steals, travel
+from ..planner.moves import replans, room, room_beside, steals, travel
 from ..planner.streams import Follower
-from .levels import Level
+from .levels import UNSETTLED_SECONDS, Level
 from .pace import slowed
 from .placement import Outcome, Placement, Proposal, Usage
 from .trials import JUDGE_WITHIN, Speed, Stages, Trial, Verdict, distance
@@ -50,6 +51,10 @@ KEPT_LOOKS = 20
 """The speed before a change is that of so many looks."""
 MOST_BETWEEN = 2.0
 """Between two looks that are farther apart, no speed is measured."""
+VAIN_SECONDS = 5.0
+"""After a change in vain there is none for so long; if no pace has jumped, twice as long each next time."""
+KEPT_FAILURES = 16
+"""The number of such changes that are remembered."""
 REST_SECONDS = 15.0
 """A device without a stage is not measured. It is tried again after so long, and twice as long each next
 time."""
@@ -108,15 +113,17 @@ class Search:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What is known from earlier looks, of which `seen` is the last. `speeds` are those of the last looks
-    with the same stages and streams. `quiet`: until when nothing is measured. `wanted`: since when a change
-    has been worth it. `asked` is the last proposal, and `outcome` what became of it; `trial` is a change
-    whose effect is measured, and `changed` the last change. `costs`: the times and costs of the last
-    minute's changes. `failed`: changes that brought nothing, with the time. `left`: when each device without
-    a stage lost it, and how often it has. `scale`: by how much standstills exceed the estimate. `verdict` is
+    """What is known from earlier looks, of which `seen` is the last. `settled`: when no pace was changing.
+    `speeds` are those of the last looks with the same stages and streams. `quiet`: until when nothing is
+    measured. `wanted`: since when a change has been worth it. `asked` is the last proposal, and `outcome`
+    what became of it; `trial` is a change whose effect is measured, and `changed` the last change. `costs`:
+    the times and costs of the last minute's changes. `failed`: changes that brought nothing or could not be
+    made, with the time, and `vain` their number since one that was good. `left`: when each device without a
+    stage lost it, and how often it has. `scale`: by how much standstills exceed the estimate. `verdict` is
     that of this look."""
 
     seen: View | None = None
+    settled: float = -math.inf
     levels: Mapping[Key, Level] = field(default_factory=dict)
     speeds: tuple[Speed, ...] = ()
     quiet: float = -math.inf
@@ -128,6 +135,7 @@ class Memory:
     changed: Trial | None = None
     costs: tuple[tuple[float, float], ...] = ()
     failed: tuple[tuple[Stages, Stages, float], ...] = ()
+    vain: int = 0
     left: Mapping[str, tuple[float, int]] = field(default_factory=dict)
     scale: float = 1.0
     verdict: Verdict | None = None
@@ -156,10 +164,10 @@ def look(memory: Memory, view: View) -> tuple[Memory, Proposal | None]:
         seconds = token_seconds(question, view.stages, follower)
     except ValueError:  # a link of the chain is not known any more
         return memory, None
-    settled = all(levels["pace", stage.device].settled(view.now) for stage in view.stages)
-    if not settled:
+    if all(levels["pace", stage.device].settled(view.now) for stage in view.stages):
+        memory = replace(_counted(memory, before, view, seconds), settled=view.now)
+    elif view.now - memory.settled < UNSETTLED_SECONDS:
         return memory, None
-    memory = _counted(memory, before, view, seconds)
     memory, undo = _judged(memory, question, view, seconds)
     if undo is not None:
         return _asked(memory, view, undo, "the last change has brought nothing", undoes=True)
@@ -190,7 +198,7 @@ def _after_changes(memory: Memory, view: View) -> Memory:
     memory = replace(memory, asked=None, outcome=None)
     if seen is None or seen.stages == view.stages:
         if asked is not None and outcome is not None and not outcome.committed:
-            memory = replace(memory, failed=(*memory.failed, (asked.old, asked.new, view.now)))
+            memory = _in_vain(memory, asked, view.now, 1)
         if seen is None or seen.usage.streams == view.usage.streams:
             return memory
         return replace(memory, speeds=(), trial=None)
@@ -285,11 +293,17 @@ def _judged(memory: Memory, question: Question, view: View, seconds: float) -> t
         return (replace(memory, trial=None) if late else memory), None
     memory = replace(memory, trial=None, verdict=verdict)
     if not verdict.failed:
-        return memory, None
-    memory = replace(memory, failed=(*memory.failed, (trial.old, trial.new, view.now)))
+        return (memory if trial.undoes else replace(memory, vain=0)), None
+    memory = _in_vain(memory, trial, view.now, 2)
     if not verdict.undo:
         return memory, None
     return memory, _change(memory, question, view, seconds, trial.old, Follower(question))
+
+
+def _in_vain(memory: Memory, trial: Trial, now: float, weight: int) -> Memory:
+    """The memory of a change that could not be made, or that brought nothing, which has more weight."""
+    failed = (*memory.failed, (trial.old, trial.new, now))[-KEPT_FAILURES:]
+    return replace(memory, failed=failed, vain=memory.vain + weight)
 
 
 # --- what could change
@@ -333,10 +347,16 @@ def _searched(memory: Memory, question: Question, view: View, follower: Follower
 
         if depths[1] <= DEEPER * depths[0] and all(map(similar, values)):
             return memory
-    found = dict.fromkeys(steal.stages for steal in steals(question, view.stages, follower))
+    beside = partial(room_beside, question, view.stages, positions=_positions(view.usage))
+    found = dict.fromkeys(steal.stages for steal in steals(question, view.stages, follower, beside))
     found |= dict.fromkeys(replans(question, view.stages))
     found.pop(view.stages, None)
     return replace(memory, search=Search(values, view.usage, tuple(found)))
+
+
+def _positions(usage: Usage) -> int:
+    """The positions of all sessions."""
+    return max(usage.positions, usage.streams * usage.depth)
 
 
 def _change(
@@ -344,15 +364,17 @@ def _change(
 ) -> _Change | None:
     """What a change to other stages brings and costs. None: a device or a link is not there, or has no
     room."""
-    fits, usage, link = room(question), view.usage, question.cluster.link
+    usage, link = view.usage, question.cluster.link
+    positions = _positions(usage)
     try:
-        if not fits(view.stages, stages):
+        if not room(question)(view.stages, stages) or not room_beside(
+            question, view.stages, stages, positions
+        ):
             return None
         after = token_seconds(question, stages, follower)
     except ValueError:
         return None
     needed = travel(question, view.stages, stages, usage.copies)
-    positions = max(usage.positions, usage.streams * usage.depth)
     load = max(needed.weights.values(), default=0) / LOAD_BYTES_PER_S
     lap = seconds * usage.streams
     copy = tail = 0.0
@@ -415,12 +437,16 @@ def _jumped(memory: Memory, view: View) -> bool:
 
 def _next_time(memory: Memory, stages: Stages) -> float:
     """When a change to these stages may follow the last change."""
+    wait = -math.inf
+    if memory.failed and memory.vain:
+        since = memory.failed[-1][2]
+        wait = since + VAIN_SECONDS * (1 if _last_jump(memory) > since else 2 ** (memory.vain - 1))
     done = memory.changed
     if done is None:
-        return -math.inf
+        return wait
     back = distance(stages, done.old) < distance(done.new, done.old)
     tried = {stage.device for stage in done.new} - {stage.device for stage in done.old}
-    return done.since + (BACK_SECONDS if back and not tried else AGAIN_SECONDS)
+    return max(wait, done.since + (BACK_SECONDS if back and not tried else AGAIN_SECONDS))
 
 
 def _in_budget(memory: Memory, view: View, change: _Change) -> bool:

@@ -1,14 +1,16 @@
 """Better stages for a chain in use: which layers one device should take from another, by the cost model of
 plans, and what travels with them.
 
-A steal moves units from any stage to any other: the stages between the two pass on as many as they get, so
-that every stage stays a range. Whoever sees the cluster at work asks, with devices and links as measured now
-and a workload of the depth that the sequences have (net/rebalance.py).
+A steal moves units from any stage to any other, or to a device without a stage: the stages between the two
+pass on as many as they get, so that every stage stays a range. Whoever sees the cluster at work asks, with
+devices and links as measured now and a workload of the depth that the sequences have (net/rebalance.py).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import permutations
+from typing import NamedTuple
 
 from . import cost
 from .evaluation import Plan, check_stages, token_seconds
@@ -17,18 +19,18 @@ from .solve import QUICK_EXACT, plan
 from .streams import Follower
 
 SIZES = (1, 2, 4, 8)
-"""The numbers of units of one steal. Larger moves are several of them."""
+"""The numbers of units of one steal, beside all that the giver has. Other numbers are several of them."""
 MOST_ADDED = 2
-"""The number of devices without a stage that are tried beside many with one."""
+"""The number of devices without a stage that are tried."""
 NOTHING = 1e-9
 """A steal that gains less than this part of a token gains nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Steal:
-    """`units` units that move from the stage of `giver` to that of `taker`; the stages after it, and the
-    seconds that a token takes then (or those until the first one, where that is the objective). A giver
-    without any unit left has no stage."""
+    """`units` units that move from the stage of `giver` to that of `taker`, which may have had none; the
+    stages after it, and the seconds that a token takes then (or those until the first one, where that is the
+    objective). A giver without any unit left has no stage."""
 
     giver: str
     taker: str
@@ -38,52 +40,70 @@ class Steal:
 
 
 def steals(
-    question: Question, stages: Sequence[Assignment], follower: Follower | None = None
+    question: Question,
+    stages: Sequence[Assignment],
+    follower: Follower | None = None,
+    allowed: Callable[[Sequence[Assignment]], bool] = lambda stages: True,
 ) -> Iterator[Steal]:
     """The steal that gains most, then the one that gains most after that, and so on, until none gains
-    anything. All stages that change stay within the RAM caps. `follower`: one of the same question, which
-    keeps what it computed. ValueError: stages that are no chain of the question's."""
+    anything. All stages that change stay within the RAM caps, and all that follow are `allowed`. `follower`:
+    one of the same question, which keeps what it computed. ValueError: stages that are no chain of the
+    question's."""
     check_stages(question, stages)
     follower, fits = follower or Follower(question), room(question)
+    others = [name for name in _by_speed(question) if question.constraints.allowed(name)]
     now, seconds = tuple(stages), token_seconds(question, stages, follower)
     while True:
+        used = [stage.device for stage in now]
+        spare = [name for name in others if name not in used][:MOST_ADDED]
         best = None
-        for giver, taker in ((g, t) for g in range(len(now)) for t in range(len(now)) if g != t):
-            for units in SIZES:
-                after = _stolen(now, giver, taker, units)
-                if after is None:
-                    break
-                if not fits(now, after):
+        for ranges, giver, taker in _pairs(now, spare):
+            whole = ranges[giver].last - ranges[giver].first
+            for units in sorted({*(size for size in SIZES if size < whole), whole}):
+                after = _stolen(ranges, giver, taker, units)
+                if not fits(now, after) or not allowed(after):
                     continue
                 try:
                     found = token_seconds(question, after, follower)
-                except ValueError:  # an empty stage was the only way
+                except ValueError:  # there is no link
                     continue
                 if found < (seconds if best is None else best.seconds):
-                    best = Steal(now[giver].device, now[taker].device, units, after, found)
+                    best = Steal(ranges[giver].device, ranges[taker].device, units, after, found)
         if best is None or best.seconds >= seconds * (1 - NOTHING):
             return
         yield best
         now, seconds = best.stages, best.seconds
 
 
-def _stolen(
-    stages: Sequence[Assignment], giver: int, taker: int, units: int
-) -> tuple[Assignment, ...] | None:
-    """The stages after a steal between the stages at two places; None: the giver has fewer units, or a stage
-    between the two would have to pass on units that it gets in the same move."""
+class _Range(NamedTuple):
+    """A stage, or the place of one that has no units yet."""
+
+    device: str
+    first: int
+    last: int
+
+
+def _pairs(stages: Sequence[Assignment], spare: Sequence[str]) -> Iterator[tuple[list[_Range], int, int]]:
+    """The ranges of a chain with the places of a giver and a taker: two stages, or a stage and a device
+    without one, anywhere among them."""
+    ranges = [_Range(stage.device, stage.first, stage.last) for stage in stages]
+    for giver, taker in permutations(range(len(ranges)), 2):
+        yield ranges, giver, taker
+    for name in spare:
+        for at in range(len(ranges) + 1):
+            edge = ranges[at].first if at < len(ranges) else ranges[-1].last
+            more = [*ranges[:at], _Range(name, edge, edge), *ranges[at:]]
+            yield from ((more, giver, at) for giver in range(len(more)) if giver != at)
+
+
+def _stolen(ranges: Sequence[_Range], giver: int, taker: int, units: int) -> tuple[Assignment, ...]:
+    """The stages after a steal between the stages at two places."""
     low, high, by = (taker, giver, units) if taker < giver else (giver, taker, -units)
-    edges = [(stage.first, stage.last) for stage in stages]
-    moved = [
-        (first + (by if low < at <= high else 0), last + (by if low <= at < high else 0))
-        for at, (first, last) in enumerate(edges)
-    ]
-    if moved[giver][0] > moved[giver][1]:
-        return None
     return tuple(
-        stage if edge == (stage.first, stage.last) else Assignment(stage.device, *edge)
-        for stage, edge in zip(stages, moved, strict=True)
-        if edge[0] < edge[1]
+        Assignment(device, first, last)
+        for at, (device, start, end) in enumerate(ranges)
+        if (first := start + (by if low < at <= high else 0))
+        < (last := end + (by if low <= at < high else 0))
     )
 
 
@@ -106,6 +126,26 @@ def room(question: Question) -> Callable[[Sequence[Assignment], Sequence[Assignm
         )
 
     return change
+
+
+def room_beside(
+    question: Question, old: Sequence[Assignment], new: Sequence[Assignment], positions: int
+) -> bool:
+    """Whether every device has room for the units of its old stage and of its new one at the same time, with
+    keys and values of so many positions: in the middle of a change it holds both. ValueError: a device is not
+    there."""
+    units, held = question.model.units, {stage.device: stage for stage in old}
+    for stage in new:
+        before = held.get(stage.device, stage)
+        both = {*range(before.first, before.last), *range(stage.first, stage.last)}
+        device = question.cluster.device(stage.device)
+        need = device.base_bytes + max(units[u].workspace_bytes for u in both)
+        need += sum(units[u].bytes + positions * units[u].kv_bytes_per_token for u in both)
+        if len(both) == len(units):
+            need -= question.model.tied_bytes
+        if before != stage and need > device.ram_bytes:
+            return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,9 @@ LAYER = Unit("layer", 3_600_000, 3_600_000, 3_540_000, 1536, 0, 2304, 1_000_000,
 TABLE = Unit("embedding", 29_000_000, 576, 0, 0, 0, 2304, 1_000_000)
 HEAD = Unit("head", 29_000_000, 29_000_000, 28_000_000, 0, 0, 4, 1_000_000)
 MODEL = ModelCosts((TABLE, *[LAYER] * 30, HEAD), 28_000_000, 64)
+ROOM = 150_000_000
+PHONES = (0.8, 0.5, 0.2, 0.2), tuple(70_000_000 + layers * 6_750_000 for layers in (16, 12, 8, 8))
+"""Speeds, and RAM for a table and so many layers with the state of four sequences."""
 EVERY = 0.5
 MOVING_SECONDS, STANDSTILL = 0.3, 0.1
 
@@ -32,11 +35,10 @@ Factors = Callable[[float], Mapping[str, float]]
 def question(
     streams: int,
     speeds: Sequence[float] = (0.5, 0.4, 0.4, 0.4),
-    *,
-    room: int = 130_000_000,
+    rooms: Sequence[int] = (ROOM,) * 8,
     latency: float = 0.004,
 ) -> Question:
-    """Devices a, b, c … of those speeds."""
+    """Devices a, b, c … of those speeds and RAM caps."""
     devices = tuple(
         Device(
             name,
@@ -48,7 +50,7 @@ def question(
             2e-4 / s,
             ((1, 10e9 * s), (4, 25e9 * s), (8, 35e9 * s)),
         )
-        for name, s in zip("abcdefgh", speeds, strict=False)
+        for name, s, room in zip("abcdefgh", speeds, rooms, strict=False)
     )
     names = ["head", *(device.name for device in devices)]
     links = {ends: LinkSpeed(latency, 1e7) for ends in permutations(names, 2)}

@@ -1,5 +1,7 @@
 """Policies as text: what `--policy` accepts, what it means, and what it says of a mistake."""
 
+from pathlib import Path
+
 import pytest
 
 from shoal.engine.power import Readings
@@ -92,6 +94,13 @@ def test_a_phone_has_a_policy_and_other_devices_have_none(monkeypatch: pytest.Mo
     assert default_policy() == PHONE
     monkeypatch.delenv("ANDROID_ROOT")
     assert default_policy() == NO_POLICY
+
+
+def test_the_page_has_every_rule_and_the_policy_of_a_phone() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "policy.md").read_text(encoding="utf-8")
+    assert f"`{PHONE}`" in page
+    for rule in RULES:
+        assert f"| `{rule.text(rule.example)}` |" in page
 
 
 def test_rules_without_a_reading_are_named() -> None:

@@ -216,7 +216,7 @@ def _left(
         return state, ()
     held, changes, strict = state.holds(member), state.changes(member), not state.recover
     at_fault = lost.alive and own and not isinstance(error, NodeLostError | StageStuckError)
-    left = lost.alive and lost.condition.leaving and not held and not own
+    left = lost.alive and lost.condition.leaving and not held and isinstance(error, NodeLostError)
     state = state.changed(
         member,
         lost=error,
@@ -294,7 +294,9 @@ def _conditioned(state: ClusterState, member: int, condition: Condition, now: fl
     before, called = state.members[member].condition, state.members[member].called
     state = state.changed(member, condition=condition)
     if condition.leaving == before.leaving:
-        return state, ()
+        reason = f": {condition.reason}" if condition.reason else ""
+        share = Say(f"{called} computes for at most {condition.share:.0%} of the time{reason}")
+        return state, (share,) if condition.share != before.share else ()
     if not condition.leaving:
         state = state.changed(member, joined=now)
         state = replace(state, considered=state.considered - {state.incarnation(member)})

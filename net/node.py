@@ -173,6 +173,11 @@ class Node:
             reported = stuck is not None
 
     @property
+    def coordinated(self) -> bool:
+        """Whether a coordinator is connected."""
+        return self._keeper is not None
+
+    @property
     def holds_layers(self) -> bool:
         """Whether a coordinator is connected that has assigned layers to this node."""
         return self._assignment is not None

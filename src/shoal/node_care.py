@@ -25,6 +25,8 @@ LEAVING_SECONDS = 30.0
 """How long a node that leaves waits for its layers to move."""
 SETTLED_SECONDS = 0.5
 """How long it goes on after that, so that its last messages arrive."""
+_QUIET_SECONDS = 0.2
+"""How long it waits before it says so: a coordinator that ends as well may be about to disconnect."""
 _REMEDIES = {"charging": "plug it in", "battery": "charge it", "temperature": "let it cool down"}
 _OF_TERMUX = ("charging", "battery", "temperature")
 
@@ -126,13 +128,20 @@ class Care:
         passed."""
         if not node.holds_layers or node.stuck() is not None:
             return
+        with trio.move_on_after(_QUIET_SECONDS):
+            await self._emptied(node)
+            return
         self._log(
             f"shoal: leaving, since {self._leaving}: ends when its layers have moved to other nodes, after "
             f"{LEAVING_SECONDS:.0f} s at most (Ctrl-C ends it at once)"
         )
         with trio.move_on_after(LEAVING_SECONDS) as scope:
-            while node.holds_layers:  # noqa: ASYNC110 (an event would need every place that ends a stage)
-                await trio.sleep(0.05)
-            await trio.sleep(SETTLED_SECONDS)
+            await self._emptied(node)
         if scope.cancelled_caught:
             self._log("shoal: its layers have not moved: the coordinator goes on as after a loss")
+
+    async def _emptied(self, node: Node) -> None:
+        while node.holds_layers:  # noqa: ASYNC110 (an event would be set in every place that ends a stage)
+            await trio.sleep(0.05)
+        if node.coordinated:
+            await trio.sleep(SETTLED_SECONDS)

@@ -65,6 +65,7 @@ class FakeNode:
 
     def __init__(self, *, holds: bool = True, stuck: str | None = None) -> None:
         self.holds_layers, self._stuck = holds, stuck
+        self.coordinated = True
 
     def stuck(self) -> str | None:
         return self._stuck
@@ -143,11 +144,31 @@ def test_a_node_that_is_told_to_end_waits_until_its_layers_have_moved() -> None:
     cared(test)
 
 
+def test_a_coordinator_that_disconnects_soon_is_no_news() -> None:
+    """As one that ends at the same time."""
+
+    async def test(care: Care, reader: FakeReader, told: Told, log: list[str]) -> None:
+        node = FakeNode()
+        told.send.send_nowait(signal.SIGINT)
+
+        async def disconnect() -> None:
+            await trio.sleep(0.1)
+            node.holds_layers = node.coordinated = False
+
+        async with trio.open_nursery() as tasks:
+            tasks.start_soon(disconnect)
+            assert await care.until_left(node, told) is None  # type: ignore[arg-type]
+        assert trio.current_time() < 0.2
+        assert log == []
+
+    cared(test)
+
+
 def test_layers_that_do_not_move_are_waited_for_no_longer_than_the_bound() -> None:
     async def test(care: Care, reader: FakeReader, told: Told, log: list[str]) -> None:
         told.send.send_nowait(signal.SIGINT)
         assert await care.until_left(FakeNode(), told) is None  # type: ignore[arg-type]
-        assert trio.current_time() == pytest.approx(LEAVING_SECONDS, abs=0.1)
+        assert trio.current_time() == pytest.approx(LEAVING_SECONDS, abs=0.3)
         assert log[1:] == ["shoal: its layers have not moved: the coordinator goes on as after a loss"]
 
     cared(test)

@@ -600,9 +600,21 @@ def test_a_node_that_is_leaving_is_emptied_and_released() -> None:
     assert assigns(commands)[1].gives == (Gift(A, 2, 3), Gift(C, 3, 4))
     state, commands = served(state, now=11.0)
     assert commands[:2] == [Serve(epoch(2), 1), SendRelease(1, epoch(2))]
-    assert said(state, Left(1, GONE), now=12.0) == ["b (host:7002) has left"]
+    for greeted in (False, True):
+        assert said(state, Left(1, GONE, greeted), now=12.0) == ["b (host:7002) has left"]
     state, _ = after(state, Left(1, GONE), now=12.0)
     assert state.members[1].losses == 0 and state.phase == "serving"
+
+
+def test_a_smaller_share_is_said_once() -> None:
+    state, why = serving(), "its battery has 43 °C, more than 42 °C"
+    heat = Heard(1, condition=Condition(0.7, False, why))
+    assert said(state, heat) == [f"b (host:7002) computes for at most 70% of the time: {why}"]
+    state, _ = after(state, heat)
+    assert said(state, heat) == []
+    whole = Heard(1, condition=Condition())
+    assert said(state, whole) == ["b (host:7002) computes for at most 100% of the time"]
+    assert state.phase == "serving" and state.members[1].condition.share == 0.7
 
 
 def test_a_node_that_the_others_need_stays_and_that_is_said_once() -> None:
@@ -670,9 +682,10 @@ def test_a_failed_attempt_to_empty_a_node_is_repeated_later() -> None:
 
 
 def test_a_share_of_a_node_is_kept_for_plans() -> None:
-    state, commands = after(serving(), Heard(1, condition=Condition(share=0.5)))
+    half = Heard(1, condition=Condition(share=0.5))
+    state, commands = after(serving(), half)
     assert (state.members[1].condition.share, commands) == (0.5, [])
-    assert said(serving(), Heard(1, condition=Condition(share=0.5))) == []
+    assert said(serving(), half) == ["b (host:7002) computes for at most 50% of the time"]
     # A new process has a policy of its own.
     assert after(state, Joined(1, hello("b", 555)))[0].members[1].condition == Condition()
 

@@ -454,7 +454,7 @@ def test_real_stages_move_die_and_return_and_the_tokens_are_those_of_one_process
             for name in "abc":
                 net.add(
                     name,
-                    open_stage=lambda a, b: Stage(model, a, b, StageOptions(threads=1)),
+                    open_stage=lambda a, b: Stage(model, a, b, StageOptions(threads=1, keep_rows=True)),
                     units=n,
                     stateless=frozenset(u for u, unit in enumerate(model.program.units) if not unit.states),
                     hop=lab.slow_hop(0.01),

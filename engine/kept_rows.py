@@ -13,6 +13,9 @@ from .arrays import F32
 from .kv import PagePool
 from .layout import CHUNK, round_up
 
+MOST_SHARE = 0.25
+"""The most that rows take of the room of keys and values."""
+
 
 @dataclass(slots=True)
 class _Kept:
@@ -37,7 +40,6 @@ class KeptRows:
         self._block = round_up(CHUNK * cols * 4, mmap.PAGESIZE)
         self.bytes = 0
         """Bytes of memory that rows take."""
-        pool.spare = self._drop_one
 
     def unlock(self) -> None:
         """Replaces the lock. Called in a forked process, where the thread that held it does not exist."""
@@ -75,10 +77,16 @@ class KeptRows:
             kept.blocks[block][at : at + n] = rows[:n]
             kept.positions, rows = kept.positions + n, rows[n:]
 
+    @property
+    def _allowed(self) -> bool:
+        """Whether rows may take another block: they leave most of the room to copies of weights."""
+        limit = self._pool.limit
+        return limit is None or self.bytes + self._block <= limit * MOST_SHARE
+
     def _new_block(self) -> F32 | None:
         """Memory of its own, which returns to the system when it is dropped. None: there is no room."""
-        while not self._pool.claim(self._block):
-            if not self._drop_one():
+        while not (self._allowed and self._pool.claim(self._block)):
+            if not self.drop_one():
                 return None
         try:
             memory = mmap.mmap(-1, self._block, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -127,7 +135,7 @@ class KeptRows:
                 else:
                     self.forget(sequence)
 
-    def _drop_one(self) -> bool:
+    def drop_one(self) -> bool:
         """Drops the rows of one sequence, to make room. False: there are none, or only of the one that is
         being kept."""
         with self._lock:

@@ -108,11 +108,12 @@ class PagePool:
                 self.used -= page.bytes.nbytes
                 self._free.setdefault((page.bytes.nbytes, page.huge), []).append(page)
 
-    def claim(self, size: int) -> bool:
-        """Counts memory for something else than pages, which `spare` can give back. False: the limit does not
-        allow it."""
+    def claim(self, size: int, *, free: bool = False) -> bool:
+        """Counts memory for something else than pages, which `spare` can give back. With `free`, free pages
+        are returned to the system for it, and the next sequence has to get them again. False: the limit does
+        not allow it."""
         with self._lock:
-            allowed = self._allows(size)
+            allowed = self._return(size) if free else self._allows(size)
             self.held += size if allowed else 0
             return allowed
 

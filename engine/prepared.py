@@ -6,12 +6,16 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from .backends.base import Backend, BoundProgram, Executor, WeightData
+from .errors import ContextError
+from .kv import PagePool
 from .model_directory import Model
 from .weights import WeightStore
 
 if TYPE_CHECKING:
     from .stage import StageOptions
 
+_PART_RUNS = 64
+"""After how many runs of the whole range executors of parts are freed: the units have been filled."""
 _MOST_PARTS = 2
 """Executors of parts that a range keeps: those of one refill. Each has a workspace."""
 
@@ -20,42 +24,68 @@ class PreparedRange:
     """Units [first, last) of a stage with an executor. Made by `Stage.prepare`, used by `Stage.adopt`."""
 
     def __init__(
-        self, weights: WeightStore, first: int, last: int, options: StageOptions, backend: Backend
+        self,
+        weights: WeightStore,
+        first: int,
+        last: int,
+        options: StageOptions,
+        backend: Backend,
+        pool: PagePool,
     ) -> None:
-        """KeyError: a unit is not loaded. ShoalError: out of memory."""
+        """`pool` counts the memory of executors of parts. KeyError: a unit is not loaded. ShoalError: out of
+        memory."""
         self.first, self.last = first, last
         self.bound = bind(weights, first, last, options)
         self.executor = backend.executor(self.bound)
-        self._model, self._options, self._backend = weights.model, options, backend
-        self._parts: dict[tuple[int, int], tuple[BoundProgram, Executor]] = {}
+        self._model, self._options, self._backend, self._pool = weights.model, options, backend, pool
+        self._parts: dict[tuple[int, int], tuple[BoundProgram, Executor, int]] = {}
+        self._whole = 0
+        """Runs of the whole range since the last one of a part."""
 
     def part(self, enter: int, until: int) -> tuple[BoundProgram, Executor]:
-        """The bound program and the executor of units [enter, until) of the range. ShoalError: out of
-        memory."""
+        """The bound program and the executor to run units [enter, until) of the range with. ContextError: no
+        room for its workspace. ShoalError: out of memory."""
         if (enter, until) == (self.first, self.last):
+            self._whole += 1
+            if self._parts and self._whole > _PART_RUNS:
+                self._close_parts(0)
             return self.bound, self.executor
-        found = self._parts.pop((enter, until), None)
-        if found is None:
-            while len(self._parts) >= _MOST_PARTS:
-                self._parts.pop(next(iter(self._parts)))[1].close()
-            held = self.bound.weights.items()
-            weights = {key: w for key, w in held if key[0] == -1 or enter <= key[0] < until}
-            bound = _bound(self._model, enter, until, self._options, weights)
-            found = bound, self._backend.executor(bound)
+        self._whole = 0
+        found = self._parts.pop((enter, until), None) or self._new_part(enter, until)
         self._parts[enter, until] = found  # the last one in order is the one that was used last
-        return found
+        return found[:2]
+
+    def _new_part(self, enter: int, until: int) -> tuple[BoundProgram, Executor, int]:
+        self._close_parts(_MOST_PARTS - 1)
+        held = self.bound.weights.items()
+        weights = {key: w for key, w in held if key[0] == -1 or enter <= key[0] < until}
+        bound = _bound(self._model, enter, until, self._options, weights)
+        executor = self._backend.executor(bound)
+        size = getattr(executor, "workspace_bytes", 0)
+        while not self._pool.claim(size, free=True):
+            if self._pool.spare is None or not self._pool.spare():
+                executor.close()
+                raise ContextError("no room to compute a part of the layers: end another request")
+        return bound, executor, size
+
+    def _close_parts(self, most: int) -> None:
+        """Frees executors of parts, the one first that was used least recently, but for so many."""
+        while len(self._parts) > most:
+            _, executor, size = self._parts.pop(next(iter(self._parts)))
+            executor.close()
+            self._pool.give_back(size)
 
     def restart(self, backend: Backend) -> None:
         """Makes a new executor, with this backend. Called in a forked process, which has no threads of the
         old one."""
+        for _, _, size in self._parts.values():
+            self._pool.give_back(size)
         self._backend, self._parts = backend, {}
         self.executor = backend.executor(self.bound)
 
     def close(self) -> None:
         """Frees the workspaces, and drops the references to weights."""
-        for _, executor in self._parts.values():
-            executor.close()
-        self._parts = {}
+        self._close_parts(0)
         self.executor.close()
         del self.executor, self.bound
 

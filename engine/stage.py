@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -22,6 +22,7 @@ from .backends import choose, open_backend
 from .backends.base import CANCELLED, BoundProgram, Executor, Outcome, SequenceRows
 from .batch import MOST_REPORTED, Result, Run, Sampling, Want
 from .calls import Calls, Flag
+from .copies import Copies
 from .errors import CancelledRunError, ContextError, MissingDependencyError
 from .incoming import Arriving, Incoming
 from .kept_rows import KeptRows
@@ -81,14 +82,15 @@ class Stage:
         self._states = [unit.states for unit in model.program.units]
         self._pool = PagePool(model.kv_dtype, options.kv_bytes)
         self._kept = KeptRows(self._pool, model.program.cut_cols)
+        self._copies = Copies(model, self._pool)
+        self._pool.spare = self._spare
         self._weights = WeightStore(model, options.resident)
         self._weights.load(first, last)
         self._backend = open_backend(options.backend, options.isa, threads)
-        self._running = PreparedRange(self._weights, first, last, options, self._backend)
+        self._running = PreparedRange(self._weights, first, last, options, self._backend, self._pool)
         self._prepared: list[PreparedRange] = []
         self._incoming: list[Incoming] = []
         self._ahead: frozenset[int] = frozenset()  # units that `load` has loaded since the last change
-        self._held: frozenset[int] = frozenset()
         self._crowded = False  # whether units are loaded that may not be needed
 
     def __enter__(self) -> Self:
@@ -120,8 +122,8 @@ class Stage:
 
     @property
     def held(self) -> frozenset[int]:
-        """The units that `hold` keeps loaded."""
-        return self._held
+        """The units of which `hold` keeps copies now."""
+        return self._weights.units.intersection(self._copies.units)
 
     @property
     def kv_bytes(self) -> int:
@@ -253,26 +255,41 @@ class Stage:
             self._weights.load(first, last)
             self._ahead |= frozenset(range(first, last))
 
-    def hold(self, units: Collection[int]) -> None:
-        """Loads copies of the weights of these units, and keeps them, whatever the range is, until `hold` is
-        called again; runs continue meanwhile. Units that were held before and are not among these are
-        unloaded. ValueError: there is no such unit. Other errors: see `load`."""
-        wanted = frozenset(units)
-        for u in wanted:
+    def hold(self, units: Sequence[int]) -> None:
+        """Loads copies of the weights of these units, in order of preference, and keeps them, whatever the
+        range is; runs continue meanwhile. Other copies go. There are only as many as the cap on keys and
+        values has room for, and they go, the last ones first, when keys and values need it: `held` tells
+        which there are. ValueError: there is no such unit. Other errors: see `load`."""
+        for u in units:
             if not 0 <= u < self.model.n_units:
                 raise ValueError(f"there is no unit {u}: the model has {self.model.n_units}")
         with self._loading():
-            for missing in contiguous(wanted - self._weights.units):
-                self._weights.load(missing.start, missing.stop)
-            self._held = wanted
+            before = self._copies.units
+            self._copies.cover(self._needed())
+            self._copies.choose(units)
+            try:
+                for missing in contiguous(set(self._copies.units) - self._weights.units):
+                    self._weights.load(missing.start, missing.stop)
+            except BaseException:
+                self._copies.choose(before)
+                raise
 
-    def prepare(self, first: int, last: int) -> PreparedRange:
+    def prepare(self, first: int, last: int, kv_bytes: int | None = None) -> PreparedRange:
         """Makes units [first, last) ready to run beside the current range: loads their weights and makes an
-        executor; runs continue meanwhile. Ends with `adopt` or `discard`. Errors: see `load`."""
+        executor; runs continue meanwhile. Ends with `adopt` or `discard`. `kv_bytes` caps keys and values
+        from now on, as `limit_kv` does. Errors: see `load`."""
         _check_range(self.model, first, last)
         with self._loading():
-            self._weights.load(first, last)
-            prepared = PreparedRange(self._weights, first, last, self.options, self._backend)
+            before = self._pool.limit
+            try:
+                self._copies.cover({*self._needed(), *range(first, last)})
+                if kv_bytes is not None:
+                    self._pool.limit = kv_bytes
+                self._weights.load(first, last)
+                prepared = PreparedRange(self._weights, first, last, self.options, self._backend, self._pool)
+            except BaseException:
+                self._pool.limit = before
+                raise
             self._prepared.append(prepared)
         return prepared
 
@@ -389,18 +406,33 @@ class Stage:
         finally:
             self._unload()
 
+    def _needed(self) -> set[int]:
+        """The units that are run, prepared, or loaded ahead."""
+        needed = set(self._ahead)
+        for used in (*self._prepared, self._running):  # in this order: `adopt` moves one to the end
+            needed.update(range(used.first, used.last))
+        return needed
+
     def _unload(self) -> None:
         """Unloads units that nothing needs: at once, or, while another thread loads, when that ends."""
         self._crowded = True
         while self._crowded and self._load_lock.acquire(blocking=False):
             try:
                 self._crowded = False
-                needed = set(self._held | self._ahead)
-                for used in (*self._prepared, self._running):  # in this order: `adopt` moves one to the end
-                    needed.update(range(used.first, used.last))
-                self._weights.keep(needed)
+                needed = self._needed()
+                self._copies.cover(needed)
+                self._weights.keep(needed.union(self._copies.units))
             finally:
                 self._load_lock.release()
+
+    def _spare(self) -> bool:
+        """Drops kept rows, or else a copy, for keys and values. False: there is nothing of the kind."""
+        if self._kept.drop_one():
+            return True
+        dropped = self._copies.drop_one()
+        if dropped:
+            self._unload()
+        return dropped
 
     def close(self) -> None:
         """Waits for earlier calls, closes all sequences, and frees threads and memory."""
@@ -422,6 +454,7 @@ class Stage:
         self._weights.keep(())
         self._pool = PagePool(self._pool.kv_type)
         self._kept = KeptRows(self._pool, self.model.program.cut_cols)
+        self._copies = Copies(self.model, self._pool)
         self._prepared, self._incoming = [], []
         trim_heap()
 
@@ -597,6 +630,7 @@ class Stage:
         self._weights.unlock()
         self._pool.unlock()
         self._kept.unlock()
+        self._copies.unlock()
         for incoming in self._incoming:
             incoming.unlock()
         self._backend = open_backend(self.options.backend, self.options.isa, self.threads)

@@ -281,18 +281,12 @@ class Keeper:
     def _prepared(self, stage: StageLike, beside: range) -> object:
         """Prepares a range beside the running one. Keys and values have less room meanwhile."""
         limit = self._parts.kv_bytes(self._range.start, self._range.stop, beside)
-        if limit is not None:
-            if stage.kv_bytes > limit:
-                raise NoPlanError(
-                    f"keys and values of running answers leave no room for units [{beside.start}, "
-                    f"{beside.stop}): end requests, or promise more RAM"
-                )
-            stage.limit_kv(limit)
-        try:
-            return stage.prepare(beside.start, beside.stop)
-        except (ShoalError, MemoryError):
-            self._whole_room(stage)
-            raise
+        if limit is not None and stage.kv_bytes > limit:
+            raise NoPlanError(
+                f"keys and values of running answers leave no room for units [{beside.start}, "
+                f"{beside.stop}): end requests, or promise more RAM"
+            )
+        return stage.prepare(beside.start, beside.stop, limit)
 
     def _whole_room(self, stage: StageLike) -> None:
         limit = self._parts.kv_bytes(self._range.start, self._range.stop)
@@ -361,8 +355,8 @@ class Keeper:
             await self._parts.hop(partial(self._discard, self._stage, assignment.prepared))
 
     def _discard(self, stage: StageLike, prepared: object) -> None:
+        self._whole_room(stage)  # before copies of its units are weighed against it
         stage.discard(prepared)
-        self._whole_room(stage)
 
     def _close_stage(self) -> None:
         if self._stage is not None:

@@ -60,8 +60,9 @@ class StageLike(Protocol):
     def kept_rows(self, sequence: int, unit: int, first: int, last: int) -> F32:
         """Rows of positions [first, last) into a unit. ValueError: they are not kept."""
 
-    def prepare(self, first: int, last: int) -> Any:
-        """Loads another range beside the running one, for `adopt`. Blocks; runs go on meanwhile."""
+    def prepare(self, first: int, last: int, kv_bytes: int | None = None) -> Any:
+        """Loads another range beside the running one, for `adopt`. Blocks; runs go on meanwhile. `kv_bytes`
+        is the most bytes of keys and values from now on."""
 
     def discard(self, prepared: Any) -> None:
         """Undoes `prepare`."""

@@ -123,16 +123,21 @@ def test_rows_are_the_first_to_go_and_answers_have_all_the_room(tiny_int8: Model
 
 
 def test_the_sequence_that_was_run_least_recently_goes_first() -> None:
-    pool = PagePool("f16", 8 * BLOCK)
+    pool = PagePool("f16", 32 * BLOCK)
     kept = KeptRows(pool, COLS)
+    pool.spare = kept.drop_one
     rows = np.ones((CHUNK, COLS), np.float32)
     for sequence in range(4):
         kept.note(sequence, 3, 0, rows * sequence, part=False)
         kept.note(sequence, 3, CHUNK, rows, part=False)
     kept.note(0, 3, 2 * CHUNK, rows, part=False)
     assert [kept.positions(n, 3) for n in range(4)] == [192, 0, 128, 128]
+    kept.note(3, 3, 2 * CHUNK, rows, part=False)
+    assert [kept.positions(n, 3) for n in range(4)] == [192, 0, 128, 192]  # a quarter of the room
+    kept.note(3, 3, 128, rows[:1], part=False)
+    kept.note(0, 3, 191, rows[:1], part=False)
     page = pool.take(BLOCK, first=False)
-    assert [kept.positions(n, 3) for n in range(4)] == [192, 0, 128, 128]  # sequence 1 had two
+    assert [kept.positions(n, 3) for n in range(4)] == [192, 0, 128, 129]
     pool.limit = 4 * BLOCK
     assert [kept.positions(n, 3) for n in range(4)] == [192, 0, 0, 0]
     kept.note(0, 3, 3 * CHUNK, rows, part=False)  # no room, and nothing but itself could go

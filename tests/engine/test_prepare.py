@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -160,6 +161,55 @@ def test_a_copy_of_the_head_and_the_embedding_it_is_tied_to_count_once(tiny_tied
         assert stage._weights.nbytes == sum(sizes)
         stage.adopt(stage.prepare(1, 2), {})
         assert stage._weights.nbytes == sum(sizes) + tiny_tied.index.files[unit_file(1)].size
+
+
+def test_copies_have_the_room_that_is_left_and_go_when_it_is_needed(tiny_int8: Model) -> None:
+    page = page_bytes(tiny_int8.program.units[1].states[0], "f16")
+    sizes = {u: tiny_int8.index.files[unit_file(u)].size for u in range(5)}
+    limit = 4 * page + sizes[3] + sizes[4] + 5000
+    with Stage(tiny_int8, 1, 2, replace(OPTIONS, kv_bytes=limit, keep_rows=True)) as stage:
+        for n in range(4):
+            stage.open_sequence(n)
+            stage.run([Run(n, 0, [1], Want.NOTHING, np.ones((1, 72), np.float32))])
+        assert stage._kept.bytes > 0
+        with pytest.raises(ValueError, match="there is no unit"):
+            stage.hold([3, 5])
+        stage._kept.keep({})
+        stage.hold([3, 1, 4, 2])
+        assert stage.held == {1, 3, 4}  # 1 is run, so it takes nothing, and 2 has no room
+        assert stage._pool.held == 4 * page + sizes[3] + sizes[4]
+        stage.open_sequence(5)
+        stage.run([Run(5, 0, [1], Want.NOTHING, np.ones((1, 72), np.float32))])
+        assert (stage.held, stage._weights.units) == ({1, 3}, {1, 3})  # the last in order went
+        for n in range(6):
+            stage.close_sequence(n)
+        stage.hold([4, 3])
+        ready = stage.prepare(1, 4, kv_bytes=page + sizes[4])  # 3 is counted by whoever says so
+        assert (stage.held, stage._pool.limit) == ({3, 4}, page + sizes[4])
+        stage.discard(ready)
+        assert (stage.held, stage._weights.units) == ({4}, {1, 4})
+        stage.limit_kv(limit)
+        stage.hold([4, 3])
+        stage.adopt(stage.prepare(4, 5), {}, kv_bytes=limit)
+        assert (stage.held, stage._pool.held - stage._pool.used) == ({3, 4}, sizes[3])
+        stage.adopt(stage.prepare(1, 3), {}, kv_bytes=page)
+        assert (stage.held, stage._weights.units) == (frozenset(), {1, 2})
+
+
+def test_a_part_without_room_for_its_workspace_is_refused(tiny_int8: Model) -> None:
+    page = page_bytes(tiny_int8.program.units[1].states[0], "f16")
+    rows = np.ones((4, 72), np.float32)
+    with Stage(tiny_int8, 1, 4, replace(OPTIONS, kv_bytes=3 * page + 10000)) as stage:
+        stage.open_sequence(1)
+        stage.run([Run(1, 0, [1] * 4, Want.NOTHING, rows)])
+        with pytest.raises(ContextError, match="no room to compute a part"):
+            stage.run([Run(1, 0, [1] * 4, Want.NOTHING, rows, (2, 4))])
+        stage.limit_kv(1 << 30)
+        stage.run([Run(1, 0, [1] * 4, Want.NOTHING, rows, (2, 4))])
+        assert stage._pool.held > 3 * page
+        for _ in range(65):
+            stage.run([Run(1, 3, [1], Want.NOTHING, rows[:1])])
+        assert stage._pool.held == 3 * page  # the units have been filled long ago
 
 
 def test_incoming_pages_count_and_make_room_for_running_answers(tiny_int8: Model) -> None:

@@ -183,8 +183,10 @@ class FakeStage:
             raise ValueError(f"unit {unit} holds {len(state)} positions, not [{first}, {last})")
         return struct.pack(f"<{last - first}I", *state[first:last])
 
-    def prepare(self, first: int, last: int) -> range:
+    def prepare(self, first: int, last: int, kv_bytes: int | None = None) -> range:
         assert not self.closed and not self.prepared
+        if kv_bytes is not None:
+            self.limits.append(kv_bytes)
         self.prepared.append(range(first, last))
         self.loaded.append(range(first, last))
         return self.prepared[0]

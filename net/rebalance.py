@@ -51,8 +51,9 @@ KEPT_LOOKS = 20
 """The speed before a change is that of so many looks."""
 MOST_BETWEEN = 2.0
 """Between two looks that are farther apart, no speed is measured."""
-VAIN_SECONDS = 5.0
-"""After a change in vain there is none for so long; if no pace has jumped, twice as long each next time."""
+VAIN_SECONDS, FAILED_WEIGHT = 2.0, 3
+"""After a proposal in vain there is none for so long; if no pace has jumped, twice as long after each next
+one. A change that was made, and brought nothing, counts as several."""
 KEPT_FAILURES = 16
 """The number of such changes that are remembered."""
 REST_SECONDS = 15.0
@@ -176,7 +177,7 @@ def look(memory: Memory, view: View) -> tuple[Memory, Proposal | None]:
     found = (_change(memory, question, view, seconds, one, follower) for one in memory.search.found)
     able = [one for one in found if one is not None and not _barred(memory, view, one.stages)]
     best = max(able, key=lambda one: one.saved, default=None)
-    if best is None or not _pays(memory, view, best):
+    if best is None or not _pays(memory, view, best, follower):
         return replace(memory, wanted=None), None
     wanted = view.now if memory.wanted is None else memory.wanted
     memory = replace(memory, wanted=wanted)
@@ -198,7 +199,8 @@ def _after_changes(memory: Memory, view: View) -> Memory:
     memory = replace(memory, asked=None, outcome=None)
     if seen is None or seen.stages == view.stages:
         if asked is not None and outcome is not None and not outcome.committed:
-            memory = _in_vain(memory, asked, view.now, 1)
+            # Another change to nearly the same stages may be possible.
+            memory = _in_vain(memory, replace(asked, old=asked.new), view.now, 1)
         if seen is None or seen.usage.streams == view.usage.streams:
             return memory
         return replace(memory, speeds=(), trial=None)
@@ -294,7 +296,7 @@ def _judged(memory: Memory, question: Question, view: View, seconds: float) -> t
     memory = replace(memory, trial=None, verdict=verdict)
     if not verdict.failed:
         return (memory if trial.undoes else replace(memory, vain=0)), None
-    memory = _in_vain(memory, trial, view.now, 2)
+    memory = _in_vain(memory, trial, view.now, FAILED_WEIGHT)
     if not verdict.undo:
         return memory, None
     return memory, _change(memory, question, view, seconds, trial.old, Follower(question))
@@ -402,10 +404,15 @@ def _change(
 # --- whether it should
 
 
-def _pays(memory: Memory, view: View, change: _Change) -> bool:
-    """Whether a change gains enough to be one, and saves enough."""
-    names = {stage.device for stage in (*view.stages, *change.stages)}
-    noise = max((level.noise for key, level in memory.levels.items() if key[0] == "pace" and key[1] in names))
+def _pays(memory: Memory, view: View, change: _Change, follower: Follower) -> bool:
+    """Whether a change gains enough to be one, and saves enough. The noise of a device matters as far as
+    tokens need its time."""
+    noise = 0.0
+    for stages in (view.stages, change.stages):
+        seconds = {one.device: follower.cost(one).decode_seconds(1, view.usage.depth) for one in stages}
+        most = max(seconds.values())
+        levels = ((memory.levels.get(("pace", name)), time / most) for name, time in seconds.items())
+        noise = max(noise, *(share * level.noise for level, share in levels if level is not None), 0.0)
     least = LEAST_GAIN if _jumped(memory, view) else DRIFT_GAIN
     if change.gain < least + NOISES * noise or change.saved < (WORTH - 1) * change.cost_s:
         return False
@@ -420,7 +427,7 @@ def _barred(memory: Memory, view: View, stages: Stages) -> bool:
     """Whether stages lead to where an earlier change has failed, and nothing has jumped since."""
     return any(
         since > max(_last_jump(memory), view.now - REMEMBERED)
-        and distance(stages, new) < distance(stages, old)
+        and (stages == new or distance(stages, new) < distance(stages, old))
         for old, new, since in memory.failed
     )
 

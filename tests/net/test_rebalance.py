@@ -150,7 +150,7 @@ def test_a_change_that_brings_nothing_is_undone_once_and_not_tried_again() -> No
         assert distance(proposal.placement.stages, first.placement.stages) >= distance(
             proposal.placement.stages, start
         )
-        assert when > undone + 9
+        assert when > undone + 8
 
 
 @pytest.mark.slow
@@ -246,7 +246,7 @@ def test_after_proposals_that_cannot_be_carried_out_there_are_fewer_and_others()
     swarm = Swarm(question(4), drops("c"), aborts=True)
     swarm.run(300)
     placements = [proposal.placement.stages for _, proposal in swarm.changes]
-    assert len(set(placements)) == len(placements) <= 5
+    assert len(set(placements)) == len(placements) <= 8
     times = [when for when, _ in swarm.changes]
     gaps = [after - before for before, after in pairwise(times)]
     assert all(gap >= VAIN_SECONDS * 2**at for at, gap in enumerate(gaps))

@@ -97,7 +97,9 @@ def add_parser(commands: Commands) -> None:
         sampling.add_argument(flag, metavar=metavar, type=kind, default=default, help=text)
     add_engine(parser)
     parser.add_argument(
-        "--stats", action="store_true", help="print times and tokens/s on standard error after an answer"
+        "--stats",
+        action="store_true",
+        help="print times and tokens/s on standard error after an answer, and at the end which layers moved",
     )
 
 
@@ -211,6 +213,9 @@ def open_engine(
             names = [stage.device for stage in nodes.plan.stages]
             where = f"{len(names)} node{'s' if len(names) > 1 else ''}, {', '.join(names)}"
             yield nodes, _with_context(settings, nodes.context), where
+            if args.stats:
+                for move in nodes.moves():
+                    print(f"[{move.line()}]", file=sys.stderr)
         return
     backend, reason = choose(args.backend)
     if reason is not None:

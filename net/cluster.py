@@ -272,13 +272,16 @@ def _heard(state: ClusterState, event: Heard, now: float) -> Outcome:
     )
     if event.condition is not None and event.condition != member.condition and member.alive:
         return _conditioned(state, event.member, event.condition, now)
-    if progress is None or progress.epoch != state.epoch or progress.running is None:
+    if progress is None or progress.running is None or not member.alive:
         return state, ()
-    if not member.alive or not state.holds(event.member) or event.member not in state.holders():
+    expected, has = progress.expected, state.holds(event.member) or event.member in state.standing
+    if state.leaves(progress.epoch):
+        size = sum(state.unit_bytes)  # of the stage that it leaves, at most
+    elif progress.epoch == state.epoch and has and event.member in state.holders():
+        size = state.bytes_of(state.placement.stages[state.holders().index(event.member)])
+    else:
         return state, ()
-    stage = state.placement.stages[state.holders().index(event.member)]
-    expected = progress.expected
-    bound = load_bound(state.bytes_of(stage)) if expected is None else call_bound(expected)
+    bound = load_bound(size) if expected is None else call_bound(expected)
     if progress.running <= bound:
         return state, ()
     error = StageStuckError(
@@ -314,25 +317,27 @@ def _broken(state: ClusterState, event: StageBroken, now: float) -> Outcome:
     """Removes the node at fault: the sender, whose stage failed, or the next node, which it cannot reach. If
     only a connection has failed, the same chain begins another epoch, unless that has not helped before. A
     fault of a transition ends it."""
-    move = state.transition
-    if move is not None and event.epoch == move.epoch:
+    move, own = state.transition, event.peer is None
+    if move is not None and (event.epoch == move.epoch or (own and state.leaves(event.epoch))):
         return _unmoved(state, move, event, now)
     if event.epoch != state.epoch:
         return state, ()
     if state.phase not in ("loading", "serving"):  # the chain has ended, and another one is planned for
-        return _emptied(state, event.member, str(event.error), now) if event.peer is None else (state, ())
+        return _emptied(state, event.member, str(event.error), now) if own else (state, ())
     if event.again and state.again < MOST_AGAIN:
         return _again(state, "a connection has failed", now)
     blamed = _blamed(state, event)
     if blamed != event.member:  # the link between them may be another now
         state = replace(state, measured=state.measured - {state.ends(event.member, blamed)})
-    return _left(state, blamed, event.error, now, own=event.peer is None)
+    return _left(state, blamed, event.error, now, own=own)
 
 
 def _unmoved(state: ClusterState, move: Transition, event: StageBroken, now: float) -> Outcome:
     """A transition has failed. The chain that is served goes on; without one, the stages are loaded again,
     and what fails then is the node's fault."""
     reason = str(event.error)
+    if isinstance(event.error, StageStuckError) and event.peer is None:
+        return _left(state, event.member, event.error, now, own=True)
     if move.step == "committed":
         said = Say(f"the layers are loaded again: {reason}")
         state, commands = _again(state, reason, now, anew=True)

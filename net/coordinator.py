@@ -81,7 +81,7 @@ class CoordinatorOptions:
     timing: Timing = DEFAULT_TIMING
     measure_links: bool = True
     recover: bool = True
-    moves: Moves = "reload"
+    moves: Moves = "move"
     approximate: bool = False
     max_sessions: int = 32
     rebalancer: Rebalancer | None = None

@@ -125,7 +125,7 @@ class ClusterState:
     units: int
     epoch: Epoch
     timing: Timing = DEFAULT_TIMING
-    moves: Moves = "reload"
+    moves: Moves = "move"
     approximate: bool = False
     """Allow nodes whose results are not exact beside exact ones."""
     recover: bool = True
@@ -201,6 +201,15 @@ class ClusterState:
     def changes(self, member: int) -> bool:
         """Whether the member takes part in a transition."""
         return self.transition is not None and member in self.transition.members
+
+    def leaves(self, epoch: Epoch) -> bool:
+        """Whether nodes are leaving this epoch, since the transition from it is committed."""
+        move = self.transition
+        return (
+            self.phase == "committing"
+            and move is not None
+            and epoch == replace(self.epoch, counter=move.base)
+        )
 
     def standing_units(self) -> list[int | None]:
         """The holder of each unit of the epoch in force, if it has its stage still."""

@@ -5,7 +5,19 @@ from dataclasses import replace
 
 from shoal.net.cluster import decide
 from shoal.net.errors import NodeLostError
-from shoal.net.events import Command, Event, Joined, LinksMeasured, Planned, Say, StageLoaded, Timing
+from shoal.net.events import (
+    Command,
+    Event,
+    Joined,
+    LinksMeasured,
+    Planned,
+    Quiet,
+    Reached,
+    Say,
+    StageLoaded,
+    StagePrepared,
+    Timing,
+)
 from shoal.net.members import ClusterState, Member
 from shoal.net.messages import Epoch, Hello, Offer
 from shoal.net.placement import Placement
@@ -37,6 +49,16 @@ def after(state: ClusterState, *events: Event, now: float = 0.0) -> tuple[Cluste
     for event in events:
         state, commands = decide(state, event, now)
     return state, [command for command in commands if not isinstance(command, Say)]
+
+
+def arrived(state: ClusterState, now: float = 0.0) -> tuple[ClusterState, list[Command]]:
+    """After the nodes and the coordinator have carried out the orders of the newest epoch."""
+    move, members = state.transition, state.holders()
+    if move is not None:
+        prepared = (StagePrepared(i, move.epoch, 0.0, 0) for i in move.members)
+        state, _ = after(state, *prepared, Reached(move.epoch), Quiet(move.epoch, ()), now=now)
+        members = move.members
+    return after(state, *(StageLoaded(i, state.epoch) for i in members), now=now)
 
 
 def said(state: ClusterState, event: Event, now: float = 0.0) -> list[str]:

@@ -12,6 +12,7 @@ from tests.net.clusters import (
     TO_SERVE,
     TWO,
     after,
+    arrived,
     epoch,
     fresh,
     hello,
@@ -160,7 +161,7 @@ def test_without_recovery_any_loss_before_anything_was_served_is_a_failure(event
 
 
 def test_a_lost_stage_ends_the_epoch_and_the_others_go_on() -> None:
-    state, commands = after(fresh(), *TO_SERVE, Left(1, GONE))
+    state, commands = after(fresh(moves="reload"), *TO_SERVE, Left(1, GONE))
     assert state.phase == "planning"
     assert commands == [HangUp(1), Pause(epoch(1)), MakePlan(2, (0, 2))]
     state, commands = after(state, Planned(2, TWO))
@@ -176,7 +177,7 @@ def test_a_lost_stage_ends_the_epoch_and_the_others_go_on() -> None:
 
 def test_a_second_loss_during_recovery_plans_once_more() -> None:
     alone = Placement((Assignment("a", 0, 6),), 4)
-    state, _ = after(fresh(), *TO_SERVE, Left(1, GONE))
+    state, _ = after(fresh(moves="reload"), *TO_SERVE, Left(1, GONE))
     planning, commands = after(state, Left(2, GONE))
     assert commands == [HangUp(2), MakePlan(3, (0,))]
     assert after(planning, Planned(2, TWO)) == (planning, [])
@@ -220,9 +221,10 @@ def test_lost_nodes_that_the_model_needs_are_waited_for(start: tuple[Event, ...]
     state, commands = after(state, JOINS[1], now=130.0)
     assert (state.phase, commands) == ("planning", [MakePlan(3, (0, 1, 2))])
     state, commands = after(state, Planned(3, THREE), now=130.0)
-    assert [type(command) for command in commands] == [SendAssign] * 3
-    state, commands = after(state, *(StageLoaded(i, epoch(2)) for i in range(3)), now=131.0)
-    assert (state.phase, commands) == ("serving", [Serve(epoch(2))])
+    assert [type(command) for command in commands[:3]] == [SendAssign] * 3
+    state, commands = arrived(state, now=131.0)
+    kept = Serve(epoch(2), 1, (2, 4)) if start is TO_SERVE else Serve(epoch(2))
+    assert (state.phase, commands[0]) == ("serving", kept)
 
 
 def test_a_node_that_was_restarted_is_measured_before_it_is_planned_with() -> None:
@@ -304,7 +306,7 @@ SLOW = replace(TWO, tokens_per_s=100.0, context=100)
 def without_b() -> ClusterState:
     """Nodes a and c have served without b since 10 s."""
     state, _ = after(fresh(), *TO_SERVE, Left(1, GONE), Planned(2, SLOW), now=8.0)
-    state, _ = after(state, StageLoaded(0, epoch(2)), StageLoaded(2, epoch(2)), now=10.0)
+    state, _ = arrived(state, now=10.0)
     assert state.phase == "serving"
     return state
 
@@ -319,8 +321,10 @@ def test_a_node_that_is_back_is_used_when_that_is_better() -> None:
     assert commands[0] == MakePlan(3, (0, 1, 2)) and state.phase == "serving"
     assert not any(isinstance(command, MakePlan) for command in after(state, Tick(), now=30.0)[1])
     state, commands = after(state, Planned(3, FAST), now=30.0)
-    assert commands[0] == Pause(epoch(2)) and state.phase == "loading"
-    assert [c.assign.epoch for c in commands[1:] if isinstance(c, SendAssign)] == [epoch(3)] * 3
+    assert state.phase == "serving" and not any(isinstance(command, Pause) for command in commands)
+    assert [c.assign.epoch for c in commands if isinstance(c, SendAssign)] == [epoch(3)] * 3
+    state, commands = arrived(state, now=31.0)
+    assert commands[0] == Serve(epoch(3), 2) and state.placement == FAST
 
 
 @pytest.mark.parametrize(
@@ -337,7 +341,7 @@ def test_a_plan_must_be_worth_the_interruption(answer: Placement | ShoalError, c
     state, _ = after(without_b(), JOINS[1], Tick(), now=20.0)
     state, _ = after(state, Tick(), now=23.0)
     state, commands = after(state, Planned(3, answer), now=23.5)
-    assert state.phase == ("loading" if changes else "serving")
+    assert (state.transition is not None) == changes and state.phase == "serving"
     if not changes:
         assert commands == [] and state.placement == SLOW
         assert not any(isinstance(command, MakePlan) for command in after(state, Tick(), now=30.0)[1])
@@ -391,7 +395,7 @@ def test_links_that_could_not_be_measured_are_tried_again_while_nodes_are_waited
 
 def test_a_new_connection_to_the_same_process_begins_another_epoch_of_the_same_chain() -> None:
     state, commands = after(fresh(), *TO_SERVE, JOINS[1])
-    assert commands[0] == Pause(epoch(1)) and state.phase == "loading"
+    assert commands[0] == Pause(epoch(1)) and state.phase == "moving"
     assert [c.assign.epoch for c in commands[1:] if isinstance(c, SendAssign)] == [epoch(2)] * 3
     # A node without a stage: nothing.
     events = (*TO_PLAN, Planned(1, TWO), StageLoaded(0, epoch(1)), StageLoaded(2, epoch(1)))
@@ -437,7 +441,8 @@ def test_connections_that_fail_again_and_again_lose_the_node() -> None:
     for counter in range(1, 4):
         state, commands = after(state, StageBroken(1, epoch(counter), GONE, 102, again=True))
         assert HangUp(2) not in commands
-        state, _ = after(state, *(StageLoaded(i, epoch(counter + 1)) for i in range(3)))
+        state, commands = arrived(state)
+        assert commands[0] == Serve(epoch(counter + 1), counter)
     _, commands = after(state, StageBroken(1, epoch(4), GONE, 102, again=True))
     assert commands[:2] == [HangUp(2), Pause(epoch(4))]
 
@@ -478,7 +483,7 @@ def test_a_next_node_that_cannot_be_reached_is_blamed_itself() -> None:
 
 def test_a_connection_that_failed_alone_begins_another_epoch_of_the_same_chain() -> None:
     state, commands = after(fresh(), *TO_SERVE, StageBroken(0, epoch(1), GONE, 101, again=True))
-    assert state.phase == "loading" and state.alive() == (0, 1, 2)
+    assert state.phase == "moving" and state.alive() == (0, 1, 2)
     assert commands[0] == Pause(epoch(1))
     assert [c.assign.epoch for c in commands[1:] if isinstance(c, SendAssign)] == [epoch(2)] * 3
     assert after(state, StageBroken(0, epoch(1), GONE, 101, again=True)) == (state, [])

@@ -114,12 +114,12 @@ def test_strangers_that_come_back_neither_keep_a_coordinator_out_nor_disturb_a_r
             start = trio.current_time()
             async with (
                 net.coordinator(plan=plan_at((0, 3, 6))) as coordinator,
-                coordinator.generate([1, 2], max_tokens=20) as tokens,
+                coordinator.generate([1, 2], max_tokens=60) as tokens,
             ):
                 got = [await anext(tokens) for _ in range(5)]
                 await net.kill(7002)
                 got += [token async for token in tokens]
-                assert (got, coordinator.recoveries) == (lab.oracle([1, 2], 20), 1)
+                assert (got, coordinator.recoveries) == (lab.oracle([1, 2], 60), 1)
                 assert [node.label for node in coordinator.nodes] == ["a", "c"]
                 await trio.sleep(0.2)
                 assert open_connections(net) <= 2 * (WAITING + LEAVING + 2 * GUESTS)

@@ -103,13 +103,13 @@ def test_a_node_that_falls_silent_is_lost_soon_after_its_round_trip_is_known(lab
     async def main() -> None:
         async with lab.network() as net:
             for name in "abc":
-                net.add(name, hop=lab.slow_hop(0.1))
+                net.add(name, hop=lab.slow_hop(0.04))
             async with net.coordinator(plan=spread) as coordinator:
-                async with coordinator.generate([1, 2], max_tokens=20) as tokens:
-                    got = [await anext(tokens) for _ in range(10)]  # three seconds
+                async with coordinator.generate([1, 2], max_tokens=40) as tokens:
+                    got = [await anext(tokens) for _ in range(20)]  # two and a half seconds
                     net.mute(7002)
                     got += await lab.with_gap(tokens, 2, 3)
-                assert got == lab.oracle([1, 2], 20)
+                assert got == lab.oracle([1, 2], 40)
                 assert [node.label for node in coordinator.nodes] == ["a", "c"]
 
     lab.run(main)

@@ -6,7 +6,7 @@ import pytest
 from tests.net.clusters import GONE, JOINS, NAMES, THREE, TO_PLAN, after, epoch, fresh, hello, said
 
 from shoal.engine.errors import ModelFileError, NoPlanError
-from shoal.net.errors import NodeLostError
+from shoal.net.errors import NodeLostError, StageStuckError
 from shoal.net.events import (
     Command,
     Event,
@@ -38,7 +38,7 @@ from shoal.net.events import (
     Unreach,
 )
 from shoal.net.members import ClusterState
-from shoal.net.messages import Assign, Commit, Condition, Gift, Kept, Peer, Take
+from shoal.net.messages import Assign, Commit, Condition, Gift, Kept, Peer, Progress, Take
 from shoal.net.placement import Placement
 from shoal.net.transition import COMMIT_SECONDS, COPY_SECONDS, HOLD_SECONDS, flows
 from shoal.planner import Assignment
@@ -477,9 +477,29 @@ def test_a_fault_between_commit_and_the_last_loaded_begins_anew() -> None:
         assert Pause(epoch(2)) in commands
         assert {(a.epoch, a.base) for a in assigns(commands).values()} == {(epoch(3), None)}
         assert [c.failure != "" for c in commands if isinstance(c, Moved)] == [True]
+    # A stage of the base that broke before Commit reached it will never change.
+    broken, _ = after(state, StageBroken(1, epoch(1), SHORT, None), now=11.0)
+    assert broken.phase == "loading" and broken.alive() == (0, 1, 2)
     # A connection of the base that ends now is of no interest.
     assert after(state, StageBroken(0, epoch(1), GONE, 101), now=11.0) == (state, [])
     assert Pause(epoch(2)) not in after(state, Tick(), now=10.0 + COMMIT_SECONDS)[1]
+
+
+@pytest.mark.parametrize("counter", [1, 2])
+def test_a_call_that_does_not_return_is_noticed_at_any_time(counter: int) -> None:
+    """A stage that hangs never stops its loop, so it cannot change either."""
+    state, _ = after(serving(), Proposed(SHIFTED, ""), now=10.0)
+    state = committed(state, now=10.0)
+    hangs = Heard(1, Progress(epoch(counter), 7, 11.1, 1.0, 0))
+    assert after(state, Heard(1, Progress(epoch(counter), 7, 11.0, 1.0, 0)))[0] == state
+    for event in (hangs, StageBroken(1, epoch(counter), StageStuckError("b hangs"), None)):
+        lost, commands = after(state, event, now=11.0)
+        assert HangUp(1) in commands and MakePlan(2, (0, 2)) in commands and lost.alive() == (0, 2)
+    if counter == 1:  # also before the commit, and in a stage whose chain has ended
+        state, _ = after(serving(), Proposed(SHIFTED, ""), now=10.0)
+        assert HangUp(1) in after(state, hangs)[1]
+        state, _ = after(serving(), Left(2, GONE), now=10.0)
+        assert HangUp(1) in after(state, hangs)[1]
 
 
 def test_what_fails_in_a_recovery_is_loaded_again() -> None:

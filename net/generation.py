@@ -79,10 +79,13 @@ def loss_of(lost: tuple[int, int], before: Sequence[Part], after: Sequence[Part]
     head = after[-1].last - 1
     first, until = max(lost[0], 1), min(lost[1], head)
     until = until if first < until else 0
-    knowing = {part.member for part in before}
-    blank = [
-        p for p in after if p.member not in knowing and lost[0] <= p.first and min(p.last, head) <= lost[1]
-    ]
+
+    def gone(part: Part) -> bool:
+        """Whether all that the stage has, or had, is lost. It may be another process by now."""
+        return lost[0] <= part.first and min(part.last, head) <= lost[1]
+
+    knowing = {part.member for part in before if not gone(part)}
+    blank = [part for part in after if part.member not in knowing and gone(part)]
     until = max([until, *(part.first + 1 for part in blank)])
     if not until:
         return Loss()

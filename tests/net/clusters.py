@@ -3,6 +3,7 @@ tests of net/cluster.py and net/transition.py."""
 
 from dataclasses import replace
 
+from shoal.engine.errors import ModelFileError
 from shoal.net.cluster import decide
 from shoal.net.errors import NodeLostError
 from shoal.net.events import (
@@ -14,12 +15,13 @@ from shoal.net.events import (
     Quiet,
     Reached,
     Say,
+    SendAssign,
     StageLoaded,
     StagePrepared,
     Timing,
 )
 from shoal.net.members import ClusterState, Member
-from shoal.net.messages import Epoch, Hello, Offer
+from shoal.net.messages import Assign, Epoch, Hello, Kept, Offer, Peer
 from shoal.net.placement import Placement
 from shoal.planner import Assignment, Device
 
@@ -51,16 +53,6 @@ def after(state: ClusterState, *events: Event, now: float = 0.0) -> tuple[Cluste
     return state, [command for command in commands if not isinstance(command, Say)]
 
 
-def arrived(state: ClusterState, now: float = 0.0) -> tuple[ClusterState, list[Command]]:
-    """After the nodes and the coordinator have carried out the orders of the newest epoch."""
-    move, members = state.transition, state.holders()
-    if move is not None:
-        prepared = (StagePrepared(i, move.epoch, 0.0, 0) for i in move.members)
-        state, _ = after(state, *prepared, Reached(move.epoch), Quiet(move.epoch, ()), now=now)
-        members = move.members
-    return after(state, *(StageLoaded(i, state.epoch) for i in members), now=now)
-
-
 def said(state: ClusterState, event: Event, now: float = 0.0) -> list[str]:
     """What the user is told."""
     return [command.text for command in decide(state, event, now)[1] if isinstance(command, Say)]
@@ -70,3 +62,57 @@ JOINS = tuple(Joined(i, hello(name, 100 + i)) for i, name in enumerate(NAMES))
 TO_PLAN = (*JOINS, LinksMeasured())
 TO_LOAD = (*TO_PLAN, Planned(1, THREE))
 TO_SERVE = (*TO_LOAD, *(StageLoaded(i, epoch(1)) for i in (2, 0, 1)))
+
+
+# --- transitions
+
+A, B, C = (Peer(name, "host", 7001 + i, 100 + i, 700 + 7 * i) for i, name in enumerate(NAMES))
+SHORT = ModelFileError("12 MB are missing")
+KEPT = (Kept(5, 12), Kept(9, 0))
+
+
+def chain(*stages: tuple[str, int, int], **changes: float) -> Placement:
+    return Placement(tuple(Assignment(*stage) for stage in stages), 4, **changes)  # type: ignore[arg-type]
+
+
+SHIFTED = chain(("a", 0, 1), ("b", 1, 5), ("c", 5, 6))
+WITHOUT_B = chain(("a", 0, 3), ("c", 3, 6))
+
+
+def serving(placement: Placement = THREE, now: float = 0.0, **changes: object) -> ClusterState:
+    """The nodes of the placement have served epoch 1 since `now`."""
+    state, _ = after(fresh(moves="move", **changes), *TO_PLAN, Planned(1, placement), now=now)
+    state, _ = after(state, *(StageLoaded(i, epoch(1)) for i in state.holders()), now=now)
+    assert state.phase == "serving"
+    return state
+
+
+def assigns(commands: list[Command]) -> dict[int, Assign]:
+    return {c.member: c.assign for c in commands if isinstance(c, SendAssign)}
+
+
+def kinds(commands: list[Command]) -> list[str]:
+    return [type(command).__name__ for command in commands]
+
+
+def all_prepared(state: ClusterState) -> list[Event]:
+    move = state.transition
+    assert move is not None
+    return [*(StagePrepared(i, move.epoch, 0.5, 1000) for i in move.members), Reached(move.epoch)]
+
+
+def committed(state: ClusterState, now: float = 0.0) -> ClusterState:
+    move = state.transition
+    assert move is not None
+    state, _ = after(state, *all_prepared(state), Quiet(move.epoch, KEPT), now=now)
+    assert state.phase == "committing"
+    return state
+
+
+def arrived(state: ClusterState, now: float = 0.0) -> tuple[ClusterState, list[Command]]:
+    """After the nodes and the coordinator have carried out the orders of the newest epoch."""
+    move = state.transition
+    members = state.holders() if move is None else move.members
+    if move is not None:
+        state = committed(state, now)
+    return after(state, *(StageLoaded(i, state.epoch) for i in members), now=now)

@@ -555,6 +555,8 @@ A, B, C, D = range(4)
         ("the keeper is gone, too", (0, 6), [(A, 0, 3), (B, 3, 6), (C, 6, 9)], [(C, 0, 9)], Loss(6, C)),
         ("a newcomer learns the tokens by Steps", (3, 6), [(A, 0, 3), (B, 3, 6), (C, 6, 9)],
          [(A, 0, 3), (D, 3, 6), (C, 6, 9)], Loss(6, D)),
+        ("a node that was restarted learns them again", (3, 6), [(A, 0, 3), (B, 3, 6), (C, 6, 9)],
+         [(A, 0, 3), (B, 3, 6), (C, 6, 9)], Loss(6, B)),
         ("a newcomer has keys and values from others", (3, 6), [(A, 0, 3), (B, 3, 6), (C, 6, 9)],
          [(A, 0, 5), (D, 5, 7), (C, 7, 9)], Loss(6, D, A, 3)),
         ("a newcomer that no Step would pass", (6, 9), [(A, 0, 6), (B, 6, 9)], [(A, 0, 8), (D, 8, 9)],

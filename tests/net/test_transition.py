@@ -3,12 +3,35 @@
 from dataclasses import replace
 
 import pytest
-from tests.net.clusters import GONE, JOINS, NAMES, THREE, TO_PLAN, after, epoch, fresh, hello, said
+from tests.net.clusters import (
+    GONE,
+    JOINS,
+    KEPT,
+    NAMES,
+    SHIFTED,
+    SHORT,
+    THREE,
+    TO_PLAN,
+    WITHOUT_B,
+    A,
+    B,
+    C,
+    after,
+    all_prepared,
+    arrived,
+    assigns,
+    chain,
+    committed,
+    epoch,
+    hello,
+    kinds,
+    said,
+    serving,
+)
 
-from shoal.engine.errors import ModelFileError, NoPlanError
+from shoal.engine.errors import NoPlanError
 from shoal.net.errors import NodeLostError, StageStuckError
 from shoal.net.events import (
-    Command,
     Event,
     HangUp,
     Heard,
@@ -38,61 +61,10 @@ from shoal.net.events import (
     Unreach,
 )
 from shoal.net.members import ClusterState
-from shoal.net.messages import Assign, Commit, Condition, Gift, Kept, Peer, Progress, Take
+from shoal.net.messages import Assign, Commit, Condition, Gift, Progress, Take
 from shoal.net.placement import Placement
 from shoal.net.transition import COMMIT_SECONDS, COPY_SECONDS, HOLD_SECONDS, flows
-from shoal.planner import Assignment
 from shoal.planner.groups import plain_groupings
-
-A, B, C = (Peer(name, "host", 7001 + i, 100 + i, 700 + 7 * i) for i, name in enumerate(NAMES))
-SHORT = ModelFileError("12 MB are missing")
-KEPT = (Kept(5, 12), Kept(9, 0))
-
-
-def chain(*stages: tuple[str, int, int], **changes: float) -> Placement:
-    return Placement(tuple(Assignment(*stage) for stage in stages), 4, **changes)  # type: ignore[arg-type]
-
-
-SHIFTED = chain(("a", 0, 1), ("b", 1, 5), ("c", 5, 6))
-WITHOUT_B = chain(("a", 0, 3), ("c", 3, 6))
-
-
-def serving(placement: Placement = THREE, now: float = 0.0, **changes: object) -> ClusterState:
-    """The nodes of the placement have served epoch 1 since `now`."""
-    state, _ = after(fresh(moves="move", **changes), *TO_PLAN, Planned(1, placement), now=now)
-    state, _ = after(state, *(StageLoaded(i, epoch(1)) for i in state.holders()), now=now)
-    assert state.phase == "serving"
-    return state
-
-
-def assigns(commands: list[Command]) -> dict[int, Assign]:
-    return {c.member: c.assign for c in commands if isinstance(c, SendAssign)}
-
-
-def kinds(commands: list[Command]) -> list[str]:
-    return [type(command).__name__ for command in commands]
-
-
-def all_prepared(state: ClusterState) -> list[Event]:
-    move = state.transition
-    assert move is not None
-    return [*(StagePrepared(i, move.epoch, 0.5, 1000) for i in move.members), Reached(move.epoch)]
-
-
-def committed(state: ClusterState, now: float = 0.0) -> ClusterState:
-    move = state.transition
-    assert move is not None
-    state, _ = after(state, *all_prepared(state), Quiet(move.epoch, KEPT), now=now)
-    assert state.phase == "committing"
-    return state
-
-
-def served(state: ClusterState, now: float = 0.0) -> tuple[ClusterState, list[Command]]:
-    """After the rest of a transition."""
-    move = state.transition
-    assert move is not None
-    return after(committed(state, now), *(StageLoaded(i, move.epoch) for i in move.members), now=now)
-
 
 # --- what moves
 
@@ -140,7 +112,7 @@ def test_what_moves_between_two_placements(
 # --- the way through
 
 
-def test_layers_move_beside_a_chain_that_is_served() -> None:
+def test_layers_move_beside_a_chain_that_is_arrived() -> None:
     state, commands = after(serving(), Proposed(SHIFTED, "b is idle"), now=10.0)
     assert (state.phase, state.epoch, state.placement) == ("serving", epoch(1), THREE)
     assert commands == [
@@ -211,7 +183,7 @@ def test_a_node_that_joins_gets_the_history_of_the_sessions() -> None:
     assert orders[0].gives == (Gift(B, 2, 3, history=True),)
     assert orders[2].gives == (Gift(B, 3, 4, history=True),)
     assert orders[1].takes == (Take(100, 2, 3), Take(102, 3, 4)) and orders[1].base == 1
-    assert served(state)[0].standing == {0, 1, 2}
+    assert arrived(state)[0].standing == {0, 1, 2}
 
 
 def test_a_plan_with_a_node_that_is_back_becomes_a_transition_within_ten_seconds() -> None:
@@ -223,7 +195,7 @@ def test_a_plan_with_a_node_that_is_back_becomes_a_transition_within_ten_seconds
     state, commands = after(state, Planned(2, replace(THREE, tokens_per_s=150.0)), now=24.5)
     assert set(assigns(commands)) == {0, 1, 2} and state.phase == "serving"
     assert not any(isinstance(command, Pause) for command in commands)
-    state, commands = served(state, now=26.0)
+    state, commands = arrived(state, now=26.0)
     assert commands[0] == Serve(epoch(2), 1) and state.placement.tokens_per_s == 150.0
 
 
@@ -234,7 +206,7 @@ def test_layers_that_move_again_and_again_keep_no_node_out() -> None:
         state, _ = after(
             state, Proposed(chain(("a", 0, int(second) % 4 + 1), ("c", int(second) % 4 + 1, 6)), "")
         )
-        state, _ = served(state, now=second)
+        state, _ = arrived(state, now=second)
     assert MakePlan(2, (0, 1, 2)) in after(state, Tick(), now=13.25)[1]
 
 
@@ -327,7 +299,7 @@ def test_a_node_that_cannot_prepare_leaves_the_chain_as_it_is(holding: bool) -> 
     other, commands = after(state, Proposed(WITHOUT_B, ""), now=12.0)
     assert {assign.epoch for assign in assigns(commands).values()} == {epoch(3)}
     # One that is served ends the row.
-    assert served(other, now=13.0)[0].setback is None
+    assert arrived(other, now=13.0)[0].setback is None
 
 
 def test_a_taker_that_cannot_be_reached_is_not_lost_but_the_link_is_measured_again() -> None:
@@ -393,14 +365,14 @@ def test_the_death_of_the_first_or_last_node(dead: int, placement: Placement, lo
     move = state.transition
     assert move is not None and move.lost == lost
     assert after(state, *all_prepared(state))[1] == [Hold(epoch(2), epoch(1))]
-    assert served(state)[1][0] == Serve(epoch(2), 1, lost)
+    assert arrived(state)[1][0] == Serve(epoch(2), 1, lost)
 
 
 def test_both_ends_die() -> None:
     state, _ = after(serving(), Left(0, GONE), Left(2, GONE))
     state, commands = after(state, Planned(3, chain(("b", 0, 6))))
     assert assigns(commands) == {1: Assign(epoch(2), 0, 6, None, 4, 99, plain_groupings(1), 1)}
-    assert served(state)[1][0] == Serve(epoch(2), 1, (0, 5))
+    assert arrived(state)[1][0] == Serve(epoch(2), 1, (0, 5))
 
 
 def test_the_second_death_is_planned_for_from_the_same_base() -> None:
@@ -419,7 +391,7 @@ def test_the_second_death_is_planned_for_from_the_same_base() -> None:
         counter = state.issued + 1
         state, commands = after(state, Planned(3, alone))
         assert assigns(commands) == {0: Assign(epoch(counter), 0, 6, None, 4, 99, plain_groupings(1), 1)}
-        assert served(state)[1][0] == Serve(epoch(counter), 1, (2, 5))
+        assert arrived(state)[1][0] == Serve(epoch(counter), 1, (2, 5))
 
 
 @pytest.mark.parametrize("holding", [False, True])
@@ -534,7 +506,7 @@ def test_stages_stand_while_nodes_are_waited_for() -> None:
     assert orders[1] == Assign(epoch(2), 2, 4, C, 4, 100, plain_groupings(3), 1) and all(
         assign.base == 1 for assign in orders.values()
     )
-    assert served(state, now=42.0)[1][0] == Serve(epoch(2), 1, (2, 4))
+    assert arrived(state, now=42.0)[1][0] == Serve(epoch(2), 1, (2, 4))
 
 
 def test_a_newcomer_whom_nobody_tells_the_tokens_is_loaded_with_the_others() -> None:
@@ -544,7 +516,7 @@ def test_a_newcomer_whom_nobody_tells_the_tokens_is_loaded_with_the_others() -> 
     assert state.phase == "loading" and {a.base for a in assigns(commands).values()} == {None}
     # If a has it, nothing is lost at all.
     state, commands = after(serving(before), Left(2, GONE), Planned(2, chain(("a", 0, 6))))
-    assert served(state)[1][0] == Serve(epoch(2), 1, (0, 0))
+    assert arrived(state)[1][0] == Serve(epoch(2), 1, (0, 0))
 
 
 # --- connections
@@ -559,14 +531,14 @@ def test_a_connection_that_failed_alone_costs_nothing() -> None:
     ]  # fmt: skip
     # Its neighbours report the ends of their connections, too.
     assert after(state, StageBroken(1, epoch(1), GONE, 102)) == (state, [])
-    assert served(state)[1][0] == Serve(epoch(2), 1, (0, 0))
+    assert arrived(state)[1][0] == Serve(epoch(2), 1, (0, 0))
 
 
 def test_a_node_with_a_new_connection_has_lost_its_units_only() -> None:
     state, commands = after(serving(), JOINS[1])
     assert commands[0] == Pause(epoch(1)) and state.phase == "moving"
     assert [assign.base for assign in assigns(commands).values()] == [1, 1, 1]
-    assert served(state)[1][0] == Serve(epoch(2), 1, (2, 4))
+    assert arrived(state)[1][0] == Serve(epoch(2), 1, (2, 4))
 
 
 def test_a_new_connection_during_a_transition_ends_it() -> None:
@@ -600,114 +572,6 @@ def test_a_chain_that_stands_still_is_loaded_anew_also_beside_a_transition() -> 
     assert state.phase == "loading" and state.placement == THREE
     assert Unreach(epoch(2)) in commands and Pause(epoch(1)) in commands
     assert {(a.epoch, a.base) for a in assigns(commands).values()} == {(epoch(3), None)}
-
-
-# --- nodes that are leaving
-
-LEAVING = Heard(1, condition=Condition(leaving=True, reason="battery at 12 %"))
-
-
-def test_a_node_that_is_leaving_is_emptied_and_released() -> None:
-    state = serving()
-    assert said(state, LEAVING, now=10.0) == ["b (host:7002) is leaving: battery at 12 %"]
-    state, commands = after(state, LEAVING, now=10.0)
-    assert commands == [] and said(state, LEAVING, now=10.1) == []
-    state, commands = after(state, Tick(), now=10.25)
-    assert MakePlan(2, (0, 2)) in commands and state.phase == "serving"
-    # It is no reason against the plan that it is slower.
-    slower = replace(WITHOUT_B, tokens_per_s=-1.0)
-    state, commands = after(state, Planned(2, slower), now=10.5)
-    assert assigns(commands)[1].gives == (Gift(A, 2, 3), Gift(C, 3, 4))
-    state, commands = served(state, now=11.0)
-    assert commands[:2] == [Serve(epoch(2), 1), SendRelease(1, epoch(2))]
-    for greeted in (False, True):
-        assert said(state, Left(1, GONE, greeted), now=12.0) == ["b (host:7002) has left"]
-    state, _ = after(state, Left(1, GONE), now=12.0)
-    assert state.members[1].losses == 0 and state.phase == "serving"
-
-
-def test_a_smaller_share_is_said_once() -> None:
-    state, why = serving(), "its battery has 43 °C, more than 42 °C"
-    heat = Heard(1, condition=Condition(0.7, False, why))
-    assert said(state, heat) == [f"b (host:7002) computes for at most 70% of the time: {why}"]
-    state, _ = after(state, heat)
-    assert said(state, heat) == []
-    whole = Heard(1, condition=Condition())
-    assert said(state, whole) == ["b (host:7002) computes for at most 100% of the time"]
-    assert state.phase == "serving" and state.members[1].condition.share == 0.7
-
-
-def test_a_node_that_the_others_need_stays_and_that_is_said_once() -> None:
-    state, _ = after(serving(), LEAVING, Tick(), now=10.0)
-    failed = Planned(2, NoPlanError("12 MB are missing"))
-    assert said(state, failed, now=11.0) == [
-        "the other nodes cannot hold the model without b (host:7002): not left out yet"
-    ]
-    state, commands = after(state, failed, now=11.0)
-    assert commands == [] and state.phase == "serving"
-    state, _ = after(state, *(Heard(i) for i in range(3)), now=11.0)
-    for now in (12.0, 20.0, 60.0):
-        assert not any(isinstance(c, MakePlan) for c in after(state, Tick(), now=now)[1])
-    # A loss: it is planned with, since there is no other way.
-    commands = after(state, Left(2, GONE), now=20.0)[1]
-    assert commands[-1] == MakePlan(3, (0, 1))
-
-
-def test_another_node_may_let_it_go_after_all() -> None:
-    four = (*NAMES, "d")
-    state, _ = after(fresh(four, moves="move"), *JOINS, Left(3, GONE), *TO_PLAN[3:], Planned(1, THREE))
-    state, _ = after(state, *(StageLoaded(i, epoch(1)) for i in range(3)))
-    state, _ = after(state, LEAVING, Tick(), Planned(2, NoPlanError("no")), now=10.0)
-    state, _ = after(state, Joined(3, hello("d", 103)), now=20.0)
-    state, _ = after(state, *TO_PLAN[3:], *(Heard(i) for i in range(3)), now=20.0)
-    assert MakePlan(3, (0, 2, 3)) in after(state, Tick(), now=20.25)[1]
-
-
-def test_a_loss_beside_a_node_that_is_leaving_uses_it_only_if_it_must() -> None:
-    state, _ = after(serving(), LEAVING, now=10.0)
-    state, commands = after(state, Left(2, GONE), now=10.1)
-    assert commands[-1] == MakePlan(2, (0,))
-    failed = Planned(2, NoPlanError("no"))
-    assert said(state, failed, now=10.2) == [
-        "the other nodes cannot hold the model without b (host:7002): not left out yet"
-    ]
-    assert after(state, failed, now=10.2)[1] == [MakePlan(3, (0, 1))]
-
-
-def test_a_node_that_begins_to_leave_ends_the_transition_that_would_use_it() -> None:
-    state, _ = after(serving(WITHOUT_B), Proposed(THREE, ""))
-    state, commands = after(state, LEAVING)
-    assert commands[0] == SendAbort(0, epoch(2)) and state.transition is None
-    # Not one that empties it, and not after the commit.
-    state, _ = after(serving(), Proposed(WITHOUT_B, ""))
-    assert after(state, LEAVING)[0].transition is not None
-    state, _ = after(serving(), Proposed(SHIFTED, ""))
-    assert after(committed(state), LEAVING)[0].phase == "committing"
-
-
-def test_a_node_that_need_not_leave_any_more_is_planned_with_again() -> None:
-    state, _ = after(serving(), LEAVING, Tick(), Planned(2, WITHOUT_B), now=10.0)
-    state, _ = served(state, now=11.0)
-    stays = Heard(1, condition=Condition())
-    assert said(state, stays, now=20.0) == ["b (host:7002) can be used again"]
-    state, _ = after(state, Heard(0), Heard(2), stays, now=20.0)
-    assert MakePlan(3, (0, 1, 2)) in after(state, Tick(), now=23.0)[1]
-
-
-def test_a_failed_attempt_to_empty_a_node_is_repeated_later() -> None:
-    state, _ = after(serving(), LEAVING, Tick(), Planned(2, WITHOUT_B), now=10.0)
-    state, _ = after(state, StageBroken(0, epoch(2), SHORT, None), now=11.0)
-    assert not any(isinstance(c, MakePlan) for c in after(state, Tick(), now=15.9)[1])
-    assert MakePlan(3, (0, 2)) in after(state, Tick(), now=16.0)[1]
-
-
-def test_a_share_of_a_node_is_kept_for_plans() -> None:
-    half = Heard(1, condition=Condition(share=0.5))
-    state, commands = after(serving(), half)
-    assert (state.members[1].condition.share, commands) == (0.5, [])
-    assert said(serving(), half) == ["b (host:7002) computes for at most 50% of the time"]
-    # A new process has a policy of its own.
-    assert after(state, Joined(1, hello("b", 555)))[0].members[1].condition == Condition()
 
 
 def test_strict_coordinators_end_when_a_stage_is_lost_and_not_when_a_transition_fails() -> None:

@@ -233,7 +233,7 @@ def test_a_stage_that_cannot_be_prepared_is_told_and_the_chain_goes_on(
             raise error
         return 500 if beside else 1000
 
-    def prepare(stage: Any, first: int, last: int) -> None:
+    def prepare(stage: Any, first: int, last: int, kv_bytes: int | None = None) -> None:
         raise error
 
     async def test(hand: Hand) -> None:

@@ -226,15 +226,13 @@ class StageOpener:
 
     def kv_bytes(self, first: int, last: int, beside: range = range(0)) -> int:
         """What a stage of units [first, last) leaves for keys and values, while a stage of units `beside` is
-        ready as well. NoPlanError: nothing."""
+        ready as well, whose workspace takes no memory before it runs. NoPlanError: nothing."""
         model, device = self._model, self._device
         units = {*range(first, last), *beside}
         held = sum(unit_cost(model, u).bytes for u in units)
         if len(units) == model.n_units:
             held -= tied_bytes(model)
         held += constant_bytes(model.program) + workspace_bytes(model, self._options, first, last)
-        if beside:
-            held += workspace_bytes(model, self._options, beside.start, beside.stop)
         held += message_bytes(model, self._options)
         left = device.ram_bytes - device.base_bytes - held
         if left <= 0:

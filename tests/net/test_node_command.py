@@ -194,6 +194,24 @@ def test_stages_stay_within_the_promised_ram(model: Path) -> None:
     assert left == 10**8 - 10**6 - taken > 0
 
 
+def test_a_range_that_is_prepared_takes_the_weights_that_it_does_not_share(model: Path) -> None:
+    from shoal.engine.costs import unit_cost
+    from shoal.engine.errors import NoPlanError
+    from shoal.engine.model_directory import Model
+    from shoal.engine.stage import StageOptions
+    from shoal.planner import Device
+
+    opened = Model.open(model)
+    bytes_of = [unit_cost(opened, u).bytes for u in range(opened.n_units)]
+    room = StageOpener(opened, StageOptions(), Device("any", 10**8, 1e9, 1e9, 10**6)).kv_bytes
+    assert room(1, 3, range(0)) == room(1, 3)
+    assert room(1, 3, range(2, 3)) == room(1, 3)
+    assert room(1, 3, range(2)) == room(1, 3) - bytes_of[0]
+    just = 10**8 - room(1, 3)
+    with pytest.raises(NoPlanError, match=r"units \[1, 3\) beside \[0, 2\) need"):
+        StageOpener(opened, StageOptions(), Device("any", just + 1, 1e9, 1e9, 10**6)).kv_bytes(1, 3, range(2))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 8])
 def test_a_plan_that_just_fits_opens_whatever_the_threads(model: Path, threads: int) -> None:

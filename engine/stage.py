@@ -229,6 +229,15 @@ class Stage:
         run of the whole range. ValueError: they are not kept."""
         return self._kept.rows(sequence, unit, first, last)
 
+    def export_cuts(
+        self, sequence: int, units: Sequence[int], cuts: Sequence[tuple[int, int]]
+    ) -> list[list[bytes]]:
+        """What `export_positions` returns for each of the cuts [first, last) and each of the units, all of it
+        between the same two runs. Errors: see `export_positions`."""
+        with self._calls.alone():
+            kv = self._sequences[sequence].kv
+            return [[kv.export(unit, first, last) for unit in units] for first, last in cuts]
+
     def import_positions(
         self, sequence: int, unit: int, first: int, last: int, data: bytes | memoryview
     ) -> None:

@@ -23,6 +23,8 @@ LOOK_SECONDS = 0.05
 """How often a giver looks for chunks that have been finished."""
 SHARE = 0.5
 """The share of the link, and of the time, that copies may take while the stage runs."""
+MOST_CHUNKS = 4
+"""The most chunks of a session that are read at once, while the stage's next call may wait for that."""
 CARRIED_TOKENS = 4096
 """The most tokens in a Carried message."""
 
@@ -53,6 +55,8 @@ class Giver:
         """For each session, up to which position tokens have been sent."""
         self._commit: Commit | None = None
         self._ordered = trio.Event()
+        self._until = 0.0
+        """When the current pause is over."""
         self.bytes = 0
         """Bytes of keys and values that have been sent."""
 
@@ -72,33 +76,32 @@ class Giver:
             if not told:
                 copied()
                 told = True
-            await self._pause(LOOK_SECONDS)
+            await self._wait(LOOK_SECONDS)
         for kept in self._commit.sessions:
             known = self._work.sessions.get(kept.session)
             if kept.positions and known is None:
                 raise NetError(f"the commit has session {kept.session}, which is not open here")
-            while known is not None and self._next(kept.session) < kept.positions:
-                end = min(self._next(kept.session) + CHUNK, kept.positions)
-                if not await self._send(connection, kept.session, known, end):
-                    raise NetError(
-                        f"session {kept.session} does not hold the {kept.positions} positions of the commit"
-                    )
+            first = self._next(kept.session)
+            cuts = [(at, min(at + CHUNK, kept.positions)) for at in range(first, kept.positions, CHUNK)]
+            if known is not None and not await self._send(connection, kept.session, known, cuts):
+                raise NetError(
+                    f"session {kept.session} does not hold the {kept.positions} positions of the commit"
+                )
         await connection.send(Complete(self._epoch))
         await connection.flush()
 
     async def _copy(self, connection: Connection) -> bool:
-        """Sends the next finished chunk of each session. False: there is none."""
+        """Sends the next finished chunks of each session. False: there are none."""
         found = False
         for session, known in list(self._work.sessions.items()):
-            end = self._next(session) + CHUNK
-            if self._commit is not None or len(known.tokens) < end:
+            first = self._next(session)
+            end = min(first + MOST_CHUNKS * CHUNK, len(known.tokens) // CHUNK * CHUNK)
+            if self._commit is not None or end <= first:
                 continue
-            start, before = trio.current_time(), self.bytes
-            found |= await self._send(connection, session, known, end)
-            took = trio.current_time() - start
-            rate = self._bytes_per_s
-            usual = 0.0 if rate is None else (self.bytes - before) / rate
-            await self._pause(max(took, usual) / SHARE - took)
+            found |= await self._send(
+                connection, session, known, [(at, at + CHUNK) for at in range(first, end, CHUNK)]
+            )
+            await self._paused()
         for gone in self._sent.keys() - self._work.sessions.keys():
             del self._sent[gone]
             self._told.pop(gone, None)
@@ -113,23 +116,30 @@ class Giver:
             self._told[session] = min(self._told.get(session, 0), low)
         return self._sent.get(session, 0)
 
-    async def _send(self, connection: Connection, session: int, known: Session, end: int) -> bool:
-        """Sends the positions of a session up to `end`. False: the stage does not hold them any more."""
-        first = self._sent.get(session, 0)
+    async def _send(
+        self, connection: Connection, session: int, known: Session, cuts: Sequence[tuple[int, int]]
+    ) -> bool:
+        """Sends positions [first, last) of a session for each of the cuts, which follow each other. False:
+        the stage does not hold them any more."""
+        if not cuts:
+            return True
+        start = trio.current_time()
         try:
-            parts = await self._hop(partial(self._exported, session, first, end))
+            found = await self._hop(partial(self._stage.export_cuts, session, self._units, cuts))
         except (KeyError, ValueError):  # it has ended, or gone back, since it was looked at
             return False
+        self._rest((trio.current_time() - start) * (1 / SHARE - 1))
         if self._history:
-            await self._tell(connection, session, known, end)
-        for unit, data in zip(self._units, parts, strict=True):
-            await connection.send(Pages(session, self._epoch, unit, first, end, data))
-            self.bytes += len(data)
-        self._sent[session] = end
+            await self._tell(connection, session, known, cuts[-1][1])
+        for (first, last), parts in zip(cuts, found, strict=True):
+            for unit, data in zip(self._units, parts, strict=True):
+                await connection.send(Pages(session, self._epoch, unit, first, last, data))
+                self.bytes += len(data)
+                if self._bytes_per_s is not None:
+                    self._rest(len(data) / self._bytes_per_s / SHARE)
+                    await self._paused()
+        self._sent[session] = cuts[-1][1]
         return True
-
-    def _exported(self, session: int, first: int, end: int) -> list[bytes]:
-        return [self._stage.export_positions(session, unit, first, end) for unit in self._units]
 
     async def _tell(self, connection: Connection, session: int, known: Session, end: int) -> None:
         """Sends the tokens of a session up to `end`."""
@@ -139,10 +149,19 @@ class Giver:
             self._told[session] = last
             await connection.send(Carried(session, self._epoch, known.sampling, known.context, first, tokens))
 
-    async def _pause(self, seconds: float) -> None:
+    def _rest(self, seconds: float) -> None:
+        """Makes the next pause longer."""
+        self._until = max(self._until, trio.current_time()) + seconds
+
+    async def _paused(self) -> None:
+        """Waits until the pause is over, unless the commit has come."""
+        await self._wait(self._until - trio.current_time())
+
+    async def _wait(self, seconds: float) -> None:
         """Waits, but not any longer once the commit has come."""
-        with trio.move_on_after(seconds):
-            await self._ordered.wait()
+        if self._commit is None and seconds > 0:
+            with trio.move_on_after(seconds):
+                await self._ordered.wait()
 
 
 class Taker:

@@ -60,6 +60,8 @@ class NodeState:
 
     force: Force | None = None
     change: Change | None = None
+    newest: Epoch | None = None
+    """The epoch of the last Assign."""
 
     @property
     def epoch(self) -> Epoch | None:
@@ -69,8 +71,7 @@ class NodeState:
     def awaits(self, epoch: Epoch) -> bool:
         """Whether a giver's messages of this epoch are those of a transition whose Assign may be on its
         way."""
-        known = [part.assign.epoch for part in (self.force, self.change) if part is not None]
-        return all(epoch > other for other in known)
+        return self.newest is None or epoch > self.newest
 
     def taken(self, epoch: Epoch, giver: int) -> frozenset[int] | None:
         """The units whose keys and values are accepted from a giver; None if none are in that epoch, or not
@@ -237,7 +238,7 @@ def decide(state: NodeState, event: Event) -> Outcome:
     """The state after an event, and the commands to carry out."""
     match event:
         case Assign():
-            return _assigned(state, event)
+            return _assigned(replace(state, newest=event.epoch), event)
         case Commit():
             return _committed(state, event)
         case Abort(epoch):
@@ -272,8 +273,8 @@ def decide(state: NodeState, event: Event) -> Outcome:
 def _assigned(state: NodeState, assign: Assign) -> Outcome:
     """A new order replaces what is prepared, and without its base in force the whole stage."""
     if assign.base is None:
-        _, dropped = _dropped(state)
-        return NodeState(Force(assign, "loading")), (*dropped, OpenStage(assign))
+        state, dropped = _dropped(state)
+        return replace(state, force=Force(assign, "loading")), (*dropped, OpenStage(assign))
     force = state.force
     based = (
         force is not None
@@ -322,7 +323,7 @@ def _committed(state: NodeState, commit: Commit) -> Outcome:
             commands = (StopLoop(force.assign.epoch),)
             force = replace(force, phase="stopping")
     change = replace(change, phase="moving", commit=commit, due=frozenset(due))
-    state, more = _advanced(NodeState(force, change))
+    state, more = _advanced(replace(state, force=force, change=change))
     if LOOP not in due:
         more = (*_tails(change), *more)
     return state, (*commands, *more)
@@ -370,8 +371,8 @@ def _advanced(state: NodeState) -> Outcome:
     if change.phase != "moving":
         return state, ()
     if change.assign.first == change.assign.last:
-        _, dropped = _dropped(state)
-        return NodeState(), (Tell("loaded", epoch), *dropped)
+        state, dropped = _dropped(state)
+        return state, (Tell("loaded", epoch), *dropped)
     assert change.commit is not None
     return replace(state, change=replace(change, phase="adopting")), (Adopt(change.assign, change.commit),)
 
@@ -380,7 +381,8 @@ def _adopted(state: NodeState, epoch: Epoch) -> Outcome:
     change = state.change
     if change is None or change.assign.epoch != epoch or change.phase != "adopting":
         return state, ()
-    return NodeState(Force(change.assign, "serving")), (StartLoop(epoch), Tell("loaded", epoch))
+    state = replace(state, force=Force(change.assign, "serving"), change=None)
+    return state, (StartLoop(epoch), Tell("loaded", epoch))
 
 
 def _broken(state: NodeState, fault: Broken) -> Outcome:
@@ -405,4 +407,4 @@ def _broken(state: NodeState, fault: Broken) -> Outcome:
 
 def _dropped(state: NodeState) -> Outcome:
     parts = [part.assign.epoch for part in (state.change, state.force) if part is not None]
-    return NodeState(), tuple(Drop(epoch) for epoch in parts)
+    return replace(state, force=None, change=None), tuple(Drop(epoch) for epoch in parts)

@@ -51,8 +51,10 @@ class StageLike(Protocol):
     def close_sequence(self, sequence: int) -> None:
         """Ends a sequence; does nothing if it is not open."""
 
-    def export_positions(self, sequence: int, unit: int, first: int, last: int) -> bytes:
-        """Keys and values of positions of a unit."""
+    def export_cuts(
+        self, sequence: int, units: Sequence[int], cuts: Sequence[tuple[int, int]]
+    ) -> list[list[bytes]]:
+        """Keys and values of the positions [first, last) of each cut, of each of the units."""
 
     def rows_kept(self, sequence: int, unit: int) -> int:
         """Number of positions, from the first, whose rows into a unit the stage has kept."""
@@ -97,7 +99,7 @@ class IncomingLike(Protocol):
         """Takes the parameters and tokens of a sequence that the stage does not have."""
 
     def accept(self, sequence: int, unit: int, first: int, last: int, data: bytes | memoryview) -> None:
-        """Takes what `export_positions` returned on another stage."""
+        """Takes what `export_cuts` returned on another stage."""
 
     def close(self) -> None:
         """Forgets all that has arrived."""

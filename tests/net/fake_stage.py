@@ -91,6 +91,7 @@ class FakeStage:
         """The ranges that were opened, or prepared."""
         self.staged: list[FakeIncoming] = []
         self.limits: list[int] = []
+        self.exported: list[tuple[int, int, int, int]] = []
         self.kept: dict[int, dict[int, list[tuple[int, int]]]] = {}
         """The rows that went into a unit, by sequence and unit."""
 
@@ -177,7 +178,13 @@ class FakeStage:
         self.closed = True
         self.sequences.clear()
 
-    def export_positions(self, sequence: int, unit: int, first: int, last: int) -> bytes:
+    def export_cuts(
+        self, sequence: int, units: Sequence[int], cuts: Sequence[tuple[int, int]]
+    ) -> list[list[bytes]]:
+        return [[self._exported(sequence, unit, *cut) for unit in units] for cut in cuts]
+
+    def _exported(self, sequence: int, unit: int, first: int, last: int) -> bytes:
+        self.exported.append((sequence, unit, first, last))
         state = self.sequences[sequence].states.get(unit, [])
         if not 0 <= first < last <= len(state):
             raise ValueError(f"unit {unit} holds {len(state)} positions, not [{first}, {last})")

@@ -474,15 +474,21 @@ def test_real_stages_move_die_and_return_and_the_tokens_are_those_of_one_process
                 async def one(i: int) -> None:
                     found[i] = await lab.collect(coordinator, prompts[i], 100, sampling=SAMPLING)
 
+                async def move(names: Sequence[str], why: str) -> None:
+                    edges = [0, *sorted(rng.sample(range(1, n), len(names) - 1)), n]
+                    parts, count = zip(names, edges, edges[1:], strict=False), len(coordinator.moves)
+                    coordinator.move([Assignment(name, a, b) for name, a, b in parts], why)
+                    while len(coordinator.moves) == count:  # noqa: ASYNC110
+                        await trio.sleep(0.01)
+
                 async def disturb() -> None:
-                    for i in range(12):
-                        await trio.sleep(0.2)
-                        names = rng.sample([node.label for node in coordinator.nodes], rng.randint(1, 2))
-                        edges = [0, *sorted(rng.sample(range(1, n), len(names) - 1)), n]
-                        parts = zip(names, edges, edges[1:], strict=False)
-                        coordinator.move([Assignment(name, a, b) for name, a, b in parts], "at random")
-                        if i in (3, 7):
-                            await trio.sleep(rng.random() / 2)
+                    for i in range(8):
+                        await trio.sleep(rng.random() / 4)
+                        there = [node.label for node in coordinator.nodes]
+                        await move(rng.sample(there, rng.randint(1, len(there))), "at random")
+                        if i in (2, 5):
+                            await move(there, "so that the next loss loses units")
+                            await trio.sleep(rng.random() / 4)
                             await net.kill(7001 + i % 3)
                             net.restart(7001 + i % 3)
 

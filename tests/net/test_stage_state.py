@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import permutations
+from typing import Literal
 
 import pytest
 
@@ -57,9 +58,18 @@ def after(*events: Event, state: NodeState = EMPTY_STATE) -> tuple[NodeState, li
     return state, list(commands)
 
 
+def in_force(assign: Assign, phase: Literal["loading", "serving", "standing"]) -> NodeState:
+    return NodeState(Force(assign, phase), newest=assign.epoch)
+
+
 def serving() -> NodeState:
     state, _ = after(FIRST, Ready(OLD), Reached(OLD))
     return state
+
+
+def given_up() -> NodeState:
+    """The stage serves, and a transition has been given up."""
+    return replace(serving(), newest=NEW)
 
 
 def prepared(assign: Assign = MOVE) -> NodeState:
@@ -73,7 +83,7 @@ def prepared(assign: Assign = MOVE) -> NodeState:
 
 def test_a_stage_is_loaded_then_reaches_the_next_node_then_serves() -> None:
     state, commands = after(FIRST)
-    assert (state, commands) == (NodeState(Force(FIRST, "loading")), [OpenStage(FIRST)])
+    assert (state, commands) == (in_force(FIRST, "loading"), [OpenStage(FIRST)])
     state, commands = after(Ready(OLD), state=state)
     assert commands == [Dial(OLD, AFTER)]
     state, commands = after(Reached(OLD), state=state)
@@ -85,7 +95,7 @@ def test_a_stage_is_loaded_then_reaches_the_next_node_then_serves() -> None:
 def test_an_assignment_without_base_drops_what_there_is() -> None:
     fresh = replace(FIRST, epoch=NEWER)
     assert after(fresh, state=serving()) == (
-        NodeState(Force(fresh, "loading")),
+        in_force(fresh, "loading"),
         [Drop(OLD), OpenStage(fresh)],
     )
     assert after(fresh, state=prepared())[1] == [Drop(NEW), Drop(OLD), OpenStage(fresh)]
@@ -94,9 +104,9 @@ def test_an_assignment_without_base_drops_what_there_is() -> None:
 @pytest.mark.parametrize("end", [Release(NEWER), Gone()])
 def test_a_release_and_the_loss_of_the_coordinator_drop_everything(end: Event) -> None:
     assert after(end) == (NodeState(), [])
-    assert after(end, state=serving()) == (NodeState(), [Drop(OLD)])
-    assert after(end, state=prepared()) == (NodeState(), [Drop(NEW), Drop(OLD)])
-    assert after(COMMIT, end, state=prepared()) == (NodeState(), [Drop(NEW), Drop(OLD)])
+    assert after(end, state=serving()) == (NodeState(newest=OLD), [Drop(OLD)])
+    assert after(end, state=prepared()) == (NodeState(newest=NEW), [Drop(NEW), Drop(OLD)])
+    assert after(COMMIT, end, state=prepared()) == (NodeState(newest=NEW), [Drop(NEW), Drop(OLD)])
 
 
 def test_a_transition_is_prepared_beside_the_stage_in_force() -> None:
@@ -131,7 +141,7 @@ def test_after_commit_the_tail_follows_the_loop_and_the_change_follows_all(order
     assert told == [StopLoop(OLD), SendTail(COMMIT, 73), Adopt(MOVE, COMMIT)]
     state, commands = after(Adopted(NEW), state=state)
     assert (state, commands) == (
-        NodeState(Force(MOVE, "serving")),
+        in_force(MOVE, "serving"),
         [StartLoop(NEW), Tell("loaded", NEW)],
     )
 
@@ -151,7 +161,7 @@ def test_a_node_that_loses_all_units_sends_its_tails_and_is_free() -> None:
     state, commands = after(COMMIT, Stopped(OLD), state=state)
     assert commands == [SendTail(COMMIT, 73), SendTail(COMMIT, 74)]
     state, commands = after(Sent(NEW, 73), Sent(NEW, 74), state=state)
-    assert (state, commands) == (NodeState(), [Tell("loaded", NEW), Drop(NEW), Drop(OLD)])
+    assert (state, commands) == (NodeState(newest=NEW), [Tell("loaded", NEW), Drop(NEW), Drop(OLD)])
 
 
 def test_a_node_that_joins_opens_a_stage_and_takes_over_after_complete() -> None:
@@ -176,7 +186,7 @@ def test_a_stage_of_another_epoch_than_the_base_is_dropped_first(base: int) -> N
 
 @pytest.mark.parametrize("events", [(), (Ready(NEW),), (Ready(NEW), Reached(NEW), Copied(NEW, 73))])
 def test_abort_leaves_the_stage_in_force_alone(events: tuple[Event, ...]) -> None:
-    assert after(MOVE, *events, Abort(NEW), state=serving()) == (serving(), [Drop(NEW)])
+    assert after(MOVE, *events, Abort(NEW), state=serving()) == (given_up(), [Drop(NEW)])
 
 
 def test_what_arrives_for_an_aborted_or_unknown_transition_is_ignored() -> None:
@@ -202,15 +212,15 @@ def test_a_newer_transition_replaces_the_prepared_one() -> None:
 
 @pytest.mark.parametrize("fault", [STAGE_FAULT, NEXT_FAULT])
 def test_a_fault_before_commit_ends_the_transition_alone(fault: Broken) -> None:
-    assert after(MOVE, fault, state=serving()) == (serving(), [Drop(NEW), Tell(fault, NEW)])
-    assert after(fault, COMMIT, state=prepared()) == (serving(), [])
+    assert after(MOVE, fault, state=serving()) == (given_up(), [Drop(NEW), Tell(fault, NEW)])
+    assert after(fault, COMMIT, state=prepared()) == (given_up(), [])
 
 
 @pytest.mark.parametrize("fault", [STAGE_FAULT, NEXT_FAULT])
 @pytest.mark.parametrize("events", [(), (Stopped(OLD), Sent(NEW, 73), Completed(NEW, 71))])
 def test_a_fault_after_commit_drops_everything(fault: Broken, events: tuple[Event, ...]) -> None:
     state, _ = after(COMMIT, *events, state=prepared())
-    assert after(fault, state=state) == (NodeState(), [Drop(NEW), Drop(OLD), Tell(fault, NEW)])
+    assert after(fault, state=state) == (NodeState(newest=NEW), [Drop(NEW), Drop(OLD), Tell(fault, NEW)])
 
 
 def test_a_stage_without_its_next_node_stands_until_the_next_order() -> None:
@@ -218,7 +228,7 @@ def test_a_stage_without_its_next_node_stands_until_the_next_order() -> None:
     state, commands = after(fault, state=serving())
     assert commands == [StopLoop(OLD), Tell(fault, OLD)]
     state, commands = after(Stopped(OLD), state=state)
-    assert (state, commands) == (NodeState(Force(FIRST, "standing")), [])
+    assert (state, commands) == (in_force(FIRST, "standing"), [])
     assert after(fault, state=state) == (state, [])
     same = replace(FIRST, epoch=NEW, base=1, next=None, last=6)
     assert after(same, Ready(NEW), COMMIT, state=state)[1] == [Adopt(same, COMMIT)]
@@ -240,13 +250,13 @@ def test_the_next_node_is_lost_while_a_transition_is_prepared() -> None:
     state, commands = after(fault, state=prepared())
     assert commands == [StopLoop(OLD), Tell(fault, OLD)]
     state, commands = after(Stopped(OLD), Abort(NEW), state=state)
-    assert (state, commands) == (NodeState(Force(FIRST, "standing")), [Drop(NEW)])
+    assert (state.force, commands) == (Force(FIRST, "standing"), [Drop(NEW)])
 
 
 @pytest.mark.parametrize("events", [(), (Ready(OLD),), (Ready(OLD), Reached(OLD))])
 def test_a_fault_of_the_stage_itself_drops_it(events: tuple[Event, ...]) -> None:
     fault = Broken(OLD, 3, "layer-3 is damaged", None)
-    assert after(FIRST, *events, fault) == (NodeState(), [Drop(OLD), Tell(fault, OLD)])
+    assert after(FIRST, *events, fault) == (NodeState(newest=OLD), [Drop(OLD), Tell(fault, OLD)])
 
 
 def test_only_the_named_givers_units_are_accepted_until_their_complete() -> None:
@@ -263,3 +273,6 @@ def test_messages_of_a_transition_may_precede_its_assign() -> None:
     assert [NodeState().awaits(epoch) for epoch in (OLD, NEW)] == [True, True]
     assert [serving().awaits(epoch) for epoch in (OLD, NEW)] == [False, True]
     assert [prepared().awaits(epoch) for epoch in (OLD, NEW, NEWER)] == [False, False, True]
+    for end in (Abort(NEW), Release(NEW)):
+        state, _ = after(end, state=prepared())
+        assert [state.awaits(epoch) for epoch in (OLD, NEW, NEWER)] == [False, False, True]

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
 
 import pytest
 import trio
@@ -73,20 +72,12 @@ def test_answers_go_on_while_a_transition_is_prepared(lab: ModuleType) -> None:
     with_nodes(lab, test)
 
 
-def test_finished_chunks_are_sent_ahead_and_once(lab: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    sent: list[tuple[int, int, int, int]] = []
-    export = lab.FakeStage.export_positions
-
-    def noted(stage: Any, sequence: int, unit: int, first: int, last: int) -> bytes:
-        sent.append((sequence, unit, first, last))
-        return export(stage, sequence, unit, first, last)  # type: ignore[no-any-return]
-
-    monkeypatch.setattr(lab.FakeStage, "export_positions", noted)
-
+def test_finished_chunks_are_sent_ahead_and_once(lab: ModuleType) -> None:
     async def test(hand: Hand) -> None:
         await hand.load(*places((0, 3, 6)))
         await hand.open(1, *range(10))
         ports = await hand.prepare(*places((0, 2, 6)))
+        sent = hand.stage(7001).exported
         assert sent == [(1, 2, 0, 4), (1, 2, 4, 8)]
         await hand.step(1, 3)
         await trio.sleep(1)

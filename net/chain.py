@@ -42,8 +42,9 @@ class Seated(Protocol):
     def generation(self) -> Generation:
         """What is known of the sequence."""
 
-    def take(self, message: Result | Failed) -> Sequence[Step | Refill]:
-        """Takes a message of the chain; returns the messages that are due after it."""
+    def take(self, message: Result | Failed, *, fill: bool) -> Sequence[Step | Refill]:
+        """Takes a message of the chain; returns the messages that are due after it. `fill`: it is a Result of
+        rows that fill lost positions."""
 
     def due_steps(self) -> Sequence[Step | Refill]:
         """The messages to send now; none while the chain is held."""
@@ -108,9 +109,8 @@ class Chain:
         if result.epoch != self.flow.epoch:
             return True
         session = self.sessions.get(result.session)
-        if session is None:  # it has been closed
-            return member in (self.last, self.filler)
-        return member == (self.filler if session.filling else self.last)
+        filling = session is None or session.filling  # None: it has been closed
+        return member == self.last or (member == self.filler and filling)
 
     def join(self, session: int, waiting: Seated) -> None:
         """Passes the results of a session to `waiting`."""
@@ -127,17 +127,18 @@ class Chain:
             self.send([close])
         self._look()
 
-    def deliver(self, messages: Iterable[Result | Failed]) -> None:
-        """Passes results to their sessions, and sends the Steps that are due after them in one write, before
-        anybody looks at the tokens. Results of old epochs and of sessions that have ended are dropped; and
-        those that come after `quiet` was called, since the nodes forget what is beyond its positions."""
+    def deliver(self, member: int, messages: Iterable[Result | Failed]) -> None:
+        """Passes results of a member to their sessions, and sends the Steps that are due after them in one
+        write, before anybody looks at the tokens. Results of old epochs and of sessions that have ended are
+        dropped; and those that come after `quiet` was called, since the nodes forget what is beyond its
+        positions."""
         if self._closes is not None:
             return
         due: list[Message] = []
         for message in messages:
             session = self.sessions.get(message.session)
             if session is not None and message.epoch == self.flow.epoch:
-                due += session.take(message)
+                due += session.take(message, fill=session.filling and member == self.filler)
         self.send(due)
         self._look()
 

@@ -361,7 +361,7 @@ class Coordinator:
             if isinstance(message, Result) and not chain.expects(member, message):
                 who = self._state.members[member].label
                 raise RemoteProtocolError(f"{who} sent a Result and is not the last node of the chain")
-        chain.deliver(messages)
+        chain.deliver(member, messages)
 
     # --- commands
 

@@ -124,9 +124,12 @@ class Generation:
     _old: int = field(init=False, default=0)
     """How many of the Steps in flight, from the first, belong to an abandoned answer."""
     _fill: Fill | None = field(init=False, default=None)
-    """How positions [0, _sent) of lost units are filled before any other rows are sent."""
+    """How positions [0, _lost) of lost units are filled before any other rows are sent."""
+    _lost: int = field(init=False, default=0)
     _filled: int = field(init=False, default=0)
-    """The positions that are filled, or will be when all Steps in flight are done."""
+    """The positions that are filled, or will be when `_fills` are done."""
+    _fills: deque[Step] = field(init=False, default_factory=deque)
+    """The Steps in flight that fill positions."""
 
     def check(self, prompt: Sequence[int]) -> None:
         """Checks a prompt. ContextError: it is empty, or leaves no position for an answer. ValueError: a
@@ -151,6 +154,7 @@ class Generation:
         self.check(prompt)
         self._old = len(self._in_flight)
         self._sent = min(common_prefix(self.known[: self._sent], prompt), len(prompt) - 1)
+        self._lost = min(self._lost, self._sent)
         self._carried = self._flow is not None
         self.known, self._asked, self._end = list(prompt), len(prompt), end
         self._last = min(len(prompt) + max_tokens, self.context + 1)
@@ -170,7 +174,7 @@ class Generation:
         assert self._flow is not None and not self.filling
         self._sent, self._flow, self._old, self._carried = self.held, flow, 0, True
         self._in_flight.clear()
-        self._fill, self._filled = fill, 0
+        self._fill, self._filled, self._lost = fill, 0, self._sent
         self._plan_cut()
         return None if fill is None else Open(self.session, flow.epoch, self.sampling, self.context)
 
@@ -183,7 +187,7 @@ class Generation:
     @property
     def filling(self) -> bool:
         """Whether positions of lost units remain to be filled."""
-        return self._fill is not None and (self._filled < self._sent or bool(self._in_flight))
+        return self._fill is not None and (self._filled < self._lost or bool(self._fills))
 
     @property
     def decodes(self) -> bool:
@@ -193,7 +197,7 @@ class Generation:
     @property
     def reads(self) -> bool:
         """Whether rows of a prompt, or of positions that are filled, are on their way."""
-        return any(len(step.tokens) > 1 for step in self._in_flight)
+        return bool(self._fills) or any(len(step.tokens) > 1 for step in self._in_flight)
 
     @property
     def made(self) -> int:
@@ -213,74 +217,70 @@ class Generation:
     @property
     def in_flight(self) -> int:
         """The number of Steps whose results have not been taken."""
-        return len(self._in_flight)
+        return len(self._in_flight) + len(self._fills)
 
     def due(self) -> list[Step | Refill]:
         """The messages to send now, as far as the window allows. The Step with the last known token wants a
-        token."""
-        if self.finished:
-            return []
-        if self._fill is not None:
-            if self.filling:
-                return self._due_fill(self._fill)
-            self._fill = None
+        token. Lost positions are filled before."""
         steps: list[Step | Refill] = []
-        while self._sent < len(self.known) and self._open_window:
+        if self.finished:
+            return steps
+        assert self._flow is not None
+        if self._fill is not None:
+            self._add_fills(steps, self._fill)
+            if self._filled < self._lost or self._refilling:
+                return steps
+            self._fill = self._fill if self._fills else None
+        while self._sent < len(self.known) and self.in_flight < self._flow.window:
             step = self._step(self._sent, len(self.known), self._cut)
+            self._in_flight.append(step)
             self._sent += len(step.tokens)
             steps.append(step)
         return steps
 
-    def _due_fill(self, fill: Fill) -> list[Step | Refill]:
-        """The messages that fill lost positions: a Refill of the rows that a stage has kept, and after their
-        Results, Steps."""
+    def _add_fills(self, steps: list[Step | Refill], fill: Fill) -> None:
+        """Adds the messages that fill lost positions: a Refill of the rows that a stage has kept, and after
+        their Results, Steps. Other Steps may follow these at once, since they go the same way."""
         assert self._flow is not None
-        kept, part = min(fill.kept, self._sent), (fill.enter, fill.until)
+        kept, part = min(fill.kept, self._lost), (fill.enter, fill.until)
         if self._filled < kept:
             tokens, self._filled = tuple(self.known[:kept]), kept
-            self._in_flight.append(Step(self.session, self._flow.epoch, 0, tokens, Want.NOTHING, part=part))
-            return [Refill(self.session, self._flow.epoch, 0, kept, *part)]
-        steps: list[Step | Refill] = []
-        while self._filled < self._sent and self._open_window and not self._refilling:
-            step = self._step(self._filled, self._sent, self._flow.cut(self._sent), (0, fill.until))
+            self._fills.append(Step(self.session, self._flow.epoch, 0, tokens, Want.NOTHING, part=part))
+            steps.append(Refill(self.session, self._flow.epoch, 0, kept, *part))
+        while self._filled < self._lost and self.in_flight < self._flow.window and not self._refilling:
+            step = self._step(self._filled, self._lost, self._flow.cut(self._lost), (0, fill.until))
+            self._fills.append(step)
             self._filled += len(step.tokens)
             steps.append(step)
-        return steps
-
-    @property
-    def _open_window(self) -> bool:
-        """Whether another Step may be in flight."""
-        assert self._flow is not None
-        return len(self._in_flight) < self._flow.window
 
     @property
     def _refilling(self) -> bool:
         """Whether rows that a stage has kept are on their way. They are sent by that stage, so Steps of the
         coordinator might overtake them."""
-        part = self._in_flight[0].part if self._in_flight else None
+        part = self._fills[0].part if self._fills else None
         return part is not None and part[0] > 0
 
     def _step(self, first: int, end: int, cut: Chunking, part: tuple[int, int] | None = None) -> Step:
-        """A Step of known tokens from position `first`, and before `end`, which is in flight from now on."""
+        """A Step of known tokens from position `first`, and before `end`."""
         assert self._flow is not None
         last = min(end, first + min(self._flow.chunk_rows, cut.at(first)))
         want = Want.TOKEN if last == len(self.known) and part is None else Want.NOTHING
         tokens = tuple(self.known[first:last])
-        step = Step(self.session, self._flow.epoch, first, tokens, want, part=part)
-        self._in_flight.append(step)
-        return step
+        return Step(self.session, self._flow.epoch, first, tokens, want, part=part)
 
-    def take(self, result: Result) -> int | None:
+    def take(self, result: Result, *, fill: bool = False) -> int | None:
         """Accepts a result of the first rows in flight, which need not be those of one Step: a stage may
-        divide Steps, and join rows that follow each other. Returns the token that it adds to the answer, if
-        any. RemoteProtocolError: the result does not match what is in flight."""
+        divide Steps, and join rows that follow each other. `fill`: of those that fill lost positions. Returns
+        the token that it adds to the answer, if any. RemoteProtocolError: the result does not match what is
+        in flight."""
+        in_flight = self._fills if fill else self._in_flight
         done, first, rest, wanted = 0, result.first, result.rows, False
-        for step in self._in_flight:
+        for step in in_flight:
             if step.first != first or rest < len(step.tokens) or wanted:
                 break
             first, rest = first + len(step.tokens), rest - len(step.tokens)
             done, wanted = done + 1, step.want is Want.TOKEN
-        part = self._in_flight[done] if rest and done < len(self._in_flight) and not wanted else None
+        part = in_flight[done] if rest and done < len(in_flight) and not wanted else None
         matches = not rest or (part is not None and part.first == first and rest < len(part.tokens))
         if not matches or (result.token is not None) != wanted:
             raise RemoteProtocolError(
@@ -291,11 +291,12 @@ class Generation:
                 f"the last node sent token {result.token}, which is not in [0, {self.vocab})"
             )
         old = done <= self._old
-        self._old = max(0, self._old - done)
+        if not fill:
+            self._old = max(0, self._old - done)
         for _ in range(done):
-            self._in_flight.popleft()
+            in_flight.popleft()
         if part is not None:
-            self._in_flight[0] = replace(part, first=first + rest, tokens=part.tokens[rest:])
+            in_flight[0] = replace(part, first=first + rest, tokens=part.tokens[rest:])
         return None if result.token is None or old else self._append(result.token)
 
     def stop(self) -> None:
@@ -317,6 +318,7 @@ class Generation:
     def _forget(self) -> None:
         self._flow, self._sent, self._old, self._carried = None, 0, 0, False
         self._fill, self._filled = None, 0
+        self._fills.clear()
         self._in_flight.clear()
 
     def _plan_cut(self) -> None:

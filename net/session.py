@@ -168,14 +168,15 @@ class Session:
                 await self._news.wait()
         return self._tokens.popleft()
 
-    def take(self, message: Result | Failed) -> list[Step | Refill]:
-        """Takes a message of the chain; returns the messages that are due after it."""
+    def take(self, message: Result | Failed, *, fill: bool = False) -> list[Step | Refill]:
+        """Takes a message of the chain; returns the messages that are due after it. `fill`: it is a Result of
+        rows that fill lost positions."""
         self.wake()
         if isinstance(message, Failed):
             self._failed = message
             return []
         try:
-            token = self._generation.take(message)
+            token = self._generation.take(message, fill=fill)
         except RemoteProtocolError as error:
             self._failed = error
             return []

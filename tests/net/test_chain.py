@@ -23,6 +23,7 @@ from shoal.net.session import Session
 
 FIRST, SECOND = Epoch(9, 1), Epoch(9, 2)
 STAGES = [Part(0, 0, 3), Part(1, 3, 6)]
+LAST = 1
 
 
 class Line:
@@ -120,14 +121,14 @@ def test_a_held_chain_sends_no_steps_and_is_quiet_when_the_last_result_is_there(
         await settle()
         sent = [m for m in chains.line.take() if isinstance(m, Step)]
         assert [(m.session, m.first) for m in sent] == [(0, 0), (1, 0), (1, 4), (1, 8)]
-        chain.deliver([served(sent[1])])
+        chain.deliver(LAST, [served(sent[1])])
         chains.hold()
-        chain.deliver([served(sent[2])])
-        chain.deliver([served(sent[3])])
+        chain.deliver(LAST, [served(sent[2])])
+        chain.deliver(LAST, [served(sent[3])])
         assert [m.first for m in chains.line.take() if isinstance(m, Step)] == [12]  # before the hold
-        chain.deliver([Result(1, FIRST, 12, 4, None)])
+        chain.deliver(LAST, [Result(1, FIRST, 12, 4, None)])
         assert chains.quiet == []
-        chain.deliver([served(sent[0], 60)])
+        chain.deliver(LAST, [served(sent[0], 60)])
         assert chains.quiet == [(Kept(0, 1), Kept(1, 16))]
         assert chains.line.take() == []
         await settle()
@@ -151,12 +152,12 @@ def test_sequences_that_decode_go_on_until_prompts_on_their_way_have_been_read(l
         await settle()
         for i, chunk in enumerate(chunks):
             assert line.take() == [] and chains.quiet == [] and not chain.open
-            chain.deliver([served(decode, 50 + i)])
+            chain.deliver(LAST, [served(decode, 50 + i)])
             (decode,) = line.take()
             assert decode == Step(0, FIRST, 1 + i, (50 + i,), Want.TOKEN)
-            chain.deliver([served(chunk)])
+            chain.deliver(LAST, [served(chunk)])
         assert line.take() == [] and chains.quiet == []
-        chain.deliver([served(decode, 60)])
+        chain.deliver(LAST, [served(decode, 60)])
         assert line.take() == [] and chains.quiet == [(Kept(0, 4), Kept(1, 12))]
         chain.resume()
         resumed = [(m.session, m.first) for m in line.take() if isinstance(m, Step)]
@@ -180,9 +181,9 @@ def test_a_prompt_that_ends_lets_the_others_stop(lab: ModuleType, end: str) -> N
             leave.cancel()
             await settle()
         else:
-            chain.deliver([Failed(1, FIRST, 1, "its rows are invalid")])
+            chain.deliver(LAST, [Failed(1, FIRST, 1, "its rows are invalid")])
         assert chains.quiet == []
-        chain.deliver([served(decode)])
+        chain.deliver(LAST, [served(decode)])
         assert chains.quiet == [(Kept(0, 1),)]
 
     scenario(lab, main)
@@ -195,16 +196,16 @@ def test_carried_sessions_go_on_at_their_position_and_nothing_is_sent_again(lab:
         tasks.start_soon(reader, chains.session(), [1, 2], 3, got)
         await settle()
         chains.hold()
-        chain.deliver([served(line.take()[-1], 60)])
+        chain.deliver(LAST, [served(line.take()[-1], 60)])
         new = chains.new(SECOND)
         assert chain.carry(new, lambda session: None) == []
         chains.begin(new)
         assert new.due_steps() == [Step(0, SECOND, 2, (60,), Want.TOKEN)]
         chain.end()
-        new.deliver([Result(0, SECOND, 2, 1, 61)])
+        new.deliver(LAST, [Result(0, SECOND, 2, 1, 61)])
         assert chains.line.take() == [Step(0, SECOND, 3, (61,), Want.TOKEN)]
-        new.deliver([Result(0, FIRST, 3, 1, 99)])  # of the old chain
-        new.deliver([Result(0, SECOND, 3, 1, 62)])
+        new.deliver(LAST, [Result(0, FIRST, 3, 1, 99)])  # of the old chain
+        new.deliver(LAST, [Result(0, SECOND, 3, 1, 62)])
         await settle()
         assert got == [60, 61, 62]
         assert line.take() == []
@@ -221,11 +222,11 @@ def test_an_aborted_transition_lets_all_sessions_go_on(lab: ModuleType) -> None:
         step = chains.line.take()[-1]
         chains.hold()
         chain.resume()  # before it is quiet
-        chain.deliver([served(step, 60)])
+        chain.deliver(LAST, [served(step, 60)])
         assert chains.quiet == []
         (step,) = chains.line.take()
         chains.hold()
-        chain.deliver([served(step, 61)])
+        chain.deliver(LAST, [served(step, 61)])
         assert chains.quiet == [(Kept(0, 3),)] and chains.line.take() == []
         chain.resume()
         assert chains.line.take() == [Step(0, FIRST, 3, (61,), Want.TOKEN)]
@@ -248,15 +249,15 @@ def test_a_session_that_ends_during_a_hold_is_closed_in_the_epoch_that_knows_it(
         await settle()
         steps = [m for m in line.take() if isinstance(m, Step)]
         chains.hold()
-        chain.deliver([served(steps[0])])
+        chain.deliver(LAST, [served(steps[0])])
         if when == "before":
             leave.cancel()
             await settle()
             assert line.take() == [Close(0, FIRST)]
-            chain.deliver([served(steps[1])])
+            chain.deliver(LAST, [served(steps[1])])
             assert chains.quiet == [(Kept(1, 1),)]
         else:
-            chain.deliver([served(steps[1])])
+            chain.deliver(LAST, [served(steps[1])])
             assert chains.quiet == [(Kept(0, 1), Kept(1, 1))]
             leave.cancel()
             await settle()
@@ -296,8 +297,8 @@ def test_a_chain_without_answers_is_quiet_at_once_and_sessions_between_answers_a
         assert chain is not None
         tasks.start_soon(reader, session, [1, 2], 2, got)
         await settle()
-        chain.deliver([served(chains.line.take()[-1], 60)])
-        chain.deliver([Result(0, FIRST, 2, 1, 61)])
+        chain.deliver(LAST, [served(chains.line.take()[-1], 60)])
+        chain.deliver(LAST, [Result(0, FIRST, 2, 1, 61)])
         await settle()
         assert got == [60, 61]
         chains.hold()
@@ -320,7 +321,7 @@ def test_sessions_that_begin_during_a_hold_join_the_next_chain(lab: ModuleType) 
         old = chains.session()
         tasks.start_soon(reader, old, [1, 2], 1, [])
         await settle()
-        chain.deliver([served(line.take()[-1])])
+        chain.deliver(LAST, [served(line.take()[-1])])
         await settle()
         chains.hold()
         tasks.start_soon(reader, chains.session(), [3, 4], 9, [])
@@ -349,14 +350,14 @@ def test_a_session_that_has_failed_is_not_carried_and_begins_anew(lab: ModuleTyp
         session = chains.session()
         tasks.start_soon(reader, session, [1, 2], 2, [])
         await settle()
-        chain.deliver([served(chains.line.take()[-1])])
-        chain.deliver([Result(0, FIRST, 2, 1, 61)])
+        chain.deliver(LAST, [served(chains.line.take()[-1])])
+        chain.deliver(LAST, [Result(0, FIRST, 2, 1, 61)])
         await settle()
         tasks.start_soon(reader, session, [1, 2, 3], 2, [])
         await settle()
         chains.hold()
         assert chains.quiet == []
-        chain.deliver([Failed(0, FIRST, 1, "its rows are invalid")])
+        chain.deliver(LAST, [Failed(0, FIRST, 1, "its rows are invalid")])
         assert chains.quiet == [()]
         new = chains.new(SECOND)
         assert chain.carry(new, lambda session: None) == []
@@ -376,15 +377,15 @@ def test_of_a_chain_that_has_ended_the_confirmed_positions_are_carried(lab: Modu
         tasks.start_soon(reader, chains.session(), list(range(14)), 3, got)
         await settle()
         steps = [m for m in line.take() if isinstance(m, Step)]
-        chain.deliver([Result(0, FIRST, 0, 2, None)])
+        chain.deliver(LAST, [Result(0, FIRST, 0, 2, None)])
         chains.hold()  # for a transition that is given up, since a node is lost
         line.ended = True
         chain.end()
         assert chains.quiet == [] and not chain.due
-        chain.deliver([Result(0, FIRST, 2, 2, None)])  # all stages have run it
+        chain.deliver(LAST, [Result(0, FIRST, 2, 2, None)])  # all stages have run it
         chains.hold()
         assert chains.quiet == [(Kept(0, 4),)]
-        chain.deliver([served(steps[1])])  # too late
+        chain.deliver(LAST, [served(steps[1])])  # too late
         new = chains.new(SECOND)
         assert chain.carry(new, lambda session: None) == []
         chains.begin(new)
@@ -393,7 +394,7 @@ def test_of_a_chain_that_has_ended_the_confirmed_positions_are_carried(lab: Modu
             Step(0, SECOND, 8, (8, 9, 10, 11), Want.NOTHING),
             Step(0, SECOND, 12, (12, 13), Want.TOKEN),
         ]
-        new.deliver([Result(0, SECOND, 4, 10, 70)])
+        new.deliver(LAST, [Result(0, SECOND, 4, 10, 70)])
         await settle()
         assert got == [70]
 
@@ -409,7 +410,7 @@ def test_lost_units_are_filled_by_kept_rows_of_the_stage_that_has_them(lab: Modu
         tasks.start_soon(reader, chains.session(), [4, 5], 3, got)
         await settle()
         for step in [m for m in chains.line.take() if isinstance(m, Step)]:
-            chain.deliver([served(step)])
+            chain.deliver(LAST, [served(step)])
         chain.end()
         chains.hold()
         new, orders = chains.new(SECOND, [Part(0, 0, 4), Part(2, 4, 6)]), list[Refill]()
@@ -420,14 +421,20 @@ def test_lost_units_are_filled_by_kept_rows_of_the_stage_that_has_them(lab: Modu
         assert chains.line.take() == opened
         assert orders == [Refill(0, SECOND, 0, 3, 3, 4), Refill(1, SECOND, 0, 1, 3, 4)]
         for result in (Result(0, SECOND, 0, 3, None), Result(1, SECOND, 0, 1, None)):
-            assert new.expects(0, result) and not new.expects(2, result)
-            new.deliver([result])
+            assert new.expects(0, result) and not new.expects(1, result)
+            new.deliver(0, [result])
         assert chains.line.take() == [
             Step(0, SECOND, 3, (50,), Want.TOKEN),
             Step(1, SECOND, 1, (5,), Want.NOTHING, part=(0, 4)),
+            Step(1, SECOND, 2, (50,), Want.TOKEN),
         ]
-        result = Result(0, SECOND, 3, 1, 51)
-        assert new.expects(2, result) and not new.expects(0, result)
+        assert not new.expects(0, Result(0, SECOND, 3, 1, 51))
+        new.deliver(2, [Result(1, SECOND, 2, 1, 60), Result(0, SECOND, 3, 1, 61)])
+        new.deliver(0, [Result(1, SECOND, 1, 1, None)])
+        assert chains.line.take() == [
+            Step(1, SECOND, 3, (60,), Want.TOKEN),
+            Step(0, SECOND, 4, (61,), Want.TOKEN),
+        ]
 
     scenario(lab, main)
 
@@ -462,11 +469,11 @@ def test_a_chain_that_was_loaded_anew_is_sent_all_tokens(lab: ModuleType, ended:
         kept = chains.session()
         tasks.start_soon(reader, kept, [8], 1, [])
         await settle()
-        chain.deliver([served(chains.line.take()[-1])])
+        chain.deliver(LAST, [served(chains.line.take()[-1])])
         await settle()
         tasks.start_soon(reader, chains.session(), [1, 2], 9, [])
         await settle()
-        chain.deliver([served(chains.line.take()[-1], 60)])
+        chain.deliver(LAST, [served(chains.line.take()[-1], 60)])
         if ended:
             chain.end()
             await settle()
@@ -491,13 +498,13 @@ def test_a_chain_with_less_room_sets_the_youngest_aside_in_its_own_epoch(lab: Mo
             tasks.start_soon(reader, chains.session(), prompt, 2, got)
             await settle()
         for step in [m for m in chains.line.take() if isinstance(m, Step)]:
-            chain.deliver([served(step)])
+            chain.deliver(LAST, [served(step)])
         for step in [m for m in chains.line.take() if isinstance(m, Step)]:
             if step.want is Want.NOTHING:
-                chain.deliver([served(step)])
+                chain.deliver(LAST, [served(step)])
         chains.hold()
         for number in (0, 1):
-            chain.deliver([Result(number, FIRST, 6, 1, 61)] if chain.due else [])
+            chain.deliver(LAST, [Result(number, FIRST, 6, 1, 61)] if chain.due else [])
         new = chains.new(SECOND)
         chain.carry(new, lambda session: None)
         chains.admission.change(ChainRoom("b", 3, 4))
@@ -516,7 +523,7 @@ def test_idle_state_stays_when_the_room_changes_and_goes_when_it_does_not_fit(la
         for session in sessions:
             tasks.start_soon(reader, session, [1, 2, 3], 1, [])
             await settle()
-            chain.deliver([served(chains.line.take()[-1])])
+            chain.deliver(LAST, [served(chains.line.take()[-1])])
             await settle()
         chains.hold()
         new = chains.new(SECOND)

@@ -405,21 +405,35 @@ def lost(prompt: int, fill: Fill, flow: Flow = SECOND) -> Generation:
     return g
 
 
-def test_lost_units_are_filled_before_the_answer_goes_on() -> None:
+def test_lost_units_are_filled_and_the_answer_goes_on_behind() -> None:
     g = lost(20, Fill(4), FIRST)
     assert (g.filling, g.held) == (True, 0)
     first = g.due()
     assert parts(first) == [(0, 4, (0, 4)), (4, 4, (0, 4)), (8, 4, (0, 4))]  # within the window
     assert all(isinstance(step, Step) and step.want is Want.NOTHING for step in first)
-    assert g.take(Result(3, FIRST.epoch, 0, 12, None)) is None
+    assert g.take(Result(3, FIRST.epoch, 0, 8, None), fill=True) is None
     assert parts(g.due()) == [(12, 4, (0, 4)), (16, 4, (0, 4))]
-    assert g.due() == []
-    g.take(Result(3, FIRST.epoch, 12, 4, None))
-    assert g.due() == [] and g.held == 0  # normal rows follow the last of the others
-    g.take(Result(3, FIRST.epoch, 16, 4, None))
+    assert g.due() == [] and g.held == 0
+    g.take(Result(3, FIRST.epoch, 8, 4, None), fill=True)
+    assert g.due() == [Step(3, FIRST.epoch, 20, (77,), Want.TOKEN)]  # it goes the same way
+    assert g.reads and not g.decodes and g.held == 0
+    g.take(Result(3, FIRST.epoch, 12, 8, None), fill=True)
     assert (g.filling, g.held) == (False, 20)
-    assert g.due() == [Step(3, FIRST.epoch, 20, (77,), Want.TOKEN)]
     assert g.take(Result(3, FIRST.epoch, 20, 1, 78)) == 78
+    assert g.due() == [Step(3, FIRST.epoch, 21, (78,), Want.TOKEN)]
+
+
+def test_results_of_the_answer_may_arrive_before_those_of_the_rows_that_fill() -> None:
+    """Two members send them."""
+    g = lost(6, Fill(4))
+    assert parts(g.due()) == [(0, 6, (0, 4)), (6, 1, None)]
+    assert g.take(Result(3, SECOND.epoch, 6, 1, 78)) == 78
+    assert (g.filling, g.held) == (True, 0)
+    assert g.due() == [Step(3, SECOND.epoch, 7, (78,), Want.TOKEN)]
+    with pytest.raises(RemoteProtocolError, match="was not due"):
+        g.take(Result(3, SECOND.epoch, 0, 6, None))
+    g.take(Result(3, SECOND.epoch, 0, 6, None), fill=True)
+    assert (g.filling, g.held) == (False, 7)
 
 
 @pytest.mark.parametrize("kept", [20, 25])
@@ -427,20 +441,20 @@ def test_kept_rows_are_sent_by_the_stage_that_has_them(kept: int) -> None:
     g = lost(20, Fill(4, enter=2, kept=kept))
     assert g.due() == [Refill(3, SECOND.epoch, 0, 20, 2, 4)]
     assert g.due() == []
-    g.take(Result(3, SECOND.epoch, 0, 7, None))
+    g.take(Result(3, SECOND.epoch, 0, 7, None), fill=True)
     assert g.due() == [] and g.in_flight == 1
-    g.take(Result(3, SECOND.epoch, 7, 13, None))
+    g.take(Result(3, SECOND.epoch, 7, 13, None), fill=True)
     assert g.due() == [Step(3, SECOND.epoch, 20, (77,), Want.TOKEN)]
 
 
 def test_rows_that_were_not_kept_follow_the_kept_ones() -> None:
     g = lost(20, Fill(4, enter=2, kept=6))
     assert g.due() == [Refill(3, SECOND.epoch, 0, 6, 2, 4)]
-    assert g.take(Result(3, SECOND.epoch, 0, 3, None)) is None
+    assert g.take(Result(3, SECOND.epoch, 0, 3, None), fill=True) is None
     assert g.due() == []  # Steps could overtake the rest
-    g.take(Result(3, SECOND.epoch, 3, 3, None))
+    g.take(Result(3, SECOND.epoch, 3, 3, None), fill=True)
     assert parts(g.due()) == [(6, 8, (0, 4)), (14, 6, (0, 4))]
-    g.take(Result(3, SECOND.epoch, 6, 14, None))
+    g.take(Result(3, SECOND.epoch, 6, 14, None), fill=True)
     assert parts(g.due()) == [(20, 1, None)]
 
 
@@ -449,9 +463,7 @@ def test_lost_units_of_a_session_that_waits_are_filled_with_its_next_answer() ->
     g.stop()
     assert g.due() == [] and (g.filling, g.held) == (True, 0)
     g.ask([*range(5), 9, 9], 2)
-    assert parts(g.due()) == [(0, 5, (0, 4))]  # no more than the new prompt shares
-    g.take(Result(3, SECOND.epoch, 0, 5, None))
-    assert sent(g.due()) == [(5, (9, 9))]
+    assert parts(g.due()) == [(0, 5, (0, 4)), (5, 2, None)]  # no more than the new prompt shares
 
 
 def test_a_prompt_that_shares_nothing_needs_no_filling() -> None:
@@ -467,10 +479,19 @@ def test_an_answer_that_is_replaced_while_lost_units_are_filled() -> None:
     g.due()  # 16 rows are in flight
     g.ask([0, 1, 2, 80], 2)
     assert g.due() == [] and g.held == 0
-    g.take(Result(3, SECOND.epoch, 0, 8, None))
+    g.take(Result(3, SECOND.epoch, 0, 8, None), fill=True)
+    assert sent(g.due()) == [(3, (80,))]
+    g.take(Result(3, SECOND.epoch, 8, 8, None), fill=True)
+    assert not g.filling and g.held == 3
+    assert g.take(Result(3, SECOND.epoch, 3, 1, 70)) == 70
+
+
+def test_an_answer_that_is_replaced_while_kept_rows_are_on_their_way_waits_for_them() -> None:
+    g = lost(20, Fill(4, enter=2, kept=20))
+    g.due()
+    g.ask([0, 1, 2, 80], 2)
     assert g.due() == [] and g.filling
-    g.take(Result(3, SECOND.epoch, 8, 8, None))
-    assert g.held == 3
+    g.take(Result(3, SECOND.epoch, 0, 20, None), fill=True)
     assert sent(g.due()) == [(3, (80,))]
 
 
@@ -478,7 +499,7 @@ def test_an_answer_that_ends_while_lost_units_are_filled_leaves_them_so() -> Non
     g = lost(20, Fill(4))
     g.due()
     g.stop()
-    g.take(Result(3, SECOND.epoch, 0, 16, None))
+    g.take(Result(3, SECOND.epoch, 0, 16, None), fill=True)
     assert g.due() == [] and g.in_flight == 0
     assert (g.filling, g.held) == (True, 0)
 

@@ -88,7 +88,7 @@ check-dist: $(DIST_STAMP)
 check-lab: $(DEV_STAMP) lib
 	scripts/apt-need iproute2
 	$(BIN)/python -m pytest -q -m lab tests/lab
-	$(BIN)/python -m bench.chaos --seed 1 --trials 60 --longest 3
+	$(BIN)/python -m bench.chaos --seed 1 --trials 60 --longest 3 --moves 2 --jobs 2
 
 clean:
 	rm -rf build dist $(LIB) src/shoal.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks

@@ -54,6 +54,13 @@ class Slowness:
         return self._factor
 
 
+def set_factor(path: Path, factor: float) -> None:
+    """Writes a factor for nodes that read it from this file."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(f"{factor!r}\n", encoding="ascii")
+    part.replace(path)
+
+
 def _checked(text: str, where: str) -> float:
     try:
         factor = float(text)

@@ -1,9 +1,11 @@
-"""python -m bench.chaos --seed S --trials N [--kinds kill,freeze]: seeded faults under real nodes.
+"""Seeded faults under real nodes: python -m bench.chaos --seed S --trials N [--moves M] [--kinds kill,freeze]
 
 In each trial four answers are under way in a chain of three of four nodes, half of them drawn with a seed,
 when a fault strikes. The trial passes if all answers are those of one undisturbed process, none stood still
-for longer than twice the adaptive bound of silence, and nothing leaks. `--first I` begins with trial I of a
-seed, to repeat a failure.
+for longer than twice the adaptive bound of silence, and nothing leaks: no process, file descriptor, file or
+memory. With `--moves M`, layers move M times a trial to random stages on random nodes, half of the times at
+about the time of the fault; the run passes only if as many moves as trials were carried out. `--first I`
+begins with trial I of a seed, to repeat a failure.
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ import random
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import trio
@@ -49,6 +51,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--longest", type=float, default=60.0, metavar="S", help="the longest fault, in seconds (default 60)"
     )
+    parser.add_argument("--jobs", type=int, default=1, metavar="J", help="trials at a time (default 1)")
+    parser.add_argument("--moves", type=int, default=0, metavar="M", help="in each trial (default 0)")
     parser.add_argument("--model", help="a name from `shoal ls`, or a path (default: a tiny random model)")
     args = parser.parse_args(arguments)
     kinds = args.kinds.split(",")
@@ -62,27 +66,45 @@ def main(arguments: Sequence[str]) -> int:
             convert(tiny_chat_checkpoint(directory / "checkpoint"), model)
         else:
             model, slow = resolve(args.model), 1.0
-        with fleet(model, directory, NODES, slow) as nodes:
-            outcomes = trio.run(
-                partial(
-                    _trials,
-                    nodes,
-                    model,
-                    args.seed,
-                    range(args.first, args.first + args.trials),
-                    kinds,
-                    args.longest,
-                )
-            )
+        with ExitStack() as stack:
+            outcomes = list[Outcome]()
+            fleets = []
+            for job in range(args.jobs):
+                own = directory / f"job-{job}"
+                own.mkdir()
+                fleets.append(stack.enter_context(fleet(model, own, NODES, slow)))
+            trio.run(_jobs, fleets, model, args, kinds, outcomes)
     print(table(outcomes))
-    return 1 if any(outcome.problems for outcome in outcomes) else 0
+    moved, moving = sum(o.moved for o in outcomes), [o for o in outcomes if o.kind != blocked.KIND]
+    if args.moves:
+        print(f"{moved} moves were carried out of {args.moves * len(moving)} that were asked for")
+    idle = bool(args.moves) and moved < len(moving)
+    return 1 if idle or any(outcome.problems for outcome in outcomes) else 0
+
+
+async def _jobs(
+    fleets: Sequence[Fleet],
+    path: Path,
+    args: argparse.Namespace,
+    kinds: Sequence[str],
+    outcomes: list[Outcome],
+) -> None:
+    numbers = iter(range(args.first, args.first + args.trials))
+    async with trio.open_nursery() as jobs:
+        for nodes in fleets:
+            jobs.start_soon(_trials, nodes, path, args, numbers, kinds, outcomes)
 
 
 async def _trials(
-    nodes: Fleet, path: Path, seed: int, numbers: range, kinds: Sequence[str], longest: float
-) -> list[Outcome]:
-    outcomes = []
-    model = Model.open(path)
+    nodes: Fleet,
+    path: Path,
+    args: argparse.Namespace,
+    numbers: Iterator[int],
+    kinds: Sequence[str],
+    outcomes: list[Outcome],
+) -> None:
+    """The trials that one fleet gets to."""
+    model, seed = Model.open(path), args.seed
     for number in numbers:
         await nodes.mend()
         kind, rng = kinds[number % len(kinds)], random.Random(f"{seed} {number}")
@@ -95,7 +117,7 @@ async def _trials(
                 gate = Gate(node.name, node.running.address)
                 network.gates.append(gate)
                 await gates.start(gate.serve, network)
-            trial = Trial(kind, rng, longest, path, nodes, network)
+            trial = Trial(kind, rng, args.longest, path, nodes, network, args.moves)
             if kind == blocked.KIND:
                 outcome = await blocked.run(trial)
             else:
@@ -115,13 +137,12 @@ async def _trials(
         verdict = "; ".join(outcome.problems) or "passed"
         print(
             f"{seed}/{number} {kind}: still {outcome.still:.2f} s, {outcome.recoveries} recoveries, "
-            f"{outcome.seconds:.1f} s: {verdict}",
+            f"{outcome.moved} moves, {outcome.seconds:.1f} s: {verdict}",
             file=sys.stderr,
             flush=True,
         )
         if outcome.problems:
             print(outcome.log, file=sys.stderr, flush=True)
-    return outcomes
 
 
 def answers(model: Model, questions: Sequence[Ask]) -> list[list[int]]:
@@ -136,8 +157,8 @@ def answers(model: Model, questions: Sequence[Ask]) -> list[list[int]]:
 def table(outcomes: Sequence[Outcome]) -> str:
     """A row for each kind."""
     lines = [
-        "| kind | trials | passed | answers equal | stood still median s | worst s | bound s | recoveries |",
-        "|-|-:|-:|-:|-:|-:|-:|-:|",
+        "| kind | trials | passed | answers equal | still median s | worst s | bound s | epochs | moves |",
+        "|-|-:|-:|-:|-:|-:|-:|-:|-:|",
     ]
     for kind in dict.fromkeys(outcome.kind for outcome in outcomes):
         rows = [outcome for outcome in outcomes if outcome.kind == kind]
@@ -146,7 +167,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
             f"| {kind} | {len(rows)} | {sum(not row.problems for row in rows)} "
             f"| {sum(row.equal for row in rows)} of {STREAMS * len(rows)} "
             f"| {statistics.median(still):.2f} | {max(still):.2f} | {max(row.bound for row in rows):.2f} "
-            f"| {sum(row.recoveries for row in rows)} |"
+            f"| {sum(row.recoveries for row in rows)} | {sum(row.moved for row in rows)} |"
         )
     return "\n".join(lines)
 

@@ -107,6 +107,11 @@ class Node:
     def open_files(self) -> int:
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
+    def children(self) -> list[int]:
+        """The ids of processes that the process has started."""
+        tasks = Path(f"/proc/{self.pid}/task").glob("*/children")
+        return [int(number) for task in tasks for number in task.read_text("ascii").split()]
+
     def resident_bytes(self) -> int:
         for line in Path(f"/proc/{self.pid}/status").read_text("ascii").splitlines():
             if line.startswith("VmRSS:"):
@@ -119,7 +124,9 @@ class Fleet:
     """The nodes by name."""
 
     nodes: dict[str, Node]
+    _directory: Path
     _pool: ThreadPoolExecutor
+    _files: frozenset[Path] = frozenset()
 
     async def apart(self, call: Callable[[], None]) -> None:
         """Runs a blocking call in a thread that lives as long as the fleet, since a child process ends with
@@ -129,6 +136,14 @@ class Fleet:
     async def mend(self) -> None:
         for node in self.nodes.values():
             await self.apart(node.mend)
+        self._files = self._files or self._found()
+
+    def new_files(self) -> list[Path]:
+        """Files that were not there when the nodes had started for the first time; logs are none."""
+        return sorted(self._found() - self._files)
+
+    def _found(self) -> frozenset[Path]:
+        return frozenset(path for path in self._directory.rglob("*") if path.suffix != ".log")
 
 
 @contextmanager
@@ -138,7 +153,7 @@ def fleet(model: Path, directory: Path, count: int, slow: float) -> Iterator[Fle
     made = [Node(f"n{i}", model, directory, slow) for i in range(count)]
     with ThreadPoolExecutor(1) as pool:
         try:
-            yield Fleet({node.name: node for node in made}, pool)
+            yield Fleet({node.name: node for node in made}, directory, pool)
         finally:
             for node in made:
                 node.thaw()

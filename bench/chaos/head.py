@@ -2,17 +2,20 @@
 
     python -m bench.chaos.head JOB
 
-JOB is a JSON object (`Job`). Lines of JSON on standard output: {"chain": [NAME, ...]} for each plan,
-{"stream": I, "token": ID} for each token, {"done": ...} at the end. The exit code is that of the error.
+JOB is a JSON object (`Job`). Lines of JSON on standard output: {"chain": [NAME, ...]} when it changes,
+{"stream": I, "token": ID} for each token, {"done": ...} at the end. The exit code is that of the error. When
+as many tokens as `moves` says have come, layers are moved to random stages on random nodes.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import trio
@@ -28,6 +31,7 @@ from shoal.planner import Assignment
 
 STAGES = 3
 """Nodes of a chain; the others are spare."""
+LOOK_SECONDS = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +50,15 @@ class Ask:
 @dataclass(frozen=True, slots=True)
 class Job:
     """What the coordinator is to do. `linger`: after the answers it waits for so many seconds until all nodes
-    are members again."""
+    are members again. `moves`: the numbers of tokens of all answers at which layers move, and `seed` chooses
+    where they move to."""
 
     model: str
     addresses: list[tuple[str, int]]
     asks: list[Ask]
     linger: float = 0.0
+    moves: list[int] = field(default_factory=list)
+    seed: int = 0
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -60,7 +67,8 @@ class Job:
     def from_json(cls, text: str) -> Job:
         body = json.loads(text)
         addresses = [(host, port) for host, port in body["addresses"]]
-        return cls(body["model"], addresses, [Ask(**ask) for ask in body["asks"]], body["linger"])
+        asks = [Ask(**ask) for ask in body["asks"]]
+        return cls(body["model"], addresses, asks, body["linger"], body["moves"], body["seed"])
 
 
 def spread(units: int, nodes: Sequence[NodeInfo], links: Links) -> Placement:
@@ -73,6 +81,14 @@ def spread(units: int, nodes: Sequence[NodeInfo], links: Links) -> Placement:
     return Placement(tuple(Assignment(node.label, first, last) for node, first, last in ranges), 8)
 
 
+def anywhere(rng: random.Random, units: int, names: Sequence[str]) -> tuple[Assignment, ...]:
+    """Stages on at most STAGES of these nodes, in any order, with any cuts."""
+    chosen = rng.sample(names, rng.randint(1, min(STAGES, len(names), units)))
+    edges = [0, *sorted(rng.sample(range(1, units), len(chosen) - 1)), units]
+    ranges = zip(chosen, edges, edges[1:], strict=False)
+    return tuple(Assignment(name, first, last) for name, first, last in ranges)
+
+
 def say(**line: Any) -> None:
     print(json.dumps(line), flush=True)
 
@@ -80,34 +96,54 @@ def say(**line: Any) -> None:
 async def serve(job: Job) -> None:
     model = Model.open(job.model)
 
-    def plan(nodes: Sequence[NodeInfo], links: Links) -> Placement:
-        placement = spread(model.n_units, nodes, links)
-        say(chain=[stage.device for stage in placement.stages])
-        return placement
-
     def log(text: str) -> None:
         print(f"{time.monotonic():.2f} {text}", file=sys.stderr, flush=True)
 
-    options = CoordinatorOptions(measure_links=False, log=log)
+    options = CoordinatorOptions(measure_links=False, moves="move", log=log)
     async with Coordinator.open(
-        job.addresses, coordinator_identity(model), shape_of(model), plan, options
+        job.addresses,
+        coordinator_identity(model),
+        shape_of(model),
+        partial(spread, model.n_units),
+        options,
     ) as coordinator:
 
+        async def follow() -> None:
+            told: list[str] = []
+            while True:
+                chain = [stage.device for stage in coordinator.placement.stages]
+                if chain != told:
+                    told = chain
+                    say(chain=told)
+                await trio.sleep(LOOK_SECONDS)
+
+        rng, due, said = random.Random(job.seed), sorted(job.moves), 0
+
         async def answer(stream: int, ask: Ask) -> None:
+            nonlocal said
             async with coordinator.generate(ask.prompt, ask.sampling, max_tokens=ask.tokens) as tokens:
                 async for token in tokens:
                     say(stream=stream, token=token)
+                    said += 1
+                    while due and due[0] <= said:
+                        del due[0]
+                        names = [node.label for node in coordinator.nodes]
+                        coordinator.move(anywhere(rng, model.n_units, names), "chaos asks for it")
 
-        async with trio.open_nursery() as tasks:
-            for stream, ask in enumerate(job.asks):
-                tasks.start_soon(answer, stream, ask)
+        async with trio.open_nursery() as following:
+            following.start_soon(follow)
+            async with trio.open_nursery() as tasks:
+                for stream, ask in enumerate(job.asks):
+                    tasks.start_soon(answer, stream, ask)
+            following.cancel_scope.cancel()
         with trio.move_on_after(job.linger):
             while len(coordinator.nodes) < len(job.addresses):  # noqa: ASYNC110  it has no event for this
                 await trio.sleep(0.05)
         await trio.sleep(0.05)  # Close messages of the answers are on their way
         left = len((await coordinator.chain()).sessions)
         nodes = [node.label for node in coordinator.nodes]
-        say(done=True, recoveries=coordinator.recoveries, nodes=nodes, sessions=left)
+        moves = [asdict(move.moved) for move in coordinator.moves]
+        say(done=True, recoveries=coordinator.recoveries, nodes=nodes, sessions=left, moves=moves)
 
 
 def main(job: str) -> int:

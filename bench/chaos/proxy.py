@@ -7,14 +7,13 @@ any more, and nobody is told.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import trio
+from bench.lab.hello import frame_bytes, said
 
-HEADER_BYTES = 12
 FIRST_RETRY, FIRST_SYN_RETRY = 0.2, 1.0
 
 
@@ -55,7 +54,7 @@ class Gate:
     async def _pass_on(self, network: Network, near: trio.SocketStream) -> None:
         try:
             hello = await _hello(near)
-            link = Link(*_said(hello), target=self.name)
+            link = Link(*said(hello), target=self.name)
             await network.passable(link, trio.current_time(), FIRST_SYN_RETRY)
             far = await trio.open_tcp_stream(*self.target)
         except (OSError, trio.BrokenResourceError):
@@ -117,15 +116,9 @@ async def _pump(network: Network, link: Link, source: trio.SocketStream, sink: t
 async def _hello(stream: trio.SocketStream) -> bytes:
     """The bytes of the first frame; OSError: the connection ended before."""
     data = b""
-    while len(data) < HEADER_BYTES or len(data) < HEADER_BYTES + int.from_bytes(data[8:12], "little"):
+    while len(data) < frame_bytes(data):
         more = await stream.receive_some(65536)
         if not more:
             raise OSError("the connection ended in its first frame")
         data += more
     return data
-
-
-def _said(hello: bytes) -> tuple[str, str]:
-    """Purpose and name in a Hello."""
-    body = json.loads(hello[HEADER_BYTES : HEADER_BYTES + int.from_bytes(hello[8:12], "little")])
-    return body["purpose"], body["name"]

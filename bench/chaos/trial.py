@@ -23,6 +23,8 @@ from .head import Ask, Job
 from .proxy import Network
 
 STREAMS, TOKENS, PROMPT = 4, 60, 12
+NEAR = (-8, 2)
+"""Tokens from a fault to a move that it shall meet."""
 PATIENCE_SECONDS = 60.0
 """After the fault a trial may take so long beside the time that the fault lasts."""
 SETTLE_SECONDS = 4.0
@@ -41,6 +43,9 @@ class Trial:
     model: Path
     fleet: Fleet
     network: Network
+    moves: int = 0
+    """How often layers are moved by hand."""
+
     head: trio.Process = field(init=False)
     tasks: trio.Nursery = field(init=False)
     chain: list[str] = field(default_factory=list)
@@ -81,6 +86,8 @@ class Outcome:
     lost: tuple[str, ...]
     seconds: float
     problems: tuple[str, ...]
+    moved: int = 0
+    """How many of the moves were carried out; others came when none could be."""
     log: str = ""
     """What the coordinator has said, with times, and when the fault struck."""
 
@@ -94,6 +101,16 @@ def asks(rng: random.Random, vocab: int) -> list[Ask]:
             rng.randrange(1 << 32) if i % 2 else None,
         )
         for i in range(STREAMS)
+    ]
+
+
+def moves_about(rng: random.Random, count: int, strike: int) -> list[int]:
+    """After how many tokens of all answers layers move: every other time so near a fault after `strike`
+    tokens that it may meet the move at any stage, else at any time."""
+    most = STREAMS * TOKENS - 1
+    return [
+        rng.randint(STREAMS, most) if i % 2 else min(most, max(STREAMS, strike + rng.randint(*NEAR)))
+        for i in range(count)
     ]
 
 
@@ -151,7 +168,15 @@ async def run(
         if around is not None:
             await stack.enter_async_context(around(trial))
         with log.open("wb") as errors, trio.CancelScope() as limit:
-            job = Job(str(trial.model), addresses, questions, 5.0 if trial.kind == "restart" else 0.0)
+            strike = STREAMS * int(TOKENS * trial.rng.uniform(0.1, 0.5))
+            job = Job(
+                str(trial.model),
+                addresses,
+                questions,
+                5.0 if trial.kind == "restart" else 0.0,
+                moves_about(trial.rng, trial.moves, strike),
+                trial.rng.randrange(1 << 32),
+            )
             trial.head = await trio.lowlevel.open_process(
                 [sys.executable, "-m", "bench.chaos.head", job.to_json()],
                 stdout=subprocess.PIPE,
@@ -162,7 +187,7 @@ async def run(
                 async with trio.open_nursery() as tasks:
                     trial.tasks = tasks
                     tasks.start_soon(heard.listen, trial)
-                    await heard.until(STREAMS * int(TOKENS * trial.rng.uniform(0.1, 0.5)))
+                    await heard.until(strike)
                     struck, clock = trio.current_time(), time.monotonic()
                     tasks.start_soon(fault, trial)
                     await trio.lowlevel.checkpoint()
@@ -184,7 +209,7 @@ async def run(
     equal = sum(a == b for a, b in zip(heard.tokens, expected, strict=True))
     if equal < STREAMS and heard.done is not None:
         problems.append(f"{STREAMS - equal} answers differ")
-    done = heard.done or {"recoveries": 0, "nodes": list(trial.fleet.nodes), "sessions": 0}
+    done = heard.done or {"recoveries": 0, "nodes": list(trial.fleet.nodes), "sessions": 0, "moves": []}
     still = max(0.0, heard.still(struck) - trial.own)
     if still > 2 * trial.bound + SLACK_SECONDS:
         problems.append(f"stood still for {still:.1f} s; the bound is {trial.bound:.1f} s")
@@ -209,12 +234,13 @@ async def run(
         lost,
         time.monotonic() - start,
         tuple(problems),
+        sum(not move["failure"] and not move["recovery"] for move in done["moves"]),
         f"{clock:.2f} {trial.kind} of {', '.join(sorted(trial.victims)) or 'the coordinator'}\n{words}",
     )
 
 
 async def leaks(fleet: Fleet) -> list[str]:
-    """File descriptors that undisturbed nodes still have after a trial."""
+    """What nodes that run have still after a trial: file descriptors and processes, and files of all."""
     with trio.move_on_after(SETTLE_SECONDS):
         while any(node.leaks() for node in fleet.nodes.values()):  # noqa: ASYNC110  of other processes
             await trio.sleep(0.05)
@@ -224,4 +250,7 @@ async def leaks(fleet: Fleet) -> list[str]:
             node.rss.append(node.resident_bytes())
             if node.leaks():
                 found.append(f"{node.name} has {node.open_files()} file descriptors, {node.fds} at first")
+            if node.children():
+                found.append(f"{node.name} has left the processes {node.children()}")
+    found += [f"{path} was not there at first" for path in fleet.new_files()]
     return found

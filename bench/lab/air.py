@@ -2,8 +2,8 @@
 
     python -m bench.lab.air STATE
 
-STATE is a JSON object (`Air`). Commands are JSON lines on standard input (`change`); its end means that the
-lab has ended, or was killed, and everything that it laid out is removed. For every device there is a
+STATE is a JSON object (`Air`). Commands are JSON lines on standard input (`change`, COUNT); its end means
+that the lab has ended, or was killed, and everything that it laid out is removed. For every device there is a
 listener; who connects there reaches the device's node, and each byte arrives as much later as the two devices
 are apart: kernels without netem cannot do that. Bytes keep their order.
 """
@@ -19,12 +19,13 @@ import signal
 import socket
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import count
 
 from . import ground
+from .hello import frame_bytes, said
 
 CHUNK = 64 * 1024
 MOST_WAITING = 1024 * 1024
@@ -72,13 +73,36 @@ def change(name: str, delay_s: float, jitter_s: float) -> bytes:
     return json.dumps({"name": name, "delay_s": delay_s, "jitter_s": jitter_s}).encode() + b"\n"
 
 
+COUNT = b'{"count": true}\n'
+"""The command to write, as one JSON line, how many bytes were sent so far by those who connected, for each
+purpose: those on the way are among them."""
+
+
+@dataclass(slots=True, eq=False)
+class _Purpose:
+    """What a connection is for. It is known when all of its first frame, which is a Hello, has been read."""
+
+    name: str = ""
+    hello: bytes = b""
+
+    def read(self, data: bytes) -> str:
+        """The purpose of the connection, as far as it is known with these bytes; else ""."""
+        if not self.name:
+            self.hello += data
+            if len(self.hello) >= frame_bytes(self.hello):
+                self.name, self.hello = _said(self.hello), b""
+        return self.name
+
+
 @dataclass(slots=True, eq=False)
 class _Flow:
-    """One direction of a connection: what was read and when it is due. An empty chunk is the sender's end."""
+    """One direction of a connection: what was read and when it is due. An empty chunk is the sender's end.
+    `purpose` is there in the direction of who has connected."""
 
     source: socket.socket
     sink: socket.socket
     ends: tuple[Place, ...]
+    purpose: _Purpose | None = None
     chunks: deque[tuple[float, bytes]] = field(default_factory=deque)
     waiting: int = 0
     last: float = 0.0
@@ -87,13 +111,14 @@ class _Flow:
     def delay(self, rng: random.Random) -> float:
         return sum(end.delay_s + rng.uniform(-end.jitter_s, end.jitter_s) for end in self.ends)
 
-    def read(self, now: float, rng: random.Random) -> None:
-        """OSError: the connection broke."""
+    def read(self, now: float, rng: random.Random) -> bytes:
+        """What has arrived. OSError: the connection broke."""
         data = self.source.recv(CHUNK)
         self.ended = not data
         self.waiting += len(data)
         self.last = max(self.last, now + self.delay(rng))  # never before what was sent before it
         self.chunks.append((self.last, data))
+        return data
 
     def write(self, now: float) -> bool:
         """Hands over what is due; whether something is due that the sink does not take now."""
@@ -130,6 +155,7 @@ class Delays:
         self._numbers = count()  # two chunks may be due at one time
         self._rng = random.Random(0)
         self._input = b""
+        self._sent: Counter[str] = Counter()
 
     def run(self) -> None:
         """Until standard input ends."""
@@ -165,6 +191,9 @@ class Delays:
         *lines, self._input = self._input.split(b"\n")
         for line in lines:
             command = json.loads(line)
+            if "count" in command:
+                print(json.dumps(self._sent), flush=True)
+                continue
             place = self._places[command["name"]]
             place.delay_s, place.jitter_s = command["delay_s"], command["jitter_s"]
         return bool(data)
@@ -190,17 +219,19 @@ class Delays:
             client.close()
             node.close()
             return
-        self._flows[client] = _Flow(client, node, ends)
+        self._flows[client] = _Flow(client, node, ends, _Purpose())
         self._flows[node] = _Flow(node, client, ends)
 
     def _read(self, flow: _Flow) -> None:
         try:
-            flow.read(time.monotonic(), self._rng)
+            data = flow.read(time.monotonic(), self._rng)
         except BlockingIOError:
             return
         except OSError:
             self._drop(flow)
             return
+        if flow.purpose is not None:
+            self._sent[flow.purpose.read(data)] += len(data)
         heapq.heappush(self._due, (flow.last, next(self._numbers), flow))
 
     def _write(self, flow: _Flow) -> None:
@@ -222,6 +253,14 @@ class Delays:
             self._flows.pop(end, None)
             self._blocked.pop(end, None)
             end.close()
+
+
+def _said(hello: bytes) -> str:
+    """The purpose in a first frame; "other" if it is none of ours."""
+    try:
+        return said(hello)[0]
+    except (ValueError, KeyError, TypeError):
+        return "other"
 
 
 def _listener(place: Place) -> socket.socket:

@@ -8,12 +8,14 @@ with Lab.open(read_spec(path), model_path) as lab:
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,13 +26,13 @@ from shoal import planner
 from shoal.engine.errors import ShoalError
 from shoal.engine.model_directory import Model
 from shoal.engine.stage import StageOptions
-from shoal.net.slow import turn
+from shoal.net.slow import set_factor, turn
 from shoal.planner.cost import unit_held_bytes
 from shoal.planning import MB, planner_model
 from shoal.processes import NodeSpec, RunningNode, bare_node_bytes, end, start
 
 from . import ground
-from .air import Air, Place, change
+from .air import COUNT, Air, Place, change
 from .others import Others
 from .pace import awake, followed
 from .spec import DeviceSpec, LabSpec, LinkSpec
@@ -236,15 +238,19 @@ class Lab:
             self._pace = self._pace if pace is None else pace
             for device in self.spec.devices:
                 factor = device.slow * self._times.get(device.name, 1.0) * self._pace
-                part = self.directory / f"{device.name}.slow.part"
-                part.write_text(f"{max(1.0, factor)!r}\n", encoding="ascii")
-                part.replace(self.directory / f"{device.name}.slow")
+                set_factor(self.directory / f"{device.name}.slow", max(1.0, factor))
 
     def command(self, line: bytes) -> None:
         """To the air."""
         assert self._air is not None and self._air.stdin is not None
         self._air.stdin.write(line)
         self._air.stdin.flush()
+
+    def sent(self) -> Counter[str]:
+        """The bytes that those who connected to a node have sent so far, by the purpose of the connection."""
+        self.command(COUNT)
+        assert self._air is not None and self._air.stdout is not None
+        return Counter(json.loads(self._air.stdout.readline()))
 
     def log(self, which: int | str) -> str:
         """What a node has printed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import resource
 import socket
 import subprocess
@@ -16,14 +17,16 @@ import pytest
 import trio
 import trio.testing
 from bench.chaos import __main__ as chaos
-from bench.chaos.head import Ask, Job
+from bench.chaos.fleet import Fleet, Node
+from bench.chaos.head import Ask, Job, anywhere
 from bench.chaos.proxy import FIRST_SYN_RETRY, Gate, Link, Network
+from bench.chaos.trial import Outcome, moves_about
 from tests.models import tiny_chat_checkpoint
 
 from shoal.engine.convert import convert
 from shoal.net.identity import Identity
 from shoal.net.wire import WireProtocol
-from shoal.processes import NodeSpec, nodes
+from shoal.processes import NodeSpec, RunningNode, nodes
 
 pytestmark = pytest.mark.lab
 
@@ -125,6 +128,61 @@ def test_idle_connections_do_not_use_up_a_nodes_file_descriptors(tmp_path: Path)
         )
         assert (done.returncode, done.stdout.count('"token"')) == (0, 9), done.stderr
         assert most < 120
+
+
+def test_moves_are_legal_and_as_many_near_the_fault_as_not() -> None:
+    rng, names = random.Random(3), ["n0", "n1", "n2", "n3"]
+    seen = set()
+    for _ in range(200):
+        stages = anywhere(rng, 6, names)
+        edges = [0, *(stage.last for stage in stages)]
+        assert [stage.first for stage in stages] == edges[:-1] and edges[-1] == 6
+        assert edges == sorted(set(edges))
+        assert len({stage.device for stage in stages}) == len(stages) <= 3
+        seen.add(stages)
+    assert {len(stages) for stages in seen} == {1, 2, 3} and len(seen) > 100
+    assert anywhere(rng, 1, names)[0].last == 1
+    assert [stage.device for stage in anywhere(rng, 6, ["n3"])] == ["n3"]
+    for strike in (4, 100, 239):
+        asked = moves_about(rng, 40, strike)
+        assert all(4 <= at < 240 for at in asked)
+        assert all(strike - 8 <= at <= strike + 2 for at in asked[::2] if 12 < strike < 230)
+
+
+def test_a_run_without_a_move_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def outcome(kind: str, moved: int) -> Outcome:
+        return Outcome(kind, 4, 0.0, 1.0, 0, (), 1.0, (), moved)
+
+    found: list[Outcome] = []
+    monkeypatch.setattr(chaos.trio, "run", lambda jobs, *args: args[-1].extend(found))
+    command = ["--seed", "1", "--trials", "2", "--moves", "2"]
+    for moved, code in ((0, 1), (1, 1), (2, 0)):
+        found[:] = [outcome("kill", moved), outcome("blocked-output", 0), outcome("kill", 0)]
+        assert chaos.main(command) == code
+        assert f"{moved} moves were carried out of 4 that were asked for" in capsys.readouterr().out
+
+
+def test_what_a_node_leaves_is_found(tmp_path: Path) -> None:
+    node = Node("n0", tmp_path, tmp_path, 1.0)
+    with subprocess.Popen(["sh", "-c", "sleep 60 & sleep 60"]) as process:
+        node.running = RunningNode(NodeSpec("n0", 1), process, ("", 1))
+        try:
+            while len(node.children()) < 2:
+                assert process.poll() is None
+        finally:
+            for child in node.children():
+                os.kill(child, 9)
+            process.kill()
+    (tmp_path / "model").touch()
+    fleet = Fleet({}, tmp_path, None)  # type: ignore[arg-type]
+    trio.run(fleet.mend)
+    (tmp_path / "head.log").touch()
+    assert fleet.new_files() == []
+    (tmp_path / "left").touch()
+    trio.run(fleet.mend)
+    assert fleet.new_files() == [tmp_path / "left"]
 
 
 def test_an_unknown_kind_is_named(capsys: pytest.CaptureFixture[str]) -> None:

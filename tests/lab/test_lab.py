@@ -101,6 +101,9 @@ def test_a_hot_device_and_a_worse_link_change_no_token(smollm2: Model, expected:
 
         answer, recoveries, _ = trio.run(ask, smollm2, lab, plan_at((0, 10, 20, 32)), change)
         assert (answer, recoveries) == (expected, 0)
+        rows = 2 * (len(PROMPT) + TOKENS - 1) * smollm2.program.cut_cols * 4  # from a to b, and from b to c
+        assert rows <= lab.sent()["step"] <= 1.2 * rows
+        assert (lab.sent()["control"] > 0, lab.sent()["bulk"]) == (True, 0)
         with pytest.raises(ValueError, match="beyond"):
             lab.node("b").slow(0.1)
 

@@ -12,7 +12,7 @@ import pytest
 
 from shoal.engine.batch import Result, Run, Sampling, Want
 from shoal.engine.errors import ShoalError
-from shoal.net.slow import Clock, Slowness, SlowStage, SlowWatch, turn
+from shoal.net.slow import Clock, Slowness, SlowStage, SlowWatch, set_factor, turn
 
 
 @dataclass
@@ -147,6 +147,16 @@ def test_a_file_that_holds_no_factor_is_named(tmp_path: Path, text: str) -> None
     path.write_text(text)
     with pytest.raises(ShoalError, match=r"slow .*give a number from 1"):
         Slowness(1.0, path)
+
+
+def test_a_factor_that_is_set_is_read_with_the_next_call(tmp_path: Path) -> None:
+    path = tmp_path / "slow"
+    set_factor(path, 2.0)
+    slowness = Slowness(1.0, path)
+    for factor in (3.5, 1.0, 1 / 0.3):
+        set_factor(path, factor)
+        assert slowness.factor() == factor
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_all_else_is_the_stages_own() -> None:

@@ -117,7 +117,7 @@ def over_nodes(model: Model, context: int) -> Iterator[tuple[Engine, Callable[[]
 
     with (
         tempfile.TemporaryDirectory(prefix="shoal-bench-") as directory,
-        nodes(model.path, specs(model, DEVICES, context), Path(directory)) as running,
+        nodes(model.path, specs(model, DEVICES, context, Path(directory)), Path(directory)) as running,
         open_nodes(model, [node.address for node in running], planner.Workload(context)) as engine,
     ):
         print(render(engine.plan), file=sys.stderr)

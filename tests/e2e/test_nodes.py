@@ -242,6 +242,8 @@ def test_the_demo_answers_paris_leaves_no_process_and_needs_no_network(model: Mo
     )
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout
+    assert "gets hot in the middle of an answer" in done.stdout
+    assert "The nodes' answers equal those of one process" in done.stdout
     for device in ("laptop", "phone", "old-phone"):
         assert "needed: without it the model does not fit" in done.stdout
         assert device in done.stdout

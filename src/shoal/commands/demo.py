@@ -1,13 +1,17 @@
-"""`shoal demo`: three nodes that differ, on this machine, answer a question together; each step is
+"""`shoal demo`: nodes that differ, on this machine, answer a question together; each step is
 explained."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,24 +21,32 @@ from ..imports import quick_imports
 
 if TYPE_CHECKING:
     from ..answering import Answer, Engine, Settings
+    from ..distributed import Nodes
     from ..engine.model_directory import Model
     from ..engine.tokenizer import Tokenizer
+    from ..planner import Assignment
     from ..processes import NodeSpec, RunningNode
 
 MODEL = "smollm2-135m"
 CONTEXT = 512
 MAX_TOKENS, MEASURED_TOKENS = 128, 96
-DEVICES = (("laptop", 1.0, 0.5), ("phone", 2.0, 0.38), ("old-phone", 4.0, 0.28))
+DEVICES = (("laptop", 1.0, 0.5), ("phone", 2.0, 0.22), ("tablet", 2.0, 0.22), ("old-phone", 3.0, 0.22))
 """Name, factor by which it is slower, and the share of the layers that fits under its RAM cap together with
-the largest table of the model. No one of the devices can hold the model, no two can, and the three have room
-to spare."""
+the largest table of the model. No one of the devices can hold the model, no two can, and the laptop and any
+two of the others can: one is to spare."""
+HOTTER = 5.0
+"""How many times as long each step of a device takes when it is hot."""
+WARM_TOKENS, COOL_TOKENS, MOST_TOKENS = 16, 64, 380
+"""Tokens of that answer: until its speed counts, until the device gets hot, and at most."""
+MOVING_SECONDS, MOVED_SECONDS = 10.0, 3.0
+"""How long layers may need to leave the device, and for how long the speed is measured then."""
 
 
 def add_parser(commands: Commands) -> None:
     parser = add_command(
         commands,
         "demo",
-        "let three nodes on this machine answer a question",
+        "let nodes on this machine answer a question",
         "The nodes differ in memory and speed. Each step is explained as it happens.",
     )
     parser.add_argument(
@@ -60,18 +72,18 @@ def run(args: argparse.Namespace) -> int:
         path = pull(MODEL)
         model = Model.open(path)
         print(f"   {path}\n")
-        print("2. Three nodes, each in a process of its own:")
+        print(f"2. {len(DEVICES)} nodes, each in a process of its own:")
         with (
             tempfile.TemporaryDirectory(prefix="shoal-demo-") as directory,
-            nodes(path, specs(model, DEVICES, CONTEXT), Path(directory)) as running,
+            nodes(path, specs(model, DEVICES, CONTEXT, Path(directory)), Path(directory)) as running,
         ):
             for node in running:
                 log = Path(directory) / f"{node.spec.name}.log"
                 print("   " + log.read_text("utf-8", "replace").strip())
-            return _demo(args, model, running)
+            return _demo(args, model, running, Path(directory))
 
 
-def _demo(args: argparse.Namespace, model: Model, running: list[RunningNode]) -> int:
+def _demo(args: argparse.Namespace, model: Model, running: list[RunningNode], directory: Path) -> int:
     from .. import planner
     from ..answering import LocalEngine, Settings
     from ..distributed import measured_of, open_nodes
@@ -79,6 +91,7 @@ def _demo(args: argparse.Namespace, model: Model, running: list[RunningNode]) ->
     from ..engine.chat import Chat, Message
     from ..engine.stage import Stage, StageOptions
     from ..engine.tokenizer import Tokenizer
+    from ..net.slow import set_factor
     from ..plan_report import render
     from .run import show
 
@@ -89,26 +102,94 @@ def _demo(args: argparse.Namespace, model: Model, running: list[RunningNode]) ->
     workload = planner.Workload(
         context=CONTEXT, prompt_tokens=len(prompt), depth=len(prompt) + MEASURED_TOKENS // 2
     )
-    with open_nodes(model, [node.address for node in running], workload) as engine:
+    moves = list[str]()
+    with open_nodes(model, [node.address for node in running], workload, log=moves.append) as engine:
         print(f"\n3. The plan, from the nodes' measurements:\n\n{render(engine.plan)}")
         print(f"4. {args.prompt}\n\n   ", end="", flush=True)
         made = _once(engine, tokenizer, prompt, settings, show)
         print(f"\n\n   {made.summary()}\n")
         longer = _once(engine, tokenizer, prompt, endless)
         reports, now = engine.stats()
+        with Stage(model, 0, model.n_units, StageOptions(threads=1)) as stage:
+            alone = _once(LocalEngine(stage), tokenizer, prompt, settings)
+            longer_alone = _once(LocalEngine(stage), tokenizer, prompt, endless)
+        speeds = {DEVICES[0][0]: longer_alone.tokens_per_s} if longer_alone.tokens_per_s else {}
+        print(f"5. Predicted beside measured, over {len(longer.tokens)} tokens. Alone means one process with")
+        print(f"   the speed of the {DEVICES[0][0]} and one thread, as nodes have, but without a RAM cap:\n")
+        print(render(now, measured_of(reports, longer.tokens_per_s, speeds)))
+        name, slow = _busiest(engine.plan.assignments)
+        print(f"6. The {name} gets hot in the middle of an answer: each of its steps takes {HOTTER:g} times")
+        print("   as long. Layers leave it while the answer goes on:\n", flush=True)
+        hot = _Hot(
+            engine, prompt, endless, partial(set_factor, directory / f"{name}.slow", HOTTER * slow), moves
+        )
+        hot.run()
     with Stage(model, 0, model.n_units, StageOptions(threads=1)) as stage:
-        alone = _once(LocalEngine(stage), tokenizer, prompt, settings)
-        longer_alone = _once(LocalEngine(stage), tokenizer, prompt, endless)
-    speeds = {DEVICES[0][0]: longer_alone.tokens_per_s} if longer_alone.tokens_per_s else {}
-    print(f"5. Predicted beside measured, over {len(longer.tokens)} tokens. Alone means one process with")
-    print(f"   the speed of the {DEVICES[0][0]} and one thread, as the nodes have, but without a RAM cap:\n")
-    print(render(now, measured_of(reports, longer.tokens_per_s, speeds)))
+        settled = _once(LocalEngine(stage), tokenizer, prompt, replace(endless, max_tokens=len(hot.tokens)))
     if not made.text.strip():
         raise ShoalError("the answer of the nodes is empty: this is a bug")
     if (made.tokens, longer.tokens) != (alone.tokens, longer_alone.tokens):
         raise ShoalError(f"the nodes answered {made.text!r}, one process {alone.text!r}: this is a bug")
-    print(f"The nodes' answer equals that of one process ({len(longer.tokens)} tokens compared).")
+    if hot.tokens != settled.tokens:
+        raise ShoalError("the nodes' answer has changed when the device got hot: this is a bug")
+    count = len(longer.tokens) + len(hot.tokens)
+    print(f"\nThe nodes' answers equal those of one process ({count} tokens compared).")
     return 0
+
+
+class _Hot:
+    """An answer in which a device gets hot: its speed before, then, and when layers have left the device."""
+
+    def __init__(
+        self,
+        engine: Nodes,
+        prompt: Sequence[int],
+        settings: Settings,
+        heat: Callable[[], None],
+        moves: Sequence[str],
+    ) -> None:
+        self._engine, self._prompt, self._settings = engine, prompt, settings
+        self._heat, self._moves = heat, moves
+        self.tokens: list[int] = []
+        self._times: list[float] = []
+
+    def run(self) -> None:
+        """Answers until layers have moved and the speed was measured, or none have moved for a while."""
+        before = self._engine.plan.assignments
+        hot, moved, said = math.inf, math.inf, 0
+        with closing(self._engine.session(self._settings)) as session:
+            for token in session.answer(self._prompt, max_tokens=MOST_TOKENS, end=()):
+                self.tokens.append(token)
+                self._times.append(now := time.monotonic())
+                if len(self.tokens) == COOL_TOKENS:
+                    self._tell("before", self._times[WARM_TOKENS], before)
+                    hot, said = now, len(self._moves)
+                    self._heat()
+                if moved == math.inf and self._engine.plan.assignments != before:
+                    self._tell("hot", hot, before)
+                    moved = now
+                if now > min(hot + MOVING_SECONDS, moved + MOVED_SECONDS):
+                    break
+        if moved == math.inf:
+            self._tell("hot", hot, before)
+            print("   No layers have left it: by what was measured, no change was sure enough to pay.")
+        else:
+            print("\n".join(f"   {line}" for line in self._moves[said:] if line.startswith("moved ")))
+            self._tell("then", moved, self._engine.plan.assignments)
+
+    def _tell(self, when: str, start: float, stages: Sequence[Assignment]) -> None:
+        end = self._times[-1]
+        speed = sum(start < at <= end for at in self._times) / max(end - start, 1e-9)
+        layers = ", ".join(f"{stage.device} {stage.last - stage.first}" for stage in stages)
+        print(f"   {when:<8} {speed:5.1f} tokens/s   units: {layers}", flush=True)
+
+
+def _busiest(stages: Sequence[Assignment]) -> tuple[str, float]:
+    """The device that takes longest for its units, of all but the quickest, and how slow it is."""
+    units = {stage.device: stage.last - stage.first for stage in stages}
+    slower = {name: slow for name, slow, _ in DEVICES[1:]}
+    name = max(slower, key=lambda name: units.get(name, 0) * slower[name])
+    return name, slower[name]
 
 
 def _once(
@@ -125,10 +206,13 @@ def _once(
         return answer(session, tokenizer, prompt, settings, show)
 
 
-def specs(model: Model, devices: Sequence[tuple[str, float, float]], context: int) -> list[NodeSpec]:
+def specs(
+    model: Model, devices: Sequence[tuple[str, float, float]], context: int, directory: Path
+) -> list[NodeSpec]:
     """Nodes for devices such as DEVICES. Their RAM caps include what a process on this machine needs before
-    it holds any layer."""
+    it holds any layer. How slow they are is read from files in the directory."""
     from ..engine.stage import StageOptions
+    from ..net.slow import set_factor
     from ..planning import MB, planner_model
     from ..processes import NodeSpec, bare_node_bytes
 
@@ -137,10 +221,12 @@ def specs(model: Model, devices: Sequence[tuple[str, float, float]], context: in
     layers = len(rows.units) - 2
     held = layer.bytes + layer.kv_bytes_per_token * context
     fixed = bare_node_bytes(model.path) + layer.workspace_bytes + table
-    return [
-        NodeSpec(name, ram_mb=-(-int(fixed + share * layers * held) // MB), slow=slow)
-        for name, slow, share in devices
-    ]
+    made = []
+    for name, slow, share in devices:
+        set_factor(directory / f"{name}.slow", slow)
+        options = ("--slow-file", str(directory / f"{name}.slow"))
+        made.append(NodeSpec(name, -(-int(fixed + share * layers * held) // MB), options=options))
+    return made
 
 
 @contextmanager

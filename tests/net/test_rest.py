@@ -100,7 +100,10 @@ def test_long_rests_are_waited_for(lab: ModuleType) -> None:
                 start = trio.current_time()
                 assert await lab.collect(coordinator, [3, 4], 12) == lab.oracle([3, 4], 12)
                 assert trio.current_time() - start > 100
-                assert (coordinator.recoveries, said) == (0, [])
+                assert coordinator.recoveries == 0
+                assert [
+                    line for line in said if not line.endswith("computes for at most 4% of the time")
+                ] == []
 
     lab.run(main)
 

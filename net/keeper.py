@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Literal
 
@@ -20,6 +20,7 @@ from ..planner import LinkSpeed
 from .assignment import Assignment, NodeParts
 from .carry import Taker
 from .connection import Connection, open_tasks
+from .copies import Copies
 from .errors import NetError, RemoteProtocolError, to_wire
 from .messages import (
     Assign,
@@ -35,6 +36,7 @@ from .messages import (
     Prepared,
     Refill,
     Room,
+    Spares,
 )
 from .pace import NodePace
 from .stage_state import (
@@ -61,6 +63,9 @@ from .work import NO_SESSIONS, Session, StageLike, StageWork
 
 MOST_ORDERS = 16
 """The most orders about the stage that may wait to be carried out."""
+COPY_SECONDS, COPY_PAUSE = 0.25, 4
+"""How often a node looks for the time to load a copy of weights. After one it waits for so many times as long
+as that took."""
 
 
 class Keeper:
@@ -86,6 +91,7 @@ class Keeper:
         self._range = range(0)
         self._carried: Mapping[int, Session] = NO_SESSIONS
         """The sessions that the stage holds for the next loop."""
+        self._copies = Copies()
         self._events = deque[Event]()
         self._work, self._to_do = trio.open_memory_channel[Callable[[], Awaitable[None]]](math.inf)
         self._reports, self._to_send = trio.open_memory_channel[Message](math.inf)
@@ -95,6 +101,7 @@ class Keeper:
         try:
             async with open_tasks() as tasks:
                 tasks.start_soon(self._send_reports)
+                tasks.start_soon(self._hold_copies)
                 async for work in self._to_do:
                     await work()
         finally:
@@ -134,6 +141,15 @@ class Keeper:
         current = self.current
         if current is not None and current.epoch == order.epoch:
             current.refill(order)
+
+    def spare(self, units: Sequence[int]) -> None:
+        """Takes an order to hold copies of the weights of these units. RemoteProtocolError: there are none
+        such."""
+        if any(unit >= self._parts.units for unit in units):
+            raise RemoteProtocolError(
+                f"the coordinator wants copies of units that the model of {self._parts.units} has not"
+            )
+        self._copies.order(units)
 
     async def receive_bulk(self, connection: Connection, giver: int) -> None:
         """Takes keys and values from a giver until it disconnects. Errors as for Connection.receive, and what
@@ -249,7 +265,46 @@ class Keeper:
         async for report in self._to_send:
             await self._coordinator.send(report)
 
+    async def _hold_copies(self) -> None:
+        """Loads copies while the stage has nothing else to do, one after another, and reports them."""
+        while True:
+            await trio.sleep(COPY_SECONDS)
+            if self._stage is None:
+                continue
+            news = self._copies.news(self._stage.held)
+            if news is not None:
+                self._reports.send_nowait(Spares(news))
+            if self._idle:
+                began, done = trio.current_time(), trio.Event()
+                self._work.send_nowait(partial(self._hold_next, done))
+                await done.wait()
+                await trio.sleep(COPY_PAUSE * (trio.current_time() - began))
+
+    @property
+    def _idle(self) -> bool:
+        """Whether the stage computes nothing at the moment, and is not about to change."""
+        force = self._state.force
+        if force is None or force.phase != "serving" or self._state.change is not None:
+            return False
+        return (
+            not self._work.statistics().current_buffer_used
+            and self._pace.progress(force.assign.epoch, 0).running is None
+        )
+
     # --- the task of the stage
+
+    async def _hold_next(self, done: trio.Event) -> None:
+        stage, own = self._stage, self._range
+        units = None if stage is None else self._copies.next(stage.held, own)
+        if stage is not None and units is not None:
+            try:
+                await self._parts.hop(partial(stage.hold, units))
+            except (ShoalError, MemoryError) as error:
+                self._parts.log(f"no copies of weights are held: {error}")
+                self._copies.order(())
+            else:
+                self._copies.held(units, stage.held)
+        done.set()
 
     async def _open(self, assignment: Assignment) -> None:
         if assignment.dropped:
@@ -261,6 +316,7 @@ class Keeper:
             self._tell(Broken(assign.epoch, *to_wire(error), None))
             return
         self._owner, self._range = assign.epoch, range(assign.first, assign.last)
+        self._copies.renew()
         await self._take_over(assignment, self._stage, history=True)
         self._tell(Ready(assign.epoch))
 

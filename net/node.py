@@ -45,6 +45,7 @@ from .messages import (
     Pong,
     Refill,
     Release,
+    Spare,
     Stats,
     Step,
 )
@@ -216,6 +217,8 @@ class Node:
                 keeper.order(message)
             case Refill():
                 keeper.refill(message)
+            case Spare(units):
+                keeper.spare(units)
             case Measure(peer):
                 tasks.start_soon(self._measure, connection, peer)
             case GetStats():

@@ -83,6 +83,14 @@ class StageLike(Protocol):
         """Changes to a prepared range (None: the same) between two runs: the sequences keep so many
         positions, all others end. ValueError: a unit that is not lost lacks positions."""
 
+    @property
+    def held(self) -> frozenset[int]:
+        """The units of whose weights there are copies."""
+
+    def hold(self, units: Sequence[int]) -> None:
+        """Loads copies of the weights of these units, in order of preference, as far as there is room; others
+        go. Blocks; runs go on meanwhile."""
+
     def limit_kv(self, kv_bytes: int) -> None:
         """Sets the most bytes of keys and values."""
 

@@ -41,6 +41,7 @@ from .net.session import Session
 from .net.survey import survey
 from .plan_report import RunMeasurements
 from .planner.chunks import chunkings, window
+from .planner.copies import copies
 from .planner.groups import groupings
 from .planner.streams import Follower
 from .planning import layer_constraints, plan_that_fits, planner_model
@@ -211,7 +212,14 @@ class NetworkRebalancer:
         self, nodes: Sequence[NodeInfo], links: Links, placement: Placement
     ) -> Mapping[str, tuple[int, ...]]:
         """See net.placement.Rebalancer."""
-        return {}
+        if self._plans.fixed:
+            return {}
+        usage = Usage(self._plans.workload.streams)
+        question = self._question(cluster_of(nodes, links), placement, usage)
+        try:
+            return copies(question, placement.stages, slowed)
+        except ValueError:  # a node of the chain is leaving, or a link is not known
+            return {}
 
     def _question(self, cluster: planner.Cluster, placement: Placement, usage: Usage) -> planner.Question:
         """What the chain is used for, as a question. There is room for as many positions as were planned,

@@ -92,8 +92,15 @@ class FakeStage:
         self.staged: list[FakeIncoming] = []
         self.limits: list[int] = []
         self.exported: list[tuple[int, int, int, int]] = []
+        self.held: frozenset[int] = frozenset()
+        self.copies = 10**9
+        """The most copies that there is room for."""
         self.kept: dict[int, dict[int, list[tuple[int, int]]]] = {}
         """The rows that went into a unit, by sequence and unit."""
+
+    def hold(self, units: Sequence[int]) -> None:
+        assert not self.closed
+        self.held = frozenset([u for u in units if not self.first <= u < self.last][: self.copies])
 
     def open_sequence(self, sequence: int, sampling: Sampling, context: int) -> None:
         assert not self.closed

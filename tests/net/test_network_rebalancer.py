@@ -103,3 +103,14 @@ def test_a_node_that_is_leaving_is_no_error(plans: NetworkPlanner) -> None:
     rebalancer, placement = NetworkRebalancer(plans), plans(nodes(), LINKS)
     there = nodes([name for name in NAMES if name != placement.stages[1].device])
     assert rebalancer.look(there, LINKS, placement, Usage(STREAMS, 200, 1e5, 0), 0.0) is None
+
+
+def test_copies_are_of_what_neighbours_hold(plans: NetworkPlanner) -> None:
+    rebalancer, placement = NetworkRebalancer(plans), plans(nodes(), LINKS)
+    found = rebalancer.copies(nodes(), LINKS, placement)
+    assert set(found) == {stage.device for stage in placement.stages}
+    assert any(found.values())
+    for stage in placement.stages:
+        assert not set(found[stage.device]) & set(range(stage.first, stage.last))
+    there = nodes([name for name in NAMES if name != placement.stages[1].device])
+    assert rebalancer.copies(there, LINKS, placement) == {}

@@ -15,7 +15,7 @@ C_SOURCES := $(wildcard csrc/*.c csrc/*.h csrc/*.inc)
 # A phone's numpy comes from its package manager; pip could only compile it there.
 VENV_FLAGS := $(if $(findstring com.termux,$(PREFIX)),--system-site-packages)
 
-.PHONY: help demo test check format bench dist lib abi oracle sanitize check-arm check-dist check-lab clean
+.PHONY: help demo test check format bench dist lib abi oracle sanitize check-arm check-dist check-lab check-protocol clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -33,6 +33,7 @@ help:
 	@echo "make check-arm  run, count and model the Arm kernels (installs qemu, compilers and llvm with apt)"
 	@echo "make check-dist try what make dist makes (installs clang-19, lld-19 and qemu with apt)"
 	@echo "make check-lab  devices that differ, in network namespaces with memory caps (as root; installs iproute2 with apt)"
+	@echo "make check-protocol  all runs of the protocol in small worlds, with faults (docs/notes/2026-11-protocol-model.md)"
 	@echo "make clean      remove what was built; .venv stays"
 
 demo: $(RUN_STAMP) lib
@@ -89,6 +90,9 @@ check-lab: $(DEV_STAMP) lib
 	scripts/apt-need iproute2
 	$(BIN)/python -m pytest -q -m lab tests/lab
 	$(BIN)/python -m bench.chaos --seed 1 --trials 60 --longest 3 --moves 2 --jobs 2
+
+check-protocol: $(DEV_STAMP) lib
+	$(BIN)/python -m tests.explorer
 
 clean:
 	rm -rf build dist $(LIB) src/shoal.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks

@@ -1,0 +1,60 @@
+"""What is explored: the size of a world, what happens in it, and its faults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from shoal.net.messages import Offer
+from shoal.net.placement import Placement
+from shoal.planner import Assignment, Device
+
+from .coordinator import Question
+
+NUMBER = 99
+NAMES = ("a", "b", "c", "d")
+OFFER = Offer(Device("fake", 10**9, 1e9, 1e9), 8, 1, "fake", True)
+
+
+Cut = tuple[tuple[int, int, int], ...]
+"""A plan: the units [first, last) of each node, as (node, first, last)."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What is explored. `plans` are the cuts for sets of nodes; a set without an entry cannot hold the model.
+    `moves` are cuts for all nodes, each of which is proposed once, at any time. `kinds` are the kinds of
+    faults, of which `faults` happen. `returns`: whether a crashed node comes back: "may" (progress does not
+    need it), "will", or "never". `leaves`: sessions that may be left at any time."""
+
+    questions: tuple[tuple[Question, ...], ...]
+    plans: dict[tuple[int, ...], Cut]
+    nodes: int = 3
+    units: int = 6
+    moves: tuple[Cut, ...] = ()
+    faults: int = 0
+    kinds: frozenset[str] = frozenset()
+    returns: str = "never"
+    leaves: frozenset[int] = frozenset()
+    window: int = 2
+    rows: int = 2
+    keep: bool = False
+    quick: bool = True
+    most_epochs: int = 12
+    strategy: str = "move"
+    reduce: bool = True
+
+
+def placement(cut: Cut) -> Placement:
+    """A plan from (node, first, last)."""
+    stages = tuple(Assignment(NAMES[i], first, last) for i, first, last in cut)
+    return Placement(stages, 8, tokens_per_s=10.0 * len(stages))
+
+
+class Env(NamedTuple):
+    """The rest: faults and moves that are left, requests for plans and measurements."""
+
+    faults: int
+    moves: int = 0
+    plans: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    measuring: bool = False

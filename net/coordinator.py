@@ -144,7 +144,7 @@ class Coordinator:
         self._deciding = False
         self._failure: ShoalError | None = None
         self._failed = trio.Event()
-        self._log = MoveLog(options.log)
+        self._log = MoveLog(options.log, shape.units)
         self._admission = Admission(options.max_sessions)
         self._epochs = Epochs(
             identity, options.open_stream, options.timing, self._admission, self._controls,

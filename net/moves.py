@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ..planner import units_text
 from .events import Moved
 from .generation import Generation
 from .placement import Outcome, Proposal, Usage
@@ -52,12 +53,13 @@ class Rate:
 
 @dataclass(slots=True)
 class Move:
-    """A transition: `moved` says what became of it, and `proposal` what was predicted, if a rebalancer has
-    proposed it. `before` and `after` are the tokens/s of all answers before it began and after it was
-    committed, where answers have run for long enough, and `standstill` the seconds without Steps, for which
-    answers stood still."""
+    """A transition in a model of so many `units`: `moved` says what became of it, and `proposal` what was
+    predicted, if a rebalancer has proposed it. `before` and `after` are the tokens/s of all answers before it
+    began and after it was committed, where answers have run for long enough, and `standstill` the seconds
+    without Steps, for which answers stood still."""
 
     moved: Moved
+    units: int
     standstill: float = 0.0
     proposal: Proposal | None = None
     before: float | None = None
@@ -74,20 +76,27 @@ class Move:
         return Outcome(not self.aborted, self.moved.seconds, self.standstill)
 
     def what(self) -> str:
-        """The units that moved, and from where to where."""
-        moved = self.moved
-        parts = [f"{_units(s.first, s.last)} from {s.giver} to {s.taker}" for s in moved.shifts]
+        """What has been done with which layers."""
+        moved, done = self.moved, list[str]()
+        if moved.shifts:
+            done.append(f"moved {self._shifts()}")
         if moved.lost[0] < moved.lost[1]:
-            parts.append(f"{_units(*moved.lost)} anew, since no node has what they hold")
-        return ", ".join(parts) or "no units"
+            done.append(f"filled {units_text(*moved.lost, self.units)} again")
+        return " and ".join(done) or "changed no layers"
+
+    def _shifts(self) -> str:
+        return ", ".join(
+            f"{units_text(shift.first, shift.last, self.units)} from {shift.giver} to {shift.taker}"
+            for shift in self.moved.shifts
+        )
 
     def line(self) -> str:
         """The record in one line."""
         moved = self.moved
         if self.aborted:
-            return f"not moved: {self.what()} ({moved.why}), because {moved.failure}"
-        told = f"moved {self.what()} ({moved.why})"
-        told += f": {_bytes(moved.sent)} sent in {moved.seconds:.1f} s, "
+            move = f"the move of {self._shifts()}" if moved.shifts else "a change of the plan"
+            return f"gave up {move} ({moved.why}): {moved.failure}"
+        told = f"{self.what()} ({moved.why}): {_bytes(moved.sent)} sent in {moved.seconds:.1f} s, "
         told += f"{1000 * self.standstill:.0f} ms without steps"
         if self.proposal is not None:
             old, new = self.proposal.seconds_before, self.proposal.seconds_after
@@ -104,12 +113,12 @@ class Move:
 
 
 class MoveLog:
-    """The records of a coordinator's transitions. `say` is called with one line for each that was committed,
-    and one for the tokens/s after it."""
+    """The records of a coordinator's transitions, in a model of so many units. `say` is called with one line
+    for each that was committed, and one for the tokens/s after it."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, say: Callable[[str], None], units: int) -> None:
         self.moves = deque[Move](maxlen=MOST_MOVES)
-        self._say = say
+        self._say, self._units = say, units
         self._rate = Rate()
         self._proposed: Proposal | None = None
         self._outcome: Outcome | None = None
@@ -122,7 +131,7 @@ class MoveLog:
         if move is None or move.aborted or move.after is not None or self._rate.seconds < MEASURED_SECONDS:
             return
         move.after = self._rate.tokens_per_s
-        self._say(f"after {move.what()}: {move.result()}")
+        self._say(f"{move.what()}: {move.result()}")
 
     def proposed(self, proposal: Proposal) -> None:
         """Notes that the next transition is that of a proposal."""
@@ -131,7 +140,7 @@ class MoveLog:
     def ended(self, moved: Moved, standstill: float) -> None:
         """Records what became of a transition. If it was committed, answers stood still for so long."""
         standstill = 0.0 if moved.failure else standstill
-        move = Move(moved, standstill, self._proposed, self._rate.tokens_per_s)
+        move = Move(moved, self._units, standstill, self._proposed, self._rate.tokens_per_s)
         self.moves.append(move)
         if not move.aborted:
             self._say(move.line())
@@ -155,10 +164,6 @@ def usage_of(answers: Sequence[Generation], tokens: int) -> Usage:
         tokens=tokens,
         reading=any(not answer.made for answer in answers),
     )
-
-
-def _units(first: int, last: int) -> str:
-    return f"unit {first}" if last == first + 1 else f"units {first}-{last - 1}"
 
 
 def _bytes(size: int) -> str:

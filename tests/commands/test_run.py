@@ -108,7 +108,7 @@ def test_moves_are_asked_for_and_told_at_the_end(
     device, link = planner.Device("a", 10**9, 1e9, 1e9), planner.LinkSpeed(0.0, 1e9)
     links = {("a", "coordinator"): link, ("coordinator", "a"): link}
     moved = Moved(Epoch(1, 2), "a is hot", (Shift(2, 4, "a", "b"),), seconds=0.5, sent=2000)
-    move = Move(moved, 0.02, after=9.0)
+    move = Move(moved, 6, 0.02, after=9.0)
 
     class Nodes:
         context = 64
@@ -135,7 +135,7 @@ def test_moves_are_asked_for_and_told_at_the_end(
     assert asked == [moves]
     told = f"[{move.line()}]\n" if stats else ""
     assert capsys.readouterr().err == told
-    assert not stats or "moved units 2-3 from a to b (a is hot)" in told
+    assert not stats or "moved layers 2-3 from a to b (a is hot)" in told
 
 
 def test_layers_move_unless_the_user_says_otherwise(tiny: Path) -> None:

@@ -68,7 +68,7 @@ def test_an_answer_waits_for_a_node_that_the_model_needs(lab: ModuleType, restar
                 assert got == lab.oracle([1, 2], 12)
             assert "b (host:7002)" in said[0]
             assert said[1:3] == ["waiting for nodes, 60 s at most", "b (host:7002) is back"]
-            assert len(said) == 4 and said[3].startswith("moved units 2-3 anew, since no node has what they")
+            assert len(said) == 4 and said[3].startswith("filled layers 2-3 again (")
 
     lab.run(main)
 
@@ -161,7 +161,7 @@ def test_a_node_that_cannot_be_reached_at_first_joins_later(lab: ModuleType) -> 
                 "b (host:7002) has joined",
                 "a plan with more nodes is better: changing to it",
             ]
-            assert len(said) == 4 and said[3].startswith("moved units 3-5 from a to b")
+            assert len(said) == 4 and said[3].startswith("moved layers 3-4 + LM head from a to b")
 
     lab.run(main)
 

@@ -23,36 +23,48 @@ PROPOSAL = Proposal(Placement(()), "a is 2.5 times slower", 1 / 40, 1 / 50, 0.1,
     ("move", "line"),
     [
         (
-            Move(HOT, 0.021),
+            Move(HOT, 9, 0.021),
             (
-                "moved units 3-4 from a to b, unit 7 from b to c (a is 2.5 times slower): 3.2 MB sent in "
+                "moved layers 3-4 from a to b, layer 7 from b to c (a is 2.5 times slower): 3.2 MB sent in "
                 "1.2 s, 21 ms without steps"
             ),
         ),
         (
-            Move(HOT, 0.021, PROPOSAL, 39.0, 51.26),
+            Move(HOT, 9, 0.021, PROPOSAL, 39.0, 51.26),
             (
-                "moved units 3-4 from a to b, unit 7 from b to c (a is 2.5 times slower): 3.2 MB sent in "
+                "moved layers 3-4 from a to b, layer 7 from b to c (a is 2.5 times slower): 3.2 MB sent in "
                 "1.2 s, 21 ms without steps; predicted 40.0 -> 50.0 tokens/s; measured 39.0 -> 51.3 tokens/s"
             ),
         ),
         (
-            Move(Moved(EPOCH, "d has joined", (Shift(0, 1, "a", "d"),), seconds=0.5, sent=900), after=8.0),
+            Move(Moved(EPOCH, "d has joined", (Shift(0, 1, "a", "d"),), seconds=0.5, sent=900), 9, after=8.0),
             (
-                "moved unit 0 from a to d (d has joined): 0.9 kB sent in 0.5 s, 0 ms without steps; "
+                "moved embedding from a to d (d has joined): 0.9 kB sent in 0.5 s, 0 ms without steps; "
                 "measured 8.0 tokens/s"
             ),
         ),
         (
-            Move(Moved(EPOCH, "b is lost", (), (2, 5), True, 0.3, 0.1), 0.1),
+            Move(Moved(EPOCH, "b is lost", (), (2, 5), True, 0.3, 0.1), 9, 0.1),
+            ("filled layers 2-4 again (b is lost): 0.0 kB sent in 0.3 s, 100 ms without steps"),
+        ),
+        (
+            Move(Moved(EPOCH, "b is lost", (Shift(1, 2, "a", "c"),), (2, 3), True, 0.3, 0.1), 9, 0.1),
             (
-                "moved units 2-4 anew, since no node has what they hold (b is lost): 0.0 kB sent in 0.3 s, "
+                "moved layer 1 from a to c and filled layer 2 again (b is lost): 0.0 kB sent in 0.3 s, "
                 "100 ms without steps"
             ),
         ),
         (
-            Move(Moved(EPOCH, "a is hot", (Shift(3, 5, "a", "b"),), failure="b could not prepare")),
-            "not moved: units 3-4 from a to b (a is hot), because b could not prepare",
+            Move(Moved(EPOCH, "a is back"), 9),
+            "changed no layers (a is back): 0.0 kB sent in 0.0 s, 0 ms without steps",
+        ),
+        (
+            Move(Moved(EPOCH, "a is back", failure="the chain is changing already"), 9),
+            "gave up a change of the plan (a is back): the chain is changing already",
+        ),
+        (
+            Move(Moved(EPOCH, "a is hot", (Shift(3, 5, "a", "b"),), failure="b could not prepare"), 9),
+            "gave up the move of layers 3-4 from a to b (a is hot): b could not prepare",
         ),
     ],
 )
@@ -90,7 +102,7 @@ def run(log: MoveLog, start: float, per_tick: int, tokens: int, ticks: int = 40)
 
 def test_what_came_of_a_move_is_told_when_answers_have_run_for_long_enough() -> None:
     said: list[str] = []
-    log = MoveLog(said.append)
+    log = MoveLog(said.append, 9)
     tokens = run(log, 0.0, 10, 0)
     log.proposed(PROPOSAL)
     assert log.outcome() is None
@@ -105,13 +117,13 @@ def test_what_came_of_a_move_is_told_when_answers_have_run_for_long_enough() -> 
     assert move.after == pytest.approx(48.0)
     assert said == [
         move.line().partition("; measured")[0],
-        f"after {move.what()}: measured 40.0 -> 48.0 tokens/s",
+        f"{move.what()}: measured 40.0 -> 48.0 tokens/s",
     ]
 
 
 def test_moves_that_were_given_up_are_recorded_and_the_rebalancer_is_told() -> None:
     said: list[str] = []
-    log = MoveLog(said.append)
+    log = MoveLog(said.append, 9)
     run(log, 0.0, 10, 0)
     log.proposed(PROPOSAL)
     log.ended(Moved(EPOCH, "a is hot", seconds=2.0, failure="b could not prepare"), 9.0)

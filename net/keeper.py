@@ -8,6 +8,7 @@ order of the commands.
 from __future__ import annotations
 
 import math
+import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
@@ -61,6 +62,10 @@ from .stage_state import (
 )
 from .work import NO_SESSIONS, Session, StageLike, StageWork
 
+_CROWDED = "running answers need the room for keys and values"
+LOAD_PATIENCE = 2.0
+"""How long a run that has no room for keys and values waits for weights that are being loaded, to drop
+them."""
 MOST_ORDERS = 16
 """The most orders about the stage that may wait to be carried out."""
 COPY_SECONDS, COPY_PAUSE = 0.25, 4
@@ -92,6 +97,10 @@ class Keeper:
         self._carried: Mapping[int, Session] = NO_SESSIONS
         """The sessions that the stage holds for the next loop."""
         self._copies = Copies()
+        self._crowd: Assignment | None = None
+        """The assignment whose prepared range takes room from keys and values. Guarded by the lock."""
+        self._crowd_lock = threading.Lock()
+        self._token = trio.lowlevel.current_trio_token()
         self._events = deque[Event]()
         self._work, self._to_do = trio.open_memory_channel[Callable[[], Awaitable[None]]](math.inf)
         self._reports, self._to_send = trio.open_memory_channel[Message](math.inf)
@@ -245,7 +254,7 @@ class Keeper:
         assert self._stage is not None
         assign = assignment.assign
         last = None if assign.next is None else assign.last
-        assignment.begin(StageWork(self._stage, assign.epoch, last, self._carried))
+        assignment.begin(StageWork(self._stage, assign.epoch, last, self._carried, self._make_room))
         self._carried = NO_SESSIONS
 
     def _report(self, what: Literal["prepared", "loaded"] | Broken, epoch: Epoch) -> Message:
@@ -328,26 +337,50 @@ class Keeper:
         beside = range(assign.first, assign.last)
         try:
             if beside != self._range:
-                assignment.prepared = await self._parts.hop(partial(self._prepared, stage, beside))
+                await self._parts.hop(partial(self._load_beside, assignment, stage, beside))
         except (ShoalError, MemoryError) as error:
             self._tell(Broken(assign.epoch, *to_wire(error), None))
         else:
             self._tell(Ready(assign.epoch))
 
-    def _prepared(self, stage: StageLike, beside: range) -> object:
+    def _load_beside(self, assignment: Assignment, stage: StageLike, beside: range) -> None:
         """Prepares a range beside the running one. Keys and values have less room meanwhile."""
         limit = self._parts.kv_bytes(self._range.start, self._range.stop, beside)
         if limit is not None and stage.kv_bytes > limit:
-            raise NoPlanError(
-                f"keys and values of running answers leave no room for units [{beside.start}, "
-                f"{beside.stop}): end requests, or promise more RAM"
-            )
-        return stage.prepare(beside.start, beside.stop, limit)
+            raise NoPlanError(f"{_CROWDED}: units [{beside.start}, {beside.stop}) do not fit beside them")
+        with self._crowd_lock:
+            assignment.prepared = stage.prepare(beside.start, beside.stop, limit)
+            self._crowd = assignment
 
-    def _whole_room(self, stage: StageLike) -> None:
+    def _discard(self, assignment: Assignment) -> bool:
+        """Undoes `_load_beside`, in any thread. False: that was done before."""
+        with self._crowd_lock:
+            return self._discard_now(assignment)
+
+    def _discard_now(self, assignment: Assignment) -> bool:
+        prepared, assignment.prepared, self._crowd = assignment.prepared, None, None
+        if prepared is None or self._stage is None:
+            return False
         limit = self._parts.kv_bytes(self._range.start, self._range.stop)
         if limit is not None:
-            stage.limit_kv(limit)
+            self._stage.limit_kv(limit)  # before copies of the units are weighed against it
+        self._stage.discard(prepared)
+        return True
+
+    def _make_room(self) -> bool:
+        """Gives up the transition whose weights take the room that a run needs. It is called between two
+        runs, in their thread. False: there is none."""
+        if not self._crowd_lock.acquire(timeout=LOAD_PATIENCE):
+            return False
+        try:
+            assignment = self._crowd
+            if assignment is None or not self._discard_now(assignment):
+                return False
+        finally:
+            self._crowd_lock.release()
+        fault = Broken(assignment.epoch, *to_wire(NoPlanError(_CROWDED)), None)
+        self._token.run_sync_soon(self._tell, fault)
+        return True
 
     async def _take_over(self, assignment: Assignment, stage: StageLike, *, history: bool) -> None:
         """Lets the givers of the assignment send."""
@@ -364,6 +397,8 @@ class Keeper:
         if base is not None and base.work is not None:
             known |= base.work.sessions
         try:
+            if assignment.prepared is None and self._range != range(assign.first, assign.last):
+                raise NoPlanError(_CROWDED)  # since it was reported as prepared
             kept = self._kept(assign, commit, known)
             change = partial(
                 stage.adopt,
@@ -377,7 +412,7 @@ class Keeper:
         except (ShoalError, ValueError, MemoryError) as error:
             self._tell(Broken(assign.epoch, *to_wire(error), None))
             return
-        assignment.prepared = None
+        assignment.prepared = self._crowd = None
         _close_taker(assignment)
         if commit.lost_first < commit.lost_last:
             end = self._range.stop
@@ -407,12 +442,8 @@ class Keeper:
         _close_taker(assignment)
         if assignment.epoch == self._owner:
             self._close_stage()
-        elif assignment.prepared is not None and self._stage is not None:
-            await self._parts.hop(partial(self._discard, self._stage, assignment.prepared))
-
-    def _discard(self, stage: StageLike, prepared: object) -> None:
-        self._whole_room(stage)  # before copies of its units are weighed against it
-        stage.discard(prepared)
+        elif assignment.prepared is not None:
+            await self._parts.hop(partial(self._discard, assignment))
 
     def _close_stage(self) -> None:
         if self._stage is not None:

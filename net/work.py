@@ -8,7 +8,7 @@ batch.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, Protocol
@@ -146,12 +146,18 @@ class StageWork:
     threads may read `sessions`, and what `rewinds` returns, meanwhile.
 
     `last`: the end of the stage's units; None if it is the end of the model. `sessions` are carried over from
-    an earlier epoch, and are open in the stage."""
+    an earlier epoch, and are open in the stage. `make_room` is called when keys and values have no room, and
+    tells whether it has made some."""
 
     def __init__(
-        self, stage: StageLike, epoch: Epoch, last: int | None, sessions: Mapping[int, Session] = NO_SESSIONS
+        self,
+        stage: StageLike,
+        epoch: Epoch,
+        last: int | None,
+        sessions: Mapping[int, Session] = NO_SESSIONS,
+        make_room: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._stage, self._epoch, self._last = stage, epoch, last
+        self._stage, self._epoch, self._last, self._make_room = stage, epoch, last, make_room
         self.sessions = dict(sessions)
         self._rewinds: list[dict[int, int]] = []
         self._decode, self._prefill = _Tally(), _Tally()
@@ -225,6 +231,8 @@ class StageWork:
         except STAGE_ERRORS as error:
             if len(steps) > 1:  # runs them one by one to find the session at fault
                 return [answer for step in steps for answer in self._run([step])]
+            if isinstance(error, ContextError) and self._make_room():
+                return self._run(steps)
             self._forget(steps[0].session)
             return [self._failed(steps[0].session, error)]
         for step in steps:

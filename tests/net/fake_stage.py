@@ -200,7 +200,7 @@ class FakeStage:
     def prepare(self, first: int, last: int, kv_bytes: int | None = None) -> range:
         assert not self.closed and not self.prepared
         if kv_bytes is not None:
-            self.limits.append(kv_bytes)
+            self.limit_kv(kv_bytes)
         self.prepared.append(range(first, last))
         self.loaded.append(range(first, last))
         return self.prepared[0]
@@ -213,7 +213,9 @@ class FakeStage:
         return self.staged[-1]
 
     def limit_kv(self, kv_bytes: int) -> None:
+        """In positions, here."""
         self.limits.append(kv_bytes)
+        self.room = kv_bytes
 
     def adopt(
         self,
@@ -249,4 +251,4 @@ class FakeStage:
             if s in after
         }
         if kv_bytes is not None:
-            self.limits.append(kv_bytes)
+            self.limit_kv(kv_bytes)

@@ -3,6 +3,7 @@ expects the tokens of one process."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from shoal.net.connection import Connection, dial
 from shoal.net.messages import (
     Abort,
     Assign,
+    Broken,
     Close,
     Commit,
     Epoch,
@@ -53,6 +55,7 @@ class Hand:
     samplings: dict[int, Sampling] = field(default_factory=dict)
     positions: dict[int, int] = field(default_factory=dict)
     loaded: dict[int, Loaded] = field(default_factory=dict)
+    faults: defaultdict[int, list[Broken]] = field(default_factory=lambda: defaultdict(list))
 
     @property
     def epoch(self) -> Epoch:
@@ -121,11 +124,17 @@ class Hand:
         return set(orders)
 
     async def hear(self, port: int, kind: type[Kind]) -> Kind:
-        """The next report of a node, but for Prepared of transitions that were given up."""
+        """The next report of a node, but for Prepared of transitions that were given up. A Broken that comes
+        before is kept for later."""
+        if kind is Broken and self.faults[port]:
+            return self.faults[port].pop(0)  # type: ignore[return-value]
         while True:
             report = await self.controls[port].receive()
             if isinstance(report, kind):
                 return report
+            if isinstance(report, Broken):
+                self.faults[port].append(report)
+                continue
             assert isinstance(report, Prepared) and report.epoch < Epoch(5, self.newest)
 
     async def abort(self, ports: Iterable[int]) -> None:

@@ -274,9 +274,36 @@ def test_a_range_that_keys_and_values_leave_no_room_for_is_not_prepared(
             await hand.controls[port].send(assign)
         broken = await hand.hear(7001, Broken)
         assert broken.code == NoPlanError.exit_code
-        assert "leave no room for units [0, 4)" in broken.text
+        assert "units [0, 4) do not fit beside them" in broken.text
         await hand.hear(7002, Broken)
         await intact(hand)
+
+    with_nodes(lab, test, kv_bytes=room)
+
+
+def test_rows_that_need_the_room_of_a_prepared_range_end_the_transition(
+    lab: ModuleType,
+) -> None:
+    """The answer goes on, and the same transition is possible later."""
+
+    def room(first: int, last: int, beside: range = range(0)) -> int:
+        return 12 if beside else 30
+
+    async def test(hand: Hand) -> None:
+        await hand.load(*places((0, 3, 6)))
+        await hand.open(1, *range(9))
+        ports = await hand.prepare(*places((0, 4, 6)))
+        await hand.step(1, 3)
+        assert [hand.stage(port).prepared for port in ports] == [[range(4)], [range(4, 6)]]
+        for _ in range(3):  # both nodes need the room
+            await hand.step(1)
+        for port in ports:
+            broken = await hand.hear(port, Broken)
+            assert (broken.epoch, broken.code) == (Epoch(5, hand.newest), NoPlanError.exit_code)
+            assert "running answers need the room" in broken.text
+        await hand.abort(ports)
+        await intact(hand)
+        hand.check(s1=9)
 
     with_nodes(lab, test, kv_bytes=room)
 

@@ -8,9 +8,11 @@ or reads a clock; times are in seconds of any clock that never goes back.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from statistics import median
 
 from ..planner import Device, LinkSpeed
 from ..planner.rows import FASTEST, MOST_SECONDS, SLOWEST, check_real
@@ -29,6 +31,14 @@ MOST_CHANGE = 4.0
 """The largest change, as a factor, that one measurement may show; a larger one is a hiccup and is clamped."""
 
 
+JUMP, AGREEING = 1.3, 4
+"""If so many decode calls in a row take longer than expected by this factor, or shorter, the device has
+changed: their median is taken."""
+
+MOST_SLOWER = 1e6
+"""The largest factor, and its inverse the smallest, that a node reports."""
+
+
 class NodePace:
     """How many times as long as offered a node's steps take, and how far the current call is. The factor is
     kept from one assignment to the next. `first_call` bounds calls whose times are not predicted."""
@@ -39,6 +49,8 @@ class NodePace:
         self._expect: Expect | None = None
         self._ended: float | None = None
         self._first_call = first_call
+        self._ratios = deque[float](maxlen=AGREEING)
+        """Measured to expected times of the last decode calls."""
         self._running: Batch | None = None
         self._calls = 0
         self._age, self._still = 0.0, Stillness()
@@ -101,8 +113,18 @@ class NodePace:
         if self._expect is None or before is None:
             return
         expected = self._expect(_rows(batch), start - before)
-        if expected > 0 and end > start:
-            self.slower = refreshed_factor(self.slower, expected, end - start)
+        if expected <= 0 or end <= start:
+            return
+        self.slower = refreshed_factor(self.slower, expected, end - start)
+        if any(len(step.tokens) > 1 for step in batch.steps):
+            self._ratios.clear()  # chunks of prompts are predicted less well
+            return
+        self._ratios.append((end - start) / expected)
+        if len(self._ratios) == AGREEING and (
+            min(self._ratios) > JUMP * self.slower or max(self._ratios) < self.slower / JUMP
+        ):
+            self.slower = min(MOST_SLOWER, max(1 / MOST_SLOWER, median(self._ratios)))
+            self._ratios.clear()
 
 
 def _rows(batch: Batch) -> list[tuple[int, int, bool]]:

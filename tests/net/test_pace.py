@@ -1,5 +1,6 @@
 """What is measured while a chain works: rows for the next plan, and a plan that follows them."""
 
+import random
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -67,6 +68,44 @@ def test_a_node_compares_its_steps_with_its_offer() -> None:
     pace.count(batch(), 1.0, 2.0)
     pace.count(batch(), 2.0, 4.0)
     assert pace.slower == pytest.approx(3.0, rel=1e-3)
+
+
+def test_a_node_that_has_changed_for_good_is_known_after_a_few_calls() -> None:
+    pace = NodePace()
+    pace.assigned(lambda steps, pause: 0.010)
+    now = 0.0
+
+    def call(seconds: float, rows: int = 1) -> None:
+        nonlocal now
+        pace.count(batch(rows), now, now + seconds)
+        now += seconds
+
+    call(0.3)
+    for _ in range(20):
+        call(0.010)
+    for seconds in (0.024, 0.026, 0.010, 0.025, 0.027, 0.024):  # one call in between was as before
+        call(seconds)
+    assert 1.5 < pace.slower < 2.1
+    call(0.026)
+    assert pace.slower == pytest.approx(2.55)
+    for _ in range(4):
+        call(0.009)
+    assert pace.slower == pytest.approx(0.9)
+    for at in range(40):  # prompts are not predicted so well
+        call(0.010 if at % 4 == 3 else 0.020, rows=1 if at % 4 == 3 else 50)
+        assert pace.slower < 2.0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_noise_is_no_change(seed: int) -> None:
+    rng, pace = random.Random(seed), NodePace()
+    pace.assigned(lambda steps, pause: 0.010)
+    now = 0.0
+    for _ in range(3000):
+        seconds = 0.010 * rng.uniform(0.8, 1.25)
+        pace.count(batch(), now, now + seconds)
+        now += seconds
+        assert 0.9 < pace.slower < 1.15
 
 
 def test_what_a_stage_should_take_is_what_its_rows_say(lab: ModuleType) -> None:

@@ -264,8 +264,7 @@ def _again(state: ClusterState, reason: str, now: float, *, anew: bool = False) 
 
 
 def _heard(state: ClusterState, event: Heard, now: float) -> Outcome:
-    """Removes a node of which a call has been running for too long. The bound of a call whose time is not
-    predicted is that of loading the stage, which it may do."""
+    """Removes a node of which a call has been running for too long."""
     member, progress = state.members[event.member], event.progress
     state = state.changed(
         event.member, pulse=member.pulse.heard(now - member.pulse.pinged if event.answered else None)
@@ -274,14 +273,14 @@ def _heard(state: ClusterState, event: Heard, now: float) -> Outcome:
         return _conditioned(state, event.member, event.condition, now)
     if progress is None or progress.running is None or not member.alive:
         return state, ()
-    expected, has = progress.expected, state.holds(event.member) or event.member in state.standing
+    has = state.holds(event.member) or event.member in state.standing
     if state.leaves(progress.epoch):
-        size = sum(state.unit_bytes)  # of the stage that it leaves, at most
+        unknown = load_bound(sum(state.unit_bytes))  # of the stage that it leaves, at most
+        bound = unknown if progress.expected is None else call_bound(progress.expected)
     elif progress.epoch == state.epoch and has and event.member in state.holders():
-        size = state.bytes_of(state.placement.stages[state.holders().index(event.member)])
+        bound = state.call_bound(event.member, progress.expected)
     else:
         return state, ()
-    bound = load_bound(size) if expected is None else call_bound(expected)
     if progress.running <= bound:
         return state, ()
     error = StageStuckError(

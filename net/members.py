@@ -11,11 +11,13 @@ from ..planner import Assignment
 from .errors import NetError, NodeLostError, StageStuckError
 from .events import DEFAULT_TIMING, Shift, Timing
 from .identity import host_port
-from .liveness import Pulse, load_bound
+from .liveness import LOAD_BYTES_PER_S, Pulse, call_bound, load_bound
 from .messages import Condition, Epoch, Hello, Peer
 from .placement import COORDINATOR, Placement
 
 NO_PLACEMENT, NO_PULSE, NO_POLICY = Placement(()), Pulse(), Condition()
+UNPREDICTED_SECONDS = 1.0
+"""What the first call after a transition should take, beside reading weights."""
 ITSELF = -1
 """The coordinator, where the indices of members are asked for."""
 Phase = Literal[
@@ -162,6 +164,9 @@ class ClusterState:
     placement: Placement = NO_PLACEMENT
     issued: int = 0
     """The counter of the newest epoch that nodes were given, also if it was given up."""
+    added: tuple[int, ...] = ()
+    """The bytes of weights that each member has loaded for the epoch in force, if a transition has begun it;
+    else empty."""
     loaded: frozenset[int] = frozenset()
     standing: frozenset[int] = frozenset()
     """The members that have their stage of the epoch in force, with its keys and values, whether its chain is
@@ -259,12 +264,24 @@ class ClusterState:
             return self.bytes_of(self.placement.stages[self.holders().index(member)])
         if move is None or move.step != "preparing" or member not in move.members or member in move.prepared:
             return None
-        holders = self.holders_of(move.placement)
-        if member not in holders:
-            return 0
-        stage = move.placement.stages[holders.index(member)]
+        return self.adds(move.placement, member)
+
+    def adds(self, placement: Placement, member: int) -> int:
+        """The bytes of the weights of units that a member has in another placement, and not in the stage that
+        stands."""
         new = [u for u, holder in enumerate(self.standing_units()) if holder != member]
-        return sum(self.unit_bytes[u] for u in new if self.unit_bytes and stage.first <= u < stage.last)
+        stages = zip(self.holders_of(placement), placement.stages, strict=True)
+        ranges = [range(stage.first, stage.last) for holder, stage in stages if holder == member]
+        return sum(self.unit_bytes[u] for u in new if self.unit_bytes and any(u in r for r in ranges))
+
+    def call_bound(self, member: int, expected: float | None) -> float:
+        """The longest that a call of a member's stage may take. One whose time is not predicted is the first,
+        which may read the weights from the disk: all of them, or those that came with a transition."""
+        if expected is not None:
+            return call_bound(expected)
+        if self.added:
+            return call_bound(UNPREDICTED_SECONDS) + self.added[member] / LOAD_BYTES_PER_S
+        return load_bound(self.bytes_of(self.placement.stages[self.holders().index(member)]))
 
     def load_bound(self) -> float:
         """The seconds within which all stages of the placement should be loaded."""

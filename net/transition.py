@@ -82,7 +82,7 @@ def load(state: ClusterState, placement: Placement, now: float) -> Outcome:
     epoch = state.next_epoch()
     state = replace(
         state, phase="loading", since=now, epoch=epoch, issued=epoch.counter, placement=placement,
-        loaded=frozenset(), standing=frozenset(), trial=False,
+        added=(), loaded=frozenset(), standing=frozenset(), trial=False,
     )  # fmt: skip
     holders = state.holders()
     idle = tuple(SendRelease(i, epoch) for i in state.alive() if i not in holders)
@@ -203,9 +203,10 @@ def quiet(state: ClusterState, event: Quiet, now: float) -> Outcome:
     move = state.transition
     if move is None or move.step != "holding" or move.epoch != event.epoch:
         return state, ()
+    added = tuple(state.adds(move.placement, i) for i in range(len(state.members)))
     state = replace(
-        state, phase="committing", epoch=move.epoch, placement=move.placement, loaded=frozenset(),
-        standing=frozenset(), transition=replace(move, step="committed", since=now),
+        state, phase="committing", epoch=move.epoch, placement=move.placement, added=added,
+        loaded=frozenset(), standing=frozenset(), transition=replace(move, step="committed", since=now),
     )  # fmt: skip
     commit = Commit(move.epoch, event.sessions, *move.lost)
     return state, tuple(SendCommit(i, commit) for i in move.members)

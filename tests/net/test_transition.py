@@ -474,6 +474,24 @@ def test_a_call_that_does_not_return_is_noticed_at_any_time(counter: int) -> Non
         assert HangUp(1) in after(state, hangs)[1]
 
 
+def test_the_first_call_after_a_transition_may_read_the_units_that_came_with_it() -> None:
+    state, _ = after(serving(unit_bytes=(40_000_000,) * 6), Proposed(SHIFTED, ""))
+    state, _ = arrived(state)
+
+    def runs(member: int, seconds: float) -> Heard:
+        return Heard(member, Progress(epoch(2), 0, seconds, None, 0))
+
+    # 3 s, 8 times a second, and 4 s for the two units of b; a has no new one.
+    assert after(state, runs(1, 15.0), runs(0, 11.0)) == (state, [])
+    assert HangUp(1) in after(state, runs(1, 15.1))[1]
+    assert HangUp(0) in after(state, runs(0, 11.1))[1]
+    # A stage that was loaded anew may read all of it.
+    state, _ = after(state, Tick(busy=True, stalled=True))
+    state, _ = arrived(state)
+    anew = Heard(1, Progress(epoch(3), 0, 38.0, None, 0))  # 30 s, and 8 s for four units
+    assert after(state, anew) == (state, [])
+
+
 def test_what_fails_in_a_recovery_is_loaded_again() -> None:
     state, _ = after(serving(), Left(1, GONE), Planned(2, WITHOUT_B))
     broken = StageBroken(0, epoch(2), SHORT, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from .backends.base import Backend, BoundProgram, Executor, WeightData
@@ -114,14 +113,3 @@ def _bound(
         max_rows=options.max_rows,
         max_wanted=min(options.max_rows, options.max_wanted),
     )
-
-
-def contiguous(units: Iterable[int]) -> list[range]:
-    """The units as ranges, in order."""
-    found: list[range] = []
-    for u in sorted(set(units)):
-        if found and found[-1].stop == u:
-            found[-1] = range(found[-1].start, u + 1)
-        else:
-            found.append(range(u, u + 1))
-    return found

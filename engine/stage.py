@@ -6,10 +6,8 @@ unit (`kv`), and an executor for the range, whose threads outlive it (`backends`
 
 from __future__ import annotations
 
-import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
@@ -18,11 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arrays import F32
-from .backends import choose, open_backend
+from .backends import choose
 from .backends.base import CANCELLED, BoundProgram, Executor, Outcome, SequenceRows
 from .batch import MOST_REPORTED, Result, Run, Sampling, Want
 from .calls import Calls, Flag
-from .copies import Copies
 from .errors import CancelledRunError, ContextError, MissingDependencyError
 from .incoming import Arriving, Incoming
 from .kept_rows import KeptRows
@@ -31,11 +28,11 @@ from .kv_page import page_bytes
 from .layout import PAGE
 from .memory import trim_heap
 from .model_directory import Model
-from .prepared import PreparedRange, contiguous
+from .prepared import PreparedRange
+from .ranges import Ranges
 from .sampler import check_allowed
 from .threads import chosen
 from .transition import OpenSequence, Transition
-from .weights import WeightStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,20 +75,13 @@ class Stage:
         self._sequences: dict[int, OpenSequence] = {}
         self._ended: deque[int] = deque()  # sequences to be closed
         self._calls = Calls(self._close_ended, self._restart)
-        self._load_lock = threading.Lock()  # held while loading weights, which does not wait for runs
         self._states = [unit.states for unit in model.program.units]
         self._pool = PagePool(model.kv_dtype, options.kv_bytes)
         self._kept = KeptRows(self._pool, model.program.cut_cols)
-        self._copies = Copies(model, self._pool)
         self._pool.spare = self._spare
-        self._weights = WeightStore(model, options.resident)
-        self._weights.load(first, last)
-        self._backend = open_backend(options.backend, options.isa, threads)
-        self._running = PreparedRange(self._weights, first, last, options, self._backend, self._pool)
-        self._prepared: list[PreparedRange] = []
         self._incoming: list[Incoming] = []
-        self._ahead: frozenset[int] = frozenset()  # units that `load` has loaded since the last change
-        self._crowded = False  # whether units are loaded that may not be needed
+        self._ranges = Ranges(model, first, last, options, threads, self._pool, self._calls.check)
+        self._weights = self._ranges.weights
 
     def __enter__(self) -> Self:
         return self
@@ -104,17 +94,21 @@ class Stage:
     @property
     def backend(self) -> str:
         """Backend and kernel set for display, such as "native (avx512)"."""
-        return self._backend.name
+        return self._ranges.backend.name
 
     @property
     def exact(self) -> bool:
         """Whether results have the same bits on every device (docs/numerics.md)."""
-        return self._backend.exact
+        return self._ranges.backend.exact
 
     @property
     def bound(self) -> BoundProgram:
         """The ops of the units, bound to their weights in memory."""
         return self._running.bound
+
+    @property
+    def _running(self) -> PreparedRange:
+        return self._ranges.running
 
     @property
     def _executor(self) -> Executor:
@@ -123,7 +117,7 @@ class Stage:
     @property
     def held(self) -> frozenset[int]:
         """The units of which `hold` keeps copies now."""
-        return self._weights.units.intersection(self._copies.units)
+        return self._weights.units.intersection(self._ranges.copies.units)
 
     @property
     def kv_bytes(self) -> int:
@@ -260,9 +254,7 @@ class Stage:
         that stay. ModelFileError: a file is missing or damaged. MemoryError: out of memory. After an error
         nothing has changed."""
         _check_range(self.model, first, last)
-        with self._loading():
-            self._weights.load(first, last)
-            self._ahead |= frozenset(range(first, last))
+        self._ranges.load(first, last)
 
     def hold(self, units: Sequence[int]) -> None:
         """Loads copies of the weights of these units, in order of preference, and keeps them, whatever the
@@ -272,46 +264,25 @@ class Stage:
         for u in units:
             if not 0 <= u < self.model.n_units:
                 raise ValueError(f"there is no unit {u}: the model has {self.model.n_units}")
-        with self._loading():
-            before = self._copies.units
-            self._copies.cover(self._needed())
-            self._copies.choose(units)
-            try:
-                for missing in contiguous(set(self._copies.units) - self._weights.units):
-                    self._weights.load(missing.start, missing.stop)
-            except BaseException:
-                self._copies.choose(before)
-                raise
+        self._ranges.hold(units)
 
     def prepare(self, first: int, last: int, kv_bytes: int | None = None) -> PreparedRange:
         """Makes units [first, last) ready to run beside the current range: loads their weights and makes an
         executor; runs continue meanwhile. Ends with `adopt` or `discard`. `kv_bytes` caps keys and values
         from now on, as `limit_kv` does. Errors: see `load`."""
         _check_range(self.model, first, last)
-        with self._loading():
-            before = self._pool.limit
-            try:
-                self._copies.cover({*self._needed(), *range(first, last)})
-                if kv_bytes is not None:
-                    self._pool.limit = kv_bytes
-                self._weights.load(first, last)
-                prepared = PreparedRange(self._weights, first, last, self.options, self._backend, self._pool)
-            except BaseException:
-                self._pool.limit = before
-                raise
-            self._prepared.append(prepared)
-        return prepared
+        return self._ranges.prepare(first, last, kv_bytes)
 
     def discard(self, prepared: PreparedRange) -> None:
         """Undoes `prepare`. Does nothing if the range has been adopted or discarded."""
         if self._calls.closed:
             return
         with self._calls.alone():
-            if prepared not in self._prepared:
+            if prepared not in self._ranges.prepared:
                 return
-            self._prepared.remove(prepared)
+            self._ranges.prepared.remove(prepared)
             prepared.close()
-        self._unload()
+        self._ranges.unload()
 
     def incoming(self) -> Incoming:
         """Opens a staging area for keys and values that arrive from other stages while this one runs. Ends
@@ -343,7 +314,7 @@ class Stage:
         has been adopted or discarded. ContextError: see `Incoming`. After an error nothing has changed. Pages
         and weights that are not needed any more are freed."""
         with self._calls.alone():
-            if prepared is not None and prepared not in self._prepared:
+            if prepared is not None and prepared not in self._ranges.prepared:
                 raise ValueError("the range is not prepared: it has been adopted or discarded")
             if incoming is not None and incoming not in self._incoming:
                 raise ValueError("the staging area is not of this stage, or has been closed")
@@ -392,63 +363,29 @@ class Stage:
             self._pool.limit = kv_bytes
         if prepared is None:
             return None
-        old, self._running = self._running, prepared
         self.first, self.last = prepared.first, prepared.last
-        self._prepared.remove(prepared)
-        self._ahead = frozenset()
-        return old
+        return self._ranges.switch(prepared)
 
     def _free_range(self, old: PreparedRange | None) -> None:
         """Frees a range that is no longer the current one, and the weights that only it needed."""
         if old is not None:
             old.close()
-            self._unload()
-
-    @contextmanager
-    def _loading(self) -> Iterator[None]:
-        """One thread at a time loads weights. After an error those are unloaded that are not needed."""
-        self._calls.check()  # a forked process gets a new lock
-        try:
-            with self._load_lock:
-                self._calls.check()
-                yield
-        finally:
-            self._unload()
-
-    def _needed(self) -> set[int]:
-        """The units that are run, prepared, or loaded ahead."""
-        needed = set(self._ahead)
-        for used in (*self._prepared, self._running):  # in this order: `adopt` moves one to the end
-            needed.update(range(used.first, used.last))
-        return needed
-
-    def _unload(self) -> None:
-        """Unloads units that nothing needs: at once, or, while another thread loads, when that ends."""
-        self._crowded = True
-        while self._crowded and self._load_lock.acquire(blocking=False):
-            try:
-                self._crowded = False
-                needed = self._needed()
-                self._copies.cover(needed)
-                self._weights.keep(needed.union(self._copies.units))
-            finally:
-                self._load_lock.release()
+            self._ranges.unload()
 
     def _spare(self) -> bool:
         """Drops kept rows, or else a copy, for keys and values. False: there is nothing of the kind."""
         if self._kept.drop_one():
             return True
-        dropped = self._copies.drop_one()
+        dropped = self._ranges.copies.drop_one()
         if dropped:
-            self._unload()
+            self._ranges.unload()
         return dropped
 
     def close(self) -> None:
         """Waits for earlier calls, closes all sequences, and frees threads and memory."""
         if not self._calls.closed:
             self._calls.check()  # a forked process gets a new lock
-        with self._load_lock:
-            self._calls.close(self._end)
+        self._ranges.close(lambda: self._calls.close(self._end))
 
     def _end(self) -> None:
         for incoming in self._incoming:
@@ -456,15 +393,11 @@ class Stage:
         for state in self._sequences.values():
             state.kv.truncate(0)
         self._sequences.clear()
-        for used in (self._running, *self._prepared):
-            used.close()
-        self._backend.close()
         # Frees weights and pages now, not when this object is collected: the next stage needs the memory.
-        self._weights.keep(())
+        self._ranges.free()
         self._pool = PagePool(self._pool.kv_type)
         self._kept = KeptRows(self._pool, self.model.program.cut_cols)
-        self._copies = Copies(self.model, self._pool)
-        self._prepared, self._incoming = [], []
+        self._incoming = []
         trim_heap()
 
     def cancel(self, sequence: int | None = None) -> None:
@@ -635,16 +568,11 @@ class Stage:
     def _restart(self, lost: Sequence[int]) -> None:
         """Prepares a forked process: new threads, workspace and locks; closes the sequences `lost`."""
         self._ended.extend(lost)
-        self._load_lock = threading.Lock()
-        self._weights.unlock()
         self._pool.unlock()
         self._kept.unlock()
-        self._copies.unlock()
         for incoming in self._incoming:
             incoming.unlock()
-        self._backend = open_backend(self.options.backend, self.options.isa, self.threads)
-        for used in (self._running, *self._prepared):
-            used.restart(self._backend)
+        self._ranges.restart()
 
     def _close_ended(self) -> None:
         while self._ended:

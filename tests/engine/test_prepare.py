@@ -117,15 +117,15 @@ def test_a_range_that_cannot_be_prepared_changes_nothing(
         for first, last in ((0, 6), (2, 2), (-1, 2)):
             with pytest.raises(ValueError, match="are not a range"):
                 stage.prepare(first, last)
-        executor = type(stage._backend).executor
+        executor = type(stage._ranges.backend).executor
 
         def without_memory(*_: Any) -> Any:
             raise MemoryError
 
-        monkeypatch.setattr(type(stage._backend), "executor", without_memory)
+        monkeypatch.setattr(type(stage._ranges.backend), "executor", without_memory)
         with pytest.raises(MemoryError):
             stage.prepare(0, 3)
-        monkeypatch.setattr(type(stage._backend), "executor", executor)
+        monkeypatch.setattr(type(stage._ranges.backend), "executor", executor)
         assert stage._weights.units == {0, 1, 2}
 
 

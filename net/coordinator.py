@@ -473,7 +473,7 @@ class Coordinator:
             if there != asked:
                 asked = there
                 self._order_copies(await hop(partial(rebalancer.copies, nodes, links, placement)))
-            if any(session.filling for session in chain.sessions.values()):
+            if any(s.filling and not s.generation.finished for s in chain.sessions.values()):
                 continue
             now, usage = self._awake.at(trio.current_time()), self._usage(chain)
             look = partial(rebalancer.look, nodes, links, placement, usage, now)

@@ -339,7 +339,7 @@ class Once:
     def look(
         self, nodes: Sequence[NodeInfo], links: Links, placement: Placement, usage: Usage, now: float
     ) -> Proposal | None:
-        assert [node.label for node in nodes] == ["a", "b", "c"]
+        assert [node.label for node in nodes] == ["a", "b", "c"][: len(nodes)]
         self.usages.append(usage)
         proposal = self.proposal if usage.tokens > 10 else None
         self.proposal = None if proposal else self.proposal
@@ -384,6 +384,24 @@ def test_a_rebalancer_is_asked_and_told(lab: ModuleType, moves: str) -> None:
         assert lines == [move.line()] * committed
 
     with_chain(lab, test, moves=moves, rebalancer=rebalancer, log=said.append)
+
+
+def test_a_session_that_waits_to_be_filled_does_not_end_balancing(lab: ModuleType) -> None:
+    rebalancer = Once("a1 b5 c6")
+
+    async def test(net: Any, coordinator: Coordinator) -> None:
+        async with coordinator.session(SAMPLING) as session:
+            async with session.answer([1, 2, 3], max_tokens=3) as tokens:
+                known = [1, 2, 3, *[token async for token in tokens]]
+            await net.kill(7003)
+            await until(lambda: coordinator.recoveries == 1)
+            before = len(rebalancer.usages)
+            await trio.sleep(3)
+            assert len(rebalancer.usages) >= before + 4
+            async with session.answer([*known, 9], max_tokens=3) as tokens:
+                assert [token async for token in tokens] == lab.oracle([*known, 9], 3, SAMPLING)
+
+    with_chain(lab, test, rebalancer=rebalancer)
 
 
 async def by_rows(call: Callable[[], Any], /) -> Any:

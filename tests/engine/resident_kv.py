@@ -215,3 +215,41 @@ def test_a_stage_without_a_cap_or_without_state_has_room_without_end(tiny_int8: 
         assert stage.kv_pages is not None
     with Stage(tiny_int8, 0, 1, StageOptions(kv_bytes=10**6)) as stage:
         assert stage.kv_pages is None
+
+
+def test_transitions_leave_no_memory_behind(tiny_int8: Model) -> None:
+    """Ranges that come and go, pages and copies that are adopted or dropped, parts, and kept rows."""
+    tokens = [n % 267 for n in range(PAGE)]
+    options = StageOptions(threads=1, resident=True, kv_bytes=8 * MIB, keep_rows=True)
+    with Stage(tiny_int8, 0, 5, options) as giver, Stage(tiny_int8, 0, 2, options) as stage:
+        giver.open_sequence(1)
+        giver.run([Run(1, 0, tokens, Want.NOTHING)])
+
+        def go_through() -> None:
+            stage.open_sequence(1)
+            stage.run([Run(1, 0, tokens, Want.NOTHING)])
+            dropped, area = stage.incoming(), stage.incoming()
+            stage.discard(stage.prepare(1, 4))
+            ready = stage.prepare(0, 4)
+            for unit in (2, 3):
+                data = giver.export_positions(1, unit, 0, PAGE)
+                area.accept(1, unit, 0, PAGE, data)
+                dropped.accept(7, unit, 0, PAGE, data)
+            dropped.close()
+            stage.hold([4, 1])
+            stage.adopt(ready, {1: PAGE}, area, kv_bytes=8 * MIB)
+            for part in ((0, 2), (1, 3), (2, 4)):
+                hidden = None if part[0] == 0 else np.ones((64, tiny_int8.program.cut_cols), np.float32)
+                stage.run([Run(1, 0, tokens[:64], Want.NOTHING, hidden, part)])
+            stage.adopt(stage.prepare(0, 2), {}, kv_bytes=8 * MIB)
+            stage.hold([])
+            assert stage.kv_bytes == stage._kept.bytes == 0
+            assert stage._weights.units == {0, 1}
+
+        for _ in range(5):
+            go_through()
+        held, before = stage._pool.held, resident()
+        for _ in range(60):
+            go_through()
+        assert stage._pool.held == held
+        assert resident() - before < MIB

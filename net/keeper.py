@@ -449,6 +449,7 @@ class Keeper:
         if self._stage is not None:
             self._stage.close()
         self._stage = self._owner = None
+        self._carried = NO_SESSIONS
 
 
 def _close_taker(assignment: Assignment) -> None:

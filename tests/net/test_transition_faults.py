@@ -404,6 +404,37 @@ def test_a_transition_can_end_at_any_moment_and_leaves_nothing(
     with_nodes(lab, test, hop=lab.slow_hop(1.0))
 
 
+@pytest.mark.parametrize("session", [1, 2])
+def test_a_stage_that_is_opened_after_a_change_was_dropped_knows_no_sessions(
+    lab: ModuleType, session: int
+) -> None:
+    """The stage has changed, and the task that does so is about to say so, when a fresh order arrives."""
+
+    async def hop(work: Any) -> Any:
+        result = work()
+        await trio.sleep(getattr(getattr(work, "func", None), "__name__", "") == "adopt")
+        return result
+
+    async def test(hand: Hand) -> None:
+        await hand.load(*places((0, 3, 6)))
+        await hand.open(1, *range(9))
+        ports = await hand.prepare(*places((0, 4, 6)))
+        for port in ports:
+            await hand.controls[port].send(Commit(Epoch(5, hand.newest), (Kept(1, 9),)))
+        await trio.sleep(0.5)
+        assert [hand.stage(port).last for port in ports] == [4, 6]
+        await hand.load(*places((0, 3, 6)))
+        hand.known.clear()
+        await hand.open(session, *range(9))
+        await hand.step(session, 3)
+        hand.check(**{f"s{session}": 9})
+        for port in ports:
+            keeper = hand.net.nodes[port].node._keeper
+            assert list(keeper.current.work.sessions) == list(hand.stage(port).sequences) == [session]
+
+    with_nodes(lab, test, hop=hop)
+
+
 @pytest.mark.parametrize(
     "change",
     [

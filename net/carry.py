@@ -48,7 +48,7 @@ class Giver:
     ) -> None:
         self._stage, self._work, self._epoch, self._units = stage, work, epoch, units
         self._history, self._hop, self._bytes_per_s = history, hop, bytes_per_s
-        self._rewinds = work.rewinds()
+        self._rewinds: dict[int, int] = {}
         self._sent: dict[int, int] = {}
         """For each session, up to which position keys and values have been sent."""
         self._told: dict[int, int] = {}
@@ -69,6 +69,10 @@ class Giver:
         """Sends everything, and Complete. `copied` is called when, for the first time, no finished chunk is
         left to send. NetError: the connection has ended, or the commit has positions that the stage does not
         hold."""
+        with self._work.rewinds() as self._rewinds:
+            await self._run(connection, copied)
+
+    async def _run(self, connection: Connection, copied: Callable[[], None]) -> None:
         told = False
         while self._commit is None:
             if await self._copy(connection):

@@ -8,7 +8,8 @@ batch.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, Protocol
@@ -143,7 +144,7 @@ class _Tally:
 
 class StageWork:
     """A stage in one epoch with its open sessions and statistics. Not thread-safe: one call at a time. Other
-    threads may read `sessions`, and what `rewinds` returns, meanwhile.
+    threads may read `sessions`, and use `rewinds`, meanwhile.
 
     `last`: the end of the stage's units; None if it is the end of the model. `sessions` are carried over from
     an earlier epoch, and are open in the stage. `make_room` is called when keys and values have no room, and
@@ -159,7 +160,7 @@ class StageWork:
     ) -> None:
         self._stage, self._epoch, self._last, self._make_room = stage, epoch, last, make_room
         self.sessions = dict(sessions)
-        self._rewinds: list[dict[int, int]] = []
+        self._rewinds: tuple[dict[int, int], ...] = ()
         self._decode, self._prefill = _Tally(), _Tally()
 
     @property
@@ -167,12 +168,16 @@ class StageWork:
         """Whether sessions are open."""
         return bool(self.sessions)
 
-    def rewinds(self) -> dict[int, int]:
-        """A dict in which the lowest position that each session has run is noted from now on, after the
+    @contextmanager
+    def rewinds(self) -> Iterator[dict[int, int]]:
+        """A dict in which, within the block, the lowest position that each session has run is noted after the
         run. The caller removes what it has seen."""
         noted: dict[int, int] = {}
-        self._rewinds.append(noted)
-        return noted
+        self._rewinds = (*self._rewinds, noted)  # a new tuple, since the stage's thread may go through it
+        try:
+            yield noted
+        finally:
+            self._rewinds = tuple(other for other in self._rewinds if other is not noted)
 
     def do(self, batch: Batch) -> list[Answer]:
         """Carries out a batch; returns the messages to send, in order. ModelFileError: a file of the stage is

@@ -160,6 +160,7 @@ def test_abort_leaves_everything_as_it_was(lab: ModuleType, when: str) -> None:
                 assert (stage.first, stage.last, stage.prepared) == (first, last, [])
                 assert all(staged.closed for staged in stage.staged)
                 assert set(stage.sequences) == {1}
+                assert not hand.net.nodes[port].node._assignment.work._rewinds
             assert [len(door._guests) for door in doors] == before
         await hand.move(*places((0, 4, 6)))
         await hand.step(1, 3)

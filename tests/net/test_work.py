@@ -219,13 +219,15 @@ def test_a_session_that_was_carried_over_is_not_opened_with_other_parameters(lab
 def test_tokens_follow_the_rows_that_have_run(lab: ModuleType) -> None:
     stage = lab.FakeStage(0, 2)
     work = StageWork(stage, EPOCH, 2, carried(stage, 4, 5, 6, 7))
-    rewinds = work.rewinds()
-    work.do(Batch((), (rows(1, 4, (8,)),)))
-    assert (work.sessions[1].tokens.tolist(), rewinds) == ([4, 5, 6, 7, 8], {1: 4})
-    rewinds.clear()
-    work.do(Batch((), (rows(1, 2, (9,)),)))
-    work.do(Batch((), (rows(1, 3, (3,)),)))
-    assert (work.sessions[1].tokens.tolist(), rewinds) == ([4, 5, 9, 3], {1: 2})
+    with work.rewinds() as rewinds, work.rewinds() as others:
+        work.do(Batch((), (rows(1, 4, (8,)),)))
+        assert (work.sessions[1].tokens.tolist(), rewinds) == ([4, 5, 6, 7, 8], {1: 4})
+        rewinds.clear()
+        work.do(Batch((), (rows(1, 2, (9,)),)))
+        work.do(Batch((), (rows(1, 3, (3,)),)))
+        assert (work.sessions[1].tokens.tolist(), rewinds, others) == ([4, 5, 9, 3], {1: 2}, {1: 2})
+    work.do(Batch((), (rows(1, 1, (9,)),)))
+    assert rewinds == others == {1: 2}  # nobody needs them any more
     (failed,) = work.do(Batch((), (rows(1, 9, (1,)),)))
     assert isinstance(failed, Failed) and not work.sessions
 

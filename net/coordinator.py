@@ -337,7 +337,8 @@ class Coordinator:
             case Prepared(epoch, seconds, sent):
                 self._happens(events.StagePrepared(member, epoch, seconds, sent))
             case Loaded(epoch):
-                control.loaded = message
+                if epoch == self._state.epoch:
+                    control.loaded = message
                 self._happens(events.StageLoaded(member, epoch))
             case Broken(epoch, code, text, blamed, again):
                 error = from_wire(code, text, self._state.members[member].label)

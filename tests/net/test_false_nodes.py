@@ -14,14 +14,17 @@ from shoal.net.connection import Connection, greet, open_connection, open_tasks
 from shoal.net.errors import MismatchError, NodeLostError, RemoteProtocolError, to_wire
 from shoal.net.messages import (
     Assign,
+    Broken,
     Epoch,
     Error,
     GetStats,
     Hello,
+    Kept,
     Loaded,
     Open,
     Ping,
     Pong,
+    Prepared,
     Result,
     Stats,
     Step,
@@ -86,6 +89,7 @@ def ask(lab: ModuleType, answer: Answer, edges: tuple[int, ...] = (0, 6)) -> lis
             try:
                 async with net.coordinator(*falses, plan=plan_at(edges)) as coordinator:
                     tokens: list[int] = await lab.collect(coordinator, [1, 2], 3)
+                    assert len(await coordinator.stats()) == len(falses)
             finally:
                 nursery.cancel_scope.cancel()
         return tokens
@@ -122,6 +126,16 @@ def test_results_of_other_sessions_and_epochs_are_dropped(lab: ModuleType) -> No
         await control.send(result(step, token=4))
 
     assert ask(lab, answer) == [4, 4, 4]
+
+
+def test_reports_of_other_epochs_are_dropped(lab: ModuleType) -> None:
+    async def answer(control: Connection, step: Step) -> None:
+        await control.send(Loaded(Epoch(98, 1), 0.0, 1, rows=(Kept(step.session, 99),)))
+        await control.send(Prepared(step.epoch, 0.0, 1))
+        await control.send(Broken(Epoch(98, 1), 1, "a lie", None))
+        await control.send(result(step))
+
+    assert ask(lab, answer) == [5, 5, 5]
 
 
 def test_a_flood_of_results_loses_the_node(lab: ModuleType) -> None:

@@ -249,9 +249,10 @@ class Join:
         rows = {"tokens/s without it": trace.speed("alone", "new started")}
         for name in ("new", "back"):
             listens, holds, rested = (at[f"{name} {what}"] for what in ("listens", "holds layers", "rested"))
+            still = figures.longest_gap(trace.times, listens, rested - 1.0)  # before it is killed
             rows |= {
                 f"{name}: holds layers after, s": holds - listens,
-                f"{name}: longest time without a token, s": figures.longest_gap(trace.times, listens, rested),
+                f"{name}: longest time without a token, s": still,
                 f"{name}: tokens/s with it": figures.speed(trace.times, holds + 1.0, rested),
             }
         for figure, value in rows.items():

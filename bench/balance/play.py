@@ -31,8 +31,8 @@ _LOOK_SECONDS = 0.02
 @dataclass(slots=True)
 class Trace:
     """What came of a run. `start` is when every stream had its first token; `marks` are later times by name.
-    `chains` are the placements, each with the time since when it was in force, and `moves` what the
-    coordinator noted of its changes."""
+    `chains` are the placements, each with the time since when it was in force, `moves` what the coordinator
+    noted of its changes, and `said` its log."""
 
     prompts: list[list[int]]
     times: list[list[float]]
@@ -41,6 +41,7 @@ class Trace:
     marks: dict[str, float] = field(default_factory=dict)
     chains: list[tuple[float, list[list[Any]]]] = field(default_factory=list)
     moves: list[dict[str, Any]] = field(default_factory=list)
+    said: list[tuple[float, str]] = field(default_factory=list)
 
     def speed(self, after: str, before: str, skip: float = 0.0) -> float:
         """Tokens/s from `skip` seconds after a mark to another."""
@@ -126,9 +127,9 @@ class Cast:
     ) -> Trace:
         """Runs a stream for each prompt while `act` lasts, and ends them then."""
         trace = Trace([list(p) for p in prompts], [[] for _ in prompts], [[] for _ in prompts])
-        async with Coordinator.open(
-            self.addresses, coordinator_identity(self.model), shape_of(self.model), plan, options
-        ) as coordinator:
+        who, shape = coordinator_identity(self.model), shape_of(self.model)
+        options = replace(options, log=lambda line: trace.said.append((trio.current_time(), line)))
+        async with Coordinator.open(self.addresses, who, shape, plan, options) as coordinator:
 
             async def stream(i: int) -> None:
                 async with coordinator.generate(

@@ -65,9 +65,8 @@ class Theatre:
         answers = [[*a, *b] for a, b in zip(earlier, trace.tokens, strict=True)]
         self.audit.add(name, len(prompts[0]) - len(earlier[0]), answers)
         cores = others.cores()
-        self.runs.append(
-            {"run": name, "marks": trace.marks, "chains": trace.chains, "moves": trace.moves, "others": cores}
-        )
+        kept = {name: getattr(trace, name) for name in ("marks", "chains", "moves", "said", "times")}
+        self.runs.append({"run": name, "others": cores, **kept})
         told = " -> ".join(
             ", ".join(f"{device} {last - first}" for device, first, last in stages)
             for _, stages in trace.chains

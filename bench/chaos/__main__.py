@@ -157,7 +157,7 @@ def answers(model: Model, questions: Sequence[Ask]) -> list[list[int]]:
 def table(outcomes: Sequence[Outcome]) -> str:
     """A row for each kind."""
     lines = [
-        "| kind | trials | passed | answers equal | still median s | worst s | bound s | epochs | moves |",
+        "| kind | trials | passed | answers equal | still s, median | worst | bound | recoveries | moves |",
         "|-|-:|-:|-:|-:|-:|-:|-:|-:|",
     ]
     for kind in dict.fromkeys(outcome.kind for outcome in outcomes):

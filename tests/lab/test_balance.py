@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from bench.balance.changes import shifted
 from bench.balance.play import Trace
 from bench.lab.air import _Purpose
 from bench.lab.hello import frame_bytes, said
+from tests.models import smollm2_dir
 
 from shoal.net.identity import Identity
 from shoal.net.wire import WireProtocol
@@ -130,6 +133,20 @@ def test_answers_that_differ_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     found.add("two", 16, [[5, 9, 7]])
     assert found.problems() == ["two: stream 0 is not what one process answers from token 1 on"]
     assert jobs == [{"prompt": 16, "tokens": 4, "batches": [2]}]
+
+
+@pytest.mark.lab
+@pytest.mark.whole_lab
+@pytest.mark.slow
+def test_a_move_in_the_lab_sends_the_keys_and_values_of_its_layer_and_changes_no_answer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = tmp_path / "found.json"
+    scene = ["standstill", str(smollm2_dir()), "--modes", "move", "--rounds", "1", "-o", str(found)]
+    assert balance.main([*scene, "--moves", "4", "--beside", "0", "--streams", "2"]) == 0
+    assert capsys.readouterr().out.endswith("every answer is that of one process\n")
+    samples = {sample["figure"]: sample["value"] for sample in json.loads(found.read_text())["samples"]}
+    assert 1.0 <= samples["a layer moves, 2 streams: bytes sent, of the keys and values of the layers"] < 1.05
 
 
 def test_an_unknown_mode_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,7 +51,7 @@ from .events import (
     TryAnew,
 )
 from .identity import host_port
-from .liveness import Pulse, call_bound, load_bound
+from .liveness import Pulse
 from .members import NO_POLICY, ClusterState, Transition, labelled
 from .messages import Condition
 from .transition import Outcome
@@ -274,13 +274,9 @@ def _heard(state: ClusterState, event: Heard, now: float) -> Outcome:
     if progress is None or progress.running is None or not member.alive:
         return state, ()
     has = state.holds(event.member) or event.member in state.standing
-    if state.leaves(progress.epoch):
-        unknown = load_bound(sum(state.unit_bytes))  # of the stage that it leaves, at most
-        bound = unknown if progress.expected is None else call_bound(progress.expected)
-    elif progress.epoch == state.epoch and has and event.member in state.holders():
-        bound = state.call_bound(event.member, progress.expected)
-    else:
+    if not state.leaves(progress.epoch) and not (progress.epoch == state.epoch and has):
         return state, ()
+    bound = state.call_bound(event.member, progress.expected)
     if progress.running <= bound:
         return state, ()
     error = StageStuckError(

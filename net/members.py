@@ -82,8 +82,9 @@ class Member:
 @dataclass(frozen=True, slots=True)
 class Transition:
     """A change from the epoch with the counter `base` to `epoch`, which has begun (net/transition.py).
-    `members` are all nodes that have a stage before or after it, `shifts` the units that move, and `lost` the
-    range of units whose keys and values no node has. `recovery`: the chain of the base has ended."""
+    `members` are all nodes that have a stage before or after it, `shifts` the units that move, `lost` the
+    range of units whose keys and values no node has, and `added` the bytes of weights that each member of the
+    coordinator loads. `recovery`: the chain of the base has ended."""
 
     epoch: Epoch
     base: int
@@ -92,6 +93,7 @@ class Transition:
     members: tuple[int, ...]
     shifts: tuple[Shift, ...]
     lost: tuple[int, int]
+    added: tuple[int, ...]
     recovery: bool
     began: float
     since: float
@@ -165,8 +167,8 @@ class ClusterState:
     issued: int = 0
     """The counter of the newest epoch that nodes were given, also if it was given up."""
     added: tuple[int, ...] = ()
-    """The bytes of weights that each member has loaded for the epoch in force, if a transition has begun it;
-    else empty."""
+    """The bytes of weights that each member has loaded for the epoch that is served, or was served last, if a
+    transition has begun it; else empty."""
     loaded: frozenset[int] = frozenset()
     standing: frozenset[int] = frozenset()
     """The members that have their stage of the epoch in force, with its keys and values, whether its chain is
@@ -281,7 +283,9 @@ class ClusterState:
             return call_bound(expected)
         if self.added:
             return call_bound(UNPREDICTED_SECONDS) + self.added[member] / LOAD_BYTES_PER_S
-        return load_bound(self.bytes_of(self.placement.stages[self.holders().index(member)]))
+        stages = dict(zip(self.holders(), self.placement.stages, strict=True))
+        left = self.phase == "committing" or member not in stages  # a stage of a placement that is over
+        return load_bound(sum(self.unit_bytes) if left else self.bytes_of(stages[member]))
 
     def load_bound(self) -> float:
         """The seconds within which all stages of the placement should be loaded."""

@@ -135,15 +135,14 @@ def begin(state: ClusterState, placement: Placement, why: str, now: float, copyi
         )
         for i in members
     )
+    added = tuple(state.adds(placement, i) for i in range(len(state.members)))
+    copy = max(COPY_SECONDS, COPY_FACTOR * copying) if moving else 0.0
     move = Transition(
         epoch, base, placement, why, members,
         tuple(Shift(first, last, labels[giver], labels[taker]) for first, last, giver, taker in moving),
-        lost, recovery, began=now, since=now,
+        lost, added, recovery, began=now, since=now, bound=load_bound(max(added)) + copy,
     )  # fmt: skip
     state = replace(state, transition=move, issued=epoch.counter, trial=False)
-    copy = max(COPY_SECONDS, COPY_FACTOR * copying) if moving else 0.0
-    bound = max(load_bound(state.loads(i) or 0) for i in members) + copy
-    state = replace(state, transition=replace(move, bound=bound))
     if recovery:
         state = replace(state, phase="moving", since=now)
     return state, (*commands, Reach(epoch, holders[0]))
@@ -203,10 +202,9 @@ def quiet(state: ClusterState, event: Quiet, now: float) -> Outcome:
     move = state.transition
     if move is None or move.step != "holding" or move.epoch != event.epoch:
         return state, ()
-    added = tuple(state.adds(move.placement, i) for i in range(len(state.members)))
     state = replace(
-        state, phase="committing", epoch=move.epoch, placement=move.placement, added=added,
-        loaded=frozenset(), standing=frozenset(), transition=replace(move, step="committed", since=now),
+        state, phase="committing", epoch=move.epoch, placement=move.placement, loaded=frozenset(),
+        standing=frozenset(), transition=replace(move, step="committed", since=now),
     )  # fmt: skip
     commit = Commit(move.epoch, event.sessions, *move.lost)
     return state, tuple(SendCommit(i, commit) for i in move.members)
@@ -228,7 +226,7 @@ def loaded(state: ClusterState, member: int, epoch: Epoch, now: float) -> Outcom
         return replace(state, since=now), (Serve(epoch),)
     emptied = tuple(SendRelease(i, epoch) for i in move.members if i not in holders)
     since = now if move.recovery else state.since  # answers have gone on
-    state = replace(state, since=since, transition=None, setback=None)
+    state = replace(state, since=since, added=move.added, transition=None, setback=None)
     return state, (Serve(epoch, move.base, move.lost), *emptied, _moved(move, now))
 
 

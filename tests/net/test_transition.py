@@ -485,6 +485,11 @@ def test_the_first_call_after_a_transition_may_read_the_units_that_came_with_it(
     assert after(state, runs(1, 15.0), runs(0, 11.0)) == (state, [])
     assert HangUp(1) in after(state, runs(1, 15.1))[1]
     assert HangUp(0) in after(state, runs(0, 11.1))[1]
+    # Also while the next transition is committed already: the stage does not stop before its call ends.
+    changing, _ = after(state, Proposed(THREE, ""))
+    changing = committed(changing)
+    assert after(changing, runs(1, 15.0), runs(0, 11.0)) == (changing, [])
+    assert HangUp(1) in after(changing, runs(1, 15.1))[1]
     # A stage that was loaded anew may read all of it.
     state, _ = after(state, Tick(busy=True, stalled=True))
     state, _ = arrived(state)

@@ -23,6 +23,7 @@ from shoal.net import carry
 from shoal.net.coordinator import Coordinator, CoordinatorOptions
 from shoal.net.identity import shape_of
 from shoal.net.inbox import Batch
+from shoal.net.messages import Epoch, Kept, Loaded
 from shoal.net.placement import Links, NodeInfo, Outcome, Placement, Proposal, Usage
 from shoal.planner import Assignment
 
@@ -226,6 +227,17 @@ def test_after_a_death_only_lost_units_are_computed_again(lab: ModuleType, port:
         parts = [part for node in net.nodes.values() for stage in node.stages for part in stage.parts]
         # From the rows that the stage before has kept, or from the tokens if there is none.
         assert min(enter for enter, _ in parts) == first < last == max(until for _, until in parts)
+
+    with_chain(lab, test)
+
+
+def test_what_a_node_says_of_other_epochs_does_not_count(lab: ModuleType) -> None:
+    async def test(net: Any, coordinator: Coordinator) -> None:
+        for counter in (0, 5):
+            coordinator._hear(0, Loaded(Epoch(99, counter), 0.0, 1, rows=(Kept(0, 9),)))
+        assert len(await coordinator.stats()) == 3
+        assert not (await moved(coordinator, "a1 b4 c6")).aborted
+        assert await lab.collect(coordinator, [1, 2], 9) == lab.oracle([1, 2], 9)
 
     with_chain(lab, test)
 

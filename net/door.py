@@ -9,8 +9,9 @@ and the nodes of its chain, and use a bounded number of file descriptors. The ki
     caller       at most CALLERS coordinators that wait a moment for the one that is served to leave
     coordinator  one, which no other kind of connection can use
     guest        `step`, `bulk` and `probe` connections of peers that show the coordinator's ticket, at most
-                 GUESTS of each purpose. A peer has at most two `step` connections, for the epoch in force and
-                 for the next one, and one `bulk` connection: a newer one replaces its oldest
+                 GUESTS of each purpose. A peer has at most three `step` connections, for the epoch in force,
+                 the next one, and one that was given up and is being closed, and one `bulk` connection: a
+                 newer one replaces its oldest
     leaving      at most LEAVING connections that are being told why they are refused. A further one ends the
                  oldest
 
@@ -36,7 +37,7 @@ CROWD, CROWD_SECONDS = 16, 2.0  # while more than CROWD wait, a new connection h
 CALLERS = 4
 PATIENCE_SECONDS = 5.0
 GUESTS = 16
-_OWN = {"step": 2, "bulk": 1}
+_OWN = {"step": 3, "bulk": 1}
 """The most guests of each purpose that a peer may have."""
 LEAVING = 16
 LINES, LINES_SECONDS = 20, 10.0  # at most LINES about strangers in the log within LINES_SECONDS

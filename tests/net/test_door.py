@@ -228,7 +228,7 @@ def test_guests_leave_with_their_coordinator(lab: ModuleType, purpose: str) -> N
     one(lab, test)
 
 
-@pytest.mark.parametrize(("purpose", "most"), [("step", 2), ("bulk", 1), ("probe", 4)])
+@pytest.mark.parametrize(("purpose", "most"), [("step", 3), ("bulk", 1), ("probe", 4)])
 def test_a_newer_connection_of_a_peer_replaces_its_oldest(lab: ModuleType, purpose: str, most: int) -> None:
     async def test(net: Any) -> None:
         start = trio.current_time()

@@ -14,7 +14,7 @@ from tests.net.hand import Hand, Place, places, with_nodes
 from shoal.engine.batch import Want
 from shoal.net import carry
 from shoal.net.errors import NetError
-from shoal.net.messages import Broken, Epoch, Failed, Kept, Open, Refill, Result, Step
+from shoal.net.messages import Abort, Broken, Epoch, Failed, Kept, Open, Refill, Result, Step
 
 
 @pytest.fixture(autouse=True)
@@ -162,6 +162,26 @@ def test_abort_leaves_everything_as_it_was(lab: ModuleType, when: str) -> None:
                 assert set(stage.sequences) == {1}
                 assert not hand.net.nodes[port].node._assignment.work._rewinds
             assert [len(door._guests) for door in doors] == before
+        await hand.move(*places((0, 4, 6)))
+        await hand.step(1, 3)
+        hand.check(s1=6)
+
+    with_nodes(lab, test)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_transitions_that_follow_an_abort_at_once_do_not_cost_the_running_connection(
+    lab: ModuleType, count: int
+) -> None:
+    async def test(hand: Hand) -> None:
+        await hand.load(*places((0, 3, 6)))
+        await hand.open(1, *range(6))
+        for i in range(count):
+            await hand.prepare(*places((0, 4 - i % 2 * 2, 6)))
+            for control in hand.controls.values():
+                await control.send(Abort(Epoch(5, hand.newest)))
+        await trio.sleep(1)
+        await hand.step(1, 3)
         await hand.move(*places((0, 4, 6)))
         await hand.step(1, 3)
         hand.check(s1=6)

@@ -31,7 +31,7 @@ MOST_CHANGE = 4.0
 """The largest change, as a factor, that one measurement may show; a larger one is a hiccup and is clamped."""
 
 
-JUMP, AGREEING = 1.3, 4
+JUMP, AGREEING = 1.3, 6
 """If so many decode calls in a row take longer than expected by this factor, or shorter, the device has
 changed: their median is taken."""
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import platform
 import secrets
 import threading
+from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -51,6 +52,8 @@ CALL_SECONDS = 0.1
 """Longest time that a call with rows of a prompt should take, since other sequences and a cancel wait for
 it."""
 _CHUNKS = (8, 256)
+_STREAMS_SECONDS = 10.0
+"""For how long the place of an answer that has ended is kept for another."""
 _LAST_LINES_SECONDS = 1.0
 """How long the last sentences may take at the end."""
 
@@ -188,6 +191,7 @@ class NetworkRebalancer:
     def __init__(self, plans: NetworkPlanner) -> None:
         self._plans = plans
         self._memory = rebalance.Memory()
+        self._streams = deque[tuple[float, int]]()
 
     def look(
         self, nodes: Sequence[NodeInfo], links: Links, placement: Placement, usage: Usage, now: float
@@ -195,6 +199,7 @@ class NetworkRebalancer:
         """A placement that pays, with the best groups of sequences and chunks of prompts for it; or None."""
         if self._plans.fixed:
             return None
+        usage = self._steady(usage, now)
         question = self._question(cluster_of(nodes, links, offered=True), placement, usage)
         slower = {node.label: node.slower for node in nodes}
         view = rebalance.View(question, slower, placement.stages, usage, now)
@@ -203,6 +208,17 @@ class NetworkRebalancer:
             return None
         changed = self._plans.placement(nodes, links, proposal.placement.stages, placement)
         return replace(proposal, placement=changed)
+
+    def _steady(self, usage: Usage, now: float) -> Usage:
+        """The usage with the most answers of the last seconds: another one may follow one that has ended.
+        Tokens/s do not count until then."""
+        self._streams.append((now, usage.streams))
+        while now - self._streams[0][0] > _STREAMS_SECONDS:
+            self._streams.popleft()
+        most = max(streams for _, streams in self._streams)
+        if usage.streams in (0, most):
+            return usage
+        return replace(usage, streams=most, reading=True)
 
     def happened(self, outcome: Outcome) -> None:
         """See net.placement.Rebalancer."""

@@ -21,9 +21,11 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> NetworkPlanner:
     return planner_of(monkeypatch)
 
 
-def planner_of(monkeypatch: pytest.MonkeyPatch, **options: Any) -> NetworkPlanner:
+def planner_of(
+    monkeypatch: pytest.MonkeyPatch, streams: int = STREAMS, context: int = 512, **options: Any
+) -> NetworkPlanner:
     monkeypatch.setattr("shoal.distributed.planner_model", lambda model, options: MODEL)
-    load = Workload(512, STREAMS, streams=STREAMS, depth=200)
+    load = Workload(context, streams, streams=streams, depth=min(200, context))
     model: Any = None
     return NetworkPlanner(model, load, "throughput", **options)
 
@@ -114,3 +116,23 @@ def test_copies_are_of_what_neighbours_hold(plans: NetworkPlanner) -> None:
         assert not set(found[stage.device]) & set(range(stage.first, stage.last))
     there = nodes([name for name in NAMES if name != placement.stages[1].device])
     assert rebalancer.copies(there, LINKS, placement) == {}
+
+
+def test_answers_that_end_one_after_another_move_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan for eight answers is not that for one, which may be followed by more for some seconds."""
+    devices = question(8, (0.8, 0.5, 0.2, 0.2), (260_000_000,) * 4).cluster.devices
+    there = [
+        NodeInfo(d.name, "127.0.0.1", 7000 + at, Offer(d, 256, 1, "native", exact=True))
+        for at, d in enumerate(devices)
+    ]
+    plans = planner_of(monkeypatch, streams=8, context=128)
+    rebalancer, placement = NetworkRebalancer(plans), plans(there, LINKS)
+
+    def look(at: int, streams: int) -> Proposal | None:
+        return rebalancer.look(there, LINKS, placement, Usage(streams, 100, 1e5, 20 * at), at / 2)
+
+    assert not any(look(at, 8 if at < 40 or at % 20 < 4 else 1) for at in range(120))
+    later = [look(at, 1) for at in range(120, 160)]
+    assert not any(later[:3])
+    found = next(found for found in later if found is not None)
+    assert found.seconds_before > 1.2 * found.seconds_after

@@ -280,8 +280,13 @@ class Assignment:
         self._ready.set()
 
     async def ended(self) -> None:
-        """Waits until no task of the assignment runs."""
+        """Waits until no task of the assignment runs, and forgets what it has of the stage, whose memory is
+        to be free once the stage is closed."""
         await self._group.ended()
+        if self.taker is not None:
+            self.taker.incoming.close()
+        self.taker = self.work = self._loop = None
+        self._givers.clear()
 
     async def feed(self, connection: Connection, first: Open | Close | Step) -> None:
         """Takes a message of the previous stage and reads its connection, until the loop has ended. Errors as

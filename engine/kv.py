@@ -63,6 +63,14 @@ class PagePool:
         """Replaces the lock. Called in a forked process, where the thread that held it does not exist."""
         self._lock = threading.Lock()
 
+    def clear(self) -> None:
+        """Returns the memory of all pages that no sequence uses, whoever still refers to the pool."""
+        with self._lock:
+            self._free.clear()
+            self._empty.clear()
+            self._slabs.clear()
+            self.held = self.used
+
     @property
     def limit(self) -> int | None:
         """Bytes of memory that the pool may take; None: no limit. Lowering it returns free pages to the

@@ -395,6 +395,7 @@ class Stage:
         self._sequences.clear()
         # Frees weights and pages now, not when this object is collected: the next stage needs the memory.
         self._ranges.free()
+        self._pool.clear()
         self._pool = PagePool(self._pool.kv_type)
         self._kept = KeptRows(self._pool, self.model.program.cut_cols)
         self._incoming = []

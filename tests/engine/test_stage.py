@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -173,6 +174,17 @@ def test_a_closed_stage_refuses_work(tiny_int8: Model) -> None:
     stage.close()
     with pytest.raises(ValueError, match="has been closed"):
         list(generate(stage, [1, 2, 3], max_tokens=2))
+
+
+def test_a_closed_stage_has_no_pages_whoever_still_refers_to_it(tiny_int8: Model) -> None:
+    stage = Stage(tiny_int8, 0, 5)
+    stage.open_sequence(1)
+    stage.run([Run(1, 0, [1, 2, 3], Want.NOTHING)])
+    page = weakref.ref(next(iter(stage._sequences.values())).kv._rows[0][1][0].bytes)
+    parts = stage._pool, stage._ranges.running, stage.incoming()
+    stage.close()
+    assert page() is None
+    assert len(parts) == 3
 
 
 ADJUSTED = [

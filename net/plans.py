@@ -103,7 +103,7 @@ def plan(state: ClusterState, now: float, *, trial: bool = False) -> Outcome:
 
 
 def planned(state: ClusterState, answer: Placement | ShoalError, now: float) -> Outcome:
-    if state.phase == "serving" and state.trial:
+    if state.trial:
         return _tried(replace(state, trial=False), answer, now)
     if state.phase != "planning":
         return state, ()
@@ -121,8 +121,10 @@ def planned(state: ClusterState, answer: Placement | ShoalError, now: float) -> 
 def _tried(state: ClusterState, answer: Placement | ShoalError, now: float) -> Outcome:
     """Changes to a plan that was made while a chain is served, if it is better or empties a node that is
     leaving."""
-    if state.transition is not None:  # proposed in the meantime
-        return replace(state, considered=frozenset()), ()
+    if state.phase != "serving" or state.transition is not None:  # it comes too late, and is asked for again
+        holders = state.holders()
+        idle = {state.incarnation(i) for i in state.alive() if i not in holders}
+        return replace(state, considered=state.considered - idle), ()
     leaving = _leaving(state)
     if isinstance(answer, ShoalError):
         if not leaving or not isinstance(answer, NoPlanError):

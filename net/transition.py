@@ -82,7 +82,7 @@ def load(state: ClusterState, placement: Placement, now: float) -> Outcome:
     epoch = state.next_epoch()
     state = replace(
         state, phase="loading", since=now, epoch=epoch, issued=epoch.counter, placement=placement,
-        added=(), loaded=frozenset(), standing=frozenset(), trial=False,
+        added=(), loaded=frozenset(), standing=frozenset(),
     )  # fmt: skip
     holders = state.holders()
     idle = tuple(SendRelease(i, epoch) for i in state.alive() if i not in holders)
@@ -142,7 +142,7 @@ def begin(state: ClusterState, placement: Placement, why: str, now: float, copyi
         tuple(Shift(first, last, labels[giver], labels[taker]) for first, last, giver, taker in moving),
         lost, added, recovery, began=now, since=now, bound=load_bound(max(added)) + copy,
     )  # fmt: skip
-    state = replace(state, transition=move, issued=epoch.counter, trial=False)
+    state = replace(state, transition=move, issued=epoch.counter)
     if recovery:
         state = replace(state, phase="moving", since=now)
     return state, (*commands, Reach(epoch, holders[0]))
@@ -257,7 +257,10 @@ def give_up(state: ClusterState, reason: str, now: float, *, failed: bool = Fals
         pause = min(MOST_SETBACK, SETBACK_SECONDS * 2.0 ** (count - 1))
         state = replace(state, setback=Setback(move.placement.stages, count, now + pause))
     commands.append(_moved(move, now, reason))
-    return replace(state, transition=None, considered=frozenset()), tuple(commands)
+    holders = state.holders()
+    newcomers = {state.incarnation(i) for i in move.members if i not in holders}
+    state = replace(state, transition=None, considered=state.considered - newcomers)
+    return state, tuple(commands)
 
 
 def end_chain(state: ClusterState, reason: str, now: float) -> Outcome:

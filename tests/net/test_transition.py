@@ -199,6 +199,30 @@ def test_a_plan_with_a_node_that_is_back_becomes_a_transition_within_ten_seconds
     assert commands[0] == Serve(epoch(2), 1) and state.placement.tokens_per_s == 150.0
 
 
+def test_a_failed_attempt_to_use_a_node_that_is_back_is_repeated_later() -> None:
+    state = serving(chain(("a", 0, 3), ("c", 3, 6), tokens_per_s=100.0), now=10.0)
+    state, _ = after(state, Left(1, GONE), JOINS[1], now=20.0)
+    state, _ = after(state, Tick(), Planned(2, replace(THREE, tokens_per_s=150.0)), now=23.0)
+    state, _ = after(state, StageBroken(1, epoch(2), SHORT, None), *(Heard(i) for i in range(3)), now=24.0)
+    assert not any(isinstance(command, MakePlan) for command in after(state, Tick(), now=28.9)[1])
+    assert MakePlan(3, (0, 1, 2)) in after(state, Tick(), now=29.0)[1]
+
+
+def test_a_proposal_that_overtakes_a_plan_with_a_node_that_is_back_only_delays_it() -> None:
+    state = serving(chain(("a", 0, 3), ("c", 3, 6), tokens_per_s=100.0), now=10.0)
+    state, _ = after(state, Left(1, GONE), JOINS[1], now=20.0)
+    state, _ = after(state, Tick(), Proposed(chain(("a", 0, 2), ("c", 2, 6)), ""), now=23.0)
+    planned = Planned(2, replace(THREE, tokens_per_s=150.0))
+    broken, _ = after(state, StageBroken(0, epoch(1), GONE, 102, again=True), now=23.1)
+    for changing, counter in ((state, 2), (committed(state, 23.1), 2), (broken, 3)):
+        late, commands = after(changing, planned, now=23.2)
+        assert commands == [] and not late.trial
+        last = [StageLoaded(i, epoch(counter)) for i in (0, 2)]
+        late, _ = after(late, *last, now=23.2) if late.phase == "committing" else arrived(late, now=23.2)
+        late, _ = after(late, Heard(0), Heard(1), Heard(2), now=27.0)
+        assert MakePlan(3, (0, 1, 2)) in after(late, Tick(), now=27.0)[1]
+
+
 def test_layers_that_move_again_and_again_keep_no_node_out() -> None:
     state, _ = after(serving(WITHOUT_B), Left(1, GONE), JOINS[1], now=10.0)
     for second in (11.0, 12.0, 13.0):
@@ -298,6 +322,9 @@ def test_a_node_that_cannot_prepare_leaves_the_chain_as_it_is(holding: bool) -> 
     assert refusal(again, SHIFTED, now=26.9) == "it has just failed"
     other, commands = after(state, Proposed(WITHOUT_B, ""), now=12.0)
     assert {assign.epoch for assign in assigns(commands).values()} == {epoch(3)}
+    # It is no reason for a plan with other nodes: there are none.
+    heard, _ = after(state, *(Heard(i) for i in range(3)), now=60.0)
+    assert not any(isinstance(command, MakePlan) for command in after(heard, Tick(), now=60.0)[1])
     # One that is served ends the row.
     assert arrived(other, now=13.0)[0].setback is None
 

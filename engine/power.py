@@ -270,7 +270,11 @@ def _termux_plugged(plug: object, state: object) -> bool | None:
 
 
 def _real(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    with suppress(OverflowError):
+        return float(value)
+    return None
 
 
 def _said(program: str, seconds: float) -> bytes | None:

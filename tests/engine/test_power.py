@@ -272,6 +272,7 @@ def says(path: Path, text: str) -> Path:
         ('{"plugged": 5, "status": ["x"], "percentage": 101, "temperature": -273.1}', None),
         ('{"percentage": true, "temperature": "30", "plugged": "PLUGGED"}', None),
         ('{"percentage": NaN, "temperature": Infinity}', None),
+        (f'{{"percentage": {10**400}, "temperature": -{10**400}}}', None),
         ('{"present": false, "plugged": "PLUGGED_AC", "percentage": 0}', None),
         ("[1, 2]", None), ("7", None), ("", None), ("Not yet available", None), ("[" * 5000, None),
     ],

@@ -180,6 +180,9 @@ class Assignment:
         """The stage at work, once `begin` was called."""
         self.prepared: Any = None
         """What the stage has prepared for this epoch."""
+        self.reading = 0.0
+        """How long the first call may take longer, to read the units that `prepared` adds, as a part of the
+        bound of a call (liveness.call_bound)."""
         self.taker: Taker | None = None
         self.rows: tuple[Kept, ...] = ()
         """The positions whose rows the stage has kept, to fill units that are lost in this epoch."""
@@ -249,10 +252,11 @@ class Assignment:
         """Sends a taker the rest of the commit's sessions. Sent."""
         self._givers[taker].finish(commit)
 
-    def begin(self, work: StageWork) -> None:
-        """Starts the loop of the stage. Broken when the stage itself cannot go on."""
+    def begin(self, work: StageWork, reading: float | None) -> None:
+        """Starts the loop of the stage. Broken when the stage itself cannot go on. `reading` is as for
+        NodePace.assigned."""
         expect, assign = self._parts.expect, self.assign
-        self._pace.assigned(None if expect is None else expect(assign.first, assign.last))
+        self._pace.assigned(None if expect is None else expect(assign.first, assign.last), reading)
         self.work = work
         parts = StageParts(
             self._inbox,

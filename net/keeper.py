@@ -23,6 +23,7 @@ from .carry import Taker
 from .connection import Connection, open_tasks
 from .copies import Copies
 from .errors import NetError, RemoteProtocolError, to_wire
+from .liveness import CALL_FACTOR, LOAD_BYTES_PER_S
 from .messages import (
     Assign,
     Broken,
@@ -96,6 +97,8 @@ class Keeper:
         self._range = range(0)
         self._carried: Mapping[int, Session] = NO_SESSIONS
         """The sessions that the stage holds for the next loop."""
+        self._reading: float | None = None
+        """For a stage that goes on, how long its next call may take longer, to read units that have come."""
         self._copies = Copies()
         self._crowd: Assignment | None = None
         """The assignment whose prepared range takes room from keys and values. Guarded by the lock."""
@@ -254,8 +257,9 @@ class Keeper:
         assert self._stage is not None
         assign = assignment.assign
         last = None if assign.next is None else assign.last
-        assignment.begin(StageWork(self._stage, assign.epoch, last, self._carried, self._make_room))
-        self._carried = NO_SESSIONS
+        work = StageWork(self._stage, assign.epoch, last, self._carried, self._make_room)
+        assignment.begin(work, self._reading)
+        self._carried, self._reading = NO_SESSIONS, None
 
     def _report(self, what: Literal["prepared", "loaded"] | Broken, epoch: Epoch) -> Message:
         if isinstance(what, Broken):
@@ -348,6 +352,9 @@ class Keeper:
         limit = self._parts.kv_bytes(self._range.start, self._range.stop, beside)
         if limit is not None and stage.kv_bytes > limit:
             raise NoPlanError(f"{_CROWDED}: units [{beside.start}, {beside.stop}) do not fit beside them")
+        whole = self._parts.kv_bytes(self._range.start, self._range.stop)
+        if limit is not None and whole is not None:
+            assignment.reading = (whole - limit) / LOAD_BYTES_PER_S / CALL_FACTOR
         with self._crowd_lock:
             assignment.prepared = stage.prepare(beside.start, beside.stop, limit)
             self._crowd = assignment
@@ -419,6 +426,7 @@ class Keeper:
             positions = {session: stage.rows_kept(session, end) for session in kept}
             assignment.rows = tuple(Kept(session, n) for session, n in positions.items() if n)
         self._owner, self._range = assign.epoch, range(assign.first, assign.last)
+        self._reading = None if base is None else assignment.reading
         self._carried = {session: known[session].truncated(positions) for session, positions in kept.items()}
         self._tell(Adopted(assign.epoch))
 

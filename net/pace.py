@@ -55,10 +55,16 @@ class NodePace:
         self._calls = 0
         self._age, self._still = 0.0, Stillness()
         self._rest = 0.0
+        self._reading, self._first = 0.0, True
+        """What the first call may take longer; whether it has not been counted yet."""
 
-    def assigned(self, expect: Expect | None) -> None:
-        """Begins a stage, whose times `expect` predicts; None if nothing is known."""
-        self._expect, self._ended, self._calls, self._rest = expect, None, 0, 0.0
+    def assigned(self, expect: Expect | None, reading: float | None = None) -> None:
+        """Begins a stage, whose times `expect` predicts; None if nothing is known. `reading`: it goes on from
+        an earlier epoch, and its first call may take so many seconds more, to read units that have come."""
+        self._expect, self._calls, self._rest = expect, 0, 0.0
+        self._reading, self._first = reading or 0.0, True
+        if reading is None:
+            self._ended = None
 
     def began(self, batch: Batch) -> None:
         """Notes that a call of the stage begins. It is called in any thread."""
@@ -99,10 +105,12 @@ class NodePace:
         return age if age > bound else None
 
     def _expected(self, batch: Batch) -> float | None:
-        """The seconds that a call should take now; None for the first one, or if nothing is known."""
+        """The seconds that a call should take now; None for the first one of a node, or if nothing is
+        known."""
         if self._expect is None or self._ended is None or not batch.steps:
             return None
-        return max(1.0, self.slower) * self._expect(_rows(batch), 0.0)
+        reading = self._reading if self._first else 0.0
+        return max(1.0, self.slower) * self._expect(_rows(batch), 0.0) + reading
 
     def count(self, batch: Batch, start: float, end: float) -> None:
         """Counts a call of the stage. The first one, which reads weights from disk and allocates pages, does
@@ -110,7 +118,8 @@ class NodePace:
         if not batch.steps:
             return
         before, self._ended = self._ended, end
-        if self._expect is None or before is None:
+        first, self._first = self._first, False
+        if self._expect is None or before is None or first:
             return
         expected = self._expect(_rows(batch), start - before)
         if expected <= 0 or end <= start:

@@ -115,6 +115,28 @@ def test_a_node_reports_how_far_its_call_is_and_what_it_should_take() -> None:
     assert pace.stuck() is None
 
 
+def test_the_first_call_after_a_transition_is_predicted() -> None:
+    """It may read the units that have come, and does not count for the pace."""
+    pace = NodePace(first_call=60)
+    pace.assigned(lambda steps, pause: 0.5)
+    pace.assigned(lambda steps, pause: 0.5, 0.25)
+    pace.began(batch())
+    assert pace.progress(EPOCH, 0).expected is None  # the stage has never computed
+    pace.returned()
+    pace.count(batch(), 0.0, 0.5)
+    pace.assigned(lambda steps, pause: 1.0, 0.25)
+    pace.began(batch())
+    pace.tick(10.0)
+    pace.tick(23.5)
+    assert pace.progress(EPOCH, 0) == Progress(EPOCH, 0, 13.5, 1.25, 0)
+    assert pace.stuck() == 13.5
+    pace.returned()
+    pace.count(batch(), 10.0, 24.0)
+    assert pace.slower == 1.0
+    pace.began(batch())
+    assert pace.progress(EPOCH, 0).expected == 1.0
+
+
 def test_calls_that_follow_each_other_are_not_one_long_call() -> None:
     pace = NodePace()
     pace.assigned(lambda steps, pause: 0.001)

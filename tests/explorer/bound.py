@@ -25,7 +25,9 @@ class Bound:
     """What is explored. `plans` are the cuts for sets of nodes; a set without an entry cannot hold the model.
     `moves` are cuts for all nodes, each of which is proposed once, at any time. `kinds` are the kinds of
     faults, of which `faults` happen. `returns`: whether a crashed node comes back: "may" (progress does not
-    need it), "will", or "never". `leaves`: sessions that may be left at any time."""
+    need it), "will", or "never". `leaves`: sessions that may be left at any time. `leaving`: nodes whose
+    policy may ask at any time that they be emptied.
+    `kept_rows`: the positions of a session whose rows a stage keeps."""
 
     questions: tuple[tuple[Question, ...], ...]
     plans: dict[tuple[int, ...], Cut]
@@ -36,11 +38,13 @@ class Bound:
     kinds: frozenset[str] = frozenset()
     returns: str = "never"
     leaves: frozenset[int] = frozenset()
+    leaving: tuple[int, ...] = ()
     window: int = 2
     rows: int = 2
     keep: bool = False
     quick: bool = True
     most_epochs: int = 12
+    kept_rows: int = 0
     strategy: str = "move"
     reduce: bool = True
 

@@ -28,10 +28,20 @@ SPARE: dict[tuple[int, ...], Cut] = {
     (1, 2): ((2, 0, 3), (1, 3, 6)),
 }
 """A node has no units until another one is lost."""
+HEAD: dict[tuple[int, ...], Cut] = {**SPARE, (0, 2): ((0, 0, 5), (2, 5, 6)), (1, 2): ((2, 0, 1), (1, 1, 6))}
+"""Then it has the LM head or the embedding, and no layer."""
 ONE = (Question((5, 6), 2),)
 OTHER = (Question((7, 8), 2),)
 TURNS = (Question((5, 6, 7), 2), Question((5, 9, 10), 2))
 """Two answers of a session that stays open. The second prompt goes back to position 1."""
+
+SHORT = (Question((5,), 1),)
+LONGER = (Question((5,), 2),)
+CRASH, SNAP, LOAD = (frozenset({kind}) for kind in ("crash", "snap", "load"))
+SOLO = {**PLANS, (0,): ((0, 0, 6),), (1,): ((1, 0, 6),), (2,): ((2, 0, 6),)}
+"""Each node can hold the model."""
+NEEDED = {nodes: cut for nodes, cut in PLANS.items() if 1 in nodes}
+"""The others cannot hold the model without node 1."""
 
 SMALL = {
     "answers": Bound((ONE, OTHER), PLANS, reduce=False),
@@ -41,28 +51,46 @@ SMALL = {
     "turns": Bound((TURNS,), PLANS, moves=(SHIFT,), keep=True),
     "leave": Bound((ONE, OTHER), PLANS, moves=(MOVE,), leaves=frozenset({0})),
     "leave and keep": Bound((TURNS, OTHER), PLANS, moves=(MOVE,), leaves=frozenset({0}), keep=True),
-    "crash": Bound((ONE,), PLANS, faults=1, kinds=frozenset({"crash"})),
+    "crash": Bound((ONE,), PLANS, faults=1, kinds=CRASH),
+    "crash and kept rows": Bound((ONE,), PLANS, faults=1, kinds=CRASH, kept_rows=9),
+    "crash and some kept rows": Bound((ONE,), PLANS, faults=1, kinds=CRASH, kept_rows=1),
+    "step stuck": Bound((ONE,), PLANS, faults=1, kinds=frozenset({"stick"})),
+    "leaving": Bound((ONE,), PLANS, leaving=(1,)),
+    "leaving, but needed": Bound((ONE,), NEEDED, leaving=(1,)),
 }
 """Explored in a few seconds, by each run of the tests."""
 
 WHOLE = {
     **SMALL,
     "move, slow nodes": Bound((ONE,), PLANS, moves=(MOVE,), reduce=False, quick=False),
-    "move and failed load": Bound((ONE,), PLANS, moves=(MOVE,), faults=1, kinds=frozenset({"load"})),
-    "move and crash": Bound((ONE,), PLANS, moves=(MOVE,), faults=1, kinds=frozenset({"crash"})),
+    "move and failed load": Bound((ONE,), PLANS, moves=(MOVE,), faults=1, kinds=LOAD),
+    "move and crash": Bound((ONE,), PLANS, moves=(MOVE,), faults=1, kinds=CRASH, kept_rows=9),
+    "move and step or bulk cut": Bound((SHORT,), PLANS, moves=(MOVE,), faults=1, kinds=SNAP),
+    "move and step stuck": Bound((SHORT,), PLANS, moves=(MOVE,), faults=1, kinds=frozenset({"stick"})),
+    "move and leaving": Bound((ONE,), PLANS, moves=(MOVE,), leaving=(1,)),
+    "move and early bounds": Bound((ONE,), PLANS, moves=(MOVE,), faults=1, kinds=frozenset({"early"})),
+    "move and standstill": Bound((SHORT,), PLANS, moves=(MOVE,), faults=1, kinds=frozenset({"stall"})),
     "control cut": Bound((ONE,), PLANS, faults=1, kinds=frozenset({"cut"})),
     "control replaced": Bound((ONE,), PLANS, faults=1, kinds=frozenset({"redial"})),
-    "step cut": Bound((ONE,), PLANS, faults=1, kinds=frozenset({"snap"})),
-    "spare node and crash": Bound((ONE,), SPARE, faults=1, kinds=frozenset({"crash"})),
-    "reload": Bound((ONE,), PLANS, moves=(MOVE,), faults=1, kinds=frozenset({"crash"}), strategy="reload"),
+    "step cut": Bound((ONE,), PLANS, faults=1, kinds=SNAP),
+    "spare node and crash": Bound((ONE,), SPARE, faults=1, kinds=CRASH),
+    "spare head and crash": Bound((ONE,), HEAD, faults=1, kinds=CRASH, kept_rows=9),
+    "turns and crash": Bound((TURNS,), PLANS, faults=1, kinds=CRASH, kept_rows=2, keep=True),
+    "two answers and crash": Bound((ONE, OTHER), PLANS, faults=1, kinds=CRASH, kept_rows=1),
+    "two crashes": Bound((LONGER,), SOLO, faults=2, kinds=CRASH),
+    "crash and failed load": Bound((SHORT,), SOLO, faults=2, kinds=CRASH | LOAD),
+    "crash and restart": Bound((SHORT,), PLANS, faults=1, kinds=CRASH, returns="may"),
+    "reload": Bound((ONE,), PLANS, moves=(MOVE,), faults=1, kinds=CRASH, strategy="reload"),
 }
 """Explored by `make check-protocol`."""
 
 LONG = {
-    "two moves and failed load": Bound(
-        (ONE,), PLANS, moves=(MOVE, SHIFT), faults=1, kinds=frozenset({"load"})
-    ),
-    "move and step cut": Bound((ONE,), PLANS, moves=(MOVE,), faults=1, kinds=frozenset({"snap"})),
+    "two moves and failed load": Bound((SHORT,), PLANS, moves=(MOVE, SHIFT), faults=1, kinds=LOAD),
+    "drain and crash": Bound((SHORT,), PLANS, moves=(DRAINED, THREE), faults=1, kinds=CRASH),
+    "leaving and crash": Bound((SHORT,), SOLO, leaving=(1,), faults=1, kinds=CRASH),
+    "needed and crash": Bound((SHORT,), NEEDED, leaving=(1,), faults=1, kinds=CRASH, returns="will"),
+    "move and control replaced": Bound((SHORT,), PLANS, moves=(MOVE,), faults=1, kinds=frozenset({"redial"})),
+    "longer move and cut": Bound((ONE,), PLANS, moves=(MOVE,), faults=1, kinds=SNAP),
     "move and control cut": Bound((ONE,), PLANS, moves=(MOVE,), faults=1, kinds=frozenset({"cut"})),
 }
-"""Explored by hand: minutes each."""
+"""Explored by hand: up to some minutes each."""

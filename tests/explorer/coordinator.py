@@ -80,14 +80,15 @@ class First(NamedTuple):
 
 class Front(NamedTuple):
     """The coordinator's side of sessions. `number` is that of the next session. `loaded` are the nodes'
-    latest reports. `lost` are connections to first nodes that have ended, which nobody has noticed yet."""
+    latest reports. `lost` are connections to first nodes that have ended, or (True) carry nothing, which
+    nobody has noticed yet."""
 
     talks: tuple[Talk, ...]
     line: Line | None = None
     first: First | None = None
     number: int = 0
     loaded: tuple[Loaded | None, ...] = ()
-    lost: tuple[tuple[int, Epoch], ...] = ()
+    lost: tuple[tuple[int, Epoch, bool], ...] = ()
 
 
 class _Admission:
@@ -314,13 +315,13 @@ class Desk:
         first: Any = self._epochs._next
         self.happens(events.StageBroken(first.scope.member, first.epoch, LOST, incarnation))
 
-    def broken(self, member: int, epoch: Epoch, incarnation: int) -> None:
+    def broken(self, member: int, epoch: Epoch, again: bool, incarnation: int) -> None:
         """The connection to a first node has ended. Nobody is told if it was not wanted any more."""
-        self._lost.remove((member, epoch))
+        self._lost.remove((member, epoch, again))
         chain, first = self._epochs.chain, self._epochs._next
         wanted = chain is not None and chain.flow.epoch == epoch and not chain.ended
         if wanted or (first is not None and first.epoch == epoch):
-            self.happens(events.StageBroken(member, epoch, LOST, incarnation))
+            self.happens(events.StageBroken(member, epoch, LOST, None if again else incarnation, again))
 
     def settle(self) -> None:
         """Lets sessions that wait for a chain join it (`Session._join`), and reads the tokens."""

@@ -257,6 +257,22 @@ def doubles_tokens(original: Original) -> Original:
     return changed
 
 
+def overtakes_kept_rows(original: Any) -> Any:
+    """Steps that fill lost positions do not wait for the kept rows of earlier ones."""
+    return property(lambda self: False)
+
+
+def keeps_too_many(original: Original) -> Original:
+    """The coordinator asks for one more kept row than a stage has."""
+
+    def changed(self: Any, flow: Any, fill: Any = None) -> Any:
+        if fill is not None and fill.kept:
+            fill = replace(fill, kept=fill.kept + 1)
+        return original(self, flow, fill)
+
+    return changed
+
+
 def closes_at_once(original: Original) -> Original:
     """A Close is sent to the old epoch after Commit."""
 
@@ -320,7 +336,7 @@ MUTATIONS = (
     Mutation(T, "loaded", serves_too_early, "move", "is in epoch 1"),
     Mutation(T, "flows", forgets_a_flow, "move", "changes to epoch 2 and has"),
     Mutation(T, "flows", forgets_the_lost, "crash", "changes to epoch 2 and has"),
-    Mutation(T, "give_up", never_resumes, "move and step cut", "answers are not complete"),
+    Mutation(T, "give_up", never_resumes, "move and early bounds", "answers are not complete"),
     Mutation(T, "give_up", never_aborts, "move and failed load", "still holds what a transition"),
     Mutation(members.ClusterState, "next_epoch", epoch_given_twice, "two moves and failed load", ""),
     Mutation(N, "_committed", change_without_pages, "move", "changes to epoch 2 and has"),
@@ -333,6 +349,8 @@ MUTATIONS = (
     Mutation(G, "carry", starts_again, "move", ""),
     Mutation(G, "carry", opens_nothing, "spare node and crash", "is not open"),
     Mutation(G, "carry", fills_too_little, "crash", "has only 0"),
+    Mutation(G, "_refilling", overtakes_kept_rows, "crash and some kept rows", "has only 0"),
+    Mutation(G, "carry", keeps_too_many, "crash and some kept rows", "is asked for 2 rows"),
     Mutation(C, "deliver", takes_old_results, "crash", ""),
     Mutation(C, "leave", closes_at_once, "leave", "changes to epoch 2 and has"),
     Mutation(session.Session, "take", doubles_tokens, "move", "and the answer is"),

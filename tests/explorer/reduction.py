@@ -59,7 +59,11 @@ def calm(model: Distributed, state: State) -> bool:
         return False
     if known.phase not in ("loading", "serving", "moving", "committing"):
         return False
-    if known.transition is None and (env.moves < len(model.bound.moves) or model.newcomers(known)):
+    if any(known.members[i].alive and not known.members[i].condition.leaving for i in model.bound.leaving):
+        return False
+    if known.transition is None and (
+        env.moves < len(model.bound.moves) or model.reconsiders(state[model.CLUSTER])
+    ):
         return False
     for i, link in enumerate(value[state[model.LINKS]]):
         node: Node = value[state[model.FIXED + i]]

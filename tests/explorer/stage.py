@@ -2,7 +2,8 @@
 
 The stage is arithmetic, as in tests/net/conftest.py: every unit has a running number for each position that
 depends on all rows before, so a lost, doubled or misplaced row changes the tokens. The numbers are its keys
-and values. The first unit, the embedding, and the last one, the head, have none; the head returns the token.
+and values. The first unit, the embedding, and the last one, the head, have none. The head returns the token,
+which depends on all tokens before, too.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from shoal.net.messages import (
     Commit,
     Complete,
     Epoch,
+    Kept,
     Loaded,
     Open,
     Pages,
@@ -39,12 +41,17 @@ Cache = Mapping[int, Mapping[int, Values]]
 """Keys and values: by session, by unit, for each position."""
 Wire = tuple[str, int, int, int]
 """A connection between nodes: its purpose, who dialled it, whom, and the counter of the epoch."""
-COORDINATOR = -1
+COORDINATOR, TOKENS = -1, -1
 
 
 def unit(number: int, before: Values, value: int) -> int:
     """What a unit computes for a row."""
     return ((before[-1] if before else 1) * 31 + value * (number + 1) + 7) % PRIME
+
+
+def drawn(value: int, history: Values) -> int:
+    """The token that follows the tokens of a history, whose last row ends as `value`."""
+    return (value + sum(history)) % VOCAB
 
 
 def answer(prompt: Values, count: int, units: int) -> Values:
@@ -57,17 +64,19 @@ def answer(prompt: Values, count: int, units: int) -> Values:
             value = unit(number, tuple(cache[-1:]), value)
             cache.append(value)
         if position >= len(prompt) - 1:
-            known.append(value % VOCAB)
-            got.append(value % VOCAB)
+            got.append(drawn(value, tuple(known)))
+            known.append(got[-1])
     return tuple(got)
 
 
 class Stage(NamedTuple):
-    """The units [first, last) of a stage, and its open sessions with their keys and values."""
+    """The units [first, last) of a stage, and its open sessions: their tokens, and keys and values by unit.
+    `rows` are those that it has sent on in the epoch before, by session, if some units were lost."""
 
     first: int
     last: int
     cache: tuple[tuple[int, tuple[Values, ...]], ...] = ()
+    rows: tuple[tuple[int, Values], ...] = ()
 
     def sessions(self) -> dict[int, tuple[Values, ...]]:
         return dict(self.cache)
@@ -105,9 +114,9 @@ connections of an epoch that the node has dialled, ("end", wire) for one."""
 class Nodes:
     """The behaviour of the nodes of a model."""
 
-    def __init__(self, units: int, index: Callable[[int], int]) -> None:
-        """`index` finds the node with an incarnation."""
-        self.units, self.index = units, index
+    def __init__(self, units: int, index: Callable[[int], int], rows: int) -> None:
+        """`index` finds the node with an incarnation. Stages keep the rows of so many positions."""
+        self.units, self.index, self.rows = units, index, rows
 
     def layers(self, stage: Stage | Assign) -> range:
         """The units of a stage that have keys and values."""
@@ -209,7 +218,7 @@ class Nodes:
                 changed = force is not None and force.assign.epoch == epoch
                 if what == "loaded" and not emptied and not changed:
                     raise Violation(f"node {me} says Loaded {epoch.counter} before it has changed to it")
-                return it, (("up", _report(what, epoch)),)
+                return it, (("up", _report(it, what, epoch)),)
             case node.Drop(epoch):
                 return self._drop(it, before, epoch)
             case node.StartLoop():
@@ -266,55 +275,51 @@ class Nodes:
         sent = {(t, s, u): n for t, s, u, n in it.sent}
         wire = ("bulk", me, self.index(taker), epoch.counter)
         effects: list[Effect] = []
-        gifts = tuple(gifts)
-        for session, caches in it.stage.cache:
-            known = any((taker, session, number) in sent for number in range(self.units))
-            if (
-                not known
-                and any(gift.history for gift in gifts)
-                and (positions is None or session in positions)
-            ):
-                effects.append(("send", wire, Carried(session, epoch, Sampling(), 50, 0, ()), ()))
-            for gift in gifts:
-                for number in range(gift.first, gift.last):
-                    layers = self.layers(it.stage)
-                    if number not in layers:
-                        continue
-                    values = caches[layers.index(number)]
-                    if positions is not None:
-                        values = values[: positions.get(session, 0)]
-                    first = sent.get((taker, session, number), 0)
-                    if first < len(values):
-                        pages = Pages(session, epoch, number, first, len(values), b"")
-                        effects.append(("send", wire, pages, values[first:]))
-                        sent[taker, session, number] = len(values)
+        gifts, layers = tuple(gifts), self.layers(it.stage)
+        units = [number for gift in gifts for number in range(gift.first, gift.last) if number in layers]
+        history = any(gift.history for gift in gifts)
+        for session, (tokens, *caches) in it.stage.cache:
+            end = len(tokens) if positions is None else positions.get(session, 0)
+            for number in [TOKENS] * history + units:
+                values = tokens if number == TOKENS else caches[layers.index(number)]
+                first, values = sent.get((taker, session, number), 0), values[:end]
+                if first >= len(values):
+                    continue
+                sent[taker, session, number] = len(values)
+                message: Any = Pages(session, epoch, number, first, len(values), b"")
+                if number == TOKENS:
+                    message = Carried(session, epoch, Sampling(), 50, first, values[first:])
+                effects.append(("send", wire, message, values[first:]))
         return it._replace(sent=tuple(sorted((t, s, u, n) for (t, s, u), n in sent.items()))), tuple(effects)
 
     def _adopt(self, it: Node, assign: Assign, commit: Commit) -> Node:
         arrived = {(session, number): values for session, number, values in it.arrived}
-        old = it.stage
-        sessions = {}
-        for kept in commit.sessions:
-            caches = []
-            held = None if old is None else old.sessions().get(kept.session)
-            known = held is not None or kept.session in dict(it.histories)
-            for number in self.layers(assign):
-                values: Values = ()
-                if old is not None and held is not None and number in self.layers(old):
-                    values = held[self.layers(old).index(number)]
-                elif not commit.lost_first <= number < commit.lost_last:
-                    values = arrived.get((kept.session, number), ())
-                if commit.lost_first <= number < commit.lost_last:
-                    values = ()
-                elif len(values) < kept.positions:
+        old, sessions, rows = it.stage, dict[int, tuple[Values, ...]](), dict[int, Values]()
+        before = range(0) if old is None else self.layers(old)
+        lost = range(commit.lost_first, commit.lost_last)
+        for session, positions in ((kept.session, kept.positions) for kept in commit.sessions):
+            held = None if old is None else old.sessions().get(session)
+            tokens = dict(it.histories).get(session) if held is None else held[0]
+            has = {number: arrived.get((session, number), ()) for number in self.layers(assign)}
+            if held is not None:
+                has.update({number: held[1 + before.index(number)] for number in before if number in has})
+            for number, values in has.items():
+                if number in lost:
+                    has[number] = ()
+                elif len(values) < positions:
                     raise Violation(
                         f"a stage changes to epoch {assign.epoch.counter} and has {len(values)} of "
-                        f"{kept.positions} positions of session {kept.session} in unit {number}"
+                        f"{positions} positions of session {session} in unit {number}"
                     )
-                caches.append(values[: kept.positions])
-            if known:  # else its Open is yet to come
-                sessions[kept.session] = tuple(caches)
-        stage = Stage(assign.first, assign.last).holding(sessions)
+            if tokens is None:
+                continue  # its Open is yet to come
+            if len(tokens) < positions:
+                raise Violation(f"a stage knows {len(tokens)} of {positions} tokens of session {session}")
+            sessions[session] = tuple(values[:positions] for values in (tokens, *has.values()))
+            if held is not None and lost and old is not None:
+                sent = held[0] if old.last - 1 not in before else held[1 + before.index(old.last - 1)]
+                rows[session] = sent[: min(positions, self.rows)]
+        stage = Stage(assign.first, assign.last, rows=tuple(sorted(rows.items()))).holding(sessions)
         return it._replace(stage=stage, arrived=(), histories=(), sent=())
 
     def _rows(self, me: int, it: Node, message: Any, values: Values) -> Outcome:
@@ -331,7 +336,7 @@ class Nodes:
             if isinstance(message, Close):
                 sessions.pop(message.session, None)
             else:
-                empty: tuple[Values, ...] = ((),) * len(self.layers(stage))
+                empty: tuple[Values, ...] = ((),) * (1 + len(self.layers(stage)))
                 sessions.setdefault(message.session, empty)
             sent = () if onward is None else (("send", onward, message, ()),)
             return it._replace(stage=stage.holding(sessions)), sent
@@ -339,24 +344,23 @@ class Nodes:
         if held is None:
             raise Violation(f"rows of session {message.session}, which is not open at node {me}")
         enter, until = message.part or (0, self.units)
+        if len(held[0]) < message.first:
+            raise Violation(f"node {me} knows only {len(held[0])} tokens of session {message.session}")
+        row = message.tokens if stage.first == 0 and enter == 0 else values
+        numbers = {number: at for at, number in enumerate(self.layers(stage), 1) if enter <= number < until}
         caches = list(held)
-        row = message.tokens if stage.first == 0 else values
-        layers = self.layers(stage)
-        for at, number in enumerate(layers):
-            if not enter <= number < until:
-                continue
-            cache = caches[at]
-            if len(cache) < message.first:
+        caches[0] = _joined(held[0], message.first, message.tokens, whole=message.part is None)
+        for number, at in numbers.items():
+            if len(held[at]) < message.first:
                 raise Violation(
                     f"node {me} runs session {message.session} from position {message.first}, and has only "
-                    f"{len(cache)} in unit {number}"
+                    f"{len(held[at])} in unit {number}"
                 )
-            kept = cache[: message.first]
-            out = []
+            done = held[at][: message.first]
             for value in row:
-                kept += (unit(number, kept, value),)
-                out.append(kept[-1])
-            caches[at], row = kept + cache[len(kept) :] * bool(message.part), tuple(out)
+                done += (unit(number, done, value),)
+            row = done[message.first :]
+            caches[at] = _joined(held[at], message.first, row, whole=message.part is None)
         sessions[message.session] = tuple(caches)
         sent = tuple(
             (t, s, u, min(n, message.first) if s == message.session else n) for t, s, u, n in it.sent
@@ -364,19 +368,39 @@ class Nodes:
         it = it._replace(stage=stage.holding(sessions), sent=sent)
         count = len(message.tokens)
         if stage.last == self.units or until <= stage.last:
-            token = row[-1] % VOCAB if message.want is Want.TOKEN else None
+            token = drawn(row[-1], caches[0]) if message.want is Want.TOKEN else None
             return it, (("up", Result(message.session, message.epoch, message.first, count, token)),)
         assert onward is not None
         return it, (("send", onward, message, row),)
 
     def _refill(self, me: int, it: Node, refill: Refill) -> Outcome:
-        raise NotImplementedError
+        stage, first, last = it.stage, refill.first, refill.last
+        if stage is None or refill.session not in stage.sessions():
+            return it, ()
+        tokens, rows = stage.sessions()[refill.session][0], dict(stage.rows)[refill.session]
+        if last > len(rows):
+            raise Violation(
+                f"node {me} is asked for {last} rows of session {refill.session}, and has {len(rows)}"
+            )
+        part = refill.enter, refill.until
+        step = Step(refill.session, refill.epoch, first, tokens[first:last], Want.NOTHING, part=part)
+        return self._rows(me, it, step, rows[first:last])
 
 
-def _report(what: Any, epoch: Epoch) -> Any:
+def _joined(values: Values, first: int, more: Values, *, whole: bool) -> Values:
+    """Values of which those from `first` on are replaced; all of them if `whole`."""
+    return values[:first] + more + (() if whole else values[first + len(more) :])
+
+
+def _report(it: Node, what: Any, epoch: Epoch) -> Any:
     if isinstance(what, Broken):
         return what
-    return Prepared(epoch, 0.0, 0) if what == "prepared" else Loaded(epoch, 0.0, 0)
+    if what == "prepared":
+        return Prepared(epoch, 0.0, 0)
+    rows = (
+        () if it.stage is None else tuple(Kept(session, len(rows)) for session, rows in it.stage.rows if rows)
+    )
+    return Loaded(epoch, 0.0, 0, None, rows)
 
 
 def _epoch(task: Any) -> Epoch:

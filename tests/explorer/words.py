@@ -104,14 +104,16 @@ def describe(model: Distributed, state: State, action: Any) -> str:
             notice = value(number)
             if notice == "coordinator":
                 return f"node {i} notices that the coordinator's connection has ended"
-            (purpose, _, target, counter), *_ = notice
-            return f"node {i} notices that its {purpose} connection {counter} to node {target} has ended"
+            (purpose, _, target, counter), _, again = notice
+            end = "carries nothing" if again else "has ended"
+            return f"node {i} notices that its {purpose} connection {counter} to node {target} {end}"
         case ("left", i):
             return f"coordinator notices that the connection to node {i} has ended"
         case ("join", i):
             return f"node {i} joins"
-        case ("broken", i, epoch):
-            return f"coordinator notices that its step connection {epoch.counter} to node {i} has ended"
+        case ("broken", i, epoch, again):
+            end = "carries nothing" if again else "has ended"
+            return f"coordinator notices that its step connection {epoch.counter} to node {i} {end}"
         case ("dialled",):
             return "coordinator connects to the first node"
         case ("planned", (number, members)):
@@ -129,6 +131,8 @@ def describe(model: Distributed, state: State, action: Any) -> str:
             return f"the user leaves the answer of session {i}"
         case ("propose", number):
             return f"move {model.bound.moves[number]} is proposed"
+        case ("leaving", i):
+            return f"node {i} asks to be emptied"
         case ("crash", i):
             return f"node {i} crashes"
         case ("return", i):
@@ -137,6 +141,10 @@ def describe(model: Distributed, state: State, action: Any) -> str:
             return f"the control connection of node {i} breaks"
         case ("snap", (purpose, source, target, counter)):
             return f"the {purpose} connection {counter} of {name(source)} to node {target} breaks"
+        case ("stick", (purpose, source, target, counter)):
+            return (
+                f"the {purpose} connection {counter} of {name(source)} to node {target} carries nothing more"
+            )
         case ("redial", i):
             return f"the control connection to node {i} is silent, and is made anew"
         case ("stalled",):

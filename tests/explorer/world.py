@@ -12,12 +12,12 @@ from dataclasses import replace
 from typing import Any
 
 from shoal.engine.errors import ModelFileError, NoPlanError, ShoalError
-from shoal.net import events
+from shoal.net import cluster, events
 from shoal.net import stage_state as node_state
 from shoal.net.members import ClusterState, Member
 from shoal.net.messages import (
-    Assign,
     Broken,
+    Condition,
     Epoch,
     Failed,
     Hello,
@@ -26,21 +26,18 @@ from shoal.net.messages import (
     Result,
 )
 
-from . import invariants, reduction, words
+from . import actions, invariants, reduction, words
 from .bound import NAMES, NUMBER, OFFER, Bound, Env, placement
 from .coordinator import LOST, Desk, Front, Script, timeless
 from .search import Edge, State, Violation
 from .stage import COORDINATOR, Node, Nodes, Wire
-
-LATE, SETTLED = 1e4, 20.0
-"""Times after which every bound is exceeded, and after which only newcomers are considered."""
-
 
 CLUSTER, FRONT, LINKS, WIRES, ENV = range(5)
 """A state has the numbers of these values: the state of the cluster, the coordinator's side of sessions, its
 control connections, the connections of and to nodes, and the rest. Then it has, for each node, the numbers of
 its state, of its reports, of the orders for it, and of its Results."""
 FIXED = 5
+_QUICK = (node_state.OpenStage, node_state.Prepare, node_state.Dial)
 
 
 class Distributed:
@@ -55,12 +52,14 @@ class Distributed:
         self.script = Script.of(
             bound.questions, bound.units, window=bound.window, rows=bound.rows, keep=bound.keep
         )
-        self.nodes = Nodes(bound.units, self._index)
+        self.nodes = Nodes(bound.units, self._index, bound.kept_rows)
         self._ids: dict[Any, int] = {}
         self.values: list[Any] = []
         self._node_memo: dict[Any, Any] = {}
         self._coordinator_memo: dict[Any, Any] = {}
         self._local_memo: dict[int, list[tuple[str, int]]] = {}
+        self._reconsiders: dict[int, bool] = {}
+        self._quick_memo: dict[int, int | None] = {}
 
     # --- numbers for values
 
@@ -125,14 +124,14 @@ class Distributed:
                 yield edge
                 return
         some = False
-        for action, fault in self._actions(state):
+        for action, fault in actions.all_of(self, state):
             edge = self._edge(state, action, fault)
             if edge is not None:
                 some = some or not fault
                 yield edge
         if not some or "early" in self.bound.kinds:
             left = self.value(state[ENV]).faults
-            for action in self._ticks(state):
+            for action in actions.ticks(self, state):
                 if not some or left:
                     edge = self._edge(state, action, some)
                     if edge is not None:
@@ -143,7 +142,7 @@ class Distributed:
             new = self._apply(state, action)
         except Violation as violation:
             return Edge(action, fault, None, str(violation))
-        if fault and action[0] not in ("return", "propose", "leave"):
+        if fault and action[0] not in ("return", "propose", "leave", "leaving"):
             env = self.value(new[ENV])
             new = self._with(new, {ENV: self._id(env._replace(faults=env.faults - 1))})
         elif new == state:
@@ -159,51 +158,6 @@ class Distributed:
 
     # --- what can happen
 
-    def _actions(self, state: State) -> Iterator[tuple[Any, bool]]:
-        value, n = self.values, self.bound.nodes
-        links, env, front = value[state[LINKS]], value[state[ENV]], value[state[FRONT]]
-        nodes = [value[state[FIXED + i]] for i in range(n)]
-        for i in range(n):
-            if value[state[self.reports + i]]:
-                yield ("hear", i), False
-            if value[state[self.results + i]]:
-                yield ("result", i), False
-        for i in range(n):
-            if links[i] == "broken":
-                yield ("left", i), False
-            elif links[i] == "down" and nodes[i].up:
-                yield ("join", i), False
-        if front.first is not None and not front.first.connected:
-            yield ("dialled",), False
-        for lost in front.lost:
-            yield ("broken", *lost), False
-        for request in env.plans:
-            yield ("planned", request), False
-        if env.measuring:
-            yield ("measured",), False
-        if self.newcomers(value[state[CLUSTER]]):
-            yield ("settled",), False
-        for i in range(n):
-            if not nodes[i].up:
-                if self.bound.returns != "never":
-                    yield ("return", i), self.bound.returns == "may"
-                continue
-            if value[state[self.orders + i]]:
-                yield ("order", i), False
-            for what, number in self.local(state[FIXED + i]):
-                yield (what, i, number), False
-        for wire, _, queue in value[state[WIRES]]:
-            if queue and nodes[wire[2]].up:
-                message, _ = value[queue[0]]
-                giver = 0 if wire[1] == COORDINATOR else nodes[wire[1]].incarnation
-                if self.nodes.accepts(nodes[wire[2]], wire, message, giver):
-                    yield ("wire", wire), False
-        for index in self.script.may_ask(front):
-            yield ("ask", index), False
-        yield from self._options(state, front, env)
-        if env.faults:
-            yield from self._faults(state, links, nodes, value[state[WIRES]])
-
     def local(self, number: int) -> list[tuple[str, int]]:
         """What a node does by itself: what it carries out, and ends of connections that it notices."""
         found = self._local_memo.get(number)
@@ -214,52 +168,18 @@ class Distributed:
             found = self._local_memo[number] = tasks + notices
         return found
 
-    def _options(self, state: State, front: Front, env: Env) -> Iterator[tuple[Any, bool]]:
-        """Steps that may happen or not."""
-        if env.moves < len(self.bound.moves):
-            yield ("propose", env.moves), True
-        for index in self.bound.leaves:
-            if front.talks[index].asked and not front.talks[index].over:
-                yield ("leave", index), True
-
-    def _faults(self, state: State, links: Any, nodes: list[Node], wires: Any) -> Iterator[tuple[Any, bool]]:
-        kinds = self.bound.kinds
-        for i, node in enumerate(nodes):
-            if not node.up:
-                continue
-            if "crash" in kinds:
-                yield ("crash", i), True
-            if "cut" in kinds and links[i] == "up":
-                yield ("cut", i), True
-            if "redial" in kinds and links[i] == "up":
-                yield ("redial", i), True
-            if "load" in kinds:
-                for what, number in self.local(state[FIXED + i]):
-                    if what == "task" and isinstance(
-                        self.values[number], node_state.OpenStage | node_state.Prepare
-                    ):
-                        yield ("fail", i, number), True
-                orders = self.values[state[self.orders + i]]
-                if self.bound.quick and orders:
-                    order = self.values[orders[0]]
-                    if isinstance(order, Assign) and order.first < order.last:
-                        yield ("misload", i), True
-        if "snap" in kinds:
-            for wire, alive, _ in wires:
-                if alive:
-                    yield ("snap", wire), True
-        if "stall" in kinds:
-            yield ("stalled",), True
-
-    def _ticks(self, state: State) -> Iterator[Any]:
-        phase = self.value(state[CLUSTER]).phase
-        yield ("tick", SETTLED if phase == "waiting" else LATE)
-
-    @staticmethod
-    def newcomers(state: ClusterState) -> bool:
-        """Whether the coordinator will consider nodes that have joined."""
-        quiet = state.phase == "serving" and state.transition is None and not state.trial
-        return quiet and any(state.incarnation(i) not in state.considered for i in state.usable())
+    def reconsiders(self, number: int) -> bool:
+        """Whether the coordinator makes a plan as time passes, with nodes that have joined or without those
+        that leave."""
+        found = self._reconsiders.get(number)
+        if found is None:
+            state: ClusterState = self.values[number]
+            commands: tuple[Any, ...] = ()
+            if state.phase == "serving" and state.transition is None:
+                commands = cluster.decide(state, events.Tick(), actions.SETTLED)[1]
+            found = any(isinstance(command, events.MakePlan) for command in commands)
+            self._reconsiders[number] = found
+        return found
 
     # --- what then happens
 
@@ -270,6 +190,13 @@ class Distributed:
             self._hurry(new)
         return tuple(new)
 
+    def _first_quick(self, number: int) -> int | None:
+        """A task of a node that loads or connects."""
+        if number not in self._quick_memo:
+            tasks = (at for what, at in self.local(number) if what == "task")
+            self._quick_memo[number] = next((at for at in tasks if isinstance(self.values[at], _QUICK)), None)
+        return self._quick_memo[number]
+
     def _hurry(self, new: list[int]) -> None:
         """Carries out at once what takes time, but of which only the coordinator can tell when it was done,
         by a report that it may hear late anyway: loading, connecting, measuring."""
@@ -277,14 +204,10 @@ class Distributed:
         while again:
             again = False
             for i in range(self.bound.nodes):
-                for what, number in self.local(new[FIXED + i]):
-                    task = self.values[number]
-                    if what == "task" and isinstance(
-                        task, node_state.OpenStage | node_state.Prepare | node_state.Dial
-                    ):
-                        self._do_task(new, i, number)
-                        again = True
-                        break
+                number = self._first_quick(new[FIXED + i])
+                if number is not None:
+                    self._do_task(new, i, number)
+                    again = True
             first = self.value(new[FRONT]).first
             if first is not None and not first.connected:
                 self._do_dialled(new)
@@ -351,9 +274,9 @@ class Distributed:
         else:
             self._coordinate(new, ("unreachable", hello.incarnation))
 
-    def _do_broken(self, new: list[int], i: int, epoch: Epoch) -> None:
+    def _do_broken(self, new: list[int], i: int, epoch: Epoch, again: bool) -> None:
         state: ClusterState = self.value(new[CLUSTER])
-        self._coordinate(new, ("broken", i, epoch, state.incarnation(i)))
+        self._coordinate(new, ("broken", i, epoch, again, state.incarnation(i)))
 
     def _do_planned(self, new: list[int], request: tuple[int, tuple[int, ...]]) -> None:
         env: Env = self.value(new[ENV])
@@ -369,7 +292,7 @@ class Distributed:
         self._coordinate(new, events.LinksMeasured())
 
     def _do_settled(self, new: list[int]) -> None:
-        self._coordinate(new, ("tick", SETTLED))
+        self._coordinate(new, ("tick", actions.SETTLED))
 
     def _do_tick(self, new: list[int], now: float) -> None:
         self._coordinate(new, ("tick", now))
@@ -382,6 +305,9 @@ class Distributed:
 
     def _do_leave(self, new: list[int], index: int) -> None:
         self._coordinate(new, ("leave", index))
+
+    def _do_leaving(self, new: list[int], i: int) -> None:
+        self._coordinate(new, events.Heard(i, None, False, Condition(leaving=True)))
 
     def _do_propose(self, new: list[int], number: int) -> None:
         env: Env = self.value(new[ENV])
@@ -473,6 +399,9 @@ class Distributed:
     def _do_snap(self, new: list[int], wire: Wire) -> None:
         self._cut_wires(new, lambda other: other == wire)
 
+    def _do_stick(self, new: list[int], wire: Wire) -> None:
+        self._cut_wires(new, lambda other: other == wire, again=True)
+
     # --- parts of steps
 
     def _link(self, new: list[int], i: int, status: str) -> None:
@@ -493,7 +422,7 @@ class Distributed:
         change(wires)
         new[WIRES] = self._id(tuple(sorted((wire, *rest) for wire, rest in wires.items())))
 
-    def _cut_wires(self, new: list[int], which: Callable[[Wire], bool]) -> None:
+    def _cut_wires(self, new: list[int], which: Callable[[Wire], bool], again: bool = False) -> None:
         """Connections end, and what they hold is lost. The side that has dialled notices it later."""
         for wire, alive, _ in self.value(new[WIRES]):
             if not which(wire):
@@ -503,11 +432,11 @@ class Distributed:
                 continue
             if wire[1] == COORDINATOR:
                 front: Front = self.value(new[FRONT])
-                lost = (*front.lost, (wire[2], Epoch(NUMBER, wire[3])))
+                lost = (*front.lost, (wire[2], Epoch(NUMBER, wire[3]), again))
                 new[FRONT] = self._id(front._replace(lost=lost))
             else:
                 peer = self.value(new[FIXED + wire[2]]).incarnation
-                self._notice(new, wire[1], (wire, peer, False))
+                self._notice(new, wire[1], (wire, peer, again))
 
     def _node(self, new: list[int], i: int, event: Any) -> None:
         """A step of a node."""
@@ -658,8 +587,8 @@ class Distributed:
                     desk.leave(index)
                 case ("tick", now):
                     desk.happens(events.Tick(), now)
-                case ("broken", member, epoch, incarnation):
-                    desk.broken(member, epoch, incarnation)
+                case ("broken", member, epoch, again, incarnation):
+                    desk.broken(member, epoch, again, incarnation)
                 case ("reached",):
                     desk.reached()
                 case ("unreachable", incarnation):

@@ -56,9 +56,9 @@ VAIN_SECONDS, FAILED_WEIGHT = 2.0, 3
 one. A change that was made, and brought nothing, counts as several."""
 KEPT_FAILURES = 16
 """The number of such changes that are remembered."""
-REST_SECONDS = 15.0
-"""A device without a stage is not measured. It is tried again after so long, and twice as long each next
-time."""
+REST_SECONDS, COMMON = 10.0, 1.25
+"""For how long a device without a stage rests until half of its slowness, as a logarithm, is forgotten; twice
+as long each next time. And the most by which it is expected to be as slow as the others."""
 REMEMBERED = 600.0
 """How long a change that has failed is remembered."""
 SIMILAR, DEEPER = 0.03, 1.25
@@ -242,15 +242,19 @@ def _levels(memory: Memory, view: View) -> dict[Key, Level]:
 
 
 def _factor(memory: Memory, view: View, name: str) -> float:
-    """How many times as long as offered a device takes. One without a stage may have recovered: it is tried
-    again after a rest."""
+    """How many times as long as offered a device takes. One without a stage is not measured. It should take
+    at least as long as the quickest of those that are, within COMMON, since what slows these down may concern
+    all; and it may have recovered, the more likely the longer it rests."""
     level = memory.levels.get(("pace", name))
-    if any(stage.device == name for stage in view.stages):
-        return 1.0 if level is None else level.measured
+    if level is not None and any(stage.device == name for stage in view.stages):
+        return level.measured
+    others = (memory.levels.get(("pace", stage.device)) for stage in view.stages)
+    quickest = min((other.measured for other in others if other is not None), default=1.0)
+    common = min(COMMON, max(1.0, quickest))
     since, times = memory.left.get(name, (-math.inf, 1))
-    if view.now - since > REST_SECONDS * 2 ** (times - 1):
-        return 1.0
-    return view.slower.get(name, 1.0) if level is None else level.measured
+    last = view.slower.get(name, 1.0) if level is None else level.measured
+    rests = (view.now - since) / (REST_SECONDS * 2 ** (times - 1))
+    return max(common, math.pow(last, 1 / (1 + rests * rests)))
 
 
 def _smoothed(memory: Memory, view: View) -> Question:

@@ -287,3 +287,13 @@ def test_standstills_that_are_longer_than_predicted_make_changes_dearer() -> Non
     late = happened(swarm.memory, Outcome(True, 3.0, 10 * asked.cost_s))
     assert late.scale > 2 * swarm.memory.scale
     assert happened(Memory(), Outcome(False)).scale == 1.0
+
+
+@pytest.mark.slow
+def test_a_device_that_was_never_measured_is_no_better_than_the_others() -> None:
+    """Something slows all devices down, for example other programs on the machine of a test."""
+    asked = question(4, (0.5, 0.5, 0.5, 0.5), (200_000_000,) * 4)
+    assert len(fresh(asked).stages) < 4
+    swarm = Swarm(asked, lambda now: dict.fromkeys("abcd", 1.25) if now >= 10 else {})
+    swarm.run(60)
+    assert swarm.changes == []

@@ -104,6 +104,8 @@ class Keeper:
         """The assignment whose prepared range takes room from keys and values. Guarded by the lock."""
         self._crowd_lock = threading.Lock()
         self._token = trio.lowlevel.current_trio_token()
+        self._bulks: dict[trio.CancelScope, Epoch] = {}
+        """The connections of givers, with the epoch of which they are."""
         self._events = deque[Event]()
         self._work, self._to_do = trio.open_memory_channel[Callable[[], Awaitable[None]]](math.inf)
         self._reports, self._to_send = trio.open_memory_channel[Message](math.inf)
@@ -121,7 +123,6 @@ class Keeper:
                 for assignment in (*self._assignments.values(), *self._over):
                     assignment.drop()
                     await assignment.ended()
-                    _close_taker(assignment)
             self._close_stage()
 
     @property
@@ -164,25 +165,35 @@ class Keeper:
         self._copies.order(units)
 
     async def receive_bulk(self, connection: Connection, giver: int) -> None:
-        """Takes keys and values from a giver until it disconnects. Errors as for Connection.receive, and what
-        is wrong with them."""
-        while True:
-            message = await connection.receive()
-            assert isinstance(message, Carried | Pages | Complete), "the wire lets nothing else through"
-            assignment = await self._taking(message.epoch, giver)
-            units = self._state.taken(message.epoch, giver)
-            if assignment is None or assignment.taker is None or units is None:
-                continue
-            if isinstance(message, Complete):
-                self._tell(Completed(message.epoch, giver))
-                continue
+        """Takes keys and values from a giver until it disconnects, or the epoch is over. Errors as for
+        Connection.receive, and what is wrong with them."""
+        with trio.CancelScope() as scope:
             try:
-                await assignment.taker.take(message, units)
-            except (ShoalError, MemoryError) as error:
-                if assignment.dropped:
-                    continue
-                self._tell(Broken(message.epoch, *to_wire(error), None))
-                raise error if isinstance(error, ShoalError) else NetError("out of memory") from error
+                while True:
+                    message = await connection.receive()
+                    assert isinstance(message, Carried | Pages | Complete), (
+                        "the wire lets nothing else through"
+                    )
+                    self._bulks[scope] = message.epoch
+                    await self._take(message, giver)
+            finally:
+                self._bulks.pop(scope, None)
+
+    async def _take(self, message: Carried | Pages | Complete, giver: int) -> None:
+        assignment = await self._taking(message.epoch, giver)
+        units = self._state.taken(message.epoch, giver)
+        if assignment is None or assignment.taker is None or units is None:
+            return
+        if isinstance(message, Complete):
+            self._tell(Completed(message.epoch, giver))
+            return
+        try:
+            await assignment.taker.take(message, units)
+        except (ShoalError, MemoryError) as error:
+            if assignment.dropped:
+                return
+            self._tell(Broken(message.epoch, *to_wire(error), None))
+            raise error if isinstance(error, ShoalError) else NetError("out of memory") from error
 
     async def _taking(self, epoch: Epoch, giver: int) -> Assignment | None:
         """The assignment of a transition in which a giver sends something; None if there is none. Waits for
@@ -211,6 +222,9 @@ class Keeper:
     def _notify(self) -> None:
         self._news.set()
         self._news = trio.Event()
+        for scope, epoch in self._bulks.items():  # a giver that has vanished never disconnects
+            if epoch not in self._assignments and not self._state.awaits(epoch):
+                scope.cancel()
 
     def _carry_out(self, command: Command) -> None:
         match command:
@@ -420,7 +434,8 @@ class Keeper:
             self._tell(Broken(assign.epoch, *to_wire(error), None))
             return
         assignment.prepared = self._crowd = None
-        _close_taker(assignment)
+        if taker is not None:
+            taker.incoming.close()
         if commit.lost_first < commit.lost_last:
             end = self._range.stop
             positions = {session: stage.rows_kept(session, end) for session in kept}
@@ -447,7 +462,6 @@ class Keeper:
     async def _undo(self, assignment: Assignment) -> None:
         await assignment.ended()
         self._over.remove(assignment)
-        _close_taker(assignment)
         if assignment.epoch == self._owner:
             self._close_stage()
         elif assignment.prepared is not None:
@@ -458,12 +472,6 @@ class Keeper:
             self._stage.close()
         self._stage = self._owner = None
         self._carried = NO_SESSIONS
-
-
-def _close_taker(assignment: Assignment) -> None:
-    """Forgets what was sent to an assignment, and has not been adopted."""
-    if assignment.taker is not None:
-        assignment.taker.incoming.close()
 
 
 def check_assign(assign: Assign, units: int) -> None:

@@ -19,6 +19,7 @@ from shoal.net import carry
 from shoal.net.errors import NetError, NodeLostError, RemoteProtocolError
 from shoal.net.messages import (
     MOST_SESSIONS,
+    Abort,
     Assign,
     Broken,
     Carried,
@@ -194,6 +195,29 @@ def test_a_transition_ends_where_there_is_no_room_or_no_giver(lab: ModuleType, k
         else:
             await trio.testing.wait_all_tasks_blocked()
             assert not staged.closed
+
+    with_nodes(lab, test, "a")
+
+
+def test_the_connection_of_a_giver_ends_with_its_transition(lab: ModuleType) -> None:
+    """A giver that has vanished without a word would keep its place for ever."""
+
+    async def test(hand: Hand) -> None:
+        await alone(hand)
+        door = hand.net.nodes[7001].node._door
+        async with (
+            connected(lab, hand.net, 7001, "bulk", GIVER) as bulk,
+            connected(lab, hand.net, 7001, "bulk", 89) as early,
+        ):
+            await bulk.send(pages())
+            await early.send(pages(epoch=Epoch(5, 3)))  # of a transition that is still to be ordered
+            await trio.testing.wait_all_tasks_blocked()
+            assert len(door._guests) == 2
+            await hand.controls[7001].send(Abort(NEXT))
+            with pytest.raises(NodeLostError, match="it closed the connection"):
+                await bulk.receive()
+            await trio.testing.wait_all_tasks_blocked()
+            assert [guest.incarnation for guest in door._guests.values()] == [89]
 
     with_nodes(lab, test, "a")
 

@@ -20,7 +20,7 @@ from shoal.planning import planner_model
 
 from . import figures
 from .company import Company
-from .play import Cast, Playing
+from .play import Cast, CopiesOnly, Playing
 from .scenes import Theatre
 
 _MOST_SECONDS = 20.0
@@ -106,7 +106,8 @@ class Standstill:
                     quiet.append((trio.current_time() - _AHEAD_SECONDS, trio.current_time()))
 
         name = f"{self.what}, {mode}, round {number + 1}"
-        trace = theatre.play(name, mode, theatre.cast.prompts(self.streams), act, self.chain)
+        prompts = theatre.cast.prompts(self.streams)
+        trace = theatre.play(name, mode, prompts, act, self.chain, rebalancer=CopiesOnly)
         usual = [figures.usual_gap(own, quiet) for own in trace.times]
         gaps = [
             figures.gap(own, one.start, one.end) / gap

@@ -19,7 +19,7 @@ from shoal.net.coordinator import Coordinator, CoordinatorOptions
 from shoal.net.identity import shape_of
 from shoal.net.members import Moves
 from shoal.net.moves import Move
-from shoal.net.placement import Links, NodeInfo, Placement, Planner
+from shoal.net.placement import Links, NodeInfo, Placement, Planner, Rebalancer
 from shoal.net.survey import Survey, survey
 
 from . import figures
@@ -167,11 +167,16 @@ class Given:
         return self._plans.placement(nodes, links, stages, planned) if stages else planned
 
 
-def options_of(mode: Moves, plans: NetworkPlanner | None) -> CoordinatorOptions:
-    """The options of a coordinator that moves layers as `shoal run --moves MODE` does; without a planner only
-    when it must."""
-    proposes = plans is not None and mode != "off"
-    return CoordinatorOptions(moves=mode, rebalancer=NetworkRebalancer(plans) if proposes else None)
+class CopiesOnly(NetworkRebalancer):
+    """Has nodes hold copies of weights, and proposes no change."""
+
+    def look(self, *_: object) -> None:
+        """Nothing."""
+
+
+def options_of(mode: Moves, rebalancer: Rebalancer | None) -> CoordinatorOptions:
+    """The options of a coordinator that moves layers as `shoal run --moves MODE` does."""
+    return CoordinatorOptions(moves=mode, rebalancer=None if mode == "off" else rebalancer)
 
 
 def _record(move: Move) -> dict[str, Any]:

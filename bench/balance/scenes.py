@@ -4,7 +4,7 @@ in turns, on the same nodes."""
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -17,9 +17,10 @@ from bench.lab.runs import DISTURBED
 from bench.rounds import Samples
 
 from shoal import planner
+from shoal.distributed import NetworkPlanner, NetworkRebalancer
 from shoal.engine.model_directory import Model
 from shoal.net.members import Moves
-from shoal.net.placement import Planner
+from shoal.net.placement import Planner, Rebalancer
 
 from . import figures
 from .audit import Audit
@@ -54,12 +55,13 @@ class Theatre:
         stages: Sequence[planner.Assignment] = (),
         before: Sequence[Sequence[int]] = (),
         plan: Planner | None = None,
+        rebalancer: Callable[[NetworkPlanner], Rebalancer] = NetworkRebalancer,
     ) -> Trace:
         """One run, which begins with these stages, if any are given, else with those of a plan. `before`: the
         answers with which the prompts end, for a run that goes on with them. `plan`: another planner, whose
         placements nobody changes."""
         plans, others = self.cast.plans(len(prompts)), Others(self.nodes)
-        options = options_of(mode, None if plan else plans)
+        options = options_of(mode, None if plan else rebalancer(plans))
         trace = trio.run(self.cast.play, plan or Given(plans, stages), options, prompts, act)
         earlier = before or [()] * len(prompts)
         answers = [[*a, *b] for a, b in zip(earlier, trace.tokens, strict=True)]

@@ -293,7 +293,9 @@ def test_standstills_that_are_longer_than_predicted_make_changes_dearer() -> Non
 def test_a_device_that_was_never_measured_is_no_better_than_the_others() -> None:
     """Something slows all devices down, for example other programs on the machine of a test."""
     asked = question(4, (0.5, 0.5, 0.5, 0.5), (200_000_000,) * 4)
-    assert len(fresh(asked).stages) < 4
+    used = {stage.device for stage in fresh(asked).stages}
+    assert len(used) < 4
     swarm = Swarm(asked, lambda now: dict.fromkeys("abcd", 1.25) if now >= 10 else {})
     swarm.run(60)
-    assert swarm.changes == []
+    for _, proposal in swarm.changes:
+        assert {stage.device for stage in proposal.placement.stages} <= used

@@ -24,7 +24,7 @@ LOOK_SECONDS = 0.05
 SHARE = 0.5
 """The share of the link, and of the time, that copies may take while the stage runs."""
 MOST_CHUNKS = 4
-"""The most chunks of a session that are read at once, while the stage's next call may wait for that."""
+"""The most chunks of a session that are in memory at once, and that the stage's next call may wait for."""
 CARRIED_TOKENS = 4096
 """The most tokens in a Carried message."""
 
@@ -87,10 +87,12 @@ class Giver:
                 raise NetError(f"the commit has session {kept.session}, which is not open here")
             first = self._next(kept.session)
             cuts = [(at, min(at + CHUNK, kept.positions)) for at in range(first, kept.positions, CHUNK)]
-            if known is not None and not await self._send(connection, kept.session, known, cuts):
-                raise NetError(
-                    f"session {kept.session} does not hold the {kept.positions} positions of the commit"
-                )
+            for i in range(0, len(cuts), MOST_CHUNKS):
+                some = cuts[i : i + MOST_CHUNKS]
+                if known is not None and not await self._send(connection, kept.session, known, some):
+                    raise NetError(
+                        f"session {kept.session} does not hold the {kept.positions} positions of the commit"
+                    )
         await connection.send(Complete(self._epoch))
         await connection.flush()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import pytest
 import trio
@@ -185,6 +186,33 @@ def test_transitions_that_follow_an_abort_at_once_do_not_cost_the_running_connec
         await hand.move(*places((0, 4, 6)))
         await hand.step(1, 3)
         hand.check(s1=6)
+
+    with_nodes(lab, test)
+
+
+def test_few_chunks_are_in_memory_at_a_time(lab: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when a long prompt was read after everything before had been sent."""
+    read: list[int] = []
+    export = lab.FakeStage.export_cuts
+
+    def counted(stage: Any, sequence: int, units: Sequence[int], cuts: Sequence[tuple[int, int]]) -> Any:
+        read.append(len(cuts))
+        return export(stage, sequence, units, cuts)
+
+    monkeypatch.setattr(lab.FakeStage, "export_cuts", counted)
+    monkeypatch.setattr(carry, "LOOK_SECONDS", 1000.0)
+
+    async def test(hand: Hand) -> None:
+        await hand.load(*places((0, 3, 6)))
+        await hand.open(1, *range(30))
+        ports = await hand.prepare(*places((0, 1, 6)))
+        await hand.step(1)
+        hand.known[1] += range(22)
+        await hand.step(1)
+        await hand.commit(ports, *places((0, 1, 6)))
+        assert (max(read), sum(read)) == (carry.MOST_CHUNKS, 7 + 7)
+        await hand.step(1, 2)
+        hand.check(s1=len(hand.known[1]) - 3)
 
     with_nodes(lab, test)
 

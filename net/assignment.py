@@ -301,7 +301,12 @@ class Assignment:
 
     def refill(self, order: Refill) -> None:
         """Has the loop send rows that the stage has kept. RemoteProtocolError: the session has no such
-        positions."""
+        positions, or the model no such units."""
+        if not order.enter < order.until <= self._parts.units:
+            raise RemoteProtocolError(
+                f"the coordinator asked for rows through units [{order.enter}, {order.until}) of "
+                f"{self._parts.units}"
+            )
         session = None if self.work is None else self.work.sessions.get(order.session)
         if self._loop is None or session is None:
             return  # it has failed, and the coordinator has been told

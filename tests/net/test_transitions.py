@@ -14,7 +14,7 @@ from tests.net.hand import Hand, Place, places, with_nodes
 
 from shoal.engine.batch import Want
 from shoal.net import carry
-from shoal.net.errors import NetError
+from shoal.net.errors import NetError, RemoteProtocolError
 from shoal.net.messages import Abort, Broken, Epoch, Failed, Kept, Open, Refill, Result, Step
 
 
@@ -418,3 +418,17 @@ def test_a_refill_of_positions_that_a_session_has_not_ends_the_connection(
             await hand.hear(7001, Failed)
 
     with_nodes(lab, test, *"abc")
+
+
+@pytest.mark.parametrize(("enter", "until"), [(3, 3), (3, 2), (3, 7)])
+def test_a_refill_through_units_that_do_not_follow_ends_the_connection(
+    lab: ModuleType, enter: int, until: int
+) -> None:
+    async def test(hand: Hand) -> None:
+        await hand.load(*places((0, 3, 6)))
+        await hand.open(1, *range(20))
+        await hand.controls[7001].send(Refill(1, hand.epoch, 0, 20, enter, until))
+        with pytest.raises(RemoteProtocolError, match=rf"through units \[{enter}, {until}\) of 6"):
+            await hand.hear(7001, Failed)
+
+    with_nodes(lab, test)

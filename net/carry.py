@@ -23,8 +23,9 @@ LOOK_SECONDS = 0.05
 """How often a giver looks for chunks that have been finished."""
 SHARE = 0.5
 """The share of the link, and of the time, that copies may take while the stage runs."""
-MOST_CHUNKS = 4
-"""The most chunks of a session that are in memory at once, and that the stage's next call may wait for."""
+MOST_CHUNKS, MOST_BYTES = 4, 1 << 20
+"""The most chunks of a session that are copied in its turn, and about the most bytes that are read at once,
+while the stage's next call may wait for that, and that are in memory."""
 CARRIED_TOKENS = 4096
 """The most tokens in a Carried message."""
 
@@ -57,6 +58,8 @@ class Giver:
         self._ordered = trio.Event()
         self._until = 0.0
         """When the current pause is over."""
+        self._piece = 256 * 1024
+        """Bytes of a unit's chunk, as far as they are known."""
         self.bytes = 0
         """Bytes of keys and values that have been sent."""
 
@@ -129,23 +132,35 @@ class Giver:
         the stage does not hold them any more."""
         if not cuts:
             return True
-        start = trio.current_time()
-        try:
-            found = await self._hop(partial(self._stage.export_cuts, session, self._units, cuts))
-        except (KeyError, ValueError):  # it has ended, or gone back, since it was looked at
-            return False
-        self._rest((trio.current_time() - start) * (1 / SHARE - 1))
         if self._history:
             await self._tell(connection, session, known, cuts[-1][1])
-        for (first, last), parts in zip(cuts, found, strict=True):
-            for unit, data in zip(self._units, parts, strict=True):
-                await connection.send(Pages(session, self._epoch, unit, first, last, data))
-                self.bytes += len(data)
-                if self._bytes_per_s is not None:
-                    self._rest(len(data) / self._bytes_per_s / SHARE)
-                    await self._paused()
+        for units, some in self._portions(cuts):
+            start = trio.current_time()
+            try:
+                found = await self._hop(partial(self._stage.export_cuts, session, units, some))
+            except (KeyError, ValueError):  # it has ended, or gone back, since it was looked at
+                return False
+            self._rest((trio.current_time() - start) * (1 / SHARE - 1))
+            for (first, last), parts in zip(some, found, strict=True):
+                for unit, data in zip(units, parts, strict=True):
+                    await connection.send(Pages(session, self._epoch, unit, first, last, data))
+                    self.bytes += len(data)
+                    self._piece = len(data)
+                    if self._bytes_per_s is not None:
+                        self._rest(len(data) / self._bytes_per_s / SHARE)
+                        await self._paused()
         self._sent[session] = cuts[-1][1]
         return True
+
+    def _portions(
+        self, cuts: Sequence[tuple[int, int]]
+    ) -> list[tuple[Sequence[int], Sequence[tuple[int, int]]]]:
+        """Units and cuts to be read at once, of about MOST_BYTES: for each unit, all cuts in order."""
+        units, most = self._units, max(1, MOST_BYTES // self._piece)
+        whole = most // max(1, len(units))
+        if whole:
+            return [(units, cuts[i : i + whole]) for i in range(0, len(cuts), whole)]
+        return [(units[i : i + most], [cut]) for cut in cuts for i in range(0, len(units), most)]
 
     async def _tell(self, connection: Connection, session: int, known: Session, end: int) -> None:
         """Sends the tokens of a session up to `end`."""

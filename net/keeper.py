@@ -370,8 +370,8 @@ class Keeper:
         if limit is not None and whole is not None:
             assignment.reading = (whole - limit) / LOAD_BYTES_PER_S / CALL_FACTOR
         with self._crowd_lock:
-            assignment.prepared = stage.prepare(beside.start, beside.stop, limit)
             self._crowd = assignment
+            assignment.prepared = stage.prepare(beside.start, beside.stop, limit)
 
     def _discard(self, assignment: Assignment) -> bool:
         """Undoes `_load_beside`, in any thread. False: that was done before."""
@@ -382,26 +382,35 @@ class Keeper:
         prepared, assignment.prepared, self._crowd = assignment.prepared, None, None
         if prepared is None or self._stage is None:
             return False
-        limit = self._parts.kv_bytes(self._range.start, self._range.stop)
-        if limit is not None:
-            self._stage.limit_kv(limit)  # before copies of the units are weighed against it
+        self._whole_room()  # before copies of the units are weighed against it
         self._stage.discard(prepared)
         return True
 
     def _make_room(self) -> bool:
         """Gives up the transition whose weights take the room that a run needs. It is called between two
         runs, in their thread. False: there is none."""
-        if not self._crowd_lock.acquire(timeout=LOAD_PATIENCE):
-            return False
+        locked = self._crowd_lock.acquire(timeout=LOAD_PATIENCE)
         try:
             assignment = self._crowd
-            if assignment is None or not self._discard_now(assignment):
+            if assignment is None:
                 return False
+            if locked:
+                self._discard_now(assignment)
+            else:  # weights are being loaded, and are dropped as soon as they are
+                self._crowd = None
+                self._whole_room()
         finally:
-            self._crowd_lock.release()
+            if locked:
+                self._crowd_lock.release()
         fault = Broken(assignment.epoch, *to_wire(NoPlanError(_CROWDED)), None)
         self._token.run_sync_soon(self._tell, fault)
         return True
+
+    def _whole_room(self) -> None:
+        """Lets keys and values have the room again that was promised."""
+        limit = self._parts.kv_bytes(self._range.start, self._range.stop)
+        if limit is not None and self._stage is not None:
+            self._stage.limit_kv(limit)
 
     async def _take_over(self, assignment: Assignment, stage: StageLike, *, history: bool) -> None:
         """Lets the givers of the assignment send."""

@@ -15,7 +15,8 @@ from tests.net.hand import Hand, connected, places, with_nodes
 
 from shoal.engine.batch import Sampling
 from shoal.engine.errors import ContextError, ModelFileError, NoPlanError
-from shoal.net import carry
+from shoal.net import carry, keeper
+from shoal.net.carry import Giver
 from shoal.net.errors import NetError, NodeLostError, RemoteProtocolError
 from shoal.net.messages import (
     MOST_SESSIONS,
@@ -35,6 +36,7 @@ from shoal.net.messages import (
     Release,
     Take,
 )
+from shoal.net.work import StageWork
 
 GIVER, NEXT = 88, Epoch(5, 2)
 
@@ -330,6 +332,49 @@ def test_rows_that_need_the_room_of_a_prepared_range_end_the_transition(
         hand.check(s1=9)
 
     with_nodes(lab, test, kv_bytes=room)
+
+
+def test_rows_do_not_wait_for_weights_that_are_being_loaded(
+    lab: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def room(first: int, last: int, beside: range = range(0)) -> int:
+        return 500 if beside else 1000
+
+    monkeypatch.setattr(keeper, "LOAD_PATIENCE", 0.001)
+
+    async def test(hand: Hand) -> None:
+        await hand.load(*places((0, 3, 6)))
+        await hand.open(1, *range(9))
+        prepare, made = lab.FakeStage.prepare, []
+
+        def crowded(stage: Any, first: int, last: int, kv_bytes: int | None = None) -> Any:
+            prepared = prepare(stage, first, last, kv_bytes)
+            made.append((stage.room, hand.net.nodes[7001].node._keeper._make_room(), stage.room))
+            return prepared
+
+        with monkeypatch.context() as patched:
+            patched.setattr(lab.FakeStage, "prepare", crowded)
+            orders = hand.assigns(places((0, 4, 6)), base=True)
+            await hand.controls[7001].send(orders[7001])
+            broken = await hand.hear(7001, Broken)
+        assert (broken.code, made) == (NoPlanError.exit_code, [(500, True, 1000)])
+        await intact(hand)
+        assert hand.stage(7001).room == 1000
+        hand.check(s1=9)
+
+    with_nodes(lab, test, kv_bytes=room)
+
+
+def test_chunks_are_read_in_portions_of_about_a_megabyte(lab: ModuleType) -> None:
+    work = StageWork(lab.FakeStage(0, 6), NEXT, None)
+    units, cuts = list(range(32)), [(at, at + 64) for at in range(0, 640, 64)]
+    giver = Giver(lab.FakeStage(0, 6), work, NEXT, units, history=False, hop=lab.inline, bytes_per_s=None)
+    for piece, most in ((1 << 22, 1), (256 * 1024, 4), (10_000, 104), (1000, 1048)):
+        giver._piece = piece
+        portions = giver._portions(cuts)
+        pairs = [(cut, unit) for units_, some in portions for cut in some for unit in units_]
+        assert pairs == [(cut, unit) for cut in cuts for unit in units]
+        assert max(len(units_) * len(some) for units_, some in portions) <= most
 
 
 def test_a_next_node_that_is_lost_before_the_commit_ends_the_transition(lab: ModuleType) -> None:

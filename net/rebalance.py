@@ -36,6 +36,8 @@ USUAL_TOKENS = 64
 LEAST_GAIN, NOISES = 0.06, 2.0
 """The part of a token's time that a change must save after the pace of a device has jumped, and how many
 times the noise of the devices more."""
+MOST_NOISE = 0.15
+"""It must not save more than this more, whatever the noise is, since averages have less of it."""
 DRIFT_GAIN, SURE_GAIN, LASTING_SECONDS = 0.1, 0.15, 3.0
 """The same if no pace has jumped; and a gain below SURE_GAIN must then have been there for so long."""
 JUMPED_SECONDS = 10.0
@@ -418,7 +420,7 @@ def _pays(memory: Memory, view: View, change: _Change, follower: Follower) -> bo
         levels = ((memory.levels.get(("pace", name)), time / most) for name, time in seconds.items())
         noise = max(noise, *(share * level.noise for level, share in levels if level is not None), 0.0)
     least = LEAST_GAIN if _jumped(memory, view) else DRIFT_GAIN
-    if change.gain < least + NOISES * noise or change.saved < (WORTH - 1) * change.cost_s:
+    if change.gain < least + min(MOST_NOISE, NOISES * noise) or change.saved < (WORTH - 1) * change.cost_s:
         return False
     if view.question.objective != "throughput":
         return True

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from ..planner import Cluster, LinkSpeed, Question
+from ..planner import Assignment, Cluster, LinkSpeed, Question
 from ..planner.evaluation import token_seconds
 from ..planner.moves import replans, room, room_beside, steals, travel
 from ..planner.streams import Follower
@@ -500,12 +500,22 @@ def _ends(old: Stages, new: Stages) -> tuple[str, str]:
     return min(more, key=more.__getitem__), max(more, key=more.__getitem__)
 
 
+def _size(stage: Assignment) -> int:
+    return stage.last - stage.first
+
+
 def _why(view: View, levels: Mapping[Key, Level], change: _Change) -> str:
     """The reason for a change, as a clause."""
-    giver, taker = _ends(view.stages, change.stages)
-    level, waits = levels.get(("pace", giver)), view.usage.waiting.get(taker)
-    if level is not None and level.measured >= NOTABLY:
-        why = f"{giver} takes {level.measured:.1f} times as long as offered"
+    _, taker = _ends(view.stages, change.stages)
+    waits, after = view.usage.waiting.get(taker), {one.device: one for one in change.stages}
+    givers = [
+        (levels["pace", one.device].measured, one.device)
+        for one in view.stages
+        if one.device not in after or _size(after[one.device]) < _size(one)
+    ]
+    slow, giver = max(givers, default=(1.0, taker))  # none: devices exchange stages of equal size
+    if slow >= NOTABLY:
+        why = f"{giver} takes {slow:.1f} times as long as offered"
     elif all(stage.device != taker for stage in view.stages):
         why = f"{taker} can take part"
     else:

@@ -19,7 +19,7 @@ from shoal.engine.convert import convert
 from shoal.engine.errors import ContextError, NoPlanError, ShoalError
 from shoal.engine.model_directory import Model
 from shoal.net.errors import NetError
-from shoal.net.work import MAX_SESSIONS
+from shoal.net.messages import MOST_SESSIONS
 from shoal.processes import NodeSpec, RunningNode, nodes
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "fixtures/tiny-llama"
@@ -60,7 +60,7 @@ def at(running: list[RunningNode]) -> str:
         ("--layers 1,2", "it needs --nodes"),
         ("--nodes 127.0.0.1:1,127.0.0.1:1", "an address twice"),
         ("--nodes {} -p 0 -n 0", "nothing to measure"),
-        (f"--nodes {{}} -p 0 -n 4 --batch {MAX_SESSIONS + 1}", f"at most {MAX_SESSIONS} sequences"),
+        (f"--nodes {{}} -p 0 -n 4 --batch {MOST_SESSIONS + 1}", f"at most {MOST_SESSIONS} sequences"),
     ],
 )
 def test_options_that_contradict_each_other(tiny: Model, flags: str, words: str) -> None:

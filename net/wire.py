@@ -279,9 +279,8 @@ def _decode_pages(body: bytearray) -> Pages:
         raise ValueError(f"Pages have {len(body)} bytes, fewer than the {_PAGES.size} of their fixed part")
     session, coordinator, counter, unit, first, last = _PAGES.unpack_from(body)
     _check_pages(unit, first, last)
-    return Pages(
-        session, Epoch(coordinator, counter), unit, first, last, memoryview(bytes(body[_PAGES.size :]))
-    )
+    data = memoryview(body).toreadonly()[_PAGES.size :]  # the body belongs to this message
+    return Pages(session, Epoch(coordinator, counter), unit, first, last, data)
 
 
 def _check_pages(unit: int, first: int, last: int) -> None:

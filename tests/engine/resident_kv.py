@@ -249,7 +249,8 @@ def test_transitions_leave_no_memory_behind(tiny_int8: Model) -> None:
         for _ in range(5):
             go_through()
         held, before = stage._pool.held, resident()
-        for _ in range(60):
+        for _ in range(300):
             go_through()
         assert stage._pool.held == held
-        assert resident() - before < MIB
+        # 10 KiB a round: a page has 32. What Python keeps (a table of strings that grows, its heap) is less.
+        assert resident() - before < 3 * MIB

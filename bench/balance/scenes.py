@@ -233,7 +233,7 @@ class Swing:
                 self.chain,
             )
         finally:
-            self.lab.node(self.device).slow(1)
+            self.lab.node(device).slow(1)
         marks = [*(f"swing {i}" for i in range(self.swings)), "end"]
         for i, (a, b) in enumerate(pairwise(marks)):
             state = "quick" if i % 2 else "slow"

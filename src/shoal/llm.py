@@ -112,8 +112,9 @@ class Stream:
     def __init__(
         self, begin: Callable[[Callable[[Item], None]], Callable[[], None]], answer: _Answer
     ) -> None:
-        self._answer, self._items = answer, SimpleQueue[Item]()
+        self._items = SimpleQueue[Item]()
         self._stop = begin(self._items.put)
+        self._answer = answer
 
     def __iter__(self) -> Self:
         return self
@@ -144,7 +145,8 @@ class Stream:
         self.close()
 
     def __del__(self) -> None:
-        if not self._answer.finished:
+        answer = getattr(self, "_answer", None)  # None: the answer could not be begun
+        if answer is not None and not answer.finished:
             self.close()
 
     @property

@@ -232,6 +232,14 @@ def test_closing_ends_what_is_under_way(path: Path) -> None:
         llm.generate("Once")
 
 
+def test_a_stream_that_cannot_begin_is_one_error(path: Path) -> None:
+    llm = shoal.LLM(path)
+    llm.close()
+    with pytest.raises(ValueError, match="has been closed"):
+        llm.generate("Once", stream=True)
+    gc.collect()  # pytest fails on an exception in __del__
+
+
 def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(shoal.ModelFileError, match="no-such-model"):
         shoal.LLM("no-such-model")

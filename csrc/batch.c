@@ -53,7 +53,12 @@ static int32_t allows_any(const uint8_t *allowed, int32_t vocabulary) {
 static int32_t check_reported(const shoal_program *p, const shoal_batch *b, const shoal_sequence *s, int32_t index,
                               char *error, int32_t error_bytes) {
   const int32_t vocabulary = sampled_cols(p);
-  if (!s->sample || !vocabulary || !s->reported) return SHOAL_OK;
+  if ((!s->sample && !s->given) || !vocabulary) return SHOAL_OK;
+  if (s->given && (s->sample || !s->reported)) REFUSE("sequence %d: given tokens, and none to report, or drawn ones", index);
+  for (int32_t i = 0; s->given && i < s->wanted; i++)
+    if (s->given[i] < 0 || s->given[i] >= vocabulary)
+      REFUSE("sequence %d: the given token %d is not in the vocabulary", index, s->given[i]);
+  if (!s->reported) return SHOAL_OK;
   if (s->reported < 0 || s->reported > SHOAL_MIN(vocabulary, SHOAL_MOST_LIKELY) + 1 || s->reported > b->most_reported)
     REFUSE("sequence %d: log-probabilities of %d tokens", index, s->reported);
   if (!b->reports || !b->logprobs) REFUSE("log-probabilities are wanted, and their tables are NULL");
@@ -114,8 +119,8 @@ int32_t shoal_check_batch(const shoal_program *p, const shoal_batch *b, char *er
       REFUSE("sequence %d: %d rows from position %d", i, s->rows, s->first);
     if (s->wanted != 0 && s->wanted != 1 && s->wanted != s->rows)
       REFUSE("sequence %d: wanted %d is not 0, 1 or %d", i, s->wanted, s->rows);
-    if (s->sample != 0 && (s->sample != 1 || s->wanted == 0))
-      REFUSE("sequence %d: draws a token but wants no logits", i);
+    if (s->sample != 0 && s->sample != s->wanted && (s->sample != 1 || s->wanted == 0))
+      REFUSE("sequence %d: draws %d tokens and wants logits of %d rows", i, s->sample, s->wanted);
     rows += s->rows;
     wanted += s->wanted;
     if (rows > p->max_rows || wanted > p->max_wanted)

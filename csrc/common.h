@@ -150,7 +150,7 @@ static inline int32_t shoal_penalises(const shoal_sampling *s) {
 static inline int32_t shoal_is_allowed(const uint8_t *allowed, int32_t token) {
   return !allowed || (allowed[token / 8] >> token % 8 & 1);
 }
-/* The log-probabilities of reports[0], the drawn token, and of the n - 1 likeliest tokens, by the logits as the model gives
+/* The log-probabilities of reports[0], the drawn or given token, and of the n - 1 likeliest tokens, by the logits as the model gives
  * them. */
 void shoal_report(const shoal_kernels *kernels, const float *logits, int32_t vocab, int32_t n, int32_t *reports,
                   float *logprobs, void *scratch);
@@ -171,7 +171,7 @@ enum {
 };
 
 /* How an op's work is shared out over threads. */
-typedef enum { SHOAL_BY_ROWS, SHOAL_BY_PANELS, SHOAL_BY_SPANS, SHOAL_BY_KV_HEADS, SHOAL_BY_SEQUENCES } shoal_split;
+typedef enum { SHOAL_BY_ROWS, SHOAL_BY_PANELS, SHOAL_BY_SPANS, SHOAL_BY_KV_HEADS, SHOAL_BY_WANTED } shoal_split;
 
 typedef struct {
   const char *name;

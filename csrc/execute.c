@@ -77,7 +77,7 @@ static work_split split_op(const run *r, const shoal_op *op) {
       const shoal_state *s = &p->states[op->state];
       return (work_split){r->n_spans, SHOAL_MAX(SMALL_WORK / (2 * SPAN_ROWS * s->kv_heads * s->head_dim), 1), 0};
     }
-    case SHOAL_BY_SEQUENCES: return (work_split){r->batch->n_sequences, 1, 0};
+    case SHOAL_BY_WANTED: return (work_split){r->wanted, 1, 0};
     case SHOAL_BY_ROWS: break;
   }
   return (work_split){rows_of(r, op->out), SHOAL_MAX(SMALL_WORK / p->buffers[op->out].cols, 1), 0};
@@ -193,32 +193,50 @@ static void join_parts(const run *r, const shoal_op *op, const shoal_places *at)
   r->e->kernels->join(&task);
 }
 
+/* Whether a token is drawn from the k-th wanted row of a sequence, or given for it. */
+static int32_t has_token(const shoal_sequence *s, int32_t k) { return s->given || k >= s->wanted - s->sample; }
+
 /* Once all have drawn: no thread has to write what another reads. */
 static void check_drawn(run *r) {
-  for (int32_t i = r->batch->n_sequences - 1; i >= 0; i--) {
-    if (!r->batch->sequences[i].sample || r->batch->drawn[i] >= 0) continue;
-    r->where = i;
-    r->status = SHOAL_E_NONFINITE;
+  for (int32_t i = 0, row = 0; i < r->batch->n_sequences; i++) {
+    const shoal_sequence *s = &r->batch->sequences[i];
+    for (int32_t k = 0; k < s->wanted; k++, row++) {
+      if (!has_token(s, k) || r->batch->drawn[row] >= 0 || r->status == SHOAL_E_NONFINITE) continue;
+      r->where = i;
+      r->status = SHOAL_E_NONFINITE;
+    }
   }
 }
 
-static void run_sample(run *r, const shoal_op *op, const shoal_places *at, int64_t unit, int64_t end, int32_t thread) {
-  int32_t row = -1;
-  for (int64_t i = 0; i < end; i++) {
-    const shoal_sequence *s = &r->batch->sequences[i];
-    row += s->wanted;
-    if (i < unit || !s->sample) continue;
-    const float *logits = (const float *)shoal_row(r, at->in, op->in, row);
-    const shoal_batch *b = r->batch;
-    const int32_t vocab = r->e->program.buffers[op->in].cols;
-    char *scratch = r->e->scratch + (size_t)thread * r->e->scratch_bytes;
-    const int32_t token =
-        shoal_sample(r->e->kernels, logits, vocab, &s->sampling, s->history, s->first + s->rows, scratch);
-    b->drawn[i] = token;
-    if (token < 0 || !s->reported) continue;
-    int32_t *reports = b->reports + i * b->most_reported;
-    reports[0] = token;
-    shoal_report(r->e->kernels, logits, vocab, s->reported, reports, b->logprobs + i * b->most_reported, scratch);
+/* The token of the k-th wanted row of a sequence, which is `row` among those of the batch, and what is reported of it. */
+static void sample_row(const run *r, const float *logits, int32_t vocab, const shoal_sequence *s, int32_t k, int32_t row,
+                       char *scratch) {
+  const shoal_batch *b = r->batch;
+  const shoal_kernels *kernels = r->e->kernels;
+  const int32_t position = s->first + s->rows - s->wanted + k + 1;
+  int32_t token = -1;
+  if (!s->given)
+    token = shoal_sample(kernels, logits, vocab, &s->sampling, s->history, position, scratch);
+  else if (kernels->finite(logits, vocab))
+    token = s->given[k];
+  b->drawn[row] = token;
+  if (token < 0 || !s->reported) return;
+  const int64_t at = (int64_t)row * b->most_reported;
+  b->reports[at] = token;
+  shoal_report(kernels, logits, vocab, s->reported, b->reports + at, b->logprobs + at, scratch);
+}
+
+/* Units are wanted rows. */
+static void run_sample(const run *r, const shoal_op *op, const shoal_places *at, int64_t unit, int64_t end, int32_t thread) {
+  const shoal_sequence *s = r->batch->sequences;
+  const int32_t vocab = r->e->program.buffers[op->in].cols;
+  char *scratch = r->e->scratch + (size_t)thread * r->e->scratch_bytes;
+  for (int32_t row = 0; row < end; row += s++->wanted) {
+    for (int32_t k = 0; k < s->wanted && row + k < end; k++) {
+      if (row + k < unit || !has_token(s, k)) continue;
+      const float *logits = (const float *)shoal_row(r, at->in, op->in, row + k);
+      sample_row(r, logits, vocab, s, k, row + k, scratch);
+    }
   }
 }
 
@@ -266,7 +284,7 @@ static void run_units(run *r, int32_t index, int64_t unit, int64_t end, int32_t 
     case SHOAL_BY_PANELS: run_matmul(r, op, at, unit, end); break;
     case SHOAL_BY_SPANS: run_store(r, op, at, unit, end); break;
     case SHOAL_BY_KV_HEADS: run_attend(r, op, at, unit, end); break;
-    case SHOAL_BY_SEQUENCES: run_sample(r, op, at, unit, end, thread); break;
+    case SHOAL_BY_WANTED: run_sample(r, op, at, unit, end, thread); break;
     case SHOAL_BY_ROWS:
       for (; unit < end; unit++) run_row(r, op, at, (int32_t)unit);
   }
@@ -281,6 +299,11 @@ static void op_ended(run *r, int32_t index) {
   if (r->batch->cancel && *r->batch->cancel && r->status == SHOAL_OK) r->status = SHOAL_E_CANCELLED;
 }
 
+static int32_t is_asked_for(const run *r, int32_t index) {
+  const int32_t output = r->e->only_for[index];
+  return output < 0 || r->batch->outputs[output];
+}
+
 static void run_part(void *run_state, int64_t first, int64_t last, int32_t thread) {
   run *r = run_state;
   run_units(r, r->op, first, last, thread);
@@ -288,7 +311,7 @@ static void run_part(void *run_state, int64_t first, int64_t last, int32_t threa
 
 void shoal_execute(run *r) {
   for (r->op = 0; r->op < r->e->program.n_ops && r->status == SHOAL_OK; r->op++) {
-    const work_split c = split_op(r, &r->e->program.ops[r->op]);
+    const work_split c = is_asked_for(r, r->op) ? split_op(r, &r->e->program.ops[r->op]) : (work_split){0, 1, 0};
     if (c.units <= c.claim)
       run_units(r, r->op, 0, c.units, 0);
     else

@@ -20,6 +20,7 @@ struct shoal_executor {
   const shoal_kernels *kernels;
   shoal_pool *pool;
   shoal_places *at; /* by op */
+  int32_t *only_for; /* by op: the output for which alone it is run, or -1 */
   uint64_t *input_at, *output_at;
   char *workspace; /* aligned within workspace_memory: the buffers of all rows, after them those of wanted rows */
   void *workspace_memory;

@@ -144,12 +144,13 @@ typedef struct {
   int32_t rows;
   int32_t first;  /* absolute position of the first row */
   int32_t wanted; /* how many of the last rows want logits: 0, 1 or rows */
-  int32_t sample; /* 1: draw a token from the last row */
+  int32_t sample; /* from how many of the last rows a token is drawn: 0, 1 or wanted */
   void *const *pages;    /* [n_states][pages_stride]: page p of state s holds positions [256 p, 256 p + 256) */
   int64_t pages_stride;
   const int32_t *history; /* token ids at positions [0, first + rows): read when there is a penalty */
   shoal_sampling sampling;
-  int32_t reported; /* tokens whose log-probabilities are wanted: 0, or the drawn one and reported - 1 likeliest */
+  int32_t reported; /* a row's log-probabilities that are wanted: 0, or of its token and of the reported - 1 likeliest */
+  const int32_t *given; /* [wanted]: tokens that are reported where sample is 0; NULL: none */
 } shoal_sequence;
 
 typedef struct {
@@ -157,11 +158,12 @@ typedef struct {
   int32_t n_sequences;
   const int32_t *tokens;      /* [sum of rows]: read by EMBED */
   const float *const *inputs; /* per input buffer: [rows][cols], dense */
-  float *const *outputs;      /* per output buffer: [rows or wanted rows][cols], dense; an entry may be NULL */
-  int32_t *drawn;             /* [n_sequences]: the drawn token, or -1 */
+  float *const *outputs;      /* per output buffer: [rows or wanted rows][cols], dense. NULL: not asked for, and an op that
+                                 writes it for nothing else is left out */
+  int32_t *drawn;             /* [wanted rows]: the drawn or given token, or -1 */
   int32_t most_reported;      /* the most that a sequence wants reported; if it is 0, the next two may be NULL */
-  int32_t *reports;           /* [n_sequences][most_reported]: the drawn token, then the likeliest ones */
-  float *logprobs;            /* [n_sequences][most_reported]: theirs */
+  int32_t *reports;           /* [wanted rows][most_reported]: the drawn or given token, then the likeliest ones */
+  float *logprobs;            /* [wanted rows][most_reported]: theirs */
   const volatile int32_t *cancel; /* the run ends between two ops once this is not 0; may be NULL */
   uint64_t *op_ns;            /* [n_ops] nanoseconds, or NULL */
 } shoal_batch;
@@ -176,6 +178,9 @@ const char *shoal_isa_name(int32_t isa);
 
 /* SHA-256 of the C sources that this library was built from, in hexadecimal. */
 const char *shoal_source_hash(void);
+
+/* SHA-256 of some memory, in hexadecimal: 64 letters and a 0. For programs that check a model's files themselves. */
+void shoal_sha256(const void *data, uint64_t bytes, char *hexadecimal);
 
 /* Threads: the caller is one of them. NULL when out of memory. */
 shoal_pool *shoal_pool_open(int32_t threads);

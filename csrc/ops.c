@@ -77,7 +77,7 @@ static const shoal_op_info OPS[] = {
                          .flags = SHOAL_READS_IN,
                          .in_types = F32,
                          .domains = WANTED,
-                         .split = SHOAL_BY_SEQUENCES},
+                         .split = SHOAL_BY_WANTED},
     [SHOAL_OP_HEAD_NORM] = {.name = "head_norm",
                             .flags = SHOAL_WRITES_OUT | SHOAL_IN_PLACE,
                             .out_types = F32,

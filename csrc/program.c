@@ -46,6 +46,7 @@ void shoal_close(shoal_executor *e) {
   drop(e->program.inputs);
   drop(e->program.outputs);
   free(e->at);
+  free(e->only_for);
   free(e->input_at);
   free(e->output_at);
   free(e->workspace_memory);
@@ -60,15 +61,33 @@ static uint64_t workspace_bytes(const shoal_executor *e, int32_t rows, int32_t w
   return e->row_bytes[SHOAL_ALL_ROWS] * (uint64_t)rows + e->row_bytes[SHOAL_WANTED_ROWS] * (uint64_t)wanted;
 }
 
+/* The output that an op writes and no later op touches: a run that does not ask for it can leave the op out. -1: none. */
+static int32_t only_for(const shoal_program *p, int32_t index) {
+  const shoal_op *op = &p->ops[index];
+  if (!(shoal_op_info_of(op->kind)->flags & SHOAL_WRITES_OUT) || shoal_keeps_out(op)) return -1;
+  for (int32_t i = index + 1; i < p->n_ops; i++) {
+    const shoal_op *later = &p->ops[i];
+    const int32_t flags = shoal_op_info_of(later->kind)->flags;
+    if ((flags & SHOAL_READS_IN && later->in == op->out) || (flags & SHOAL_READS_ANGLES && later->angles == op->out) ||
+        (flags & SHOAL_WRITES_OUT && later->out == op->out))
+      return -1;
+  }
+  for (int32_t i = 0; i < p->n_outputs; i++)
+    if (p->outputs[i] == op->out) return i;
+  return -1;
+}
+
 static int32_t make_room(shoal_executor *e) {
   const shoal_program *p = &e->program;
   e->at = calloc((size_t)p->n_ops + 1, sizeof *e->at);
+  e->only_for = calloc((size_t)p->n_ops + 1, sizeof *e->only_for);
   e->input_at = calloc((size_t)p->n_inputs + 1, sizeof *e->input_at);
   e->output_at = calloc((size_t)p->n_outputs + 1, sizeof *e->output_at);
   e->spans = calloc((size_t)p->max_rows, sizeof *e->spans);
   e->wanted = calloc((size_t)p->max_rows, sizeof *e->wanted);
-  if (!e->at || !e->input_at || !e->output_at || !e->spans || !e->wanted) return SHOAL_E_MEMORY;
+  if (!e->at || !e->only_for || !e->input_at || !e->output_at || !e->spans || !e->wanted) return SHOAL_E_MEMORY;
   if (shoal_plan(p, e->at, e->input_at, e->output_at, e->row_bytes)) return SHOAL_E_MEMORY;
+  for (int32_t i = 0; i < p->n_ops; i++) e->only_for[i] = only_for(p, i);
   for (int32_t i = 0; i < p->n_ops; i++)
     if (p->ops[i].kind == SHOAL_OP_SAMPLE)
       e->scratch_bytes =
@@ -130,10 +149,12 @@ static void lay_out(shoal_run_state *r) {
     const shoal_sequence *s = &r->batch->sequences[i];
     for (int32_t row = 0; row < s->rows; row += SPAN_ROWS)
       e->spans[r->n_spans++] = (shoal_span){i, r->rows, row, SHOAL_MIN(s->rows - row, SPAN_ROWS)};
-    for (int32_t row = s->rows - s->wanted; row < s->rows; row++) e->wanted[r->wanted++] = r->rows + row;
+    for (int32_t row = s->rows - s->wanted; row < s->rows; row++) {
+      r->batch->drawn[r->wanted] = -1;
+      e->wanted[r->wanted++] = r->rows + row;
+    }
     r->rows += s->rows;
     r->seen += (int64_t)s->rows * s->first + (int64_t)s->rows * (s->rows + 1) / 2;
-    r->batch->drawn[i] = -1;
   }
 }
 

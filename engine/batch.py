@@ -73,7 +73,19 @@ class Want(IntEnum):
     TOKEN = 1
     """A token drawn from the last row."""
     LOGITS = 2
-    """Logits of every row, without drawing a token."""
+    """Logits of every row, without drawing a token. Never over a network."""
+    TOKENS = 3
+    """A token drawn from every row, each at its own position and with the tokens up to it as its history."""
+    SCORES = 4
+    """The natural log-probability of the token that follows each row: the next one of the run, and for its
+    last row `Run.following`."""
+    ROWS = 5
+    """The output of the final norm for every row, which the head would read: an embedding."""
+
+    @property
+    def every_row(self) -> bool:
+        """Whether something is returned for every row, not only for the last one."""
+        return self not in (Want.NOTHING, Want.TOKEN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +95,13 @@ class Run:
     A run at position p drops the sequence's keys and values from p on. `hidden` is the cut
     `[rows, hidden]` that the previous stage returned; None for a stage that starts with the embedding.
 
+    Only a stage that starts with the embedding reads `tokens`, and one whose draws depend on earlier tokens:
+    elsewhere any ids will do, zeros for example.
+
     With `part` (enter, until) only those units of the stage run that are in [enter, until), to fill keys and
     values that were lost. `hidden` is then the input of the first of them, and `Result.hidden` the output of
-    the last one. They must hold the positions before `first`; nothing is dropped, and the tokens must be
-    those that the sequence has. All runs of a batch have the same part."""
+    the last one. They must hold the positions before `first`; nothing is dropped. All runs of a batch have
+    the same part."""
 
     sequence: int
     first: int
@@ -95,15 +110,36 @@ class Run:
     hidden: F32 | None = None
     part: tuple[int, int] | None = None
     report: int | None = None
-    """With Want.TOKEN: report log-probabilities of the drawn token and of so many of the likeliest."""
+    """With TOKEN, TOKENS and SCORES: report log-probabilities of each drawn or scored token, and of so many
+    of the likeliest beside it."""
     allowed: NDArray[np.uint8] | None = None
     """With Want.TOKEN: only these tokens may be drawn: bit t % 8 of byte t // 8 is that of token t."""
+    following: int | None = None
+    """With Want.SCORES: the token that follows the last row."""
+    sampling: Sampling | None = None
+    """How tokens are drawn; None: as the sequence says."""
+    history: NDArray[np.int32] | None = None
+    """The tokens of positions [0, first + len(tokens)), with which draws are penalised; None: those that the
+    sequence has run."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadRequest:
+    """A text to read: `want` of the rows from position `first` on, and nothing is generated. With Want.SCORES
+    the last token is not run: it follows the last row. `context`: the most positions that the sequence may
+    have. `report` as in `Run`."""
+
+    tokens: Sequence[int]
+    first: int
+    want: Want
+    context: int
+    report: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
     """Natural log-probabilities by the logits as the model gives them, before biases and penalties: of the
-    drawn token, and of the likeliest tokens, the likeliest first."""
+    drawn (or scored) token, and of the likeliest tokens, the likeliest first."""
 
     drawn: float
     likeliest: tuple[tuple[int, float], ...]
@@ -113,8 +149,10 @@ class Logprobs:
 class Result:
     """Result of the `Run` at the same index of the batch.
 
-    `hidden` (`[rows, hidden]`) is set by every stage but the last; `token` by the last stage for
-    Want.TOKEN; `logits` (`[rows, vocab]`) by the last stage for Want.LOGITS; `logprobs` where
+    `hidden` (`[rows, hidden]`) is set by every stage but the last. The last stage sets what was wanted:
+    `token` for TOKEN; `logits` (`[rows, vocab]`, or `[rows, labels]` of a model with a classification head)
+    for LOGITS; for each row, `tokens` for TOKENS, `scores` for SCORES, and `output` (`[rows, hidden]`) for
+    ROWS. `logprobs`: of each drawn or scored token, where
     `Run.report` asks for them."""
 
     sequence: int
@@ -123,10 +161,24 @@ class Result:
     hidden: F32 | None = None
     token: int | None = None
     logits: F32 | None = None
-    logprobs: Logprobs | None = None
+    logprobs: tuple[Logprobs, ...] = ()
+    tokens: tuple[int, ...] = ()
+    scores: tuple[float, ...] = ()
+    output: F32 | None = None
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the longest common prefix of two sequences of token ids."""
-    shorter = min(len(a), len(b))
-    return next((i for i in range(shorter) if a[i] != b[i]), shorter)
+    if not (isinstance(a, list) and isinstance(b, list)):
+        a, b = list(a), list(b)
+    same = 0
+    while (part := a[same : same + _STRIDE]) and part == b[same : same + _STRIDE]:
+        same += len(part)
+    for one, other in zip(a[same : same + _STRIDE], b[same : same + _STRIDE], strict=False):
+        if one != other:
+            return same
+        same += 1
+    return same
+
+
+_STRIDE = 64  # tokens that are compared at once, which is far quicker than one by one

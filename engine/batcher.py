@@ -1,4 +1,4 @@
-"""Answers of many callers on one stage, computed together.
+"""Answers of many callers on one stage, and texts that are only read, computed together.
 
 Reading the weights takes most of the time of a token, and one reading serves a row of every sequence. So a
 `Batcher` runs the stage in a thread of its own: each call has the next row of every answer that decodes, and
@@ -10,66 +10,30 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Self
 
-from .batch import Logprobs, Run, Sampling, Want, common_prefix
+from .batch import Logprobs, ReadRequest, Result, Run, Sampling, Want
 from .errors import CancelledRunError, ContextError
-from .generate import check_prompt, check_whole
+from .generate import check_prompt, check_text, check_whole
+from .host import ram
+from .roster import BatchSequence, Job, Reading, Report, Roster, Start
+from .sampler import Allow, mask_of
 from .stage import Stage
 
-BESIDE_ROWS = 64
-"""The most rows of prompts in a call that has rows of answers, which wait for them."""
+_AGAIN_S = 0.01
+"""A cancel is repeated so often, in seconds, since one just before a call does not reach it."""
 
 Put = Callable[[int | Exception | None], None]
+PutResult = Callable[[Result | Exception | None], None]
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Report:
-    """Log-probabilities of an answer's tokens, and of the `count` likeliest tokens at each. They are in
-    `found` before the token is put."""
-
-    count: int
-    found: list[Logprobs] = field(default_factory=list)
-
-
-@dataclass(slots=True, eq=False)
-class _Sequence:
-    """A sequence of the stage. `held`: the tokens whose keys and values it has."""
-
-    sampling: Sampling
-    context: int
-    number: int | None = None
-    held: list[int] = field(default_factory=list)
-    process: int = field(default_factory=os.getpid)
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """An answer under way. `put` receives its tokens, then None, or the exception that has ended it. It is
-    called in the batcher's thread and must not block."""
-
-    sequence: _Sequence
-    known: list[int]
-    last: int
-    """The length of `known` at which the answer is complete."""
-    end: Collection[int]
-    put: Put
-    keep: bool
-    """Whether the sequence stays open after the answer."""
-    report: Report | None = None
-    sent: int = 0
-    stopped: bool = False
-    ended: threading.Event = field(default_factory=threading.Event)
-    process: int = field(default_factory=os.getpid)
-
-    @property
-    def decodes(self) -> bool:
-        """Whether only its newest token has not been run."""
-        return self.sent == len(self.known) - 1
+_IDLE_SHARE = 8
+"""Without a cap on keys and values, idle sequences stay while all of them take at most 1/_IDLE_SHARE of the
+RAM that was available at first."""
+_UNKNOWN = 256 << 20  # the same in bytes, if the system does not report its RAM
 
 
 class Batcher:
@@ -77,32 +41,42 @@ class Batcher:
     may draw a token in one call); others wait in order. Thread-safe. After a fork, the child process begins
     without the answers and sessions of its parent.
 
-    If keys and values outgrow the cap of the stage, the state of idle sessions is dropped, the longest idle
-    first, then the youngest answer is set aside; it is computed again when another one has ended."""
+    Answers that begin with the same tokens compute them once, unless `share_prefixes` is False. If keys and
+    values outgrow the cap of the stage, the state of idle sequences is dropped, the longest idle first, then
+    the youngest answer is set aside; it is computed again when another one has ended."""
 
-    def __init__(self, stage: Stage, slots: int | None = None) -> None:
+    def __init__(self, stage: Stage, slots: int | None = None, *, share_prefixes: bool = True) -> None:
         check_whole(stage)
         self.stage = stage
         most = min(stage.options.max_wanted, stage.options.max_rows)
-        self._slots = most if slots is None else min(slots, most)
+        self._slots, self._share = most if slots is None else min(slots, most), share_prefixes
+        self._most_bytes: int | None = None
+        """The most bytes of keys and values with which answers that have ended stay idle; None: as many as
+        the stage holds."""
+        if stage.options.kv_bytes is None:
+            estimate = ram().estimate
+            self._most_bytes = _UNKNOWN if estimate is None else estimate // _IDLE_SHARE
         self._begin()
 
     def _begin(self) -> None:
         self._process = os.getpid()
         self._news = threading.Condition()
         self._arrived: deque[Job] = deque()
-        self._closed: list[tuple[_Sequence, threading.Event]] = []
+        self._closed: list[tuple[BatchSequence, threading.Event]] = []
         """Sequences to be closed, and what says that they are."""
-        self._waiting: deque[Job] = deque()
-        self._running: list[Job] = []
-        """In the order of arrival. This and what follows belongs to the thread."""
-        self._most = self._slots
-        """How many answers may run now: fewer than `slots` from when one was set aside until one ends."""
-        self._idle: list[_Sequence] = []
-        self._alone: Job | None = None
-        """The only job of the current call."""
+        self._roster = Roster(self._slots, share=self._share)
+        """Belongs to the thread, as what follows."""
+        self._calling: Sequence[Job] = ()
+        """The jobs of the current call."""
         self._thread: threading.Thread | None = None
         self._ending = False
+
+    def _begin_again(self) -> None:
+        """Begins in a forked process, without what the parent has."""
+        lost = self._roster.numbers
+        self._begin()
+        for number in lost:
+            self.stage.close_sequence(number)
 
     def __enter__(self) -> Self:
         return self
@@ -120,12 +94,16 @@ class Batcher:
             self._ending = True
             self._news.notify()
         if self._thread is not None:
-            self._cancel(self._alone)
+            self._cancel(self._calling)
             self._thread.join()
 
-    def session(self, sampling: Sampling = Sampling(), *, context: int | None = None) -> BatchSession:
-        """A sequence that stays open from answer to answer, as generate.Session."""
-        return BatchSession(self, sampling, self.stage.model.config.context if context is None else context)
+    def session(
+        self, sampling: Sampling = Sampling(), *, context: int | None = None, allow: Allow | None = None
+    ) -> BatchSession:
+        """A sequence that stays open from answer to answer, as generate.Session. `allow`: see sampler.Allow;
+        it is called in the batcher's thread."""
+        most = self.stage.model.config.context if context is None else context
+        return BatchSession(self, sampling, most, allow)
 
     def begin_alone(
         self,
@@ -137,36 +115,65 @@ class Batcher:
         max_tokens: int,
         end: Collection[int],
         report: Report | None = None,
-    ) -> Callable[[], None]:
+        allow: Allow | None = None,
+    ) -> partial[None]:
         """Begins an answer in a sequence of its own, without waiting; the returned function is `stop` for
-        it. ContextError: the prompt does not fit. ValueError: the batcher has been closed."""
-        sequence = _Sequence(sampling, context)
-        job = self.begin(sequence, prompt, put, max_tokens=max_tokens, end=end, keep=False, report=report)
+        it. `allow` as for `session`. ContextError: the prompt does not fit. ValueError: the batcher has been
+        closed."""
+        sequence = BatchSequence(sampling, context, owned=False)
+        job = self.begin(sequence, prompt, put, max_tokens=max_tokens, end=end, report=report, allow=allow)
         return partial(self.stop, job)
 
     def begin(
         self,
-        sequence: _Sequence,
+        sequence: BatchSequence,
         prompt: Sequence[int],
         put: Put,
         *,
         max_tokens: int,
         end: Collection[int],
-        keep: bool,
         report: Report | None = None,
+        allow: Allow | None = None,
     ) -> Job:
         """Begins an answer without waiting. ContextError: the prompt does not fit. ValueError: the batcher
         has been closed."""
         check_prompt(prompt, sequence.context)
+        self.stage.model.check_generates()
         last = min(len(prompt) + max_tokens, sequence.context + 1)
-        job = Job(sequence, list(prompt), last, end, put, keep, report)
+        job = Job(sequence, list(prompt), last, end, put, report, None, allow, len(prompt))
         if max_tokens <= 0:
             _end(job)
             return job
+        self._enter(job)
+        return job
+
+    def read(self, request: ReadRequest, put: PutResult) -> partial[None]:
+        """Begins to read a text, without waiting. `put` receives results of the wanted rows, in order, each
+        for some of them, then None, or the exception that has ended the reading. The returned function ends
+        it early, as `stop` does. ContextError: the tokens do not fit. ValueError: the batcher has been
+        closed."""
+        check_text(request.tokens, request.context)
+        if request.want in (Want.TOKENS, Want.SCORES):
+            self.stage.model.check_generates()
+        known = list(request.tokens)
+        following = known.pop() if request.want is Want.SCORES else None
+        reading = Reading(request.want, request.first, following)
+        told = None if request.report is None else Report(request.report)
+        sequence = BatchSequence(Sampling(), request.context, owned=False)
+        job = Job(sequence, known, len(known), (), put, told, reading)
+        if request.first >= len(known):
+            _end(job)
+        else:
+            self._enter(job)
+        return partial(self.stop, job)
+
+    def _enter(self, job: Job) -> None:
+        """Hands a job to the thread. ValueError: the batcher has been closed."""
+        sequence = job.sequence
         if self._process != os.getpid():
-            self._begin()
+            self._begin_again()
         if sequence.process != os.getpid():
-            sequence.process, sequence.number, sequence.held = os.getpid(), None, []
+            sequence.process, sequence.number, sequence.tokens = os.getpid(), None, []
         with self._news:
             if self._ending:
                 raise ValueError("the engine has been closed")
@@ -175,22 +182,21 @@ class Batcher:
                 self._thread = threading.Thread(target=self._main, name="shoal batches", daemon=True)
                 self._thread.start()
             self._news.notify()
-        return job
 
-    def stop(self, job: Job) -> None:
-        """Ends an answer, and waits until its state has been freed. A call that computes nothing else ends
-        at once, any other within its usual time."""
+    def stop(self, job: Job, *, wait: bool = True, keep: bool = False) -> None:
+        """Ends an answer, and waits until its state has been freed, unless told not to. With `keep` the state
+        stays idle, as that of a complete answer. A call that computes nothing but answers that were stopped
+        ends after its current op, any other within its usual time."""
         if job.process != os.getpid() or job.ended.is_set():
             return
         with self._news:
-            job.stopped = True
+            job.stopped, job.rests = True, job.rests or (keep and not job.stopped)
             self._news.notify()
-        if self._alone is job:
-            self._cancel(job)
-        if threading.current_thread() is not self._thread:
-            job.ended.wait()
+        self._cancel_stopped()
+        while wait and threading.current_thread() is not self._thread and not job.ended.wait(_AGAIN_S):
+            self._cancel_stopped()
 
-    def forget(self, sequence: _Sequence) -> None:
+    def forget(self, sequence: BatchSequence) -> None:
         """Closes a sequence that no answer uses."""
         if sequence.process != os.getpid():
             return
@@ -203,9 +209,16 @@ class Batcher:
         if threading.current_thread() is not self._thread:
             closed.wait()
 
-    def _cancel(self, job: Job | None) -> None:
-        if job is not None and job.sequence.number is not None:
-            self.stage.cancel(job.sequence.number)
+    def _cancel_stopped(self) -> None:
+        """Cancels the current call, if all its answers were stopped. One that is about to begin is missed."""
+        calling = self._calling
+        if all(job.stopped for job in calling):
+            self._cancel(calling)
+
+    def _cancel(self, calling: Sequence[Job]) -> None:
+        for job in calling:
+            if job.sequence.number is not None:
+                self.stage.cancel(job.sequence.number)
 
     # --- the thread
 
@@ -218,14 +231,13 @@ class Batcher:
             error = failure
         with self._news:
             self._ending = True
-            left = [*self._running, *self._waiting, *self._arrived]
-            self._waiting.clear()
+            left = [*self._roster.running, *self._roster.waiting, *self._arrived]
             self._arrived.clear()
         for job in left:
+            self._roster.ended(job)
             self._free(job.sequence)
             _end(job, error or ValueError("the engine has been closed"))
-        self._running.clear()
-        for sequence in self._idle:
+        for sequence in list(self._roster.idle):
             self._free(sequence)
         with self._news:
             self._close_sequences()
@@ -233,61 +245,86 @@ class Batcher:
     def _next(self) -> bool:
         """Waits for work, ends the answers that were stopped, and admits others; False: the batcher is being
         closed."""
+        roster = self._roster
         with self._news:
-            while not (self._ending or self._arrived or self._closed or self._running or self._waiting):
+            while not (self._ending or self._arrived or self._closed or roster.running or roster.waiting):
                 self._news.wait()
             if self._ending:
                 return False
-            self._waiting.extend(self._arrived)
+            roster.waiting.extend(self._arrived)
             self._arrived.clear()
             self._close_sequences()
-        for job in [job for job in (*self._running, *self._waiting) if job.stopped]:
+        for job in roster.stopped():
             self._finish(job)
-        while self._waiting and len(self._running) < self._most:
-            self._admit(self._waiting.popleft())
+        roster.admit()
+        for job, start in roster.starts():
+            try:
+                self._open(job.sequence, start)
+            except (ContextError, ValueError) as error:
+                self._finish(job, error)
+                continue
+            job.begun, job.sent = True, min(len(job.sequence.tokens), start.positions)
+            if job.report is not None and job.report.cached is None:  # it was not set aside
+                job.report.cached = job.sent
         return True
 
-    def _admit(self, job: Job) -> None:
-        sequence = job.sequence
-        if sequence in self._idle:
-            self._idle.remove(sequence)
-        if sequence.number is None:
-            try:
-                sequence.number = self.stage.open_sequence(None, sequence.sampling, sequence.context)
-            except ContextError as error:
-                _end(job, error)
-                return
-            sequence.held = []
-        job.sent = min(common_prefix(sequence.held, job.known), len(job.known) - 1)
-        self._running.append(job)
+    def _open(self, sequence: BatchSequence, start: Start) -> None:
+        """Lets a sequence hold at most the positions with which its answer starts. ContextError, ValueError:
+        its context or its sampling is not possible."""
+        source = start.source
+        if source is sequence:
+            return
+        self._free(sequence)
+        own = sequence.sampling, sequence.context
+        if source is None:
+            sequence.number = self.stage.open_sequence(None, *own)
+            return
+        assert source.number is not None, "it holds positions"
+        positions = start.positions
+        try:
+            sequence.number = self.stage.fork_sequence(source.number, None, positions, *own)
+        except ContextError:  # there is no room for a copy of the last page, which is not full
+            positions -= positions % self.stage.page_positions
+            sequence.number = self.stage.fork_sequence(source.number, None, positions, *own)
+        sequence.tokens = source.tokens[:positions]
+        self._roster.used(source)
 
     def _step(self) -> None:
         """One call of the stage."""
         jobs, runs = self._chosen()
         if runs:
-            self._alone = jobs[0] if len(jobs) == 1 else None
+            self._calling = jobs
             try:
-                if not (self._alone and self._alone.stopped):  # `stop` may have come before _alone was set
+                if not all(job.stopped for job in jobs):  # `stop` may have come before _calling was set
                     self._run(jobs, runs)
             finally:
-                self._alone = None
+                self._calling = ()
 
     def _chosen(self) -> tuple[list[Job], list[Run]]:
-        jobs = [job for job in self._running if job.decodes]
-        runs = [_run_of(job, 1) for job in jobs]
-        most = self.stage.options.max_rows
-        room = min(most - len(runs), BESIDE_ROWS if runs else most)
-        for job in self._running:
-            if room > 0 and not job.decodes:
-                rows = min(room, len(job.known) - job.sent)
-                jobs.append(job)
-                runs.append(_run_of(job, rows))
-                room -= rows
+        options = self.stage.options
+        jobs: list[Job] = []
+        runs: list[Run] = []
+        for job, rows in self._roster.chosen(options.max_rows, options.max_wanted):
+            self._choose(job, rows, jobs, runs)
         return jobs, runs
+
+    def _choose(self, job: Job, rows: int, jobs: list[Job], runs: list[Run]) -> None:
+        """Adds the next rows of a job to a call. What `allow` raises ends the job."""
+        run = _run_of(job, rows)
+        if job.allow is not None and run.want is Want.TOKEN:
+            try:
+                allowed = job.allow(job.known[job.asked :])
+                if allowed is not None:
+                    run = replace(run, allowed=mask_of(allowed, self.stage.model.program.vocab))
+            except BaseException as error:  # of code that is not ours: sys.exit must not end this thread
+                self._finish(job, _told(error))
+                return
+        jobs.append(job)
+        runs.append(run)
 
     def _run(self, jobs: Sequence[Job], runs: Sequence[Run]) -> None:
         for job in jobs:
-            del job.sequence.held[job.sent :]  # after an error these positions are not there
+            del job.sequence.tokens[job.sent :]  # after an error these positions are not there
         try:
             results = self.stage.run(runs)
         except CancelledRunError:
@@ -301,60 +338,76 @@ class Batcher:
                 self._finish(jobs[0], error)
                 return
             for job, run in zip(jobs, runs, strict=True):  # finds the one at fault
-                self._run([job], [run])
+                if job.begun:  # else it was set aside for one before it
+                    self._run([job], [run])
             return
         for job, run, result in zip(jobs, runs, results, strict=True):
-            job.sequence.held += run.tokens
+            job.sequence.tokens += run.tokens
             job.sent += len(run.tokens)
-            if result.token is not None:
+            if job.reading is not None:
+                self._read(job, job.reading, run, result)
+            elif result.token is not None:
                 self._append(job, result.token, result.logprobs)
 
-    def _append(self, job: Job, token: int, logprobs: Logprobs | None) -> None:
+    def _read(self, job: Job, reading: Reading, run: Run, result: Result) -> None:
+        if run.want is not Want.NOTHING:
+            reading.first = job.sent
+            job.put(result)
+        if job.sent == len(job.known):
+            self._finish(job)
+
+    def _append(self, job: Job, token: int, logprobs: Sequence[Logprobs]) -> None:
         if token in job.end:
             self._finish(job)
             return
-        if job.report is not None and logprobs is not None:
-            job.report.found.append(logprobs)
+        if job.report is not None:
+            job.report.found.extend(logprobs)
         job.known.append(token)
         job.put(token)
         if len(job.known) >= job.last:
             self._finish(job)
 
     def _make_room(self) -> bool:
-        """Drops the state of the longest idle session, or sets the youngest answer aside, unless it is the
+        """Drops the state of the longest idle sequence, or sets the youngest answer aside, unless it is the
         only one. Returns whether it has."""
-        if self._idle:
-            self._free(self._idle.pop(0))
+        if self._roster.idle:
+            self._free(self._roster.idle[0])
             return True
-        if len(self._running) < 2:
-            return False
-        job = self._running.pop()
-        self._free(job.sequence)
-        self._waiting.appendleft(job)
-        self._most = len(self._running)
-        return True
+        job = self._roster.set_aside()
+        if job is not None:
+            self._free(job.sequence)
+        return job is not None
 
     def _finish(self, job: Job, error: Exception | None = None) -> None:
-        if job in self._running:
-            self._running.remove(job)
-            self._most = self._slots
-        if job in self._waiting:
-            self._waiting.remove(job)
-        if job.keep and error is None and job.sequence.number is not None:
-            self._idle.append(job.sequence)
+        self._roster.ended(job)
+        sequence = job.sequence
+        stays = sequence.owned or (self._share and (job.rests or not job.stopped))
+        if stays and error is None and sequence.number is not None:
+            self._roster.rest(sequence)
+            for other in self._roster.covered(sequence) if self._share else ():
+                self._free(other)
+            self._free_surplus()
         else:
-            self._free(job.sequence)
+            self._free(sequence)
         _end(job, error)
 
-    def _free(self, sequence: _Sequence) -> None:
+    def _free_surplus(self) -> None:
+        """Drops the state of answers that ended long ago, as far as there is too much of it."""
+        while True:
+            crowded = self._most_bytes is not None and self.stage.kv_bytes > self._most_bytes
+            sequence = self._roster.surplus(crowded=crowded)
+            if sequence is None:
+                return
+            self._free(sequence)
+
+    def _free(self, sequence: BatchSequence) -> None:
+        self._roster.remove(sequence)
         if sequence.number is not None:
             self.stage.close_sequence(sequence.number)
-            sequence.number, sequence.held = None, []
+            sequence.number, sequence.tokens = None, []
 
     def _close_sequences(self) -> None:
         for sequence, closed in self._closed:
-            if sequence in self._idle:
-                self._idle.remove(sequence)
             self._free(sequence)
             closed.set()
         self._closed.clear()
@@ -364,12 +417,18 @@ class BatchSession:
     """A sequence that stays open from answer to answer, in a batcher. Each answer computes only the part of
     its prompt after the longest common prefix with the previous prompt and answer."""
 
-    def __init__(self, batcher: Batcher, sampling: Sampling, context: int) -> None:
-        self._batcher, self._sequence = batcher, _Sequence(sampling, context)
+    def __init__(self, batcher: Batcher, sampling: Sampling, context: int, allow: Allow | None) -> None:
+        self._batcher, self._sequence = batcher, BatchSequence(sampling, context, owned=True)
+        self._allow = allow
         self._job: Job | None = None
 
     def answer(
-        self, prompt: Sequence[int], *, max_tokens: int, end: Collection[int]
+        self,
+        prompt: Sequence[int],
+        *,
+        max_tokens: int,
+        end: Collection[int],
+        report: Report | None = None,
     ) -> Generator[int, None, None]:
         """Yields the token ids that follow `prompt`, as generate.Session. Closing the generator ends the
         answer. ContextError: the prompt does not fit. ValueError: the previous answer has not ended."""
@@ -377,7 +436,13 @@ class BatchSession:
             raise ValueError("a session gives one answer at a time: end the previous one first")
         tokens: SimpleQueue[int | Exception | None] = SimpleQueue()
         self._job = job = self._batcher.begin(
-            self._sequence, prompt, tokens.put, max_tokens=max_tokens, end=end, keep=True
+            self._sequence,
+            prompt,
+            tokens.put,
+            max_tokens=max_tokens,
+            end=end,
+            report=report,
+            allow=self._allow,
         )
         return self._tokens(job, tokens)
 
@@ -395,23 +460,43 @@ class BatchSession:
         finally:
             self._batcher.stop(job)
 
-    def close(self) -> None:
-        """Frees the sequence's keys and values."""
+    def stop(self) -> None:
+        """Ends the answer under way, if there is one; in any thread."""
         if self._job is not None:
             self._batcher.stop(self._job)
+
+    def close(self) -> None:
+        """Frees the sequence's keys and values."""
+        self.stop()
         self._batcher.forget(self._sequence)
 
 
 def _run_of(job: Job, rows: int) -> Run:
-    end = job.sent + rows
-    want = Want.TOKEN if end == len(job.known) else Want.NOTHING
+    end, following = job.sent + rows, None
+    if job.reading is None:
+        want = Want.TOKEN if end == len(job.known) else Want.NOTHING
+    elif job.sent < job.reading.first:
+        want = Want.NOTHING
+    else:
+        want = job.reading.want
+        following = job.reading.following if end == len(job.known) else job.known[end]
     report = None if job.report is None else job.report.count
-    return Run(_number(job), job.sent, job.known[job.sent : end], want, report=report)
+    tokens = job.known[job.sent : end]
+    return Run(_number(job), job.sent, tokens, want, report=report, following=following)
 
 
 def _number(job: Job) -> int:
     assert job.sequence.number is not None, "an admitted answer has a sequence"
     return job.sequence.number
+
+
+def _told(error: BaseException) -> Exception:
+    """What the caller is told of an exception of `allow`, which may be meant for the thread as a whole."""
+    if isinstance(error, Exception):
+        return error
+    told = RuntimeError(f"allow raised {error!r} in the engine's thread: raise an Exception instead")
+    told.__cause__ = error
+    return told
 
 
 def _end(job: Job, error: Exception | None = None) -> None:

@@ -52,6 +52,8 @@ class Builder:
         self._states: list[KvState] = []
         self._tied: tuple[str, ...] = ()
         self._window: int | None = None
+        self._vocab = self._labels = 0
+        self._output: Norm | None = None
 
     def window(self, positions: int | None) -> None:
         """Sets the attention window: positions visible to a query, its own included; None: all."""
@@ -70,6 +72,7 @@ class Builder:
 
     def embed(self, out: str, names: Names, vocab: int, cols: int) -> str:
         """The rows of a table `[vocab, cols]` at the token ids."""
+        self._vocab = vocab
         self._ops.append(Embed(self._buffer(out, cols), self._weight(names, vocab, cols)))
         return out
 
@@ -120,6 +123,13 @@ class Builder:
         self._ops.append(Gate(self._buffer(out, self._buffers[x].cols // 2), x, activation))
         return out
 
+    def final_norm(self, out: str, x: str, names: Names, epsilon: float) -> str:
+        """RMS norm of x for the head, of the rows whose logits are wanted; and once more of every row, where
+        a run wants rows."""
+        self.norm(out, x, names, epsilon, "wanted")
+        self._output = Norm(self._buffer("output", self._buffers[x].cols), x, f"{names[0]}.weight", epsilon)
+        return out
+
     def lm_head(self, x: str, names: Names, vocab: int, *, tied: str | None = None) -> None:
         """The logits, and the draw of a token, in the last unit. `tied`: the name of the embedding's table,
         if it is also the LM head's matrix."""
@@ -132,6 +142,12 @@ class Builder:
         self._ops.append(Matmul(self._buffer("logits", vocab, self._buffers[x].domain), x, (weight,)))
         self._ops.append(Sample("logits"))
 
+    def label_head(self, x: str, names: Names, labels: int) -> None:
+        """The logits of labels, in the last unit. An LM head that the checkpoint has besides is not used."""
+        self._ignored += ("lm_head.weight",)
+        self._labels = labels
+        self.linear("logits", x, {names[0]: (names[1], labels)})
+
     def program(self, cut: str) -> Program:
         """The finished program; `cut` is the buffer that crosses from unit to unit."""
         self._end_unit()
@@ -142,7 +158,9 @@ class Builder:
             cut=(cut,),
             constants=tuple(self._constants),
             logits="logits",
-            vocab=self._buffers["logits"].cols,
+            vocab=self._vocab,
+            output=self._output,
+            labels=self._labels,
             ignored=self._ignored,
             window=self._window,
         )

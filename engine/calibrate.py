@@ -89,7 +89,7 @@ class Calibration:
         executor = _Recorder(bound)
         rows = len(self._tokens)
         nothing = SequenceKv(PagePool("f32"), (), 0)
-        sequence = SequenceRows(nothing, self._tokens, Sampling(), rows, 0, rows if last else 0, False)
+        sequence = SequenceRows(nothing, self._tokens, Sampling(), rows, 0, rows if last else 0, 0)
         self.hidden = executor.run([sequence], self.hidden, False, np.zeros(1, np.int32)).hidden
         return executor.sizes
 

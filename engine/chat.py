@@ -54,6 +54,8 @@ class Chat:
         …); None: the model has no such token. Errors: see `open`."""
         self.tokenizer = tokenizer
         self.special = {name: token for name, token in special.items() if token is not None}
+        self.source = template
+        """The template as it is written."""
         self._template = None if template is None else _compile(template)
         words = _literals(template)
         self.control = frozenset(  # tokens that are ordinary text when messages spell them

@@ -16,6 +16,8 @@ from .errors import ModelFileError, UnsupportedModelError, Warn, ignore
 
 _MAX_NUMBER = 1e30
 _MAX_COUNT = 1 << 24  # no real dimension or vocabulary is larger, and products of two fit in 64 bits
+_MAX_LABELS = 4096
+_CLASSIFIER = "ForSequenceClassification"  # suffix of transformers' classes with a classification head
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,10 @@ class Config:
     eos: tuple[int, ...]
     values: Mapping[str, Any] = field(repr=False)
     """All of config.json."""
+    labels: tuple[str, ...] = ()
+    """Names of the labels of a model with a classification head; empty: the model has an LM head."""
+    pad: int | None = None
+    """The token that a classification head passes over at the end of a text."""
     limit: str = field(default="", compare=False)
     """The reason, in parentheses, if `context` is less than in config.json; else empty."""
     where: str = field(default="config.json", compare=False)
@@ -106,7 +112,28 @@ def parse_config(values: Mapping[str, Any], where: str, warn: Warn = ignore) -> 
         context=config.count("max_position_embeddings", 2048),
         bos=_token(values.get("bos_token_id"), "bos_token_id", where),
         eos=_tokens(values.get("eos_token_id"), where),
+        labels=_labels(values, where),
+        pad=_token(values.get("pad_token_id"), "pad_token_id", where),
     )
+
+
+def _labels(values: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    kinds = values.get("architectures")
+    if not (isinstance(kinds, list) and kinds and str(kinds[0]).endswith(_CLASSIFIER)):
+        return ()
+    count, named = values.get("num_labels"), values.get("id2label")
+    if named is None:  # transformers leaves out what is its default: two labels
+        count = 2 if count is None else count
+        named = {str(i): f"LABEL_{i}" for i in range(count)} if type(count) is int and count < 1e4 else None
+    size = len(named) if isinstance(named, dict) else 0
+    names = [named.get(str(i)) for i in range(size)] if isinstance(named, dict) else []
+    labels = tuple(dict.fromkeys(name for name in names if isinstance(name, str) and name))
+    if not 0 < size <= _MAX_LABELS or len(labels) < size:
+        raise ModelFileError(
+            f"{where}: id2label must name the labels 0, 1, 2 … differently, at most {_MAX_LABELS}: it is "
+            f"{str(values.get('id2label'))[:200]}"
+        )
+    return labels
 
 
 def _token(value: object, key: str, where: str) -> int | None:

@@ -148,6 +148,8 @@ def _write_directory(
     if config.limit:
         warn(f"{checkpoint.path}: the model's context is {config.context} tokens{config.limit}")
     _check_names(checkpoint, program)
+    if program.labels and options.head_dtype:
+        raise ShoalError(f"{checkpoint.path} has a classification head, which stays f32: omit --head-dtype")
     if options.keep:
         options = replace(options, **asdict(kept_types(checkpoint, program, warn)), equalise=False)
     kv_dtype = options.kv_dtype or KV_DTYPES[options.dtype]

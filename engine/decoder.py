@@ -31,6 +31,8 @@ class Decoder:
     rotation: Rotation
     tied: bool
     """Whether the LM head's matrix is the embedding's table."""
+    labels: int = 0
+    """Labels of a classification head, which the model then has instead of an LM head."""
 
     @property
     def queries(self) -> int:
@@ -78,6 +80,7 @@ class Decoder:
             norm_epsilon=config.number("rms_norm_eps", 1e-6),
             rotation=Rotation.of(config),
             tied=config.flag("tie_word_embeddings"),
+            labels=len(config.labels),
         )
 
     def program(
@@ -118,6 +121,9 @@ class Decoder:
             gate_up = b.linear("gate_up", h, mlp_parts, bias=tuple(mlp_parts) if mlp_bias else ())
             b.add(x, b.gate("gated", gate_up, "silu"), ("down", "mlp.down_proj"), bias=mlp_bias)
         b.unit("head")
-        h = b.norm("final", x, ("norm", "model.norm"), epsilon, "wanted")
-        b.lm_head(h, ("head", "lm_head"), vocab, tied="embed" if self.tied else None)
+        h = b.final_norm("final", x, ("norm", "model.norm"), epsilon)
+        if self.labels:
+            b.label_head(h, ("score", "score"), self.labels)
+        else:
+            b.lm_head(h, ("head", "lm_head"), vocab, tied="embed" if self.tied else None)
         return b.program(cut=x)

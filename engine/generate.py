@@ -6,8 +6,6 @@ from collections.abc import Collection, Generator, Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
-import numpy as np
-
 from .batch import Run, Sampling, Want, common_prefix
 from .errors import CancelledRunError, ContextError, UnsupportedModelError
 from .stage import Stage
@@ -25,9 +23,26 @@ def check_prompt(prompt: Sequence[int], context: int, vocab: int | None = None) 
             f"the prompt has {len(prompt)} tokens and the context holds {context}, including the answer: "
             "shorten the prompt, or raise --context if the model allows"
         )
-    if vocab is not None and max(prompt) >= vocab:
+    _check_vocab("prompt", prompt, vocab)
+
+
+def check_text(tokens: Sequence[int], context: int, vocab: int | None = None) -> None:
+    """Checks token ids that are read, not answered. ContextError: there are none, or more than the context
+    has positions. UnsupportedModelError: see check_prompt."""
+    if not tokens:
+        raise ContextError("the text is empty")
+    if len(tokens) > context:
+        raise ContextError(
+            f"the text has {len(tokens)} tokens and the context holds {context}: shorten the text, or raise "
+            "--context if the model allows"
+        )
+    _check_vocab("text", tokens, vocab)
+
+
+def _check_vocab(what: str, tokens: Sequence[int], vocab: int | None) -> None:
+    if vocab is not None and max(tokens) >= vocab:
         raise UnsupportedModelError(
-            f"the prompt has the token {max(prompt)} and the model's embedding has {vocab} tokens, fewer "
+            f"the {what} has the token {max(tokens)} and the model's embedding has {vocab} tokens, fewer "
             "than its tokenizer.json: leave that token out, or fetch a checkpoint whose files belong together"
         )
 
@@ -49,29 +64,6 @@ def prompt_runs(sequence: int, first: int, tokens: Sequence[int], chunk: int) ->
         part = tokens[at : at + chunk]
         want = Want.TOKEN if at + chunk >= len(tokens) else Want.NOTHING
         yield Run(sequence, first + at, part, want)
-
-
-def logprobs(stage: Stage, tokens: Sequence[int], first: int) -> list[float]:
-    """The natural log-probabilities of tokens[first:], each after the tokens before it. `first` is at least
-    1, since nothing predicts the first token. Errors as for Stage.run."""
-    check_whole(stage)
-    rows = min(stage.options.max_wanted, stage.options.max_rows)
-    sequence = stage.open_sequence(None, Sampling(), len(tokens))
-    found: list[float] = []
-    try:
-        for at in range(0, first - 1, rows):
-            stage.run([Run(sequence, at, tokens[at : min(at + rows, first - 1)], Want.NOTHING)])
-        for at in range(first - 1, len(tokens) - 1, rows):
-            part = tokens[at : min(at + rows, len(tokens) - 1)]
-            (result,) = stage.run([Run(sequence, at, part, Want.LOGITS)])
-            assert result.logits is not None, "they were wanted"
-            drawn = tokens[at + 1 : at + 1 + len(part)]
-            values = result.logits.astype(np.float64) - result.logits.max(axis=1, keepdims=True)
-            totals = np.log(np.exp(values).sum(axis=1))
-            found += (values[np.arange(len(part)), drawn] - totals).tolist()
-    finally:
-        stage.close_sequence(sequence)
-    return found
 
 
 class Session:

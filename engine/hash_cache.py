@@ -47,8 +47,8 @@ class HashCache:
                 "pull or convert the model again"
             )
         stamp = _stamp(stat, entry)
-        if trust and self._load().get(path.name) == stamp:
-            return
+        if trust and stamp in (self._load().get(path.name), _read(self._path).get(path.name)):
+            return  # known from the start, or stored by another part of the program since
         if file_sha256(path) != entry.sha256:
             raise ModelFileError(
                 f"{path} was altered: its SHA-256 differs from the index's: pull or convert the model again"

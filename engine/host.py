@@ -16,9 +16,11 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from .errors import ShoalError
 from .kernel_files import integer, read_fields, read_lines, read_number, read_text
 
 _ROOT = Path("/")
+_MB = 1_000_000
 _BIG = 0.7
 """Lowest speed of a big core, as a fraction of the fastest core's. Middle cores have 0.75 to 0.9, small ones
 0.5 to 0.65."""
@@ -47,6 +49,11 @@ class Ram:
         return self.available
 
 
+def on_linux() -> bool:
+    """Whether the kernel is Linux. Android's is, and Python calls that a platform of its own since 3.13."""
+    return sys.platform.startswith(("linux", "android"))
+
+
 def ram(root: Path = _ROOT) -> Ram:
     """The RAM that this process may use: the lowest of all bounds."""
     machine = _machine(root)
@@ -58,6 +65,15 @@ def ram(root: Path = _ROOT) -> Ram:
     if machine.available is None:  # limits of containers and processes do not count other programs' memory
         return Ram(total, None, name)
     return Ram(total, min(total, *(b.available for b in bounds if b.available is not None)), name)
+
+
+def check_promise(asked_mb: int, there: Ram) -> None:
+    """ShoalError: the RAM that a process is asked to promise is more than it can have."""
+    if there.total is not None and asked_mb > -(-there.total // _MB):
+        raise ShoalError(
+            f"--ram {asked_mb} is more than the {there.total / _MB:.0f} MB {there.bound}, and a node that "
+            "uses more is killed while it answers: give a smaller number"
+        )
 
 
 def resident_bytes() -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
@@ -22,6 +22,8 @@ class Arriving:
     sampling: Sampling | None = None
     context: int = 0
     tokens: array[int] = field(default_factory=lambda: array("i"))
+    alike: dict[int, int] = field(default_factory=dict)
+    """Of other sequences, the number of positions that are said to have the same tokens."""
 
 
 class Incoming:
@@ -73,6 +75,42 @@ class Incoming:
         missing. ContextError: no memory for pages."""
         with self.locked():
             self._arriving(sequence).kv.accept(unit, first, last, data)
+            self._changed(sequence, first)
+
+    def share(self, sequence: int, source: int, units: Collection[int], positions: int) -> None:
+        """Lets a sequence have the first `positions` that have arrived for another one, in these units,
+        instead of what has arrived for it. Full pages are shared. `Stage.adopt` checks that their tokens are
+        the same. ValueError: they have not arrived. ContextError: no memory for a page."""
+        with self.locked() as sequences:
+            other = sequences.get(source)
+            if sequence == source or not units or positions < 1 or other is None:
+                raise ValueError(f"nothing of sequence {source} has arrived that {sequence} can share")
+            for u in units:
+                if other.kv.positions(u) < positions:
+                    raise ValueError(
+                        f"unit {u} has {other.kv.positions(u)} of the {positions} positions of sequence "
+                        f"{source} that {sequence} is to share"
+                    )
+            arriving = self._arriving(sequence)
+            for u in units:
+                arriving.kv.share(u, other.kv, positions)
+            self._changed(sequence, 0)
+            arriving.alike[source] = positions
+
+    def _changed(self, sequence: int, first: int) -> None:
+        """Positions from `first` on are not those any more that other sequences share."""
+        own = self._sequences[sequence].alike
+        for other in own:
+            own[other] = min(own[other], first)
+        for arriving in self._sequences.values():
+            if sequence in arriving.alike:
+                arriving.alike[sequence] = min(arriving.alike[sequence], first)
+
+    def alike(self, sequence: int) -> Mapping[int, int]:
+        """Of other sequences, the number of positions that are said to have the same tokens (`share`)."""
+        with self.locked() as sequences:
+            arriving = sequences.get(sequence)
+            return {} if arriving is None else dict(arriving.alike)
 
     def positions(self, sequence: int, unit: int) -> int:
         """Number of positions of a sequence that have arrived for a unit."""

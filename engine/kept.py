@@ -48,6 +48,8 @@ def kept_types(checkpoint: Checkpoint, program: Program, warn: Warn) -> Types:
     beside: dict[str, str] = {}  # the type and tensor of an embedding that is not tied
     head: dict[str, str] = {}  # the type and tensor of the LM head, and of an embedding tied to it
     for u, unit in enumerate(program.units):
+        if u == last and program.labels:
+            continue  # a classification head stays f32
         kinds = head if u == last or program.units[last].tied else beside
         for weight in unit.weights:
             if not weight.vector:

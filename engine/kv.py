@@ -271,7 +271,7 @@ class SequenceKv(KvRows):
         if u in self._units:
             self._cut_off(self._units[u], 0)
         self._units[u] = other._units.pop(u)
-        self._end = max(self._end, other._end)
+        self._end, self._shared = max(self._end, other._end), max(self._shared, other._shared)
 
     def check(self, first: int, units: range) -> None:
         """ValueError: one of these running units lacks positions before `first`."""
@@ -331,27 +331,35 @@ class SequenceKv(KvRows):
         for unit in self._units.values():
             self._cut_off(unit, positions)
 
-    def fork(self, positions: int) -> SequenceKv:
-        """A new sequence with the first `positions` of this one, as far as each unit holds them. Full pages
-        are shared, the last partial page is copied. ContextError: no memory for the copy."""
-        other = SequenceKv(self.pool, self._states, self._context)
+    def fork(self, positions: int, context: int | None = None) -> SequenceKv:
+        """A new sequence of at most `context` positions (None: as many as this one) with the first
+        `positions` of this one, as far as each unit holds them. Full pages are shared, the last partial page
+        is copied. ContextError: no memory for the copy."""
+        other = SequenceKv(self.pool, self._states, self._context if context is None else context)
         try:
-            for u, unit in self._units.items():
-                other._unit(u).positions = n = min(unit.positions, positions)
-                for (state, pages), theirs in zip(unit.rows(), other._unit(u).pages, strict=True):
-                    for page in pages[: n // PAGE]:
-                        page.users += 1
-                        theirs.append(page)
-                    if n % PAGE:
-                        theirs.append(self._copy(state, pages[n // PAGE], n % PAGE, first=n < PAGE))
-                other._end = max(other._end, n)
+            for u in self._units:
+                other.share(u, self, positions)
         except ContextError:
-            other._end = max(other._end, positions)
             other.truncate(0)
             raise
-        other._shared = other._end // PAGE * PAGE
-        self._shared = max(self._shared, other._shared)
         return other
+
+    def share(self, u: int, source: SequenceKv, positions: int) -> None:
+        """Lets unit u have the first `positions` of another sequence of the same pool, as far as that holds
+        them, and nothing else. Full pages are shared, the last partial page is copied. ContextError: no
+        memory for the copy; the unit then has some of the pages and no positions."""
+        unit, theirs = self._unit(u), source._units[u]
+        self._cut_off(unit, 0)
+        n = min(theirs.positions, positions)
+        self._end, whole = max(self._end, n), n // PAGE * PAGE
+        self._shared, source._shared = max(self._shared, whole), max(source._shared, whole)
+        for (state, pages), mine in zip(theirs.rows(), unit.pages, strict=True):
+            for page in pages[: n // PAGE]:
+                page.users += 1
+                mine.append(page)
+            if n % PAGE:
+                mine.append(self._copy(state, pages[n // PAGE], n % PAGE, first=n < PAGE))
+        unit.positions = n
 
     def export(self, u: int, first: int, last: int) -> bytes:
         """Keys and values of positions [first, last) of unit u, for `accept` on another device: whole chunks

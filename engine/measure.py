@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from .batch import Run, Sampling, Want
 from .costs import unit_cost
+from .invented import InventedModel, complete
 from .model_directory import Model
 from .stage import Stage, StageOptions
 
@@ -74,13 +75,15 @@ def measure(
     room: int = _BYTES,
     watch: Watch = stopwatch,
 ) -> DeviceMeasurements:
-    """Measures with layers of the model. Takes about `seconds` after loading them, or longer if a few steps
-    take longer. Loads at most `room` bytes of layers, but at least one layer. `watch` times the steps; a
-    device that imitates a slower one has its own.
+    """Measures with layers of the model, whose weights are invented where files are missing. Takes about
+    `seconds` after loading them, or longer if a few steps take longer. Loads at most `room` bytes of layers,
+    but at least one layer. `watch` times the steps; a device that imitates a slower one has its own.
 
     ValueError: the model has no layers."""
-    first, count = _layers(model, room)
+    first, count = layers_for(model, room)
     few = min(_FEW, count)
+    if not complete(model, 0, 1) or not complete(model, first, first + count):
+        model = InventedModel.open(model.path)
     share = seconds / (len(READING_ROWS) + len(COMPUTING_ROWS) + 8)
     with (
         Stage(
@@ -120,7 +123,7 @@ def best_threads(
 
     ValueError: the model has no layers.
     """
-    first, count = _layers(model)
+    first, count = layers_for(model)
     found: dict[int, float] = {}
     best, threads = 1, 1
     while threads <= most:
@@ -133,7 +136,7 @@ def best_threads(
     return best, found
 
 
-def _layers(model: Model, room: int = _BYTES) -> tuple[int, int]:
+def layers_for(model: Model, room: int = _BYTES) -> tuple[int, int]:
     """Unit of the first layer, and the number of layers from there on to measure with."""
     layers = [u for u in range(len(model.program.units)) if model.program.units[u].states]
     if not layers:

@@ -10,7 +10,6 @@ import ctypes
 import errno
 import mmap
 import os
-import sys
 import weakref
 from collections.abc import Iterable
 from contextlib import suppress
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .host import ram
+from .host import on_linux, ram
 from .layout import round_up
 
 HUGE_PAGE = 2 << 20
@@ -87,7 +86,7 @@ def forget(memory: NDArray[np.uint8]) -> int:
 def _forget_at(address: int, nbytes: int, holder: object) -> int:
     """Returns the whole pages of `nbytes` at `address` to the system; the number of bytes returned. `holder`
     keeps the mapping alive until then."""
-    if not sys.platform.startswith("linux"):  # elsewhere MADV_DONTNEED means something else
+    if not on_linux():  # elsewhere MADV_DONTNEED means something else
         return 0
     ctypes.CDLL(None).munlock(ctypes.c_void_p(address), ctypes.c_size_t(nbytes))
     return _advise(address, nbytes, mmap.MADV_DONTNEED)

@@ -7,17 +7,19 @@ see `hash_cache`."""
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import families
 from .config import Config, read_config
-from .errors import ModelFileError
+from .errors import ModelFileError, UnsupportedModelError
 from .hash_cache import HashCache
 from .index import COMMON, CONFIG, INDEX, Index, UnitEntry, read_index
 from .mapped import WholeFiles
@@ -55,6 +57,8 @@ class Model:
         self.program: Program = typed(families.build(config), *index.types)
         self.config = config.within(self.program.window)
         self._hashes = hashes
+        self._sharing = threading.Lock()
+        self._shared = WeakValueDictionary[tuple[str, bool], SafetensorsFile]()
         self._check_units()
 
     @classmethod
@@ -77,9 +81,17 @@ class Model:
         """Type of keys and values: f32, f16 or int8."""
         return self.index.kv_dtype
 
+    def check_generates(self) -> None:
+        """UnsupportedModelError: the model has a classification head, so that no token can be drawn."""
+        if self.program.labels:
+            raise UnsupportedModelError(
+                f"{self.path} has a classification head ({self.program.labels} labels) and no LM head, so it "
+                "generates no text: use LLM.classify or `shoal classify`, or choose another model"
+            )
+
     @property
     def n_units(self) -> int:
-        """Number of units: the embedding, the layers, and the final norm with the LM head."""
+        """Number of units: the embedding, the layers, and the final norm with the head."""
         return len(self.program.units)
 
     def files_of(self, first: int, last: int) -> tuple[str, ...]:
@@ -138,6 +150,21 @@ class Model:
         path = self.path / name
         self._hashes.check(path, self.index.files[name], also=_check_int8)
         return open_file(path, arena, watched=True)
+
+    def unlock(self) -> None:
+        """Replaces the lock of shared files, as WeightStore.unlock."""
+        self._sharing = threading.Lock()
+
+    def shared_file(self, name: str, arena: Arena | None = None) -> SafetensorsFile:
+        """As `open_file`. A file that several units need, such as a tied table, is the one that another stage
+        of this process has open already, if that has read or mapped it, too."""
+        if sum(name in unit.files for unit in self.index.units) < 2:
+            return self.open_file(name, arena)
+        with self._sharing:
+            file = self._shared.get((name, arena is None))
+            if file is None:
+                file = self._shared[name, arena is None] = self.open_file(name, arena)
+            return file
 
     def _weight(self, file: SafetensorsFile, weight: Weight) -> Tensor:
         infos = tensors_of(weight)

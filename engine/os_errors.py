@@ -46,7 +46,7 @@ _PLACES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, e
 """Errors that choosing another file or directory can avoid."""
 
 STANDARD_INPUT, STANDARD_OUTPUT = "standard input", "standard output"
-_STREAMS = {STANDARD_INPUT: "give the prompt as an argument", STANDARD_OUTPUT: "send the output elsewhere"}
+_STREAMS = {STANDARD_INPUT: "give the input as an argument", STANDARD_OUTPUT: "send the output elsewhere"}
 
 
 def translated(

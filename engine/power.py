@@ -14,14 +14,13 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from .host import big_cores, ram
+from .host import big_cores, on_linux, ram
 from .kernel_files import read_lines, read_number, read_text
 from .wait import waiter
 
@@ -110,7 +109,7 @@ def is_android() -> bool:
 
 def _supplies(root: Path) -> list[_Supply] | None:
     """The power supplies of this device, without those of mice and keyboards. None: the system hides them."""
-    if not sys.platform.startswith("linux"):
+    if not on_linux():
         return None
     try:
         paths = sorted((root / "sys/class/power_supply").iterdir())

@@ -2,7 +2,8 @@
 
 A family writes it once (`families/`); every backend runs it, and `costs` computes bytes and MACs from it. The
 buffers in `Program.cut` cross from one unit to the next. Units are 0 (embedding), 1 to n (layers) and n + 1
-(final norm and LM head); ranges of units are half-open."""
+(final norm and head); ranges of units are half-open. The head is an LM head, whose logits are those of
+tokens, or a classification head, whose logits are those of labels."""
 
 from __future__ import annotations
 
@@ -376,6 +377,11 @@ class Program:
     converted."""
     logits: str
     vocab: int
+    output: Norm | None = None
+    """The final norm once more, of every row and in f32, for `Want.ROWS`. It belongs to the last unit, and is
+    run only for a batch that wants it."""
+    labels: int = 0
+    """Labels of the classification head; 0: the model has an LM head."""
     ignored: tuple[str, ...] = ()
     """Patterns (fnmatch) of tensors that a checkpoint may have and the program does not use."""
     window: int | None = None
@@ -390,14 +396,26 @@ class Program:
         raise KeyError(name)
 
     @property
+    def logit_cols(self) -> int:
+        """Columns of a row of logits: tokens of the vocabulary, or labels."""
+        return self.buffer(self.logits).cols
+
+    @property
+    def output_cols(self) -> int:
+        """Columns of a row of `output`."""
+        return 0 if self.output is None else self.buffer(self.output.out).cols
+
+    @property
     def cut_cols(self) -> int:
         """Columns of a hidden row: the concatenated buffers of the cut."""
         return sum(self.buffer(name).cols for name in self.cut)
 
     def ops(self, first: int, last: int) -> Iterator[tuple[int, Op]]:
         """The ops (unit, op) of a stage with units [first, last), in order; ops of the prologue have unit
-        -1."""
+        -1. `output` is among those of the last unit."""
         body = [(u, op) for u in range(first, last) for op in self.units[u].ops]
+        if self.output is not None and last == len(self.units):
+            body.insert(len(body) - len(self.units[-1].ops), (last - 1, self.output))
         read = {name for _, op in body for name in op.reads()}
         yield from ((-1, op) for op in self.prologue if op.writes() in read)
         yield from body

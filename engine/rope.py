@@ -7,12 +7,14 @@ must not differ. Sources: Su et al., arXiv 2104.09864; the scaling rules of Hugg
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 from .config import Config
 from .errors import UnsupportedModelError
 
+_LARGEST = sys.float_info.max
 _TRAINED = "original_max_position_embeddings"
 Scaling = tuple[tuple[str, float | str], ...]
 
@@ -103,7 +105,7 @@ class Rotation:
 
     def _factor(self, key: str) -> float:
         value = dict(self.scaling).get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST:
             raise UnsupportedModelError(
                 f"{self.where}: rope_scaling: {key} must be a positive number, not {value!r}"
             )
@@ -118,6 +120,8 @@ def _given(config: Config, key: str) -> dict[str, Any]:
     if any(isinstance(value, dict) for value in given.values()):
         raise config.unsupported(f"{key} differs among layers, which is not supported")
     kind = given.get("rope_type", given.get("type", "default"))
+    if isinstance(kind, float):  # NaN differs from itself
+        raise config.unsupported(f"{key}: the rope_type {kind!r} is not supported")
     if given.get("type", kind) != kind:
         config.warn(
             f"{config.where}: {key} has the rope_type {kind!r} and the type {given['type']!r}; rope_type is "

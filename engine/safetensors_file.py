@@ -14,7 +14,7 @@ import math
 import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -73,6 +73,10 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def moved(self, by: int) -> TensorInfo:
+        """The same tensor, so many bytes further on."""
+        return replace(self, begin=self.begin + by, end=self.end + by)
 
 
 class SafetensorsFile:
@@ -220,7 +224,7 @@ def write(path: Path, tensors: Sequence[TensorInfo], arrays: Iterable[NDArray[An
 
     The file appears under its name only when it is complete and on the disk. ValueError: an array does not
     match its tensor. OSError: it cannot be written."""
-    placed, header = _lay_out(tensors)
+    placed, header = lay_out(tensors)
     digest = hashlib.sha256()
     part = path.with_name(path.name + ".part")
     try:
@@ -237,7 +241,7 @@ def write(path: Path, tensors: Sequence[TensorInfo], arrays: Iterable[NDArray[An
     return size, digest.hexdigest()
 
 
-def _lay_out(tensors: Sequence[TensorInfo]) -> tuple[list[TensorInfo], bytes]:
+def lay_out(tensors: Sequence[TensorInfo]) -> tuple[list[TensorInfo], bytes]:
     """Tensors and padding tensors with their offsets in the data, and the header that describes them."""
     placed: list[TensorInfo] = []
     at = 0

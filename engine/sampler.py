@@ -7,11 +7,17 @@ same token.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 from .arrays import F32
 from .batch import Logprobs, Sampling
+
+Allow = Callable[[Sequence[int]], Collection[int] | None]
+"""The tokens that may follow those of an answer so far; None: all. It is called before each token is drawn,
+perhaps again with the same tokens, and other answers wait meanwhile. What it raises ends the answer."""
 
 _MASK = (1 << 64) - 1
 
@@ -76,7 +82,7 @@ def draw(
 def report(logits: F32, drawn: int, count: int) -> Logprobs:
     """The log-probabilities of the drawn token and of the `count` likeliest, from logits `[vocab]`."""
     values = logits.astype(np.float64) - float(logits.max())
-    values -= np.log(np.exp(values).sum())
+    values = (values - np.log(np.exp(values).sum())).astype(np.float32)
     likeliest = np.argsort(-logits, kind="stable")[:count].tolist()
     return Logprobs(float(values[drawn]), tuple((i, float(values[i])) for i in likeliest))
 
@@ -84,6 +90,19 @@ def report(logits: F32, drawn: int, count: int) -> Logprobs:
 def allowed_tokens(allowed: NDArray[np.uint8], vocab: int) -> NDArray[np.bool_]:
     """The mask of allowed tokens `[vocab]`, from its bits."""
     return np.unpackbits(allowed, count=vocab, bitorder="little").astype(bool)
+
+
+def mask_of(tokens: Collection[int], vocab: int) -> NDArray[np.uint8]:
+    """The bits of a mask that allows these tokens. ValueError: there are none, or one is not in the
+    vocabulary."""
+    ids = tokens if isinstance(tokens, np.ndarray) else np.fromiter(tokens, np.int64, len(tokens))
+    if not len(ids):
+        raise ValueError("no token may follow: allow at least one")
+    if ids.min() < 0 or ids.max() >= vocab:
+        raise ValueError(f"a token that may follow is not in [0, {vocab})")
+    mask = np.zeros(vocab, bool)
+    mask[ids] = True
+    return np.packbits(mask, bitorder="little")
 
 
 def check_allowed(allowed: NDArray[np.uint8], vocab: int) -> None:

@@ -179,20 +179,29 @@ class Stage:
         sequence: int | None = None,
         positions: int | None = None,
         sampling: Sampling | None = None,
+        context: int | None = None,
     ) -> int:
         """Opens a sequence with the first `positions` (None: all) of the sequence `source`, and returns its
         number. Full pages are shared until one of the two writes to them; the last partial page is copied.
-        KeyError: `source` is not open. ValueError: the number is taken, or the source has fewer positions.
-        ContextError: no memory for the copied page."""
+        `sampling` and `context`: its own, None for those of the source. KeyError: `source` is not open.
+        ValueError: the number is taken, the source has fewer positions, or the sampling biases a token that
+        is not in the vocabulary. ContextError: no memory for the copied page, or the context is longer than
+        the model's, or shorter than what it begins with."""
         with self._calls.alone():
             state = self._sequences[source]
             n = state.length if positions is None else positions
             if not 0 <= n <= state.length:
                 raise ValueError(f"sequence {source} holds {state.length} positions, so {n} cannot be forked")
+            sampling = sampling or state.sampling
+            context = self._check_parameters(
+                len(state.tokens) if context is None else context, [token for token, _ in sampling.bias]
+            )
+            if n > context:
+                raise ContextError(f"{n} positions of sequence {source} exceed the context of {context}")
             number = self._free_number(sequence)
-            kv = state.kv.fork(n)
+            kv = state.kv.fork(n, context)
             kv.arrange(self.first, self.last)
-            self._sequences[number] = OpenSequence(kv, state.tokens.copy(), n, sampling or state.sampling)
+            self._sequences[number] = OpenSequence.begun(kv, context, sampling, state.tokens[:n])
             return number
 
     def close_sequence(self, sequence: int) -> None:
@@ -417,10 +426,10 @@ class Stage:
         earlier calls.
 
         ValueError: a run does not fit its sequence or this stage, or another thread is running the sequence.
-        ContextError: a sequence exceeds its context, or no memory for pages. FloatingPointError: NaN or
-        infinity in inputs or logits. CancelledRunError: see `cancel`. ModelFileError: a mapped file of the
-        model was truncated. After an error the sequences hold the positions before the batch's, and none from
-        there on."""
+        ContextError: a sequence exceeds its context, or no memory for pages. UnsupportedModelError: a token
+        is wanted of a model without an LM head. FloatingPointError: NaN or infinity in inputs or logits.
+        CancelledRunError: see `cancel`. ModelFileError: a mapped file of the model was truncated. After an
+        error the sequences hold the positions before the batch's, and none from there on."""
         with self._calls.run([run.sequence for run in batch]) as cancel:
             try:
                 return self._run(batch, cancel)
@@ -494,6 +503,12 @@ class Stage:
                 f"{len(state.tokens)}"
             )
         self._check_tokens(run.tokens)
+        if run.history is not None:
+            if run.history.shape != (end,):
+                raise ValueError(f"a history of shape {run.history.shape} is not one of {end} positions")
+            self._check_tokens(run.history)
+        if run.sampling is not None:
+            self._check_tokens([token for token, _ in run.sampling.bias])
         if not bound.reads_tokens:
             width = self.model.program.cut_cols
             if run.hidden is None or run.hidden.shape != (n, width):
@@ -504,24 +519,32 @@ class Stage:
         state.kv.check(run.first, units)
         if run.part is None:
             state.length = min(state.length, run.first)  # set to the new length once the run succeeds
-        else:
-            known = state.tokens[run.first : min(end, state.length)]
-            if not np.array_equal(known, run.tokens[: len(known)]):
-                raise ValueError(
-                    f"sequence {run.sequence} has other tokens than a run of a part of its units"
-                )
         kv = self._allocated(state.kv, run, units)
         state.tokens[run.first : end] = run.tokens
+        if run.history is not None:
+            state.tokens[:end] = run.history
         want = run.want if bound.last else Want.NOTHING
-        wanted = {Want.NOTHING: 0, Want.TOKEN: 1, Want.LOGITS: n}[want]
-        report = run.report if want is Want.TOKEN else None
+        if want in (Want.TOKEN, Want.TOKENS, Want.SCORES):
+            self.model.check_generates()
+        wanted = n if want in (Want.LOGITS, Want.TOKENS, Want.SCORES) else int(want is Want.TOKEN)
+        given = None
+        report = run.report if want in (Want.TOKEN, Want.TOKENS, Want.SCORES) else None
         if report is not None and not 0 <= report <= min(MOST_REPORTED, self.model.program.vocab):
             raise ValueError(f"log-probabilities of {report} tokens are wanted, more than {MOST_REPORTED}")
+        if want is Want.SCORES:
+            if run.following is None:
+                raise ValueError("scores are wanted, and Run.following is None")
+            self._check_tokens([run.following])
+            given, report = np.array([*run.tokens[1:], run.following], np.int32), report or 0
         if run.allowed is not None:
             check_allowed(run.allowed, self.model.program.vocab)
         return SequenceRows(
-            *(kv, state.tokens, state.sampling, n, run.first, wanted, want is Want.TOKEN, report),
+            *(kv, state.tokens, run.sampling or state.sampling, n, run.first, wanted),
+            wanted if want in (Want.TOKEN, Want.TOKENS) else 0,
+            report,
             run.allowed if want is Want.TOKEN else None,
+            given,
+            want is Want.ROWS,
         )
 
     def _allocated(self, kv: SequenceKv, run: Run, units: range) -> KvRows:
@@ -551,8 +574,9 @@ class Stage:
         self._check_tokens(tokens)
         return context
 
-    def _check_tokens(self, tokens: Sequence[int]) -> None:
-        if len(tokens) and (min(tokens) < 0 or max(tokens) >= self.model.program.vocab):
+    def _check_tokens(self, tokens: Sequence[int] | NDArray[np.int32]) -> None:
+        ids = np.asarray(tokens)
+        if len(ids) and (ids.min() < 0 or ids.max() >= self.model.program.vocab):
             raise ValueError(f"a token id is not in [0, {self.model.program.vocab})")
 
     def _free_number(self, sequence: int | None) -> int:
@@ -579,19 +603,32 @@ class Stage:
         while self._ended:
             number = self._ended.popleft()
             self._kept.forget(number)
+            self._calls.forget([number])
             if state := self._sequences.pop(number, None):
                 state.kv.truncate(0)
 
     def _results(self, batch: Sequence[Run], rows: Sequence[SequenceRows], outcome: Outcome) -> list[Result]:
         results, row, wanted = [], 0, 0
-        for i, (run, item) in enumerate(zip(batch, rows, strict=True)):
+        for run, item in zip(batch, rows, strict=True):
             hidden = None if outcome.hidden is None else outcome.hidden[row : row + item.rows]
             logits = None
             if run.want is Want.LOGITS and outcome.logits is not None:
                 logits = outcome.logits[wanted : wanted + item.wanted]
-            token = int(outcome.drawn[i]) if item.sample else None
-            reported = outcome.reports.get(i)
-            results.append(Result(run.sequence, run.first, item.rows, hidden, token, logits, reported))
+            told = [outcome.reports[i] for i in range(wanted, wanted + item.wanted) if i in outcome.reports]
+            drawn = outcome.drawn[wanted : wanted + item.wanted].tolist() if item.sample else []
+            token = drawn.pop() if run.want is Want.TOKEN and drawn else None
+            output = None
+            if item.output and outcome.output is not None:
+                output = outcome.output[row : row + item.rows]
+            results.append(
+                Result(
+                    *(run.sequence, run.first, item.rows, hidden, token, logits),
+                    () if run.report is None else tuple(told),
+                    tuple(drawn),
+                    () if item.given is None else tuple(one.drawn for one in told),
+                    output,
+                )
+            )
             row, wanted = row + item.rows, wanted + item.wanted
         return results
 

@@ -17,7 +17,7 @@ def chosen(given: int | None, backend: str, isa: str) -> tuple[int, str]:
     """The number of threads, and how it was chosen, in words; "" if it was `given`."""
     if given is not None:
         return given, ""
-    kept = _read().get(_key(backend, isa))
+    kept = _read().get(device_key(backend, isa))
     if type(kept) is int and 1 <= kept <= most_threads():
         return kept, "the fastest by shoal profile"
     threads, quota = default_threads(), cpu_quota()
@@ -30,7 +30,7 @@ def keep(threads: int, backend: str, isa: str) -> bool:
     try:
         path = _path()
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps({**_read(), _key(backend, isa): threads}, indent=1))
+        write_whole(path, json.dumps({**_read(), device_key(backend, isa): threads}, indent=1))
     except (OSError, RuntimeError):  # a full disk, or no home directory: the profile is still printed
         return False
     return True
@@ -40,7 +40,8 @@ def _path() -> Path:
     return cache_directory() / "threads.json"
 
 
-def _key(backend: str, isa: str) -> str:
+def device_key(backend: str, isa: str) -> str:
+    """What the speed of this device depends on, as far as it is known."""
     parts = [backend, isa]
     if backend == "native":
         from .backends.native import build_hash

@@ -4,7 +4,6 @@ It wraps Hugging Face's `tokenizers`, imported on first use, because a node does
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,8 @@ if TYPE_CHECKING:
 
 _SPACE = "\u2581"
 _REPLACEMENT = "\ufffd"
-_BYTE = re.compile("<0x[0-9A-F]{2}>")
+_BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
+_LONG = 1 << 16
 
 
 class Tokenizer:
@@ -31,6 +31,10 @@ class Tokenizer:
         self._twins = PlainTwins(backend)
         self._added = backend.get_added_tokens_decoder()
         self._special = frozenset(i for i, token in self._added.items() if token.special)
+        found = (backend.token_to_id(spelled) for spelled in _BYTE_TOKENS)
+        self._byte_tokens = frozenset(i for i in found if i is not None)
+        self._alone: dict[tuple[int, bool], str] = {}
+        """Decoded tokens, as far as any was asked for by itself."""
 
     @classmethod
     def open(cls, directory: Path | str) -> Tokenizer:
@@ -64,7 +68,7 @@ class Tokenizer:
         chat template has its own. `control` recognises special tokens that the text spells, as in a raw
         prompt. Without it their spelling is ordinary text, as it should be in text from other people."""
         if control:
-            return list(self._backend.encode(text, add_special_tokens=special).ids)
+            return list(self._encoded(text, special=special).ids)
         return self.encode_where(text, self._special, never, special=special)
 
     def encode_where(
@@ -72,11 +76,17 @@ class Tokenizer:
     ) -> list[int]:
         """Token ids of a text. An added token in `control` is recognised only where it is `genuine`;
         elsewhere its spelling is ordinary text. `special` adds begin and end tokens."""
-        encoding = self._backend.encode(text, add_special_tokens=False)
+        encoding = self._encoded(text, special=False)
         spelled = {i: self._added[i] for i in control}
         if not all(genuine(*found) for found in self._twins.find(encoding, text, spelled)):
             encoding = self._twins.encode(text, encoding, spelled, genuine)
         return list(self._backend.post_process(encoding, None, special).ids)
+
+    def _encoded(self, text: str, *, special: bool) -> Any:
+        """The library's encoding. A long one lets other threads run, which its `encode` does not."""
+        if len(text) < _LONG:
+            return self._backend.encode(text, add_special_tokens=special)
+        return self._backend.encode_batch([text], add_special_tokens=special)[0]
 
     @property
     def added_tokens(self) -> dict[int, tuple[str, bool]]:
@@ -87,6 +97,13 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of token ids. Invalid UTF-8 becomes U+FFFD."""
         text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special)
+        return text
+
+    def decode_one(self, i: int, *, skip_special: bool = True) -> str:
+        """The text of one token id, as `decode` has it; quicker, since it is kept."""
+        text = self._alone.get((i, skip_special))
+        if text is None:
+            text = self._alone[i, skip_special] = self.decode([i], skip_special=skip_special)
         return text
 
     @property
@@ -117,6 +134,10 @@ class Tokenizer:
         """Whether the token is special: a marker, such as the end of a turn, rather than text."""
         return i in self._special
 
+    def is_byte(self, i: int) -> bool:
+        """Whether the token stands for a byte in the way of sentencepiece, such as <0x0A>."""
+        return i in self._byte_tokens
+
 
 class Detokenizer:
     """Decodes token ids one at a time. The pieces, joined, are the decoding of all ids together.
@@ -138,7 +159,7 @@ class Detokenizer:
         if self._skip and self._tokenizer.is_special(token):
             return ""
         self._ids.append(token)
-        return "" if _BYTE.fullmatch(self._tokenizer.token(token) or "") else self._take(hold=True)
+        return "" if self._tokenizer.is_byte(token) else self._take(hold=True)
 
     def flush(self) -> str:
         """Returns the text that was held back. Call it after the last token."""
@@ -154,6 +175,8 @@ class Detokenizer:
         return text[len(before) :]
 
     def _decode(self, ids: Sequence[int]) -> str:
+        if len(ids) == 1:  # nearly always: the token before the new one
+            return self._tokenizer.decode_one(ids[0], skip_special=self._skip)
         return self._tokenizer.decode(ids, skip_special=self._skip)
 
 
@@ -170,6 +193,8 @@ class StopBuffer:
         """Adds text; returns the part that certainly precedes any stop string, which may be empty."""
         if self.stopped:
             return ""
+        if not self._stops:
+            return text
         self._held += text
         found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:

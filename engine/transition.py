@@ -25,7 +25,9 @@ class OpenSequence:
     sampling: Sampling
 
     @classmethod
-    def begun(cls, kv: SequenceKv, context: int, sampling: Sampling, history: Sequence[int]) -> OpenSequence:
+    def begun(
+        cls, kv: SequenceKv, context: int, sampling: Sampling, history: Sequence[int] | NDArray[np.int32]
+    ) -> OpenSequence:
         """A sequence of at most `context` positions with the tokens of a history."""
         tokens = np.zeros(context, np.int32)
         tokens[: len(history)] = history
@@ -70,6 +72,24 @@ class Transition:
                         f"unit {u} holds {held} of the {positions} positions of sequence {number}: "
                         "send the others first"
                     )
+
+        self._check_alike(sequences)
+
+    def _check_alike(self, sequences: Mapping[int, OpenSequence]) -> None:
+        """ValueError: two sequences were said to begin alike, and their tokens differ."""
+        for number, positions in self.kept.items():
+            alike = self.arriving[number].alike if number in self.arriving else {}
+            for other, shared in alike.items():
+                n = min(shared, positions, self.kept.get(other, 0))
+                if list(self._tokens(sequences, number, n)) != list(self._tokens(sequences, other, n)):
+                    raise ValueError(
+                        f"sequences {number} and {other} share {n} positions, and their tokens differ"
+                    )
+
+    def _tokens(self, sequences: Mapping[int, OpenSequence], number: int, n: int) -> Sequence[int]:
+        """The first n tokens of a sequence."""
+        own = sequences.get(number)
+        return list(self.arriving[number].tokens[:n]) if own is None else own.tokens[:n].tolist()
 
     def apply(
         self, sequences: dict[int, OpenSequence], pool: PagePool, states: Sequence[Sequence[KvState]]

@@ -11,9 +11,10 @@ from .program import Buffer, Matmul, Op, Program, Quantise, Unit, Weight, Weight
 
 def typed(program: Program, matrices: WeightType, head: WeightType) -> Program:
     """The program with types: `head` for the LM head and an embedding tied to it, `matrices` for all other
-    matrices. Inputs of quantised matrices are quantised."""
+    matrices. A classification head, which is small, stays f32. Inputs of quantised matrices are quantised."""
     last = len(program.units) - 1
     shared = program.units[last].tied
+    head = "f32" if program.labels else head
 
     def weight(u: int, w: Weight) -> Weight:
         if w.vector:

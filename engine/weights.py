@@ -23,7 +23,7 @@ class WeightStore:
 
     Files are copied into memory or mapped, according to `StageOptions.resident`. The memory of a file is
     freed once neither a loaded unit nor a bound program refers to it, so a table that two units share stays
-    while one of them is loaded."""
+    while one of them is loaded, here or in another stage of the same Model."""
 
     def __init__(self, model: Model, resident: bool | None = None) -> None:
         self.model = model
@@ -45,8 +45,9 @@ class WeightStore:
         return frozenset(self._units)
 
     def unlock(self) -> None:
-        """Replaces the lock. Called in a forked process, where the thread that held it does not exist."""
+        """Replaces the locks. Called in a forked process, where a thread that held one does not exist."""
         self._lock = threading.Lock()
+        self.model.unlock()
 
     def load(self, first: int, last: int) -> None:
         """Loads those of units [first, last) that are not loaded yet. ModelFileError: a file is missing or
@@ -67,7 +68,7 @@ class WeightStore:
 
             def opened(name: str) -> SafetensorsFile:
                 if name not in files:
-                    files[name] = model.open_file(name, arena)
+                    files[name] = model.shared_file(name, arena)
                 return files[name]
 
             for i, unit in enumerate(missing):

@@ -48,7 +48,7 @@ class BoundProgram:
     reads_tokens: bool
     """Whether the range starts with the embedding; else its input is the cut."""
     last: bool
-    """Whether the range ends with the LM head; its output is logits instead of the cut."""
+    """Whether the range ends with the head; its output is logits instead of the cut."""
     max_rows: int
     max_wanted: int
 
@@ -65,22 +65,31 @@ class SequenceRows:
     first: int
     wanted: int
     """Number of logit rows, the last ones: 0, 1 or `rows`."""
-    sample: bool
+    sample: int
+    """From how many of the last rows a token is drawn: 0, 1 or `wanted`."""
     report: int | None = None
-    """See batch.Run."""
+    """Log-probabilities of each drawn or given token are reported, and of so many of the likeliest; None:
+    none are."""
     allowed: NDArray[np.uint8] | None = None
     """See batch.Run."""
+    given: NDArray[np.int32] | None = None
+    """The token `[wanted]` of each wanted row, where none are drawn."""
+    output: bool = False
+    """Whether the rows of the program's `output` are wanted. If one sequence wants its, those of all are
+    given."""
 
 
 @dataclass(slots=True)
 class Outcome:
-    """The output of a batch: the cut `[rows, hidden]`, or logits `[wanted, vocab]`; one drawn token (or -1)
-    per sequence; and the log-probabilities that sequences want reported, by index."""
+    """The output of a batch: the cut `[rows, hidden]`, or logits `[wanted, vocab]`; the drawn or given token
+    `[wanted]` of each wanted row, or -1; the log-probabilities that are reported, by wanted row; and the
+    program's `output` `[rows, hidden]`."""
 
     hidden: F32 | None
     logits: F32 | None
     drawn: NDArray[np.int32]
     reports: dict[int, Logprobs] = field(default_factory=dict)
+    output: F32 | None = None
 
 
 class Executor(Protocol):

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,23 +17,16 @@ from ..arrays import F32
 from ..batch import Logprobs
 from ..errors import CancelledRunError, MissingDependencyError, ShoalError
 from ..host import big_cores
-from ..program import Op
 from ..source_hash import source_hash
 from ._abi import ffi
-from .base import CANCELLED, BoundProgram, Outcome, SequenceRows, WeightData
+from .base import CANCELLED, BoundProgram, Outcome, SequenceRows
+from .native_program import ENUMS, describe, keep_buffer
 
 _ERROR_BYTES = 512
 _ISA: dict[str, int] = {
     name.removeprefix("SHOAL_ISA_").lower(): value
     for name, value in ffi.typeof("enum shoal_isa").relements.items()
 }
-_ENUMS = {
-    name: value
-    for enum in ("type", "domain", "activation", "op_kind", "status")
-    for name, value in ffi.typeof(f"enum shoal_{enum}").relements.items()
-}
-_KV_TYPES = {"f32": "SHOAL_F32", "f16": "SHOAL_F16", "int8": "SHOAL_Q8"}
-_OP_FIELDS = frozenset(name for name, _ in ffi.typeof("shoal_op").fields)
 
 
 def library_path() -> Path:
@@ -148,18 +140,19 @@ class NativeExecutor:
         self._error = ffi.new("char[]", _ERROR_BYTES)
         self._keep: list[Any] = []  # objects that C has pointers to
         handle = ffi.new("shoal_executor **")
-        program = self._program()
+        program = describe(bound, self._keep)
         self._check(lib.shoal_open(program, pool, isa, handle, self._error, _ERROR_BYTES))
         self._executor = ffi.gc(handle[0], lib.shoal_close)
         self.workspace_bytes = int(lib.shoal_workspace_bytes(self._executor))
         self._batch = ffi.new("shoal_batch *")
         self._cut = [bound.program.buffer(name).cols for name in bound.program.cut]
         self._inputs = ffi.new("float *[]", len(self._cut))
-        self._outputs = ffi.new("float *[]", len(self._cut) if not bound.last else 1)
+        self._outputs = ffi.new("float *[]", len(self._cut) if not bound.last else 2)
         # The tables of a batch are reused: new objects would be cache misses, since a step evicts Python's
         # memory from the caches.
         self._described = ffi.new("shoal_sequence[]", bound.max_rows)
-        self._tokens, self._drawn = np.zeros((2, bound.max_rows), np.int32)
+        self._tokens = np.zeros(bound.max_rows, np.int32)
+        self._drawn = np.zeros(max(bound.max_wanted, 1), np.int32)
         self._batch.sequences = self._described
         self._batch.tokens = keep_buffer(self._keep, "int32_t[]", self._tokens)
         self._batch.drawn = keep_buffer(self._keep, "int32_t[]", self._drawn)
@@ -194,109 +187,70 @@ class NativeExecutor:
             item.pages, item.pages_stride, item.history = pages, s.kv.table.shape[1], history
             item.sampling = _sampling(s, keep)
             item.reported = 0 if s.report is None else 1 + s.report
+            item.given = ffi.NULL if s.given is None else keep_buffer(keep, "int32_t[]", s.given)
             self._tokens[row : row + s.rows] = s.history[s.first : s.first + s.rows]
             row, wanted = row + s.rows, wanted + s.wanted
         if hidden is not None:
             for i, part in enumerate(self._parts(hidden)):
                 self._inputs[i] = keep_buffer(keep, "float[]", np.ascontiguousarray(part, np.float32))
-        outs: list[F32] = []
+        logits = output = None
+        outs: list[F32 | None] = []
         if not bound.last:
-            outs = [np.empty((row, cols), np.float32) for cols in self._cut]
-        elif want_logits:
-            outs = [np.empty((wanted, bound.program.vocab), np.float32)]
-        self._outputs[0] = ffi.NULL
+            outs += [np.empty((row, cols), np.float32) for cols in self._cut]
+        else:
+            if want_logits:
+                logits = np.empty((wanted, bound.program.logit_cols), np.float32)
+            if any(s.output for s in sequences):
+                output = np.empty((row, bound.program.output_cols), np.float32)
+            outs += [logits, output]
         for i, out in enumerate(outs):
-            self._outputs[i] = keep_buffer(keep, "float[]", out)
+            self._outputs[i] = ffi.NULL if out is None else keep_buffer(keep, "float[]", out)
         batch.n_sequences, batch.cancel = len(sequences), keep_buffer(keep, "int32_t[]", cancel)
         most = batch.most_reported = max(item.reported for item in described[0 : len(sequences)])
-        reports, logprobs = np.empty((2, len(sequences), most), np.int32)
+        reports, logprobs = np.empty((2, wanted, most), np.int32)
         if most:
             batch.reports = keep_buffer(keep, "int32_t[]", reports)
             batch.logprobs = ffi.cast("float *", keep_buffer(keep, "int32_t[]", logprobs))
         self._check(self._lib.shoal_run(self._executor, batch, self._error, _ERROR_BYTES))
-        drawn = self._drawn[: len(sequences)].copy()
+        drawn = self._drawn[:wanted].copy()
         if bound.last:
-            told = {
-                i: _logprobs(reports[i, : 1 + s.report], logprobs[i].view(np.float32))
-                for i, s in enumerate(sequences)
-                if s.sample and s.report is not None
-            }
-            return Outcome(None, outs[0] if outs else None, drawn, told)
-        return Outcome(outs[0] if len(outs) == 1 else np.concatenate(outs, axis=1), None, drawn)
+            told = _reported(sequences, reports, logprobs.view(np.float32)) if most else {}
+            return Outcome(None, logits, drawn, told, output)
+        cut = [out for out in outs if out is not None]
+        return Outcome(cut[0] if len(cut) == 1 else np.concatenate(cut, axis=1), None, drawn)
 
     def _parts(self, hidden: F32) -> list[F32]:
         """A hidden row's columns, split by the buffers of the cut."""
         return [hidden] if len(self._cut) == 1 else np.split(hidden, np.cumsum(self._cut)[:-1], axis=1)
 
     def _check(self, status: int) -> None:
-        if status == _ENUMS["SHOAL_OK"]:
+        if status == ENUMS["SHOAL_OK"]:
             return
         message = ffi.string(self._error).decode(errors="replace")
-        if status == _ENUMS["SHOAL_E_CANCELLED"]:
+        if status == ENUMS["SHOAL_E_CANCELLED"]:
             raise CancelledRunError(CANCELLED)
-        if status == _ENUMS["SHOAL_E_NONFINITE"]:
+        if status == ENUMS["SHOAL_E_NONFINITE"]:
             raise FloatingPointError(message)
-        if status == _ENUMS["SHOAL_E_MEMORY"]:
+        if status == ENUMS["SHOAL_E_MEMORY"]:
             raise ShoalError(f"out of memory ({message}): close other programs, or run fewer layers here")
         raise ShoalError(f"the C library refused the program or batch: {message}")
 
-    def _program(self) -> Any:
-        """A `shoal_program` with its tables."""
-        bound, keep = self._bound, self._keep
-        weight_rows = {key: row for row, key in enumerate(bound.weights)}
-        buffer_rows = {b.name: row for row, b in enumerate(bound.program.buffers)}
-        state_rows = {(unit, state.name): row for row, (unit, state) in enumerate(bound.states)}
-        ops = ffi.new("shoal_op[]", [_op(u, op, buffer_rows, weight_rows, state_rows) for u, op in bound.ops])
-        buffers = ffi.new(
-            "shoal_buffer[]",
-            [
-                (
-                    _ENUMS[f"SHOAL_{b.type.upper()}"],
-                    b.cols,
-                    _ENUMS[f"SHOAL_{'ALL' if b.domain == 'rows' else 'WANTED'}_ROWS"],
-                )
-                for b in bound.program.buffers
-            ],
-        )
-        weights = ffi.new("shoal_weight[]", [_weight(w, keep) for w in bound.weights.values()])
-        kv_type = _ENUMS[_KV_TYPES[bound.kv_type]]
-        states = ffi.new("shoal_state[]", [(kv_type, s.kv_heads, s.head_dim) for _, s in bound.states])
-        cut = [buffer_rows[name] for name in bound.program.cut]
-        inputs = ffi.new("int32_t[]", [] if bound.reads_tokens else cut)
-        outputs = ffi.new("int32_t[]", [buffer_rows[bound.program.logits]] if bound.last else cut)
-        keep += [ops, buffers, weights, states, inputs, outputs]
-        program = ffi.new("shoal_program *")
-        program.ops, program.buffers, program.weights = ops, buffers, weights
-        program.states, program.inputs, program.outputs = states, inputs, outputs
-        program.n_ops, program.n_buffers, program.n_weights = len(ops), len(buffers), len(weights)
-        program.n_states, program.n_inputs, program.n_outputs = len(states), len(inputs), len(outputs)
-        program.max_rows, program.max_wanted = bound.max_rows, bound.max_wanted
-        return program
 
-
-def keep_buffer(keep: list[Any], ctype: str, array: NDArray[Any]) -> Any:
-    """A C pointer to an array's memory. `keep` holds a reference, so that the memory stays valid."""
-    pointer = ffi.from_buffer(ctype, array)
-    keep.append(pointer)
-    return pointer
-
-
-def _weight(weight: WeightData, keep: list[Any]) -> dict[str, Any]:
-    """A row of the weight table, by field name of `shoal_weight`."""
-    row = {"rows": weight.rows, "cols": weight.cols, "data_bytes": weight.data.nbytes}
-    row["data"] = keep_buffer(keep, "char[]", weight.data)
-    kinds = {np.float32: "F32", np.float64: "F64", np.int8: "Q8", np.uint8: "Q4"}
-    row["type"] = _ENUMS[f"SHOAL_{kinds[weight.data.dtype.type]}"]
-    for name in ("scales", "mins"):
-        array = getattr(weight, name)
-        if array is not None:
-            row[name], row[f"{name}_bytes"] = keep_buffer(keep, "uint16_t[]", array), array.nbytes
-    return row
-
-
-def _logprobs(tokens: NDArray[np.int32], values: F32) -> Logprobs:
-    drawn, *likeliest = zip(tokens.tolist(), values[: len(tokens)].tolist(), strict=True)
-    return Logprobs(drawn[1], tuple(likeliest))
+def _reported(
+    sequences: Sequence[SequenceRows], tokens: NDArray[np.int32], values: F32
+) -> dict[int, Logprobs]:
+    """The log-probabilities of rows that have a token, from the tables `[wanted, most reported]`."""
+    found, end = {}, 0
+    for s in sequences:
+        end += s.wanted
+        if s.report is None:
+            continue
+        for row in range(end - (s.sample if s.given is None else s.wanted), end):
+            (_, own), *likeliest = zip(
+                tokens[row, : 1 + s.report].tolist(), values[row, : 1 + s.report].tolist(), strict=True
+            )
+            found[row] = Logprobs(own, tuple(likeliest))
+    return found
 
 
 def _sampling(s: SequenceRows, keep: list[Any]) -> Any:
@@ -311,31 +265,3 @@ def _sampling(s: SequenceRows, keep: list[Any]) -> Any:
         *(p.temperature, p.top_k, p.top_p, p.min_p, p.repetition_penalty, p.seed),
         *(p.presence_penalty, p.frequency_penalty, len(p.bias), biased, biases, allowed),
     )
-
-
-def _op(
-    unit: int,
-    op: Op,
-    buffers: dict[str, int],
-    weights: dict[tuple[int, str], int],
-    states: dict[tuple[int, str], int],
-) -> dict[str, Any]:
-    """A row of the op table, by field name of `shoal_op`. The fields of `op` have the same names, except `x`,
-    which is `in` there, and names of weights."""
-    names = op.weight_names()
-    row: dict[str, Any] = dict.fromkeys(("out", "in", "angles", "state"), -1)
-    row |= {"weights": [weights[unit, name] for name in names], "n_weights": len(names)}
-    for field in fields(op):  # type: ignore[arg-type]
-        name, value = field.name, getattr(op, field.name)
-        if name in ("out", "x", "angles"):
-            row["in" if name == "x" else name] = buffers[value]
-        elif name == "state":
-            row[name] = states[unit, value]
-        elif name == "activation":
-            row[name] = _ENUMS[f"SHOAL_{value.upper()}"]
-        elif name == "biases":
-            row["biases"] = [-1 if bias is None else weights[unit, bias] for bias in value]
-            row["n_biases"] = len(value)
-        elif name in _OP_FIELDS and name not in row:
-            row[name] = value
-    return {**row, "kind": _ENUMS[f"SHOAL_OP_{op.kind.upper()}"]}

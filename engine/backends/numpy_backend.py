@@ -63,7 +63,7 @@ class NumpyExecutor:
     ) -> Outcome:
         """See base.Executor.run."""
         self.sequences = sequences
-        self.drawn = np.full(len(sequences), -1, np.int32)
+        self.drawn = np.full(sum(s.wanted for s in sequences), -1, np.int32)
         self.reports = {}
         self.buffers = {}
         program = self.bound.program
@@ -74,17 +74,20 @@ class NumpyExecutor:
                 hidden, np.cumsum([program.buffer(name).cols for name in program.cut])[:-1], axis=1
             )
             self.buffers |= {name: part.copy() for name, part in zip(program.cut, parts, strict=True)}
-        wanted = any(s.wanted for s in sequences)
+        wanted, wants_output = any(s.wanted for s in sequences), any(s.output for s in sequences)
         for unit, op in self.bound.ops:
             if cancel[0]:
                 raise CancelledRunError(CANCELLED)
-            if wanted or not self._for_wanted_rows(op):
+            if wants_output if op is program.output else wanted or not self._for_wanted_rows(op):
                 self.ops[type(op)](self, unit, op)
         if not self.bound.last:
             cut = np.concatenate([self.buffers[name] for name in program.cut], axis=1)
             return Outcome(cut, None, self.drawn)
         logits = self.buffers[program.logits] if want_logits and wanted else None
-        return Outcome(None, logits, self.drawn, self.reports)
+        output = None if program.output is None else self.buffers.get(program.output.out)
+        if output is not None and not np.isfinite(output).all():
+            raise FloatingPointError("the output of the final norm holds NaN or infinity")
+        return Outcome(None, logits, self.drawn, self.reports, output)
 
     def close(self) -> None:
         """Does nothing: there is nothing to free."""
@@ -212,14 +215,17 @@ class NumpyExecutor:
         logits, end = self.buffers[op.x], 0
         if not np.isfinite(logits).all():
             raise FloatingPointError("the logits hold NaN or infinity")
-        for i, s in enumerate(self.sequences):
+        for s in self.sequences:
             end += s.wanted
-            if s.sample:
-                position = s.first + s.rows
-                row = logits[end - 1]
-                self.drawn[i] = draw(row, s.sampling, s.history[:position], position, s.allowed)
+            for i in range(s.sample if s.given is None else s.wanted):
+                row, position = end - 1 - i, s.first + s.rows - i
+                if s.given is not None:
+                    self.drawn[row] = s.given[s.wanted - 1 - i]
+                else:
+                    before = s.history[:position]
+                    self.drawn[row] = draw(logits[row], s.sampling, before, position, s.allowed)
                 if s.report is not None:
-                    self.reports[i] = report(row, int(self.drawn[i]), s.report)
+                    self.reports[row] = report(logits[row], int(self.drawn[row]), s.report)
 
     ops: ClassVar[dict[type[Any], Callable[[Any, int, Any], None]]] = {
         Embed: embed,

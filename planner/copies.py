@@ -3,9 +3,10 @@ would get if another device became slower or were lost, and then its neighbours'
 stages then moves keys and values only, and no device has to load weights."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, zip_longest
+from types import MappingProxyType
 
 from . import cost
 from .evaluation import Plan
@@ -18,10 +19,14 @@ HOT = 2.5
 
 
 def copies(
-    question: Question, stages: Sequence[Assignment], slowed: Callable[[Device, float], Device]
+    question: Question,
+    stages: Sequence[Assignment],
+    slowed: Callable[[Device, float], Device],
+    files: Mapping[str, frozenset[int]] = MappingProxyType({}),
 ) -> dict[str, tuple[int, ...]]:
     """The units whose weights each device of a chain should hold beside those of its stage, the most useful
-    first, as far as its RAM cap allows. `slowed`: a device that takes so many times as long."""
+    first, as far as its RAM cap allows. `slowed`: a device that takes so many times as long. `files`: the
+    units whose files a device has, where it has not all: they go first, since others have to be fetched."""
     wanted: dict[str, Counter[int]] = {stage.device: Counter() for stage in stages}
     for later in _later(question, stages, slowed):
         for stage in later:
@@ -38,7 +43,8 @@ def copies(
         useful = [u for u in wanted[stage.device] if u not in own]
         useful.sort(key=lambda u: (-wanted[stage.device][u], place.get(u, len(place)), u))
         held = []
-        for u in dict.fromkeys([*useful, *near]):
+        there = files.get(stage.device)
+        for u in sorted(dict.fromkeys([*useful, *near]), key=lambda u: there is not None and u not in there):
             size = question.model.units[u].bytes
             if size <= free:
                 free -= size
@@ -57,7 +63,7 @@ def _later(
         asked = replace(question, cluster=Cluster(devices, cluster.links, cluster.coordinator))
         yield from (steal.stages for steal in [*steals(asked, stages)][-1:])
         others = tuple(one.device for one in stages if one is not stage)
-        if others:
+        if others and stage.device not in (held.first, held.last):  # without these there is no plan
             without = replace(held, exclude=held.exclude | {stage.device}, order=others)
             lost = plan(replace(question, constraints=without), method="dp", explain=False)
             if isinstance(lost, Plan):

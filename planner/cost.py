@@ -164,10 +164,12 @@ def held_bytes(model: ModelCosts, workload: Workload) -> list[list[int]]:
 
 
 def range_ram_bytes(model: ModelCosts, device: Device, workload: Workload, first: int, last: int) -> int:
-    """RAM that the device takes with units [first, last): its base, and what it holds."""
+    """RAM that the device takes with units [first, last): its base, and what it holds. The table of a tied LM
+    head that a second range of a device holds is the one of its first range."""
     units = model.units[first:last]
     held = sum(unit_held_bytes(model, unit, workload) for unit in units)
-    tied = model.tied_bytes if len(units) == len(model.units) else 0
+    second = bool(device.beside) and last == len(model.units)
+    tied = model.tied_bytes if second or len(units) == len(model.units) else 0
     return device.base_bytes + held - tied + max(unit.workspace_bytes for unit in units)
 
 

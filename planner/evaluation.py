@@ -72,6 +72,7 @@ class Plan:
     method: str = "given stages"  # how it was found, in words
     optimal: bool = False  # proved best over all orders and cuts (of those allowed)
     batch: int = 1  # sequences that share a call where most do, in the mean
+    ends: str = ""  # whether both ends of the model are at home, and what that costs, in words
 
     @property
     def assignments(self) -> tuple[Assignment, ...]:
@@ -93,11 +94,13 @@ class Plan:
 @dataclass(frozen=True, slots=True)
 class Infeasible:
     """No plan exists. `missing_bytes`: the least RAM that the caps lack in total, zero when RAM is not what
-    is missing; `exact` when no smaller amount would do."""
+    is missing; `exact` when no smaller amount would do. `files`: what is missing are files of units, on
+    devices that have room for them."""
 
     missing_bytes: int
     reason: str
     exact: bool = True
+    files: bool = False
 
 
 def check_stages(question: Question, stages: Sequence[Assignment]) -> None:
@@ -162,7 +165,7 @@ def evaluate(question: Question, stages: Sequence[Assignment], follower: Followe
         step_seconds=token,
         tokens_per_s=cost.per_second(token),
         first_token_seconds=follower.first_token(stages),
-        alone=tuple(_alone(question, device.name, follower) for device in cluster.devices),
+        alone=tuple(_alone(question, one.name, follower) for one in cluster.devices if not one.beside),
         batch=batch,
     )
 

@@ -59,6 +59,9 @@ class Way(Protocol):
     def latency(self) -> Sequence[float]: ...
     @property
     def busy(self) -> Sequence[float]: ...
+    @property
+    def together(self) -> Sequence[tuple[int, int]]:
+        """Pairs of stages that one CPU computes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +110,8 @@ def round_seconds(way: Way, count: int, groups: int, depth: int = 0) -> float:
     ]
     lap = lap_of(large)
     either = (lap + lap_of(small)) / 2 if more else lap
-    busiest = max(*taken, count * max(way.busy))
+    shared = [taken[i] + taken[j] for i, j in way.together]
+    busiest = max(*taken, *shared, count * max(way.busy))
     seconds, paused = max(lap, busiest), 0.0
     while True:
         # Groups follow each other closely, so a stage is idle once in a round, and the group that comes first

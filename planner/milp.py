@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
 from typing import Any
 
 from . import search
@@ -45,6 +44,8 @@ class Solver:
 def load_solver(only: str | None = None) -> Solver:
     """PuLP with HiGHS, an installed CBC or the CBC that PuLP brings, the first that runs here; `only` asks
     for one: highs, cbc, bundled-cbc. SolverMissing says what to install."""
+    from importlib import metadata  # only here: with it come email, csv and zipfile
+
     try:
         pulp = importlib.import_module("pulp")
     except ImportError as error:

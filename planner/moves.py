@@ -46,12 +46,14 @@ def steals(
     allowed: Callable[[Sequence[Assignment]], bool] = lambda stages: True,
 ) -> Iterator[Steal]:
     """The steal that gains most, then the one that gains most after that, and so on, until none gains
-    anything. All stages that change stay within the RAM caps, and all that follow are `allowed`. `follower`:
+    anything. All stages that change stay within the RAM caps, the ends of a chain that has to begin or end on
+    some device stay there, and all stages that follow are `allowed`. `follower`:
     one of the same question, which keeps what it computed. ValueError: stages that are no chain of the
     question's."""
     check_stages(question, stages)
     follower, fits = follower or Follower(question), room(question)
-    others = [name for name in _by_speed(question) if question.constraints.allowed(name)]
+    others = [name for name in _by_speed(question) if question.allowed(name)]
+    keeps_ends = question.constraints.keeps_ends
     now, seconds = tuple(stages), token_seconds(question, stages, follower)
     while True:
         used = [stage.device for stage in now]
@@ -61,7 +63,7 @@ def steals(
             whole = ranges[giver].last - ranges[giver].first
             for units in sorted({*(size for size in SIZES if size < whole), whole}):
                 after = _stolen(ranges, giver, taker, units)
-                if not fits(now, after) or not allowed(after):
+                if not fits(now, after) or not keeps_ends(after) or not allowed(after):
                     continue
                 try:
                     found = token_seconds(question, after, follower)
@@ -109,13 +111,16 @@ def _stolen(ranges: Sequence[_Range], giver: int, taker: int, units: int) -> tup
 
 def room(question: Question) -> Callable[[Sequence[Assignment], Sequence[Assignment]], bool]:
     """Whether all stages that get units in a change from some stages to others fit under the RAM caps of
-    their devices, for any change; it keeps what it computed. ValueError: a device is not there."""
+    their devices, and are among the units that these hold, for any change; it keeps what it computed.
+    ValueError: a device is not there."""
     model, load, device = question.model, question.workload, question.cluster.device
+    holds = question.constraints.holds
 
     @cache
     def fits(stage: Assignment) -> bool:
         row = device(stage.device)
-        return cost.range_ram_bytes(model, row, load, stage.first, stage.last) <= row.ram_bytes
+        ram = cost.range_ram_bytes(model, row, load, stage.first, stage.last)
+        return ram <= row.ram_bytes and holds(stage.device, stage.first, stage.last)
 
     def change(old: Sequence[Assignment], new: Sequence[Assignment]) -> bool:
         held = {stage.device: stage for stage in old}
@@ -141,7 +146,7 @@ def room_beside(
         device = question.cluster.device(stage.device)
         need = device.base_bytes + max(units[u].workspace_bytes for u in both)
         need += sum(units[u].bytes + positions * units[u].kv_bytes_per_token for u in both)
-        if len(both) == len(units):
+        if len(both) == len(units) or device.beside:
             need -= question.model.tied_bytes
         if before != stage and need > device.ram_bytes:
             return False
@@ -187,11 +192,13 @@ def replans(question: Question, stages: Sequence[Assignment]) -> Iterator[tuple[
     a stage, others are added to their order one at a time."""
     held = question.constraints
     used = [stage.device for stage in stages]
-    spare = [name for name in _by_speed(question) if name not in used and held.allowed(name)]
+    spare = [name for name in _by_speed(question) if name not in used and question.allowed(name)]
     orders = [used]
     if len(used) > QUICK_EXACT:
         orders += [
-            [*used[:at], name, *used[at:]] for name in spare[:MOST_ADDED] for at in range(len(used) + 1)
+            [*used[:at], name, *used[at:]]
+            for name in spare[:MOST_ADDED]
+            for at in range(held.first is not None, len(used) + (held.last is None))
         ]
     asked = [replace(held, order=tuple(order)) for order in orders]
     if len(used) <= QUICK_EXACT:

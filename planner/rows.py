@@ -7,7 +7,7 @@ multiply-accumulate.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -124,7 +124,9 @@ class ModelCosts:
 @dataclass(frozen=True, slots=True)
 class Device:
     """What one device offers: the RAM that it promises, and its rates and overheads as measured with the real
-    kernels. The defaults, for what nobody measured, cost nothing."""
+    kernels. The defaults, for what nobody measured, cost nothing. `beside` names the device whose process and
+    CPU this one shares: it is a second range of that device, for the model's last unit alone, in a chain that
+    begins there (home.py). A tied table counts for the first range only."""
 
     name: str
     ram_bytes: int  # the cap: all that the node may take, its own base included
@@ -136,9 +138,14 @@ class Device:
     row_rates: tuple[tuple[int, float], ...] = ()  # (rows of a call, MAC/s), ascending; none: macs_per_s
     attend_macs_per_s: float = FASTEST  # attention of one row of a sequence
     prefill_attend_macs_per_s: float = FASTEST  # and of many
+    beside: str = ""
 
     def __post_init__(self) -> None:
         check_name("a device", self.name)
+        if self.beside:
+            check_name(f"what device {self.name} is beside", self.beside)
+            if self.beside == self.name:
+                raise ValueError(f"device {self.name} is beside itself")
         for key in ("ram_bytes", "base_bytes"):
             check_whole(f"device {self.name}: {key}", getattr(self, key))
         for key in ("read_bytes_per_s", "macs_per_s", "attend_macs_per_s", "prefill_attend_macs_per_s"):
@@ -258,13 +265,15 @@ class Assignment:
 class Constraints:
     """What a plan must keep to beside the RAM caps. Devices by name. `layers`: exactly so many layers (the
     embedding and the LM head are none); 0 leaves a device out. `first` holds the embedding, `last` the LM
-    head. `order`: the only devices to plan with, in this order; any may get nothing."""
+    head. `order`: the only devices to plan with, in this order; any may get nothing. `held`: a device that is
+    named there may hold only units of its set, since it has no other files."""
 
     exclude: frozenset[str] = frozenset()
     layers: Mapping[str, int] = field(default_factory=dict)
     first: str | None = None
     last: str | None = None
     order: tuple[str, ...] | None = None
+    held: Mapping[str, frozenset[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, count in self.layers.items():
@@ -293,15 +302,19 @@ class Constraints:
         return self._ends | {name for name, count in self.layers.items() if count}
 
     def check(self, model: ModelCosts, cluster: Cluster) -> None:
-        """ValueError: a device that is not there, counts that cannot add up to the model's layers, or an
-        order that contradicts."""
-        for name in [*sorted(self.exclude | set(self.layers) | self._ends), *(self.order or ())]:
+        """ValueError: a device or a unit that is not there, counts that cannot add up to the model's layers,
+        or an order that contradicts."""
+        named = self.exclude | self._ends | set(self.layers) | set(self.held)
+        for name in [*sorted(named), *(self.order or ())]:
             cluster.device(name)
+        for name, units in self.held.items():
+            if not units <= set(range(len(model.units))):
+                raise ValueError(f"{name} holds units that the model does not have: {max(units)}")
         layers, pinned = len(model.units) - 2, sum(self.layers.values())
         free = [d.name for d in cluster.devices if d.name not in self.exclude and d.name not in self.layers]
         if pinned > layers or (pinned < layers and not free):
             raise ValueError(f"the given layers add up to {pinned}, and the model has {layers}")
-        if not any(self.allowed(device.name) for device in cluster.devices):
+        if not any(self.allowed(device.name) and not device.beside for device in cluster.devices):
             raise ValueError("all devices are left out")
         if self.order is None:
             return
@@ -319,6 +332,14 @@ class Constraints:
         """Whether a device may get anything."""
         return name not in self.exclude and self.layers.get(name) != 0
 
+    def keeps_ends(self, stages: Sequence[Assignment]) -> bool:
+        """Whether a chain begins and ends where it has to."""
+        return self.first in (None, stages[0].device) and self.last in (None, stages[-1].device)
+
+    def holds(self, name: str, first: int, last: int) -> bool:
+        """Whether a device has the files of units [first, last)."""
+        return name not in self.held or self.held[name].issuperset(range(first, last))
+
 
 @dataclass(frozen=True)
 class Question:
@@ -335,13 +356,21 @@ class Question:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"unknown objective {self.objective!r}; there are {', '.join(OBJECTIVES)}")
         self.constraints.check(self.model, self.cluster)
+        last = self.constraints.last
+        if last is not None and self.cluster.device(last).beside not in ("", self.constraints.first):
+            raise ValueError(f"{last} can only be last where {self.cluster.device(last).beside} is first")
+
+    def allowed(self, name: str) -> bool:
+        """Whether a device may get anything: a second range only as the last stage."""
+        beside = self.cluster.device(name).beside
+        return self.constraints.allowed(name) and (not beside or name == self.constraints.last)
 
     @cached_property
     def devices(self) -> tuple[int, ...]:
         """The devices to plan with, by index: all that are allowed, in the given order if there is one."""
         names = [device.name for device in self.cluster.devices]
         order = self.constraints.order or names
-        return tuple(names.index(name) for name in order if self.constraints.allowed(name))
+        return tuple(names.index(name) for name in order if self.allowed(name))
 
     @property
     def shares_calls(self) -> bool:

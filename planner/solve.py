@@ -16,7 +16,7 @@ from .evaluation import Infeasible, Plan, Reason, evaluate, token_seconds
 from .rows import Assignment, Question
 from .search import Chain, cheapest, cheapest_any_order
 from .streams import Follower
-from .tables import TimeTables, goals, lack_tables, layers_alike, tables_of
+from .tables import TimeTables, counts_suffice, goals, lack_tables, tables_of
 
 Method = Literal["auto", "milp", "dp"]
 SAME = 1e-6  # relative: what two exact methods may differ by
@@ -36,8 +36,9 @@ def plan(
 
     A given order is planned by exact DP. Otherwise `method` "dp" searches orders without a solver, "milp"
     solves a MILP, at most `time_limit` seconds, and "auto" takes whichever is exact sooner: the DP up to
-    QUICK_EXACT devices (up to EXACT_DEVICES where layers differ), beyond them the MILP if PuLP and a solver
-    are there. The plan's `method` says what was taken. `explain` fills `reasons` (some more searches).
+    QUICK_EXACT devices (up to EXACT_DEVICES where layers differ, or a device holds only some), beyond them
+    the MILP if PuLP and a solver are there. The plan's `method` says what was taken. `explain` fills
+    `reasons` (some more searches).
     SolverMissing: method "milp" without PuLP or solver. ValueError: an unknown method.
     """
     if method not in ("auto", "milp", "dp"):
@@ -183,7 +184,7 @@ def _solver(question: Question, method: Method) -> tuple[milp.Solver | None, str
     """What solves the MILP; or None, and why there is none."""
     if method == "dp":
         return None, "asked for"
-    few = QUICK_EXACT if layers_alike(question.model) else search.EXACT_DEVICES
+    few = QUICK_EXACT if counts_suffice(question) else search.EXACT_DEVICES
     if question.constraints.order is not None or (method == "auto" and len(question.devices) <= few):
         return None, ""
     try:
@@ -231,6 +232,8 @@ def _infeasible(question: Question) -> Infeasible:
     tables, devices = lack_tables(question), question.devices
     fixed = question.constraints.order is not None
     chain, exact = (cheapest(tables, devices), True) if fixed else search.least_lack(tables, devices)
+    if chain is not None and chain.total == 0 and question.constraints.held:
+        return Infeasible(0, _say_unheld(question), exact, files=True)
     if chain is None:
         here = f"the coordinator {question.cluster.coordinator}"
         return Infeasible(0, f"no chain of links leads from {here} through the devices and back")
@@ -258,7 +261,7 @@ def _reasons(planning: Planning, plan: Plan, found: Found) -> tuple[Reason, ...]
     """A reason for every device of the cluster, in its order."""
     used = {j for j, _, _ in found.chain.stages}
     reason = {True: partial(_why_in, planning, plan), False: partial(_why_out, planning, plan, found)}
-    devices = enumerate(planning.question.cluster.devices)
+    devices = [(j, d) for j, d in enumerate(planning.question.cluster.devices) if not d.beside]
     return tuple(Reason(device.name, j in used, reason[j in used](j)) for j, device in devices)
 
 
@@ -268,6 +271,9 @@ def _why_in(planning: Planning, plan: Plan, j: int) -> str:
         return "the only device"
     if j in planning.tables[0].pins:
         return "its layers are given"
+    constraints, name = planning.question.constraints, planning.question.cluster.devices[j].name
+    if name in (constraints.first, constraints.last):
+        return "it is to hold an end of the model"
     text = _instead(planning, plan, partial(planning.without, j))
     return f"needed: without it {planning.why_none(others)}" if text is None else f"without it: {text}"
 
@@ -276,6 +282,8 @@ def _why_out(planning: Planning, plan: Plan, found: Found, j: int) -> str:
     device = planning.question.cluster.devices[j]
     if j not in planning.devices:
         return "left out by the order or the constraints given"
+    if planning.question.constraints.held.get(device.name) == frozenset():
+        return "it has no unit's files yet"
     if all(fit == c for c, fit in enumerate(found.tables.first_fit[j])):
         return f"its cap of {device.ram_bytes / MB:.1f} MB has no room for any unit"
     text = _instead(planning, plan, partial(planning.with_it, j, found.chain))
@@ -311,6 +319,17 @@ def _say_lack(question: Question, stages: Sequence[Assignment], missing: int, ex
     more = f"; and {len(short) - NAMED} more" if len(short) > NAMED else ""
     bound = "" if exact else "up to "
     return f"the RAM caps are {bound}{_mb_up(missing)} short in total: {'; '.join(short[:NAMED])}{more}"
+
+
+def _say_unheld(question: Question) -> str:
+    """Which files are missing, where the caps would suffice."""
+    units, constraints = len(question.model.units), question.constraints
+    names = [question.cluster.devices[j].name for j in question.devices]
+    for u in range(units):
+        if not any(constraints.holds(name, u, u + 1) for name in names):
+            return f"no device has the files of {units_text(u, u + 1, units)} yet"
+    lacking = ", ".join(name for name in names if name in constraints.held)
+    return f"the devices with room for more layers do not have their files yet: {lacking}"
 
 
 def _mb_up(size: int) -> str:

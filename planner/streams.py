@@ -40,11 +40,12 @@ class Fixed:
 class Way:
     """A chain as messages pass it. Of each stage what its calls take; of each hop, coordinator to first and
     last to coordinator included, its latency, and for how long a row (on the last, a message) takes the
-    link."""
+    link. `together`: pairs of stages that one CPU computes."""
 
     stages: Sequence[StageCost | Fixed]
     latency: Sequence[float]
     busy: Sequence[float]
+    together: Sequence[tuple[int, int]] = ()
 
 
 class Walker:
@@ -145,11 +146,15 @@ class Follower:
 
     def way(self, stages: Sequence[Assignment]) -> Way:
         """The chain of such stages. ValueError: a link is not there."""
-        hops = cost.chain_hops(self._question.model, self._question.cluster, stages)
+        cluster = self._question.cluster
+        hops = cost.chain_hops(self._question.model, cluster, stages)
+        names = [stage.device for stage in stages]
+        beside = [cluster.device(name).beside for name in names]
         return Way(
             stages=[self.cost(stage) for stage in stages],
             latency=[link.latency_s for link, _ in hops],
             busy=[cost.link_busy_seconds(link, size) for link, size in hops],
+            together=[(names.index(one), j) for j, one in enumerate(beside) if one in names],
         )
 
     def grouped(self, stages: Sequence[Assignment]) -> tuple[float, int]:

@@ -27,7 +27,6 @@ from .rows import (
     Objective,
     Question,
     Unit,
-    Workload,
 )
 
 INF = math.inf
@@ -110,7 +109,7 @@ class TimeTables:
     first_fit: Sequence[Sequence[int]]  # [j][c]: the least b such that [b, c) fits on j; c when none does
     relief: Sequence[float]  # what a lap saves when the device holds everything: it never pauses then
     pins: Mapping[int, int]  # devices that hold exactly so many layers
-    alike: bool  # all layers cost the same, and any two boundaries pass the same bytes
+    alike: bool  # counts of layers say everything: they cost the same, and no device holds only some of them
 
     def stage(self, j: int, first: int, last: int) -> float:
         """Seconds of units [first, last) on device j in a lap."""
@@ -209,7 +208,7 @@ class LackTables:
 
     units: int
     lap: Sums
-    lack: Sequence[Sequence[Sequence[int]]]  # [j][b][c - b - 1]
+    lack: Sequence[Sequence[Sequence[float]]]  # [j][b][c - b - 1]; infinite where the range is not for j
     pins: Mapping[int, int]
 
     def extend(self, j: int, arrive: Sequence[float]) -> tuple[list[float], list[int]]:
@@ -258,6 +257,8 @@ def tables_of(question: Question, goal: Goal) -> TimeTables:
         at_once = [_at_once(question.cluster, device.name) for device in devices]
         relief = [pause if free else 0.0 for pause, free in zip(pauses, at_once, strict=True)]
     first = [step + pause for step, pause in zip(steps, pauses, strict=True)]
+    for front, second in _second_ranges(question):  # one CPU is taken for as long as both need
+        steps[front] += busy[second][-1] - busy[second][-2] + steps[second]
     lap_links = _links(question, cost.hop_seconds, rows, back)
     busy_links = _links(question, cost.link_busy_seconds, rows, back)
     return TimeTables(
@@ -265,15 +266,16 @@ def tables_of(question: Question, goal: Goal) -> TimeTables:
         goal=goal,
         lap=replace(lap_links, overhead=first, prefix=lap),
         busy=replace(busy_links, overhead=steps, prefix=busy),
-        first_fit=_first_fits(model, devices, load),
+        first_fit=_first_fits(question),
         relief=relief,
         pins=_pins(question),
-        alike=layers_alike(model),
+        alike=counts_suffice(question),
     )
 
 
 def lack_tables(question: Question, joined: bool = False) -> LackTables:
-    """What each range lacks on each device; `joined`: as if every pair of nodes had a link."""
+    """What each range lacks on each device, whether or not it holds the files; `joined`: as if every pair of
+    nodes had a link."""
     model, devices = question.model, question.cluster.devices
     if joined:
         ends = {question.cluster.coordinator, *(device.name for device in devices)}
@@ -284,21 +286,45 @@ def lack_tables(question: Question, joined: bool = False) -> LackTables:
         units=len(model.units),
         lap=_links(question, lambda link, size: 0.0, 1, 1),
         lack=[
-            [[max(0, device.base_bytes + size - device.ram_bytes) for size in line] for line in held]
+            [
+                [_lack(device, size, b, b + 1 + at, model) for at, size in enumerate(line)]
+                for b, line in enumerate(held)
+            ]
             for device in devices
         ],
         pins=_pins(question),
     )
 
 
+def _lack(device: Device, size: int, b: int, c: int, model: ModelCosts) -> float:
+    """The bytes that a device lacks to hold `size` bytes, of units [b, c)."""
+    if device.beside:
+        if not b == c - 1 == len(model.units) - 1:
+            return INF
+        size -= model.tied_bytes
+    return max(0, device.base_bytes + size - device.ram_bytes)
+
+
 def layers_alike(model: ModelCosts) -> bool:
-    """Whether counts say everything: all layers cost the same, and any two boundaries pass the same bytes."""
+    """Whether all layers cost the same, and any two boundaries pass the same bytes."""
     costs = {(*unit_costs(unit), unit.workspace_bytes) for unit in model.units[1:-1]}
     return len(costs) <= 1 and len({unit.cut_bytes for unit in model.units[:-1]}) == 1
 
 
+def counts_suffice(question: Question) -> bool:
+    """Whether a plan is said by the number of layers on each device: any layer may be anywhere."""
+    return layers_alike(question.model) and not question.constraints.held
+
+
 def _prefix(values: Sequence[float]) -> list[float]:
     return list(accumulate(values, initial=0.0))
+
+
+def _second_ranges(question: Question) -> list[tuple[int, int]]:
+    """Devices with the second range that the question has for them, by index."""
+    devices = question.cluster.devices
+    names = [device.name for device in devices]
+    return [(names.index(devices[j].beside), j) for j in question.devices if devices[j].beside]
 
 
 def _pins(question: Question) -> dict[int, int]:
@@ -339,13 +365,18 @@ def _links(question: Question, way: Callable[[LinkSpeed, float], float], rows: f
     )
 
 
-def _first_fits(model: ModelCosts, devices: Sequence[Device], workload: Workload) -> list[list[int]]:
-    """Per device, for every end c, the least start b whose range fits; it never moves back, since more units
-    never take less."""
-    held, fits = cost.held_bytes(model, workload), []
-    for device in devices:
-        room, fit, b = device.ram_bytes - device.base_bytes, [0], 0
-        for c in range(1, len(model.units) + 1):
+def _first_fits(question: Question) -> list[list[int]]:
+    """Per device, for every end c, the least start b whose range fits, and of which it holds all units; it
+    never moves back, since more units never take less."""
+    model, holds = question.model, question.constraints.holds
+    held, fits = cost.held_bytes(model, question.workload), []
+    for device in question.cluster.devices:
+        room, fit, b, units = device.ram_bytes - device.base_bytes, [0], 0, len(model.units)
+        if device.beside:
+            room += model.tied_bytes
+        for c in range(1, units + 1):
+            if not holds(device.name, c - 1, c) or (device.beside and c < units):
+                b = c
             while b < c and held[b][c - b - 1] > room:
                 b += 1
             fit.append(b)

@@ -24,9 +24,10 @@ from ..planner import LinkSpeed
 from .carry import Giver, Taker
 from .connection import Connection, Hop, OpenStream, enter_dial, in_thread, open_tasks, open_tcp
 from .errors import RemoteProtocolError, to_wire
-from .events import DEFAULT_TIMING, Timing
+from .files import Files
 from .identity import Identity
 from .inbox import ENOUGH_BYTES, Inbox
+from .liveness import DEFAULT_TIMING, Timing
 from .messages import (
     Assign,
     Broken,
@@ -52,8 +53,10 @@ from .probe import probe
 from .scheduler import Expect
 from .stage_loop import StageLoop, StageParts, TaskLoop, ThreadLoop
 from .stage_state import Copied, Event, Reached, Sent, Stopped
+from .tags import spanned
+from .telling import Notice
 from .watch import ConnectionStalledError, Watch
-from .work import StageLike, StageWork
+from .work import StageLike, StageWork, blank
 
 NO_WORK = Work(0, 0, 0.0)
 
@@ -91,12 +94,17 @@ class NodeParts:
     """Units that have no keys and values."""
     enough: int = ENOUGH_BYTES
     """Bytes of messages that may wait for a stage when another is read."""
+    tells: bool = True
+    """Whether `log` is told which coordinator comes and goes. A node of a house says that of the head."""
     own_thread: bool = True
     """Run the loop of a stage in a thread of its own, which needs sockets."""
     spin: bool = field(default_factory=on_mains)
     """Keep a core awake between rows that follow each other closely."""
     condition: Callable[[], Condition | None] = lambda: None
     """How much of this node may be used; None without a policy. It is called in any thread."""
+    files: Files | None = None
+    """The files of the model on disk, which this node gives to others and gets from them. Without them it has
+    all units and gives none."""
 
     @property
     def share(self) -> float:
@@ -168,6 +176,7 @@ class Assignment:
             assign.groupings,
             None if parts.expect is None else parts.expect(assign.first, assign.last),
             parts.enough,
+            last=assign.next is None,
         )
         self._group = Group(tasks)
         self._ready, self._looped = trio.Event(), trio.Event()
@@ -310,15 +319,29 @@ class Assignment:
         session = None if self.work is None else self.work.sessions.get(order.session)
         if self._loop is None or session is None:
             return  # it has failed, and the coordinator has been told
-        if not 0 <= order.first < order.last <= len(session.tokens):
+        if not 0 <= order.first < order.last <= session.positions:
             raise RemoteProtocolError(
                 f"the coordinator asked for positions [{order.first}, {order.last}) of session "
-                f"{order.session}, which has {len(session.tokens)}"
+                f"{order.session}, which has {session.positions}"
             )
         step = Step(order.session, self.epoch, 0, (), Want.NOTHING, part=(order.enter, order.until))
         rows = self.assign.chunk_rows
         cuts = [(first, min(first + rows, order.last)) for first in range(order.first, order.last, rows)]
-        self._loop.put([replace(step, first=a, tokens=tuple(session.tokens[a:b])) for a, b in cuts])
+        self._loop.put(
+            [
+                replace(step, first=a, tokens=tuple(blank(b - a)), tags=tuple(session.tags[spanned(a, b)]))
+                for a, b in cuts
+            ]
+        )
+
+    def told(self, notice: Notice) -> None:
+        """Takes what the coordinator tells of a session. RemoteProtocolError: this is not the last stage, or
+        as for Inbox.tell."""
+        if self.assign.next is not None:
+            what = type(notice).__name__
+            raise RemoteProtocolError(f"the coordinator sent a {what} to a node that is not the last one")
+        if self._loop is not None:
+            self._loop.tell(notice)
 
     async def _run(self, loop: StageLoop) -> None:
         try:

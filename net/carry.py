@@ -2,22 +2,24 @@
 
 Keys and values are written once for each position, so a giver copies finished chunks of positions while the
 stage runs, and sends the rest after the commit, when nothing runs. A session that goes back to an earlier
-position writes anew from there on, and so the giver sends it anew (`StageWork.rewinds`).
+position writes anew from there on, and so the giver sends it anew (`StageWork.rewinds`). What several
+sessions begin with is sent once (`Shared`), so that they share pages at the taker as they do here.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
 import trio
 
-from ..engine.layout import CHUNK
+from ..engine.batch import Sampling, common_prefix
+from . import tags
 from .connection import Connection, Hop
 from .errors import NetError, RemoteProtocolError
-from .messages import MOST_SESSIONS, Carried, Commit, Complete, Epoch, Pages
-from .work import IncomingLike, Session, StageLike, StageWork
+from .messages import MOST_SESSIONS, Carried, Commit, Complete, Epoch, Pages, Shared
+from .work import IncomingLike, Session, StageLike, StageWork, blank
 
 LOOK_SECONDS = 0.05
 """How often a giver looks for chunks that have been finished."""
@@ -26,14 +28,14 @@ SHARE = 0.5
 MOST_CHUNKS, MOST_BYTES = 4, 1 << 20
 """The most chunks of a session that are copied in its turn, and about the most bytes that are read at once,
 while the stage's next call may wait for that, and that are in memory."""
-CARRIED_TOKENS = 4096
-"""The most tokens in a Carried message."""
+CARRIED_CHUNKS = 1024
+"""The most chunks in a Carried message."""
 
 
 class Giver:
     """Sends the keys and values of units to the node that takes them over. `work` is the stage at work in the
-    base epoch, and `units` are those that have keys and values. With `history`, the taker also gets the
-    parameters and the tokens of the sessions. `bytes_per_s` is the rate of the link, or None if it is
+    base epoch, and `units` are those that have keys and values. With `history`, the taker is also told of
+    the sessions. `bytes_per_s` is the rate of the link, or None if it is
     unknown."""
 
     def __init__(
@@ -53,7 +55,7 @@ class Giver:
         self._sent: dict[int, int] = {}
         """For each session, up to which position keys and values have been sent."""
         self._told: dict[int, int] = {}
-        """For each session, up to which position tokens have been sent."""
+        """For each session, of how many positions the taker has been told."""
         self._commit: Commit | None = None
         self._ordered = trio.Event()
         self._until = 0.0
@@ -88,8 +90,11 @@ class Giver:
             known = self._work.sessions.get(kept.session)
             if kept.positions and known is None:
                 raise NetError(f"the commit has session {kept.session}, which is not open here")
+            if known is not None:
+                await self._share(connection, kept.session, known, kept.positions)
             first = self._next(kept.session)
-            cuts = [(at, min(at + CHUNK, kept.positions)) for at in range(first, kept.positions, CHUNK)]
+            starts = range(first, kept.positions, tags.CHUNK)
+            cuts = [(at, min(at + tags.CHUNK, kept.positions)) for at in starts]
             for i in range(0, len(cuts), MOST_CHUNKS):
                 some = cuts[i : i + MOST_CHUNKS]
                 if known is not None and not await self._send(connection, kept.session, known, some):
@@ -103,25 +108,59 @@ class Giver:
         """Sends the next finished chunks of each session. False: there are none."""
         found = False
         for session, known in list(self._work.sessions.items()):
-            first = self._next(session)
-            end = min(first + MOST_CHUNKS * CHUNK, len(known.tokens) // CHUNK * CHUNK)
-            if self._commit is not None or end <= first:
+            first, whole = self._next(session), known.positions // tags.CHUNK * tags.CHUNK
+            if self._commit is not None or whole <= first:
                 continue
-            found |= await self._send(
-                connection, session, known, [(at, at + CHUNK) for at in range(first, end, CHUNK)]
-            )
+            if await self._share(connection, session, known, whole):
+                found = True
+                continue
+            if self._is_left(session, known, first + tags.CHUNK):
+                continue
+            end = min(first + MOST_CHUNKS * tags.CHUNK, whole)
+            cuts = [(at, at + tags.CHUNK) for at in range(first, end, tags.CHUNK)]
+            found |= await self._send(connection, session, known, cuts)
             await self._paused()
         for gone in self._sent.keys() - self._work.sessions.keys():
             del self._sent[gone]
             self._told.pop(gone, None)
         return found
 
+    async def _share(self, connection: Connection, session: int, known: Session, end: int) -> bool:
+        """Lets a session have positions before `end` of another one, whose tokens are the same and which have
+        been sent. False: no other one has more of them than this one."""
+        best, source = self._next(session), None
+        for other, its in list(self._work.sessions.items()) if self._units else ():
+            if other == session or min(self._sent.get(other, 0), end) < best + tags.CHUNK:
+                continue
+            same = min(common_prefix(known.tags, its.tags), min(self._sent[other], end) // tags.CHUNK)
+            same *= tags.CHUNK
+            # If its tokens have changed since they were sent, it is in a call, or that call has been noted.
+            if same > best and self._work.calling.get(other, same) >= same and self._next(other) >= same:
+                best, source = same, other
+        if source is None:
+            return False
+        if self._history:
+            await self._tell(connection, session, known, best)
+        await connection.send(Shared(session, self._epoch, source, best))
+        self._sent[session] = best
+        return True
+
+    def _is_left(self, session: int, known: Session, end: int) -> bool:
+        """Whether an earlier session has the same tokens before `end`, and will send them."""
+        for other, its in list(self._work.sessions.items()):
+            if other == session:
+                return False
+            at = tags.spanned(0, end)
+            if its.positions >= end and its.tags[at] == known.tags[at]:
+                return True
+        return False
+
     def _next(self, session: int) -> int:
         """The position from which a session's keys and values are still to be sent: the first of a chunk, or
         the end."""
         low = self._rewinds.pop(session, None)
         if low is not None:
-            self._sent[session] = min(self._sent.get(session, 0), low // CHUNK * CHUNK)
+            self._sent[session] = min(self._sent.get(session, 0), low // tags.CHUNK * tags.CHUNK)
             self._told[session] = min(self._told.get(session, 0), low)
         return self._sent.get(session, 0)
 
@@ -163,12 +202,15 @@ class Giver:
         return [(units[i : i + most], [cut]) for cut in cuts for i in range(0, len(units), most)]
 
     async def _tell(self, connection: Connection, session: int, known: Session, end: int) -> None:
-        """Sends the tokens of a session up to `end`."""
+        """Tells of a session's positions up to `end`, unless it has gone back meanwhile: then it is told
+        later."""
         while (first := self._told.get(session, 0)) < end:
-            last = min(end, first + CARRIED_TOKENS)
-            tokens = tuple(known.tokens[first:last])
+            last = min(end, (first // tags.CHUNK + CARRIED_CHUNKS) * tags.CHUNK)
+            own = tuple(known.tags[tags.spanned(first, last)])
+            if len(own) < tags.counted(first, last):
+                return
             self._told[session] = last
-            await connection.send(Carried(session, self._epoch, known.sampling, known.context, first, tokens))
+            await connection.send(Carried(session, self._epoch, known.context, first, last, own))
 
     def _rest(self, seconds: float) -> None:
         """Makes the next pause longer."""
@@ -187,15 +229,17 @@ class Giver:
 
 class Taker:
     """Takes what givers send for one transition. `history`: the node has no stage in the base epoch, so it
-    is told the sessions' tokens, too."""
+    is told of the sessions, too. `stateless`: the units without keys and values."""
 
-    def __init__(self, incoming: IncomingLike, hop: Hop, *, history: bool) -> None:
-        self.incoming, self._hop, self._history = incoming, hop, history
+    def __init__(
+        self, incoming: IncomingLike, hop: Hop, *, history: bool, stateless: Collection[int] = ()
+    ) -> None:
+        self.incoming, self._hop, self._history, self._stateless = incoming, hop, history, stateless
         self.sessions: dict[int, Session] = {}
-        """The sessions as far as their tokens have arrived."""
+        """The sessions as far as the node has been told of them."""
         self._seen: set[int] = set()
 
-    async def take(self, message: Carried | Pages, units: Collection[int]) -> None:
+    async def take(self, message: Carried | Pages | Shared, units: Collection[int]) -> None:
         """Takes a message of the giver of `units`. RemoteProtocolError: it does not fit. ContextError: there
         is no room for it."""
         self._seen.add(message.session)
@@ -204,6 +248,10 @@ class Taker:
         try:
             if isinstance(message, Carried):
                 await self._carried(message)
+            elif isinstance(message, Shared):
+                those = [unit for unit in units if unit not in self._stateless]
+                whose = message.session, message.source
+                await self._hop(partial(self.incoming.share, *whose, those, message.positions))
             elif message.unit not in units:
                 raise ValueError(f"unit {message.unit} is not among those that this node takes over from it")
             else:
@@ -214,8 +262,22 @@ class Taker:
 
     async def _carried(self, message: Carried) -> None:
         if not self._history:
-            raise ValueError(f"session {message.session} is open here, and its tokens are known")
-        where = message.session, message.sampling, message.context, message.first, message.tokens
+            raise ValueError(f"session {message.session} is open here, and known")
+        first, last = message.first, message.last
+        if first >= last or len(message.tags) != tags.counted(first, last):
+            raise ValueError(f"positions [{first}, {last}) have {len(message.tags)} tags")
+        where = message.session, Sampling(), message.context, first, blank(last - first)
         await self._hop(partial(self.incoming.carried, *where))
-        known = self.sessions.setdefault(message.session, Session(message.sampling, message.context))
-        known.tokens[message.first : message.first + len(message.tokens)] = array("i", message.tokens)
+        known = self.sessions.setdefault(message.session, Session(message.context))
+        known.tags[tags.spanned(first, last)] = array("Q", message.tags)
+        known.positions = max(last, known.positions)
+
+    def check_alike(self, sessions: Mapping[int, Session], kept: Mapping[int, int]) -> None:
+        """ValueError: two sessions share positions that are kept, and their tokens differ."""
+        for session, positions in kept.items():
+            for other, shared in self.incoming.alike(session).items():
+                if other not in kept:  # it has ended since it was sent
+                    continue
+                at = tags.spanned(0, min(shared, positions, kept[other]))
+                if sessions[session].tags[at] != sessions[other].tags[at]:
+                    raise ValueError(f"sessions {session} and {other} share positions of other tokens")

@@ -14,11 +14,16 @@ from typing import Protocol
 
 import trio
 
+from ..engine.layout import CHUNK
 from .connection import Connection
 from .errors import NodeLostError
-from .generation import Fill, Flow, Generation, Part
-from .messages import Close, Failed, Kept, Message, Open, Refill, Result, Step
+from .generation import Due, Fill, Flow, Generation, Part
+from .messages import Close, Failed, Kept, Mask, Message, Open, Refill, Result, Rows, SetSampling, Tokens
+from .telling import Notice
 
+Answer = Result | Rows | Failed
+WHOLE = CHUNK
+"""Keys and values that are kept for others move in whole chunks, which are sent before the commit."""
 FillOf = Callable[[int], Fill | None]
 """How the lost keys and values of a session are filled, by its number; None if no units have lost any."""
 
@@ -35,6 +40,21 @@ class Seated(Protocol):
         """The positions that the whole chain certainly holds, for a transition to carry."""
 
     @property
+    def tokens(self) -> Sequence[int]:
+        """The tokens of the sequence, as far as they are known."""
+
+    @property
+    def will_hold(self) -> int:
+        """The positions that it will hold if its answer goes on; 0 if it does not go on."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether somebody uses the session; else it only keeps state for others."""
+
+    def trim(self, positions: int) -> None:
+        """Uses only a multiple of so many positions of what the chain holds from now on."""
+
+    @property
     def filling(self) -> bool:
         """Whether lost keys and values of this session are being filled."""
 
@@ -42,16 +62,16 @@ class Seated(Protocol):
     def generation(self) -> Generation:
         """What is known of the sequence."""
 
-    def take(self, message: Result | Failed, *, fill: bool) -> Sequence[Step | Refill]:
+    def take(self, message: Answer, *, fill: bool) -> Sequence[Due]:
         """Takes a message of the chain; returns the messages that are due after it. `fill`: it is a Result of
         rows that fill lost positions."""
 
-    def due_steps(self) -> Sequence[Step | Refill]:
+    def due_steps(self) -> Sequence[Due]:
         """The messages to send now; none while the chain is held."""
 
-    def carry(self, new: Chain, fill: Fill | None) -> Open | None:
+    def carry(self, new: Chain, fill: Fill | None) -> Open | Close | None:
         """Goes on in the chain of the next epoch, which holds the session's state, but for what `fill` says.
-        Returns the Open message to send first, if any."""
+        Returns the message to send first, if any."""
 
     def dropped(self) -> None:
         """Notes that the state of the session went with its chain."""
@@ -63,7 +83,8 @@ class Chain:
     of the connection, and is cancelled when the epoch ends.
 
     The last stage answers. In a chain in which units have lost keys and values, `filler` is the member that
-    answers the Steps that fill them, and `refill` sends an order to the member that has kept rows."""
+    answers the Steps that fill them, and `refill` sends an order to the member that has kept rows. `tell`
+    sends what the last member is told of a session."""
 
     def __init__(
         self, flow: Flow, connection: Connection, stages: Sequence[Part], scope: trio.CancelScope
@@ -71,6 +92,7 @@ class Chain:
         self.flow, self.stages = flow, stages
         self.filler = self.last = stages[-1].member
         self.refill: Callable[[Refill], None] | None = None
+        self.tell: Callable[[Notice], None] | None = None
         self.sessions: dict[int, Seated] = {}
         self.ended = False
         """Nothing is sent any more."""
@@ -80,6 +102,8 @@ class Chain:
         """Tokens of answers that have arrived."""
         self._connection, self._scope = connection, scope
         self._unsent: deque[Message] = deque()
+        self._told: set[int] = set()
+        """Sessions of which the last member has been told something."""
         self._stuck = trio.Event()
         self._quiet: Callable[[tuple[Kept, ...]], None] | None = None
         """Who waits until the chain is quiet."""
@@ -100,11 +124,16 @@ class Chain:
         return self.open or (self.stopped is None and generation.decodes)
 
     @property
+    def busy(self) -> bool:
+        """Whether somebody uses a session."""
+        return any(session.busy for session in self.sessions.values())
+
+    @property
     def due(self) -> bool:
         """Whether results are due."""
         return not self.ended and any(session.due for session in self.sessions.values())
 
-    def expects(self, member: int, result: Result) -> bool:
+    def expects(self, member: int, result: Result | Rows) -> bool:
         """Whether a result may be from that member. Those of other epochs are dropped anyway."""
         if result.epoch != self.flow.epoch:
             return True
@@ -127,7 +156,7 @@ class Chain:
             self.send([close])
         self._look()
 
-    def deliver(self, member: int, messages: Iterable[Result | Failed]) -> None:
+    def deliver(self, member: int, messages: Iterable[Answer]) -> None:
         """Passes results of a member to their sessions, and sends the Steps that are due after them in one
         write, before anybody looks at the tokens. Results of old epochs and of sessions that have ended are
         dropped; and those that come after `quiet` was called, since the nodes forget what is beyond its
@@ -144,8 +173,7 @@ class Chain:
 
     def send(self, messages: Sequence[Message]) -> None:
         """Sends messages, now or as soon as the connection accepts them."""
-        if self.refill is not None:
-            messages = self._without_refills(messages)
+        messages = self._for_first(messages)
         try:
             if messages and (self._unsent or not self._connection.post(*messages)):
                 self._unsent.extend(messages)
@@ -153,13 +181,23 @@ class Chain:
         except NodeLostError:
             return  # the epoch is over: what is lost is sent again in the next one
 
-    def _without_refills(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages for the first node. Refills are sent to another one."""
-        assert self.refill is not None
+    def _for_first(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """The messages for the first node. Refills, and what the last node is told, are sent to others."""
         for message in messages:
             if isinstance(message, Refill):
+                assert self.refill is not None, "no units are lost"
                 self.refill(message)
-        return [message for message in messages if not isinstance(message, Refill)]
+            elif isinstance(message, SetSampling | Tokens | Mask):
+                self._tell(message)
+                self._told.add(message.session)
+            elif isinstance(message, Close) and message.session in self._told:
+                self._tell(message)
+                self._told.remove(message.session)
+        return [m for m in messages if not isinstance(m, Refill | SetSampling | Tokens | Mask)]
+
+    def _tell(self, notice: Notice) -> None:
+        assert self.tell is not None, "an epoch says how the last node is told"
+        self.tell(notice)
 
     async def write(self) -> None:
         """Sends messages that the connection has not accepted at once, until cancelled. NodeLostError: the
@@ -188,6 +226,9 @@ class Chain:
         self._stop()
         if self.stopped is None or self.due:
             return
+        for session in self.sessions.values():
+            if not session.busy:  # nothing of it is left to be sent while the answers stand still
+                session.trim(WHOLE)
         quiet, self._quiet, self._closes = self._quiet, None, []
         held = {number: session.held for number, session in self.sessions.items()}
         self._kept = {number: positions for number, positions in held.items() if positions}
@@ -219,8 +260,8 @@ class Chain:
         first: list[Message] = [replace(close, epoch=new.flow.epoch) for close in self._closes or ()]
         for number, session in list(self.sessions.items()):
             if number in self._kept:
-                opening = session.carry(new, fill(number))
-                first += [] if opening is None else [opening]
+                notice = session.carry(new, fill(number))
+                first += [] if notice is None else [notice]
             else:
                 session.dropped()
         self.sessions.clear()

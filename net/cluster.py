@@ -18,6 +18,9 @@ others suffice. If they cannot hold the model, the coordinator waits for nodes, 
 first plan, the user is still at the terminal: a node that cannot be reached is left out if the others
 suffice, and is an error otherwise.
 
+Where the coordinator is to stay (`open_ended`), nodes may be none at first, are found later
+(net/arrivals.py), and are waited for without a limit: what would end it otherwise is told to the user.
+
 `now` is in seconds of a monotonic clock that stands still while this process does not run (liveness.Awake).
 """
 
@@ -25,12 +28,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..engine.errors import ShoalError
-from . import plans, transition
+from ..engine.errors import ModelFileError, NoPlanError, ShoalError
+from . import arrivals, holding, plans, transition
 from .errors import MismatchError, NetError, NodeLostError, StageStuckError
 from .events import (
     Command,
     Event,
+    FilesHeld,
+    Found,
     HangUp,
     Heard,
     Joined,
@@ -41,6 +46,7 @@ from .events import (
     Quiet,
     Reached,
     Redial,
+    Removed,
     Say,
     SendPing,
     StageBroken,
@@ -52,8 +58,8 @@ from .events import (
 )
 from .identity import host_port
 from .liveness import Pulse
-from .members import NO_POLICY, ClusterState, Transition, labelled
-from .messages import Condition
+from .members import ITSELF, NO_FETCHING, NO_POLICY, ClusterState, Transition, device_of, labelled
+from .messages import Condition, Hello
 from .transition import Outcome
 
 QUICK_SECONDS, MOST_AGAIN = 10.0, 3
@@ -70,10 +76,16 @@ def decide(state: ClusterState, event: Event, now: float) -> Outcome:
     if state.phase == "failed":
         return state, ()
     match event:
+        case Found():
+            return arrivals.found(state, event, now)
+        case Removed(member, error):
+            return _left(state.changed(member, barred=True), member, error, now)
         case Joined():
             return _joined(state, event, now)
         case Heard():
             return _heard(state, event, now)
+        case FilesHeld():
+            return holding.files_held(state, event, now)
         case Left(member, error, greeted):
             return _left(state, member, error, now, own=greeted)
         case LinksMeasured():
@@ -116,32 +128,54 @@ def _joined(state: ClusterState, event: Joined, now: float) -> Outcome:
     state = state.changed(
         member,
         hello=event.hello,
+        announced=None,
         lost=None,
         joined=before.joined if was else now,
+        began=before.began if same else now,
         pulse=Pulse(before.pulse.trip, now),
         condition=before.condition if same else NO_POLICY,
+        held=_held(event.hello),
+        target=before.target if same else None,
+        fetching=NO_FETCHING,
     )
     state = replace(state, considered=state.considered - {incarnation}) if not was else state
+    if not same:  # links of the same process are measured, or have to be
+        state = _recalled(replace(state, crowded=frozenset()), event)
     for other in state.alive():
         if other != member and state.incarnation(other) == incarnation:
             state, more = _left(state.changed(other, barred=True), other, _twice(state, other, member), now)
             commands += more
-    if state.phase == "gathering":
-        if len(state.alive()) == 1:
-            state = replace(state, since=now)
-        state, more = _gathered(state, now)
-        return state, (*commands, *more)
-    state = labelled(state)
-    mixed = _mixed(state, member)
+    if state.phase == "gathering" and len(state.alive()) == 1:
+        state = replace(state, since=now)
+    gathering = state.phase == "gathering"
+    state = state if gathering else labelled(state)
+    mixed = None if gathering and not state.open_ended else _mixed(labelled(state), member)
     if mixed is not None:
         state, more = _left(state, member, mixed, now, own=True)
+    elif gathering:
+        if state.open_ended and not was:
+            commands += (Say(f"{labelled(state).members[member].called} has joined", member),)
+        state, more = _gathered(state, now)
     elif was:  # only the connection is new
         state, more = _emptied(state, member, f"{state.members[member].called} has a new connection", now)
     else:
         told = "has joined" if before.hello is None else "is back"
-        commands += (Say(f"{state.members[member].called} {told}"),)
+        commands += (Say(f"{state.members[member].called} {told}", member),)
         state, more = plans.advance(state, now)
     return state, (*commands, *more)
+
+
+def _recalled(state: ClusterState, event: Joined) -> ClusterState:
+    """The state with the links of a node that has joined which are known from before."""
+    there = {ITSELF, *state.alive()} - {event.member}
+    ends = {state.ends(event.member, other) for other in event.known & there} - state.measured
+    return replace(state, measured=state.measured | ends, old=state.old | ends)
+
+
+def _held(hello: Hello) -> frozenset[int] | None:
+    """The units whose files a node that has joined holds."""
+    offer = hello.offer
+    return None if offer is None or offer.held is None else frozenset(offer.held)
 
 
 def _emptied(state: ClusterState, member: int, reason: str, now: float) -> Outcome:
@@ -166,22 +200,27 @@ def _twice(state: ClusterState, one: int, other: int) -> NetError:
 
 
 def _gathered(state: ClusterState, now: float) -> Outcome:
-    """Goes on when every node has joined or cannot be reached, or has had `timing.gather` seconds since the
-    first joined. Those that join later are used as if they had been lost."""
-    pending = any(member.pending for member in state.members)
+    """Goes on when every node and every expected device has joined or cannot be reached, or has had
+    `timing.gather` seconds since the first joined. Those that join later are used as if they had been
+    lost."""
+    devices = {device_of(state.incarnation(i)) for i in state.alive()}
+    pending = any(member.pending for member in state.members) or not state.expected <= devices
     late = state.recover and bool(state.alive()) and now - state.since >= state.timing.gather
     if pending and not late:
         return state, ()
     absent = [member for member in state.members if not member.alive]
+    if not state.alive() and state.open_ended:
+        return state, ()
     if not state.alive():
-        return plans.fail(state, next(member.lost for member in absent if member.lost is not None))
+        return plans.end(state, next(member.lost for member in absent if member.lost is not None), now)
     state = labelled(state)
     mixed = _mixed(state)
     if mixed is not None:
-        return plans.fail(state, mixed)
+        return plans.end(state, mixed, now)
     said = tuple(
         Say(f"{member.lost or f'{member.called} has not answered yet'}: going on without it")
         for member in absent
+        if not state.open_ended  # that was said when it was lost
     )
     state, commands = plans.advance(plans.enter(state, "measuring", now), now)
     return state, (*said, *commands)
@@ -216,6 +255,8 @@ def _left(
         return state, ()
     held, changes, strict = state.holds(member), state.changes(member), not state.recover
     at_fault = lost.alive and own and not isinstance(error, NodeLostError | StageStuckError)
+    if isinstance(error, ModelFileError) and state.lacks_files(member):
+        at_fault = False  # it had to make room on its disk, and has told so
     left = lost.alive and lost.condition.leaving and not held and isinstance(error, NodeLostError)
     state = state.changed(
         member,
@@ -225,12 +266,13 @@ def _left(
     )
     state = replace(state, standing=state.standing - {member})
     if strict and (held or not state.served):
-        return plans.fail(state, error)
-    if state.phase == "gathering":
-        return _gathered(state, now)
-    said = Say(f"{lost.called} has left" if left else str(error))
+        return plans.end(state, error, now)
+    said = Say(f"{lost.called} has left" if left else str(error), member)
     commands: tuple[Command, ...] = (*((HangUp(member),) if hang_up else ()), said)
-    more: tuple[Command, ...] = ()
+    if state.phase == "gathering":
+        state, more = _gathered(state, now)
+        return state, (*commands, *more) if state.open_ended else more
+    more = ()
     if held:
         state, ended = transition.end_chain(state, str(error), now)
         state, more = plans.advance(state, now)
@@ -241,6 +283,8 @@ def _left(
         state = plans.enter(state, "measuring", now) if state.phase == "moving" else state
     if state.trial:  # it may be in that plan
         state = replace(state, trial=False, plans=state.plans + 1)
+    if lost.target:  # others should fetch its files
+        state = replace(state, considered=state.considered - state.growing(state.alive()))
     if state.phase == "planning":
         state, more = plans.plan(state, now)
     elif state.phase == "measuring":
@@ -293,14 +337,15 @@ def _conditioned(state: ClusterState, member: int, condition: Condition, now: fl
     state = state.changed(member, condition=condition)
     if condition.leaving == before.leaving:
         reason = f": {condition.reason}" if condition.reason else ""
-        share = Say(f"{called} computes for at most {condition.share:.0%} of the time{reason}")
+        share = Say(f"{called} computes for at most {condition.share:.0%} of the time{reason}", member)
         return state, (share,) if condition.share != before.share else ()
     if not condition.leaving:
         state = state.changed(member, joined=now)
         state = replace(state, considered=state.considered - {state.incarnation(member)})
-        return state, (Say(f"{called} can be used again"),)
+        state, more = plans.advance(state, now) if state.phase == "waiting" else (state, ())
+        return state, (Say(f"{called} can be used again", member), *more)
     reason = f"{called} is leaving" + (f": {condition.reason}" if condition.reason else "")
-    commands: tuple[Command, ...] = (Say(reason),)
+    commands: tuple[Command, ...] = (Say(reason, member),)
     move = state.transition
     if state.phase == "serving" and move is not None and member in state.holders_of(move.placement):
         state, more = transition.give_up(state, reason, now)
@@ -329,15 +374,26 @@ def _broken(state: ClusterState, event: StageBroken, now: float) -> Outcome:
 
 def _unmoved(state: ClusterState, move: Transition, event: StageBroken, now: float) -> Outcome:
     """A transition has failed. The chain that is served goes on; without one, the stages are loaded again,
-    and what fails then is the node's fault."""
-    reason = str(event.error)
-    if isinstance(event.error, StageStuckError) and event.peer is None:
+    and what fails then is the node's fault. A node without a stage that has not the files which it said it
+    holds is at fault at once; one that cannot load what its offer had room for is lost, and the second time
+    at fault: its offer is not believed any more."""
+    reason, idle = str(event.error), event.member not in state.holders()
+    at_fault = isinstance(event.error, StageStuckError) or (isinstance(event.error, ModelFileError) and idle)
+    if at_fault and event.peer is None:
         return _left(state, event.member, event.error, now, own=True)
+    if idle and event.peer is None and not isinstance(event.error, NetError | NoPlanError):
+        process = state.incarnation(event.member)
+        again = state.members[event.member].unloaded == process
+        state = state.changed(event.member, unloaded=process)
+        return _left(state, event.member, event.error, now, own=again)
     if move.step == "committed":
         said = Say(f"the layers are loaded again: {reason}")
         state, commands = _again(state, reason, now, anew=True)
         return state, (said, *commands)
     blamed, more = _blamed(state, event), tuple[Command, ...]()
+    if isinstance(event.error, NoPlanError) and state.phase == "serving":
+        crowded = state.crowded | {move.placement.stages}
+        state = replace(state, crowded=crowded, crowded_until=now + plans.CROWDED_SECONDS)
     state, commands = transition.give_up(state, reason, now, failed=True)
     if state.phase == "moving":
         state, more = transition.load(state, move.placement, now)
@@ -369,7 +425,7 @@ def _tick(state: ClusterState, event: Tick, now: float) -> Outcome:
         state, commands = _gathered(state, now)
     elif state.phase in ("measuring", "planning", "waiting") and _tired(state, now):
         assert state.failure is not None, "waiting has a reason"
-        state, commands = plans.fail(state, state.failure)
+        state, commands = plans.end(state, state.failure, now)
     elif state.phase == "waiting" and state.unreachable and now - state.since >= RETRY_SECONDS:
         retry = replace(state, measured=state.measured - state.unreachable, unreachable=frozenset())
         state, commands = plans.advance(plans.enter(retry, "measuring", now), now)
@@ -381,6 +437,9 @@ def _tick(state: ClusterState, event: Tick, now: float) -> Outcome:
         state, commands = _hurried(state, state.transition, now)
     elif state.phase == "serving":
         state, commands = plans.reconsidered(state, now)
+        if not event.busy:
+            state, more = plans.measure_again(state, now)
+            commands += more
     return state, (*beats, *commands)
 
 
@@ -401,7 +460,7 @@ def _hurried(state: ClusterState, move: Transition, now: float) -> Outcome:
 
 
 def _tired(state: ClusterState, now: float) -> bool:
-    return state.waiting is not None and now - state.waiting >= state.timing.patience
+    return not state.open_ended and state.waiting is not None and now - state.waiting >= state.timing.patience
 
 
 def _silent(state: ClusterState, now: float) -> bool:

@@ -14,7 +14,7 @@ import socket
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import Protocol, TypeVar
 
@@ -27,13 +27,16 @@ from .errors import (
     NetError,
     NodeLostError,
     RemoteProtocolError,
+    UntrustedError,
     from_wire,
     leading,
     to_wire,
 )
-from .identity import Identity, check_hello, check_peer
+from .identity import Identity, check_hello, check_peer, hello_of
 from .listen import host_port
-from .messages import Error, Hello, Message, Offer, Peer, Purpose
+from .messages import Error, Hello, Housemate, Message, Offer, Peer, Purpose
+from .requests import inward
+from .tls import WAKE_BYTES, TlsChannel, TlsStream, Trust, der_of, key_of, prefix_of
 from .wire import Signal, WireProtocol
 
 READ_BYTES = 256 * 1024
@@ -71,7 +74,8 @@ class Connection:
     Messages are written to the socket at once, by the thread that sends them, as far as the socket accepts
     them. The rest waits in a bounded queue for a task that writes it, so that a slow network delays this
     connection's messages and not the computation. `post`, `write` and `arrived` may be called from any
-    thread. A stream that is no socket is written by the task alone."""
+    thread. A stream that is no socket is written by the task alone. `mate` is the device at the other end of
+    a TLS stream."""
 
     def __init__(self, stream: trio.abc.Stream, peer: str, *, dialled: bool, queue: int = QUEUE) -> None:
         self.peer = peer
@@ -83,6 +87,7 @@ class Connection:
         self._wire = WireProtocol(dialled)
         self._most = queue
         self._socket = _raw(stream)
+        self.mate: Housemate | None = stream.mate if isinstance(stream, TlsStream) else None
         self._lock = threading.Condition()
         """Guards what is below, and writes to the socket."""
         self._unsent: deque[bytes | memoryview] = deque()
@@ -91,6 +96,8 @@ class Connection:
         self._busy = False
         """Whether a stream that is no socket is being written to."""
         self._reading = threading.Lock()
+        self._wakes_at = 1
+        """The bytes that have to wait in the socket before the system calls it readable."""
         self._held: ShoalError | None = None
         """An error to raise once the messages before it were returned."""
         self._home = trio.lowlevel.current_trio_token(), threading.get_ident()
@@ -102,6 +109,12 @@ class Connection:
         """The descriptor of the socket, for a thread that waits until it can be read; None if there is
         none."""
         return None if self._socket is None else self._socket.fileno()
+
+    @property
+    def unused(self) -> bool:
+        """Whether the peer has ended it without a word, as those do that try several connections at a time
+        and keep the first."""
+        return self._lost is not None and not self.received
 
     async def send(self, message: Message) -> None:
         """Sends or queues a message, waiting while the queue is full. NodeLostError: the connection has
@@ -233,6 +246,7 @@ class Connection:
             return  # a write is stuck because the peer reads nothing, so the reason cannot be sent either
 
     async def _read(self) -> bytes | bytearray:
+        self._set_wake()
         try:
             data = await self._stream.receive_some(READ_BYTES)
             self.received += len(data)
@@ -241,6 +255,21 @@ class Connection:
             raise self._loss(f"the connection broke ({_cause(error)})") from error
         except trio.ClosedResourceError as error:
             raise self._loss("the connection has ended") from error
+
+    def _set_wake(self) -> None:
+        """Lets the system wake this task once the rest of a message is there, or WAKE_BYTES of it. On a link
+        that is slower than this device every packet of a file would wake it otherwise."""
+        if self._socket is None or self._wire.purpose != "files":  # others are also waited for by threads
+            return
+        if isinstance(self._socket, TlsChannel):
+            assert isinstance(self._stream, TlsStream)
+            self._stream.wanted = self._wire.missing
+            return
+        wanted = max(1, min(WAKE_BYTES, self._wire.missing))
+        if wanted != self._wakes_at:
+            self._wakes_at = wanted
+            with suppress(OSError):  # it has ended, or the system cannot do that
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wanted)
 
     def _loss(self, why: str) -> NodeLostError:
         """The error to raise. It keeps the first reason, since later ones are its consequences."""
@@ -329,9 +358,24 @@ class Connection:
             self._socket, self._ending = None, True
 
 
-def _raw(stream: trio.abc.Stream) -> socket.socket | None:
-    """A non-blocking socket of the standard library for the descriptor of a trio stream; None if it has
-    none. It must be detached before the stream closes the descriptor."""
+def address_of(stream: trio.abc.Stream) -> tuple[str, str]:
+    """The remote host of a connection, and its address for messages."""
+    try:
+        if isinstance(stream, TlsStream):
+            return stream.addresses[1][0], stream.mate.name
+        if not isinstance(stream, trio.SocketStream):
+            return "", "a peer"
+        host, port = stream.socket.getpeername()[:2]
+    except OSError:  # the peer has disconnected already
+        return "", "a peer"
+    return host, host_port(host, port)
+
+
+def _raw(stream: trio.abc.Stream) -> socket.socket | TlsChannel | None:
+    """A non-blocking socket of the standard library for the descriptor of a trio stream, or the channel of a
+    TLS stream; None if it has none. It must be detached before the stream closes the descriptor."""
+    if isinstance(stream, TlsStream):
+        return stream.channel
     return socket.socket(fileno=stream.socket.fileno()) if isinstance(stream, trio.SocketStream) else None
 
 
@@ -422,17 +466,26 @@ async def dial(
     """Connects to a node and exchanges Hello: yields the connection and the node's Hello.
 
     NodeLostError: nobody answers, or sends Hello within `seconds`, or another process than `peer` does.
-    MismatchError: the two cannot compute together."""
+    MismatchError: the two cannot compute together. UntrustedError: with a house, the other is not of it, or
+    does not take this device for one of it."""
     where = host_port(host, port)
     who = f"{peer.name} ({where})" if peer else where
     hint = "check that `shoal node` is running there and that the address is right"
     deadline = trio.current_time() + seconds
-    stream = None
+    stream: trio.abc.Stream | None = None
     try:
         with trio.move_on_at(deadline):
-            stream = await open_stream(host, port)
+            raw = await open_stream(host, port)
+            if isinstance(raw, TlsStream) and peer is not None and not _is_of(raw, peer):
+                # The network here has another device of the house at that address: the head knows the right.
+                await trio.aclose_forcefully(raw)
+                raw = await open_stream(inward(peer.incarnation >> 32), port)
+            if me.trust is None or isinstance(raw, TlsStream):  # that of net/reverse.py has TLS already
+                stream = raw
+            else:
+                stream = await sealed(raw, me.trust, who)
     except (OSError, UnicodeError) as error:  # UnicodeError: no valid host name
-        raise NodeLostError(f"{who} cannot be reached ({_reason(error)}): {hint}") from error
+        raise NodeLostError(f"{who} cannot be reached ({reason(error)}): {hint}") from error
     if stream is None:
         raise NodeLostError(f"{who} did not answer within {seconds:g} s: {hint}")
     async with open_connection(
@@ -440,18 +493,46 @@ async def dial(
     ) as connection:
         hello, start = None, trio.current_time()
         with trio.move_on_at(deadline):
-            await connection.send(me.hello(purpose, ticket=0 if peer is None else peer.ticket))
-            hello = await connection.expect(Hello)
+            hello = await _exchanged(connection, stream, me.hello(purpose, ticket=peer.ticket if peer else 0))
         if hello is None:
             raise NodeLostError(
                 f"{who} did not say Hello within {seconds:g} s: check that it is a shoal node"
             )
         connection.trip = trio.current_time() - start
+        hello = hello_of(me, connection.mate, hello, where)
         connection.peer = f"{hello.name} ({where})"
         check_hello(me, hello, connection.peer)
         if peer is not None:
             check_peer(peer, hello)
         yield connection, hello
+
+
+def _is_of(stream: TlsStream, peer: Peer) -> bool:
+    """Whether a stream leads to the device of a peer."""
+    return prefix_of(key_of(der_of(stream.mate))) == peer.incarnation >> 32
+
+
+async def sealed(stream: trio.abc.Stream, trust: Trust, who: str) -> TlsStream:
+    """TLS over a stream that was just opened, which is closed if that fails or is cancelled."""
+    try:
+        return await trust.dialled(stream, who)
+    except BaseException:
+        await trio.aclose_forcefully(stream)
+        raise
+
+
+async def _exchanged(connection: Connection, stream: trio.abc.Stream, mine: Hello) -> Hello:
+    """The answer to this side's Hello. Errors as for `dial`."""
+    try:
+        await connection.send(mine)
+        return await connection.expect(Hello)
+    except NodeLostError as error:
+        if isinstance(stream, TlsStream) and stream.refused:
+            raise UntrustedError(
+                f"{connection.peer} does not know this device: it is of another house, or was told to forget "
+                "this one. Pair it again: `shoal invite` on the head, `shoal join` on the device"
+            ) from error
+        raise
 
 
 async def enter_dial(
@@ -486,13 +567,14 @@ async def greet(
     """The counterpart of `dial` on the side that was dialled: receives a Hello, checks it, asks `admit` for
     the ticket in the answer, answers.
 
-    NodeLostError: no Hello within `seconds`. MismatchError: the two cannot compute together. Errors of
-    `admit`."""
+    NodeLostError: no Hello within `seconds`. MismatchError: the two cannot compute together. UntrustedError:
+    the peer claims to be another device of the house. Errors of `admit`."""
     hello = None
     with trio.move_on_after(seconds):
         hello = await connection.expect(Hello)
     if hello is None:
         raise NodeLostError(f"{connection.peer} connected and did not say Hello within {seconds:g} s")
+    hello = hello_of(me, connection.mate, hello, connection.peer)
     connection.peer = f"{hello.name} ({connection.peer})"
     check_hello(me, hello, connection.peer)
     ticket = await admit(hello)
@@ -505,7 +587,7 @@ def is_peers_fault(error: ShoalError) -> bool:
     return not isinstance(error, NodeLostError | LocalProtocolError) and isinstance(error, NetError)
 
 
-def _reason(error: OSError | UnicodeError) -> str:
+def reason(error: OSError | UnicodeError) -> str:
     """The operating system's reason. trio tries every address and puts one error for each into the cause."""
     cause = error.__cause__
     while isinstance(cause, ExceptionGroup):

@@ -9,18 +9,24 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from ..engine.errors import ShoalError
+from ..engine.errors import ShoalError, ignore
 from .connection import Connection, Kind
-from .errors import NodeLostError
-from .messages import Loaded, Message, Ping, Pong, Progress
+from .errors import NodeLostError, RemoteProtocolError
+from .few_lines import FewLines
+from .messages import Fetch, Loaded, Message, Ping, Pong, Progress
 from .pace import WEIGHT
 from .watch import SETTLE_SECONDS
 
+MOST_REPORTS, REPORTS_PER_S = 100, 30.0
+"""How many reports a node may send at once, and for long. It has about ten a second to tell at most."""
+
 
 class Control:
-    """The control connection to one node, while there is one, and what was received on it."""
+    """The control connection to one node, while there is one, and what was received on it. `log` prints a
+    line for the user."""
 
-    def __init__(self) -> None:
+    def __init__(self, log: Callable[[str], None] = ignore) -> None:
+        self.say = FewLines(log, "more lines about one node were left out", trio.current_time)
         self.scope = trio.CancelScope()
         """Cancelled to end the connection."""
         self.connection: Connection | None = None
@@ -28,24 +34,44 @@ class Control:
         """When the connection was greeted."""
         self.at_once = False
         """Dial again without a pause when the connection has ended."""
+        self.kept = False
+        """Whether a task keeps the connection."""
+        self.wake = trio.Event()
+        """Set to end a pause between two attempts to connect."""
         self.loaded: Loaded | None = None
         self.progress: Progress | None = None
         self.copies: frozenset[int] = frozenset()
         """The units whose weights the node holds beside those of its stage."""
         self.ordered: tuple[int, ...] = ()
         """Those that it has been asked to hold."""
+        self.fetch: Fetch | None = None
+        """The files that it has been ordered to hold on disk."""
         self.waiting: float | None = None
         """The share of the last seconds in which its stage did not compute; None before it has said so."""
+        self._reports, self._counted = 0.0, 0.0
         self._trying = False
         self._asking = trio.Lock()
         self._answers: trio.MemorySendChannel[Message] | None = None
 
+    def redial(self) -> None:
+        """Ends the connection, or the pause after it, and dials again at once."""
+        self.at_once = True
+        self.scope.cancel()
+        self.wake.set()
+
     def ended(self) -> None:
         """Forgets what was true of the connection, which has ended."""
         self.connection = self.progress = self.waiting = None
-        self.copies, self.ordered = frozenset(), ()
+        self.copies, self.ordered, self.fetch = frozenset(), (), None
         if self._answers is not None:
             self._answers.close()
+
+    def reported(self, now: float, who: str) -> None:
+        """Counts a message that is no result. RemoteProtocolError: there are more than a node needs."""
+        passed, self._counted = now - self._counted, now
+        self._reports = max(0.0, self._reports - passed * REPORTS_PER_S) + 1
+        if self._reports > MOST_REPORTS:
+            raise RemoteProtocolError(f"{who} sent more reports than a node has, {REPORTS_PER_S:g} a second")
 
     def ponged(self, pong: Pong) -> None:
         """Notes what the stage was doing when it answered a ping."""

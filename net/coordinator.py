@@ -16,29 +16,35 @@ from itertools import count
 
 import trio
 
-from ..engine.batch import Sampling
+from ..engine.batch import ReadRequest, Sampling
 from ..engine.errors import ShoalError, ignore
+from ..engine.sampler import Allow
 from ..planner import Assignment, LinkSpeed
-from . import events
+from . import events, holding, house_list
 from .admission import Admission
+from .chain import Answer as Taken
 from .chain import Chain
+from .chain_pace import ChainPace
 from .cluster import decide
 from .connection import Hop, OpenStream, dial, in_thread, open_tasks, open_tcp
 from .control import Control
 from .epochs import Epochs
-from .errors import NodeLostError, RemoteProtocolError, from_wire
-from .events import DEFAULT_TIMING, Command, Event, Timing
+from .errors import NetError, NodeLostError, RemoteProtocolError, from_wire
+from .events import Command, Event
 from .generation import Generation
-from .identity import Identity, ModelShape
-from .liveness import TICK_SECONDS, Awake, Stillness, call_bound, redial_pause
+from .holding import FetchReport
+from .identity import Identity, ModelShape, is_home
+from .known import KnownLinks
+from .liveness import DEFAULT_TIMING, TICK_SECONDS, Awake, Stillness, Timing, call_bound, redial_pause
 from .measuring import LinkMeasurer
-from .members import ClusterState, Member, Moves, peer_of
+from .members import ClusterState, Member, Moves, device_of, peer_of
 from .messages import (
     Abort,
     Broken,
     Epoch,
     Failed,
     GetStats,
+    Held,
     Loaded,
     Measured,
     Message,
@@ -47,12 +53,13 @@ from .messages import (
     Prepared,
     Release,
     Result,
+    Rows,
     Spare,
     Spares,
     Stats,
 )
 from .moves import Move, MoveLog, usage_of
-from .pace import ChainPace
+from .overview import NodeOverview, Overview
 from .placement import (
     NodeInfo,
     Placement,
@@ -63,10 +70,12 @@ from .placement import (
     fit_chunk,
 )
 from .probe import probe
-from .session import Answer, Session
+from .session import Answer, Reading, Session
 
 LASTING_SECONDS = 5.0
 """A connection that has lasted for so long was no failed attempt to connect."""
+FAULTY_SECONDS = 60.0
+"""The pause before a process that has failed is looked for again, by a coordinator that stays."""
 REBALANCE_SECONDS = 0.5
 """The time between two questions to the rebalancer."""
 
@@ -75,19 +84,27 @@ REBALANCE_SECONDS = 0.5
 class CoordinatorOptions:
     """Options of a coordinator. `recover`: go on with the other nodes after one is lost. `moves`: how the
     placement changes while answers are computed (members.Moves). `rebalancer` proposes such changes.
-    `approximate`: allow nodes whose results are not exact beside exact ones. `log` is called with sentences
-    for the user, in the event loop's thread: it must not block. Tests replace `hop` and `open_stream`."""
+    `approximate`: allow nodes whose results are not exact beside exact ones. `share_prefixes`: a session
+    begins with what others hold of its prompt, and complete answers keep their state for that. `open_ended`:
+    nodes come and go, and may be none at first. `log` is called with sentences for the user, in the event
+    loop's thread: it must not block. `open_stream` connects to nodes (see reverse.DeviceListener); tests
+    replace it and `hop`. In a house, `known_links` are used before links are measured, and follow what is
+    measured; the first plan waits a little for the `expected` devices (members.device_of)."""
 
     timing: Timing = DEFAULT_TIMING
     measure_links: bool = True
     recover: bool = True
+    open_ended: bool = False
     moves: Moves = "move"
     approximate: bool = False
     max_sessions: int = 32
+    share_prefixes: bool = True
     rebalancer: Rebalancer | None = None
     log: Callable[[str], None] = ignore
     hop: Hop = in_thread
     open_stream: OpenStream = open_tcp
+    known_links: KnownLinks | None = None
+    expected: frozenset[int] = frozenset()
 
 
 DEFAULT_OPTIONS = CoordinatorOptions()
@@ -110,6 +127,10 @@ class Coordinator:
     `timing.patience` seconds. Then the block ends with an error that
     names the node: NodeLostError, MismatchError, NoPlanError, or an error of that node's engine.
 
+    With `options.open_ended`, `open` returns at once, nodes are also given by `add`, and answers wait for as
+    long as the nodes that are there cannot hold the model: `chain` returns when they can. The reasons go to
+    `options.log`.
+
     `links` has the measured links by pairs of labels, `placement.COORDINATOR` among them.
     """
 
@@ -121,7 +142,7 @@ class Coordinator:
         plan: Planner,
         options: CoordinatorOptions = DEFAULT_OPTIONS,
     ) -> None:
-        if not addresses or len(set(addresses)) < len(addresses):
+        if len(set(addresses)) < len(addresses) or not (addresses or options.open_ended):
             raise ValueError("a coordinator needs at least one address, and no address twice")
         self.identity, self.shape, self.options = identity, shape, options
         self.links: dict[tuple[str, str], LinkSpeed] = {}
@@ -133,13 +154,17 @@ class Coordinator:
             timing=options.timing,
             approximate=options.approximate,
             recover=options.recover,
+            open_ended=options.open_ended,
+            expected=options.expected,
             moves=options.moves,
             unit_bytes=shape.unit_bytes,
         )
         self._pace = ChainPace(self.links)
+        self._copies: Mapping[str, Sequence[int]] = {}
+        """The units of which the rebalancer wants copies, by label."""
         self._awake = Awake(0.0)
         self._results, self._still = 0, Stillness()
-        self._controls = [Control() for _ in addresses]
+        self._controls = [Control(options.log) for _ in addresses]
         self._happened = deque[Event]()
         self._deciding = False
         self._failure: ShoalError | None = None
@@ -171,10 +196,11 @@ class Coordinator:
             tasks.start_soon(coordinator._fail)
             tasks.start_soon(coordinator._tick)
             for member in range(len(addresses)):
-                tasks.start_soon(coordinator._keep_connected, member)
+                coordinator._dial(member)
             if options.rebalancer is not None:
                 tasks.start_soon(coordinator._rebalance, options.rebalancer)
-            await coordinator.chain()
+            if not options.open_ended:
+                await coordinator.chain()
             yield coordinator
             tasks.cancel_scope.cancel()
 
@@ -189,6 +215,11 @@ class Coordinator:
         return self._state.placement
 
     @property
+    def devices(self) -> frozenset[int]:
+        """The devices of a house that have layers by the newest plan (members.device_of)."""
+        return frozenset(device_of(self._state.incarnation(i)) for i in self._state.holders())
+
+    @property
     def recoveries(self) -> int:
         """The number of times that the chain has ended, because a node or a connection was lost, and another
         was begun. Moves of layers do not count."""
@@ -199,12 +230,69 @@ class Coordinator:
         """What became of the latest transitions, the oldest first."""
         return self._log.moves
 
-    def session(self, sampling: Sampling | None = None, *, context: int | None = None) -> Session:
+    def add(self, host: str, port: int, incarnation: int | None = None, *, anew: bool = False) -> None:
+        """Adds a node, which is dialled as those that were given at the start; one that is known and lost is
+        dialled at once. With the `incarnation` of its process, a node that is known under another address has
+        moved here. `anew`: its connections may be dead without notice, so they are tried."""
+        self._happens(events.Found(host, port, incarnation, anew))
+
+    def remove(self, host: str, port: int) -> None:
+        """Ends the use of a node, until it is added again; nothing if there is none at that address."""
+        for i, member in enumerate(self._state.members):
+            if (member.host, member.port) == (host, port) and not member.barred:
+                self._happens(events.Removed(i, NetError(f"{member.called} was removed")))
+
+    @property
+    def fetches(self) -> tuple[FetchReport, ...]:
+        """How far nodes are with the files that they should hold on disk."""
+        return holding.reports(self._state, self._awake.at(trio.current_time()))
+
+    def overview(self) -> Overview:
+        """What is known at the moment of nodes, links and answers."""
+        epoch, log, admission = self._state.epoch, self._log, self._admission
+        recent = log.recent(self._awake.at(trio.current_time()))
+        nodes = []
+        for control in self._controls:
+            loaded = control.loaded if control.loaded is not None and control.loaded.epoch == epoch else None
+            ram = None if loaded is None else loaded.ram_bytes
+            nodes.append(NodeOverview(control.waiting, ram, control.copies))
+        return Overview(
+            self._state, tuple(nodes), dict(self.links), self._epochs.tokens, recent,
+            admission.running, admission.queued, self._epochs.recoveries, tuple(log.moves), self.fetches,
+        )  # fmt: skip
+
+    def free_idle(self) -> None:
+        """Frees the keys and values of sessions that are between two answers, and those that complete answers
+        have left for later ones. They are computed again when they are needed."""
+        self._admission.make_room()
+
+    def session(
+        self,
+        sampling: Sampling | None = None,
+        *,
+        context: int | None = None,
+        report: int | None = None,
+        allow: Allow | None = None,
+    ) -> Session:
         """A sequence of at most `context` tokens (default: the model's context) for consecutive answers, each
-        of which computes only the new part of its prompt."""
+        of which computes only the new part of its prompt. `report` and `allow` as in Generation."""
+        return self._session(sampling, context, report, allow, lingers=False)
+
+    def _session(
+        self,
+        sampling: Sampling | None,
+        context: int | None,
+        report: int | None = None,
+        allow: Allow | None = None,
+        *,
+        lingers: bool,
+    ) -> Session:
         most = self.shape.context if context is None else min(context, self.shape.context)
-        generation = Generation(0, sampling or Sampling(), most, self.shape.vocab)
-        return Session(self, generation, self._admission, self._numbers)
+        generation = Generation(0, sampling or Sampling(), most, self.shape.vocab, report, allow)
+        return Session(
+            self, generation, self._admission, self._numbers,
+            shares=self.options.share_prefixes, lingers=lingers and self.options.share_prefixes,
+        )  # fmt: skip
 
     def generate(
         self,
@@ -214,11 +302,19 @@ class Coordinator:
         max_tokens: int,
         end: Collection[int] = (),
         context: int | None = None,
+        report: int | None = None,
+        allow: Allow | None = None,
     ) -> Answer:
         """The answer to a prompt of token ids. As in engine.generate, it ends after `max_tokens`, at the end
-        of the context, or before a token in `end`. Errors as for Session.answer."""
-        session = self.session(sampling, context=context)
+        of the context, or before a token in `end`. `report` and `allow` as in Generation. Errors as for
+        Session.answer."""
+        session = self._session(sampling, context, report, allow, lingers=True)
         return session.answer(prompt, max_tokens=max_tokens, end=end, keep=False)
+
+    def read(self, request: ReadRequest) -> Reading:
+        """Reads a text: see Session.read."""
+        session = self.session(context=request.context, report=request.report)
+        return session.read(request.tokens, request.first, request.want)
 
     async def stats(self) -> tuple[StageReport, ...]:
         """The work of each stage of the chain in this epoch. NodeLostError: a node was lost meanwhile."""
@@ -233,6 +329,11 @@ class Coordinator:
             )
         return tuple(reports)
 
+    @property
+    def current(self) -> Chain | None:
+        """The current chain, which may have ended; None before the first."""
+        return self._epochs.chain
+
     async def chain(self) -> Chain:
         """The current chain, for sessions; waits while there is none, or while it is held."""
         return await self._epochs.wait()
@@ -240,8 +341,7 @@ class Coordinator:
     def move(self, stages: Sequence[Assignment], why: str) -> None:
         """Changes to these stages, by labels of nodes, while answers go on. What becomes of it is added to
         `moves`: at once if it cannot be begun, for example while another transition is under way."""
-        placement = replace(self._state.placement, stages=tuple(stages), groupings=(), window=0)
-        self._happens(events.Proposed(self._fitting(placement), why))
+        self._happens(events.Proposed(self._fitting(self._state.placement.moved(stages)), why))
 
     # --- events
 
@@ -267,8 +367,10 @@ class Coordinator:
     async def _tick(self) -> None:
         while True:
             await trio.sleep(TICK_SECONDS)
+            self._look_at_house()
             now, epochs = self._awake.tick(trio.current_time()), self._epochs
             self._log.tick(now, epochs.tokens, due=epochs.due)
+            self._order_files()
             self._happens(events.Tick(epochs.busy, self._stands_still(now)))
 
     def _stands_still(self, now: float) -> bool:
@@ -286,17 +388,31 @@ class Coordinator:
         wire = max((size / link.bytes_per_s for link in self.links.values()), default=0.0)
         return seconds > call_bound(wire + max((told.expected or 0.0 for told in running), default=0.0))
 
+    def _dial(self, member: int) -> None:
+        """Keeps a connection to a node from now on."""
+        while len(self._controls) <= member:
+            self._controls.append(Control(self.options.log))
+        control = self._controls[member]
+        control.redial()
+        if not control.kept:
+            control.kept = True
+            self._tasks.start_soon(self._keep_connected, member)
+
     async def _keep_connected(self, member: int) -> None:
         """Keeps a connection to a node: dials again for as long as this coordinator lives."""
         control, tries = self._controls[member], 0
         while not self._state.members[member].barred:
-            control.scope, control.at_once = trio.CancelScope(), False
+            control.scope, control.at_once, control.wake = trio.CancelScope(), False, trio.Event()
             with control.scope:
                 await self._converse(member)
             lasted = control.greeted is not None and trio.current_time() - control.greeted > LASTING_SECONDS
-            tries = 0 if lasted else tries + 1
+            tries = 0 if lasted or control.at_once else tries + 1
             if not control.at_once:
-                await trio.sleep(redial_pause(tries))
+                # Where nodes tell of themselves, another process in the place of a faulty one does.
+                waits = self.options.open_ended and self._state.members[member].at_fault
+                with trio.move_on_after(FAULTY_SECONDS if waits else redial_pause(tries)):
+                    await control.wake.wait()
+        control.kept = False
 
     async def _converse(self, member: int) -> None:
         """Connects to one node and receives its messages. The end of the connection is an event, unless this
@@ -310,12 +426,18 @@ class Coordinator:
             ) as (connection, hello):  # fmt: skip
                 if hello.offer is None:
                     raise RemoteProtocolError(f"{connection.peer} is not a node: it offers no device")
+                self._check_units(hello.offer.held or (), connection.peer)
+                if self.identity.trust is not None:
+                    await house_list.introduce(connection, self.identity.trust, options.timing.handshake)
                 control.connection, control.greeted = connection, trio.current_time()
-                self._happens(events.Joined(member, hello))
+                known = self.options.known_links
+                there = frozenset[int]() if known is None else known.of(self._state, hello.incarnation)
+                self._happens(events.Joined(member, hello, there))
+                self._recall()
                 self._ping(member)  # the first plan counts with the node's condition
                 while True:
                     messages = await connection.receive_some()
-                    self._deliver(member, [m for m in messages if isinstance(m, Result | Failed)])
+                    self._deliver(member, [m for m in messages if isinstance(m, Result | Rows | Failed)])
                     for message in messages:
                         self._hear(member, message)
         except ShoalError as error:
@@ -324,11 +446,23 @@ class Coordinator:
         finally:
             control.ended()
 
+    def _look_at_house(self) -> None:
+        """Tells all nodes when the list of devices was changed here, and removes those of devices that were
+        taken off it."""
+        trust = self.identity.trust
+        if trust is None or not house_list.changed(trust, self.options.log):
+            return
+        for removed in house_list.revoked(trust, self._state):
+            self._happens(removed)
+        for i in self._state.alive():
+            self._post(i, house_list.told(trust))
+
     def _hear(self, member: int, message: Message) -> None:
         control = self._controls[member]
+        if isinstance(message, Result | Rows | Failed):
+            return  # was delivered before
+        control.reported(trio.current_time(), self._state.members[member].called)
         match message:
-            case Result() | Failed():
-                return  # was delivered before
             case Pong():
                 answered = self._pace.answered(self._state, member, message, trio.current_time())
                 control.ponged(message)
@@ -345,13 +479,23 @@ class Coordinator:
                 self._happens(events.StageBroken(member, epoch, error, blamed, again))
             case Spares(units):
                 control.copies = frozenset(units)
+            case Held(units):
+                self._check_units(units, self._state.members[member].label)
+                self._happens(events.FilesHeld(member, message))
             case Measured() | Stats():
                 control.answer(message)
             case _:
                 raise AssertionError(f"the wire lets no {type(message).__name__} through")
         self._happens(events.Heard(member))
 
-    def _deliver(self, member: int, messages: Sequence[Result | Failed]) -> None:
+    def _check_units(self, units: Sequence[int], who: str) -> None:
+        """RemoteProtocolError: the model does not have them."""
+        if any(unit >= self.shape.units for unit in units):
+            raise RemoteProtocolError(
+                f"{who} has files of units that the model of {self.shape.units} has not"
+            )
+
+    def _deliver(self, member: int, messages: Sequence[Taken]) -> None:
         """Passes messages of a stage to their sessions. RemoteProtocolError: another node than the one at the
         end of the rows' way has sent a Result."""
         chain = self._epochs.chain
@@ -359,9 +503,12 @@ class Coordinator:
         if chain is None:
             return
         for message in messages:
-            if isinstance(message, Result) and not chain.expects(member, message):
+            if isinstance(message, Result | Rows) and not chain.expects(member, message):
                 who = self._state.members[member].label
                 raise RemoteProtocolError(f"{who} sent a Result and is not the last node of the chain")
+            if isinstance(message, Rows) and message.output.shape[1] != self.shape.cut_cols:
+                who, cols = self._state.members[member].label, message.output.shape[1]
+                raise RemoteProtocolError(f"{who} sent rows of {cols} columns of {self.shape.cut_cols}")
         chain.deliver(member, messages)
 
     # --- commands
@@ -381,15 +528,17 @@ class Coordinator:
             case events.HangUp(member):
                 self._controls[member].scope.cancel()
             case events.Redial(member):
-                self._controls[member].at_once = True
-                self._controls[member].scope.cancel()
+                self._controls[member].redial()
+            case events.Dial(member):
+                self._dial(member)
             case events.TryAnew(member):
                 self._tasks.start_soon(self._try_anew, member)
-            case events.Say(text):
-                self.options.log(text)
-            case events.MeasureLinks(pairs):
-                self._tasks.start_soon(self._measure_links, pairs)
+            case events.Say(text, member):
+                (self.options.log if member is None else self._controls[member].say)(text)
+            case events.MeasureLinks(pairs, again):
+                self._tasks.start_soon(self._measure_links, pairs, again)
             case events.MakePlan(number, members):
+                self._recall()
                 self._tasks.start_soon(self._make_plan, number, members)
             case events.Reach(epoch, member):
                 self._epochs.reach(epoch, member)
@@ -429,15 +578,23 @@ class Coordinator:
         if await self._controls[member].try_anew(anew):
             self._happens(events.Stalled(member))
 
-    async def _measure_links(self, pairs: Sequence[tuple[int, int]]) -> None:
+    def _recall(self) -> None:
+        """Adds what is known of links from before, where nothing was measured yet."""
+        if self.options.known_links is not None:
+            self.options.known_links.recall(self._state, self.links)
+
+    async def _measure_links(self, pairs: Sequence[tuple[int, int]], again: bool) -> None:
         unreachable: frozenset[tuple[int, int]] = frozenset()
         if self.options.measure_links:
             options, me = self.options, self.identity
             measurer = LinkMeasurer(
                 self._state.members, self._controls, self.links, me, options.open_stream,
                 options.timing.handshake, lambda member, error: self._happens(events.Left(member, error)),
+                again,
             )  # fmt: skip
             unreachable = await measurer.measure(pairs)
+            if options.known_links is not None:
+                options.known_links.learn(self._state, pairs, self.links)
         self._happens(events.LinksMeasured(unreachable))
 
     async def _make_plan(self, number: int, members: Sequence[int]) -> None:
@@ -473,7 +630,8 @@ class Coordinator:
             there = chain.flow.epoch, tuple(node.label for node in nodes)
             if there != asked:
                 asked = there
-                self._order_copies(await hop(partial(rebalancer.copies, nodes, links, placement)))
+                self._copies = await hop(partial(rebalancer.copies, nodes, links, placement))
+            self._order_copies()
             if any(s.filling and not s.generation.finished for s in chain.sessions.values()):
                 continue
             now, usage = self._awake.at(trio.current_time()), self._usage(chain)
@@ -483,20 +641,29 @@ class Coordinator:
                 self._log.proposed(proposal)
                 self._happens(events.Proposed(self._fitting(proposal.placement), proposal.why))
 
-    def _order_copies(self, wanted: Mapping[str, Sequence[int]]) -> None:
-        """Tells each node of which units it should hold copies."""
+    def _order_copies(self) -> None:
+        """Tells each node of which units it should hold copies, as far as it has their files."""
         for member in self._state.alive():
-            units = tuple(wanted.get(self._state.members[member].label, ()))
+            wanted, held = self._copies.get(self._state.members[member].label, ()), self._state.held(member)
+            units = tuple(unit for unit in wanted if unit in held)
             if units != self._controls[member].ordered:
                 self._controls[member].ordered = units
                 self._post(member, Spare(units))
+
+    def _order_files(self) -> None:
+        """Tells each node that lacks files which it should hold, and from whom it gets them."""
+        now = self._awake.at(trio.current_time())
+        for member, order in holding.orders(self._state, self._copies, self.links, now).items():
+            if not holding.same_order(self._controls[member].fetch, order):
+                self._controls[member].fetch = order
+                self._post(member, order)
 
     def _usage(self, chain: Chain) -> Usage:
         """What the chain is used for at the moment."""
         answers = [s.generation for s in chain.sessions.values() if not s.generation.finished]
         there = [(self._state.members[i].label, self._controls[i]) for i in self._state.alive()]
         return replace(
-            usage_of(answers, self._epochs.tokens),
+            usage_of(answers, self._epochs.tokens, self._admission.positions),
             waiting={name: control.waiting for name, control in there if control.waiting is not None},
             copies={name: control.copies for name, control in there},
         )
@@ -506,4 +673,5 @@ class Coordinator:
         assert where.hello is not None and where.hello.offer is not None
         # A rest after each call is as good as a slower device.
         slower = self._pace.slower(where.label) / where.condition.share
-        return NodeInfo(where.label, where.host, where.port, where.hello.offer, slower)
+        home = is_home(self.identity, where.hello.incarnation, where.host)
+        return NodeInfo(where.label, where.host, where.port, where.hello.offer, slower, where.held, home)

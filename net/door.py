@@ -1,46 +1,51 @@
 """The door of a node: which connections have a place, and which must end.
 
-There is no TLS yet, so anybody who reaches the port can connect. A node must stay free for its coordinator
-and the nodes of its chain, and use a bounded number of file descriptors. The kinds of places:
+Anybody who reaches the port can connect; in a house (net/tls.py) only its devices get as far as Hello. A node
+must stay free for its coordinator and the nodes of its chain, and use a bounded number of file descriptors.
+The kinds of places:
 
     waiting      at most WAITING connections that have not said Hello, and no more than a quarter of the
                  process's file descriptors. A further one ends the oldest of the address that has the most
                  of them
     caller       at most CALLERS coordinators that wait a moment for the one that is served to leave
     coordinator  one, which no other kind of connection can use
-    guest        `step`, `bulk` and `probe` connections of peers that show the coordinator's ticket, at most
-                 GUESTS of each purpose. A peer has at most three `step` connections, for the epoch in force,
-                 the next one, and one that was given up and is being closed, and one `bulk` connection: a
-                 newer one replaces its oldest
+    guest        `step`, `bulk`, `probe` and `files` connections of peers that show the coordinator's ticket,
+                 at most GUESTS of each purpose. A peer has at most three `step` connections, for the epoch in
+                 force, the next one, and one that was given up and is being closed, one `bulk` and two
+                 `files` connections: a newer one replaces its oldest
     leaving      at most LEAVING connections that are being told why they are refused. A further one ends the
                  oldest
 
 A ticket is a random number that a node draws for each coordinator and tells it in its Hello. The coordinator
-passes it on to the nodes that are to connect to this one, and they show it in their Hello. Tickets and
-incarnations travel in clear text: they keep out strangers, but not somebody who reads the network's traffic.
+passes it on to the nodes that are to connect to this one, and they show it in their Hello. Without a house,
+tickets and incarnations travel in clear text: they keep out strangers, but not somebody who reads the
+network's traffic.
 """
 
 from __future__ import annotations
 
 import secrets
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import trio
 
-from .errors import NetError
+from .connection import open_connection
+from .errors import NetError, NodeLostError
+from .few_lines import FewLines
 from .messages import Hello
+from .tls import PlainTextError, TlsStream, Trust
 
 WAITING = 64
 CROWD, CROWD_SECONDS = 16, 2.0  # while more than CROWD wait, a new connection has CROWD_SECONDS to say Hello
 CALLERS = 4
 PATIENCE_SECONDS = 5.0
 GUESTS = 16
-_OWN = {"step": 3, "bulk": 1}
+_OWN = {"step": 3, "bulk": 1, "files": 2}
 """The most guests of each purpose that a peer may have."""
 LEAVING = 16
-LINES, LINES_SECONDS = 20, 10.0  # at most LINES about strangers in the log within LINES_SECONDS
 _HINT = "connect again if it has restarted, or give an address that is the same on all devices"
 
 
@@ -78,7 +83,7 @@ class Door:
         self._slot = trio.Semaphore(1)
         self._served: _Served | None = None
         self._guests: dict[Visit, Hello] = {}
-        self._since, self._lines = -LINES_SECONDS, 0
+        self._of_strangers = FewLines(log, "more connections were refused or closed", trio.current_time)
 
     def arrive(self, address: str) -> Visit:
         """A place for a new connection from a host, which may end another one: `settled` waits for that."""
@@ -106,6 +111,35 @@ class Door:
                 self._closed = trio.Event()
             if self._serves(visit):
                 self._farewell()
+
+    async def sealed(self, visit: Visit, stream: trio.abc.Stream, who: str, trust: Trust) -> TlsStream | None:
+        """The stream with TLS. None: it has ended, since the peer is a stranger or too slow. A handshake
+        takes a part of the time for Hello."""
+        deadline, why = trio.current_time() + visit.seconds, ""
+        try:
+            with trio.move_on_at(deadline):
+                opened = await trust.accepted(stream, who)
+                visit.seconds = max(0.0, deadline - trio.current_time())
+                return opened
+            why = f"{who} connected and did not finish TLS within {visit.seconds:g} s"
+        except PlainTextError as error:
+            why = f"{who} connected without TLS: {error}"
+            self.refused(visit)
+            async with open_connection(stream, who, dialled=False) as connection:
+                await connection.refuse(error)
+        except NodeLostError:
+            return None  # it has left, as those do that try several connections at a time and keep the first
+        except NetError as error:
+            why = str(error)
+        except Exception as error:  # a bug here must not end the process
+            why = "".join(traceback.format_exception(error)).rstrip()
+        self.note(visit, why)
+        return None
+
+    def settle(self, visit: Visit) -> None:
+        """Gives up the place of a connection that has said what it wants: the caller bounds the number of
+        those."""
+        self._waiting.pop(visit, None)
 
     async def settled(self) -> None:
         """Waits until every connection whose place was needed has closed its socket. A caller that accepts
@@ -153,17 +187,7 @@ class Door:
 
     def note(self, visit: Visit, line: str) -> None:
         """Logs why a connection ended. Of a flood of strangers the first lines and the number are logged."""
-        if self._serves(visit):
-            self._log(line)
-            return
-        now = trio.current_time()
-        if now >= self._since + LINES_SECONDS:
-            if self._lines > LINES:
-                self._log(f"{self._lines - LINES} more connections were refused or closed")
-            self._since, self._lines = now, 0
-        self._lines += 1
-        if self._lines <= LINES:
-            self._log(line)
+        (self._log if self._serves(visit) else self._of_strangers)(line)
 
     def _serves(self, visit: Visit) -> bool:
         return self._served is not None and self._served.visit is visit

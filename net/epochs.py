@@ -20,9 +20,10 @@ from .admission import Admission, ChainRoom
 from .chain import Chain
 from .connection import Connection, OpenStream, enter_dial, open_tasks
 from .control import Control
-from .events import Event, Timing
+from .events import Event
 from .generation import Fill, Flow, Part, loss_of
 from .identity import Identity
+from .liveness import Timing
 from .members import ClusterState, peer_of
 from .messages import Epoch, Kept, Message
 from .probe import probe
@@ -43,8 +44,8 @@ class _FirstLink:
 
     @property
     def busy(self) -> bool:
-        """Whether sessions are open."""
-        return self.chain is not None and bool(self.chain.sessions)
+        """Whether sessions are in use."""
+        return self.chain is not None and self.chain.busy
 
 
 class Epochs:
@@ -92,8 +93,8 @@ class Epochs:
 
     @property
     def busy(self) -> bool:
-        """Whether sessions are open, or wait for a chain."""
-        return self.chain is None or self.chain.ended or bool(self.chain.sessions)
+        """Whether sessions are in use, or wait for a chain."""
+        return self.chain is None or self.chain.ended or self.chain.busy
 
     async def wait(self) -> Chain:
         """The current chain; waits while there is none, or while it is held."""
@@ -196,6 +197,7 @@ class Epochs:
         parts = [(s.first, s.last) for s in placement.stages]
         stages = [Part(i, *units) for i, units in zip(state.holders(), parts, strict=True)]
         chain = Chain(flow, first.connection, stages, first.scope)
+        chain.tell = partial(self._post, chain.last)
         first.chain, self.chain, self._next = chain, chain, None
         if old is not None and old.flow.epoch.counter == serve.base:
             chain.send(self._carried(old, chain, serve.lost))

@@ -7,6 +7,7 @@
         ├── RemoteProtocolError  9   the peer broke the protocol: garbage, half a frame, a false length
         ├── NodeLostError       10   a node cannot be reached, closed the connection, or fell silent
         ├── StageStuckError     17   a call of a node's stage does not return
+        ├── UntrustedError      18   a device is not of this house, or may not do what it asks
         └── LocalProtocolError  14   this process broke the protocol: a bug here
 
 A message names the peer at fault. An error is sent over the wire as its exit code and its text (`to_wire`,
@@ -67,6 +68,12 @@ class StageStuckError(NetError):
     exit_code = 17
 
 
+class UntrustedError(NetError):
+    """A device is not of this house, or has no right to what it asks for."""
+
+    exit_code = 18
+
+
 class LocalProtocolError(NetError):
     """This process broke the protocol: a bug here, not the peer's fault."""
 
@@ -78,7 +85,8 @@ _BY_CODE: dict[int, type[ShoalError]] = {
     for kind in (
         ShoalError, ModelFileError, UnsupportedModelError, ContextError, NoPlanError, DownloadError,
         MissingDependencyError, CancelledRunError, OperatingSystemError, NetError, MismatchError,
-        AddressInUseError, RemoteProtocolError, NodeLostError, StageStuckError, LocalProtocolError,
+        AddressInUseError, RemoteProtocolError, NodeLostError, StageStuckError, UntrustedError,
+        LocalProtocolError,
     )
 }  # fmt: skip
 
@@ -91,7 +99,12 @@ def to_wire(error: Exception) -> tuple[int, str]:
 
 def from_wire(code: int, text: str, peer: str) -> ShoalError:
     """The exception for an error that a peer sent; its text names the peer."""
-    return _BY_CODE.get(code, NetError)(f"{peer}: {text}")
+    return error_of(code, f"{peer}: {text}")
+
+
+def error_of(code: int, text: str) -> ShoalError:
+    """The exception of the class with that exit code; NetError if there is none."""
+    return _BY_CODE.get(code, NetError)(text)
 
 
 def printable(text: str, limit: int) -> str:

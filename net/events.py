@@ -1,44 +1,48 @@
 """Events and commands of net/cluster.py: what can happen to nodes, and what a coordinator can do about it.
 
-A member is identified by its index in the coordinator's list of addresses. A transition (net/transition.py)
+A member is identified by its index in the coordinator's list of nodes. A transition (net/transition.py)
 is identified by the epoch that it prepares; the epoch that runs meanwhile is its base.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..engine.errors import ShoalError
-from .messages import Assign, Commit, Condition, Epoch, Hello, Kept, Progress
+from .messages import Assign, Commit, Condition, Epoch, Held, Hello, Kept, Progress
 from .placement import Placement
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Times in seconds: between pings while nothing is due, of the longest silence before a peer counts as
-    lost, the limit for connecting and exchanging Hello, between pings while answers are computed, the wait
-    for other nodes after the first has joined, and the wait for lost nodes that the model needs."""
-
-    heartbeat: float = 1.0
-    overdue: float = 10.0
-    handshake: float = 10.0
-    busy: float = 0.5
-    gather: float = 3.0
-    patience: float = 60.0
-
-
-DEFAULT_TIMING = Timing()
-
 
 # --- events
 
 
 @dataclass(frozen=True, slots=True)
+class Found:
+    """A node can be reached at this address: somebody has given it, or the node has connected to this
+    device. `incarnation` is its process, if that is known. `anew`: its connections may be dead without
+    notice, since it was asleep or its network has changed."""
+
+    host: str
+    port: int
+    incarnation: int | None = None
+    anew: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """The node may not be used any more, for this reason."""
+
+    member: int
+    error: ShoalError
+
+
+@dataclass(frozen=True, slots=True)
 class Joined:
-    """The node and the coordinator have exchanged Hello on a new control connection."""
+    """The node and the coordinator have exchanged Hello on a new control connection. `known`: the members,
+    the coordinator among them, to which its links are known from before (net/known.py)."""
 
     member: int
     hello: Hello
+    known: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,14 @@ class Heard:
     progress: Progress | None = None
     answered: bool = False
     condition: Condition | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FilesHeld:
+    """The node has told which files of the model it holds."""
+
+    member: int
+    held: Held
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,12 +168,19 @@ class Tick:
 
 
 Event = (
-    Joined | Heard | Left | LinksMeasured | Planned | Proposed | StagePrepared | Reached | Quiet | StageLoaded
-    | StageBroken | Stalled | Tick
+    Found | Removed | Joined | Heard | FilesHeld | Left | LinksMeasured | Planned | Proposed | StagePrepared
+    | Reached | Quiet | StageLoaded | StageBroken | Stalled | Tick
 )  # fmt: skip
 
 
 # --- commands
+
+
+@dataclass(frozen=True, slots=True)
+class Dial:
+    """Keep a connection to the node from now on."""
+
+    member: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,16 +279,19 @@ class TryAnew:
 
 @dataclass(frozen=True, slots=True)
 class Say:
-    """Tell the user."""
+    """Tell the user. `member`: the one that is told about, whose lines are limited."""
 
     text: str
+    member: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class MeasureLinks:
-    """Measure the links between these pairs of members, -1 for the coordinator, then report LinksMeasured."""
+    """Measure the links between these pairs of members, -1 for the coordinator, then report LinksMeasured.
+    `again`: plans go on with what is known of them meanwhile, and if they cannot be measured."""
 
     pairs: tuple[tuple[int, int], ...]
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,6 +358,6 @@ class Fail:
 
 
 Command = (
-    SendPing | SendAssign | SendCommit | SendAbort | SendRelease | Reach | Unreach | Hold | Resume | HangUp
-    | Redial | TryAnew | Say | MeasureLinks | MakePlan | Serve | Pause | Moved | Fail
+    Dial | SendPing | SendAssign | SendCommit | SendAbort | SendRelease | Reach | Unreach | Hold | Resume
+    | HangUp | Redial | TryAnew | Say | MeasureLinks | MakePlan | Serve | Pause | Moved | Fail
 )  # fmt: skip

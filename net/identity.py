@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import ipaddress
+import secrets
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ..engine.costs import unit_cost
 from ..engine.layout import NUMERICS_VERSION
 from .errors import MismatchError, NodeLostError, printable
-from .messages import Hello, Offer, Peer, Purpose
+from .messages import Hello, Housemate, Offer, Peer, Purpose
 
 if TYPE_CHECKING:
     from ..engine.model_directory import Model
+    from .tls import Trust
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A process. `incarnation` is a random u64 drawn when it starts, and `model` the hash of its model."""
+    """A process. `incarnation` is a random u64 drawn when it starts, and `model` the hash of its model. With
+    `trust`, all of its connections are to devices of its house, and use TLS; `incarnation` is from there."""
 
     name: str
     incarnation: int
     engine: str
     numerics: int
     model: str
+    trust: Trust | None = field(default=None, compare=False, repr=False)
 
     def hello(self, purpose: Purpose, offer: Offer | None = None, ticket: int = 0) -> Hello:
         """The first message of this process on a connection."""
@@ -44,9 +49,10 @@ class ModelShape:
     unit_bytes: tuple[int, ...] = ()
 
 
-def identity_of(model: Model, name: str, incarnation: int, version: str) -> Identity:
-    """The identity of a process that runs shoal `version` and has opened `model`."""
-    return Identity(printable(name, 64) or "?", incarnation, version, NUMERICS_VERSION, model.hash)
+def identity_of(model: Model, name: str, version: str, trust: Trust | None = None) -> Identity:
+    """The identity of a process that runs shoal `version` and has opened `model`, with a new incarnation."""
+    incarnation = secrets.randbits(64) if trust is None else trust.incarnation()
+    return Identity(printable(name, 64) or "?", incarnation, version, NUMERICS_VERSION, model.hash, trust)
 
 
 def shape_of(model: Model) -> ModelShape:
@@ -70,6 +76,30 @@ def check_hello(mine: Identity, theirs: Hello, who: str) -> None:
             f"{who} has the model {theirs.model[:16]}, {mine.name} has {mine.model[:16]}: "
             "give both the same model directory"
         )
+
+
+def hello_of(mine: Identity, mate: Housemate | None, theirs: Hello, who: str) -> Hello:
+    """The Hello of a process of the device at the other end, which TLS has found: under its own name, if that
+    ends with the one of the device in the house, so that no device bears another's. Without a house it is
+    taken as it is. UntrustedError: the process claims to be another device's."""
+    if mine.trust is None or mate is None:
+        return theirs
+    mine.trust.check_incarnation(mate, theirs.incarnation, who)
+    if theirs.name == mate.name or theirs.name.endswith(f" {mate.name}"):
+        return theirs
+    short = theirs.name[: max(0, 60 - len(mate.name))]
+    return replace(theirs, name=f"{short} of {mate.name}" if short else mate.name)
+
+
+def is_home(mine: Identity, incarnation: int, host: str) -> bool:
+    """Whether a process that has said Hello runs on this device: in a house by its key, which TLS has checked
+    against the incarnation; without one if it was reached under a loopback address."""
+    if mine.trust is not None:
+        return incarnation >> 32 == mine.incarnation >> 32
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False
 
 
 def check_peer(peer: Peer, theirs: Hello) -> None:

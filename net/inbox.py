@@ -27,12 +27,17 @@ import numpy as np
 from ..engine.batch import Want
 from ..planner.groups import Grouping
 from ..planner.rows import MOST_ROWS
-from .messages import STEP_LIMIT, Close, Epoch, Open, Step
+from .errors import RemoteProtocolError
+from .messages import MOST_SESSIONS, MOST_WANTED, STEP_LIMIT, Close, Epoch, Open, Step
 from .scheduler import Costs, Expect, Load, Streams
+from .tags import counted
+from .telling import Hearer, Notice
 
 Item = Open | Close | Step
-MAX_STEPS = 32
-"""The most Steps in a batch. Each may want a logit row, and a stage has room for 32 by default."""
+MAX_STEPS = MOST_WANTED
+"""The most Steps in a batch. Each may want a logit row."""
+MOST_TOLD = 2 * MOST_SESSIONS
+"""The most sessions of which the coordinator tells the last stage something."""
 MAX_BYTES = 2 * STEP_LIMIT
 """The most bytes of queued messages, by `held_bytes`: two Steps of the largest size."""
 ENOUGH_BYTES = MAX_BYTES - STEP_LIMIT
@@ -84,10 +89,17 @@ class Inbox:
     groupings: Sequence[Grouping] = ()
     expect: Expect | None = None
     enough: int = ENOUGH_BYTES
+    last: bool = True
+    """Whether the stage draws tokens, and so waits for what the coordinator tells it."""
+    _told: dict[int, Hearer] = field(default_factory=dict)
+    """By session."""
+    _waiting: dict[int, deque[Item]] = field(default_factory=dict)
+    """By session, a Step for which the stage has not been told enough, and what follows it."""
     _lines: dict[int, deque[Item]] = field(default_factory=dict)
     _bytes: int = 0
-    _heard: int = 0
-    """Opens and Closes that are queued."""
+    _heard: deque[Open | Close] = field(default_factory=deque)
+    """Opens and Closes that are queued, in the order of their arrival: an Open may name a session as its
+    source that is closed right after it."""
     _streams: Streams = field(init=False)
     _costs: Costs | None = field(init=False)
     _decoding: set[int] = field(default_factory=set)
@@ -117,21 +129,57 @@ class Inbox:
         return bool(self._lines)
 
     def put(self, item: Item, now: float) -> None:
-        """Appends an item; drops it if it is of another epoch. A Close drops the queued Steps of its session.
-        If the session's Open is still queued, both are dropped, since the rest of the chain does not know the
-        session."""
+        """Appends an item; drops it if it is of another epoch. A Close drops what is queued of
+        its session. It is passed on itself, since the stages may know the session from an earlier epoch. A
+        Step of whose draws the last stage has not been told enough, and what follows it, is appended when it
+        has (`tell`)."""
         if item.epoch != self.epoch:
             return
+        if isinstance(item, Close):
+            self._bytes -= sum(map(held_bytes, self._waiting.pop(item.session, ())))
+            self._append(item, now)
+        elif item.session in self._waiting:
+            self._waiting[item.session].append(item)
+            self._bytes += held_bytes(item)
+        elif isinstance(item, Step) and item.told and self.last:
+            self._put_told(item, now)
+        else:
+            self._append(item, now)
+
+    def tell(self, notice: Notice, now: float) -> None:
+        """Takes what the coordinator tells of a session. RemoteProtocolError: it does not follow what it has
+        told before, or is of too many sessions."""
+        if notice.epoch != self.epoch:
+            return
+        if isinstance(notice, Close):
+            self._told.pop(notice.session, None)
+            return
+        if notice.session not in self._told and len(self._told) >= MOST_TOLD:
+            raise RemoteProtocolError(f"the coordinator told of more than {MOST_TOLD} sessions")
+        self._told.setdefault(notice.session, Hearer()).hear(notice)
+        waiting = self._waiting.pop(notice.session, deque())
+        self._bytes -= sum(map(held_bytes, waiting))
+        for item in waiting:
+            self.put(item, now)
+
+    def _put_told(self, step: Step, now: float) -> None:
+        """Appends a Step once the stage has been told enough."""
+        told = self._told.get(step.session)
+        if told is not None and told.number >= step.told:
+            self._append(replace(step, draw=told.draw(step)), now)
+            return
+        if decodes(step) and step.hidden is not None:
+            self._join_call(step, False, now)  # the others of its call do not wait for it
+        self._waiting[step.session] = deque([replace(step, more=False)])
+        self._bytes += held_bytes(step)
+
+    def _append(self, item: Item, now: float) -> None:
         line = self._lines.setdefault(item.session, deque())
         if isinstance(item, Close):
-            unheard = any(isinstance(waiting, Open) for waiting in line)
             self._bytes -= sum(map(held_bytes, line))
-            self._heard -= sum(not isinstance(waiting, Step) for waiting in line)
             line.clear()
+            self._heard = deque(other for other in self._heard if other.session != item.session)
             self._forget(item.session)
-            if unheard:
-                del self._lines[item.session]
-                return
         elif isinstance(item, Step):
             row = decodes(item) and not any(isinstance(waiting, Step) for waiting in line)
             if row:
@@ -139,7 +187,8 @@ class Inbox:
                 self._streams.arrived(item.session, now)
             if decodes(item) and item.hidden is not None:
                 self._join_call(item, row, now)
-        self._heard += not isinstance(item, Step)
+        if not isinstance(item, Step):
+            self._heard.append(item)
         self._bytes += held_bytes(item)
         line.append(item)
 
@@ -262,21 +311,27 @@ class Inbox:
         stage instead of waiting for ever."""
         loads = [load(step) for step in steps]
         taken, before = 0, len(steps)
+        wanted = sum(map(_wanted, steps))
         for session in prompts:
             if self._divides:
                 self._join_parts(session)
             front = self._front(session)
-            rows = count = len(front.tokens)
+            rows = count = front.rows
             if self._divides:
                 limit = min(self._slice(front.first), self.chunk_rows, self.max_rows - before)
                 rows = self._most(front, loads, room, limit - taken)
                 if not rows and not steps:
                     rows = 1
+            if front.want.every_row:
+                rows = min(rows, MOST_WANTED - wanted)
+            more = rows if front.want.every_row else int(front.want is Want.TOKEN and rows == count)
             fits = taken + rows <= self.chunk_rows and before + taken + rows <= self.max_rows
+            fits = fits and wanted + more <= MOST_WANTED
             if rows and (not steps or (fits and len(steps) < MAX_STEPS)):
                 steps.append(self._pop(session, rows))
                 loads.append(load(steps[-1]))
                 taken += rows
+                wanted += _wanted(steps[-1])
             if rows < count:
                 return  # there is no room for more
 
@@ -294,10 +349,10 @@ class Inbox:
         """The most rows of a Step, up to `limit`, with which a call of `loads` takes at most `room` s."""
 
         def fits(rows: int) -> bool:
-            wants = step.want is Want.TOKEN and rows == len(step.tokens)
+            wants = step.want.every_row or (step.want is Want.TOKEN and rows == step.rows)
             return self._seconds([*loads, (rows, step.first, wants)]) <= room
 
-        low, high = 0, min(limit, len(step.tokens))
+        low, high = 0, min(limit, step.rows)
         if high > 0 and fits(high):
             return high
         while high - low > 1:
@@ -312,16 +367,19 @@ class Inbox:
     # The lines of the sessions.
 
     def _notices(self) -> list[Open | Close]:
-        """Removes the Opens and Closes that are first in their lines."""
-        notices: list[Open | Close] = []
-        for session in list(self._lines):
-            line = self._lines[session]
-            while line and not isinstance(line[0], Step):
-                notices.append(_notice(line.popleft()))
+        """Removes the Opens and Closes that are first in their lines, in the order of their arrival."""
+        notices, later = list[Open | Close](), deque[Open | Close]()
+        for notice in self._heard:
+            line = self._lines[notice.session]
+            if line[0] is not notice:  # behind rows of a session that goes on from an earlier epoch
+                later.append(notice)
+                continue
+            line.popleft()
+            notices.append(notice)
             if not line:
-                del self._lines[session]
+                del self._lines[notice.session]
         self._bytes -= sum(map(held_bytes, notices))
-        self._heard -= len(notices)
+        self._heard = later
         return notices
 
     def _front(self, session: int) -> Step:
@@ -336,7 +394,7 @@ class Inbox:
         line = self._lines.pop(session)
         line.popleft()
         self._bytes -= held_bytes(step)
-        if rows is not None and rows < len(step.tokens):
+        if rows is not None and rows < step.rows:
             step, rest = _divided(step, rows)
             line.appendleft(rest)
             self._bytes += held_bytes(rest)
@@ -350,15 +408,15 @@ class Inbox:
         up to MOST_JOINED rows."""
         line = self._lines[session]
         joined = [self._front(session)]
-        rows = len(joined[0].tokens)
+        rows = joined[0].rows
         for item in islice(line, 1, None):
             last = joined[-1]
-            if not isinstance(item, Step) or item.first != last.first + len(last.tokens):
+            if not isinstance(item, Step) or item.first != last.first + last.rows:
                 break
-            if item.part != last.part:
+            if item.part != last.part or item.want.every_row:
                 break
-            rows += len(item.tokens)
-            if rows > MOST_JOINED or last.want is Want.TOKEN:
+            rows += item.rows
+            if rows > MOST_JOINED or last.want is not Want.NOTHING:
                 break
             joined.append(item)
         if len(joined) == 1:
@@ -371,6 +429,7 @@ class Inbox:
             first=joined[0].first,
             tokens=tuple(chain.from_iterable(step.tokens for step in joined)),
             hidden=np.concatenate(hidden) if hidden else None,
+            tags=tuple(chain.from_iterable(step.tags for step in joined)),
         )
         line.appendleft(whole)
         self._bytes += held_bytes(whole) - sum(map(held_bytes, joined))
@@ -383,31 +442,38 @@ class Inbox:
 
 def load(step: Step) -> Load:
     """A Step as costs see it."""
-    return len(step.tokens), step.first, step.want is Want.TOKEN
+    return step.rows, step.first, step.want is not Want.NOTHING
+
+
+def _wanted(step: Step) -> int:
+    """The rows of whose logits, or of which themselves, something is wanted."""
+    return step.rows if step.want.every_row else int(step.want is Want.TOKEN)
 
 
 def decodes(step: Step) -> bool:
     """Whether a Step is the row of a sequence that decodes."""
-    return len(step.tokens) == 1 and step.want is Want.TOKEN
+    return step.rows == 1 and step.want is Want.TOKEN
 
 
 def _divided(step: Step, rows: int) -> tuple[Step, Step]:
-    """The first rows of a Step, which want nothing, and the rest."""
-    hidden = step.hidden
-    return (
-        replace(
-            step,
-            tokens=step.tokens[:rows],
-            want=Want.NOTHING,
-            hidden=None if hidden is None else hidden[:rows],
-        ),
-        replace(
-            step,
-            first=step.first + rows,
-            tokens=step.tokens[rows:],
-            hidden=None if hidden is None else hidden[rows:],
-        ),
+    """The first rows of a Step, which want nothing unless each row does, and the rest."""
+    hidden, tags = step.hidden, counted(step.first, step.first + rows)
+    front = replace(
+        step,
+        tokens=step.tokens[:rows],
+        hidden=None if hidden is None else hidden[:rows],
+        tags=step.tags[:tags],
     )
+    if not step.want.every_row:
+        front = replace(front, want=Want.NOTHING, report=None, told=0, masked=False, draw=None)
+    rest = replace(
+        step,
+        first=step.first + rows,
+        tokens=step.tokens[rows:],
+        hidden=None if hidden is None else hidden[rows:],
+        tags=step.tags[tags:],
+    )
+    return front, rest
 
 
 def enough_bytes(rows: int, cols: int) -> int:
@@ -430,9 +496,5 @@ def held_bytes(item: Item) -> int:
     """About what a queued message takes in memory."""
     if not isinstance(item, Step):
         return 512
-    return step_bytes(len(item.tokens), 0 if item.hidden is None else item.hidden.shape[1])
-
-
-def _notice(item: Item) -> Open | Close:
-    assert not isinstance(item, Step)
-    return item
+    draw = 0 if item.draw is None else item.draw.nbytes
+    return draw + step_bytes(item.rows, 0 if item.hidden is None else item.hidden.shape[1])

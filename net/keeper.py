@@ -38,6 +38,7 @@ from .messages import (
     Prepared,
     Refill,
     Room,
+    Shared,
     Spares,
 )
 from .pace import NodePace
@@ -61,6 +62,7 @@ from .stage_state import (
     Tell,
     decide,
 )
+from .telling import Notice
 from .work import NO_SESSIONS, Session, StageLike, StageWork
 
 _CROWDED = "running answers need the room for keys and values"
@@ -131,6 +133,12 @@ class Keeper:
         return None if self._state.epoch is None else self._assignments[self._state.epoch]
 
     @property
+    def units(self) -> frozenset[int]:
+        """The units of the stage, and of those that are prepared."""
+        ranges = [range(one.assign.first, one.assign.last) for one in self._assignments.values()]
+        return frozenset(unit for units in (self._range, *ranges) for unit in units)
+
+    @property
     def busy(self) -> bool:
         """Whether many orders wait to be carried out."""
         return self._work.statistics().current_buffer_used > MOST_ORDERS
@@ -155,6 +163,13 @@ class Keeper:
         if current is not None and current.epoch == order.epoch:
             current.refill(order)
 
+    def told(self, notice: Notice) -> None:
+        """Takes what the coordinator tells of a session. RemoteProtocolError: this is not the last stage, or
+        as for Inbox.tell."""
+        current = self.current
+        if current is not None and current.epoch == notice.epoch:
+            current.told(notice)
+
     def spare(self, units: Sequence[int]) -> None:
         """Takes an order to hold copies of the weights of these units. RemoteProtocolError: there are none
         such."""
@@ -171,7 +186,7 @@ class Keeper:
             try:
                 while True:
                     message = await connection.receive()
-                    assert isinstance(message, Carried | Pages | Complete), (
+                    assert isinstance(message, Carried | Pages | Shared | Complete), (
                         "the wire lets nothing else through"
                     )
                     self._bulks[scope] = message.epoch
@@ -179,7 +194,7 @@ class Keeper:
             finally:
                 self._bulks.pop(scope, None)
 
-    async def _take(self, message: Carried | Pages | Complete, giver: int) -> None:
+    async def _take(self, message: Carried | Pages | Shared | Complete, giver: int) -> None:
         assignment = await self._taking(message.epoch, giver)
         units = self._state.taken(message.epoch, giver)
         if assignment is None or assignment.taker is None or units is None:
@@ -301,14 +316,14 @@ class Keeper:
             news = self._copies.news(self._stage.held)
             if news is not None:
                 self._reports.send_nowait(Spares(news))
-            if self._idle:
+            if self.idle:
                 began, done = trio.current_time(), trio.Event()
                 self._work.send_nowait(partial(self._hold_next, done))
                 await done.wait()
                 await trio.sleep(COPY_PAUSE * (trio.current_time() - began))
 
     @property
-    def _idle(self) -> bool:
+    def idle(self) -> bool:
         """Whether the stage computes nothing at the moment, and is not about to change."""
         force = self._state.force
         if force is None or force.phase != "serving" or self._state.change is not None:
@@ -416,7 +431,8 @@ class Keeper:
         """Lets the givers of the assignment send."""
         if assignment.assign.takes:
             incoming = await self._parts.hop(stage.incoming)
-            assignment.taker = Taker(incoming, self._parts.hop, history=history)
+            stateless = self._parts.stateless
+            assignment.taker = Taker(incoming, self._parts.hop, history=history, stateless=stateless)
             self._notify()
 
     async def _adopt(self, assignment: Assignment, commit: Commit, base: Assignment | None) -> None:
@@ -430,15 +446,7 @@ class Keeper:
             if assignment.prepared is None and self._range != range(assign.first, assign.last):
                 raise NoPlanError(_CROWDED)  # since it was reported as prepared
             kept = self._kept(assign, commit, known)
-            change = partial(
-                stage.adopt,
-                assignment.prepared,
-                kept,
-                None if taker is None else taker.incoming,
-                range(commit.lost_first, commit.lost_last),
-                self._parts.kv_bytes(assign.first, assign.last),
-            )
-            await self._parts.hop(change)
+            await self._parts.hop(partial(self._change, stage, assignment, commit, known, kept))
         except (ShoalError, ValueError, MemoryError) as error:
             self._tell(Broken(assign.epoch, *to_wire(error), None))
             return
@@ -453,6 +461,26 @@ class Keeper:
         self._reading = None if base is None else assignment.reading
         self._carried = {session: known[session].truncated(positions) for session, positions in kept.items()}
         self._tell(Adopted(assign.epoch))
+
+    def _change(
+        self,
+        stage: StageLike,
+        assignment: Assignment,
+        commit: Commit,
+        known: Mapping[int, Session],
+        kept: Mapping[int, int],
+    ) -> None:
+        """Changes the stage, in a thread. ValueError: what it was given does not fit."""
+        assign, taker = assignment.assign, assignment.taker
+        if taker is not None:
+            taker.check_alike(known, kept)
+        stage.adopt(
+            assignment.prepared,
+            kept,
+            None if taker is None else taker.incoming,
+            range(commit.lost_first, commit.lost_last),
+            self._parts.kv_bytes(assign.first, assign.last),
+        )
 
     def _kept(self, assign: Assign, commit: Commit, known: Mapping[int, Session]) -> dict[int, int]:
         """The positions of the commit's sessions that the stage keeps. It need not know a session without

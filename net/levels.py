@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from statistics import median
+
+from ..engine.measure import median
 
 WEIGHT = 0.2
 """The weight of a new value in the moving average."""
@@ -83,5 +84,5 @@ class Level:
         long as it did between jumps. One that has stayed for longer than that should stay as long again."""
         if len(self.jumps) < 2:
             return math.inf
-        usual, age = median(after - before for before, after in pairwise(self.jumps)), now - self.jumps[-1]
+        usual, age = median([after - before for before, after in pairwise(self.jumps)]), now - self.jumps[-1]
         return usual - age if age < usual else age

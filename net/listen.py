@@ -36,10 +36,10 @@ def addresses(host: str) -> tuple[str, ...]:
     except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "the host name is not valid"
         raise NetError(
-            f"cannot listen on {host} ({reason}): give an address of this device, such as 127.0.0.1, or with "
-            "--insecure one that other devices can reach"
+            f"cannot listen on {host} ({reason}): give an address of this device, such as 127.0.0.1, or one "
+            "that other devices can reach, if it is paired or with --insecure"
         ) from error
-    numeric = dict.fromkeys(_plain(str(sockaddr[0])) for *_, sockaddr in found)
+    numeric = dict.fromkeys(plain(str(sockaddr[0])) for *_, sockaddr in found)
     if "::" in numeric:
         numeric = dict.fromkeys(["0.0.0.0", *numeric])
     return tuple(numeric)
@@ -159,7 +159,7 @@ async def _on_all(numeric: Sequence[str], port: int) -> list[trio.SocketListener
     return listeners
 
 
-def _plain(address: str) -> str:
+def plain(address: str) -> str:
     """The address, with an IPv4-mapped IPv6 address as plain IPv4."""
     if ":" in address and "%" not in address:
         mapped = ipaddress.IPv6Address(address).ipv4_mapped

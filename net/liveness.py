@@ -31,6 +31,23 @@ LOAD_SECONDS, LOAD_BYTES_PER_S = 30.0, 20e6
 REDIAL_SECONDS, SLOWEST_REDIAL, QUICK_REDIALS = 0.3, 5.0, 67
 
 
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Times in seconds: between pings while nothing is due, of the longest silence before a peer counts as
+    lost, the limit for connecting and exchanging Hello, between pings while answers are computed, the wait
+    for other nodes after the first has joined, and the wait for lost nodes that the model needs."""
+
+    heartbeat: float = 1.0
+    overdue: float = 10.0
+    handshake: float = 10.0
+    busy: float = 0.5
+    gather: float = 3.0
+    patience: float = 60.0
+
+
+DEFAULT_TIMING = Timing()
+
+
 class Awake:
     """A clock that stands still while this process does not run: suspended, or on a device that sleeps. What
     counts as a peer's silence is then only time in which this process could have heard it. `tick` is called

@@ -30,6 +30,8 @@ class LinkMeasurer:
     seconds: float
     lost: Callable[[int, ShoalError], None]
     """Told of a member that the coordinator cannot reach, and why."""
+    again: bool = False
+    """What is known of the links is kept until they are measured, and if they cannot be."""
 
     async def measure(self, pairs: Sequence[tuple[int, int]]) -> frozenset[Ends]:
         """Measures the links of these pairs; returns those of which one end cannot reach the other. Pairs
@@ -43,8 +45,11 @@ class LinkMeasurer:
                     try:
                         await self._own(other)
                     except ShoalError as error:
-                        self.lost(other, error)
-                elif not all([await self._between(one, other), await self._between(other, one)]):
+                        if not self.again:
+                            self.lost(other, error)
+                    return
+                reached = [await self._between(one, other), await self._between(other, one)]
+                if not all(reached) and not self.again:
                     unreachable.add(self._ends(one, other))
 
         async with open_tasks() as tasks:
@@ -62,7 +67,8 @@ class LinkMeasurer:
         """Has a node measure the link to another; returns whether it could."""
         peer = peer_of(self.members[target])
         ends = self.members[source].label, self.members[target].label
-        self.links.pop(ends, None)
+        if not self.again:
+            self.links.pop(ends, None)
         try:
             answer = await self.controls[source].ask(Measure(peer), Measured, ends[0])
         except NodeLostError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
@@ -9,15 +10,18 @@ from typing import Literal
 from ..engine.errors import ShoalError
 from ..planner import Assignment
 from .errors import NetError, NodeLostError, StageStuckError
-from .events import DEFAULT_TIMING, Shift, Timing
+from .events import Shift
 from .identity import host_port
-from .liveness import LOAD_BYTES_PER_S, Pulse, call_bound, load_bound
-from .messages import Condition, Epoch, Hello, Peer
+from .liveness import DEFAULT_TIMING, LOAD_BYTES_PER_S, Pulse, Timing, call_bound, load_bound
+from .messages import Condition, Epoch, Held, Hello, Peer
 from .placement import COORDINATOR, Placement
 
 NO_PLACEMENT, NO_PULSE, NO_POLICY = Placement(()), Pulse(), Condition()
 UNPREDICTED_SECONDS = 1.0
 """What the first call after a transition should take, beside reading weights."""
+SILENT_SECONDS, RATE_WEIGHT = 3.0, 0.3
+"""A node that has told nothing for so long gets no bytes of files at the moment; and the weight of a new rate
+in their moving average."""
 ITSELF = -1
 """The coordinator, where the indices of members are asked for."""
 Phase = Literal[
@@ -31,8 +35,32 @@ Ends = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
+class Fetching:
+    """Of the `wanted` bytes of files that a node was ordered to hold it has `got`, as it told `at` that time;
+    they come at so many bytes a second. `problem` is the reason why it does not get the rest, or empty."""
+
+    wanted: int = 0
+    got: int = 0
+    problem: str = ""
+    bytes_per_s: float = 0.0
+    at: float = 0.0
+
+    def told(self, held: Held, now: float) -> Fetching:
+        """What is known after another report."""
+        passed, came, rate = now - self.at, held.got - self.got, self.bytes_per_s
+        if held.wanted == self.wanted and came >= 0 and passed > 0:  # of the same order
+            weight = RATE_WEIGHT if rate and passed <= SILENT_SECONDS else 1.0
+            rate += weight * (came / passed - rate)
+        return Fetching(held.wanted, held.got, held.problem, rate, now)
+
+
+NO_FETCHING = Fetching()
+
+
+@dataclass(frozen=True, slots=True)
 class Member:
-    """A node as the coordinator knows it, identified by its index in the list of addresses."""
+    """A node as the coordinator knows it, identified by its index in the list of members. Its address may
+    change."""
 
     host: str
     port: int
@@ -45,14 +73,27 @@ class Member:
     """How often it was lost after it had joined."""
     joined: float = 0.0
     """When it last joined."""
+    began: float = 0.0
+    """When its process first joined."""
     pulse: Pulse = NO_PULSE
     faulty: int | None = None
     """The incarnation of a process that has broken the protocol or could not run its stage: it would do so
     again, so that process is not used any more."""
+    unloaded: int | None = None
+    """The incarnation of a process that could not load a stage for which its offer had room."""
     barred: bool = False
-    """Not to be dialled again: it is another member under a second address."""
+    """Not to be dialled again: it is another member under a second address, or was removed."""
+    announced: int | None = None
+    """The incarnation of a process that has told its address and has not said Hello yet."""
     condition: Condition = NO_POLICY
     """How much of it may be used, by its own policy."""
+    held: frozenset[int] | None = None
+    """The units whose files it holds; None: all."""
+    target: tuple[int, ...] | None = None
+    """The units that it should hold for the best plan that does not depend on who holds what; None: there is
+    no plan with it yet."""
+    fetching: Fetching = NO_FETCHING
+    """How far it is with the files that it should hold."""
 
     @property
     def alive(self) -> bool:
@@ -65,10 +106,20 @@ class Member:
         return self.hello is None and self.lost is None
 
     @property
+    def incarnation(self) -> int | None:
+        """The newest process that is known there."""
+        return self.announced if self.hello is None or self.announced is not None else self.hello.incarnation
+
+    @property
+    def at_fault(self) -> bool:
+        """Whether the newest process that is known there would fail again."""
+        return self.faulty is not None and self.incarnation == self.faulty
+
+    @property
     def may_return(self) -> bool:
         """Whether it is lost and may be usable later: it was not reached, its stage does not return yet, or
         it is busy."""
-        if self.lost is None or (self.hello is not None and self.hello.incarnation == self.faulty):
+        if self.lost is None or self.at_fault:
             return False
         return isinstance(self.lost, NodeLostError | StageStuckError) or type(self.lost) is NetError
 
@@ -132,6 +183,9 @@ class ClusterState:
     moves: Moves = "move"
     approximate: bool = False
     """Allow nodes whose results are not exact beside exact ones."""
+    open_ended: bool = False
+    """Nodes come and go, and may be none at first: the lack of nodes or of a plan ends nothing, and is waited
+    for without a limit."""
     recover: bool = True
     """Go on without a node that is lost. Otherwise any fault before a chain is served, and the loss of a node
     with a stage, ends the coordinator."""
@@ -161,20 +215,30 @@ class ClusterState:
     """Those that could not be."""
     measuring: frozenset[Ends] = frozenset()
     """The links that are being measured."""
+    old: frozenset[Ends] = frozenset()
+    """Those of `measured` that are only known from before, to be measured again once nothing is computed."""
+    expected: frozenset[int] = frozenset()
+    """The devices (see device_of) that the first plan waits for, for `timing.gather` seconds."""
     insufficient: frozenset[int] = frozenset()
     """The incarnations of nodes that cannot hold the model without the nodes that are leaving."""
     placement: Placement = NO_PLACEMENT
     issued: int = 0
     """The counter of the newest epoch that nodes were given, also if it was given up."""
+    moved: float = 0.0
+    """When the last transition was carried out."""
     added: tuple[int, ...] = ()
-    """The bytes of weights that each member has loaded for the epoch that is served, or was served last, if a
-    transition has begun it; else empty."""
+    """The bytes of weights that each member of that time has loaded for the epoch that is served, or was
+    served last, if a transition has begun it; else empty."""
     loaded: frozenset[int] = frozenset()
     standing: frozenset[int] = frozenset()
     """The members that have their stage of the epoch in force, with its keys and values, whether its chain is
     served or has ended."""
     transition: Transition | None = None
     setback: Setback | None = None
+    crowded: frozenset[tuple[Assignment, ...]] = frozenset()
+    """The stages of plans for which a node had no memory beside its stage that is served. They are not tried
+    again before nodes or stages have changed, or `crowded_until`: answers may need less by then."""
+    crowded_until: float = 0.0
     served: bool = False
     """Whether any epoch has been served."""
 
@@ -188,6 +252,27 @@ class ClusterState:
     def alive(self) -> tuple[int, ...]:
         """The indices of members that have joined and are not lost."""
         return tuple(i for i, member in enumerate(self.members) if member.alive)
+
+    def held(self, member: int) -> frozenset[int]:
+        """The units whose files a member holds."""
+        held = self.members[member].held
+        return frozenset(range(self.units)) if held is None else held
+
+    def lacks_files(self, member: int) -> bool:
+        """Whether a member does not hold all files of its stage, or of that which it is to have."""
+        placements = (self.placement, NO_PLACEMENT if self.transition is None else self.transition.placement)
+        return any(
+            holder == member and not self.held(member).issuperset(range(stage.first, stage.last))
+            for placement in placements
+            for holder, stage in zip(self.holders_of(placement), placement.stages, strict=True)
+        )
+
+    def growing(self, members: Iterable[int]) -> set[int]:
+        """The incarnations of those of the members that can do more than when they were last planned for:
+        they have no stage, or have fetched files since."""
+        holders = self.holders()
+        more = (i for i in members if i not in holders or self.members[i].held is not None)
+        return {self.incarnation(i) for i in more}
 
     def holders(self) -> tuple[int, ...]:
         """The members with a stage, in the order of the chain, including lost ones."""
@@ -244,8 +329,14 @@ class ClusterState:
 
     def unmeasured(self) -> tuple[tuple[int, int], ...]:
         """The pairs of live members, the coordinator among them, whose link has not been measured."""
-        pairs = combinations((ITSELF, *self.alive()), 2)
-        return tuple(pair for pair in pairs if self.ends(*pair) not in self.measured)
+        return tuple(pair for pair in self._pairs() if self.ends(*pair) not in self.measured)
+
+    def measured_before(self) -> tuple[tuple[int, int], ...]:
+        """Those whose link is only known from before."""
+        return tuple(pair for pair in self._pairs() if self.ends(*pair) in self.old)
+
+    def _pairs(self) -> Iterable[tuple[int, int]]:
+        return combinations((ITSELF, *self.alive()), 2)
 
     def usable(self) -> tuple[int, ...]:
         """Live members whose links to each other and to the coordinator were measured, the longest joined
@@ -281,7 +372,7 @@ class ClusterState:
         which may read the weights from the disk: all of them, or those that came with a transition."""
         if expected is not None:
             return call_bound(expected)
-        if self.added:
+        if member < len(self.added):
             return call_bound(UNPREDICTED_SECONDS) + self.added[member] / LOAD_BYTES_PER_S
         stages = dict(zip(self.holders(), self.placement.stages, strict=True))
         left = self.phase == "committing" or member not in stages  # a stage of a placement that is over
@@ -299,6 +390,11 @@ class ClusterState:
         """The state with changes of one member."""
         new = replace(self.members[member], **changes)  # type: ignore[arg-type]
         return replace(self, members=(*self.members[:member], new, *self.members[member + 1 :]))
+
+
+def device_of(incarnation: int) -> int:
+    """The device of a process of a house: the upper half of its incarnation (tls.prefix_of)."""
+    return incarnation >> 32
 
 
 def peer_of(member: Member) -> Peer:

@@ -1,5 +1,5 @@
-"""The messages between processes: a frozen dataclass for each, and the table MESSAGES of their types and
-rules.
+"""The messages between processes: a frozen dataclass for each; their types and rules are in
+net/message_table.py.
 
 `Hello` and `Error` are allowed on every connection. Hello is first, from the side that dialled, and states
 the purpose of the connection, which determines the other messages allowed on it:
@@ -8,6 +8,7 @@ the purpose of the connection, which determines the other messages allowed on it
     step      coordinator to first node, node to next node: sessions and rows down; answers to pings up
     probe     coordinator or node to a node: pings and bytes that measure the link
     bulk      node to node: keys and values that move with their units
+    files     node to node: files of a model, which the side that dialled asks for
 
 docs/protocol.md is the description for readers of a capture and writers of other implementations.
 """
@@ -17,13 +18,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..engine.arrays import F32
-from ..engine.batch import Sampling, Want
+from ..engine.batch import Logprobs, Sampling, Want
 from ..engine.strict import AtMost, Between, Printable
 from ..planner import Device, LinkSpeed
 from ..planner.groups import MOST_SEQUENCES, Grouping
 
-PROTOCOL = 4
+PROTOCOL = 7
 """The protocol version in the header of each frame, raised by every change that older processes cannot
 read."""
 
@@ -31,13 +35,27 @@ CONTROL_LIMIT = 64 * 1024
 STEP_LIMIT = 4 * 1024 * 1024
 BULK_LIMIT = 64 * 1024
 PAGES_LIMIT = 4 * 1024 * 1024
+FILE_BYTES = 256 * 1024
+"""The most bytes of a file in one message."""
+FILES_LIMIT, SUMS_LIMIT = FILE_BYTES + 64, 1024 * 1024
 MOST_SESSIONS = 256
 """The most sessions that a node serves at a time."""
+MOST_TOKENS = 8192
+"""The most token ids in a message to the last node."""
+MOST_HOUSEMATES = 64
+"""The most devices of a house."""
+MOST_ADDRESSES = 4
+"""The most addresses of a house's head."""
+MOST_WANTED = 32
+"""The most rows in a Step that wants something of each, and in a call: a stage has room for the logits of so
+many by default."""
+MOST_SOURCES = 64
+"""The most sources of files in an order."""
 
 U32 = Annotated[int, Between(0, (1 << 32) - 1)]
 U64 = Annotated[int, Between(0, (1 << 64) - 1)]
 Units = Annotated[int, Between(0, 1 << 16)]
-Rows = Annotated[int, Between(1, 4096)]
+RowCount = Annotated[int, Between(1, 4096)]
 Position = Annotated[int, Between(0, (1 << 31) - 1)]
 Port = Annotated[int, Between(1, 65535)]
 Bytes = Annotated[int, Between(0, 1 << 60)]
@@ -47,7 +65,10 @@ Host = Annotated[str, Printable(1, 253)]
 Text = Annotated[str, Printable(0, 1000)]
 Hash = Annotated[str, Printable(1, 128)]
 ErrorCode = Annotated[int, Between(1, 255)]
-Purpose = Literal["control", "step", "probe", "bulk"]
+UnitList = Annotated[tuple[Units, ...], AtMost(1024)]
+FileName = Annotated[str, Printable(1, 100)]
+Purpose = Literal["control", "step", "probe", "bulk", "files"]
+Role = Literal["head", "device"]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -69,11 +90,13 @@ class Offer:
     device are those of the simulated device."""
 
     device: Device
-    max_rows: Rows
+    max_rows: RowCount
     threads: Annotated[int, Between(1, 4096)]
     backend: Name
     exact: bool
     """Whether results have the same bits as on every other exact device."""
+    held: UnitList | None = None
+    """The units whose files are whole on the node's disk, in ascending order; None: all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +157,13 @@ class Progress:
 class Condition:
     """How much of a node may be used, by its policy (net/care.py): the `share` of the time in which it may
     compute, and whether it is `leaving`, so that its layers must move to other nodes. `reason` is a clause
-    for the user, or empty."""
+    for the user, or empty. `battery` (per cent that are left) and its `temperature` (°C) are for reports."""
 
     share: Annotated[float, Between(0.01, 1.0)] = 1.0
     leaving: bool = False
     reason: Text = ""
+    battery: Annotated[float, Between(0, 100)] | None = None
+    temperature: Annotated[float, Between(-100, 200)] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +196,7 @@ class Peer:
 @dataclass(frozen=True, slots=True)
 class Gift:
     """Units [first, last) of a stage whose keys and values move to the node `taker`. With `history`, that
-    node has no stage in the base epoch, so it needs the sessions' tokens, too."""
+    node has no stage in the base epoch, so it is told of the sessions, too (Carried)."""
 
     taker: Peer
     first: Units
@@ -204,7 +229,7 @@ class Assign:
     first: Units
     last: Units
     next: Peer | None
-    chunk_rows: Rows
+    chunk_rows: RowCount
     previous: U64
     groupings: Annotated[tuple[Grouping, ...], AtMost(MOST_SEQUENCES)] = ()
     base: U32 | None = None
@@ -256,14 +281,14 @@ class Spare:
     """An order to hold copies of the weights of these units, in RAM that the node has promised and does not
     need, so that they can move to it without being loaded. It replaces earlier orders."""
 
-    units: Annotated[tuple[Units, ...], AtMost(1024)]
+    units: UnitList
 
 
 @dataclass(frozen=True, slots=True)
 class Spares:
     """Report of the copies that a node holds, after each change."""
 
-    units: Annotated[tuple[Units, ...], AtMost(1024)]
+    units: UnitList
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,7 +317,7 @@ class Room:
     A session takes whole pages."""
 
     pages: Bytes
-    positions: Rows
+    positions: RowCount
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,18 +388,22 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """The start of a session, sent down the chain ahead of its rows."""
+    """The start of a session, sent down the chain ahead of its rows. With `source`, it begins with the first
+    `positions` of that session, whose keys and values they share from then on. All stages hold these
+    positions when this is sent, and run it before whatever is sent later."""
 
     session: U64
     epoch: Epoch
-    sampling: Sampling
     context: Annotated[int, Between(1, (1 << 31) - 1)]
+    source: U64 | None = None
+    positions: Position = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Close:
     """The end of a session, sent down the chain. Each node drops the session's queued rows and frees its
-    state."""
+    state. The coordinator also sends it to the last node, on `control`, if it has told that node something of
+    the session, which then forgets it."""
 
     session: U64
     epoch: Epoch
@@ -392,13 +421,18 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Rows of one session at positions [first, first + len(tokens)), with the output of the previous stage.
+    """Rows of one session at positions [first, first + rows). On the way to the first stage they are token
+    ids, `tokens`; further on they are `hidden`, f32 [rows, cols], the output of the previous stage, and there
+    are no token ids. `tags` are those of the chunks that end in these positions (net/tags.py).
 
-    `hidden` is f32 [rows, cols], or None for the first stage, which needs only the token ids. Later stages
-    need the ids for the sampler's history. `want` is NOTHING or TOKEN, since logits are not sent over the
-    network. `more`: the previous stage has computed these rows in one call with those of the next Step on the
-    connection. `part` (enter, until): only units [enter, until) run these rows, to fill lost keys and values;
-    `hidden` is the input of unit `enter`."""
+    `want` and `report` are as in engine.batch.Run; all but LOGITS may be wanted, and at most MOST_WANTED rows
+    want something each. `more`: the previous stage has computed these rows in one call with those of the next
+    Step on the connection. `part` (enter, until): only units [enter, until) run these rows, to fill lost keys
+    and values; `hidden` is the input of unit `enter`.
+
+    The last stage waits until the coordinator has told it the `told`th thing about the session in this epoch
+    (0: nothing). `masked`: that is the Mask of the token that is drawn. There, `draw` has what the stage was
+    told of this Step; it is not sent."""
 
     session: int
     epoch: Epoch
@@ -408,18 +442,192 @@ class Step:
     hidden: F32 | None = field(default=None, compare=False)
     more: bool = False
     part: tuple[int, int] | None = None
+    report: int | None = None
+    told: int = 0
+    masked: bool = False
+    tags: tuple[int, ...] = ()
+    draw: Draw | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def rows(self) -> int:
+        """The number of rows."""
+        return len(self.tokens) if self.hidden is None else len(self.hidden)
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How the last stage draws the tokens of a Step: the parameters; the token ids of all positions, from
+    the first to the last that counts, where they matter; and the tokens that are allowed, as in
+    engine.batch.Run.allowed."""
+
+    sampling: Sampling = Sampling()
+    history: NDArray[np.int32] | None = None
+    allowed: NDArray[np.uint8] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in memory."""
+        return sum(array.nbytes for array in (self.history, self.allowed) if array is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class SetSampling:
+    """The parameters with which the tokens of a session are drawn, from the coordinator to the last node.
+    Without it, they are the default ones. What the last node is told of a session, by SetSampling, Tokens and
+    Mask, is numbered from 1 on in each epoch."""
+
+    session: U64
+    epoch: Epoch
+    number: Annotated[int, Between(1, (1 << 32) - 1)]
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Token ids of positions [first, first + len(tokens)) of a session, which replace earlier ones, from the
+    coordinator to the last node. It needs them to penalise tokens that have occurred, and to score tokens."""
+
+    session: int
+    epoch: Epoch
+    number: int
+    first: int
+    tokens: tuple[int, ...] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """The tokens that may be drawn for one position of a session, from the coordinator to the last node.
+    `bits` as in engine.batch.Run.allowed."""
+
+    session: int
+    epoch: Epoch
+    number: int
+    bits: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Report of the last stage that it has run positions [first, first + rows) of a session; with the sampled
-    token, if one was wanted. For a Step with `part` it is sent by the stage of the last unit of the part."""
+    """Report of the last stage that it has run positions [first, first + rows) of a session; with what was
+    wanted of them: `token`, or `tokens` or `scores` of each row, and `logprobs` as in engine.batch.Result.
+    For a Step with `part` it is sent by the stage of the last unit of the part."""
 
     session: int
     epoch: Epoch
     first: int
     rows: int
     token: int | None
+    tokens: tuple[int, ...] = ()
+    scores: tuple[float, ...] = ()
+    logprobs: tuple[Logprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The Result of positions of which the rows themselves are wanted: f32 [rows, cols]."""
+
+    session: int
+    epoch: Epoch
+    first: int
+    output: F32 = field(compare=False)
+
+    @property
+    def rows(self) -> int:
+        """The number of rows."""
+        return len(self.output)
+
+
+@dataclass(frozen=True, slots=True)
+class Housemate:
+    """A device of a house: its name there, its role, and its certificate, DER in base64."""
+
+    name: Name
+    role: Role
+    certificate: Annotated[str, Printable(1, 2048)]
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a device listens."""
+
+    host: Host
+    port: Port
+
+
+@dataclass(frozen=True, slots=True)
+class House:
+    """All devices of the house, from its head: the devices that are not among them lose their connections;
+    and where the head waits for devices, if it does. It is sent before any other order, and when this has
+    changed."""
+
+    devices: Annotated[tuple[Housemate, ...], AtMost(MOST_HOUSEMATES)]
+    addresses: Annotated[tuple[Address, ...], AtMost(MOST_ADDRESSES)] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A node that has the files of these units and gives them to a node that shows the peer's ticket."""
+
+    peer: Peer
+    units: UnitList
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """An order to have the files of these units on disk, and to get those that are missing from the sources.
+    It replaces earlier orders; without units, nothing more is fetched."""
+
+    units: UnitList
+    sources: Annotated[tuple[Source, ...], AtMost(MOST_SOURCES)]
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Report of all units whose files are whole on the node's disk. Of the `wanted` bytes of the newest order
+    it has `got`. `problem` is the reason why it cannot have the rest, or empty."""
+
+    units: UnitList
+    wanted: Bytes
+    got: Bytes
+    problem: Text
+
+
+@dataclass(frozen=True, slots=True)
+class GetBytes:
+    """A request for bytes [first, last) of a file of the model, at most FILE_BYTES."""
+
+    name: FileName
+    first: Bytes
+    last: Bytes
+
+    def __post_init__(self) -> None:
+        if not 0 < self.last - self.first <= FILE_BYTES:
+            raise ValueError(f"bytes [{self.first}, {self.last}) are not 1 to {FILE_BYTES}")
+
+
+@dataclass(frozen=True, slots=True)
+class FileBytes:
+    """The bytes that a GetBytes asked for, in the order of the requests. `busy`: the node computes
+    for answers, so that the network should be left to them."""
+
+    first: int
+    busy: bool
+    data: bytes | memoryview = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class GetSums:
+    """A request for the Sums of a file of the model."""
+
+    name: FileName
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """The SHA-256 of each piece of a file (net/files.py), 32 bytes each. It is sent when it is known, perhaps
+    after FileBytes that were asked for later."""
+
+    name: FileName
+    sums: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -431,15 +639,16 @@ class Data:
 
 @dataclass(frozen=True, slots=True)
 class Carried:
-    """A session of a transition: its parameters, and token ids of positions from `first` on. Only a taker
-    without a stage in the base epoch gets them, before the session's Pages."""
+    """A session of a transition, and that it has the positions [first, last): `tags` are those of the chunks
+    that end there (net/tags.py). Only a taker without a stage in the base epoch gets it, before the session's
+    Pages."""
 
     session: U64
     epoch: Epoch
-    sampling: Sampling
     context: Annotated[int, Between(1, (1 << 31) - 1)]
     first: Position
-    tokens: Annotated[tuple[U32, ...], AtMost(4096)]
+    last: Position
+    tags: Annotated[tuple[U64, ...], AtMost(1024)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -456,6 +665,18 @@ class Pages:
 
 
 @dataclass(frozen=True, slots=True)
+class Shared:
+    """Instead of Pages: the first `positions` of a session have the tokens of another one, `source`, of which
+    these positions have been sent before, in all units that the giver gives to this taker. The taker shares
+    their pages. What is sent of the source later does not change them."""
+
+    session: U64
+    epoch: Epoch
+    source: U64
+    positions: Annotated[int, Between(1, (1 << 31) - 1)]
+
+
+@dataclass(frozen=True, slots=True)
 class Complete:
     """Report of a giver that all keys and values of a commit have been sent."""
 
@@ -464,59 +685,7 @@ class Complete:
 
 Message = (
     Hello | Error | Ping | Pong | Assign | Release | Loaded | Broken | Measure | Measured | GetStats | Stats
-    | Open | Close | Failed | Step | Result | Data | Prepared | Commit | Abort | Spare | Spares | Refill
-    | Carried | Pages | Complete
+    | Open | Close | Failed | Step | Mask | Result | Rows | Data | Prepared | Commit | Abort | Spare | Spares
+    | Refill | Carried | Pages | Shared | Complete | House | Fetch | Held
+    | GetBytes | FileBytes | GetSums | Sums | SetSampling | Tokens
 )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A row of the message table. `limit` is the largest body in bytes. The side that dialled may send the
-    message on connections with a purpose in `down`, and the side that was dialled on those with a purpose in
-    `up`."""
-
-    code: int
-    kind: type[Message]
-    limit: int
-    down: frozenset[Purpose]
-    up: frozenset[Purpose]
-
-
-def _entry(code: int, kind: type[Message], down: str, up: str, limit: int = CONTROL_LIMIT) -> Entry:
-    known: dict[str, Purpose] = {"control": "control", "step": "step", "probe": "probe", "bulk": "bulk"}
-    return Entry(
-        code, kind, limit, frozenset(known[p] for p in down.split()), frozenset(known[p] for p in up.split())
-    )
-
-
-MESSAGES: tuple[Entry, ...] = (
-    _entry(1, Hello, "control step probe bulk", "control step probe bulk"),
-    _entry(2, Error, "control step probe bulk", "control step probe bulk"),
-    _entry(3, Ping, "control step probe", ""),
-    _entry(4, Pong, "", "control step probe"),
-    _entry(5, Assign, "control", ""),
-    _entry(6, Release, "control", ""),
-    _entry(7, Loaded, "", "control"),
-    _entry(8, Broken, "", "control"),
-    _entry(9, Measure, "control", ""),
-    _entry(10, Measured, "", "control"),
-    _entry(11, GetStats, "control", ""),
-    _entry(12, Stats, "", "control"),
-    _entry(13, Open, "step", ""),
-    _entry(14, Close, "step", ""),
-    _entry(15, Failed, "", "control"),
-    _entry(16, Prepared, "", "control"),
-    _entry(17, Commit, "control", ""),
-    _entry(18, Abort, "control", ""),
-    _entry(19, Spare, "control", ""),
-    _entry(20, Spares, "", "control"),
-    _entry(21, Refill, "control", ""),
-    _entry(22, Carried, "bulk", ""),
-    _entry(23, Complete, "bulk", ""),
-    _entry(32, Step, "step", "", STEP_LIMIT),
-    _entry(33, Result, "", "control"),
-    _entry(34, Data, "probe", "", BULK_LIMIT),
-    _entry(35, Pages, "bulk", "", PAGES_LIMIT),
-)
-BY_CODE = {entry.code: entry for entry in MESSAGES}
-BY_KIND = {entry.kind: entry for entry in MESSAGES}

@@ -15,6 +15,8 @@ from .rebalance import expected_tokens
 
 MEASURED_SECONDS = 5.0
 """For how long answers must run, before a transition and after it, for the tokens/s of the record."""
+RECENT_SECONDS = 3.0
+"""For how long what was measured tells how fast answers come now."""
 MOST_MOVES = 1000
 """The most records that are kept."""
 
@@ -24,6 +26,8 @@ class Rate:
 
     def __init__(self) -> None:
         self._ticks: deque[tuple[float, int]] = deque()
+        self._recent: deque[tuple[float, float, int]] = deque()
+        """The same, after the time of each tick, of the last RECENT_SECONDS."""
         self._last: tuple[float, int] | None = None
 
     def tick(self, now: float, tokens: int, *, due: bool) -> None:
@@ -32,6 +36,9 @@ class Rate:
         if before is None or not due:
             return
         self._ticks.append((now - before[0], tokens - before[1]))
+        self._recent.append((now, *self._ticks[-1]))
+        while now - self._recent[0][0] >= RECENT_SECONDS:
+            self._recent.popleft()
         while self.seconds - self._ticks[0][0] >= MEASURED_SECONDS:
             self._ticks.popleft()
 
@@ -45,6 +52,12 @@ class Rate:
         """The rate; None before anything has been measured."""
         seconds = self.seconds
         return sum(tokens for _, tokens in self._ticks) / seconds if seconds > 0 else None
+
+    def recent(self, now: float) -> float | None:
+        """The rate of the last RECENT_SECONDS; None: no results were due in them."""
+        counted = [tick for tick in self._recent if now - tick[0] < RECENT_SECONDS]
+        seconds = sum(seconds for _, seconds, _ in counted)
+        return sum(tokens for _, _, tokens in counted) / seconds if seconds > 0 else None
 
     def clear(self) -> None:
         """Begins anew."""
@@ -133,6 +146,10 @@ class MoveLog:
         move.after = self._rate.tokens_per_s
         self._say(f"{move.what()}: {move.result()}")
 
+    def recent(self, now: float) -> float | None:
+        """The tokens/s of all answers in the last RECENT_SECONDS; None: no results were due in them."""
+        return self._rate.recent(now)
+
     def proposed(self, proposal: Proposal) -> None:
         """Notes that the next transition is that of a proposal."""
         self._proposed = proposal
@@ -154,14 +171,15 @@ class MoveLog:
         return outcome
 
 
-def usage_of(answers: Sequence[Generation], tokens: int) -> Usage:
-    """What a chain is used for that computes these answers, after so many tokens of all answers. `waiting`
-    and `copies` are left out."""
+def usage_of(answers: Sequence[Generation], tokens: int, positions: int = 0) -> Usage:
+    """What a chain is used for that computes these answers, after so many tokens of all answers, and holds so
+    many positions for all sessions. `waiting` and `copies` are left out."""
     return Usage(
         streams=len(answers),
         depth=sum(len(answer.known) for answer in answers) // max(1, len(answers)),
         remaining=float(sum(expected_tokens(answer.made, answer.most_made) for answer in answers)),
         tokens=tokens,
+        positions=positions,
         reading=any(not answer.made for answer in answers),
     )
 

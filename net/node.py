@@ -7,8 +7,10 @@ A peer that breaks the protocol gets an Error and loses its connection; no other
 
 from __future__ import annotations
 
+import re
 import traceback
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from functools import partial
 
 import trio
@@ -18,15 +20,26 @@ from ..planner import LinkSpeed
 from .assignment import NO_WORK, Assignment, NodeParts
 from .connection import (
     Connection,
+    address_of,
     greet,
     is_peers_fault,
     open_connection,
     open_tasks,
 )
 from .door import Door, Visit
-from .errors import NetError, NodeLostError, RemoteProtocolError, StageStuckError, to_wire
+from .errors import (
+    NetError,
+    NodeLostError,
+    RemoteProtocolError,
+    StageStuckError,
+    UntrustedError,
+    to_wire,
+)
+from .fetching import Fetcher
+from .file_server import serve_files
 from .keeper import MOST_ORDERS, Keeper
-from .listen import accept, host_port
+from .line import vouched
+from .listen import accept
 from .liveness import TICK_SECONDS, Awake, load_bound
 from .messages import (
     Abort,
@@ -34,27 +47,37 @@ from .messages import (
     Close,
     Commit,
     Data,
+    Fetch,
     GetStats,
+    Held,
     Hello,
+    House,
+    Mask,
     Measure,
     Measured,
     Message,
+    Offer,
     Open,
     Peer,
     Ping,
     Pong,
     Refill,
     Release,
+    SetSampling,
     Spare,
     Stats,
     Step,
+    Tokens,
 )
 from .pace import NodePace
 from .probe import measure_peer
+from .tls import TlsStream
 from .watch import attend
 
 PROBE_HANDSHAKES = 3
 """The most time for a `probe` connection, in times for a handshake."""
+
+_PORT = re.compile(r":\d+")
 
 
 class Node:
@@ -65,6 +88,8 @@ class Node:
         self._door = Door(parts.identity.name, parts.timing.handshake, parts.log)
         self._keeper: Keeper | None = None
         """The keeper of the stage for the coordinator that is served."""
+        self._noted = ""
+        """Why the last connection has ended that was not served."""
         self._pace = self._new_pace()
         self._measuring = 0
         self._links: dict[int, LinkSpeed] = {}
@@ -88,22 +113,29 @@ class Node:
     async def _accept(self, listener: trio.SocketListener, tasks: trio.Nursery) -> None:
         while True:
             for stream in await accept(listener):
-                host, who = _address(stream)
+                host, who = address_of(stream)
                 tasks.start_soon(self._attend, stream, who, self._door.arrive(host))
             await self._door.settled()
 
     async def connected(self, stream: trio.abc.Stream) -> None:
-        """Serves one connection until it ends. Errors are logged and end only this connection."""
-        host, who = _address(stream)
+        """Serves one connection until it ends. Errors are logged and end only this connection. One that has
+        waited at the head (net/reverse.py) is a TlsStream already."""
+        host, who = address_of(stream)
         await self._attend(stream, who, self._door.arrive(host))
 
     async def _attend(self, stream: trio.abc.Stream, who: str, visit: Visit) -> None:
+        deadline = trio.current_time() + visit.seconds
         with self._door.visit(visit):
-            async with open_connection(stream, who, dialled=False) as connection:
+            sealed = await self._sealed(stream, who, visit)
+            if sealed is None:
+                return
+            visit.seconds = max(0.0, deadline - trio.current_time())  # other tasks ran since TLS has ended
+            async with open_connection(sealed, who, dialled=False) as connection:
                 try:
                     await self._serve(visit, connection)
                 except ShoalError as error:
-                    self._door.note(visit, str(error))
+                    if not connection.unused:
+                        self._note(visit, connection, str(error))
                     if is_peers_fault(error):
                         self._door.refused(visit)
                         await connection.refuse(error)
@@ -114,12 +146,40 @@ class Node:
                         NetError(f"{self._parts.identity.name} failed ({error!r}): its log has the traceback")
                     )
 
+    def _note(self, visit: Visit, connection: Connection, line: str) -> None:
+        """Logs why a connection has ended; for a device of the house not again and again, since it dials
+        anew, from another port."""
+        what = _PORT.sub("", line)
+        if connection.mate is None or what != self._noted:
+            self._door.note(visit, line)
+        self._noted = what
+
+    async def _sealed(self, stream: trio.abc.Stream, who: str, visit: Visit) -> trio.abc.Stream | None:
+        """The stream with TLS, if this node has a house. None: it has ended, since it may not be used. The
+        head may have made it for another device."""
+        trust = self._parts.identity.trust
+        if trust is None or isinstance(stream, TlsStream):
+            return stream
+        sealed = await self._door.sealed(visit, stream, who, trust)
+        if sealed is None or sealed.mate.role != "head":
+            return sealed
+        try:
+            with trio.move_on_after(visit.seconds):
+                await vouched(sealed, who, trust)
+                return sealed
+            why = f"{who} connected and did not say Hello within {visit.seconds:g} s"
+        except ShoalError as error:
+            why = str(error)
+        self._door.note(visit, why)
+        await trio.aclose_forcefully(sealed)
+        return None
+
     async def _serve(self, visit: Visit, connection: Connection) -> None:
         parts = self._parts
         hello = await greet(
             connection,
             parts.identity,
-            parts.offer,
+            self._offer(),
             seconds=visit.seconds,
             admit=partial(self._admit, visit, connection),
         )
@@ -133,29 +193,45 @@ class Node:
                     await self._serve_probe(connection)
                 case "bulk":
                     await self._serve_bulk(connection, hello.incarnation)
+                case "files":
+                    await self._serve_files(connection)
         except NodeLostError as error:  # the usual end; a coordinator notices by its own connections
-            if hello.purpose == "control":
+            if hello.purpose == "control" and parts.tells:
                 parts.log(f"{error}; waiting for the next coordinator")
 
     async def _admit(self, visit: Visit, connection: Connection, hello: Hello) -> int:
-        """Gives a connection the place of its purpose. A stuck stage cannot be replaced by another."""
-        stuck = self.stuck()
-        if hello.purpose == "control" and stuck is not None:
+        """Gives a connection the place of its purpose. A stuck stage cannot be replaced by another. In a
+        house, only its head gives orders."""
+        stuck, trust, mate = self.stuck(), self._parts.identity.trust, connection.mate
+        orders = hello.purpose == "control"
+        if orders and trust is not None and (mate is None or not trust.may_coordinate(mate)):
+            raise UntrustedError(
+                f"{connection.peer} is a device of the house and not its head, which alone may use other "
+                "devices: run this on the head"
+            )
+        if orders and stuck is not None:
             raise StageStuckError(f"{self._parts.identity.name} cannot be used: {stuck}")
         return await self._door.admit(visit, hello, connection.peer)
 
     async def _serve_coordinator(self, connection: Connection) -> None:
         """Follows a coordinator's orders until it disconnects, then drops all state kept for it."""
-        self._parts.log(f"{connection.peer} is the coordinator now")
+        if self._parts.tells:
+            self._parts.log(f"{connection.peer} is the coordinator now")
         try:
             async with open_tasks() as tasks:
                 keeper = Keeper(self._parts, connection, self._pace, self._links, tasks)
                 self._keeper = keeper
+                fetcher = self._fetcher(connection, keeper)
                 tasks.start_soon(keeper.run)
+                if fetcher is not None:
+                    tasks.start_soon(fetcher.run)
                 tasks.start_soon(self._look_at_calls)
                 while True:
                     message = await _heard(connection, self._parts.timing.overdue)
-                    self._follow(connection, message, keeper, tasks)
+                    if isinstance(message, Fetch):
+                        self._fetch(connection, message, fetcher)
+                    else:
+                        self._follow(connection, message, keeper, tasks)
         finally:
             self._keeper = None
             self._pace, self._links = self._new_pace(), {}
@@ -182,6 +258,11 @@ class Node:
     def holds_layers(self) -> bool:
         """Whether a coordinator is connected that has assigned layers to this node."""
         return self._assignment is not None
+
+    @property
+    def idle(self) -> bool:
+        """Whether the layers of this node have not been used for a second, and are not about to move."""
+        return self._keeper is not None and self._keeper.idle and not self._pace.busy
 
     def stuck(self, unseen: float = 0.0) -> str | None:
         """A sentence about a call of the stage that does not return, as long as it does not; else None.
@@ -213,10 +294,14 @@ class Node:
             case Ping(nonce):
                 pace, progress = (None, None) if now is None else (now.pace(), now.progress())
                 _post(connection, Pong(nonce, pace, progress, condition=self._parts.condition()))
+            case House():
+                self._learn(connection, message)
             case Assign() | Release() | Commit() | Abort():
                 keeper.order(message)
             case Refill():
                 keeper.refill(message)
+            case SetSampling() | Tokens() | Mask() | Close():
+                keeper.told(message)
             case Spare(units):
                 keeper.spare(units)
             case Measure(peer):
@@ -225,6 +310,46 @@ class Node:
                 _post(connection, Stats(None, NO_WORK, NO_WORK) if now is None else now.stats())
             case _:
                 raise AssertionError(f"the wire lets no {type(message).__name__} through")
+
+    def _offer(self) -> Offer:
+        files = self._parts.files
+        return replace(self._parts.offer, held=None if files is None else tuple(sorted(files.held())))
+
+    def _fetcher(self, connection: Connection, keeper: Keeper) -> Fetcher | None:
+        parts = self._parts
+        if parts.files is None:
+            return None
+        return Fetcher(parts, parts.files, connection, lambda: keeper.units, lambda: self._pace.busy)
+
+    def _fetch(self, connection: Connection, order: Fetch, fetcher: Fetcher | None) -> None:
+        """Takes an order to have files. RemoteProtocolError: it names units that the model has not."""
+        named = (order.units, *(source.units for source in order.sources))
+        if any(unit >= self._parts.units for units in named for unit in units):
+            raise RemoteProtocolError(
+                f"{connection.peer} wants files of units that the model of {self._parts.units} has not"
+            )
+        if fetcher is None:
+            _post(connection, Held(tuple(range(self._parts.units)), 0, 0, ""))
+        else:
+            fetcher.order(order)
+
+    def _learn(self, connection: Connection, told: House) -> None:
+        """Takes the head's list of the devices of the house. Where this device is the head, it is in a file
+        here."""
+        trust, mate = self._parts.identity.trust, connection.mate
+        if trust is None or mate is None:
+            raise RemoteProtocolError(
+                f"{connection.peer} sent the devices of a house, and this node has none"
+            )
+        try:
+            if trust.is_own(mate):
+                trust.refresh()
+            elif mate.role == "head":
+                trust.hear(told.devices, told.addresses)
+        except ValueError as error:
+            raise RemoteProtocolError(f"{connection.peer} sent a list of its house: {error}") from error
+        except OSError as error:
+            self._parts.log(f"the list of the house cannot be written, so it is known until the end: {error}")
 
     async def _serve_steps(self, connection: Connection, sender: int) -> None:
         """Passes the messages of the peer with the incarnation `sender` to the assignment of their epoch, if
@@ -255,6 +380,13 @@ class Node:
         if self._keeper is not None:
             await self._keeper.receive_bulk(connection, giver)
 
+    async def _serve_files(self, connection: Connection) -> None:
+        """Gives a peer files of the model."""
+        parts = self._parts
+        if parts.files is None:
+            raise NetError(f"{parts.identity.name} has no files to give")
+        await serve_files(connection, parts.files, lambda: self._pace.busy, parts.hop)
+
     async def _serve_probe(self, connection: Connection) -> None:
         timing = self._parts.timing
         most = PROBE_HANDSHAKES * timing.handshake
@@ -274,7 +406,7 @@ class Node:
             found = await measure_peer(parts.open_stream, parts.identity, peer, parts.timing.handshake)
             self._links[peer.incarnation] = found
             answer = Measured(peer.incarnation, found, "")
-        except NetError as error:
+        except ShoalError as error:  # a peer may send any
             answer = Measured(peer.incarnation, None, to_wire(error)[1])
         finally:
             self._measuring -= 1
@@ -296,14 +428,3 @@ async def _heard(connection: Connection, seconds: float) -> Message:
 def _post(connection: Connection, message: Message) -> None:
     if not connection.post(message):
         raise NodeLostError(f"{connection.peer} is lost: it does not read what is sent to it")
-
-
-def _address(stream: trio.abc.Stream) -> tuple[str, str]:
-    """The remote host of a connection, and its address for messages."""
-    if not isinstance(stream, trio.SocketStream):
-        return "", "a peer"
-    try:
-        host, port = stream.socket.getpeername()[:2]
-    except OSError:  # the peer has disconnected already
-        return "", "a peer"
-    return host, host_port(host, port)

@@ -11,16 +11,13 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
-from statistics import median
 
+from ..engine.measure import median
 from ..planner import Device, LinkSpeed
 from ..planner.rows import FASTEST, MOST_SECONDS, SLOWEST, check_real
 from .inbox import Batch
 from .liveness import LOAD_SECONDS, Stillness, call_bound
-from .members import ClusterState
-from .messages import Epoch, Pace, Pong, Progress, Step
-from .placement import COORDINATOR
+from .messages import Epoch, Progress, Step
 from .scheduler import Expect
 
 PING_SECONDS = 0.5
@@ -38,6 +35,9 @@ changed: their median is taken."""
 MOST_SLOWER = 1e6
 """The largest factor, and its inverse the smallest, that a node reports."""
 
+BUSY_TICKS = 4
+"""For so many ticks after a call a stage counts as busy: it waits for the next one."""
+
 
 class NodePace:
     """How many times as long as offered a node's steps take, and how far the current call is. The factor is
@@ -54,6 +54,8 @@ class NodePace:
         self._running: Batch | None = None
         self._calls = 0
         self._age, self._still = 0.0, Stillness()
+        self._unused, self._seen = BUSY_TICKS, 0
+        """Ticks since a call ran, and the calls at the last one."""
         self._rest = 0.0
         self._reading, self._first = 0.0, True
         """What the first call may take longer; whether it has not been counted yet."""
@@ -82,6 +84,13 @@ class NodePace:
         """Measures how long the current call has been running, to the time between two ticks."""
         running = self._running
         self._age = self._still.seconds(now, self._calls, due=running is not None)
+        worked = running is not None or self._calls != self._seen
+        self._unused, self._seen = 0 if worked else self._unused + 1, self._calls
+
+    @property
+    def busy(self) -> bool:
+        """Whether the stage computes, or has done so within the last BUSY_TICKS ticks."""
+        return self._running is not None or self._unused < BUSY_TICKS
 
     def progress(self, epoch: Epoch, waiting: int) -> Progress:
         """How far the stage of that epoch is, with `waiting` bytes in its inbox. A rest is told as a call
@@ -125,7 +134,7 @@ class NodePace:
         if expected <= 0 or end <= start:
             return
         self.slower = refreshed_factor(self.slower, expected, end - start)
-        if any(len(step.tokens) > 1 for step in batch.steps):
+        if any(step.rows > 1 for step in batch.steps):
             self._ratios.clear()  # chunks of prompts are predicted less well
             return
         self._ratios.append((end - start) / expected)
@@ -137,7 +146,7 @@ class NodePace:
 
 
 def _rows(batch: Batch) -> list[tuple[int, int, bool]]:
-    return [(len(step.tokens), step.first, step.want.value > 0) for step in batch.steps]
+    return [(step.rows, step.first, step.want.value > 0) for step in batch.steps]
 
 
 class Onward:
@@ -167,7 +176,7 @@ class Onward:
 
 def row_bytes(step: Step) -> int:
     """The approximate size of a Step on the wire."""
-    return 64 + 4 * len(step.tokens) + (0 if step.hidden is None else step.hidden.nbytes)
+    return 64 + (4 * step.rows if step.hidden is None else step.hidden.nbytes)
 
 
 def slowed(device: Device, factor: float) -> Device:
@@ -229,49 +238,3 @@ def _within(rate: float) -> float:
 def after(link: LinkSpeed, size: int, seconds: float) -> LinkSpeed:
     """refreshed_link for a time that may be 0 or less, within the clock's resolution."""
     return refreshed_link(link, size, max(seconds, 1e-6))
-
-
-class ChainPace:
-    """The measured speeds of all nodes of a coordinator, by label. It updates `links` in place."""
-
-    def __init__(self, links: dict[tuple[str, str], LinkSpeed]) -> None:
-        self._links = links
-        self._slower: dict[str, float] = {}
-        self._pinged: dict[int, tuple[int, float]] = {}
-        self._nonce = 0
-
-    def slower(self, label: str) -> float:
-        """How many times as long as offered a node's steps take; 1 before it has reported anything."""
-        return self._slower.get(label, 1.0)
-
-    def pinged(self, member: int, now: float) -> int:
-        """Records a ping to a member, sent now; returns its nonce."""
-        self._nonce += 1
-        self._pinged[member] = (self._nonce, now)
-        return self._nonce
-
-    def answered(self, state: ClusterState, member: int, pong: Pong, now: float) -> bool:
-        """Evaluates a member's Pong; returns whether it answers the last ping. Half of the round trip is
-        taken as the latency of the links to and from the member. Its own report counts if it is of the
-        current epoch."""
-        label = state.members[member].label
-        nonce, sent = self._pinged.get(member, (-1, now))
-        if pong.nonce == nonce:
-            for ends in ((COORDINATOR, label), (label, COORDINATOR)):
-                if ends in self._links:
-                    self._links[ends] = after(self._links[ends], 0, (now - sent) / 2)
-        labels = [stage.device for stage in state.placement.stages]
-        if pong.pace is not None and pong.pace.epoch == state.epoch and label in labels:
-            self._told(label, dict(pairwise(labels)).get(label), pong.pace)
-        return pong.nonce == nonce
-
-    def _told(self, label: str, following: str | None, pace: Pace) -> None:
-        """Records a member's report. Its latency is used for both directions of the link, since a radio that
-        is slow in one direction is usually slow in both; otherwise the next plan would reverse the chain for
-        nothing."""
-        self._slower[label] = pace.slower
-        if following is not None and pace.onward is not None:
-            self._links[label, following] = pace.onward
-            back = self._links.get((following, label))
-            if back is not None:
-                self._links[following, label] = replace(pace.onward, bytes_per_s=back.bytes_per_s)

@@ -15,7 +15,7 @@ from ..planner import Assignment, LinkSpeed
 from ..planner.chunks import Chunking
 from ..planner.groups import Grouping
 from .messages import Offer, Stats
-from .wire import max_step_rows
+from .packed import max_step_rows
 
 COORDINATOR = "coordinator"
 """The label of the coordinator in `Links`. No node has this label."""
@@ -24,13 +24,17 @@ COORDINATOR = "coordinator"
 @dataclass(frozen=True, slots=True)
 class NodeInfo:
     """A node that has joined: its label (unique, never COORDINATOR), the address on which it listens, its
-    offer, and `slower`, the factor by which its steps now take longer than offered, its rests included."""
+    offer, and `slower`, the factor by which its steps now take longer than offered, its rests included.
+    `held`: the units whose files it holds, which alone can be assigned to it; None: all. `home`: it runs on
+    the coordinator's own device."""
 
     label: str
     host: str
     port: int
     offer: Offer
     slower: float = 1.0
+    held: frozenset[int] | None = None
+    home: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +45,9 @@ class Placement:
     for each stage. `chunks`: how prompts are cut; if it is empty, into chunks of `chunk_rows`. `window`: the
     most Steps of a session in flight; if it is 0, one for each stage and two for the links to the
     coordinator. Plans are compared by the tokens per second that they predict and the context length that
-    they have room for (0: unknown). `detail` is the planner's own record of the plan."""
+    they have room for (0: unknown). `target`: the units that each node should hold on disk, for the best
+    plan that does not depend on who holds what. `private`: both ends of the chain are on the coordinator's
+    own device, and should stay there. `detail` is the planner's own record of the plan."""
 
     stages: tuple[Assignment, ...]
     chunk_rows: int = 128
@@ -50,7 +56,22 @@ class Placement:
     window: int = 0
     tokens_per_s: float = 0.0
     context: int = 0
+    target: Mapping[str, tuple[int, ...]] = field(default_factory=dict, compare=False)
+    private: bool = False
     detail: object = field(default=None, compare=False)
+
+    def moved(self, stages: Sequence[Assignment]) -> Placement:
+        """Other stages instead."""
+        ends = all(self.stages[i].device == stages[i].device for i in (0, -1))
+        return replace(self, stages=tuple(stages), groupings=(), window=0, private=self.private and ends)
+
+
+class FilesMissingError(NoPlanError):
+    """There is no plan before nodes have fetched files. `target` as in Placement."""
+
+    def __init__(self, text: str, target: Mapping[str, tuple[int, ...]]) -> None:
+        super().__init__(text)
+        self.target = target
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +133,7 @@ Links = Mapping[tuple[str, str], LinkSpeed]
 Planner = Callable[[Sequence[NodeInfo], Links], Placement]
 """A function that makes a plan for the nodes that have joined. It is called in a worker thread. Links are
 keyed by (from label, to label); those that could not be measured are missing. It raises NoPlanError if no
-plan exists."""
+plan exists, and FilesMissingError if there is one once nodes have fetched files."""
 
 
 class Rebalancer(Protocol):
@@ -131,8 +152,8 @@ class Rebalancer(Protocol):
     def copies(
         self, nodes: Sequence[NodeInfo], links: Links, placement: Placement
     ) -> Mapping[str, tuple[int, ...]]:
-        """The units whose weights each node should hold beside those of its stage, in the order of their
-        use."""
+        """The units whose weights each node should hold beside those of its stage, in the order of their use,
+        whether or not it has their files yet."""
 
 
 def plan_at(edges: Sequence[int], chunk_rows: int = 128) -> Planner:

@@ -2,7 +2,8 @@
 
 `ThreadLoop` is the usual one: a thread of its own, which reads the socket of the previous stage while it
 waits, runs the batch, and writes to the socket of the next stage, so that no message passes a queue or
-another thread. While a call takes long, a task reads the socket instead, so that pings are answered.
+another thread. While a call takes long, a task reads the socket instead, so that pings are answered, and a
+call whose sessions have all been closed is cancelled.
 `TaskLoop` does the same in a task, for streams that are no sockets, with calls in a worker thread.
 """
 
@@ -26,8 +27,9 @@ from ..engine.wait import Spin, Wait, waiter
 from .connection import Connection, Hop
 from .errors import NodeLostError
 from .inbox import Batch, Inbox
-from .messages import Close, Failed, Hello, Message, Open, Ping, Pong, Result, Step
+from .messages import Close, Failed, Hello, Message, Open, Ping, Pong, Result, Rows, Step
 from .pace import NodePace, Onward
+from .telling import Notice
 from .wire import WireProtocol
 from .work import Answer, StageWork
 
@@ -53,20 +55,30 @@ class StageParts:
     coordinator: Connection
     share: Callable[[], float] = lambda: 1.0
 
+    def arrived(self, message: Open | Close | Step, now: float) -> None:
+        """Takes a message of the previous stage, between two looks of the loop at the inbox. A Close may
+        cancel the call that runs: it is queued before, and so passed on after it."""
+        self.inbox.put(message, now)
+        if isinstance(message, Close):
+            self.work.closed(message)
+
     def routed(self, answers: Sequence[Answer], now: float) -> tuple[list[Message], list[Message]]:
         """The messages for the next stage, with a ping if one is due, and those for the coordinator."""
-        back: list[Message] = [answer for answer in answers if isinstance(answer, Failed | Result)]
-        onward: list[Message] = [answer for answer in answers if not isinstance(answer, Failed | Result)]
+        back: list[Message] = [answer for answer in answers if isinstance(answer, Failed | Result | Rows)]
+        onward: list[Message] = [
+            answer for answer in answers if not isinstance(answer, Failed | Result | Rows)
+        ]
         nonce = self.onward.due(onward, now)
         return onward if nonce is None else [*onward, Ping(nonce)], back
 
     def ran(self, batch: Batch, start: float, end: float) -> float:
-        """Learns from a batch whose call began and ended at these times; returns until when the stage rests
-        now."""
+        """Learns from a batch whose call began and ended at these times, unless it was cancelled; returns
+        until when the stage rests now."""
         rest = (end - start) * (1 / self.share() - 1) if batch.steps else 0.0
-        self.pace.count(batch, start, end)
+        if not self.work.cancelled:
+            self.pace.count(batch, start, end)
+            self.inbox.ran(batch, start, end, rest)
         self.pace.rests(rest)
-        self.inbox.ran(batch, start, end, rest)
         return end + rest
 
 
@@ -84,6 +96,9 @@ class StageLoop(Protocol):
 
     def put(self, steps: Sequence[Step]) -> None:
         """Takes Steps of this node itself."""
+
+    def tell(self, notice: Notice) -> None:
+        """Takes what the coordinator tells of a session. Errors as for Inbox.tell."""
 
 
 class TaskLoop:
@@ -130,6 +145,10 @@ class TaskLoop:
             self._parts.inbox.put(step, trio.current_time())
         self._arrived.set()
 
+    def tell(self, notice: Notice) -> None:
+        self._parts.inbox.tell(notice, trio.current_time())
+        self._arrived.set()
+
     async def _take(self, connection: Connection, message: Message) -> None:
         if isinstance(message, Ping):
             await connection.send(Pong(message.nonce))
@@ -137,7 +156,7 @@ class TaskLoop:
         while self._parts.inbox.full and not self._ended:
             await self._taken.wait()
         assert isinstance(message, Open | Close | Step)
-        self._parts.inbox.put(message, trio.current_time())
+        self._parts.arrived(message, trio.current_time())
         self._arrived.set()
 
     async def _run(self, batch: Batch) -> None:
@@ -172,6 +191,8 @@ class _Source:
     handle: int
     error: ShoalError | None = None
     ended: trio.Event = field(default_factory=trio.Event)
+    pump: trio.CancelScope = field(default_factory=trio.CancelScope)
+    """Until when its task waits before it looks whether it has to read."""
 
 
 class Rehearsal:
@@ -189,7 +210,8 @@ class Rehearsal:
         self._wire.send(hello)
         self._inbox, self._time = Inbox(like.epoch, 1, 1), 0.0
         hidden = None if like.hidden is None else np.zeros((1, like.hidden.shape[1]), np.float32)
-        self._frame = b"".join(sender.send(Step(0, like.epoch, 0, (0,), Want.TOKEN, hidden)))
+        tokens = (0,) if hidden is None else ()
+        self._frame = b"".join(sender.send(Step(0, like.epoch, 0, tokens, Want.TOKEN, hidden)))
 
     def play(self) -> None:
         """Decodes a message, and takes it through an inbox."""
@@ -259,11 +281,16 @@ class ThreadLoop:
         try:
             seen = received = 0
             while not source.ended.is_set():
-                with trio.move_on_after(PUMP_SECONDS if received > seen else IDLE_PUMP_SECONDS):
+                soon = self._away or received > seen
+                with trio.move_on_after(PUMP_SECONDS if soon else IDLE_PUMP_SECONDS) as source.pump:
                     await source.ended.wait()
                 seen, received = received, connection.received
                 if self._away:
                     self._read(source, at_once=False)
+                    with self._lock:
+                        # It may have come back and looked at the inbox before, to wait for this socket now.
+                        if not (self._away or self._stopping):
+                            self._ring()
         finally:
             with self._lock:
                 if source in self._sources:
@@ -279,6 +306,17 @@ class ThreadLoop:
                 self._parts.inbox.put(step, self.clock())
             if not self._stopping:
                 self._ring()
+
+    def tell(self, notice: Notice) -> None:
+        with self._lock:
+            self._parts.inbox.tell(notice, self.clock())
+            if not self._stopping:
+                self._ring()
+
+    def _hurry(self) -> None:
+        """Has the tasks look soon: a call has begun that may take long."""
+        for source in self._sources.copy():
+            source.pump.deadline = min(source.pump.deadline, trio.current_time() + PUMP_SECONDS)
 
     # --- the thread
 
@@ -329,6 +367,8 @@ class ThreadLoop:
     def _run(self, batch: Batch) -> None:
         parts, start = self._parts, self.clock()
         self._away = True
+        if any(step.rows > 1 for step in batch.steps):
+            self._call(self._hurry)
         parts.pace.began(batch)
         answers = parts.work.do(batch)
         parts.pace.returned()
@@ -369,7 +409,7 @@ class ThreadLoop:
             source.connection.post(Pong(message.nonce, at_once=at_once))
         else:
             assert isinstance(message, Open | Close | Step)
-            self._parts.inbox.put(message, self.clock())
+            self._parts.arrived(message, self.clock())
             if self._rehearsal is None and self._spin is not None and isinstance(message, Step):
                 self._rehearsal = Rehearsal(message)
 

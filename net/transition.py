@@ -221,12 +221,17 @@ def loaded(state: ClusterState, member: int, epoch: Epoch, now: float) -> Outcom
     state = replace(state, loaded=state.loaded | {member})
     if state.loaded != awaited:
         return state, ()
-    state = replace(state, phase="serving", served=True, loaded=holders, standing=holders)
+    state = replace(
+        state, phase="serving", served=True, loaded=holders, standing=holders, crowded=frozenset()
+    )
+    for i in holders:
+        if state.members[i].unloaded is not None:  # its memory was short for a while only
+            state = state.changed(i, unloaded=None)
     if move is None:
         return replace(state, since=now), (Serve(epoch),)
     emptied = tuple(SendRelease(i, epoch) for i in move.members if i not in holders)
     since = now if move.recovery else state.since  # answers have gone on
-    state = replace(state, since=since, added=move.added, transition=None, setback=None)
+    state = replace(state, since=since, moved=now, added=move.added, transition=None, setback=None)
     return state, (Serve(epoch, move.base, move.lost), *emptied, _moved(move, now))
 
 
@@ -257,9 +262,7 @@ def give_up(state: ClusterState, reason: str, now: float, *, failed: bool = Fals
         pause = min(MOST_SETBACK, SETBACK_SECONDS * 2.0 ** (count - 1))
         state = replace(state, setback=Setback(move.placement.stages, count, now + pause))
     commands.append(_moved(move, now, reason))
-    holders = state.holders()
-    newcomers = {state.incarnation(i) for i in move.members if i not in holders}
-    state = replace(state, transition=None, considered=state.considered - newcomers)
+    state = replace(state, transition=None, considered=state.considered - state.growing(move.members))
     return state, tuple(commands)
 
 

@@ -13,8 +13,7 @@ import trio
 from ..engine.errors import ShoalError
 from .connection import Connection, open_tasks
 from .errors import NodeLostError
-from .events import Timing
-from .liveness import TICK_SECONDS, Awake, Pulse, RoundTrip, Stillness
+from .liveness import TICK_SECONDS, Awake, Pulse, RoundTrip, Stillness, Timing
 from .messages import Ping, Pong
 
 IDLE_TICK_SECONDS = 0.5

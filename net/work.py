@@ -7,8 +7,9 @@ batch.
 
 from __future__ import annotations
 
+import threading
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -16,16 +17,17 @@ from typing import Any, Protocol
 
 from ..engine.arrays import F32
 from ..engine.batch import Result as StageResult
-from ..engine.batch import Run, Sampling
-from ..engine.errors import ContextError, ModelFileError, ShoalError
+from ..engine.batch import Run, Sampling, Want
+from ..engine.errors import CancelledRunError, ContextError, ModelFileError, ShoalError
 from .errors import to_wire
 from .inbox import Batch, decodes
-from .messages import MOST_SESSIONS, Close, Epoch, Failed, Open, Result, Stats, Step, Work
+from .messages import MOST_SESSIONS, Close, Draw, Epoch, Failed, Open, Result, Rows, Stats, Step, Work
+from .tags import counted, spanned
 
 STAGE_ERRORS = (ShoalError, ValueError, FloatingPointError, MemoryError)
 """Exceptions of a stage for invalid rows, or rows without room. They end a session, not the node."""
 
-Answer = Open | Close | Step | Result | Failed
+Answer = Open | Close | Step | Result | Rows | Failed
 
 
 class StageLike(Protocol):
@@ -46,8 +48,16 @@ class StageLike(Protocol):
     def open_sequence(self, sequence: int, sampling: Sampling, context: int) -> object:
         """Begins a sequence."""
 
+    def fork_sequence(
+        self, source: int, sequence: int, positions: int, sampling: Sampling, context: int
+    ) -> object:
+        """Begins a sequence with the first positions of another one, which it shares with it."""
+
     def run(self, batch: Sequence[Run]) -> list[StageResult]:
-        """Runs rows of distinct sequences."""
+        """Runs rows of distinct sequences. CancelledRunError: see `cancel`."""
+
+    def cancel(self, sequence: int) -> None:
+        """Ends the run that includes the sequence, from another thread; does nothing if there is none."""
 
     def close_sequence(self, sequence: int) -> None:
         """Ends a sequence; does nothing if it is not open."""
@@ -102,6 +112,9 @@ class StageLike(Protocol):
 class IncomingLike(Protocol):
     """The members of engine.incoming.Incoming that a node uses."""
 
+    def alike(self, sequence: int) -> Mapping[int, int]:
+        """Of other sequences, the number of positions that are said to have the same tokens."""
+
     def carried(
         self, sequence: int, sampling: Sampling, context: int, first: int, tokens: Sequence[int]
     ) -> None:
@@ -110,26 +123,46 @@ class IncomingLike(Protocol):
     def accept(self, sequence: int, unit: int, first: int, last: int, data: bytes | memoryview) -> None:
         """Takes what `export_cuts` returned on another stage."""
 
+    def share(self, sequence: int, source: int, units: Collection[int], positions: int) -> None:
+        """Gives a sequence positions of these units that have arrived for another one."""
+
     def close(self) -> None:
         """Forgets all that has arrived."""
 
 
 @dataclass(slots=True)
 class Session:
-    """An open session: its parameters, and the token ids of its positions. `carried`: it was open in an
-    earlier epoch, and its Open may be sent again."""
+    """An open session: its context, the positions that it has, and the tags of their chunks (net/tags.py).
+    `carried`: it was open in an earlier epoch, and its Open may be sent again."""
 
-    sampling: Sampling
     context: int
-    tokens: array[int] = field(default_factory=lambda: array("i"))
+    positions: int = 0
+    tags: array[int] = field(default_factory=lambda: array("Q"))
     carried: bool = False
 
     def truncated(self, positions: int) -> Session:
         """The session with its first positions, for the next epoch."""
-        return Session(self.sampling, self.context, self.tokens[:positions], carried=True)
+        return Session(self.context, positions, self.tags[spanned(0, positions)], carried=True)
+
+    def write(self, first: int, last: int, tags: Sequence[int]) -> None:
+        """Has the positions [first, last), with these tags, and none after them."""
+        if first < self.positions:
+            self.cut(first)
+        self.tags.extend(tags)  # first, since another thread must not find too few
+        self.positions = last
+
+    def cut(self, positions: int) -> None:
+        """Has no more than so many positions."""
+        self.positions = positions
+        del self.tags[spanned(0, positions).stop :]
 
 
 NO_SESSIONS: Mapping[int, Session] = {}
+
+
+def blank(rows: int) -> array[int]:
+    """What takes the place of token ids where the engine reads none."""
+    return array("i", bytes(4 * rows))
 
 
 @dataclass(slots=True)
@@ -144,7 +177,7 @@ class _Tally:
 
 class StageWork:
     """A stage in one epoch with its open sessions and statistics. Not thread-safe: one call at a time. Other
-    threads may read `sessions`, and use `rewinds`, meanwhile.
+    threads may read `sessions`, and use `rewinds` and `closed`, meanwhile.
 
     `last`: the end of the stage's units; None if it is the end of the model. `sessions` are carried over from
     an earlier epoch, and are open in the stage. `make_room` is called when keys and values have no room, and
@@ -161,6 +194,15 @@ class StageWork:
         self._stage, self._epoch, self._last, self._make_room = stage, epoch, last, make_room
         self.sessions = dict(sessions)
         self._rewinds: tuple[dict[int, int], ...] = ()
+        self.calling: Mapping[int, int] = {}
+        """Of each session in the present call, its first position. Until the call has ended, its tokens may
+        be older than its keys and values; then the call is among the `rewinds`."""
+        self.cancelled = False
+        """Whether rows of the last batch were dropped, so that its time says nothing about the stage."""
+        self._living: set[int] = set()
+        """The sessions in the present call that have not been closed."""
+        self._guard = threading.Lock()
+        """Held while a cancel looks at `_living`, so that the call cannot end before it is cancelled."""
         self._decode, self._prefill = _Tally(), _Tally()
 
     @property
@@ -183,17 +225,35 @@ class StageWork:
         """Carries out a batch; returns the messages to send, in order. ModelFileError: a file of the stage is
         damaged."""
         answers: list[Answer] = []
-        for notice in batch.notices:
-            answers += self._open(notice) if isinstance(notice, Open) else self._close(notice)
-        # A session that is not open here has failed, and its Close is on the way: its rows are dropped.
-        steps = [step for step in batch.steps if step.session in self.sessions]
-        done = [answer for _, alike in groupby(steps, _part) for answer in self._run(list(alike))]
+        self.cancelled, self._living = False, {step.session for step in batch.steps}
+        try:
+            for notice in batch.notices:
+                answers += self._open(notice) if isinstance(notice, Open) else self._close(notice)
+            # A session that is not open here has failed, and its Close is on the way: its rows are dropped.
+            steps = [step for step in batch.steps if step.session in self.sessions]
+            with self._guard:
+                self.calling = {step.session: step.first for step in steps}
+                self._living &= self.calling.keys()
+            done = [answer for _, alike in groupby(steps, _part) for answer in self._run(list(alike))]
+        finally:
+            with self._guard:
+                self.calling, self._living = {}, set()
         return answers + _together(done)
 
+    def closed(self, notice: Close) -> None:
+        """Hears, in any thread, of a Close that has arrived and is in no batch yet. Once all sessions of the
+        present call have been closed, the call is cancelled."""
+        with self._guard:
+            if notice.epoch == self._epoch and notice.session in self._living:
+                self._living.remove(notice.session)
+                if not self._living:
+                    for session in self.calling:
+                        self._stage.cancel(session)
+
     def count(self, batch: Batch, seconds: float) -> None:
-        """Adds a batch that took `seconds` to the statistics."""
-        rows = [len(step.tokens) for step in batch.steps]
-        if rows:
+        """Adds the last batch, which took `seconds`, to the statistics, unless it was cancelled."""
+        rows = [step.rows for step in batch.steps]
+        if rows and not self.cancelled:
             tally = self._decode if max(rows) == 1 else self._prefill
             tally.steps, tally.rows = tally.steps + 1, tally.rows + sum(rows)
             tally.seconds += seconds
@@ -210,16 +270,32 @@ class StageWork:
                     raise ContextError(
                         f"{MOST_SESSIONS} sessions are open, the most that a node serves: end one"
                     )
-                self._stage.open_sequence(notice.session, notice.sampling, notice.context)
-                self.sessions[notice.session] = Session(notice.sampling, notice.context)
+                self.sessions[notice.session] = self._begun(notice)
                 self._note(notice.session, 0)
-            elif not known.carried or (known.sampling, known.context) != (notice.sampling, notice.context):
+            elif not known.carried or known.context != notice.context:
                 raise ValueError(f"session {notice.session} is open already")
             else:
                 known.carried = False
         except STAGE_ERRORS as error:
             return [self._failed(notice.session, error)]
         return [notice] if self._last is not None else []
+
+    def _begun(self, notice: Open) -> Session:
+        """Begins a session in the stage, alone or with positions of another one. ValueError: that one does
+        not hold them here."""
+        if notice.source is None:
+            if notice.positions:
+                raise ValueError(f"session {notice.session} begins with positions of no other session")
+            self._stage.open_sequence(notice.session, Sampling(), notice.context)
+            return Session(notice.context)
+        source, n = self.sessions.get(notice.source), notice.positions
+        if source is None or not 0 < n <= source.positions:
+            raise ValueError(
+                f"session {notice.session} cannot begin with {n} positions of session {notice.source}, which "
+                f"{'is not open' if source is None else f'holds {source.positions}'} here"
+            )
+        self._stage.fork_sequence(notice.source, notice.session, n, Sampling(), notice.context)
+        return Session(notice.context, n, source.tags[spanned(0, n)])
 
     def _close(self, notice: Close) -> list[Answer]:
         self._forget(notice.session)
@@ -230,7 +306,13 @@ class StageWork:
             steps = [self._with_rows(step) for step in steps]
             if self._behind(steps[0].part):
                 return list(steps)
-            results = self._stage.run([self._as_run(step) for step in steps])
+            runs = [self._as_run(step) for step in steps]
+            if not self._living:
+                raise CancelledRunError("all sessions of the call were closed before it began")
+            results = self._stage.run(runs)
+        except CancelledRunError:  # the Closes follow, and until then others may begin with what is left
+            self._drop(steps)
+            return []
         except ModelFileError:  # no session is at fault: the stage cannot go on
             raise
         except STAGE_ERRORS as error:
@@ -248,22 +330,56 @@ class StageWork:
         """A Step of a refill with the rows that the stage has kept. ValueError: it has dropped them."""
         if step.part is None or step.part[0] == 0 or step.hidden is not None:
             return step
-        end = step.first + len(step.tokens)
-        return replace(step, hidden=self._stage.kept_rows(step.session, step.part[0], step.first, end))
+        end = step.first + step.rows
+        kept = self._stage.kept_rows(step.session, step.part[0], step.first, end)
+        return replace(step, tokens=(), hidden=kept)
 
     def _behind(self, part: tuple[int, int] | None) -> bool:
         """Whether a part of the model begins behind this stage, so that its rows are only passed on."""
         return part is not None and self._last is not None and part[0] >= self._last
 
     def _as_run(self, step: Step) -> Run:
-        return Run(step.session, step.first, step.tokens, step.want, step.hidden, step.part)
+        """A Step as the stage runs it. Where the stage needs no token ids, zeros take their place.
+        ValueError: it was not told the tokens that it needs, or fills positions of other tokens."""
+        draw, end = step.draw or Draw(), step.first + step.rows
+        tokens: Sequence[int] = step.tokens or blank(step.rows)
+        history, following = draw.history, None
+        if step.part is not None:
+            self._check_part(step)
+        if history is not None:
+            if len(history) < end + (step.want is Want.SCORES):
+                raise ValueError(f"the coordinator has told {len(history)} tokens of session {step.session}")
+            if step.want is Want.SCORES:
+                tokens, following = history[step.first : end].tolist(), int(history[end])
+            history = history[:end]
+        where = step.session, step.first, tokens, step.want, step.hidden, step.part
+        return Run(*where, step.report, draw.allowed, following, draw.sampling, history)
+
+    def _check_part(self, step: Step) -> None:
+        """ValueError: a session has other tokens than a Step that is to fill positions of it."""
+        at = spanned(step.first, step.first + step.rows)
+        known = self.sessions[step.session].tags[at]
+        if list(step.tags[: len(known)]) != known.tolist():
+            raise ValueError(f"session {step.session} has other tokens than those that are to fill it")
 
     def _ran(self, step: Step) -> None:
-        """Notes the tokens of rows that have run. Rows of a part are positions that the session has already,
-        or their continuation."""
-        tokens, end = self.sessions[step.session].tokens, step.first + len(step.tokens)
-        tokens[step.first : max(end, len(tokens)) if step.part is None else end] = array("i", step.tokens)
+        """Notes the positions of rows that have run. Rows of a part are positions that the session has
+        already, or their continuation."""
+        session, end = self.sessions[step.session], step.first + step.rows
+        if step.part is None:
+            session.write(step.first, end, step.tags)
+        elif end > session.positions:
+            session.write(session.positions, end, step.tags[counted(step.first, session.positions) :])
         self._note(step.session, step.first)
+
+    def _drop(self, steps: Sequence[Step]) -> None:
+        """Notes that rows have not run, and that the stage holds no position from there on."""
+        self.cancelled = True
+        for step in steps:
+            session = self.sessions[step.session]
+            if step.part is None and step.first < session.positions:
+                session.cut(step.first)
+            self._note(step.session, step.first)
 
     def _note(self, session: int, first: int) -> None:
         for noted in self._rewinds:
@@ -272,9 +388,14 @@ class StageWork:
     def _passed_on(self, step: Step, result: StageResult) -> Answer:
         ends = self._last is None or (step.part is not None and step.part[1] <= self._last)
         if ends:
-            return Result(step.session, step.epoch, step.first, len(step.tokens), result.token)
+            where = step.session, step.epoch, step.first
+            if step.want is Want.ROWS:
+                assert result.output is not None, "the last stage returns the rows that are wanted"
+                return Rows(*where, result.output)
+            found = result.tokens, result.scores, result.logprobs
+            return Result(*where, step.rows, result.token, *found)
         assert result.hidden is not None, "every stage but the last returns hidden rows"
-        return replace(step, hidden=result.hidden, more=False)
+        return replace(step, tokens=(), hidden=result.hidden, more=False)
 
     def _forget(self, session: int) -> None:
         self.sessions.pop(session, None)

@@ -13,6 +13,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .answer_text import Stream as Stream
+    from .async_llm import AsyncChatSession as AsyncChatSession
+    from .async_llm import AsyncLLM as AsyncLLM
+    from .async_llm import AsyncStream as AsyncStream
+    from .chat_session import ChatSession as ChatSession
+    from .engine.batch import Logprobs as Logprobs
     from .engine.batch import Result as Result
     from .engine.batch import Run as Run
     from .engine.batch import Sampling as Sampling
@@ -33,10 +39,7 @@ if TYPE_CHECKING:
     from .engine.stage import StageOptions as StageOptions
     from .engine.tokenizer import Tokenizer as Tokenizer
     from .llm import LLM as LLM
-    from .llm import ChatSession as ChatSession
-    from .llm import Completion as Completion
-    from .llm import Score as Score
-    from .llm import Stream as Stream
+    from .llm import Options as Options
     from .net.errors import AddressInUseError as AddressInUseError
     from .net.errors import LocalProtocolError as LocalProtocolError
     from .net.errors import MismatchError as MismatchError
@@ -44,11 +47,20 @@ if TYPE_CHECKING:
     from .net.errors import NodeLostError as NodeLostError
     from .net.errors import RemoteProtocolError as RemoteProtocolError
     from .net.errors import StageStuckError as StageStuckError
+    from .net.errors import UntrustedError as UntrustedError
+    from .results import Classification as Classification
+    from .results import Completion as Completion
+    from .results import Score as Score
+    from .results import Timings as Timings
+    from .results import Usage as Usage
 
 __version__ = "0.1.0"
 
 _NAMES = {
-    "engine.batch": ("Result", "Run", "Sampling", "Want"),
+    "answer_text": ("Stream",),
+    "async_llm": ("AsyncChatSession", "AsyncLLM", "AsyncStream"),
+    "chat_session": ("ChatSession",),
+    "engine.batch": ("Logprobs", "Result", "Run", "Sampling", "Want"),
     "engine.errors": (
         "CancelledRunError", "ContextError", "DownloadError", "MissingDependencyError", "ModelFileError",
         "NoPlanError", "OperatingSystemError", "ShoalError", "UnsupportedModelError",
@@ -57,11 +69,12 @@ _NAMES = {
     "engine.model_directory": ("Model",),
     "engine.stage": ("Stage", "StageOptions"),
     "engine.tokenizer": ("Tokenizer",),
-    "llm": ("LLM", "ChatSession", "Completion", "Score", "Stream"),
+    "llm": ("LLM", "Options"),
     "net.errors": (
         "AddressInUseError", "LocalProtocolError", "MismatchError", "NetError", "NodeLostError",
-        "RemoteProtocolError", "StageStuckError",
+        "RemoteProtocolError", "StageStuckError", "UntrustedError",
     ),
+    "results": ("Classification", "Completion", "Score", "Timings", "Usage"),
 }  # fmt: skip
 _EXPORTS = {name: module for module, names in _NAMES.items() for name in names}
 

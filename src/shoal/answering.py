@@ -1,23 +1,20 @@
-"""Answers as text, with their times: tokens come from a session, and characters go to the caller piece by
-piece.
+"""What answers: an engine in this process, or on nodes (distributed). Tokens in, tokens out; `llm` makes text
+of them.
 
-A session is in this process (engine.generate) or on nodes (distributed). This module imports no event loop,
-since an answer of this process needs none.
+This module imports no event loop, since an answer of this process needs none.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Generator, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
-from .engine.batch import Sampling
-from .engine.batcher import Batcher, BatchSession, Report
-from .engine.generate import TextStream, check_prompt
+from .engine.batch import ReadRequest, Sampling
+from .engine.batcher import Batcher, BatchSession, PutResult
+from .engine.roster import Report
+from .engine.sampler import Allow
 from .engine.stage import Stage
-from .engine.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,33 +28,8 @@ class Settings:
     stops: Sequence[str] = ()
     vocab: int | None = None
     """Size of the vocabulary. None: prompts are not checked for other token ids."""
-
-
-@dataclass(slots=True)
-class Answer:
-    """An answer and its times, in seconds since `answer` was called."""
-
-    prompt_tokens: int
-    tokens: list[int] = field(default_factory=list)
-    text: str = ""
-    first_s: float = 0.0
-    last_s: float = 0.0
-    interrupted: bool = False
-
-    @property
-    def tokens_per_s(self) -> float | None:
-        """Decode speed, without the first token. None: there are fewer than two tokens."""
-        if len(self.tokens) < 2:
-            return None
-        return (len(self.tokens) - 1) / max(self.last_s - self.first_s, 1e-9)
-
-    def summary(self) -> str:
-        """The counts and times in one line."""
-        speed = "" if self.tokens_per_s is None else f", {self.tokens_per_s:.1f} tokens/s"
-        return (
-            f"{self.prompt_tokens} tokens of prompt, first token after {self.first_s:.2f} s, "
-            f"{len(self.tokens)} tokens{speed}"
-        )
+    allow: Allow | None = None
+    """See engine.sampler.Allow."""
 
 
 class Session(Protocol):
@@ -65,9 +37,17 @@ class Session(Protocol):
     what its prompt does not share with the previous prompt and answer."""
 
     def answer(
-        self, prompt: Sequence[int], *, max_tokens: int, end: Collection[int]
+        self,
+        prompt: Sequence[int],
+        *,
+        max_tokens: int,
+        end: Collection[int],
+        report: Report | None = None,
     ) -> Generator[int, None, None]:
         """Token ids that follow a prompt, as from engine.generate. Closing the generator ends the answer."""
+
+    def stop(self) -> None:
+        """Ends the answer under way, if there is one, in any thread. Its generator ends."""
 
     def close(self) -> None:
         """Frees the sequence's state."""
@@ -78,6 +58,14 @@ Put = Callable[[int | Exception | None], None]
 block."""
 
 
+class Stop(Protocol):
+    """Ends an answer early."""
+
+    def __call__(self, *, wait: bool = True, keep: bool = False) -> None:
+        """Waits for the answer's end, when its state has been freed, unless told not to. With `keep` the
+        state stays for later requests, as that of a complete answer."""
+
+
 class Engine(Protocol):
     """Answers, in this process or on nodes. Thread-safe."""
 
@@ -86,25 +74,27 @@ class Engine(Protocol):
 
     def begin(
         self, prompt: Sequence[int], settings: Settings, put: Put, report: Report | None = None
-    ) -> Callable[[], None]:
-        """Begins an answer without waiting; the returned function ends it early, and waits for its end.
-        Answers that were begun together are computed together. ContextError: the prompt does not fit.
-        ShoalError: the engine does not give log-probabilities."""
+    ) -> Stop:
+        """Begins an answer without waiting; the returned function ends it early. Answers that were begun
+        together are computed together. ContextError: the prompt does not fit."""
+
+    def read(self, request: ReadRequest, put: PutResult) -> Stop:
+        """Begins to read a text, together with answers and other texts: see Batcher.read."""
 
 
 class LocalEngine:
     """An engine in this process: a stage with all units of a model, whose answers run together."""
 
-    def __init__(self, stage: Stage) -> None:
-        self.stage, self._batcher = stage, Batcher(stage)
+    def __init__(self, stage: Stage, *, share_prefixes: bool = True) -> None:
+        self.stage, self._batcher = stage, Batcher(stage, share_prefixes=share_prefixes)
 
     def session(self, settings: Settings) -> BatchSession:
         """See Engine."""
-        return self._batcher.session(settings.sampling, context=settings.context)
+        return self._batcher.session(settings.sampling, context=settings.context, allow=settings.allow)
 
     def begin(
         self, prompt: Sequence[int], settings: Settings, put: Put, report: Report | None = None
-    ) -> Callable[[], None]:
+    ) -> Stop:
         """See Engine."""
         return self._batcher.begin_alone(
             prompt,
@@ -114,7 +104,12 @@ class LocalEngine:
             max_tokens=most_tokens(prompt, settings),
             end=settings.end,
             report=report,
+            allow=settings.allow,
         )
+
+    def read(self, request: ReadRequest, put: PutResult) -> Stop:
+        """See Engine."""
+        return self._batcher.read(request, put)
 
     def close(self) -> None:
         """Ends all answers. The stage stays open."""
@@ -126,40 +121,9 @@ def most_tokens(prompt: Sequence[int], settings: Settings) -> int:
     return settings.context - len(prompt) if settings.max_tokens is None else settings.max_tokens
 
 
-def answer(
-    session: Session,
-    tokenizer: Tokenizer,
-    prompt: Sequence[int],
-    settings: Settings,
-    show: Callable[[str], None] = lambda text: None,
-    *,
-    interruptible: bool = False,
-) -> Answer:
-    """The answer to a prompt; `show` is called with the text piece by piece. With `interruptible`,
-    KeyboardInterrupt ends the answer, and what there is of it is returned. ContextError,
-    UnsupportedModelError: as for check_prompt."""
-    check_prompt(prompt, settings.context, settings.vocab)
-    stream, made = TextStream(tokenizer, settings.stops), Answer(len(prompt))
-    max_tokens, start = most_tokens(prompt, settings), time.perf_counter()
-
-    def give(text: str) -> None:
-        made.text += text
-        if text:
-            show(text)
-
-    try:
-        with closing(session.answer(prompt, max_tokens=max_tokens, end=settings.end)) as tokens:
-            for token in tokens:
-                made.last_s = time.perf_counter() - start
-                if not made.tokens:
-                    made.first_s = made.last_s
-                made.tokens.append(token)
-                give(stream.push(token))
-                if stream.stopped:
-                    break
-    except KeyboardInterrupt:
-        if not interruptible:
-            raise
-        made.interrupted = True
-    give(stream.flush())
-    return made
+def stop_all(stops: Sequence[Stop]) -> None:
+    """Ends answers together, so that a call which computes nothing else ends at once."""
+    for stop in stops:
+        stop(wait=False)
+    for stop in stops:
+        stop()

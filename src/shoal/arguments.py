@@ -6,6 +6,7 @@ until a command runs, so `shoal --help` is quick and works where NumPy does not.
 """
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,8 @@ from . import __version__
 from .engine.errors import ShoalError
 
 _COMMANDS = (
-    "pull", "ls", "rm", "convert", "verify", "inspect", "run", "plan", "profile", "bench", "node", "demo",
+    "pull", "ls", "rm", "convert", "verify", "inspect", "run", "serve", "score", "classify", "embed", "plan",
+    "profile", "bench", "node", "up", "invite", "join", "devices", "top", "demo", "export-c",
 )  # fmt: skip
 SHORT_ANSWER = 16
 """Tokens. Reading the weights into RAM before an answer of this length or less takes more time than it saves
@@ -41,9 +43,14 @@ def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"shoal {__version__}")
     _add_traceback(parser, default=False, text="show the Python traceback of an error")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", parser_class=Parser)
-    for command in _COMMANDS:
-        import_module(f"{__package__}.commands.{command}").add_parser(commands)
+    for command in argv[:1] if argv and argv[0] in _COMMANDS else _COMMANDS:
+        import_module(f"{__package__}.commands.{module_name(command)}").add_parser(commands)
     return parser
+
+
+def module_name(command: str) -> str:
+    """The module of a command, in `shoal.commands`."""
+    return command.replace("-", "_")
 
 
 class Parser(argparse.ArgumentParser):
@@ -129,6 +136,14 @@ def name(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("a name is empty")
     return text
+
+
+def text(given: str) -> str:
+    try:
+        given.encode("utf-8")  # Python passes other bytes on as surrogates
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("it is not UTF-8 text") from None
+    return given
 
 
 def _whole(least: int, what: str) -> Callable[[str], int]:
@@ -229,7 +244,38 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def add_nodes(parser: argparse._ActionsContainer, text: str) -> None:
+    """Adds --nodes; a command adds --insecure by `add_insecure`, since it is no alternative to others."""
     parser.add_argument("--nodes", type=listed(address), default=(), metavar="HOST:PORT,...", help=text)
+
+
+def add_insecure(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--insecure",
+        action="store_true",
+        help="connect to nodes without encryption although this device is paired; they need the same option",
+    )
+
+
+def add_alone(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--alone",
+        action="store_true",
+        help="compute in this process, also while `shoal up` runs on this device with the same model",
+    )
+
+
+def add_private(
+    parser: argparse._ActionsContainer,
+    device: str = "this device",
+    default: str = "where it costs less than 5%%",
+) -> None:
+    parser.add_argument(
+        "--private",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help=f"keep both ends of the model on {device}, so that no other one sees a token of a prompt or "
+        f"an answer; --no-private plans for speed alone (default: {default})",
+    )
 
 
 def add_layers(parser: argparse._ActionsContainer) -> None:
@@ -246,6 +292,80 @@ def check_nodes(nodes: Sequence[tuple[str, int]]) -> None:
     """ShoalError: --nodes has an address twice."""
     if len(set(nodes)) < len(nodes):
         raise ShoalError("--nodes has an address twice: give each node once")
+
+
+def add_lending(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say how much of this device its node may use."""
+    parser.add_argument(
+        "--ram",
+        type=positive,
+        metavar="MB",
+        help="RAM that the node of this device never exceeds (default: three quarters of what is available; "
+        "in a container, of what the container may still use)",
+    )
+    parser.add_argument(
+        "--policy",
+        type=policy,
+        metavar="RULE,...",
+        help="limits within which this device may be used, such as charging,battery=30%%,ram=100MB, beyond "
+        "which it leaves; temperature=42,cpu=50%%, beyond which it works less; time=60%%, the most of the "
+        "time that it works. Or phone, or none (default: phone on Android, none elsewhere; all rules are in "
+        "docs/policy.md)",
+    )
+
+
+def add_serving(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of a node, which `shoal join` has, too."""
+    parser.add_argument(
+        "--listen",
+        type=address,
+        metavar="HOST:PORT",
+        help="address to listen on. HOST may have several addresses, and [::] means all of this device; port "
+        "0 is any free one, which the node prints (default [::]:0 if this device is paired, else "
+        "127.0.0.1:0)",
+    )
+    parser.add_argument("--name", help="name of this device in plans (default: its host name)")
+    add_lending(parser)
+    parser.add_argument(
+        "--disk",
+        type=positive,
+        metavar="MB",
+        help="disk that files of layers may take which this node fetches from other devices (default: half "
+        "of what is free)",
+    )
+    parser.add_argument(
+        "--head",
+        type=listed(address),
+        default=(),
+        metavar="HOST:PORT,...",
+        help="where `shoal up` listens on the head (default: where it was when this device last heard of it)",
+    )
+    add_engine(parser)
+
+
+def add_boot(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that print a text instead of running the command: see prints_boot."""
+    shown = parser.add_argument_group("start with the device").add_mutually_exclusive_group()
+    shown.add_argument(
+        "--print-systemd",
+        action="store_true",
+        help="print a systemd user unit that runs this command with the other options given, and end",
+    )
+    shown.add_argument(
+        "--print-termux-boot",
+        action="store_true",
+        help="print a script for Termux:Boot that does it, and end",
+    )
+
+
+def prints_boot(args: argparse.Namespace) -> bool:
+    """Prints the text of `add_boot` that was asked for; returns whether one was."""
+    if not (args.print_systemd or args.print_termux_boot):
+        return False
+    from .boot import systemd_unit, termux_script
+
+    print((systemd_unit if args.print_systemd else termux_script)(sys.argv[1:], os.environ), end="")
+    return True
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:

@@ -112,10 +112,12 @@ def _positions(case: Case) -> int:
 
 class ChainBenchmark:
     """The cases with one number of concurrent sequences, over a chain that was planned for them: for tokens/s
-    of one sequence, as `shoal run` does, or of several together."""
+    of one sequence, as `shoal run` does, or of several together. `insecure` as for coordinator_identity."""
 
-    def __init__(self, model: Model, cases: Sequence[Case], layers: Sequence[int]) -> None:
-        self._model, self._cases = model, cases
+    def __init__(
+        self, model: Model, cases: Sequence[Case], layers: Sequence[int], *, insecure: bool = False
+    ) -> None:
+        self._model, self._cases, self._insecure = model, cases, insecure
         streams = cases[0].sequences
         self._objective: planner.Objective = "latency" if streams == 1 else "throughput"
         context = max(map(_positions, cases))
@@ -133,7 +135,8 @@ class ChainBenchmark:
         NoPlanError: the nodes cannot hold the model."""
         most = max(DEFAULT_OPTIONS.max_sessions, self._cases[0].sequences)
         options = replace(DEFAULT_OPTIONS, recover=False, max_sessions=most)
-        identity, shape = coordinator_identity(self._model), shape_of(self._model)
+        identity = coordinator_identity(self._model, insecure=self._insecure)
+        shape = shape_of(self._model)
         start = time.perf_counter_ns()
         with open_portal(
             partial(Coordinator.open, addresses, identity, shape, self._plans, options)

@@ -1,7 +1,8 @@
 """The `shoal` command: runs one command line, and turns an error into one line and an exit code.
 
-Exit codes: 0 success; 2 wrong usage; 129, 130 and 143 ended by SIGHUP, SIGINT (Ctrl-C) and SIGTERM; 141 the
-reader of the output has gone away. The others are in engine/errors.py and net/errors.py.
+Exit codes: 0 success; 2 wrong usage; 19 some lines of a file have an error instead of a result; 129, 130 and
+143 ended by SIGHUP, SIGINT (Ctrl-C) and SIGTERM; 141 the reader of the output has gone away. The others are
+in engine/errors.py and net/errors.py.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from importlib import import_module
 from types import FrameType
 from typing import Self
 
-from .arguments import build_parser
+from .arguments import build_parser, module_name
 from .engine.errors import OperatingSystemError, ShoalError
 from .engine.host import limit_libraries
 from .engine.os_errors import translated
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Run the command that was parsed."""
     limit_libraries()  # the command is about to import NumPy
-    code: int = import_module(f"{__package__}.commands.{args.command}").run(args)
+    code: int = import_module(f"{__package__}.commands.{module_name(args.command)}").run(args)
     return code
 
 
@@ -89,11 +90,14 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
 
 class EndingSignals:
     """A context in which SIGTERM and SIGHUP raise KeyboardInterrupt, so that a command cleans up as after
-    Ctrl-C. A signal that the parent process made this one ignore stays ignored."""
+    Ctrl-C. A signal that the parent process made this one ignore stays ignored: SIGINT is blocked instead,
+    since an event loop can only be interrupted where SIGINT has Python's own handler."""
 
     def __init__(self) -> None:
         self._received = signal.SIGINT
         self._handled: list[signal.Signals] = []
+        self._blocked: set[int | signal.Signals] | None = None
+        """The signals that were blocked before SIGINT was; None: it is not ignored."""
 
     @property
     def exit_code(self) -> int:
@@ -106,11 +110,17 @@ class EndingSignals:
                 if signal.getsignal(number) is signal.SIG_DFL:
                     signal.signal(number, self._interrupt)
                     self._handled.append(number)
+            if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+                self._blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+                signal.signal(signal.SIGINT, signal.default_int_handler)
         return self
 
     def __exit__(self, *error: object) -> None:
         for number in self._handled:
             signal.signal(number, signal.SIG_DFL)
+        if self._blocked is not None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # which drops those that wait
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self._received = signal.Signals(number)

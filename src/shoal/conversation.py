@@ -1,7 +1,6 @@
-"""A chat on a terminal: messages and commands are typed, and one session of an engine answers.
+"""A chat on a terminal: messages and commands are typed, and one session of an LLM answers.
 
-Each turn passes the whole conversation to the session, which computes only what is new
-(engine.generate.Session). Messages are kept from chat to chat in `$XDG_STATE_HOME/shoal/history`
+Messages are kept from chat to chat in `$XDG_STATE_HOME/shoal/history`
 (`~/.local/state/shoal/history`), one JSON string a line, readable by its owner only.
 """
 
@@ -13,16 +12,16 @@ import re
 import select
 import sys
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, field
+from contextlib import closing, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from .answering import Answer, Session, Settings, answer
-from .engine.chat import Chat, Message
+from .answer_text import AnswerText
+from .chat_session import ChatSession
+from .engine.chat import Message
 from .engine.errors import ContextError, ShoalError
-from .engine.generate import check_prompt
-from .engine.tokenizer import Tokenizer
+from .results import Completion
 
 _HISTORY = 1000
 """Messages of the history that can be recalled. A file with twice as many is cut down to these."""
@@ -41,18 +40,26 @@ Ctrl-C ends an answer. To send a message that begins with /, type // first."""
 
 @dataclass(slots=True)
 class Conversation:
-    """A chat. `template` None: each message is continued as it is."""
+    """A chat. `show` is called with each piece of an answer."""
 
-    session: Session
-    tokenizer: Tokenizer
-    template: Chat | None
-    settings: Settings
+    session: ChatSession
     show: Callable[[str], None]
-    system: str | None = None
     stats: bool = False
     """Whether the times of each answer are printed."""
-    turns: list[Message] = field(default_factory=list)
-    last: Answer | None = None
+    last: Completion | None = None
+
+    @property
+    def turns(self) -> list[Message]:
+        """The messages and answers."""
+        return [turn for turn in self.session.messages if turn.role != "system"]
+
+    @property
+    def system(self) -> str | None:
+        """The system message."""
+        return next((turn.content for turn in self.session.messages if turn.role == "system"), None)
+
+    def _begin_anew(self, system: str | None, *turns: Message) -> None:
+        self.session.messages[:] = [*([Message("system", system)] if system else []), *turns]
 
     def run(self, ask: Callable[[str], str]) -> None:
         """Answers messages until the input ends or /exit. `ask` is called like Terminal.ask."""
@@ -82,10 +89,11 @@ class Conversation:
         """Carries out the command /name."""
         match name:
             case "clear":
-                self.turns, self.last = [], None
+                self._begin_anew(self.system)
+                self.last = None
                 say("this is a new conversation")
             case "system" if rest:
-                self.system = rest
+                self._begin_anew(rest, *self.turns)
                 say("the system message is set")
             case "system":
                 say(self.system or "no system message is set; the model may have one of its own")
@@ -99,49 +107,52 @@ class Conversation:
     def turn(self, text: str) -> None:
         """Answers a message. The chat goes on after an error that concerns only this message. NetError: it
         cannot go on."""
-        self.turns.append(Message("user", text))
         try:
-            prompt = self._prompt()
+            made = self._begun(text)
         except (ShoalError, KeyboardInterrupt) as error:  # such as one that the template rejects
-            del self.turns[-1:]
             say(str(error) or "[ended by Ctrl-C]")
             return
+        shown, interrupted = 0, False
         try:
-            self.last = answer(
-                self.session, self.tokenizer, prompt, self.settings, self.show, interruptible=True
-            )
+            with closing(self.session._stream(text, made)) as pieces:
+                for piece in pieces:
+                    self.show(piece)
+                    shown += len(piece)
+        except KeyboardInterrupt:
+            interrupted = True
         except ContextError as error:
-            self.turns = []
+            self._begin_anew(self.system)
             say(f"{error}; this is a new conversation")
             return
-        self.turns.append(Message("assistant", self.last.text))
+        self.last = completion = made.completion()
+        self.show(completion.text[shown:])
         print(flush=True)
-        if self.last.interrupted:
+        if interrupted:
             say("[ended by Ctrl-C]")
-        elif len(prompt) + len(self.last.tokens) >= self.settings.context:
-            say(f"[the context of {self.settings.context} tokens is full; /clear starts a new conversation]")
+        elif _used(completion) >= self.session.context:
+            say(f"[the context of {self.session.context} tokens is full; /clear starts a new conversation]")
         if self.stats:
-            say(f"[{self.last.summary()}]")
+            say(f"[{completion.summary()}]")
 
-    def _prompt(self) -> list[int]:
-        """The conversation as token ids. If it is too long for the context, only its last message is kept."""
-        tokens = self._encoded()
-        if len(tokens) >= self.settings.context and len(self.turns) > 1:
-            self.turns = self.turns[-1:]
-            say(f"the conversation exceeds the context of {self.settings.context} tokens: this is a new one")
-            tokens = self._encoded()
-        check_prompt(tokens, self.settings.context, self.settings.vocab)
-        return tokens
+    def _begun(self, text: str) -> AnswerText:
+        """An answer to a message, before its first token. If the conversation is too long for the context,
+        only this message is kept."""
+        try:
+            return self.session._answer(text)
+        except ContextError:
+            if not self.turns:
+                raise
+        self._begin_anew(self.system)
+        say(f"the conversation exceeds the context of {self.session.context} tokens: this is a new one")
+        return self.session._answer(text)
 
-    def _encoded(self) -> list[int]:
-        if self.template is None:
-            return self.tokenizer.encode(self.turns[-1].content)
-        system = [Message("system", self.system)] if self.system else []
-        return self.template.encode([*system, *self.turns])
+    def _summary(self, made: Completion) -> str:
+        return f"{made.summary()}; {_used(made)} of {self.session.context} tokens of context are used"
 
-    def _summary(self, made: Answer) -> str:
-        used = made.prompt_tokens + len(made.tokens)
-        return f"{made.summary()}; {used} of {self.settings.context} tokens of context are used"
+
+def _used(made: Completion) -> int:
+    """The tokens of a prompt and its answer."""
+    return made.usage.prompt_tokens + made.usage.completion_tokens
 
 
 def say(text: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
+from typing import Protocol
 
 import trio
 
@@ -16,13 +17,27 @@ from .engine.errors import ShoalError
 from .engine.power import PowerReader, is_android
 from .net.care import NOTHING, decide, forbidden
 from .net.messages import Condition
-from .net.node import Node
 from .net.policy import NO_POLICY, Policy, default_policy
+
+
+class Served(Protocol):
+    """What Care asks of a node, or of the nodes of a process (net/node.Node has the texts)."""
+
+    @property
+    def coordinated(self) -> bool: ...
+    @property
+    def holds_layers(self) -> bool: ...
+    @property
+    def idle(self) -> bool: ...
+    def stuck(self, unseen: float = 0.0) -> str | None: ...
+
 
 LOOK_SECONDS = 2.0
 """The time between two looks at the device."""
 LEAVING_SECONDS = 30.0
 """How long a node that leaves waits for its layers to move."""
+IDLE_SECONDS = 3.0
+"""How long it waits while no answer uses them and no other node takes them, since none has room."""
 SETTLED_SECONDS = 0.5
 """How long it goes on after that, so that its last messages arrive."""
 _QUIET_SECONDS = 0.2
@@ -81,7 +96,7 @@ class Care:
             return replace(self._condition, leaving=True, reason=self._leaving)
         return None if self._policy == NO_POLICY else self._condition
 
-    async def until_left(self, node: Node, signals: AsyncIterator[int]) -> int | None:
+    async def until_left(self, node: Served, signals: AsyncIterator[int]) -> int | None:
         """Returns when the node may end: after a signal, or when its policy says so, and once its layers have
         moved. A second signal ends the wait, and is returned."""
         again: int | None = None
@@ -116,14 +131,18 @@ class Care:
                 self._leave(self._condition.reason)
 
     def _look(self) -> None:
-        before = self._condition
-        self._memory, now = decide(self._policy, self._memory, self._reader.read(), self._clock())
-        self._condition = now
+        before, readings = self._condition, self._reader.read()
+        self._memory, now = decide(self._policy, self._memory, readings, self._clock())
+        self._condition = replace(
+            now,
+            battery=_within(readings.battery, 0, 100),
+            temperature=_within(readings.temperature, -100, 200),
+        )
         if now.share != before.share and not now.leaving:
             why = f": {now.reason}" if now.reason else ""
             self._log(f"shoal: this device computes for at most {now.share:.0%} of the time{why}")
 
-    async def _see_off(self, node: Node) -> None:
+    async def _see_off(self, node: Served) -> None:
         """Returns when the layers of a node that leaves have moved to other nodes, or LEAVING_SECONDS have
         passed."""
         if not node.holds_layers or node.stuck() is not None:
@@ -136,12 +155,24 @@ class Care:
             f"{LEAVING_SECONDS:.0f} s at most (Ctrl-C ends it at once)"
         )
         with trio.move_on_after(LEAVING_SECONDS) as scope:
-            await self._emptied(node)
+            if not await self._emptied(node):
+                self._log("shoal: no answer uses its layers, and no other node takes them: it ends now")
         if scope.cancelled_caught:
             self._log("shoal: its layers have not moved: the coordinator goes on as after a loss")
 
-    async def _emptied(self, node: Node) -> None:
-        while node.holds_layers:  # noqa: ASYNC110 (an event would be set in every place that ends a stage)
+    async def _emptied(self, node: Served) -> bool:
+        """Waits until the node has no layers; False: nobody needs those that it has."""
+        used = trio.current_time()
+        while node.holds_layers:
+            used = used if node.idle else trio.current_time()
+            if trio.current_time() - used >= IDLE_SECONDS:
+                return False
             await trio.sleep(0.05)
         if node.coordinated:
             await trio.sleep(SETTLED_SECONDS)
+        return True
+
+
+def _within(reading: float | None, low: float, high: float) -> float | None:
+    """A reading in whole numbers, so that it does not change all the time; None: it is not possible."""
+    return None if reading is None or not low <= reading <= high else float(round(reading))

@@ -39,7 +39,7 @@ def render(plan: Plan, measured: RunMeasurements | None = None) -> str:
 def render_infeasible(answer: Infeasible) -> str:
     """Why there is no plan, and what would help."""
     remedy = "Raise a cap, add a device, or shorten the context." if answer.missing_bytes else "Add a link."
-    return f"No plan: {answer.reason}. {remedy}\n"
+    return f"No plan: {answer.reason}.{'' if answer.files else f' {remedy}'}\n"
 
 
 def to_json(answer: Plan | Infeasible) -> str:
@@ -111,6 +111,8 @@ def _summary(plan: Plan, measured: RunMeasurements) -> list[str]:
         for stage in plan.stages
         if stage.ram_bytes > stage.cap_bytes
     ]
+    if plan.ends:
+        lines.append(f"{plan.ends[0].upper()}{plan.ends[1:]}.")
     if plan.batch > 1:
         lines.append(f"Predicted with {plan.batch} sequences in each call.")
     return lines

@@ -24,8 +24,16 @@ USUAL_TOKENS = 2048
 """Positions of a usual conversation, for plans without a given context length."""
 BASE_BYTES = 60 * MB
 """RAM of a node's process without any unit, if it was not measured."""
+NOTHING_BYTES = 1 * MB
+"""A node that promises no more RAM than this runs no layers, and gives others the files of theirs."""
 FREE_SHARE = 0.75
 """Share of the free RAM that is promised by default; other programs need some, too."""
+
+
+def runs_layers(device: planner.Device) -> bool:
+    """Whether a node with this row runs layers. A second range does, however little its promise is: of a
+    small model, the LM head needs no more."""
+    return device.ram_bytes > NOTHING_BYTES or bool(device.beside)
 
 
 def planner_model(model: Model, options: StageOptions) -> planner.ModelCosts:
@@ -125,26 +133,33 @@ def device_row(
 
 
 def layer_constraints(
-    layers: Sequence[int], names: Sequence[str], exclude: Collection[str] = (), **ends: str | None
+    layers: Sequence[int],
+    cluster: planner.Cluster,
+    exclude: Collection[str] = (),
+    first: str | None = None,
+    last: str | None = None,
 ) -> planner.Constraints:
     """Constraints of the command line's --layers: so many layers on each device, in the devices' order, which
-    the plan keeps. ShoalError: there is not one number for each device. ValueError: constraints contradict
-    each other."""
+    the plan keeps; a second range (planner/home.py) has none and comes last. ShoalError: there is not one
+    number for each device. ValueError: constraints contradict each other."""
+    names = [device.name for device in cluster.devices if not device.beside]
     if len(layers) != len(names):
         raise ShoalError(
             f"--layers has {len(layers)} numbers for {len(names)} devices: give one number each for "
             f"{', '.join(names)}; 0 excludes a device"
         )
-    order = tuple(name for name in names if name not in exclude)
+    seconds = [device.name for device in cluster.devices if device.beside]
+    order = tuple(name for name in [*names, *seconds] if name not in exclude)
     by_name = dict(zip(names, layers, strict=True))
-    return planner.Constraints(frozenset(exclude), by_name, order=order, **ends)
+    return planner.Constraints(frozenset(exclude), by_name, first, last, order)
 
 
-def plan_or_error(question: planner.Question) -> planner.Plan:
-    """The best plan. NoPlanError: there is none; the message says how many MB are missing."""
+def plan_or_error(question: planner.Question, *, explain: bool = True) -> planner.Plan:
+    """The best plan, with reasons if it is to `explain`. NoPlanError: there is none; the message says what is
+    missing."""
     from .plan_report import render_infeasible  # only here, since a node prints no plan
 
-    answer = planner.plan(question)
+    answer = planner.plan(question, explain=explain)
     if isinstance(answer, planner.Infeasible):
         raise NoPlanError(render_infeasible(answer).strip())
     return answer
@@ -158,12 +173,14 @@ def default_workload(context: int, *, given: bool, prompt: int = 1, streams: int
     return planner.Workload(context, sequences=streams, prompt_tokens=prompt, streams=streams, depth=depth)
 
 
-def plan_that_fits(question: planner.Question, *, shrink: bool) -> tuple[planner.Plan, planner.Workload]:
+def plan_that_fits(
+    question: planner.Question, *, shrink: bool, explain: bool = True
+) -> tuple[planner.Plan, planner.Workload]:
     """The best plan and its workload. If the context length does not fit in the devices' RAM and may
     `shrink`, it becomes the largest that fits. Errors as for plan_or_error."""
     workload = question.workload
     try:
-        return plan_or_error(question), workload
+        return plan_or_error(question, explain=explain), workload
     except NoPlanError:
         if not shrink or workload.context <= PAGE:
             raise
@@ -185,4 +202,4 @@ def plan_that_fits(question: planner.Question, *, shrink: bool) -> tuple[planner
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return plan_or_error(of(low)), of(low).workload
+    return plan_or_error(of(low), explain=explain), of(low).workload

@@ -7,15 +7,19 @@ Ctrl-C or by closing a generator, cancels the function.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Awaitable, Callable, Generator, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 import trio
+
+from .engine.errors import ShoalError
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -30,10 +34,12 @@ class _End:
 
 
 class Portal(Generic[T]):
-    """A running loop, made by `open_portal`. `opened` is the value of its context manager."""
+    """A running loop, made by `open_portal`. `opened` is the value of its context manager. After a fork, the
+    loop is not in the child process: there, what is asked of it is a ShoalError, and what only ends something
+    does nothing."""
 
     def __init__(self, manager: Callable[[], AbstractAsyncContextManager[T]]) -> None:
-        self._manager = manager
+        self._manager, self._process = manager, os.getpid()
         self._ready: Future[T] = Future()
         self._token: trio.lowlevel.TrioToken | None = None
         self._nursery: trio.Nursery
@@ -50,6 +56,8 @@ class Portal(Generic[T]):
 
     def close(self) -> None:
         """Cancels all functions, leaves the context manager, and waits for the end of the loop."""
+        if self._elsewhere:
+            return
         self._closing = True  # for a loop that is still starting
         self.tell(self._scope.cancel)
         if self._thread.ident is not None:
@@ -62,6 +70,8 @@ class Portal(Generic[T]):
 
     def tell(self, call: Callable[[], object]) -> bool:
         """Runs a call in the loop's thread without waiting for it. False: the loop has ended."""
+        if self._elsewhere:  # its sockets are those of the parent
+            return False
         try:
             if self._token is not None:
                 self._token.run_sync_soon(call)
@@ -88,13 +98,14 @@ class Portal(Generic[T]):
         end: _End | None = None
         try:
             while end is None:
+                self._check_process()
                 item = items.get()
                 if isinstance(item, _End):
                     end = item
                 else:
                     yield item[0]
         finally:
-            if end is None:
+            if end is None and not self._elsewhere:
                 cancel()
                 _drain(items)
         error = self._failure(end)
@@ -105,10 +116,10 @@ class Portal(Generic[T]):
         self,
         feed: Callable[[Callable[[Item], None]], Awaitable[None]],
         put: Callable[[Item | Exception | None], None],
-    ) -> Callable[[], None]:
+    ) -> partial[None]:
         """Runs an async function without waiting for it. `put` is called in the loop's thread with what the
         function passes to its argument, then with None, or the exception that has ended it. The returned
-        function cancels it and waits for its end."""
+        function cancels it and waits for its end, unless told `wait=False`."""
         ended = threading.Event()
 
         def finish(end: _End) -> None:
@@ -117,12 +128,13 @@ class Portal(Generic[T]):
 
         cancel = self._begin(feed, put, finish)
 
-        def stop() -> None:
-            if not ended.is_set():
+        def stop(*, wait: bool = True) -> None:
+            if not ended.is_set() and not self._elsewhere:
                 cancel()
-                ended.wait()
+                if wait:
+                    ended.wait()
 
-        return stop
+        return partial(stop)
 
     def _begin(
         self,
@@ -132,6 +144,7 @@ class Portal(Generic[T]):
     ) -> Callable[[], object]:
         """Runs an async function; returns a function that cancels it. `finish` is called at its end, which
         may be at once."""
+        self._check_process()
         scope = trio.CancelScope()
 
         async def work() -> None:
@@ -154,6 +167,16 @@ class Portal(Generic[T]):
         if not self.tell(begin):
             finish(_End(complete=False))
         return lambda: self.tell(scope.cancel)
+
+    @property
+    def _elsewhere(self) -> bool:
+        return self._process != os.getpid()
+
+    def _check_process(self) -> None:
+        if self._elsewhere:
+            raise ShoalError(
+                "connections to nodes belong to the process that opened them: open the model in this one, too"
+            )
 
     def _failure(self, end: _End) -> Exception | None:
         """The error with which a function has ended. If the loop itself has ended, that is its error."""

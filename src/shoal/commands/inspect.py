@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ..engine.model_directory import Model
     from ..engine.program import Op, Program, Unit
 
+_SHOWN_LABELS = 12
+
 
 @dataclass(frozen=True, slots=True)
 class _Row:
@@ -67,6 +69,10 @@ def run(args: argparse.Namespace) -> int:
         f"keys and values {kv_bytes / 1e3:.1f} kB a token ({model.kv_dtype}); "
         f"{costs[0].cut_bytes / 1e3:.1f} kB a token cross a cut"
     )
+    if config.labels:
+        more = ", …" if len(config.labels) > _SHOWN_LABELS else ""
+        named = ", ".join(config.labels[:_SHOWN_LABELS]) + more
+        print(f"a classification head of {len(config.labels)} labels ({named}), f32")
     print("\n".join(_text_lines(_text(model))))
     print(f"model hash {model.hash}\n")
     header = ("op", "reads", "weights [rows, cols]", "writes", "bytes read", "MACs")
@@ -210,6 +216,7 @@ def _json(model: Model) -> dict[str, Any]:
         "has_min": model.index.has_min,
         "config": dict(model.config.values),
         "tied_bytes": tied_bytes(model),
+        "labels": list(model.config.labels),
         "text": _text(model),
         "units": units,
     }

@@ -1,4 +1,4 @@
-"""`shoal node`: runs layers of a model for coordinators that connect, until Ctrl-C or SIGTERM."""
+"""`shoal node`: runs layers of a model for a coordinator, until Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
@@ -6,17 +6,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from ..arguments import (
-    Commands,
-    add_command,
-    add_engine,
-    add_model,
-    address,
-    factor,
-    policy,
-    positive,
-    seconds,
-)
+from ..arguments import Commands, add_boot, add_command, add_serving, factor, prints_boot, seconds
 from ..imports import quick_imports
 
 
@@ -25,43 +15,36 @@ def add_parser(commands: Commands) -> None:
         commands,
         "node",
         "run layers of a model for a coordinator",
-        "Serves until Ctrl-C. A coordinator, such as `shoal run --nodes`, connects and assigns layers to "
-        "this node. When it ends, its layers move to the other nodes first, so that answers go on; a second "
-        "Ctrl-C ends it at once.",
+        "Serves until Ctrl-C. Without MODEL it serves its house: it connects to `shoal up` on the head, runs "
+        "the head's model, and fetches the files of its layers from the other devices. With MODEL it waits "
+        "for a coordinator, such as `shoal run --nodes`. When it ends, its layers move to the other nodes "
+        "first, so that answers go on; a second Ctrl-C ends it at once.",
     )
-    add_model(parser)
     parser.add_argument(
-        "--listen",
-        type=address,
-        default=("127.0.0.1", 0),
-        metavar="HOST:PORT",
-        help="address to listen on. HOST may have several addresses, and [::] means all of this device; port "
-        "0 is any free one, which the node prints (default 127.0.0.1:0)",
-    )
-    parser.add_argument("--name", help="name of this device in plans (default: its host name)")
-    parser.add_argument(
-        "--ram",
-        type=positive,
-        metavar="MB",
-        help="RAM that this process never exceeds (default: three quarters of what is available; in a "
-        "container, of what the container may still use)",
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="name from `shoal ls`, or path to a model directory (default: that of the head of the house)",
     )
     parser.add_argument(
         "--insecure",
         action="store_true",
-        help="allow an address that other devices can reach, although connections are not encrypted",
+        help="accept everybody who reaches the port, without encryption, as before this device was paired",
     )
+    add_serving(parser)
     parser.add_argument(
-        "--policy",
-        type=policy,
-        metavar="RULE,...",
-        help="limits within which this device may be used, such as charging,battery=30%%,ram=100MB, beyond "
-        "which it leaves; temperature=42,cpu=50%%, beyond which it works less; time=60%%, the most of the "
-        "time that it works. Or phone, or none (default: phone on Android, none elsewhere; all rules are in "
-        "docs/policy.md)",
+        "--both-ends",
+        choices=("always", "if-small"),
+        help="offer a second range for the LM head alone, at the next port, so that a plan can have both "
+        "ends of the model on this device (--private); it takes part of --ram, and needs MODEL. if-small: "
+        "only if that part is at most 5%%",
     )
-    add_engine(parser)
-    # Options of the lab and of tests: docs/lab.md.
+    add_boot(parser)
+    add_hidden(parser)
+
+
+def add_hidden(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the lab and of tests: docs/lab.md."""
     hidden = partial(parser.add_argument, help=argparse.SUPPRESS)
     hidden("--slow", type=factor, default=1.0)
     hidden("--slow-file", type=Path)
@@ -73,7 +56,9 @@ def add_parser(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serves until it is told to stop, and returns 0. AddressInUseError: the port is in use."""
-    # trio imports ssl and idna. A node has no TLS and connects to addresses, so it saves their 1.5 MB.
+    if prints_boot(args):
+        return 0
+    # trio imports ssl and idna. A node connects to addresses and needs TLS in a house only: it saves 1.5 MB.
     with quick_imports("ssl", "idna"):
         from ..node_process import serve
 

@@ -19,9 +19,11 @@ def add_parser(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the name of each model that was removed. ModelFileError: no model has that name."""
-    from ..store import remove
+    from ..held_files import remove_fetched
+    from ..store import model_path, remove
 
     for name in args.names:
-        remove(name)
+        if model_path(name).exists() or remove_fetched(name) is None:
+            remove(name)
         print(f"removed {name}")
     return 0

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..arguments import (
     SHORT_ANSWER,
     Commands,
+    add_alone,
     add_command,
     add_engine,
+    add_insecure,
     add_model,
     add_nodes,
+    add_private,
     check_nodes,
     factor,
     fraction,
@@ -29,8 +30,9 @@ from ..engine.errors import ShoalError
 from ..imports import quick_imports
 
 if TYPE_CHECKING:
-    from ..answering import Engine, Settings
     from ..engine.model_directory import Model
+    from ..llm import LLM, Options
+    from ..local.again import LastingEngine
 
 
 def add_parser(commands: Commands) -> None:
@@ -44,7 +46,14 @@ def add_parser(commands: Commands) -> None:
     )
     add_model(parser)
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="text to answer")
-    add_nodes(parser, "run on these nodes (default: in this process alone)")
+    add_nodes(
+        parser,
+        "run on these nodes (default: on the devices of `shoal up`, if it runs here with this model, else in "
+        "this process)",
+    )
+    add_insecure(parser)
+    add_private(parser)
+    add_alone(parser)
     parser.add_argument(
         "--wait",
         type=seconds,
@@ -106,7 +115,7 @@ def add_parser(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns 0 when the prompt was answered, or the chat has ended."""
     with quick_imports():
-        from ..answering import answer
+        from ..contexts import context_of
         from ..engine.chat import Chat, Message
         from ..engine.generate import check_prompt
         from ..engine.model_directory import Model
@@ -114,32 +123,35 @@ def run(args: argparse.Namespace) -> int:
         from ..first_use import model_directory
 
     model = Model.open(model_directory(args.model))
+    model.check_generates()
     prompt = _prompt(args)
     check_nodes(args.nodes)
     tokenizer = Tokenizer.open(model.path)
     template = None if args.raw else Chat.open(model.path, tokenizer)
-    settings = settings_of(args, model)
+    options, context = options_of(args), context_of(args.context, model)
     tokens: list[int] = []
     if prompt is not None:
         system = [Message("system", args.system)] if args.system else []
         messages = [*system, Message("user", prompt)]
         tokens = tokenizer.encode(prompt) if template is None else template.encode(messages)
-        check_prompt(tokens, settings.context, settings.vocab)
-    with (
-        open_engine(args, model, settings) as (engine, settings, where),
-        closing(engine.session(settings)) as session,
-    ):
+        check_prompt(tokens, context, model.config.vocab)
+    with open_llm(args, model, context) as (llm, where):
+        llm.tokenizer = tokenizer
+        if template is not None:
+            llm.template = template
         if prompt is None:
             from ..conversation import Conversation, Terminal, say
 
             say(f"{model.path.name} on {where}; /help lists the commands, Ctrl-D or /exit leaves")
-            chat = Conversation(session, tokenizer, template, settings, show, args.system, args.stats)
-            chat.run(Terminal().ask)
+            with llm.session(system=args.system or None, raw=args.raw, **options) as session:
+                Conversation(session, show, args.stats).run(Terminal().ask)
             return 0
-        made = answer(session, tokenizer, tokens, settings, show)
+        with llm.generate(tokens, stream=True, **options) as stream:
+            for piece in stream:
+                show(piece)
     print(flush=True)
     if args.stats:
-        print(f"[{made.summary()}]", file=sys.stderr)
+        print(f"[{stream.completion.summary()}]", file=sys.stderr)
     return 0
 
 
@@ -162,60 +174,71 @@ def _prompt(args: argparse.Namespace) -> str | None:
     return prompt
 
 
-def settings_of(args: argparse.Namespace, model: Model) -> Settings:
-    """The command line's options as Settings. ShoalError: an option is out of range."""
-    from ..answering import Settings
-    from ..contexts import context_of
+def options_of(args: argparse.Namespace) -> Options:
+    """The command line's options of an answer. ShoalError: one is out of range."""
     from ..engine.batch import Sampling
+    from ..llm import Options
 
+    options = Options(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repeat_penalty,
+    )
+    if args.seed is not None:
+        options["seed"] = args.seed
     try:
-        sampling = Sampling(
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            min_p=args.min_p,
-            repetition_penalty=args.repeat_penalty,
-            seed=int.from_bytes(os.urandom(8)) if args.seed is None else args.seed,
-        )
+        Sampling(**options)  # type: ignore[misc]
     except ValueError as error:
         raise ShoalError(str(error)) from None
-    stops, vocab = tuple(args.stop), model.config.vocab
-    return Settings(
-        context_of(args.context, model), sampling, args.max_tokens, model.config.eos, stops, vocab
-    )
+    return options | Options(max_tokens=args.max_tokens, stop=args.stop)
 
 
 @contextmanager
-def open_engine(
-    args: argparse.Namespace, model: Model, settings: Settings
-) -> Iterator[tuple[Engine, Settings, str]]:
-    """The nodes of the command line, or this process; the settings, with a context length that fits there;
-    and a description of where that is."""
+def open_llm(args: argparse.Namespace, model: Model, context: int) -> Iterator[tuple[LLM, str]]:
+    """The model on the nodes of the command line, on the head of this device, or in this process, with a
+    context length that fits there; and a description of where that is."""
     from ..answering import LocalEngine
     from ..contexts import fitting
     from ..engine.backends import choose
     from ..engine.host import ram
     from ..engine.stage import Stage, StageOptions
     from ..engine.threads import chosen
+    from ..llm import LLM
+    from ..local.choice import head_for, waiting_told
 
     free = args.context is None
     if args.nodes:
         from ..distributed import open_nodes
         from ..plan_report import render
         from ..planning import default_workload
+        from ..private import private_of
 
-        workload = default_workload(settings.context, given=not free)
+        workload = default_workload(context, given=not free)
         with open_nodes(
-            model, args.nodes, workload, shrink=free, wait=args.wait, moves=args.moves, log=tell
+            model,
+            args.nodes,
+            workload,
+            shrink=free,
+            wait=args.wait,
+            moves=args.moves,
+            insecure=args.insecure,
+            private=private_of(args.private),
+            log=tell,
         ) as nodes:
             if args.stats:
                 print(render(nodes.plan), file=sys.stderr)
             names = [stage.device for stage in nodes.plan.stages]
             where = f"{len(names)} node{'s' if len(names) > 1 else ''}, {', '.join(names)}"
-            yield nodes, _with_context(settings, nodes.context), where
+            yield LLM.over(model, nodes, _noticed(nodes.context, context)), where
             if args.stats:
                 for move in nodes.moves():
                     print(f"[{move.line()}]", file=sys.stderr)
+        return
+    if (head := head_for(args, model)) is not None:
+        with closing(head), waiting_told(head):
+            yield _on_head(args, model, head, context)
         return
     backend, reason = choose(args.backend)
     if reason is not None:
@@ -226,21 +249,33 @@ def open_engine(
         resident = False
     options = StageOptions(args.backend, args.isa, threads, resident=resident)
     if free:
-        settings = _with_context(settings, fitting(model, settings.context, ram()))
+        context = _noticed(fitting(model, context, ram()), context)
     with Stage(model, 0, model.n_units, options) as stage:
         where = f"{stage.backend}, {threads} thread{'s' if threads > 1 else ''}"
         if args.stats:
             print(f"[{where}{f' ({why})' if why else ''}]", file=sys.stderr)
         with closing(LocalEngine(stage)) as engine:
-            yield engine, settings, where
+            yield LLM.over(model, engine, context), where
 
 
-def _with_context(settings: Settings, context: int) -> Settings:
+def _on_head(args: argparse.Namespace, model: Model, head: LastingEngine, context: int) -> tuple[LLM, str]:
+    """The model on the head of this device, and a description of it if that is shown."""
+    from ..llm import LLM
+    from ..local.choice import where
+
+    described = where(head) if args.stats or args.prompt is None else ""
+    if args.stats:
+        print(f"[on {described}]", file=sys.stderr)
+    return LLM.over(model, head, _noticed(head.welcome.context or context, context)), described
+
+
+def _noticed(context: int, wanted: int) -> int:
+    """The context length; says so if it is less than was wanted."""
     from ..contexts import notice
 
-    if context < settings.context:
-        print(notice(context, settings.context), file=sys.stderr)
-    return replace(settings, context=context)
+    if context < wanted:
+        print(notice(context, wanted), file=sys.stderr)
+    return context
 
 
 def tell(text: str) -> None:

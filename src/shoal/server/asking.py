@@ -1,0 +1,228 @@
+"""Answers of an engine, awaited: tokens arrive in the engine's thread, text leaves in the task that asked.
+
+The task takes whatever has arrived since it last looked, so a client that reads slowly, or an event loop that
+is late, gets fewer and longer pieces."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+import trio
+
+from ..answer_text import AnswerText, Item
+from ..answering import Engine, Settings, Stop
+from ..engine.batch import Logprobs, ReadRequest, Result, Want
+from ..engine.generate import check_prompt
+from ..engine.roster import Report
+from ..engine.tokenizer import Tokenizer
+from ..local.again import LastingEngine
+from ..readings import Readings
+from ..results import Completion
+
+T = TypeVar("T")
+
+
+class Bell:
+    """Wakes tasks of one event loop for items that other threads put. Putting is followed by a system call
+    only if the loop has not been woken since, so a step of many answers makes one call."""
+
+    def __init__(self) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        self._waiting = deque[Callable[[], None]]()
+        self._rung = False
+
+    def ring(self, wake: Callable[[], None]) -> None:
+        """Lets the loop call `wake`; in any thread."""
+        self._waiting.append(wake)
+        if not self._rung:
+            self._rung = True
+            with suppress(trio.RunFinishedError):  # nobody waits any more
+                self._token.run_sync_soon(self._answer)
+
+    def _answer(self) -> None:
+        self._rung = False  # before the rest, so that what is put from now on rings again
+        while self._waiting:
+            self._waiting.popleft()()
+
+
+_bell: trio.lowlevel.RunVar[Bell] = trio.lowlevel.RunVar("bell")
+
+
+def _loop_bell() -> Bell:
+    """The bell of this event loop."""
+    try:
+        return _bell.get()
+    except LookupError:
+        bell = Bell()
+        _bell.set(bell)
+        return bell
+
+
+class Arrivals(Generic[T]):
+    """Items that any thread puts, and one task takes."""
+
+    def __init__(self) -> None:
+        self._items = deque[T]()
+        self._bell = _loop_bell()
+        self._event = trio.Event()
+
+    def put(self, item: T) -> None:
+        """Adds an item; in any thread."""
+        self._items.append(item)
+        self._bell.ring(self._wake)
+
+    def _wake(self) -> None:
+        self._event.set()
+
+    async def take(self) -> list[T]:
+        """All items that have arrived, at least one."""
+        while not self._items:
+            self._event = trio.Event()
+            if not self._items:
+                await self._event.wait()
+        return [self._items.popleft() for _ in range(len(self._items))]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What one answer is asked for. `report` as in engine.roster.Report.count."""
+
+    prompt: Sequence[int]
+    settings: Settings
+    report: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of answer number `index`: text that has become final, and the tokens that have arrived. `made`:
+    the whole answer, in its last piece."""
+
+    index: int
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[Logprobs, ...]
+    made: Completion | None
+
+
+class Asked:
+    """Answers to questions, computed together. Leaving the block ends those that have not ended."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, questions: Sequence[Question]) -> None:
+        """ContextError: a prompt is empty or does not fit."""
+        for question in questions:
+            check_prompt(question.prompt, question.settings.context, question.settings.vocab)
+        self._engine, self._tokenizer, self._questions = engine, tokenizer, questions
+        self._answers: list[AnswerText] = []
+        self._arrivals = Arrivals[tuple[int, Item]]()
+        self._stops: list[Stop] = []
+
+    async def __aenter__(self) -> Self:
+        try:
+            await begun(self._engine, self._begin)
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def _begin(self) -> None:
+        for i, question in enumerate(self._questions):
+            put: Callable[[Item], None] = partial(self._put, i)
+            report = Report(question.report)
+            answer = AnswerText(self._tokenizer, question.prompt, question.settings, report)
+            self._answers.append(answer)
+            self._stops.append(self._engine.begin(question.prompt, question.settings, put, answer.report))
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def _put(self, i: int, item: Item) -> None:
+        self._arrivals.put((i, item))
+
+    def _stop(self) -> None:
+        for stop in self._stops:
+            stop(wait=False)
+
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """The parts of all answers, as they come. ShoalError and others: an answer cannot go on."""
+        left = len(self._answers)
+        while left:
+            by_answer: dict[int, list[Item]] = {}
+            for i, item in await self._arrivals.take():
+                by_answer.setdefault(i, []).append(item)
+            for i, items in by_answer.items():
+                if not self._answers[i].finished:
+                    piece = self._piece(i, items)
+                    left -= piece.made is not None
+                    yield piece
+
+    def _piece(self, i: int, items: Sequence[Item]) -> Piece:
+        answer = self._answers[i]
+        before = len(answer._tokens)
+        text = ""
+        for item in items:
+            text += answer.take(item)
+            if answer.finished:
+                if item is not None:  # a stop string
+                    self._stops[i](wait=False, keep=True)
+                text += answer.rest()
+                break
+        made = answer.completion() if answer.finished else None
+        now = len(answer._tokens)
+        found = () if answer.report.count is None else tuple(answer.report.found[before:now])
+        return Piece(i, text, tuple(answer._tokens[before:]), found, made)
+
+
+async def begun(engine: Engine, begin: Callable[[], None]) -> None:
+    """Calls what begins something on an engine, in another thread if that may wait: for a connection to a
+    head."""
+    if isinstance(engine, LastingEngine):
+        await trio.to_thread.run_sync(begin)
+    else:
+        begin()
+
+
+async def read(
+    engine: Engine,
+    texts: Readings,
+    want: Want,
+    context: int,
+    each: Callable[[list[Result]], T],
+    report: int | None = None,
+) -> list[T]:
+    """What `each` makes of the results of a text, for all texts, which are read together. See Batcher.read. A
+    task that is cancelled ends it."""
+    arrivals = Arrivals[tuple[int, Result | Exception | None]]()
+    parts: list[list[Result]] = [[] for _ in texts]
+    found: dict[int, T] = {}
+    stops: list[Stop] = []
+
+    def put(i: int, item: Result | Exception | None) -> None:
+        arrivals.put((i, item))
+
+    def begin() -> None:
+        for i, (tokens, first) in enumerate(texts):
+            stops.append(engine.read(ReadRequest(tokens, first, want, context, report), partial(put, i)))
+
+    try:
+        await begun(engine, begin)
+        while len(found) < len(texts):
+            for i, item in await arrivals.take():
+                if isinstance(item, Exception):
+                    raise item
+                if item is None:
+                    found[i] = each(parts[i])
+                    parts[i] = []  # rows of many texts would fill the memory
+                else:
+                    parts[i].append(item)
+    finally:
+        for stop in stops:
+            stop(wait=False)
+    return [found[i] for i in range(len(texts))]

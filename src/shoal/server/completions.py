@@ -1,0 +1,147 @@
+"""`/v1/completions`: texts that go on, and texts that are scored (`echo`)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from itertools import chain
+
+from ..engine.batch import Logprobs, Result, Want
+from ..engine.generate import check_text
+from ..results import Completion
+from .asking import Piece, read
+from .bodies import CompletionBody, Wanted, completion_body
+from .replies import Head, Template, completion_logprobs, reason, usage
+from .served import Call, Chunk, Event, Part, Reply, Served, all_of
+
+_COMPLETION = ("cmpl", "text_completion")
+
+
+@dataclass(frozen=True, slots=True)
+class _Echo:
+    """A prompt that an answer repeats."""
+
+    text: str = ""
+    tokens: Sequence[int] = ()
+    found: Sequence[Logprobs | None] | None = None
+
+
+async def completions(served: Served, call: Call) -> AsyncGenerator[Part, None]:
+    """POST /v1/completions."""
+    asked = completion_body(call.body)
+    wanted = asked.wanted
+    served.check_model(wanted.model)
+    async with served.turn(call, len(asked.prompts) * wanted.n):
+        prompts = [await served.tokens(prompt) for prompt in asked.prompts]
+        async with aclosing(_answered(served, call, asked, prompts)) as parts:
+            async for part in parts:
+                yield part
+
+
+async def _answered(
+    served: Served, call: Call, asked: CompletionBody, prompts: Sequence[list[int]]
+) -> AsyncGenerator[Part, None]:
+    wanted = asked.wanted
+    each = [await served.questions(prompt, wanted, asked.schema) for prompt in prompts]
+    questions = list(chain.from_iterable(each))
+    if asked.echo and wanted.max_tokens == 1 and wanted.report is not None:
+        # Who scores a text asks so, and counts on one token more than the text has, if only an end token.
+        questions = [replace(one, settings=replace(one.settings, end=())) for one in questions]
+    head = Head(_COMPLETION, served.named(wanted.model), served.fingerprint)
+    echoes = [_Echo()] * len(prompts)
+    if asked.echo:
+        for prompt in prompts:
+            check_text(prompt, served.context, served.model.config.vocab)
+        echoes = await _echoes(served, asked.prompts, prompts, wanted.report)
+        if wanted.max_tokens == 0:
+            choices = [_echoed(served, i, echoes[i // wanted.n]) for i in range(len(prompts) * wanted.n)]
+            count = sum(map(len, prompts))
+            call.tokens.append((count, 0))
+            yield Reply(head.part(choices, usage=usage((), 1, count)))
+            return
+    async with served.answers(call, questions) as pieces:
+        if wanted.stream:
+            async with aclosing(_stream(served, head, wanted, echoes, pieces)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+            return
+        made = await all_of(pieces, len(questions))
+        choices = [_choice(served, i, one, echoes[i // wanted.n], wanted) for i, one in enumerate(made)]
+        yield Reply(head.part(choices, usage=usage(made, len(prompts))))
+
+
+async def _echoes(
+    served: Served,
+    given: Sequence[str | list[int]],
+    prompts: Sequence[list[int]],
+    report: int | None,
+) -> list[_Echo]:
+    texts = [one if isinstance(one, str) else await served.text(one) for one in given]
+    if report is None:
+        return [_Echo(text) for text in texts]
+    served.model.check_generates()
+
+    def scores(results: list[Result]) -> list[Logprobs]:
+        return list(chain.from_iterable(result.logprobs for result in results))
+
+    readings = [(prompt, 0) for prompt in prompts if len(prompt) > 1]
+    found = await read(served.engine, readings, Want.SCORES, served.context, scores, report)
+    read_ones = iter(found)
+    return [
+        _Echo(text, prompt, [None, *(next(read_ones) if len(prompt) > 1 else ())])
+        for text, prompt in zip(texts, prompts, strict=True)
+    ]
+
+
+def _echoed(served: Served, index: int, echo: _Echo) -> Chunk:
+    found = None
+    if echo.found is not None:
+        found = completion_logprobs(served.spelling, echo.tokens, echo.found, 0)
+    return {"text": echo.text, "index": index, "logprobs": found, "finish_reason": "length"}
+
+
+def _choice(served: Served, index: int, made: Completion, echo: _Echo, wanted: Wanted) -> Chunk:
+    found = None
+    if wanted.report is not None:
+        tokens = [*echo.tokens, *made.tokens]
+        found = completion_logprobs(served.spelling, tokens, [*(echo.found or ()), *(made.logprobs or ())], 0)
+    return {
+        "text": echo.text + made.text,
+        "index": index,
+        "logprobs": found,
+        "finish_reason": reason(made),
+    }
+
+
+async def _stream(
+    served: Served, head: Head, wanted: Wanted, echoes: Sequence[_Echo], pieces: AsyncIterator[Piece]
+) -> AsyncGenerator[Chunk | Event, None]:
+    more = {"usage": None} if wanted.usage else {}
+
+    def part(index: int, text: str, found: Chunk | None = None, end: str | None = None) -> Chunk:
+        return {"text": text, "index": index, "logprobs": found, "finish_reason": end}
+
+    made: dict[int, Completion] = {}
+    length = [0] * (len(echoes) * wanted.n)
+    for i in range(len(length)):
+        echo = echoes[i // wanted.n]
+        if echo.text:
+            length[i] = len(echo.text)
+            yield head.part([{**_echoed(served, i, echo), "finish_reason": None}], **more)
+    templates = [Template(head.part([part(i, Template.place)], **more)) for i in range(len(length))]
+    async for piece in pieces:
+        found = None
+        if wanted.report is not None:
+            found = completion_logprobs(served.spelling, piece.tokens, piece.logprobs, length[piece.index])
+        length[piece.index] += len(piece.text)
+        end = None if piece.made is None else reason(piece.made)
+        if piece.text and found is None and end is None:
+            yield Event(None, templates[piece.index].filled(piece.text))
+            continue
+        if piece.made is not None:
+            made[piece.index] = piece.made
+        if piece.text or end or (found and piece.tokens):
+            yield head.part([part(piece.index, piece.text, found, end)], **more)
+    if wanted.usage:
+        yield head.part([], usage=usage([made[i] for i in sorted(made)], len(echoes)))

@@ -1,0 +1,53 @@
+"""The page for people: one file, whose script and style run by their hashes and which loads nothing else."""
+
+from __future__ import annotations
+
+import re
+from base64 import b64encode
+from collections.abc import AsyncGenerator
+from hashlib import sha256
+from importlib.resources import files
+
+from .served import Call, Part, Reply
+
+
+class Page:
+    """src/shoal/page/index.html with its headers."""
+
+    def __init__(self) -> None:
+        body = files("shoal").joinpath("page", "index.html").read_bytes()
+        headers = (
+            ("Content-Security-Policy", policy(body)),
+            ("Referrer-Policy", "no-referrer"),
+            ("Cache-Control", "no-cache"),  # it may be kept, and is asked for by its ETag each time
+            ("ETag", f'"{sha256(body).hexdigest()[:32]}"'),
+        )
+        self._reply = Reply(body, "text/html; charset=utf-8", headers)
+
+    async def show(self, call: Call) -> AsyncGenerator[Part, None]:
+        """GET /."""
+        yield self._reply
+
+
+def policy(page: bytes) -> str:
+    """The Content-Security-Policy of a page: it connects to its own server only, runs only the script and the
+    style that are in it, turns no text into markup, and is shown in no frame."""
+    return "; ".join(
+        (
+            "default-src 'none'",
+            f"script-src {_hashes(page, b'script')}",
+            f"style-src {_hashes(page, b'style')}",
+            "img-src data:",  # its icon
+            "connect-src 'self'",
+            "base-uri 'none'",
+            "form-action 'none'",
+            "frame-ancestors 'none'",
+            "require-trusted-types-for 'script'",
+            "trusted-types 'none'",
+        )
+    )
+
+
+def _hashes(page: bytes, tag: bytes) -> str:
+    found = re.findall(b"<%b>(.*?)</%b>" % (tag, tag), page, re.DOTALL)
+    return " ".join(f"'sha256-{b64encode(sha256(one).digest()).decode()}'" for one in found)

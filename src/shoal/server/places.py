@@ -1,0 +1,105 @@
+"""Who is answered now, who waits, and who is sent away.
+
+`Line` decides: the client with the fewest answers goes first, so one that sends many requests does not keep
+the others waiting. `Places` lets tasks wait for it."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import trio
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """A request that waits, or is answered in `places` places."""
+
+    client: str
+    places: int
+    called: trio.Event = field(default_factory=trio.Event)
+
+
+class Line:
+    """The requests that are answered in `slots` places, and those that wait, at most `most`."""
+
+    def __init__(self, slots: int, most: int) -> None:
+        self.slots, self.most = slots, most
+        self.running: list[Ticket] = []
+        self.waiting: deque[Ticket] = deque()
+
+    @property
+    def used(self) -> int:
+        """Places that are taken."""
+        return sum(ticket.places for ticket in self.running)
+
+    def join(self, client: str, places: int) -> Ticket | None:
+        """A ticket, which may be called at once; None: too many wait."""
+        ticket = Ticket(client, min(places, self.slots))
+        self.waiting.append(ticket)
+        self._call()
+        if ticket in self.waiting and len(self.waiting) > self.most:
+            self.waiting.remove(ticket)
+            return None
+        return ticket
+
+    def leave(self, ticket: Ticket) -> None:
+        """Frees the places of a ticket, or its turn."""
+        (self.running if ticket in self.running else self.waiting).remove(ticket)
+        self._call()
+
+    def _call(self) -> None:
+        """Calls whose turn it is. A request that needs several places is not passed by smaller ones."""
+        while self.waiting:
+            of = {ticket.client: 0 for ticket in self.waiting}
+            for ticket in self.running:
+                if ticket.client in of:
+                    of[ticket.client] += ticket.places
+            first = min(
+                self.waiting, key=lambda ticket: of[ticket.client]
+            )  # of equals, the one that came first
+            if self.used + first.places > self.slots:
+                return
+            self.waiting.remove(first)
+            self.running.append(first)
+            first.called.set()
+
+
+class Busy(Exception):
+    """Too many requests wait. `seconds`: when to ask again."""
+
+    def __init__(self, seconds: int) -> None:
+        super().__init__(f"too many requests are waiting: try again in {seconds} s")
+        self.seconds = seconds
+
+
+class Places:
+    """A line for tasks."""
+
+    def __init__(self, slots: int, most: int) -> None:
+        self.line = Line(slots, most)
+        self._mean = 1.0
+        """Seconds that a request takes, of late."""
+
+    @asynccontextmanager
+    async def taken(self, client: str, places: int) -> AsyncIterator[None]:
+        """Waits for a turn, and holds it within the block. Busy: too many wait."""
+        ticket = self.line.join(client, places)
+        if ticket is None:
+            raise Busy(self.seconds)
+        try:
+            await ticket.called.wait()
+            begun = trio.current_time()
+            yield
+            self._mean += 0.1 * (trio.current_time() - begun - self._mean)
+        finally:
+            self.line.leave(ticket)
+
+    @property
+    def seconds(self) -> int:
+        """When there may be a place in the line again: when as many have been answered as wait now."""
+        rounds = (len(self.line.waiting) + 1) / self.line.slots
+        return max(1, min(600, math.ceil(self._mean * rounds)))

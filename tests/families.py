@@ -120,6 +120,26 @@ def write_checkpoint(name: str, target: Path) -> Path:
     return target
 
 
+LABELS = ("calm", "glad", "torn between the two")
+
+
+def write_classifier(name: str, target: Path, **values: Any) -> Path:
+    """A case with a head of LABELS instead of an LM head, as transformers' ForSequenceClassification saves
+    it, float32. `values` are further keys of config.json."""
+    write_checkpoint(name, target)
+    found = {tensor: array for tensor, array in tensors(name).items() if tensor != "lm_head.weight"}
+    kind = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+    said = {**config(name), "id2label": {str(i): label for i, label in enumerate(LABELS)}}
+    said["architectures"] = [f"{kind[said['model_type']]}ForSequenceClassification"]
+    said |= {"label2id": {label: i for i, label in enumerate(LABELS)}, **values}
+    (target / "config.json").write_text(json.dumps(said, indent=1), encoding="utf-8")
+    labels = len(said["id2label"] or (0, 1))
+    scores = np.random.default_rng(5).standard_normal((labels, said["hidden_size"]), np.float32)
+    found["score.weight"] = scores / np.sqrt(np.float32(said["hidden_size"]))
+    safetensors.numpy.save_file(found, target / "model.safetensors")
+    return target
+
+
 _GGUF = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",

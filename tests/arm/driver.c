@@ -195,25 +195,28 @@ static void run_program(uint64_t seed, shoal_executor *executor, int32_t vocab) 
     s[i].reported = (int32_t[]){0, 1, 4}[below(3)];
   }
   for (int32_t turn = 0;; turn++) {
-    int32_t tokens[MAX_ROWS * MAX_SEQUENCES], drawn[MAX_SEQUENCES], rows = 0, wanted = 0;
+    int32_t tokens[MAX_ROWS * MAX_SEQUENCES], drawn[MAX_ROWS * MAX_SEQUENCES], rows = 0, wanted = 0;
     float *out[MAX_OPS];
     for (int32_t i = 0; i < n; i++) {
       s[i].first += s[i].rows;
       s[i].rows = below(4) ? 1 + below(n > 1 ? 9 : 1) : 1 + below(MAX_ROWS);
       s[i].wanted = (int32_t[]){0, 1, s[i].rows}[below(3)];
-      s[i].sample = s[i].wanted > 0;
+      s[i].sample = (int32_t[]){0, s[i].wanted > 0, s[i].wanted}[below(3)];
+      s[i].given = !s[i].sample && s[i].reported ? history[i] : NULL;
       if (s[i].first + s[i].rows > POSITIONS) return;
       for (int32_t r = 0; r < s[i].rows; r++) tokens[rows++] = history[i][s[i].first + r];
       wanted += s[i].wanted;
     }
     for (int32_t o = 0; o < program.n_outputs; o++) out[o] = room((size_t)rows * buffers[outputs[o]].cols * 4);
-    int32_t reports[MAX_SEQUENCES][4] = {{0}};
-    float logprobs[MAX_SEQUENCES][4] = {{0}};
+    static int32_t reports[MAX_ROWS * MAX_SEQUENCES][4];
+    static float logprobs[MAX_ROWS * MAX_SEQUENCES][4];
+    memset(reports, 0, sizeof reports);
+    memset(logprobs, 0, sizeof logprobs);
     const shoal_batch batch = {.sequences = s,        .n_sequences = n,       .tokens = tokens,
                                .outputs = out,        .drawn = drawn,         .most_reported = 4,
                                .reports = reports[0], .logprobs = logprobs[0]};
     must(shoal_run(executor, &batch, error, sizeof error), error);
-    uint64_t h = hash(0xcbf29ce484222325u, drawn, (size_t)n * sizeof drawn[0]);
+    uint64_t h = hash(0xcbf29ce484222325u, drawn, (size_t)wanted * sizeof drawn[0]);
     h = hash(hash(h, reports, sizeof reports), logprobs, sizeof logprobs);
     printf("%d %d drawn %016llx\n", (int)seed, turn, (unsigned long long)h);
     for (int32_t o = 0; o < program.n_outputs; o++) {

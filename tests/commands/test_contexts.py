@@ -8,18 +8,20 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import trio
 from tests.models import tiny_chat_checkpoint
 
 from shoal import planner
+from shoal.answering import Settings
 from shoal.arguments import build_parser
 from shoal.cli import main
 from shoal.commands import run
 from shoal.contexts import context_of, fitting
-from shoal.distributed import NodeSession
+from shoal.distributed import Nodes, NodeSession
+from shoal.engine.batch import Sampling
 from shoal.engine.convert import convert
 from shoal.engine.errors import ContextError, NoPlanError
 from shoal.engine.host import Ram
@@ -169,9 +171,9 @@ def test_run_takes_what_fits_into_this_process_and_says_so(
     monkeypatch.setattr("shoal.engine.host.ram", lambda: Ram(10**12, room))
     for more, context in (((), 5 * PAGE), (("--context", "9000"), 9000)):
         args = build_parser().parse_args(["run", str(model.path), "text", *more])
-        with run.open_engine(args, model, run.settings_of(args, model)) as (engine, settings, _):
-            assert settings.context == context
-            engine.session(settings).close()
+        with run.open_llm(args, model, context_of(args.context, model)) as (llm, _):
+            assert llm.context == context
+            llm.session().close()
         err = capsys.readouterr().err
         assert ("the context is 1280 tokens" in err) == (not more)
 
@@ -180,26 +182,38 @@ def test_an_answer_on_nodes_ends_with_the_context_of_the_newest_plan() -> None:
     """A plan after the loss of a node may have a shorter context than the one with which a chat began."""
     asked: list[tuple[int, int]] = []
 
+    @asynccontextmanager
+    async def answer(prompt: Sequence[int], *_: object, max_tokens: int, **__: object) -> AsyncIterator[Any]:
+        asked.append((len(prompt), max_tokens))
+
+        async def nothing() -> AsyncIterator[int]:
+            for token in list[int]():
+                yield token
+
+        yield nothing()
+
     class Portal:
+        def __init__(self, context: int) -> None:
+            placement = SimpleNamespace(context=context, stages=[None])
+            self.opened = SimpleNamespace(placement=placement, generate=answer)
+
         def stream(self, feed: object) -> Generator[int, None, None]:
             trio.run(feed, list[int]().append)
             yield from ()
 
-    class Session:
-        @asynccontextmanager
-        async def answer(
-            self, prompt: Sequence[int], *, max_tokens: int, end: object
-        ) -> AsyncIterator[AsyncIterator[int]]:
-            asked.append((len(prompt), max_tokens))
+        def start(self, feed: object, put: object) -> None:
+            trio.run(feed, put)
 
-            async def nothing() -> AsyncIterator[int]:
-                for token in list[int]():
-                    yield token
-
-            yield nothing()
-
-    contexts = [1000, 1000, 512, 512, 512]
-    session = NodeSession(Portal(), Session(), lambda: contexts.pop(0))  # type: ignore[arg-type]
-    for prompt, max_tokens in ((100, 900), (100, 5), (100, 900), (500, 900), (600, 400)):
+    questions = ((100, 900, 1000), (100, 5, 1000), (100, 900, 512), (500, 900, 512), (600, 400, 512))
+    expected = [(100, 900), (100, 5), (100, 412), (500, 12), (600, 1)]
+    contexts = [context for _, _, context in questions]
+    inner = SimpleNamespace(answer=answer)
+    session = NodeSession(Portal(0), inner, lambda: contexts.pop(0))  # type: ignore[arg-type]
+    for prompt, max_tokens, _ in questions:
         list(session.answer([1] * prompt, max_tokens=max_tokens, end=()))
-    assert asked == [(100, 900), (100, 5), (100, 412), (500, 12), (600, 1)]
+    assert asked == expected
+    asked.clear()
+    for prompt, max_tokens, context in questions:
+        nodes = Nodes(Portal(context), None)  # type: ignore[arg-type]
+        nodes.begin([1] * prompt, Settings(1000, Sampling(), max_tokens), lambda item: None)
+    assert asked == expected

@@ -19,18 +19,17 @@ from typing import Self
 
 import pytest
 from tests.models import tiny_chat_checkpoint
+from tests.patience import LIMIT
 
 from shoal import conversation
 from shoal.answering import Settings
 from shoal.conversation import Conversation
-from shoal.engine.batch import Sampling
-from shoal.engine.chat import Chat
 from shoal.engine.convert import convert
 from shoal.engine.errors import ContextError, ShoalError
 from shoal.engine.generate import Session
 from shoal.engine.model_directory import Model
 from shoal.engine.stage import Stage
-from shoal.engine.tokenizer import Tokenizer
+from shoal.llm import LLM
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +54,7 @@ class Recorded:
     fail: Exception | KeyboardInterrupt | None = None
 
     def answer(
-        self, prompt: Sequence[int], *, max_tokens: int, end: Sequence[int]
+        self, prompt: Sequence[int], *, max_tokens: int, end: Sequence[int], report: object = None
     ) -> Generator[int, None, None]:
         self.prompts.append(list(prompt))
         if self.fail is not None:
@@ -64,8 +63,21 @@ class Recorded:
             raise error
         yield from self.inner.answer(prompt, max_tokens=max_tokens, end=end)
 
+    def stop(self) -> None:
+        pass
+
     def close(self) -> None:
         self.inner.close()
+
+
+@dataclass
+class OneSession:
+    """An engine with one session."""
+
+    inner: Recorded
+
+    def session(self, settings: Settings) -> Recorded:
+        return self.inner
 
 
 class Talk:
@@ -74,10 +86,9 @@ class Talk:
     def __init__(self, model: Model, stage: Stage, context: int = 200, max_tokens: int = 4) -> None:
         self.session = Recorded(Session(stage, context=context))
         self.shown = ""
-        tokenizer = Tokenizer.open(model.path)
-        self.template = Chat.open(model.path, tokenizer)
-        settings = Settings(context, Sampling(), max_tokens, vocab=model.config.vocab)
-        self.conversation = Conversation(self.session, tokenizer, self.template, settings, self.show)
+        llm = LLM.over(model, OneSession(self.session), context)  # type: ignore[arg-type]
+        self.template = llm.template
+        self.conversation = Conversation(llm.session(max_tokens=max_tokens, end=()), self.show)
 
     def show(self, text: str) -> None:
         self.shown += text
@@ -271,7 +282,7 @@ class Pty:
         os.close(slave)
         self.seen = ""
 
-    def wait(self, text: str, seconds: float = 60) -> str:
+    def wait(self, text: str, seconds: float = LIMIT) -> str:
         """What comes up to a text, which is taken out."""
         until = time.monotonic() + seconds
         while text not in self.seen:

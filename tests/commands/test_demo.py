@@ -85,5 +85,5 @@ def test_layers_that_stay_end_the_answer_after_a_while(
 
 def test_the_device_that_gets_hot_is_the_one_that_takes_longest_beside_the_quickest() -> None:
     stages = (Assignment("laptop", 0, 22), Assignment("phone", 22, 23), Assignment("old-phone", 23, 32))
-    assert demo._busiest(stages) == ("old-phone", 3.0)
-    assert demo._busiest((Assignment("tablet", 0, 2), *stages[:1])) == ("tablet", 2.0)
+    assert demo.busiest(stages) == ("old-phone", 3.0)
+    assert demo.busiest((Assignment("tablet", 0, 2), *stages[:1])) == ("tablet", 2.0)

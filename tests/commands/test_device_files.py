@@ -76,7 +76,7 @@ def test_the_file_says_its_version_and_every_field() -> None:
     assert set(device) == {
         *("name", "ram_bytes", "base_bytes", "read_bytes_per_s", "macs_per_s"),
         *("step_overhead_s", "idle_overhead_s", "row_rates"),
-        *("attend_macs_per_s", "prefill_attend_macs_per_s"),
+        *("attend_macs_per_s", "prefill_attend_macs_per_s", "beside"),
     }
 
 

@@ -145,6 +145,7 @@ def test_an_answer_without_a_plan() -> None:
         " embedding + layers 1-6 + LM head. Raise a cap, add a device, or shorten the context.\n"
     )
     assert render_infeasible(Infeasible(0, "no way")) == "No plan: no way. Add a link.\n"
+    assert render_infeasible(Infeasible(0, "no files", files=True)) == "No plan: no files.\n"
 
 
 def test_json_has_every_field() -> None:
@@ -167,6 +168,7 @@ def test_json_has_every_field() -> None:
         "missing_bytes": 5,
         "reason": "why",
         "exact": True,
+        "files": False,
     }
 
 

@@ -38,6 +38,17 @@ print(code, *(name in sys.modules for name in ("shoal.net.node", "trio", "_ssl",
     assert said(code, "import sys, shoal.cli\n") == "3 True True False False"
 
 
+def test_a_node_loads_nothing_of_a_coordinator_nor_a_command_the_others() -> None:
+    code = """
+shoal.cli.main(["node", "no-model"])
+print(*(name for name in sys.modules if name.startswith("shoal.commands.")))
+for name in ("net.events", "net.members", "net.placement", "net.coordinator", "planner.solve", "decimal"):
+    if name in sys.modules or f"shoal.{name}" in sys.modules:
+        print(name)
+"""
+    assert said(code, "import sys, shoal.cli\n") == "shoal.commands.node"
+
+
 def test_garbage_is_collected_again_after_the_imports() -> None:
     code = """
 import gc

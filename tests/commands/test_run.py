@@ -52,9 +52,9 @@ def smollm2() -> Path:
 def test_a_short_answer_maps_the_weights(line: str, resident: bool | None, tiny: Path) -> None:
     args = build_parser().parse_args(["run", str(tiny), *line.split()])
     model = Model.open(tiny)
-    with run.open_engine(args, model, run.settings_of(args, model)) as (engine, _, _):
-        assert isinstance(engine, LocalEngine)
-        assert engine.stage.options.resident is resident
+    with run.open_llm(args, model, 64) as (llm, _):
+        assert isinstance(llm._engine, LocalEngine)
+        assert llm._engine.stage.options.resident is resident
 
 
 @pytest.mark.slow
@@ -93,7 +93,7 @@ def test_an_instruction_set_is_not_ignored(backend: str, tiny: Path) -> None:
         pytest.raises(
             MissingDependencyError, match=f"the {backend} backend has no kernel sets .* omit --isa avx2"
         ),
-        run.open_engine(args, model, run.settings_of(args, model)),
+        run.open_llm(args, model, 64),
     ):
         pass
 
@@ -130,7 +130,7 @@ def test_moves_are_asked_for_and_told_at_the_end(
     line = ["run", str(tiny), "text", "--nodes", "localhost:1", "--context", "64", "--moves", moves]
     args = build_parser().parse_args([*line, *(["--stats"] if stats else [])])
     model = Model.open(tiny)
-    with run.open_engine(args, model, run.settings_of(args, model)):
+    with run.open_llm(args, model, 64):
         assert "moved" not in capsys.readouterr().err
     assert asked == [moves]
     told = f"[{move.line()}]\n" if stats else ""

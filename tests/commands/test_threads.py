@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.patience import LIMIT
 
 from shoal.arguments import build_parser
 from shoal.cli import main
@@ -59,7 +60,7 @@ def test_it_holds_for_its_backend_kernels_build_and_cpus(monkeypatch: pytest.Mon
 )
 def test_a_damaged_file_is_as_none(cache: Path, text: str) -> None:
     cache.parent.mkdir()
-    cache.write_text(text.replace("KEY", threads._key("numpy", "auto")))
+    cache.write_text(text.replace("KEY", threads.device_key("numpy", "auto")))
     assert threads.chosen(None, "numpy", "auto") == (default_threads(), "by the number of cores")
 
 
@@ -122,7 +123,7 @@ def test_a_forked_process_computes_on(tiny: Model) -> None:
                 stage.close()
             finally:
                 os._exit(code)
-        until = time.monotonic() + 20
+        until = time.monotonic() + LIMIT
         ended, status = os.waitpid(child, os.WNOHANG)
         while not ended and time.monotonic() < until:
             time.sleep(0.01)
@@ -150,6 +151,6 @@ def test_a_profile_is_kept_and_named_by_run(
         monkeypatch.setattr(profile, "_TELLING", least)
         assert main(["profile", model, "--backend", "numpy"]) == 0
         args, opened = build_parser().parse_args(line), Model.open(model)
-        with run.open_engine(args, opened, run.settings_of(args, opened)):
+        with run.open_llm(args, opened, 64):
             pass
         assert said in capsys.readouterr().err

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from tests.models import smollm2_dir
 
+from shoal.engine.hash_cache import file_sha256
 from shoal.engine.index import COMMON, CONFIG, INDEX, TOKENIZER, FileEntry, read_index
 from shoal.engine.model_directory import unit_file
-from shoal.engine.hash_cache import file_sha256
 
 ROOT = Path(__file__).resolve().parents[2]
 DIST = ROOT / "dist"
@@ -87,3 +87,21 @@ def expected(clean: Path, model: Path) -> str:
     backend, _, line = run(clean, LOGITS, model, "scalar").stdout.strip().partition(": ")
     assert backend == "native (scalar)"
     return line
+
+
+@pytest.fixture(scope="session")
+def like_bionic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a C library that calls itself bionic."""
+    folder = tmp_path_factory.mktemp("like_bionic")
+    source, versions = (Path(__file__).with_name(f"like_bionic.{suffix}") for suffix in ("c", "map"))
+    compiler = (sys.executable, "-m", "ziglang", "cc", "-target", "aarch64-linux-gnu.2.17")
+    flags = (
+        "-O2",
+        "-fPIC",
+        "-shared",
+        f"-Wl,--version-script={versions}",
+        "-Wl,-soname,libc.so",
+        "-lpthread",
+    )
+    run(*compiler, *flags, source, "-o", folder / "libc.so")
+    return folder

@@ -1,4 +1,4 @@
-"""Runs a model with shoal as installed, and prints a line for each instruction set: the backend and its results.
+"""Runs a model with shoal as installed, and prints a line for each instruction set: the backend, its results.
 
     python logits.py MODEL [ISA...]        (default: what shoal chooses by itself)
 

@@ -69,7 +69,7 @@ def package_files() -> set[str]:
         capture_output=True,
         text=True,
     )
-    paths = [path for path in map(Path, listing.stdout.splitlines()) if not (ROOT / path).is_symlink()]
+    paths = [path for path in map(Path, listing.stdout.splitlines()) if not (ROOT / path).is_dir()]
     return {str(Path("shoal", path) if path.parts[0] != "src" else path.relative_to("src")) for path in paths}
 
 

@@ -1,4 +1,4 @@
-"""Installs on this machine, as pip does them: the wheel, and the sdist with clang and without any compiler."""
+"""Installs on this machine, as pip does them: the wheel, and the sdist with clang and without a compiler."""
 
 from __future__ import annotations
 

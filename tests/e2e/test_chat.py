@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from tests.models import tiny_chat_checkpoint
+from tests.patience import LIMIT
 
 from shoal import planner
 from shoal.answering import Settings
@@ -111,7 +112,7 @@ def test_the_command_line_says_the_same_with_nodes(model: Model, running: list[R
     line += ["--temperature", "1.2", "--seed", "4", "--stats"]
     addresses = ",".join(f"{host}:{port}" for host, port in (node.address for node in running))
     alone, together = (
-        subprocess.run([*line, *more], capture_output=True, text=True, timeout=60)
+        subprocess.run([*line, *more], capture_output=True, text=True, timeout=LIMIT)
         for more in ((), ("--nodes", addresses))
     )
     assert (alone.returncode, together.returncode) == (0, 0), together.stderr
@@ -126,7 +127,7 @@ def test_an_answer_of_this_process_loads_no_network_no_planner_and_no_converter(
         [sys.executable, "-c", program, "run", str(model.path), "hello", "-n", "2"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=LIMIT,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "set()"

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
 
 import pytest
+from tests.patience import LIMIT
 
 from shoal.engine.batch import Result, Run, Sampling
-from shoal.engine.batcher import BESIDE_ROWS, Batcher
+from shoal.engine.batcher import Batcher
 from shoal.engine.errors import ContextError
 from shoal.engine.generate import generate
 from shoal.engine.kv_page import page_bytes
 from shoal.engine.model_directory import Model
+from shoal.engine.roster import BESIDE_ROWS
 from shoal.engine.stage import Stage, StageOptions
 
 LIVELY = Sampling(temperature=1.5, top_p=0.95, repetition_penalty=1.3, seed=11)
@@ -58,16 +60,22 @@ class Ask:
     """An answer that was begun."""
 
     def __init__(
-        self, batcher: Batcher, prompt: list[int], sampling: Sampling = LIVELY, tokens: int = 12
+        self,
+        batcher: Batcher,
+        prompt: list[int],
+        sampling: Sampling = LIVELY,
+        tokens: int = 12,
+        *,
+        context: int = 400,
     ) -> None:
         self.items: SimpleQueue[int | Exception | None] = SimpleQueue()
         self.stop = batcher.begin_alone(
-            prompt, sampling, self.items.put, context=400, max_tokens=tokens, end=()
+            prompt, sampling, self.items.put, context=context, max_tokens=tokens, end=()
         )
 
     def tokens(self) -> list[int]:
         found = []
-        while isinstance(item := self.items.get(timeout=20), int):
+        while isinstance(item := self.items.get(timeout=LIMIT), int):
             found.append(item)
         if item is not None:
             raise item
@@ -106,9 +114,9 @@ def test_rows_of_prompts_beside_answers_are_bounded(tiny_int8: Model) -> None:
 def test_an_answer_that_is_stopped_frees_its_pages_and_leaves_the_others(
     stage: Stage, tiny_int8: Model
 ) -> None:
-    with Batcher(stage) as batcher:
+    with Batcher(stage, share_prefixes=False) as batcher:
         kept, ended = (Ask(batcher, prompt, tokens=60) for prompt in prompts(2))
-        assert isinstance(ended.items.get(timeout=20), int)
+        assert isinstance(ended.items.get(timeout=LIMIT), int)
         ended.stop()
         ended.stop()
         assert kept.tokens() == alone(tiny_int8, prompts(1)[0], LIVELY, 60)
@@ -146,6 +154,48 @@ def test_a_bad_answer_fails_alone(stage: Stage, tiny_int8: Model) -> None:
         with pytest.raises(ContextError, match="context of 9999 tokens"):
             list(batcher.session(context=9999).answer([1], max_tokens=2, end=()))
         assert good.items.empty()
+
+
+@pytest.mark.parametrize("error", [ValueError("no such word"), SystemExit(2)])
+def test_what_allow_raises_ends_its_answer_alone(
+    stage: Stage, tiny_int8: Model, error: BaseException
+) -> None:
+    def allow(answer: Sequence[int]) -> None:
+        raise error
+
+    with Batcher(stage) as batcher:
+        good = Ask(batcher, [1, 2, 3])
+        items: SimpleQueue[int | Exception | None] = SimpleQueue()
+        batcher.begin_alone([4], LIVELY, items.put, context=400, max_tokens=3, end=(), allow=allow)
+        told = items.get(timeout=LIMIT)
+        assert isinstance(told, Exception) and error in (told, told.__cause__)
+        assert good.tokens() == alone(tiny_int8, [1, 2, 3], LIVELY, 12)
+
+
+def test_an_answer_that_is_set_aside_for_another_one_that_fails_goes_on(
+    stage: Stage, tiny_int8: Model
+) -> None:
+    """Of three answers in a call, the first is at fault, and alone the second has no room."""
+    watched = Watched(stage)
+    watched.gate.clear()
+    failures = [ValueError("a run does not fit"), ValueError("at fault"), ContextError("no room")]
+
+    def fail() -> None:
+        if watched.gate.is_set() and failures:
+            raise failures.pop(0)
+
+    with Batcher(stage, share_prefixes=False) as batcher:
+        Ask(batcher, [9], tokens=1)  # while its call waits, the others arrive
+        assert watched.begun.wait(20)
+        first, *others = [Ask(batcher, prompt) for prompt in ([1, 2], [3, 4], [5, 6])]
+        watched.before = fail
+        watched.gate.set()
+        with pytest.raises(ValueError, match="at fault"):
+            first.tokens()
+        assert [ask.tokens() for ask in others] == [
+            alone(tiny_int8, prompt, LIVELY, 12) for prompt in ([3, 4], [5, 6])
+        ]
+    assert not failures
 
 
 @pytest.mark.parametrize("pages", [1, 2, 3])
@@ -193,7 +243,7 @@ def test_a_session_computes_what_is_new(stage: Stage, tiny_int8: Model) -> None:
 def test_answers_end_when_the_batcher_is_closed(stage: Stage) -> None:
     batcher = Batcher(stage)
     asked = [Ask(batcher, prompt, tokens=300) for prompt in prompts(3)]
-    assert isinstance(asked[0].items.get(timeout=20), int)
+    assert isinstance(asked[0].items.get(timeout=LIMIT), int)
     batcher.close()
     for ask in asked:
         with pytest.raises(ValueError, match="has been closed"):

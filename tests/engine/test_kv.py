@@ -214,7 +214,32 @@ def test_forks_that_cannot_be(stage: Stage) -> None:
         stage.fork_sequence(0, 0)
     with pytest.raises(KeyError):
         stage.fork_sequence(7)
+    with pytest.raises(ContextError, match="exceed the context of 99"):
+        stage.fork_sequence(0, context=99)
+    with pytest.raises(ContextError, match="not between 1 and the model's"):
+        stage.fork_sequence(0, context=1 << 20)
+    with pytest.raises(ValueError, match="token id is not in"):
+        stage.fork_sequence(0, sampling=Sampling(bias=((1 << 20, 1.0),)))
     assert stage.fork_sequence(0) < 0
+
+
+def test_a_fork_has_its_own_sampling_and_context(stage: Stage) -> None:
+    ids, lively = tokens(PAGE + 30), Sampling(temperature=1.3, repetition_penalty=1.4, seed=5)
+    stage.open_sequence(0, context=PAGE + 30)
+    logits(stage, 0, 0, ids)
+    at = PAGE + 29
+    stage.fork_sequence(0, 1, at, lively, context=2 * PAGE)
+    stage.fork_sequence(1, 2)
+    expected = list(generate(stage, ids, lively, max_tokens=40, end=()))
+    for sequence in (1, 2):
+        found, position, row = list[int](), at, ids[at:]
+        while len(found) < 40:
+            (result,) = stage.run([Run(sequence, position, row, Want.TOKEN)])
+            assert result.token is not None
+            found, position, row = [*found, result.token], position + len(row), [result.token]
+        assert found == expected
+    with pytest.raises(ContextError, match="more than its context of"):
+        stage.run([Run(0, at + 1, [1], Want.TOKEN)])
 
 
 def test_a_fork_without_room_takes_nothing(tiny_int8: Model) -> None:

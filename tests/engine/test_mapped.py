@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.patience import LIMIT
 
 from shoal.engine.batch import Run, Want
 from shoal.engine.errors import ModelFileError
@@ -148,7 +149,7 @@ def test_a_bus_error_elsewhere_is_what_it_was(
 ) -> None:
     copied(tiny_int8, tmp_path)
     done = subprocess.run(
-        [sys.executable, "-c", SIGBUS, tmp_path, case], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", SIGBUS, tmp_path, case], capture_output=True, text=True, timeout=LIMIT
     )
     assert (done.returncode, done.stdout) == (code, out)
     assert said in done.stderr if said else done.stderr == ""

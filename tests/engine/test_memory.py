@@ -79,6 +79,17 @@ def test_files_in_an_arena_are_whole_aligned_and_read_only(tmp_path: Path, pinne
         assert held.readonly and np.frombuffer(held, np.uint8).ctypes.data % 64 == 0
 
 
+@pytest.mark.parametrize("platform", ["linux", "android"])
+def test_memory_that_is_forgotten_returns_to_the_system(
+    monkeypatch: pytest.MonkeyPatch, platform: str
+) -> None:
+    monkeypatch.setattr("sys.platform", platform)
+    block = memory.Arena(1 << 20, huge=False).take(1 << 20)
+    block[:] = 7
+    assert memory.forget(block) == 1 << 20
+    assert not block.any()  # the system gives fresh pages of zeros
+
+
 def test_a_file_that_becomes_shorter_while_it_is_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x" * 50)
     with (tmp_path / "file").open("rb") as file, pytest.raises(OSError, match="became shorter"):

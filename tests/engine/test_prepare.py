@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.patience import LIMIT
 
 from shoal.engine.batch import Run, Sampling, Want
 from shoal.engine.errors import ContextError, ModelFileError
@@ -43,8 +44,6 @@ def test_parts_that_cannot_run_are_refused_and_nothing_is_lost(tiny_int8: Model)
             ([part(0, PROMPT[:8], (4, 9))], "are not of this stage"),
             ([part(0, PROMPT[:8], (3, 3))], "are not of this stage"),
             ([part(0, PROMPT[:8], (2, 1))], "are not of this stage"),
-            ([part(0, PROMPT[1:9], (1, 3))], "sequence 1 has other tokens"),
-            ([part(76, [*PROMPT[76:79], 0, 1], (1, 3))], "sequence 1 has other tokens"),
             ([part(81, PROMPT[:8], (1, 3))], "holds 80 positions and cannot run 8 rows from position 81"),
             ([part(0, PROMPT[:8], (1, 3)), part(0, [1], (2, 3), 2)], "of different parts"),
             ([part(0, PROMPT[:8], (1, 3)), Run(2, 0, [1], Want.NOTHING, rows[:1])], "of different parts"),
@@ -385,7 +384,7 @@ def test_a_forked_process_adopts_what_was_prepared_before(tiny_int8: Model, back
         [sys.executable, "-W", "ignore", "-c", FORK, str(tiny_int8.path), backend],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=LIMIT,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )

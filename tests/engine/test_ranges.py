@@ -321,7 +321,7 @@ def test_a_cut_may_have_several_buffers(backend: str) -> None:
         ops = tuple(program.ops(first, last))
         bound = BoundProgram(program, ops, held, (), "f32", first == 0, last == 2, ROWS, ROWS)
         tokens = np.arange(ROWS, dtype=np.int32) * 7
-        rows = SequenceRows(SequenceKv(PagePool("f32"), (), 0), tokens, Sampling(), ROWS, 0, ROWS, False)
+        rows = SequenceRows(SequenceKv(PagePool("f32"), (), 0), tokens, Sampling(), ROWS, 0, ROWS, 0)
         made = open_backend(backend)
         executor = made.executor(bound)
         outcome = executor.run([rows], hidden, True, np.zeros(1, np.int32))

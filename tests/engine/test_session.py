@@ -133,10 +133,14 @@ def test_a_session_survives_pages_that_are_used_up(model: Model) -> None:
 
 @pytest.mark.parametrize(
     ("a", "b", "n"),
-    [((), (), 0), ((1,), (), 0), ((1, 2), (1, 2), 2), ((1, 2, 3), (1, 9, 3), 1), ((1, 2), (1, 2, 3), 2)],
+    [
+        *[((), (), 0), ((1,), (), 0), ((1, 2), (1, 2), 2), ((1, 2, 3), (1, 9, 3), 1), ((1, 2), (1, 2, 3), 2)],
+        *[((1,) * 600, (*[1] * at, 2, *[1] * 600), at) for at in (0, 255, 256, 257, 511, 512, 599)],
+        ((1,) * 512, (1,) * 600, 512),
+    ],
 )
 def test_common_prefix(a: tuple[int, ...], b: tuple[int, ...], n: int) -> None:
-    assert common_prefix(a, b) == common_prefix(b, a) == n
+    assert common_prefix(a, b) == common_prefix(b, list(a)) == n
 
 
 def test_an_answer_that_goes_on_after_another_has_begun_is_refused(stage: Stage) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.patience import LIMIT
 
 from shoal.engine.batch import Run, Sampling, Want
 from shoal.engine.calls import FairLock
@@ -42,12 +43,12 @@ class Gate:
 
     def _waiting(self, *arguments: Any) -> Any:
         self.inside.set()
-        assert self.open.wait(10)
+        assert self.open.wait(LIMIT)
         return self._run(*arguments)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 10
+    until = time.monotonic() + LIMIT
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.001)
@@ -275,7 +276,7 @@ def test_a_forked_process_goes_on_though_another_thread_runs(
         [sys.executable, "-W", "ignore", "-c", FORK, str(tiny_int8.path), backend, str(threads)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=LIMIT,
         check=False,
     )
     assert (done.stdout.split(), done.stderr) == (["0"] * 10, "")

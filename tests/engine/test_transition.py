@@ -383,3 +383,81 @@ def test_what_was_prepared_is_forgotten_without_a_trace(model: Model, chain: Cal
             taker.adopt(ready[0], {1: 300})
     found += [two.step(1) for _ in range(4)]
     assert found == expected
+
+
+def test_sequences_that_begin_alike_share_pages_where_they_arrive(model: Model) -> None:
+    """What is sent of the source later does not change what the other one has."""
+    giver, taker = Stage(model, 0, 3, OPTIONS), Stage(model, 3, 5, OPTIONS)
+    ids = [*PROMPT, *PROMPT]
+    with giver, taker:
+        for stage in (giver, taker):
+            stage.open_sequence(0, LIVELY, 400)
+        hidden = giver.run([Run(0, 0, ids[:200], Want.NOTHING)])[0].hidden
+        taker.run([Run(0, 0, ids[:200], Want.NOTHING, hidden)])
+        hidden = giver.run([Run(0, 200, ids[200:400], Want.NOTHING)])[0].hidden
+        taker.run([Run(0, 200, ids[200:400], Want.NOTHING, hidden)])
+        for stage in (giver, taker):
+            stage.fork_sequence(0, 1, 320)
+        area, prepared = taker.incoming(), taker.prepare(2, 5)
+        send(giver, area, 0, 2, 0, 320)
+        before = taker.kv_bytes
+        area.share(1, 0, [2], 320)
+        each = page_bytes(model.program.units[2].states[0], model.kv_dtype)
+        assert taker.kv_bytes - before == each  # the part of the second page alone
+        send(giver, area, 0, 2, 64, 400)  # sent again, so copied
+        assert taker.kv_bytes - before == 2 * each
+        taker.adopt(prepared, {0: 400, 1: 320}, area)
+        for sequence in (0, 1):
+            first, last = 0, 320
+            there = taker.export_positions(sequence, 2, first, last)
+            assert there == giver.export_positions(sequence, 2, first, last)
+        used = taker.kv_bytes
+        taker.close_sequence(0)
+        taker.close_sequence(1)
+        assert taker.kv_bytes == 0 < used
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"source": 7}, "nothing of sequence 7 has arrived"),
+        ({"sequence": 0}, "nothing of sequence 0 has arrived"),
+        ({"units": []}, "nothing of sequence 0 has arrived"),
+        ({"units": [2, 1]}, "unit 1 has 0 of the 128 positions"),
+        ({"positions": 129}, "unit 2 has 128 of the 129 positions"),
+        ({"positions": 0}, "nothing of sequence 0 has arrived"),
+    ],
+)
+def test_what_has_not_arrived_is_not_shared(model: Model, change: dict[str, object], words: str) -> None:
+    with Stage(model, 0, 3, OPTIONS) as giver, Stage(model, 3, 5, OPTIONS) as taker:
+        giver.open_sequence(0, LIVELY, 400)
+        giver.run([Run(0, 0, PROMPT[:128], Want.NOTHING)])
+        area = taker.incoming()
+        send(giver, area, 0, 2, 0, 128)
+        where: dict[str, object] = {"sequence": 1, "source": 0, "units": [2], "positions": 128}
+        with pytest.raises(ValueError, match=words):
+            area.share(**(where | change))  # type: ignore[arg-type]
+        area.close()
+        assert taker.kv_bytes == 0
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_sequences_that_are_said_to_begin_alike_have_the_same_tokens(model: Model, again: bool) -> None:
+    """Unless one of them has been sent again since."""
+    with Stage(model, 0, 3, OPTIONS) as giver, Stage(model, 3, 5, OPTIONS) as taker:
+        for sequence, tokens in ((0, PROMPT[:128]), (1, [*PROMPT[:100], *PROMPT[:28]])):
+            for stage in (giver, taker):
+                stage.open_sequence(sequence, LIVELY, 400)
+            hidden = giver.run([Run(sequence, 0, tokens, Want.NOTHING)])[0].hidden
+            taker.run([Run(sequence, 0, tokens, Want.NOTHING, hidden)])
+        area, prepared = taker.incoming(), taker.prepare(2, 5)
+        send(giver, area, 0, 2, 0, 128)
+        area.share(1, 0, [2], 128)
+        if again:
+            send(giver, area, 1, 2, 64, 128)
+            taker.adopt(prepared, {0: 128, 1: 128}, area)
+            assert taker.export_positions(1, 2, 0, 128) == giver.export_positions(1, 2, 0, 128)
+        else:
+            with pytest.raises(ValueError, match="sequences 1 and 0 share 128 positions, and their tokens"):
+                taker.adopt(prepared, {0: 128, 1: 128}, area)
+            taker.adopt(prepared, {0: 128, 1: 100}, area)  # alike so far

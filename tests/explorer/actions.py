@@ -26,6 +26,9 @@ def all_of(model: Distributed, state: State) -> Iterator[tuple[Any, bool]]:
     value, n = model.values, model.bound.nodes
     links, env, front = value[state[model.LINKS]], value[state[model.ENV]], value[state[model.FRONT]]
     nodes = [value[state[model.FIXED + i]] for i in range(n)]
+    known = len(value[state[model.CLUSTER]].members)
+    if known < n:
+        yield ("add", known), False
     for i in range(n):
         if value[state[model.reports + i]]:
             yield ("hear", i), False
@@ -34,7 +37,7 @@ def all_of(model: Distributed, state: State) -> Iterator[tuple[Any, bool]]:
     for i in range(n):
         if links[i] == "broken":
             yield ("left", i), False
-        elif links[i] == "down" and nodes[i].up:
+        elif links[i] == "down" and nodes[i].up and i < known:
             yield ("join", i), False
     if front.first is not None and not front.first.connected:
         yield ("dialled",), False

@@ -26,8 +26,11 @@ class Bound:
     `moves` are cuts for all nodes, each of which is proposed once, at any time. `kinds` are the kinds of
     faults, of which `faults` happen. `returns`: whether a crashed node comes back: "may" (progress does not
     need it), "will", or "never". `leaves`: sessions that may be left at any time. `leaving`: nodes whose
-    policy may ask at any time that they be emptied.
-    `kept_rows`: the positions of a session whose rows a stage keeps."""
+    policy may ask at any time that they be emptied. `late`: so many of the last nodes are not known at first,
+    and are added at some time, to a coordinator that stays.
+    `share`: a session begins with what another one holds of its prompt. `penalised`: the tokens of answers
+    depend on earlier ones, of which the last node is told. `kept_rows`: the positions of a
+    session whose rows a stage keeps."""
 
     questions: tuple[tuple[Question, ...], ...]
     plans: dict[tuple[int, ...], Cut]
@@ -39,9 +42,12 @@ class Bound:
     returns: str = "never"
     leaves: frozenset[int] = frozenset()
     leaving: tuple[int, ...] = ()
+    late: int = 0
     window: int = 2
     rows: int = 2
     keep: bool = False
+    share: bool = False
+    penalised: bool = False
     quick: bool = True
     most_epochs: int = 12
     kept_rows: int = 0

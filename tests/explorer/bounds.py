@@ -35,6 +35,8 @@ OTHER = (Question((7, 8), 2),)
 TURNS = (Question((5, 6, 7), 2), Question((5, 9, 10), 2))
 """Two answers of a session that stays open. The second prompt goes back to position 1."""
 
+ALIKE = (Question((5, 6, 9), 1),)
+"""It begins as the first answer of ONE and of TURNS."""
 SHORT = (Question((5,), 1),)
 LONGER = (Question((5,), 2),)
 CRASH, SNAP, LOAD = (frozenset({kind}) for kind in ("crash", "snap", "load"))
@@ -55,8 +57,13 @@ SMALL = {
     "crash and kept rows": Bound((ONE,), PLANS, faults=1, kinds=CRASH, kept_rows=9),
     "crash and some kept rows": Bound((ONE,), PLANS, faults=1, kinds=CRASH, kept_rows=1),
     "step stuck": Bound((ONE,), PLANS, faults=1, kinds=frozenset({"stick"})),
+    "alike": Bound((ONE, ALIKE), PLANS, share=True, reduce=False),
+    "alike and move": Bound((ONE, ALIKE), PLANS, moves=(MOVE,), share=True),
+    "alike, in turns and leave": Bound((TURNS, ALIKE), PLANS, leaves=frozenset({0}), share=True, keep=True),
+    "penalised": Bound((ONE,), PLANS, moves=(MOVE,), penalised=True, reduce=False),
     "leaving": Bound((ONE,), PLANS, leaving=(1,)),
     "leaving, but needed": Bound((ONE,), NEEDED, leaving=(1,)),
+    "added": Bound((ONE,), PLANS, late=1),
 }
 """Explored in a few seconds, by each run of the tests."""
 
@@ -77,14 +84,24 @@ WHOLE = {
     "spare head and crash": Bound((ONE,), HEAD, faults=1, kinds=CRASH, kept_rows=9),
     "turns and crash": Bound((TURNS,), PLANS, faults=1, kinds=CRASH, kept_rows=2, keep=True),
     "two answers and crash": Bound((ONE, OTHER), PLANS, faults=1, kinds=CRASH, kept_rows=1),
+    "alike, in turns and move": Bound((TURNS, ALIKE), PLANS, moves=(MOVE,), share=True, keep=True),
+    "alike and crash": Bound((ONE, ALIKE), PLANS, faults=1, kinds=CRASH, kept_rows=1, share=True),
     "two crashes": Bound((LONGER,), SOLO, faults=2, kinds=CRASH),
     "crash and failed load": Bound((SHORT,), SOLO, faults=2, kinds=CRASH | LOAD),
     "crash and restart": Bound((SHORT,), PLANS, faults=1, kinds=CRASH, returns="may"),
+    "penalised, two answers": Bound((ONE, OTHER), PLANS, penalised=True, reduce=False),
+    "penalised, in turns and move": Bound(
+        (TURNS,), PLANS, moves=(SHIFT,), keep=True, penalised=True, reduce=False
+    ),
+    "penalised and crash": Bound(
+        (ONE,), PLANS, faults=1, kinds=CRASH, kept_rows=1, penalised=True, reduce=False
+    ),
     "reload": Bound((ONE,), PLANS, moves=(MOVE,), faults=1, kinds=CRASH, strategy="reload"),
 }
 """Explored by `make check-protocol`."""
 
 LONG = {
+    "added and crash": Bound((SHORT,), PLANS, late=1, faults=1, kinds=CRASH),
     "two moves and failed load": Bound((SHORT,), PLANS, moves=(MOVE, SHIFT), faults=1, kinds=LOAD),
     "drain and crash": Bound((SHORT,), PLANS, moves=(DRAINED, THREE), faults=1, kinds=CRASH),
     "leaving and crash": Bound((SHORT,), SOLO, leaving=(1,), faults=1, kinds=CRASH),

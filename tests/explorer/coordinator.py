@@ -11,24 +11,27 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import fields, replace
+from dataclasses import astuple, fields, replace
 from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
+from shoal.engine import sharing
 from shoal.engine.batch import Sampling
 from shoal.engine.errors import ShoalError
 from shoal.net import cluster, events
 from shoal.net.chain import Chain
 from shoal.net.epochs import Epochs, _FirstLink
 from shoal.net.errors import NodeLostError
-from shoal.net.generation import Flow, Generation, Part
+from shoal.net.generation import Drawn, Flow, Generation, Part
 from shoal.net.members import NO_PULSE, ClusterState
 from shoal.net.messages import Abort, Close, Epoch, Loaded, Release
 from shoal.net.session import Session
+from shoal.net.telling import Teller
 
 from .search import Violation
-from .stage import COORDINATOR, VOCAB, Effect, Values, answer
+from .stage import COORDINATOR, PENALISED, VOCAB, Effect, Values, answer
 
 CONTEXT = 50
 LOST = NodeLostError("lost")
@@ -54,7 +57,8 @@ class Talk(NamedTuple):
 
 class Line(NamedTuple):
     """A chain as a value. `waits` is the transition for which it waits until nothing is in flight, and
-    `order` has the number and index of each session. `refills`: the member that has kept rows."""
+    `order` has the number and index of each session, and `told` the sessions of which the last member was
+    told something. `keeper`: the member that has kept rows."""
 
     flow: Flow
     stages: tuple[Part, ...]
@@ -65,6 +69,7 @@ class Line(NamedTuple):
     waits: Epoch | None
     kept: tuple[tuple[int, int], ...]
     closes: tuple[Close, ...] | None
+    told: tuple[int, ...]
     order: tuple[tuple[int, int], ...]
 
 
@@ -96,6 +101,9 @@ class _Admission:
 
     def grow(self, session: object, positions: int) -> bool:
         return True
+
+    def parts(self, session: object) -> None:
+        return
 
     def end(self, session: object, *, keep: bool) -> None:
         return
@@ -155,18 +163,22 @@ class Script(NamedTuple):
     window: int
     rows: int
     keep: bool
+    share: bool
+    sampling: Sampling
 
     @classmethod
     def of(cls, questions: Iterable[Iterable[Question]], units: int, *, window: int, rows: int,
-           keep: bool) -> Script:  # fmt: skip
+           keep: bool, share: bool, penalised: bool) -> Script:  # fmt: skip
         """The script of these questions, with the answers that one process gives."""
         asked = tuple(tuple(each) for each in questions)
-        answers = tuple(tuple(answer(q.prompt, q.tokens, units) for q in each) for each in asked)
-        return cls(asked, answers, window, rows, keep)
+        answers = tuple(
+            tuple(answer(q.prompt, q.tokens, units, penalised=penalised) for q in each) for each in asked
+        )
+        return cls(asked, answers, window, rows, keep, share, PENALISED if penalised else Sampling())
 
     def front(self, nodes: int) -> Front:
         """The sessions before any question."""
-        generation = _values(Generation(0, Sampling(), CONTEXT, VOCAB))
+        generation = _values(Generation(0, self.sampling, CONTEXT, VOCAB))
         return Front(tuple(Talk(generation) for _ in self.questions), loaded=(None,) * nodes)
 
     def complete(self, front: Front) -> bool:
@@ -224,6 +236,8 @@ class Desk:
         chain.filler, chain.ended = line.filler, line.ended
         chain.stopped = 0.0 if line.stopped else None
         chain._kept, chain._closes = dict(line.kept), None if line.closes is None else list(line.closes)
+        chain._told = set(line.told)
+        chain.tell = partial(self._epochs._post, chain.last)
         if line.waits is not None:
             waits = self._waits = line.waits
             chain._quiet = lambda sessions: self.happens(events.Quiet(waits, sessions))
@@ -246,7 +260,7 @@ class Desk:
             line = Line(
                 chain.flow, tuple(chain.stages), chain.filler, keeper, chain.stopped is not None, chain.ended,
                 None if chain._quiet is None else self._waits, tuple(sorted(chain._kept.items())),
-                None if chain._closes is None else tuple(chain._closes),
+                None if chain._closes is None else tuple(chain._closes), tuple(sorted(chain._told)),
                 tuple((n, self._sessions.index(s)) for n, s in chain.sessions.items()),  # type: ignore[arg-type]
             )  # fmt: skip
         link = self._epochs._next
@@ -329,8 +343,10 @@ class Desk:
         for index, session in enumerate(self._sessions):
             if session._failed is not None:
                 raise Violation(f"session {index} has failed: {session._failed}")
-            while session._tokens:
-                talk, token = self._talks[index], session._tokens.popleft()
+            while session._found:
+                talk, found = self._talks[index], session._found.popleft()
+                assert isinstance(found, Drawn)
+                token = found.token
                 right = self.script.answers[index][talk.asked - 1]
                 if not talk.over and (talk.given >= len(right) or token != right[talk.given]):
                     raise Violation(
@@ -344,11 +360,23 @@ class Desk:
                     raise Violation(f"the answer of session {index} ends early")
             if chain is None or not chain.open or session._chain is not None or generation.finished:
                 continue
+            source = self._source(chain, generation)
+            if source is not None and source.later:
+                continue
             session._chain = chain
             generation.session, self._number = self._number, self._number + 1
-            opening = generation.start(chain.flow)
+            shared = (None, 0) if source is None else (source.session._generation.session, source.positions)
+            opening = generation.start(chain.flow, *shared)
             chain.join(opening.session, session)
             chain.send([opening, *session.due_steps()])
+
+    def _source(self, chain: Chain, generation: Generation) -> sharing.Source[Session] | None:
+        """The session with which one begins that joins; for a single position, too."""
+        if not self.script.share:
+            return None
+        sessions: list[Any] = list(chain.sessions.values())
+        with patch.object(sharing, "LEAST", 1):
+            return sharing.source_for(generation.skippable, sessions)
 
     # --- commands
 
@@ -385,14 +413,14 @@ class Desk:
                 self._epochs.pause(epoch)
             case events.Fail(error):
                 raise Violation(f"the coordinator has ended: {error}")
-            case events.SendPing() | events.Say() | events.TryAnew() | events.Moved():
+            case events.Dial() | events.SendPing() | events.Say() | events.TryAnew() | events.Moved():
                 pass
             case _:
                 raise AssertionError(command)
 
 
 class _Items(NamedTuple):
-    """A list or deque as a value."""
+    """A list, a deque or what the last node was told, as a value."""
 
     kind: type
     items: tuple[Any, ...]
@@ -401,15 +429,25 @@ class _Items(NamedTuple):
 def _values(generation: Generation) -> tuple[Any, ...]:
     """The values of a Generation."""
     found = (getattr(generation, field.name) for field in fields(generation))
-    return tuple(
-        _Items(type(value), tuple(value)) if isinstance(value, list | deque) else value for value in found
-    )
+    return tuple(map(_value, found))
+
+
+def _value(value: Any) -> Any:
+    if isinstance(value, Teller):
+        return _Items(Teller, astuple(value))
+    return _Items(type(value), tuple(value)) if isinstance(value, list | deque) else value
+
+
+def _object(value: Any) -> Any:
+    if not isinstance(value, _Items):
+        return value
+    return Teller(*value.items) if value.kind is Teller else value.kind(value.items)
 
 
 def _generation(values: tuple[Any, ...]) -> Generation:
     made = object.__new__(Generation)
     for field, value in zip(fields(Generation), values, strict=True):
-        setattr(made, field.name, value.kind(value.items) if isinstance(value, _Items) else value)
+        setattr(made, field.name, _object(value))
     return made
 
 
@@ -419,7 +457,7 @@ _ERRORS: dict[type, ShoalError] = {}
 def timeless(state: ClusterState) -> ClusterState:
     """A state of the coordinator without times, and with one error for each kind of error."""
     members = tuple(
-        replace(m, pulse=NO_PULSE, joined=0.0, lost=None if m.lost is None else _error(m.lost))
+        replace(m, pulse=NO_PULSE, joined=0.0, began=0.0, lost=None if m.lost is None else _error(m.lost))
         for m in state.members
     )
     move, setback = state.transition, state.setback
@@ -429,6 +467,7 @@ def timeless(state: ClusterState) -> ClusterState:
         state,
         members=members,
         since=0.0,
+        moved=0.0,
         waiting=None if state.waiting is None else 0.0,
         failure=None if state.failure is None else _error(state.failure),
         transition=move,

@@ -250,8 +250,8 @@ def doubles_tokens(original: Original) -> Original:
 
     def changed(self: Any, message: Any, **how: Any) -> Any:
         due = original(self, message, **how)
-        if self._tokens and self._chain is not None and self._chain.flow.epoch.counter > 1:
-            self._tokens.append(self._tokens[-1])
+        if self._found and self._chain is not None and self._chain.flow.epoch.counter > 1:
+            self._found.append(self._found[-1])
         return due
 
     return changed
@@ -306,6 +306,17 @@ def fills_too_little(original: Original) -> Original:
     return changed
 
 
+def shares_too_much(original: Original) -> Original:
+    """A session counts on one position more than it shares."""
+
+    def changed(self: Any, flow: Any, source: int | None = None, positions: int = 0) -> Any:
+        opening = original(self, flow, source, positions)
+        self._sent += source is not None
+        return opening
+
+    return changed
+
+
 def waits_for_ever(original: Original) -> Original:
     """After the loss of a node, nothing is planned."""
 
@@ -325,6 +336,18 @@ def moves_for_ever(original: Original) -> Original:
             state, more = transition.begin(state, state.placement, "again", now)
             commands += more
         return state, commands
+
+    return changed
+
+
+def tells_once(original: Original) -> Original:
+    """What the last node of one epoch was told counts for that of the next one."""
+
+    def changed(self: generation.Generation, *where: Any) -> Any:
+        before = self._teller
+        opening = original(self, *where)
+        self._teller = before
+        return opening
 
     return changed
 
@@ -351,6 +374,8 @@ MUTATIONS = (
     Mutation(G, "carry", fills_too_little, "crash", "has only 0"),
     Mutation(G, "_refilling", overtakes_kept_rows, "crash and some kept rows", "has only 0"),
     Mutation(G, "carry", keeps_too_many, "crash and some kept rows", "is asked for 2 rows"),
+    Mutation(G, "carry", tells_once, "penalised", "is told number"),
+    Mutation(G, "start", shares_too_much, "alike", "answers are not complete"),
     Mutation(C, "deliver", takes_old_results, "crash", ""),
     Mutation(C, "leave", closes_at_once, "leave", "changes to epoch 2 and has"),
     Mutation(session.Session, "take", doubles_tokens, "move", "and the answer is"),

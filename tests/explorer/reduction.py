@@ -59,6 +59,8 @@ def calm(model: Distributed, state: State) -> bool:
         return False
     if known.phase not in ("loading", "serving", "moving", "committing"):
         return False
+    if len(known.members) < model.bound.nodes:
+        return False
     if any(known.members[i].alive and not known.members[i].condition.leaving for i in model.bound.leaving):
         return False
     if known.transition is None and (

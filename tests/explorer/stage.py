@@ -2,13 +2,14 @@
 
 The stage is arithmetic, as in tests/net/conftest.py: every unit has a running number for each position that
 depends on all rows before, so a lost, doubled or misplaced row changes the tokens. The numbers are its keys
-and values. The first unit, the embedding, and the last one, the head, have none. The head returns the token,
-which depends on all tokens before, too.
+and values. The first unit, the embedding, and the last one, the head, have none. A stage knows only how many
+tokens a session has, and zeros take their place; the last one is told of those that it penalises.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from shoal.engine.batch import Sampling, Want
@@ -30,7 +31,9 @@ from shoal.net.messages import (
     Refill,
     Release,
     Result,
+    SetSampling,
     Step,
+    Tokens,
 )
 
 from .search import Violation
@@ -41,7 +44,8 @@ Cache = Mapping[int, Mapping[int, Values]]
 """Keys and values: by session, by unit, for each position."""
 Wire = tuple[str, int, int, int]
 """A connection between nodes: its purpose, who dialled it, whom, and the counter of the epoch."""
-COORDINATOR, TOKENS = -1, -1
+COORDINATOR, POSITIONS = -1, -1
+PENALISED = Sampling(repetition_penalty=2.0)
 
 
 def unit(number: int, before: Values, value: int) -> int:
@@ -49,12 +53,12 @@ def unit(number: int, before: Values, value: int) -> int:
     return ((before[-1] if before else 1) * 31 + value * (number + 1) + 7) % PRIME
 
 
-def drawn(value: int, history: Values) -> int:
-    """The token that follows the tokens of a history, whose last row ends as `value`."""
-    return (value + sum(history)) % VOCAB
+def drawn(value: int, penalised: Values = ()) -> int:
+    """The token that follows a row which ends as `value`."""
+    return (value + sum(penalised)) % VOCAB
 
 
-def answer(prompt: Values, count: int, units: int) -> Values:
+def answer(prompt: Values, count: int, units: int, *, penalised: bool = False) -> Values:
     """The tokens that one process gives for a prompt."""
     caches = {number: list[int]() for number in range(1, units - 1)}
     known, got = list(prompt), list[int]()
@@ -64,13 +68,14 @@ def answer(prompt: Values, count: int, units: int) -> Values:
             value = unit(number, tuple(cache[-1:]), value)
             cache.append(value)
         if position >= len(prompt) - 1:
-            got.append(drawn(value, tuple(known)))
+            got.append(drawn(value, tuple(known) if penalised else ()))
             known.append(got[-1])
     return tuple(got)
 
 
 class Stage(NamedTuple):
-    """The units [first, last) of a stage, and its open sessions: their tokens, and keys and values by unit.
+    """The units [first, last) of a stage, and its open sessions: zeros for their tokens, and keys and values
+    by unit.
     `rows` are those that it has sent on in the epoch before, by session, if some units were lost."""
 
     first: int
@@ -98,7 +103,9 @@ class Node(NamedTuple):
     arrived: tuple[tuple[int, int, Values], ...] = ()
     """Pages of a transition: session, unit, values."""
     histories: tuple[tuple[int, Values], ...] = ()
-    """Tokens of sessions that are carried to a node without a stage."""
+    """Zeros for the tokens of sessions that are carried to a node without a stage."""
+    told: tuple[tuple[int, int, int, Values], ...] = ()
+    """What the last stage was told: session, counter of the epoch, number of the last thing, tokens."""
     sent: tuple[tuple[int, int, int, int], ...] = ()
     """What was sent to a taker: its incarnation, session, unit, positions."""
     tasks: frozenset[Any] = frozenset()
@@ -131,7 +138,34 @@ class Nodes:
                 return self._decide(me, it, message)
             case Refill():
                 return self._refill(me, it, message)
+            case SetSampling() | Tokens() | Close():
+                return self._hear(me, it, message), ()
         raise Violation(f"a node gets {message}")
+
+    def _hear(self, me: int, it: Node, message: Any) -> Node:
+        """What the last stage is told of a session."""
+        force, counter = it.state.force, message.epoch.counter
+        if force is None or force.assign.epoch != message.epoch:
+            return it
+        if force.assign.next is not None or force.phase == "loading":
+            raise Violation(f"node {me} is told of session {message.session}, and draws no token of it")
+        told = {session: more for session, *more in it.told if more[0] == counter}
+        _, number, tokens = told.pop(message.session, (counter, 0, ()))
+        if not isinstance(message, Close):
+            if message.number != number + 1:
+                raise Violation(f"node {me} is told number {message.number} after {number}")
+            if isinstance(message, Tokens):
+                if message.first > len(tokens):
+                    raise Violation(f"node {me} is told tokens from {message.first} on after {len(tokens)}")
+                tokens = _joined(tokens, message.first, message.tokens, whole=False)
+            told[message.session] = [counter, message.number, tokens]
+        return it._replace(told=tuple(sorted((session, *more) for session, more in told.items())))
+
+    def _told(self, it: Node, message: Any) -> Values | None:
+        """The tokens that a Step penalises; None: the stage has not been told enough."""
+        told = {(session, counter): (number, tokens) for session, counter, number, tokens in it.told}
+        number, tokens = told.get((message.session, message.epoch.counter), (0, ()))
+        return tokens[: message.first + message.rows] if number >= message.told else None
 
     def finish(self, me: int, it: Node, task: Any, fault: Broken | None = None) -> Outcome:
         """A command has been carried out, or has failed."""
@@ -161,6 +195,8 @@ class Nodes:
             return not state.awaits(message.epoch)
         for part in (state.force, state.change):
             if part is not None and part.assign.epoch == message.epoch:
+                if isinstance(message, Step) and part.phase == "serving" and part.assign.next is None:
+                    return self._told(it, message) is not None
                 return part is state.force and part.phase != "loading"
         return True
 
@@ -180,14 +216,14 @@ class Nodes:
                     )
                 before[session, number] = held[:first] + values
                 return it._replace(arrived=tuple(sorted((s, u, v) for (s, u), v in before.items()))), ()
-            case Carried(session, epoch, _, _, first, tokens):
+            case Carried(session, epoch, _, first):
                 if it.state.taken(epoch, giver) is None:
                     return it, ()
                 histories = dict(it.histories)
                 held = histories.get(session, ())
                 if len(held) < first:
-                    raise Violation(f"tokens of session {session} from {first}, after {len(held)}")
-                histories[session] = held[:first] + tokens
+                    raise Violation(f"positions of session {session} from {first}, after {len(held)}")
+                histories[session] = held[:first] + values
                 return it._replace(histories=tuple(sorted(histories.items()))), ()
             case Complete(epoch):
                 return self._decide(me, it, node.Completed(epoch, giver))
@@ -278,17 +314,17 @@ class Nodes:
         gifts, layers = tuple(gifts), self.layers(it.stage)
         units = [number for gift in gifts for number in range(gift.first, gift.last) if number in layers]
         history = any(gift.history for gift in gifts)
-        for session, (tokens, *caches) in it.stage.cache:
-            end = len(tokens) if positions is None else positions.get(session, 0)
-            for number in [TOKENS] * history + units:
-                values = tokens if number == TOKENS else caches[layers.index(number)]
+        for session, (zeros, *caches) in it.stage.cache:
+            end = len(zeros) if positions is None else positions.get(session, 0)
+            for number in [POSITIONS] * history + units:
+                values = zeros if number == POSITIONS else caches[layers.index(number)]
                 first, values = sent.get((taker, session, number), 0), values[:end]
                 if first >= len(values):
                     continue
                 sent[taker, session, number] = len(values)
                 message: Any = Pages(session, epoch, number, first, len(values), b"")
-                if number == TOKENS:
-                    message = Carried(session, epoch, Sampling(), 50, first, values[first:])
+                if number == POSITIONS:
+                    message = Carried(session, epoch, 50, first, len(values), ())
                 effects.append(("send", wire, message, values[first:]))
         return it._replace(sent=tuple(sorted((t, s, u, n) for (t, s, u), n in sent.items()))), tuple(effects)
 
@@ -299,7 +335,7 @@ class Nodes:
         lost = range(commit.lost_first, commit.lost_last)
         for session, positions in ((kept.session, kept.positions) for kept in commit.sessions):
             held = None if old is None else old.sessions().get(session)
-            tokens = dict(it.histories).get(session) if held is None else held[0]
+            zeros = dict(it.histories).get(session) if held is None else held[0]
             has = {number: arrived.get((session, number), ()) for number in self.layers(assign)}
             if held is not None:
                 has.update({number: held[1 + before.index(number)] for number in before if number in has})
@@ -311,11 +347,11 @@ class Nodes:
                         f"a stage changes to epoch {assign.epoch.counter} and has {len(values)} of "
                         f"{positions} positions of session {session} in unit {number}"
                     )
-            if tokens is None:
+            if zeros is None:
                 continue  # its Open is yet to come
-            if len(tokens) < positions:
-                raise Violation(f"a stage knows {len(tokens)} of {positions} tokens of session {session}")
-            sessions[session] = tuple(values[:positions] for values in (tokens, *has.values()))
+            if len(zeros) < positions:
+                raise Violation(f"a stage knows {len(zeros)} of {positions} positions of session {session}")
+            sessions[session] = tuple(values[:positions] for values in (zeros, *has.values()))
             if held is not None and lost and old is not None:
                 sent = held[0] if old.last - 1 not in before else held[1 + before.index(old.last - 1)]
                 rows[session] = sent[: min(positions, self.rows)]
@@ -336,8 +372,16 @@ class Nodes:
             if isinstance(message, Close):
                 sessions.pop(message.session, None)
             else:
-                empty: tuple[Values, ...] = ((),) * (1 + len(self.layers(stage)))
-                sessions.setdefault(message.session, empty)
+                begins: tuple[Values, ...] = ((),) * (1 + len(self.layers(stage)))
+                if message.source is not None:
+                    source, n = sessions.get(message.source, begins), message.positions
+                    if min(map(len, source)) < n:
+                        raise Violation(
+                            f"node {me} does not hold {n} positions of session {message.source}, with which "
+                            f"session {message.session} begins"
+                        )
+                    begins = tuple(values[:n] for values in source)
+                sessions.setdefault(message.session, begins)
             sent = () if onward is None else (("send", onward, message, ()),)
             return it._replace(stage=stage.holding(sessions)), sent
         held = sessions.get(message.session)
@@ -345,11 +389,11 @@ class Nodes:
             raise Violation(f"rows of session {message.session}, which is not open at node {me}")
         enter, until = message.part or (0, self.units)
         if len(held[0]) < message.first:
-            raise Violation(f"node {me} knows only {len(held[0])} tokens of session {message.session}")
+            raise Violation(f"node {me} knows only {len(held[0])} positions of session {message.session}")
         row = message.tokens if stage.first == 0 and enter == 0 else values
         numbers = {number: at for at, number in enumerate(self.layers(stage), 1) if enter <= number < until}
         caches = list(held)
-        caches[0] = _joined(held[0], message.first, message.tokens, whole=message.part is None)
+        caches[0] = _joined(held[0], message.first, (0,) * message.rows, whole=message.part is None)
         for number, at in numbers.items():
             if len(held[at]) < message.first:
                 raise Violation(
@@ -366,24 +410,25 @@ class Nodes:
             (t, s, u, min(n, message.first) if s == message.session else n) for t, s, u, n in it.sent
         )  # what is run again is sent again
         it = it._replace(stage=stage.holding(sessions), sent=sent)
-        count = len(message.tokens)
+        count = message.rows
         if stage.last == self.units or until <= stage.last:
-            token = drawn(row[-1], caches[0]) if message.want is Want.TOKEN else None
+            token = drawn(row[-1], self._told(it, message) or ()) if message.want is Want.TOKEN else None
             return it, (("up", Result(message.session, message.epoch, message.first, count, token)),)
         assert onward is not None
-        return it, (("send", onward, message, row),)
+        return it, (("send", onward, replace(message, tokens=(0,) * count), row),)
 
     def _refill(self, me: int, it: Node, refill: Refill) -> Outcome:
         stage, first, last = it.stage, refill.first, refill.last
         if stage is None or refill.session not in stage.sessions():
             return it, ()
-        tokens, rows = stage.sessions()[refill.session][0], dict(stage.rows)[refill.session]
+        rows = dict(stage.rows)[refill.session]
         if last > len(rows):
             raise Violation(
                 f"node {me} is asked for {last} rows of session {refill.session}, and has {len(rows)}"
             )
         part = refill.enter, refill.until
-        step = Step(refill.session, refill.epoch, first, tokens[first:last], Want.NOTHING, part=part)
+        zeros = (0,) * (last - first)
+        step = Step(refill.session, refill.epoch, first, zeros, Want.NOTHING, part=part)
         return self._rows(me, it, step, rows[first:last])
 
 

@@ -20,7 +20,9 @@ from shoal.net.messages import (
     Refill,
     Release,
     Result,
+    SetSampling,
     Step,
+    Tokens,
 )
 
 from .search import State
@@ -51,7 +53,7 @@ def told(message: Any) -> str:
             return f"Commit {message.epoch.counter} ({kept}){lost}"
         case Step():
             part = "" if message.part is None else f" part {message.part}"
-            last = message.first + len(message.tokens)
+            last = message.first + message.rows
             return (
                 f"Step {message.epoch.counter} session {message.session} rows [{message.first}, {last}){part}"
             )
@@ -60,7 +62,13 @@ def told(message: Any) -> str:
             token = "" if message.token is None else f" token {message.token}"
             rows = f"rows [{message.first}, {last}){token}"
             return f"Result {message.epoch.counter} session {message.session} {rows}"
-        case Open() | Close() | Carried():
+        case Open(source=int()):
+            begins = f"begins with {message.positions} of {message.source}"
+            return f"Open {message.epoch.counter} session {message.session} {begins}"
+        case Tokens():
+            last = message.first + len(message.tokens)
+            return f"Tokens {message.epoch.counter} session {message.session} [{message.first}, {last})"
+        case Open() | Close() | Carried() | SetSampling():
             return f"{what} {message.epoch.counter} session {message.session}"
         case Refill():
             units = f"units [{message.enter}, {message.until})"
@@ -109,6 +117,8 @@ def describe(model: Distributed, state: State, action: Any) -> str:
             return f"node {i} notices that its {purpose} connection {counter} to node {target} {end}"
         case ("left", i):
             return f"coordinator notices that the connection to node {i} has ended"
+        case ("add", i):
+            return f"node {i} is added"
         case ("join", i):
             return f"node {i} joins"
         case ("broken", i, epoch, again):

@@ -14,6 +14,7 @@ from typing import Any
 from shoal.engine.errors import ModelFileError, NoPlanError, ShoalError
 from shoal.net import cluster, events
 from shoal.net import stage_state as node_state
+from shoal.net.liveness import Timing
 from shoal.net.members import ClusterState, Member
 from shoal.net.messages import (
     Broken,
@@ -50,7 +51,13 @@ class Distributed:
         n = bound.nodes
         self.reports, self.orders, self.results = FIXED + n, FIXED + 2 * n, FIXED + 3 * n
         self.script = Script.of(
-            bound.questions, bound.units, window=bound.window, rows=bound.rows, keep=bound.keep
+            bound.questions,
+            bound.units,
+            window=bound.window,
+            rows=bound.rows,
+            keep=bound.keep,
+            share=bound.share,
+            penalised=bound.penalised,
         )
         self.nodes = Nodes(bound.units, self._index, bound.kept_rows)
         self._ids: dict[Any, int] = {}
@@ -82,13 +89,14 @@ class Distributed:
     def initial(self) -> State:
         """All nodes serve the first plan, and no question was asked."""
         n = self.bound.nodes
-        members = tuple(Member("host", 7001 + i) for i in range(n))
+        members = tuple(Member("host", 7001 + i) for i in range(n - self.bound.late))
         state = ClusterState(
             members,
             self.bound.units,
             Epoch(NUMBER, 0),
-            events.Timing(1.0, 10.0, 10.0),
+            Timing(1.0, 10.0, 10.0),
             moves=self.bound.strategy,
+            open_ended=self.bound.late > 0,
         )
         up = [Node(True, 100 + i, 0) for i in range(n)]
         world = [
@@ -97,7 +105,11 @@ class Distributed:
         ]  # fmt: skip
         current: State = tuple(world)
         while True:
-            edges = (edge for edge in self._edges(current) if not edge.fault and edge.action[0] != "ask")
+            edges = (
+                edge
+                for edge in self._edges(current)
+                if not edge.fault and edge.action[0] not in ("ask", "add")
+            )
             edge = next(edges, None)
             if edge is None:
                 break
@@ -259,6 +271,9 @@ class Distributed:
         if self.value(new[CLUSTER]).phase == "failed":
             raise Violation("the coordinator has failed")
 
+    def _do_add(self, new: list[int], i: int) -> None:
+        self._coordinate(new, events.Found("host", 7001 + i))
+
     def _do_dialled(self, new: list[int]) -> None:
         front: Front = self.value(new[FRONT])
         state: ClusterState = self.value(new[CLUSTER])
@@ -285,7 +300,7 @@ class Distributed:
         number, members = request
         cut = self.bound.plans.get(members)
         answer = NoPlanError("too few") if cut is None else placement(cut)
-        self._coordinate(new, events.Planned(number, answer))
+        self._coordinate(new, ("planned", events.Planned(number, answer)))
 
     def _do_measured(self, new: list[int]) -> None:
         new[ENV] = self._id(self.value(new[ENV])._replace(measuring=False))
@@ -587,6 +602,8 @@ class Distributed:
                     desk.leave(index)
                 case ("tick", now):
                     desk.happens(events.Tick(), now)
+                case ("planned", answer):  # its nodes have been there for long enough
+                    desk.happens(answer, actions.SETTLED)
                 case ("broken", member, epoch, again, incarnation):
                     desk.broken(member, epoch, again, incarnation)
                 case ("reached",):

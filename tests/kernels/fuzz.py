@@ -50,6 +50,7 @@ VALUES = (
 )
 FLOATS = (0.0, -1.0, 1.0, 1e30, -1e30, float("nan"), float("inf"), 1e-45)
 MOST_BYTES = 1 << 26
+MOST_REPORTED = 5
 
 
 def value(rng: np.random.Generator, old: int) -> int:
@@ -115,6 +116,9 @@ def run(rng: np.random.Generator, executor: Any, p: Any, program: harness.Progra
         sequences = sequences[1:2]  # whose attention threads share
     for s in sequences:
         s.sampling = {"temperature": 1.0, "repetition_penalty": 1.5, "top_k": 3}
+        s.sample, s.reported = [(1, 0), (1, 3), (s.wanted, 2), (0, MOST_REPORTED)][rng.integers(4)]
+        if s.sample == 0:
+            s.given = np.resize([0, 3, 132], 600)
     program.states = [
         harness.State(s.kv_heads, s.head_dim, "F16" if s.type == ENUM["F16"] else "F32")
         for s in p.states[0 : p.n_states]
@@ -153,7 +157,10 @@ def run(rng: np.random.Generator, executor: Any, p: Any, program: harness.Progra
     batch.tokens = harness.pointer(keep, "int32_t[]", np.resize(tokens, total))
     batch.inputs = harness.pointers(keep, arrays[: p.n_inputs])
     batch.outputs = harness.pointers(keep, arrays[p.n_inputs :])
-    batch.drawn = harness.pointer(keep, "int32_t[]", np.zeros(3, np.int32))
+    batch.drawn = harness.pointer(keep, "int32_t[]", np.zeros(total, np.int32))
+    batch.most_reported = MOST_REPORTED
+    batch.reports = harness.pointer(keep, "int32_t[]", np.zeros(total * MOST_REPORTED, np.int32))
+    batch.logprobs = harness.pointer(keep, "float[]", np.zeros(total * MOST_REPORTED, np.float32))
     error = ffi.new("char[]", 256)
     status = library().shoal_run(executor, batch, error, 256)
     assert status == 0 or ffi.string(error), "a status without a message"

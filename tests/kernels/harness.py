@@ -10,7 +10,7 @@ import atexit
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -114,6 +114,7 @@ class Rows:
     history: Any = None
     sampling: dict[str, Any] = field(default_factory=dict)
     reported: int = 0
+    given: Sequence[int] | None = None
 
 
 @dataclass
@@ -200,9 +201,13 @@ class Executor:
         return int(library().shoal_workspace_bytes(self._handle))
 
     def run(
-        self, sequences: Sequence[Rows], inputs: Sequence[Any] = (), tokens: Any = None, want: bool = True
+        self,
+        sequences: Sequence[Rows],
+        inputs: Sequence[Any] = (),
+        tokens: Any = None,
+        want: bool | Collection[int] = True,
     ) -> Outcome:
-        """One batch; inputs `[rows, cols]` each. want = False: no outputs are asked for."""
+        """One batch; inputs `[rows, cols]` each. `want`: whether outputs are asked for, or which."""
         p, keep = self.program, []
         rows, wanted = sum(s.rows for s in sequences), sum(s.wanted for s in sequences)
         batch = ffi.new("shoal_batch *")
@@ -219,11 +224,14 @@ class Executor:
         ]
         keep.append(ffi.new("float *[]", len(outputs) or 1))
         batch.outputs = pointers(keep, outputs) if want else keep[-1]
-        drawn = np.full(len(sequences), -7, np.int32)
+        for i in range(len(outputs)):
+            if not isinstance(want, bool) and i not in want:
+                batch.outputs[i] = ffi.NULL
+        drawn = np.full(wanted, -7, np.int32)
         batch.drawn = pointer(keep, "int32_t[]", drawn)
         most = batch.most_reported = max(s.reported for s in sequences)
-        reports = np.full((len(sequences), most), -7, np.int32)
-        logprobs = np.zeros((len(sequences), most), np.float32)
+        reports = np.full((wanted, most), -7, np.int32)
+        logprobs = np.zeros((wanted, most), np.float32)
         batch.reports, batch.logprobs = (
             pointer(keep, "int32_t[]", reports),
             pointer(keep, "float[]", logprobs),
@@ -282,6 +290,8 @@ def describe(p: Program, sequences: Sequence[Rows], keep: list[Any]) -> Any:
             row.history = pointer(keep, "int32_t[]", s.history)
         row.sampling = {"top_p": 1.0, "repetition_penalty": 1.0, **_tables(s.sampling, keep)}
         row.reported = s.reported
+        if s.given is not None:
+            row.given = pointer(keep, "int32_t[]", np.asarray(s.given, np.int32))
     return rows
 
 

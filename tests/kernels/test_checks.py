@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from tests.patience import LIMIT
 
 from .harness import (
     ROOT,
@@ -245,7 +246,7 @@ SEQUENCES = {
     "positions overflow": ({"first": BIG - 1}, "position"),
     "too many rows": ({"rows": 70, "wanted": 1, "history": ffi.NULL}, "more than 64 rows"),
     "wanted": ({"wanted": 2}, "wanted 2"),
-    "draws from nothing": ({"wanted": 0}, "wants no logits"),
+    "draws from nothing": ({"wanted": 0}, "logits of 0 rows"),
     "sample": ({"sample": 2}, "draws"),
     "pages NULL": ({"pages": ffi.NULL}, "table of pages"),
     "pages too few": ({"first": PAGE}, "table of pages"),
@@ -273,7 +274,7 @@ def batch_of(p, n=1, tokens=(1, 2, 3)):
     batch.sequences, batch.n_sequences = describe(p, rows, keep), n
     batch.tokens = pointer(keep, "int32_t[]", np.array(tokens * n, np.int32))
     batch.outputs = pointers(keep, [np.zeros((3 * n, VOCAB), np.float32)])
-    batch.drawn = pointer(keep, "int32_t[]", np.zeros(n, np.int32))
+    batch.drawn = pointer(keep, "int32_t[]", np.zeros(3 * n, np.int32))
     return batch, keep
 
 
@@ -348,6 +349,23 @@ def test_hostile_numbers_of_log_probabilities_are_refused(opened, reported, most
         executor.run_raw(batch)
 
 
+@pytest.mark.parametrize(
+    ("given", "reported", "sample", "words"),
+    [
+        ([0, 1, VOCAB], 1, 0, f"the given token {VOCAB}"),
+        ([0, -1, 2], 1, 0, "the given token -1"),
+        ([0, 1, 2], 0, 0, "none to report"),
+        ([0, 1, 2], 1, 1, "or drawn ones"),
+        ([0, 1, 2], 1, 3, "or drawn ones"),
+    ],
+)
+def test_hostile_given_tokens_are_refused(opened, given, reported, sample, words):
+    _p, executor = opened
+    rows = Rows(3, 0, 3, sample, reported=reported, given=given)
+    with pytest.raises(Refused, match=words):
+        executor.run([rows], tokens=[1, 2, 3])
+
+
 @pytest.mark.parametrize("token", [-1, VOCAB, BIG, -BIG])
 def test_tokens_that_are_not_in_the_vocabulary(opened, token):
     p, executor = opened
@@ -414,7 +432,7 @@ def test_a_missing_page_and_a_missing_input(opened):
 @pytest.mark.slow
 def test_programs_changed_at_random_never_crash():
     command = [sys.executable, "-m", "tests.kernels.fuzz", "0", "1500", str(library_path())]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     outcomes = ast.literal_eval(done.stdout)
     assert outcomes["open E_PROGRAM"] > 500

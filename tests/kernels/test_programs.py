@@ -220,3 +220,28 @@ def test_flush_to_zero_set_by_the_caller_changes_nothing(tmp_path):
         for threads in (1, 2, 3):
             for flush in (0, 1):
                 assert lines(isa, threads, flush) == expected, (isa, threads, flush)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("isa", isas())
+def test_outputs_that_are_not_asked_for_change_no_others(isa, threads):
+    """The first is written for nothing else, so its op is left out; the second is read on the way to the
+    third, and the fourth is changed after it was written: their ops have to run."""
+    rng = np.random.default_rng(4)
+    p, cols = Program(max_rows=40), 70
+    x, norm = p.input(cols), p.weight(f32(rng.uniform(0.5, 1.5, cols)))
+    p.op("NORM", p.output(p.buffer(cols)), x, norm, epsilon=1e-5)
+    read = p.op("NORM", p.output(p.buffer(cols)), x, norm, epsilon=1e-3)
+    matrix = p.weight(f32(floats(rng, 50, cols)))
+    p.op("MATMUL", p.output(p.buffer(50)), read, matrix)
+    changed = p.op("NORM", p.output(p.buffer(cols)), x, norm, epsilon=1e-2)
+    head_norm = p.weight(f32(rng.uniform(0.5, 1.5, 10)))
+    p.op("HEAD_NORM", changed, -1, head_norm, column=10, heads=3, head_dim=10, epsilon=1e-6)
+    executor, data = p.open(isa, threads), floats(rng, 40, cols)
+    whole = executor.run([Rows(40)], [data]).outputs
+    assert len({output.tobytes() for output in whole}) == 4
+    for asked in ([0], [1], [2], [3], [0, 2], [1, 3], [2, 3], []):
+        executor.run([Rows(40)], [floats(rng, 40, cols)])  # what the workspace held before is of no use
+        found = executor.run([Rows(40)], [data], want=asked).outputs
+        for i, output in enumerate(found):
+            same(output, whole[i] if i in asked else np.full_like(output, np.nan))

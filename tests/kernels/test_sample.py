@@ -201,7 +201,9 @@ def test_only_sequences_that_ask_get_a_token():
     batch = [Rows(1, 0, 1, 0), Rows(2, 0, 2, 1), Rows(1, 0, 0, 0), Rows(3, 0, 1, 1)]
     logits = np.zeros((7, 20), np.float32)
     logits[np.arange(7), np.arange(7)] = 5
-    assert executor.run(batch, [logits]).drawn.tolist() == [-1, 2, -1, 6]
+    assert executor.run(batch, [logits]).drawn.tolist() == [-1, -1, 2, 6]
+    batch = [Rows(2, 0, 2, 2), Rows(3, 0, 3, 1), Rows(2, 0, 2, 0, reported=1, given=[3, 9])]
+    assert executor.run(batch, [logits]).drawn.tolist() == [0, 1, -1, -1, 4, 3, 9]
 
 
 @pytest.mark.parametrize("temperature", [1e-38, 1e-45, 3e38])
@@ -225,6 +227,9 @@ def test_logits_that_are_not_finite_draw_nothing():
         executor = p.open(isa, 2)
         with pytest.raises(Refused, match="logits of sequence 1"):
             executor.run([Rows(1, 0, 1, 0), Rows(2, 0, 1, 1)], [floats(np.random.default_rng(0), 3, 32)])
+        scored = Rows(2, 0, 2, 0, reported=1, given=[3, 4])
+        with pytest.raises(Refused, match="logits of sequence 1"):
+            executor.run([Rows(1, 0, 1, 0), scored], [floats(np.random.default_rng(0), 3, 32)])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 3e38])
@@ -262,3 +267,59 @@ def test_log_probabilities(vocab):
             likeliest = np.argsort(-seen[i], kind="stable")[: n - 1]
             assert reports[i, :n].tolist() == [drawn[i], *likeliest.tolist()]
             np.testing.assert_allclose(logprobs[i, :n], expected[i, reports[i, :n]], atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_every_row_of_a_run_draws_as_if_it_were_alone(rows):
+    vocab, rng = 300, np.random.default_rng(rows)
+    logits = floats(rng, rows + 3, vocab) * 6
+    history = rng.integers(0, vocab, 60).astype(np.int32)
+    sampling = {"temperature": 1.5, "seed": 7, "repetition_penalty": 1.3, "frequency_penalty": 0.4}
+
+    def many(executor):
+        batch = [
+            Rows(1, 9, 1, 1, history=history, sampling=sampling),
+            Rows(rows, 12, rows, rows, history=history, sampling=sampling, reported=3),
+            Rows(2, 0, 1, 0),
+        ]
+        outcome = executor.run(batch, [logits])
+        return outcome.drawn, outcome.reports[1:-1], outcome.logprobs[1:-1]
+
+    def alone(executor):
+        found = []
+        for row in range(rows):
+            one = Rows(1, 12 + row, 1, 1, history=history[: 13 + row], sampling=sampling, reported=3)
+            outcome = executor.run([one], [logits[1 + row : 2 + row]])
+            found.append((outcome.drawn[0], outcome.reports[0], outcome.logprobs[0]))
+        return tuple(map(np.array, zip(*found, strict=True)))
+
+    program = sampler(vocab)
+    drawn, reports, logprobs = everywhere(program, many)
+    tokens, *expected = everywhere(program, alone)
+    assert drawn.tolist()[1:-1] == tokens.tolist()
+    assert drawn[-1] == -1
+    np.testing.assert_array_equal(reports, expected[0])
+    np.testing.assert_array_equal(logprobs, expected[1])
+
+
+@pytest.mark.parametrize("vocab", [7, 4096])
+def test_given_tokens_are_scored(vocab):
+    rng = np.random.default_rng(vocab)
+    logits = floats(rng, 20, vocab) * 6
+    given = rng.integers(0, vocab, 17)
+
+    def work(executor):
+        batch = [Rows(17, 4, 17, 0, reported=3, given=given), Rows(3, 0, 3, 0, reported=1, given=given[:3])]
+        outcome = executor.run(batch, [logits])
+        return outcome.drawn, outcome.reports, outcome.logprobs, outcome.outputs[0]
+
+    drawn, reports, logprobs, seen = everywhere(sampler(vocab), work)
+    expected = seen.astype(np.float64) - seen.max(axis=1, keepdims=True)
+    expected -= np.log(np.exp(expected).sum(axis=1, keepdims=True))
+    tokens = [*given.tolist(), *given[:3].tolist()]
+    assert drawn.tolist() == reports[:, 0].tolist() == tokens
+    np.testing.assert_allclose(logprobs[:, 0], expected[np.arange(20), tokens], atol=2e-6, rtol=2e-6)
+    for row in range(17):
+        likeliest = np.argsort(-seen[row], kind="stable")[:2].tolist()
+        assert reports[row, 1:].tolist() == likeliest
+        np.testing.assert_allclose(logprobs[row, 1:], expected[row, likeliest], atol=2e-6, rtol=2e-6)

@@ -10,14 +10,19 @@ import pytest
 from bench.balance import __main__ as balance
 from bench.balance import audit, figures
 from bench.balance.changes import shifted
-from bench.balance.play import Trace
+from bench.balance.company import company
+from bench.balance.play import Cast, Trace
 from bench.lab.air import _Purpose
 from bench.lab.hello import frame_bytes, said
-from tests.models import smollm2_dir
+from tests.models import smollm2_dir, tiny_chat_checkpoint
 
+from shoal import house
+from shoal.engine.convert import convert
+from shoal.engine.model_directory import Model
 from shoal.net.identity import Identity
 from shoal.net.wire import WireProtocol
 from shoal.planner import Assignment
+from shoal.processes import NodeSpec
 
 EVEN = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
 HOLE = [0.5, 1.5, 4.5, 5.5]
@@ -147,6 +152,19 @@ def test_a_move_in_the_lab_sends_the_keys_and_values_of_its_layer_and_changes_no
     assert capsys.readouterr().out.endswith("every answer is that of one process\n")
     samples = {sample["figure"]: sample["value"] for sample in json.loads(found.read_text())["samples"]}
     assert 1.0 <= samples["a layer moves, 2 streams: bytes sent, of the keys and values of the layers"] < 1.05
+
+
+@pytest.mark.slow
+def test_the_house_of_who_runs_it_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    (tmp_path / "config" / "shoal").mkdir(parents=True)
+    (tmp_path / "config" / "shoal" / house.HOUSE).touch(0o600)  # damaged: whoever uses it fails
+    convert(tiny_chat_checkpoint(tmp_path / "checkpoint"), tmp_path / "tiny")
+    specs = [NodeSpec("n1", 300, options=("--measure-seconds", "0.01"))]
+    with company(tmp_path / "tiny", specs, tmp_path) as nodes:
+        nodes.members[0].start()
+        cast = Cast(Model.open(tmp_path / "tiny"), [nodes.members[0].address], 64)
+        assert [stage.device for stage in cast.chain(1)] == ["n1"]
 
 
 def test_an_unknown_mode_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from bench.lab import ground
 from tests.models import smollm2_gguf
+from tests.patience import LIMIT
 
 from shoal.engine.model_directory import Model
 
@@ -98,14 +99,14 @@ def test_a_node_offers_what_its_container_has_and_answers(limited: Limited, smol
 
 def test_a_promise_beyond_the_container_is_refused(limited: Limited, smollm2: Model) -> None:
     node = limited(400, None)(*SHOAL, "node", str(smollm2.path), "--listen", "127.0.0.1:0", "--ram", "500")
-    _, err = node.communicate(timeout=60)
+    _, err = node.communicate(timeout=LIMIT)
     assert node.returncode == 1
     assert "--ram 500 is more than the 419 MB that this container may use" in err
 
 
 def test_a_run_maps_what_its_container_cannot_hold(limited: Limited, smollm2: Model) -> None:
     run = limited(120, None)(*SHOAL, "run", str(smollm2.path), *ASKED)
-    out, err = run.communicate(timeout=120)
+    out, err = run.communicate(timeout=LIMIT)
     assert run.returncode == 0, err
     assert out == answer(smollm2)
 
@@ -127,7 +128,7 @@ def test_one_thread_computes_where_a_quota_keeps_no_second_running(
 ) -> None:
     start = limited(None, quota)
     run = start(*SHOAL, "run", str(smollm2.path), *ASKED, "--stats")
-    _, err = run.communicate(timeout=120)
+    _, err = run.communicate(timeout=LIMIT)
     assert f", 1 thread (by the CPU quota of {quota / 100000:g})]" in err
 
 
@@ -141,4 +142,4 @@ a = numpy.ones((1000, 1000))
 a @ a
 print(len(list(Path("/proc/self/task").iterdir())))"""
     within = f"from shoal.engine.host import limit_libraries; limit_libraries(){program}"
-    assert limited(None, 100000)(sys.executable, "-c", within).communicate(timeout=60)[0] == "1\n"
+    assert limited(None, 100000)(sys.executable, "-c", within).communicate(timeout=LIMIT)[0] == "1\n"

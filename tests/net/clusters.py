@@ -3,7 +3,7 @@ tests of net/cluster.py and net/transition.py."""
 
 from dataclasses import replace
 
-from shoal.engine.errors import ModelFileError
+from shoal.engine.errors import NoPlanError
 from shoal.net.cluster import decide
 from shoal.net.errors import NodeLostError
 from shoal.net.events import (
@@ -18,8 +18,8 @@ from shoal.net.events import (
     SendAssign,
     StageLoaded,
     StagePrepared,
-    Timing,
 )
+from shoal.net.liveness import Timing
 from shoal.net.members import ClusterState, Member
 from shoal.net.messages import Assign, Epoch, Hello, Kept, Offer, Peer
 from shoal.net.placement import Placement
@@ -67,7 +67,7 @@ TO_SERVE = (*TO_LOAD, *(StageLoaded(i, epoch(1)) for i in (2, 0, 1)))
 # --- transitions
 
 A, B, C = (Peer(name, "host", 7001 + i, 100 + i, 700 + 7 * i) for i, name in enumerate(NAMES))
-SHORT = ModelFileError("12 MB are missing")
+SHORT = NoPlanError("12 MB are missing")
 KEPT = (Kept(5, 12), Kept(9, 0))
 
 

@@ -5,13 +5,13 @@ position, change the tokens."""
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from shoal.engine.arrays import F32
-from shoal.engine.batch import Result, Run, Sampling, Want
+from shoal.engine.batch import Logprobs, Result, Run, Sampling, Want
 from shoal.engine.errors import ContextError
 
 UNITS, VOCAB, CONTEXT, COLS, PRIME = 6, 97, 64, 2, 65521
@@ -27,10 +27,18 @@ class FakeSequence:
     sampling: Sampling
     context: int
     length: int = 0
+    tokens: list[int] = field(default_factory=list)
     states: dict[int, list[int]] = field(default_factory=dict)
+    pages: dict[int, list[object]] = field(default_factory=dict)
+    """The pages of each unit: objects, which forks share until one of them writes."""
 
     def held(self, unit: int) -> int:
         return len(self.states.get(unit, ()))
+
+
+def shared(pages: Sequence[object], positions: int) -> list[object]:
+    """The pages of a fork: whole ones are shared."""
+    return [*pages[: positions // PAGE], *(object() for _ in range(1 if positions % PAGE else 0))]
 
 
 class FakeIncoming:
@@ -61,6 +69,21 @@ class FakeIncoming:
             raise ValueError(f"positions [{first}, {last}) do not follow the {len(state)} of unit {unit}")
         del state[first:]
         state += struct.unpack(f"<{last - first}I", data)
+        pages = arrived.pages.setdefault(unit, [])
+        del pages[first // PAGE :]
+        pages += [object() for _ in range(len(pages), -(-last // PAGE))]
+
+    def alike(self, sequence: int) -> Mapping[int, int]:
+        return {}
+
+    def share(self, sequence: int, source: int, units: Collection[int], positions: int) -> None:
+        self._open()
+        if source not in self.arrived or any(self.arrived[source].held(u) < positions for u in units):
+            raise ValueError(f"not so many positions of {source} have arrived")
+        arrived = self.arrived.setdefault(sequence, FakeSequence(Sampling(), CONTEXT))
+        for unit in units:
+            arrived.states[unit] = self.arrived[source].states[unit][:positions]
+            arrived.pages[unit] = shared(self.arrived[source].pages[unit], positions)
 
     def close(self) -> None:
         self.closed = True
@@ -69,6 +92,15 @@ class FakeIncoming:
     def _open(self) -> None:
         if self.closed:
             raise ValueError("the staging area has been closed")
+
+
+def score(value: int, token: int) -> float:
+    """The log-probability of a token after a row."""
+    return -((value * 31 + token * 7) % 89) / 8
+
+
+def logprobs(value: int, token: int, count: int) -> Logprobs:
+    return Logprobs(score(value, token), tuple((t, score(value, t)) for t in range(count)))
 
 
 class FakeStage:
@@ -85,13 +117,14 @@ class FakeStage:
         self.parts: list[tuple[int, int]] = []
         """The units of the runs of parts."""
         self.closed = False
-        self.most_open = 0
+        self.most_open = self.most_pages = self.refused = 0
         self.prepared: list[range] = []
         self.loaded: list[range] = [range(first, last)]
         """The ranges that were opened, or prepared."""
         self.staged: list[FakeIncoming] = []
         self.limits: list[int] = []
         self.exported: list[tuple[int, int, int, int]] = []
+        self.cancels: list[int] = []
         self.held: frozenset[int] = frozenset()
         self.copies = 10**9
         """The most copies that there is room for."""
@@ -108,6 +141,20 @@ class FakeStage:
             raise ValueError(f"sequence {sequence} is open already")
         self.sequences[sequence] = FakeSequence(sampling, context)
         self.most_open = max(self.most_open, len(self.sequences))
+
+    def fork_sequence(
+        self, source: int, sequence: int, positions: int, sampling: Sampling, context: int
+    ) -> None:
+        assert not self.closed and sequence not in self.sequences
+        known = self.sequences[source]
+        assert 0 < positions <= known.length
+        fork = self.sequences[sequence] = FakeSequence(sampling, context, positions)
+        fork.states = {unit: state[:positions] for unit, state in known.states.items()}
+        fork.pages = {unit: shared(pages, positions) for unit, pages in known.pages.items()}
+        self.most_open = max(self.most_open, len(self.sequences))
+
+    def cancel(self, sequence: int) -> None:
+        self.cancels.append(sequence)
 
     def run(self, batch: Sequence[Run]) -> list[Result]:
         assert not self.closed
@@ -130,8 +177,11 @@ class FakeStage:
         others = [other.length for s, other in self.sequences.items() if s != run.sequence]
         if sum(others) + length > self.room:
             raise ContextError("keys and values have filled the MB promised to them")
-        pages = sum(-(-positions // PAGE) for positions in (*others, length))
+        units = [unit for unit in range(enter, until) if unit not in STATELESS]
+        written = {unit: self._written(run, unit, end) for unit in units}
+        pages = self._pages(run.sequence, written)
         if self.kv_pages is not None and pages > self.kv_pages:
+            self.refused += 1
             raise ContextError(f"{pages} pages are more than the {self.kv_pages} promised")
         if enter == 0:
             values = list(run.tokens)
@@ -140,6 +190,9 @@ class FakeStage:
                 raise ValueError(f"stage [{self.first}, {self.last}) needs hidden rows of {COLS} columns")
             values = [int(v) for v in run.hidden[:, 0]]
         known.length = length
+        known.tokens[run.first :] = run.tokens
+        known.pages |= written
+        self.most_pages = max(self.most_pages, pages)
         for unit in range(enter, until):
             state = known.states.setdefault(unit, [])
             if len(state) < run.first and unit not in STATELESS:
@@ -156,8 +209,60 @@ class FakeStage:
             self._keep(run, until, values)
             hidden = np.array([[value, run.first + i] for i, value in enumerate(values)], np.float32)
             return Result(run.sequence, run.first, n, hidden=hidden)
-        token = (values[-1] + known.sampling.seed) % VOCAB if run.want is Want.TOKEN else None
-        return Result(run.sequence, run.first, n, token=token)
+        history = known.tokens if run.history is None else run.history.tolist()
+        sampling = run.sampling or known.sampling
+        added = [sampling.seed] * n
+        if sampling.penalises:
+            assert len(history) == end
+            added = [seed + sum(history[: run.first + i + 1]) for i, seed in enumerate(added)]
+        return self._wanted(run, values, added)
+
+    def _wanted(self, run: Run, values: Sequence[int], added: Sequence[int]) -> Result:
+        """What is wanted of the last unit's rows. The first allowed token from the drawn one on is taken."""
+        where = run.sequence, run.first, len(values)
+        tokens = [(value + more) % VOCAB for value, more in zip(values, added, strict=True)]
+        if run.allowed is not None:
+            allowed = np.unpackbits(run.allowed, count=VOCAB, bitorder="little")
+            tokens = [
+                next(t % VOCAB for t in range(token, 2 * VOCAB) if allowed[t % VOCAB]) for token in tokens
+            ]
+        following = [] if run.following is None else [*run.tokens[1:], run.following]
+        of = {Want.TOKEN: tokens[-1:], Want.TOKENS: tokens, Want.SCORES: following}.get(run.want, [])
+        rows = list(zip(values[-len(of) :], of, strict=True)) if of else []
+        told = () if run.report is None else tuple(logprobs(*row, run.report) for row in rows)
+        if run.want is Want.TOKEN:
+            return Result(*where, token=of[0], logprobs=told)
+        if run.want is Want.TOKENS:
+            return Result(*where, tokens=tuple(of), logprobs=told)
+        if run.want is Want.SCORES:
+            return Result(*where, scores=tuple(score(*row) for row in rows), logprobs=told)
+        if run.want is Want.ROWS:
+            output = [[value, run.first + i] for i, value in enumerate(values)]
+            return Result(*where, output=np.array(output, np.float32))
+        return Result(*where)
+
+    def _written(self, run: Run, unit: int, end: int) -> list[object]:
+        """The pages of a unit after a run, which writes to none that another sequence has."""
+        pages = self.sequences[run.sequence].pages.get(unit, [])
+        others = [
+            page for s, o in self.sequences.items() if s != run.sequence for page in o.pages.get(unit, [])
+        ]
+        after = pages if run.part is not None else pages[: -(-run.first // PAGE)]
+        after = after + [object() for _ in range(len(after), -(-end // PAGE))]
+        for at in range(run.first // PAGE, -(-end // PAGE)):
+            after[at] = object() if after[at] in others else after[at]
+        return after
+
+    def _pages(self, sequence: int, written: Mapping[int, list[object]]) -> int:
+        """The pages of the unit that has most, if those of a sequence are these."""
+        counts = [0]
+        for unit in range(self.first, self.last):
+            used = {
+                page for s, o in self.sequences.items() if s != sequence for page in o.pages.get(unit, [])
+            }
+            own = written.get(unit, self.sequences[sequence].pages.get(unit, []))
+            counts.append(len(used.union(own)))
+        return max(counts)
 
     def _keep(self, run: Run, until: int, values: Sequence[int]) -> None:
         units = self.kept.setdefault(run.sequence, {})
@@ -242,9 +347,14 @@ class FakeStage:
                 if held < positions and unit not in lost and unit not in STATELESS:
                     raise ValueError(f"unit {unit} holds {held} of the {positions} positions of {number}")
                 kept.states[unit] = [] if source is None else source.states.get(unit, [])[:positions]
+                kept.pages[unit] = (
+                    [] if source is None else source.pages.get(unit, [])[: -(-positions // PAGE)]
+                )
         if prepared is not None:
             self.prepared.remove(prepared)
         self.sequences, self.first, self.last = after, new.start, new.stop
+        for sequence in after:
+            self.most_pages = max(self.most_pages, self._pages(sequence, {}))
         self.kept = {
             s: {unit: rows[: sequences[s]] for unit, rows in units.items()}
             for s, units in self.kept.items()

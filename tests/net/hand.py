@@ -6,12 +6,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from types import ModuleType
 from typing import Any, TypeVar
 
 from shoal.engine.batch import Sampling, Want
+from shoal.net import tags
 from shoal.net.connection import Connection, dial
 from shoal.net.messages import (
     Abort,
@@ -26,6 +27,7 @@ from shoal.net.messages import (
     Open,
     Prepared,
     Result,
+    SetSampling,
     Step,
     Take,
 )
@@ -54,6 +56,8 @@ class Hand:
     known: dict[int, list[int]] = field(default_factory=dict)
     samplings: dict[int, Sampling] = field(default_factory=dict)
     positions: dict[int, int] = field(default_factory=dict)
+    told: dict[int, int] = field(default_factory=dict)
+    """How many things the last node was told of each session."""
     loaded: dict[int, Loaded] = field(default_factory=dict)
     faults: defaultdict[int, list[Broken]] = field(default_factory=lambda: defaultdict(list))
 
@@ -158,18 +162,31 @@ class Hand:
 
     async def open(self, session: int, *prompt: int, seed: int = 0) -> None:
         """Opens a session and reads its prompt."""
-        sampling = self.samplings[session] = Sampling(seed=seed)
+        self.samplings[session] = Sampling(seed=seed)
         assert self.steps is not None
-        await self.steps.send(Open(session, self.epoch, sampling, self.lab.CONTEXT))
+        await self.steps.send(Open(session, self.epoch, self.lab.CONTEXT))
+        self.told[session] = 0
         self.known[session], self.positions[session] = list(prompt), 0
         await self.step(session)
+
+    async def tell(self, session: int) -> Step:
+        """The next Step of a session. The last node is told its parameters before, if they are not the
+        default ones."""
+        known, sampling = self.known[session], self.samplings[session]
+        step = step_of(session, self.epoch, known, self.positions[session], len(known), Want.TOKEN)
+        if sampling == Sampling():
+            return step
+        self.told[session] += 1
+        last = self.controls[self.places[-1][0]]
+        await last.send(SetSampling(session, self.epoch, self.told[session], sampling))
+        return replace(step, told=self.told[session])
 
     async def step(self, session: int, count: int = 1) -> None:
         """Computes the next `count` tokens of a session."""
         assert self.steps is not None
         for _ in range(count):
             first, known = self.positions[session], self.known[session]
-            await self.steps.send(Step(session, self.epoch, first, tuple(known[first:]), Want.TOKEN))
+            await self.steps.send(await self.tell(session))
             result = await self.hear(self.places[-1][0], Result)
             assert (result.session, result.epoch, result.first) == (session, self.epoch, first)
             assert result.token is not None
@@ -185,7 +202,7 @@ class Hand:
     async def close(self, session: int) -> None:
         assert self.steps is not None
         await self.steps.send(Close(session, self.epoch))
-        for part in (self.known, self.samplings, self.positions):
+        for part in (self.known, self.samplings, self.positions, self.told):
             part.pop(session)
 
     def check(self, **prompts: int) -> None:
@@ -202,6 +219,16 @@ class Hand:
             rows for node in self.net.nodes.values() for stage in node.stages for batch in stage.batches
             for _, _, rows in batch
         )  # fmt: skip
+
+
+def step_of(
+    session: int, epoch: Epoch, known: Sequence[int], first: int, last: int, want: Want, **how: Any
+) -> Step:
+    """A Step with positions [first, last) of what is known."""
+    own = list[int]()
+    tags.extend(own, known, last)
+    its = tuple(own[tags.spanned(first, last)])
+    return Step(session, epoch, first, tuple(known[first:last]), want, tags=its, **how)
 
 
 def common(a: range, b: range) -> range:

@@ -13,10 +13,10 @@ import trio
 import trio.testing
 
 from shoal.engine.batch import Sampling, Want
-from shoal.engine.errors import ShoalError
+from shoal.engine.errors import ContextError, ShoalError
 from shoal.net.admission import Admission, ChainRoom
 from shoal.net.chain import Chain
-from shoal.net.errors import NodeLostError
+from shoal.net.errors import NodeLostError, RemoteProtocolError
 from shoal.net.generation import Fill, Flow, Generation, Loss, Part, loss_of
 from shoal.net.messages import Close, Epoch, Failed, Kept, Message, Open, Refill, Result, Step
 from shoal.net.session import Session
@@ -71,7 +71,7 @@ class Chains:
         self.changed = trio.Event()
 
     def session(self) -> Session:
-        return Session(self, Generation(0, Sampling(seed=7), 50, 100), self.admission, self.numbers)
+        return Session(self, Generation(0, Sampling(), 50, 100), self.admission, self.numbers)
 
     def hold(self) -> None:
         assert self.current is not None
@@ -81,7 +81,7 @@ class Chains:
 def served(step: Message, token: int = 50) -> Result:
     assert isinstance(step, Step)
     wanted = token if step.want is Want.TOKEN else None
-    return Result(step.session, step.epoch, step.first, len(step.tokens), wanted)
+    return Result(step.session, step.epoch, step.first, step.rows, wanted)
 
 
 async def settle() -> None:
@@ -185,6 +185,75 @@ def test_a_prompt_that_ends_lets_the_others_stop(lab: ModuleType, end: str) -> N
         assert chains.quiet == []
         chain.deliver(LAST, [served(decode)])
         assert chains.quiet == [(Kept(0, 1),)]
+
+    scenario(lab, main)
+
+
+@pytest.mark.parametrize("code", [ContextError.exit_code, RemoteProtocolError.exit_code])
+def test_only_a_lack_of_room_costs_idle_sessions_their_state(lab: ModuleType, code: int) -> None:
+    """Else, a request that no stage can compute would never end while others leave their state."""
+
+    async def main(chains: Chains, tasks: trio.Nursery) -> None:
+        chain, line, idle = chains.current, chains.line, chains.session()
+        assert chain is not None
+        tasks.start_soon(reader, idle, [1, 2], 1, [])
+        await settle()
+        chain.deliver(LAST, [served(line.take()[-1], 60)])
+        await settle()
+        bad = chains.session().answer([9, 9], max_tokens=2)
+
+        async def ask() -> None:
+            with pytest.raises(ShoalError, match="not finite"):
+                async with bad as tokens:
+                    await anext(tokens)
+
+        tasks.start_soon(ask)
+        await settle()
+        sent = line.take()
+        chain.deliver(LAST, [Failed(1, FIRST, code, "its rows are not finite")])
+        await settle()
+        again = [(type(m), m.session) for m in line.take() if isinstance(m, Open | Close)]
+        if code == ContextError.exit_code:
+            assert again == [(Close, 1), (Close, 0), (Open, 2)] and idle.held == 0
+            chain.deliver(LAST, [Failed(2, FIRST, code, "its rows are not finite")])
+            await settle()
+        else:
+            assert again == [(Close, 1)] and idle.held == 2
+        assert [m.session for m in sent if isinstance(m, Open)] == [1]
+
+    scenario(lab, main)
+
+
+class Hasty(Admission):
+    """Sets a session aside when it comes to need three positions, and lets it go on at once."""
+
+    set_aside = 0
+
+    def grow(self, session: Any, positions: int) -> bool:
+        if positions == 3 and not self.set_aside:
+            self.set_aside += 1
+            self._set_aside(session)
+            self._settle()
+        return super().grow(session, positions)
+
+
+def test_a_session_that_is_set_aside_and_admitted_again_at_once_begins_anew(lab: ModuleType) -> None:
+    async def main(chains: Chains, tasks: trio.Nursery) -> None:
+        got, chain, line, admission = list[int](), chains.current, chains.line, Hasty(8)
+        assert chain is not None
+        chains.admission = admission
+        admission.open(chains.room)
+        tasks.start_soon(reader, chains.session(), [1, 2], 2, got)
+        await settle()
+        chain.deliver(LAST, [served(line.take()[-1], 60)])
+        await settle()
+        assert admission.set_aside == 1
+        close, opening, step = line.take()
+        assert isinstance(close, Close) and isinstance(opening, Open) and isinstance(step, Step)
+        assert (close.session, opening.session, step.first, step.tokens) == (0, 1, 0, (1, 2, 60))
+        chain.deliver(LAST, [served(step, 61)])
+        await settle()
+        assert got == [60, 61]
 
     scenario(lab, main)
 
@@ -336,7 +405,7 @@ def test_sessions_that_begin_during_a_hold_join_the_next_chain(lab: ModuleType) 
         await settle()
         assert chains.line.take() == [
             Step(0, SECOND, 1, (9,), Want.TOKEN),
-            Open(1, SECOND, Sampling(seed=7), 50),
+            Open(1, SECOND, 50),
             Step(1, SECOND, 0, (3, 4), Want.TOKEN),
         ]
 
@@ -416,7 +485,7 @@ def test_lost_units_are_filled_by_kept_rows_of_the_stage_that_has_them(lab: Modu
         new, orders = chains.new(SECOND, [Part(0, 0, 4), Part(2, 4, 6)]), list[Refill]()
         new.refill, new.filler = orders.append, 0
         opened = chain.carry(new, lambda session: Fill(4, 3, 3 if session == 0 else 1))
-        assert opened == [Open(n, SECOND, Sampling(seed=7), 50) for n in (0, 1)]
+        assert opened == [Open(n, SECOND, 50) for n in (0, 1)]
         new.send([*opened, *new.due_steps()])
         assert chains.line.take() == opened
         assert orders == [Refill(0, SECOND, 0, 3, 3, 4), Refill(1, SECOND, 0, 1, 3, 4)]
@@ -455,7 +524,7 @@ def test_a_session_without_state_begins_anew_in_the_next_chain(lab: ModuleType) 
         chains.begin(new)
         await settle()
         opening, step = chains.line.take()
-        assert opening == Open(1, SECOND, Sampling(seed=7), 50)
+        assert opening == Open(1, SECOND, 50)
         assert step == Step(1, SECOND, 0, (1, 2), Want.TOKEN)
 
     scenario(lab, main)

@@ -44,10 +44,11 @@ from shoal.net.events import (
     Tick,
     TryAnew,
 )
+from shoal.net.known import HEAD, KnownLinks
 from shoal.net.members import ClusterState
 from shoal.net.messages import Assign, Peer, Progress
 from shoal.net.placement import COORDINATOR, Placement
-from shoal.planner import Assignment
+from shoal.planner import Assignment, LinkSpeed
 from shoal.planner.groups import plain_groupings
 
 
@@ -479,6 +480,27 @@ def test_a_next_node_that_cannot_be_reached_is_blamed_itself() -> None:
     state, commands = after(fresh(), *TO_SERVE, StageBroken(1, epoch(1), GONE, 102))
     assert commands == [HangUp(2), Pause(epoch(1)), MakePlan(2, (0, 1))]
     assert state.members[2].lost and not state.members[1].lost
+
+
+def test_a_link_over_which_a_chain_has_failed_is_measured_whatever_is_known_of_it_from_before() -> None:
+    pairs = ((HEAD, 0), (0, HEAD), (0, 0))  # all are of device 0
+    links = KnownLinks(dict.fromkeys(pairs, LinkSpeed(0.001, 1e7)))
+    state, labels = fresh(), dict[tuple[str, str], LinkSpeed]()
+    for join in JOINS:
+        state, commands = after(state, replace(join, known=links.of(state, join.hello.incarnation)))
+    assert commands == [MakePlan(1, (0, 1, 2))]
+    links.recall(state, labels)
+    assert len(labels) == 12
+    state, _ = after(state, Planned(1, THREE), StageBroken(1, epoch(1), GONE, 102))
+    again = replace(JOINS[2], known=links.of(state, 102))
+    assert again.known == {-1, 0, 1}
+    state, commands = after(state, again)
+    assert commands == [MeasureLinks(((1, 2),))]
+    del labels["b", "c"], labels["c", "b"]
+    links.recall(state, labels)
+    assert len(labels) == 10, "a plan that is made meanwhile does not use it"
+    links.learn(state, ((1, 2),), labels)
+    assert not links.links.keys() & {(0, 0)}
 
 
 def test_a_connection_that_failed_alone_begins_another_epoch_of_the_same_chain() -> None:

@@ -12,7 +12,7 @@ from shoal.engine.batch import Sampling
 from shoal.engine.errors import ContextError, ModelFileError, NoPlanError
 from shoal.net.coordinator import Coordinator
 from shoal.net.errors import MismatchError, NetError, NodeLostError
-from shoal.net.events import Timing
+from shoal.net.liveness import Timing
 from shoal.net.messages import Work
 from shoal.net.placement import COORDINATOR, Links, NodeInfo, Placement, plan_at
 from shoal.net.survey import survey

@@ -12,7 +12,7 @@ import trio
 import trio.testing
 from bench.chaos.strangers import crowd
 
-from shoal.engine.batch import Sampling, Want
+from shoal.engine.batch import Want
 from shoal.net.connection import Connection, dial
 from shoal.net.door import (
     CALLERS,
@@ -20,13 +20,13 @@ from shoal.net.door import (
     CROWD_SECONDS,
     GUESTS,
     LEAVING,
-    LINES,
     PATIENCE_SECONDS,
     WAITING,
     Door,
     most_waiting,
 )
 from shoal.net.errors import NetError, NodeLostError, RemoteProtocolError
+from shoal.net.few_lines import LINES
 from shoal.net.messages import Assign, Epoch, Loaded, Open, Peer, Ping, Pong, Result, Step
 from shoal.net.node import PROBE_HANDSHAKES
 from shoal.net.placement import plan_at
@@ -294,7 +294,7 @@ def test_rows_of_an_epoch_are_accepted_from_the_previous_stage_only(lab: ModuleT
             await control.expect(Loaded)
             old = Epoch(99, 0)
             await other.send(Step(1, old, 0, (5,), Want.TOKEN))  # late rows of an epoch that is over
-            await previous.send(Open(1, EPOCH, Sampling(), 30))
+            await previous.send(Open(1, EPOCH, 30))
             await previous.send(Step(1, EPOCH, 0, (5,), Want.TOKEN))
             assert await control.expect(Result) == Result(1, EPOCH, 0, 1, lab.oracle([5], 1)[0])
             await other.send(Step(1, EPOCH, 1, (5,), Want.TOKEN))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from tests.patience import LIMIT
 
 from shoal.cli import main as shoal
 from shoal.distributed import coordinator_identity
@@ -74,7 +75,7 @@ class Chain:
 
     async def code(self, which: int) -> int:
         """The code with which a node ends."""
-        with trio.fail_after(20):
+        with trio.fail_after(LIMIT):
             while self.running[which].process.poll() is None:  # noqa: ASYNC110 (it is another process)
                 await trio.sleep(0.02)
         return self.running[which].process.wait()
@@ -101,7 +102,7 @@ def chained(
         settings = CoordinatorOptions(log=said.append, moves="move")
         who, addresses = coordinator_identity(model), [node.address for node in running]
         opening = Coordinator.open(addresses, who, shape_of(model), evenly(model.n_units), settings)
-        with trio.fail_after(60):
+        with trio.fail_after(LIMIT):
             async with opening as coordinator:
                 await test(Chain(running, coordinator, said))
 
@@ -129,7 +130,7 @@ def test_a_node_that_is_told_to_end_in_mid_answer(
         assert await chain.answers(midst) == expected
         assert await chain.code(which) == 0
         assert chain.holders == [name for i, name in enumerate("abc") if i != which]
-        with trio.move_on_after(5):
+        with trio.fail_after(LIMIT):
             while not any("has left" in line for line in chain.said):  # noqa: ASYNC110
                 await trio.sleep(0.02)
         moved_only(chain, "abc"[which])
@@ -191,7 +192,7 @@ def test_a_phone_whose_ram_runs_out_leaves_in_mid_answer_while_another_rests(
 
         async def midst() -> None:
             meminfo.write_text("MemTotal: 8000000 kB\nMemAvailable: 60000 kB\n")
-            with trio.fail_after(15):
+            with trio.fail_after(LIMIT):
                 while chain.holders != ["a", "c"]:  # noqa: ASYNC110
                     await trio.sleep(0.05)
 

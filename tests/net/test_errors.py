@@ -30,7 +30,7 @@ def all_errors() -> list[type[ShoalError]]:
 
 def test_every_error_has_a_code_of_its_own_and_comes_back_as_itself() -> None:
     kinds = all_errors()
-    assert len(kinds) == 16
+    assert len(kinds) == 17
     assert len({kind.exit_code for kind in kinds}) == len(kinds)
     for kind in kinds:
         error = from_wire(*to_wire(kind("out of luck")), "pi")

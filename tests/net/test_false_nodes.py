@@ -99,7 +99,7 @@ def ask(lab: ModuleType, answer: Answer, edges: tuple[int, ...] = (0, 6)) -> lis
 
 
 def result(step: Step, **changes: Any) -> Result:
-    return replace(Result(step.session, step.epoch, step.first, len(step.tokens), 5), **changes)
+    return replace(Result(step.session, step.epoch, step.first, step.rows, 5), **changes)
 
 
 def test_a_false_node_that_behaves_is_believed(lab: ModuleType) -> None:

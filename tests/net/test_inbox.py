@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from shoal.engine.batch import Sampling, Want
+from shoal.engine.batch import Want
 from shoal.net.inbox import (
     LEAST_STRETCH,
     MAX_BYTES,
@@ -29,7 +29,7 @@ ALONE = Grouping(1, 0.01)
 
 
 def opened(session: int, epoch: Epoch = NOW) -> Open:
-    return Open(session, epoch, Sampling(), 100)
+    return Open(session, epoch, 100)
 
 
 def rows(session: int, first: int, count: int = 1, epoch: Epoch = NOW) -> Step:
@@ -109,8 +109,11 @@ def test_close_drops_the_rows_that_wait() -> None:
     assert not box
 
 
-def test_open_and_close_that_both_wait_never_happened() -> None:
-    assert not inbox(opened(1), rows(1, 0), Close(1, NOW))
+def test_of_a_session_that_is_closed_before_it_has_begun_only_the_close_goes_on() -> None:
+    """The stages may know it from an earlier epoch, and its Open may have been sent again."""
+    box = inbox(opened(1), rows(1, 0), Close(1, NOW))
+    assert box.take(0.0) == Batch((Close(1, NOW),), ())
+    assert not box and box.bytes == 0
 
 
 def test_full_counts_the_bytes_that_wait() -> None:
@@ -273,7 +276,7 @@ def ended(box: Inbox, batch: Batch, now: float) -> float:
 
 def parts(batch: Batch | float | None) -> list[tuple[int, int, int]]:
     assert isinstance(batch, Batch)
-    return [(step.session, step.first, len(step.tokens)) for step in batch.steps]
+    return [(step.session, step.first, step.rows) for step in batch.steps]
 
 
 @pytest.mark.parametrize("later", [False, True])
@@ -416,3 +419,29 @@ def test_what_is_left_of_a_divided_step_counts_for_its_bytes() -> None:
     box.put(Close(50, NOW), now)
     take(box, now)
     assert (box._bytes, bool(box)) == (0, False)
+
+
+def test_a_session_begins_with_positions_of_another_before_that_one_ends_or_goes_back() -> None:
+    fork = replace(opened(2), source=1, positions=64)
+    later = replace(opened(3), source=2, positions=64)
+    box = inbox(rows(1, 70), fork, later, Close(1, NOW), rows(2, 64))
+    assert box.take(0.0) == Batch((fork, later, Close(1, NOW)), (rows(2, 64),))
+    box = inbox(rows(1, 70), fork, prompt(1, 3, 4))
+    assert box.take(0.0) == Batch((fork,), (rows(1, 70),))
+    assert take(box).steps == (prompt(1, 3, 4),)
+
+
+def test_a_fork_that_is_closed_before_it_has_begun_leaves_nothing() -> None:
+    fork = replace(opened(2), source=1, positions=64)
+    box = inbox(fork, rows(2, 64), Close(2, NOW), Close(1, NOW))
+    assert box.take(0.0) == Batch((Close(2, NOW), Close(1, NOW)), ())
+    assert not box and box.bytes == 0
+
+
+def test_a_notice_behind_rows_waits_for_them_and_others_do_not() -> None:
+    """An Open that is sent again may come after rows that the stage before had kept."""
+    box = inbox(prompt(1, 0, 8), prompt(1, 8, 8), opened(1), opened(2))
+    assert box.take(0.0) == Batch((opened(2),), (prompt(1, 0, 8),))
+    assert box.take(0.0) == Batch((), (prompt(1, 8, 8),))
+    assert box.take(0.0) == Batch((opened(1),), ())
+    assert not box and box.bytes == 0

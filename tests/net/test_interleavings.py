@@ -39,9 +39,9 @@ from shoal.net.events import (
     StagePrepared,
     Stalled,
     Tick,
-    Timing,
     Unreach,
 )
+from shoal.net.liveness import Timing
 from shoal.net.members import ClusterState
 from shoal.net.messages import Assign, Commit, Condition, Epoch, Kept
 from shoal.net.placement import Placement

@@ -10,7 +10,7 @@ import trio
 
 from shoal.engine.errors import ModelFileError, NoPlanError
 from shoal.net.errors import NetError, NodeLostError
-from shoal.net.events import Timing
+from shoal.net.liveness import Timing
 from shoal.net.placement import Links, NodeInfo, Placement, Planner, plan_at
 from shoal.planner import Assignment
 

@@ -94,6 +94,21 @@ def test_only_the_last_seconds_count() -> None:
     assert rate.tokens_per_s == 20.0
 
 
+def test_how_fast_answers_come_now_is_told_by_the_last_three_seconds() -> None:
+    rate, now, tokens = Rate(), 0.0, 0
+    assert rate.recent(now) is None
+    for each in (1, 5):
+        for _ in range(12):
+            now, tokens = now + 0.25, tokens + each
+            rate.tick(now, tokens, due=True)
+    assert rate.recent(now) == 20.0
+    assert rate.recent(now + 2.9) == 20.0
+    assert rate.recent(now + 3.0) is None
+    rate.tick(now + 60.0, tokens, due=False)
+    rate.tick(now + 60.5, tokens + 1, due=True)
+    assert rate.recent(now + 60.5) == 2.0
+
+
 def run(log: MoveLog, start: float, per_tick: int, tokens: int, ticks: int = 40) -> int:
     for i in range(1, ticks + 1):
         log.tick(start + i / 4, tokens + i * per_tick, due=True)

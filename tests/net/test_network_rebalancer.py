@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from tests.net.swarm import MODEL, question
 
-from shoal.distributed import NetworkPlanner, NetworkRebalancer
+from shoal.distributed import NetworkPlanner, NetworkRebalancer, cluster_of
+from shoal.engine.errors import NoPlanError
 from shoal.net.messages import Offer
-from shoal.net.placement import COORDINATOR, NodeInfo, Outcome, Placement, Proposal, Usage
+from shoal.net.placement import (
+    COORDINATOR,
+    FilesMissingError,
+    NodeInfo,
+    Outcome,
+    Placement,
+    Proposal,
+    Usage,
+)
 from shoal.planner import Plan, Workload
 
 STREAMS = 4
@@ -82,6 +92,16 @@ def test_a_proposal_is_a_whole_placement(plans: NetworkPlanner) -> None:
         assert other is None or other.placement.stages != placement.stages
 
 
+def test_plans_of_a_head_come_without_reasons_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for explain in (True, False):
+        plans = planner_of(monkeypatch, explain=explain)
+        stages = plans(nodes(), LINKS).stages
+        assert plans.plan is not None and plans.plan.assignments == stages
+        found.append((stages, bool(plans.plan.reasons)))
+    assert found == [(stages, True), (stages, False)]
+
+
 def test_layers_that_the_user_has_given_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     plans = planner_of(monkeypatch, layers=(7, 8, 8, 7))
     rebalancer = NetworkRebalancer(plans)
@@ -98,6 +118,50 @@ def test_the_room_is_that_of_the_plan_however_many_answers_share_it(plans: Netwo
         if rebalancer.look(nodes(**slower), LINKS, placement, usage, at / 2) is not None:
             return
     raise AssertionError("nothing was proposed")
+
+
+def lacking(**held: range) -> list[NodeInfo]:
+    return [
+        replace(node, held=frozenset(held[node.label]) if node.label in held else None) for node in nodes()
+    ]
+
+
+def test_plans_keep_to_what_is_held_and_the_target_does_not(plans: NetworkPlanner) -> None:
+    free, units = plans(nodes(), LINKS), len(MODEL.units)
+    assert free.target == {}
+    target = {stage.device: tuple(range(stage.first, stage.last)) for stage in free.stages}
+    assert set(target) == {"a", "b", "c"}
+    # Without c's files another plan is as good, so nothing is to be fetched.
+    same = plans(lacking(c=range(0)), LINKS)
+    assert {stage.device for stage in same.stages} == set(same.target) == {"a", "b", "d"}
+
+    def there(**slower: float) -> list[NodeInfo]:
+        return [replace(node, slower=slower.get(node.label, 1.0)) for node in lacking(c=range(0))]
+
+    worse = plans(there(d=3.0), LINKS)
+    assert {stage.device for stage in worse.stages} == {"a", "b", "d"}
+    assert worse.target == target
+    # A target that is still nearly the best stays, and one that is not is given up.
+    assert plans(there(d=3.0, c=1.05), LINKS).target == target
+    assert "c" not in plans(there(d=1.2, c=6.0), LINKS).target
+    assert plans(nodes(), LINKS).target == {}
+    with pytest.raises(FilesMissingError, match="no device has the files of embedding yet") as missing:
+        plans(lacking(**dict.fromkeys(NAMES, range(1, units))), LINKS)
+    assert len(missing.value.target) == 3
+
+
+def test_no_proposal_gives_layers_to_a_node_without_their_files(plans: NetworkPlanner) -> None:
+    """The devices hold the files of their stages, and no others."""
+    stages = {stage.device: range(stage.first, stage.last) for stage in plans(nodes(), LINKS).stages}
+    stages["d"] = range(0)
+    rebalancer, placement = NetworkRebalancer(plans), plans(lacking(**stages), LINKS)
+    for at in range(40):
+        there = [
+            replace(node, slower=2.5 if at >= 20 and node.label == "c" else 1.0) for node in lacking(**stages)
+        ]
+        found = rebalancer.look(there, LINKS, placement, Usage(STREAMS, 200, 1e5, 20 * at), at / 2)
+        assert found is None
+    assert any(rebalancer.copies(lacking(**stages), LINKS, placement).values())  # they are worth fetching
 
 
 def test_a_node_that_is_leaving_is_no_error(plans: NetworkPlanner) -> None:
@@ -136,3 +200,55 @@ def test_answers_that_end_one_after_another_move_nothing(monkeypatch: pytest.Mon
     assert not any(later[:3])
     found = next(found for found in later if found is not None)
     assert found.seconds_before > 1.2 * found.seconds_after
+
+
+def test_private_ends_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first device gets hot: it gives layers and keeps the end, unless all others are at home, too."""
+
+    def look(home: Sequence[str], hot: str, missing: str = "") -> Proposal | None:
+        plans = planner_of(monkeypatch, private="always")
+        there = [replace(node, home=node.label in home) for node in nodes()]
+        placement = plans(there, LINKS)
+        assert placement.private
+        rebalancer = NetworkRebalancer(plans)
+        for at in range(40):
+            now = [replace(node, slower=2.5 if node.label == hot and at >= 20 else 1.0) for node in there]
+            usage = Usage(STREAMS, 200, 1e5, 20 * at)
+            here = [node for node in now if node.label != missing]
+            found = rebalancer.look(here, LINKS, placement, usage, at / 2)
+            if found is not None:
+                assert found.placement.private
+                assert {found.placement.stages[i].device for i in (0, -1)} <= set(home)
+                return found
+        return None
+
+    ends = [plan.device for plan in planner_of(monkeypatch)(nodes(), LINKS).stages]
+    found = look((ends[0], ends[-1]), ends[0])
+    assert found is not None
+    assert look((ends[0], ends[-1]), ends[0], missing=ends[-1]) is None
+    assert look(NAMES, ends[0]) is not None
+
+
+@pytest.mark.parametrize(
+    ("host", "name", "beside"),
+    [("10.0.0.2", "b", "a"), ("127.0.0.1", "b", "a"), ("127.0.0.1", "x", "b")],
+)
+def test_a_device_that_calls_itself_a_second_range_gets_no_end(
+    monkeypatch: pytest.MonkeyPatch, host: str, name: str, beside: str
+) -> None:
+    """It may lie, or its first range may be away while a node of this device has the same name."""
+    there = {node.label: replace(node, home=node.label == "a") for node in nodes()}
+    second = replace(there["b"].offer.device, ram_bytes=60_000_000, name=name, beside=beside)
+    there["b"] = replace(there["b"], host=host, offer=replace(there["b"].offer, device=second))
+    assert "b" not in [stage.device for stage in planner_of(monkeypatch)([*there.values()], LINKS).stages]
+    with pytest.raises(NoPlanError, match="no plan has both on a"):
+        planner_of(monkeypatch, private="always")([*there.values()], LINKS)
+
+
+def test_a_second_range_is_used_however_little_it_promises() -> None:
+    """That of a small model, which a node that runs no layers may promise, too."""
+    first, second, *_ = nodes()
+    for beside, expected in ((first.offer.device.name, ["", first.label]), ("", [""])):
+        device = replace(second.offer.device, ram_bytes=700_000, beside=beside)
+        end = replace(second, host=first.host, home=first.home, offer=replace(second.offer, device=device))
+        assert [one.beside for one in cluster_of([first, end], LINKS).devices] == expected

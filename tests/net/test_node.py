@@ -14,9 +14,11 @@ import pytest
 import trio
 import trio.testing
 
-from shoal.engine.batch import Sampling, Want
+from shoal.engine.batch import Want
+from shoal.engine.errors import NoPlanError
+from shoal.net import node
 from shoal.net.connection import Connection, dial
-from shoal.net.errors import NetError, NodeLostError, RemoteProtocolError
+from shoal.net.errors import NetError, NodeLostError, RemoteProtocolError, from_wire
 from shoal.net.messages import (
     Assign,
     Broken,
@@ -79,7 +81,7 @@ def whole(epoch: Epoch) -> Assign:
 
 
 def opened(session: int, epoch: Epoch = EPOCH) -> Open:
-    return Open(session, epoch, Sampling(), 30)
+    return Open(session, epoch, 30)
 
 
 def rows(session: int, first: int, *tokens: int, epoch: Epoch = EPOCH) -> Step:
@@ -225,7 +227,7 @@ def test_hidden_rows_of_the_wrong_width_end_their_session(lab: ModuleType) -> No
                 await control.expect(Loaded)
                 await steps.send(opened(1))
                 wide = np.zeros((1, lab.COLS + 1), np.float32)
-                await steps.send(Step(1, EPOCH, 0, (5,), Want.TOKEN, wide))
+                await steps.send(Step(1, EPOCH, 0, (), Want.TOKEN, wide))
                 assert isinstance(await control.receive(), Failed)
 
     lab.run(main)
@@ -356,5 +358,24 @@ def test_a_mistake_of_ours_ends_one_connection_and_not_the_node(lab: ModuleType,
             node._parts = parts
             async with net.coordinator(plan=plan_at((0, 6))) as coordinator:
                 assert await lab.collect(coordinator, [1], 3) == lab.oracle([1], 3)
+
+    lab.run(main)
+
+
+def test_a_peer_that_refuses_a_measurement_costs_no_node_its_coordinator(
+    lab: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refused(*_: object) -> None:
+        raise from_wire(NoPlanError.exit_code, "it has no wish to", "b")
+
+    monkeypatch.setattr(node, "measure_peer", refused)
+
+    async def main() -> None:
+        async with lab.network() as net:
+            net.add("a")
+            me = lab.identity("laptop", 99)
+            async with dial(net.open_stream, "host", 7001, me, "control", seconds=10) as (control, _):
+                await control.send(Measure(Peer("b", "host", 7002, 7002, 1)))
+                assert await control.expect(Measured) == Measured(7002, None, "b: it has no wish to")
 
     lab.run(main)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.patience import LIMIT
 
 from shoal.arguments import build_parser
 from shoal.cli import main
@@ -106,7 +107,7 @@ def started(model: Path, tmp_path: Path) -> Iterator[tuple["subprocess.Popen[str
     port_file = tmp_path / "port"
     process = start(model, "--port-file", str(port_file), "--name", "tiny", "--ram", "300")
     try:
-        until = time.monotonic() + 60
+        until = time.monotonic() + LIMIT
         while not port_file.exists():
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < until
@@ -138,7 +139,7 @@ def test_a_node_says_where_it_listens_and_ends_cleanly(
 ) -> None:
     process, address = started
     process.send_signal(number)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=LIMIT)
     assert (process.returncode, said(err)) == (0, [])
     assert out.startswith(f"listening on {address} as tiny: ")
     assert out.endswith(", 300 MB\n") and out.count("\n") == 1
@@ -150,7 +151,7 @@ def test_a_port_in_use_has_an_exit_code_of_its_own(
 ) -> None:
     process, address = started
     second = start(model, "--listen", address)
-    out, err = second.communicate(timeout=30)
+    out, err = second.communicate(timeout=LIMIT)
     assert (second.returncode, out) == (8, "")
     (line,) = said(err)
     assert f"port {address.rpartition(':')[2]} of 127.0.0.1 is in use" in line
@@ -162,11 +163,11 @@ def test_garbage_is_answered_logged_and_survived(started: tuple["subprocess.Pope
     process, address = started
     host, _, port = address.partition(":")
     for _ in range(2):
-        with socket.create_connection((host, int(port)), timeout=30) as stranger:
+        with socket.create_connection((host, int(port)), timeout=LIMIT) as stranger:
             stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
             assert b"does not speak shoal's protocol" in stranger.recv(4096)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=LIMIT)
     assert process.returncode == 0
     assert err.count("it does not speak shoal's protocol: check the port\n") == 2
 
@@ -224,7 +225,7 @@ def test_a_plan_that_just_fits_opens_whatever_the_threads(model: Path, threads: 
 
     opened, options = Model.open(model), StageOptions(threads=threads)
     args = parse(f"{model} --ram 300 --measure-seconds 0.01")
-    offered = _offer(args, opened, options, 10**6, 300 * 10**6, 0.0, stopwatch).device
+    offered = _offer(args, opened, options, 10**6, 300 * 10**6, 0.0, (stopwatch, None)).device
     rows = planner_model(opened, StageOptions())
     needed = range_ram_bytes(rows, offered, planner.Workload(context=128), 0, opened.n_units)
     opener = StageOpener(opened, options, dataclasses.replace(offered, ram_bytes=needed))

@@ -45,7 +45,7 @@ def hostile(lab: ModuleType, ticket: int = 0) -> dict[str, tuple[bytes, bytes | 
         "random": (random.Random(1).randbytes(5000), None, remote, "does not speak shoal's protocol"),
         "a ping for a greeting": (header(3, 2) + b"{}", None, remote, "Ping out of turn"),
         "version 7": (
-            HEADER.pack(b"SHOL", 7, 1, 2), None, MismatchError, f"version 7 and this process {PROTOCOL}"
+            HEADER.pack(b"SHOL", 99, 1, 2), None, MismatchError, f"version 99 and this process {PROTOCOL}"
         ),
         "another model": (
             b"".join(WireProtocol(True).send(lab.identity("stranger", 6, "cc" * 32).hello("step"))),

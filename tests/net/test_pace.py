@@ -11,17 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import trio
+from tests.patience import LIMIT
 
 from shoal.distributed import cluster_of
 from shoal.engine.batch import Want
+from shoal.net.chain_pace import ChainPace
 from shoal.net.connection import in_thread, open_tcp
 from shoal.net.coordinator import Coordinator, CoordinatorOptions
-from shoal.net.events import Timing
 from shoal.net.inbox import Batch
+from shoal.net.liveness import Timing
 from shoal.net.members import ClusterState, Member
 from shoal.net.messages import Epoch, Pace, Pong, Step
 from shoal.net.node import Node
-from shoal.net.pace import ChainPace, NodePace, Onward, row_bytes
+from shoal.net.pace import NodePace, Onward, row_bytes
 from shoal.net.placement import COORDINATOR, Links, NodeInfo, Placement
 from shoal.planner import (
     Assignment,
@@ -116,7 +118,7 @@ def test_what_a_stage_should_take_is_what_its_rows_say(lab: ModuleType) -> None:
 
 
 def test_pings_behind_rows_tell_latency_and_rate() -> None:
-    rows = [Step(1, EPOCH, 0, (1, 2), Want.TOKEN, np.zeros((2, 1000), np.float32))]
+    rows = [Step(1, EPOCH, 0, (), Want.TOKEN, np.zeros((2, 1000), np.float32))]
     size = row_bytes(rows[0])
     assert size == pytest.approx(8000, abs=100)
     connection = Onward(LinkSpeed(0.002, 1e6, 0.003))
@@ -187,7 +189,7 @@ class Clock:
             stage = getattr(getattr(call, "func", None), "__self__", None)
             if hasattr(stage, "do"):  # a step, not the loading of a stage
                 inner, (batch,) = stage._stage, call.args
-                rows = sum(len(step.tokens) for step in batch.steps)
+                rows = sum(step.rows for step in batch.steps)
                 time.sleep(0.002 * rows * (inner.last - inner.first) * self.factor)
             return call()
 
@@ -200,6 +202,7 @@ async def serve(node: Node, listeners: list[trio.SocketListener], scope: trio.Ca
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_node_that_gets_hot_has_fewer_layers_in_the_next_plan(lab: ModuleType) -> None:
     """Real sockets and threads. Of three equal nodes one gets four times as slow at work; another dies."""
     plans: list[Plan] = []
@@ -257,7 +260,7 @@ def test_a_node_that_gets_hot_has_fewer_layers_in_the_next_plan(lab: ModuleType)
         return {stage.device: stage.last - stage.first for stage in found.stages}
 
     async def limited() -> None:
-        with trio.fail_after(60):
+        with trio.fail_after(LIMIT):
             await main()
 
     trio.run(limited)

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 import trio
+from tests.patience import LIMIT
 
 from shoal.distributed import in_order
 from shoal.portal import Portal, open_portal
@@ -227,7 +228,7 @@ except KeyboardInterrupt:
 )
 def test_ctrl_c_cancels_what_the_main_thread_waits_for(when: str, said: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, when], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", INTERRUPTED, when], capture_output=True, text=True, timeout=LIMIT
     )
     assert (done.stdout, done.stderr, done.returncode) == (said, "", 0)
 
@@ -271,6 +272,20 @@ def test_sentences_about_nodes_are_printed_in_order_by_a_thread_that_may_block()
     assert printed == ["b is lost", "b is back"]
 
 
+def test_a_sentence_that_cannot_be_written_does_not_keep_later_ones_back() -> None:
+    printed: list[str] = []
+
+    def full(line: str) -> None:
+        if line == "b is lost":
+            raise OSError(28, "No space left on device")
+        printed.append(line)
+
+    with in_order(full) as say:
+        say("b is lost")
+        say("b is back")
+    assert printed == ["b is back"]
+
+
 def test_a_terminal_that_accepts_nothing_does_not_keep_the_program_from_ending(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -279,3 +294,47 @@ def test_a_terminal_that_accepts_nothing_does_not_keep_the_program_from_ending(
     with in_order(lambda line: free.wait(30)) as say:
         say("b is lost")
     free.set()
+
+
+def test_a_forked_process_is_told_that_the_loop_is_not_there() -> None:
+    """And what only ends something does nothing, there or in the parent."""
+    code = """
+import os, sys, trio
+from contextlib import asynccontextmanager
+from shoal.engine.errors import ShoalError
+from shoal.portal import open_portal
+
+@asynccontextmanager
+async def nothing():
+    yield
+
+async def count(put):
+    for number in range(3):
+        put(number)
+    await trio.sleep_forever()
+
+with open_portal(nothing) as portal:
+    numbers, stop = portal.stream(count), portal.start(count, [].append)
+    assert next(numbers) == 0
+    if not (child := os.fork()):
+        asked = (lambda: next(numbers), lambda: portal.start(count, print), lambda: portal.call(trio.sleep))
+        for ask in asked:
+            try:
+                ask()
+            except ShoalError as error:
+                print(error, flush=True)
+        numbers.close(), stop(), portal.close()
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    print(next(portal.stream(count)))
+    numbers.close(), stop()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT, check=True
+    )
+    *told, code_of_child, number = done.stdout.splitlines()
+    assert len(told) == 3
+    assert set(told) == {
+        "connections to nodes belong to the process that opened them: open the model in this one, too"
+    }
+    assert (code_of_child, number) == ("0", "0")

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
-from shoal.net.events import Timing
-from shoal.net.messages import MESSAGES, PROTOCOL
-from shoal.net.wire import HEADER, MAGIC, MAX_ROWS
+from shoal.net.liveness import Timing
+from shoal.net.message_table import MESSAGES
+from shoal.net.messages import PROTOCOL
+from shoal.net.packed import MAX_ROWS
+from shoal.net.wire import HEADER, MAGIC
 
 DOC = (Path(__file__).resolve().parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
 

@@ -10,7 +10,7 @@ import trio
 from shoal.engine.batch import Sampling
 from shoal.engine.errors import NoPlanError
 from shoal.net.errors import NodeLostError
-from shoal.net.events import Timing
+from shoal.net.liveness import Timing
 from shoal.net.placement import Links, NodeInfo, Placement
 from shoal.planner import Assignment
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import trio
+from tests.patience import LIMIT
 
 from shoal.engine.batch import Result as StageResult
-from shoal.engine.batch import Run, Sampling, Want
+from shoal.engine.batch import Run, Want
 from shoal.engine.wait import Spin, Wait, waiter
 from shoal.net import stage_loop
 from shoal.net.connection import dial, in_thread, open_tcp
@@ -175,13 +176,14 @@ async def node(lab: ModuleType, **changes: Any) -> AsyncIterator[tuple[tuple[str
 
 def in_time(main: Callable[[], Awaitable[None]]) -> None:
     async def limited() -> None:
-        with trio.fail_after(60):
+        with trio.fail_after(LIMIT):
             await main()
 
     trio.run(limited)
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_thread_rests_after_each_call(lab: ModuleType) -> None:
     async def main() -> None:
         spans = Spans()
@@ -204,6 +206,7 @@ def test_a_thread_rests_after_each_call(lab: ModuleType) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_thread_that_rests_does_not_look_for_rows(lab: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither again and again, nor at rows for which its inbox has no room."""
     looks: list[float] = []
@@ -237,7 +240,7 @@ def test_a_thread_that_rests_does_not_look_for_rows(lab: ModuleType, monkeypatch
                 peer = net.peer(7001)
                 async with dial(open_tcp, *address, me, "step", seconds=5, peer=peer) as (steps, _):
                     for session in (1, 2, 3):
-                        await steps.send(Open(session, EPOCH, Sampling(), 30))
+                        await steps.send(Open(session, EPOCH, 30))
                         await steps.send(Step(session, EPOCH, 0, (5,), Want.TOKEN))
                         if session == 1:
                             await control.expect(Result)
@@ -292,7 +295,7 @@ def test_a_prompt_leaves_room_for_the_rests_between_tokens(of: float) -> None:
     """A sequence decodes beside a long prompt, with 20 ms on other stages; its tokens keep to the stretch."""
     inbox = Inbox(EPOCH, 64, 64, expect=lambda loads, idle: 0.001 * sum(rows for rows, _, _ in loads))
     now, position, back, ends = 0.0, 0, 0.0, list[float]()
-    inbox.put(Open(1, EPOCH, Sampling(), 4000), now)
+    inbox.put(Open(1, EPOCH, 4000), now)
     while len(ends) < 120:
         if now >= back:
             inbox.put(Step(1, EPOCH, position, (5,), Want.TOKEN), now)
@@ -304,7 +307,7 @@ def test_a_prompt_leaves_room_for_the_rests_between_tokens(of: float) -> None:
         if not isinstance(found, Batch):
             now = min(back, math.inf if found is None else found)
             continue
-        end = now + 0.001 * sum(len(step.tokens) for step in found.steps)
+        end = now + 0.001 * sum(step.rows for step in found.steps)
         rest = (end - now) * (1 / of - 1)
         inbox.ran(found, now, end, rest)
         if any(step.session == 1 for step in found.steps):

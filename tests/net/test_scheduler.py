@@ -171,7 +171,7 @@ class Chain:
                 self._call(stage, batch, now)
 
     def _call(self, stage: int, batch: Batch, now: float) -> None:
-        rows = sum(len(step.tokens) for step in batch.steps)
+        rows = sum(step.rows for step in batch.steps)
         end = self._free[stage] = now + self.seconds(rows)
         self.boxes[stage].ran(batch, now, end)
         self.calls[stage].append((now, rows))
@@ -183,7 +183,7 @@ class Chain:
                 self.at(end + self.hop, stage + 1, onward)
             elif step.want is Want.TOKEN:
                 self.tokens.append(end + self.hop)
-                after = Step(step.session, NOW, step.first + len(step.tokens), (1,), Want.TOKEN)
+                after = Step(step.session, NOW, step.first + step.rows, (1,), Want.TOKEN)
                 self.at(end + 2 * self.hop + place * self.apart, 0, after)
 
 

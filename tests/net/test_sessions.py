@@ -15,7 +15,7 @@ from shoal.engine.errors import ContextError
 from shoal.net.placement import Links, NodeInfo, Placement, plan_at
 from shoal.planner import Assignment
 
-SAMPLING = Sampling(temperature=0.8, seed=5)
+SAMPLING = Sampling(temperature=0.8, seed=5, repetition_penalty=1.3)
 
 
 def spread(nodes: list[NodeInfo], links: Links) -> Placement:
@@ -97,7 +97,7 @@ def test_a_session_that_is_closed_frees_its_state_and_one_that_waits_keeps_it(la
         async with lab.network() as net:
             net.add("a")
             net.add("b")
-            async with net.coordinator(plan=plan_at((0, 3, 6), 4)) as coordinator:
+            async with net.coordinator(plan=plan_at((0, 3, 6), 4), share_prefixes=False) as coordinator:
                 async with coordinator.session() as session:
                     await said(session, [1, 2], 2)
                     await trio.testing.wait_all_tasks_blocked()
@@ -167,7 +167,9 @@ def test_a_waiting_session_gives_its_place_to_one_that_answers(lab: ModuleType) 
         async with lab.network() as net:
             net.add("a")
             net.add("b")
-            async with net.coordinator(plan=plan_at((0, 3, 6), 4), max_sessions=2) as coordinator:
+            async with net.coordinator(
+                plan=plan_at((0, 3, 6), 4), max_sessions=2, share_prefixes=False
+            ) as coordinator:
                 async with coordinator.session() as first, coordinator.session() as second:
                     await said(first, [1, 2], 2)
                     await said(second, [3, 4], 2)

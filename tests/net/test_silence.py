@@ -10,7 +10,7 @@ import trio.testing
 
 from shoal.net.connection import dial, open_connection
 from shoal.net.errors import NodeLostError, StageStuckError
-from shoal.net.events import Timing
+from shoal.net.liveness import Timing
 from shoal.net.messages import Hello, Ping, Pong
 from shoal.net.placement import Links, NodeInfo, Placement
 from shoal.net.watch import ConnectionStalledError, Watch, attend

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from tests.patience import LIMIT
 
-from shoal.net import carry
+from shoal.net import tags
 from shoal.net.connection import in_thread, open_tcp
 from shoal.net.coordinator import Coordinator, CoordinatorOptions
 from shoal.net.door import WAITING
@@ -29,14 +30,16 @@ from shoal.planner import Assignment
 
 
 @asynccontextmanager
-async def nodes(lab: ModuleType, count: int) -> AsyncIterator[tuple[list[tuple[str, int]], Any]]:
+async def nodes(
+    lab: ModuleType, count: int, own_thread: bool = True
+) -> AsyncIterator[tuple[list[tuple[str, int]], Any]]:
     """Nodes that listen on ports of their own; their addresses, and the fake network that made them."""
     async with trio.open_nursery() as tasks:
         net, addresses = lab.FakeNetwork(tasks), []
         for i in range(count):
             net.add(f"n{i}")
             node = net.nodes[7001 + i]
-            parts = replace(node.parts, hop=in_thread, open_stream=open_tcp, own_thread=True, spin=True)
+            parts = replace(node.parts, hop=in_thread, open_stream=open_tcp, own_thread=own_thread, spin=True)
             node.node = Node(parts)
             listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
             await tasks.start(_serve, node, listeners)
@@ -54,7 +57,7 @@ async def _serve(
 
 def limited(main: Any) -> None:
     async def run() -> None:
-        with trio.fail_after(30):
+        with trio.fail_after(LIMIT):
             await main()
 
     trio.run(run)
@@ -83,7 +86,7 @@ def test_a_chain_over_sockets_and_threads_gives_the_same_tokens(lab: ModuleType)
 def test_layers_move_over_sockets_while_threads_compute(
     lab: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(carry, "CHUNK", 4)
+    monkeypatch.setattr(tags, "CHUNK", 4)
 
     async def main() -> None:
         async with nodes(lab, 3) as (addresses, net):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from tests.patience import LIMIT
 
 from shoal.cli import main
 from shoal.distributed import coordinator_identity
@@ -60,15 +61,17 @@ def test_a_stuck_stage_leaves_the_chain_and_sigterm_ends_its_node(tmp_path: Path
             with held(turns):
                 start = time.monotonic()
                 assert await answer() == expected
-                assert 3 < time.monotonic() - start < 8
+                assert time.monotonic() - start > 3
                 assert [node.label for node in coordinator.nodes] == ["a", "c"]
                 running[1].process.send_signal(signal.SIGTERM)
-                assert await trio.to_thread.run_sync(running[1].process.wait, 20) == StageStuckError.exit_code
+                assert (
+                    await trio.to_thread.run_sync(running[1].process.wait, LIMIT) == StageStuckError.exit_code
+                )
 
     with nodes(path, specs, tmp_path) as running:
         trio.run(ask, [node.address for node in running])
         running[0].process.send_signal(signal.SIGTERM)
-        assert running[0].process.wait(20) == 0
+        assert running[0].process.wait(LIMIT) == 0
     assert any("a call of" in line and "stage" in line for line in said)
     words = "a call of the stage has not returned for"
     log = (tmp_path / "b.log").read_text().splitlines()

@@ -29,7 +29,7 @@ from tests.net.clusters import (
     serving,
 )
 
-from shoal.engine.errors import NoPlanError
+from shoal.engine.errors import NoPlanError, OperatingSystemError
 from shoal.net.errors import NodeLostError, StageStuckError
 from shoal.net.events import (
     Event,
@@ -630,3 +630,25 @@ def test_strict_coordinators_end_when_a_stage_is_lost_and_not_when_a_transition_
     assert after(state, Left(1, GONE))[0].phase == "serving"
     assert after(state, Left(0, GONE))[0].phase == "failed"
     assert after(committed(state), Left(1, NodeLostError("b")))[0].phase == "failed"
+
+
+def test_a_node_that_cannot_load_a_stage_twice_in_a_row_is_at_fault() -> None:
+    """One that has had a stage in the meantime was short of memory for a while."""
+    full = OperatingSystemError("no memory is left")
+
+    def fails(state: ClusterState) -> ClusterState:
+        state, _ = after(state, Proposed(THREE, ""), now=100.0)
+        assert state.transition is not None
+        state, _ = after(state, StageBroken(1, state.transition.epoch, full, None), now=100.0)
+        assert not state.members[1].alive and state.phase == "serving"
+        return state
+
+    once, _ = after(fails(serving(WITHOUT_B)), JOINS[1], now=100.0)
+    assert once.members[1].alive
+    assert after(fails(once), JOINS[1], now=100.0)[1] == [HangUp(1)]
+    state, _ = after(once, Proposed(THREE, ""), now=100.0)
+    state, _ = arrived(state, now=100.0)
+    state, _ = after(state, Proposed(WITHOUT_B, ""), now=100.0)
+    state, _ = arrived(state, now=100.0)
+    assert state.placement == WITHOUT_B
+    assert after(fails(state), JOINS[1], now=100.0)[0].members[1].alive

@@ -13,9 +13,8 @@ import trio
 import trio.testing
 from tests.net.hand import Hand, connected, places, with_nodes
 
-from shoal.engine.batch import Sampling
 from shoal.engine.errors import ContextError, ModelFileError, NoPlanError
-from shoal.net import carry, keeper
+from shoal.net import keeper, tags
 from shoal.net.carry import Giver
 from shoal.net.errors import NetError, NodeLostError, RemoteProtocolError
 from shoal.net.messages import (
@@ -43,7 +42,7 @@ GIVER, NEXT = 88, Epoch(5, 2)
 
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(carry, "CHUNK", 4)
+    monkeypatch.setattr(tags, "CHUNK", 4)
 
 
 def pages(unit: int = 2, first: int = 0, last: int = 4, session: int = 1, epoch: Epoch = NEXT) -> Pages:
@@ -51,7 +50,9 @@ def pages(unit: int = 2, first: int = 0, last: int = 4, session: int = 1, epoch:
 
 
 def told(session: int = 1, first: int = 0, count: int = 4) -> Carried:
-    return Carried(session, NEXT, Sampling(), 30, first, tuple(range(count)))
+    """Of positions from `first` on; the tag of each chunk is its end."""
+    last = first + count
+    return Carried(session, NEXT, 30, first, last, tuple(range(first // 4 * 4 + 4, last + 1, 4)))
 
 
 async def intact(hand: Hand) -> None:
@@ -82,7 +83,7 @@ WRONG: dict[str, tuple[list[Message], str]] = {
     "a unit beyond the model": ([pages(unit=99)], "unit 99 is not among"),
     "a gap": ([pages(), pages(first=8, last=12)], r"positions \[8, 12\) do not follow the 4"),
     "another size": ([replace(pages(), data=b"123")], "do not follow"),
-    "tokens": ([told()], "session 1 is open here"),
+    "a session": ([told()], "session 1 is open here"),
     "many sessions": ([pages(session=s) for s in range(2 * MOST_SESSIONS + 1)], "more than 512 sessions"),
 }
 
@@ -108,13 +109,23 @@ def test_keys_and_values_that_do_not_fit_end_the_transition(lab: ModuleType, wha
     with_nodes(lab, test, "a")
 
 
-@pytest.mark.parametrize("gap", [told(first=1), told(first=5)])
-def test_tokens_with_a_gap_end_the_transition_of_a_node_that_joins(lab: ModuleType, gap: Carried) -> None:
+@pytest.mark.parametrize(
+    ("gap", "words"),
+    [
+        (told(first=1), "do not follow the 0"),
+        (told(first=5), "do not follow the 0"),
+        (replace(told(), tags=()), "have 0 tags"),
+        (replace(told(), last=0), "positions .0, 0. have 1 tags"),
+    ],
+)
+def test_a_session_with_a_gap_ends_the_transition_of_a_node_that_joins(
+    lab: ModuleType, gap: Carried, words: str
+) -> None:
     async def test(hand: Hand) -> None:
         await alone(hand, joins=True)
         async with connected(lab, hand.net, 7001, "bulk", GIVER) as bulk:
             await bulk.send(gap)
-            with pytest.raises(RemoteProtocolError, match="do not follow the 0"):
+            with pytest.raises(RemoteProtocolError, match=words):
                 await bulk.receive()
         await hand.controls[7001].expect(Broken)
         await trio.testing.wait_all_tasks_blocked()
@@ -481,7 +492,7 @@ def test_a_stage_that_is_opened_after_a_change_was_dropped_knows_no_sessions(
 
     async def hop(work: Any) -> Any:
         result = work()
-        await trio.sleep(getattr(getattr(work, "func", None), "__name__", "") == "adopt")
+        await trio.sleep(getattr(getattr(work, "func", None), "__name__", "") == "_change")
         return result
 
     async def test(hand: Hand) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from tests.net.hand import Hand, Place, places, with_nodes
+from tests.net.hand import Hand, Place, places, step_of, with_nodes
 
 from shoal.engine.batch import Want
-from shoal.net import carry
+from shoal.net import carry, tags
 from shoal.net.errors import NetError, RemoteProtocolError
 from shoal.net.messages import Abort, Broken, Epoch, Failed, Kept, Open, Refill, Result, Step
 
@@ -21,7 +21,7 @@ from shoal.net.messages import Abort, Broken, Epoch, Failed, Kept, Open, Refill,
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks that contexts of these tests fill."""
-    monkeypatch.setattr(carry, "CHUNK", 4)
+    monkeypatch.setattr(tags, "CHUNK", 4)
 
 
 BOUNDARIES = [
@@ -287,10 +287,10 @@ def test_a_stage_stands_when_its_next_node_is_lost_and_only_lost_units_are_compu
         ports = await hand.prepare((7001, 0, 3), (7003, 3, 6))
         await hand.commit(ports, (7001, 0, 3), (7003, 3, 6), lost=(2, 4))
         assert hand.steps is not None
-        for session, sampling in hand.samplings.items():
-            await hand.steps.send(Open(session, hand.epoch, sampling, lab.CONTEXT))
+        for session in hand.samplings:
+            await hand.steps.send(Open(session, hand.epoch, lab.CONTEXT))
         for first, last in ((0, 4), (4, 9)):
-            part = Step(1, hand.epoch, first, tuple(hand.known[1][first:last]), Want.NOTHING, part=(0, 4))
+            part = step_of(1, hand.epoch, hand.known[1], first, last, Want.NOTHING, part=(0, 4))
             await hand.steps.send(part)
             assert await hand.hear(7003, Result) == Result(1, hand.epoch, first, last - first, None)
         await hand.steps.send(Step(2, hand.epoch, 0, (5,), Want.NOTHING, part=(0, 4)))
@@ -323,8 +323,8 @@ async def lose_the_second_of_three(hand: Hand, after: Sequence[Place]) -> None:
     ports = await hand.prepare(*after)
     await hand.commit(ports, *after, lost=(2, 4))
     assert hand.steps is not None
-    for session, sampling in hand.samplings.items():
-        await hand.steps.send(Open(session, hand.epoch, sampling, hand.lab.CONTEXT))
+    for session in hand.samplings:
+        await hand.steps.send(Open(session, hand.epoch, hand.lab.CONTEXT))
 
 
 @pytest.mark.parametrize("after", AFTER_A_LOSS)
@@ -350,8 +350,8 @@ def test_lost_units_are_filled_from_kept_rows(lab: ModuleType, after: Sequence[P
             assert sum(rows for batch in stage.batches[n:] for _, _, rows in batch) == cut
         assert hand.steps is not None
         if cut < 20:
-            tokens = tuple(hand.known[1][cut:20])
-            await hand.steps.send(Step(1, hand.epoch, cut, tokens, Want.NOTHING, part=(0, 4)))
+            part = step_of(1, hand.epoch, hand.known[1], cut, 20, Want.NOTHING, part=(0, 4))
+            await hand.steps.send(part)
             assert (await hand.hear(filler, Result)).rows == 20 - cut
         await hand.controls[7001].send(Refill(2, hand.epoch, 0, 1, 2, 4))
         assert await hand.hear(filler, Result) == Result(2, hand.epoch, 0, 1, None)

@@ -3,15 +3,16 @@
 import json
 import random
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from shoal.engine.batch import Sampling, Want
+from shoal.engine.batch import Logprobs, Sampling, Want
 from shoal.net.errors import LocalProtocolError, MismatchError, NetError, RemoteProtocolError
+from shoal.net.message_table import BY_KIND, MESSAGES
 from shoal.net.messages import (
-    BY_KIND,
-    MESSAGES,
+    FILE_BYTES,
     PROTOCOL,
     Abort,
     Assign,
@@ -25,11 +26,19 @@ from shoal.net.messages import (
     Epoch,
     Error,
     Failed,
+    Fetch,
+    FileBytes,
+    GetBytes,
     GetStats,
+    GetSums,
     Gift,
+    Held,
     Hello,
+    House,
+    Housemate,
     Kept,
     Loaded,
+    Mask,
     Measure,
     Measured,
     Message,
@@ -46,14 +55,22 @@ from shoal.net.messages import (
     Release,
     Result,
     Room,
+    Rows,
+    SetSampling,
+    Shared,
+    Source,
     Spare,
     Spares,
     Stats,
     Step,
+    Sums,
     Take,
+    Tokens,
     Work,
 )
-from shoal.net.wire import CLOSED, NEED_DATA, WireProtocol, max_step_rows
+from shoal.net.packed import max_step_rows
+from shoal.net.tags import counted
+from shoal.net.wire import CLOSED, NEED_DATA, WireProtocol
 from shoal.planner import Device, LinkSpeed
 from shoal.planner.groups import Grouping
 
@@ -87,8 +104,9 @@ EXAMPLES: list[Message] = [
     Spare((4, 12)),
     Spares(()),
     Refill(TOP, EPOCH, 0, 1200, 4, 12),
-    Carried(TOP, EPOCH, Sampling(0.8, bias=((5, -1.5), (9, 2.0))), 2048, 4, (1, 2)),
+    Carried(TOP, EPOCH, 2048, 4, 130, (1, TOP)),
     Complete(EPOCH),
+    House((Housemate("laptop", "head", "MIIB"), Housemate("phone", "device", "MIIC"))),
     Pages(TOP, EPOCH, 12, 64, 90, b"keys and values"),
     Pong(5, condition=Condition(0.6, True, "the battery is at 20 %")),
     Loaded(EPOCH, 0.25, 10**9, None, (Kept(1, 1200),)),
@@ -105,16 +123,49 @@ EXAMPLES: list[Message] = [
     GetStats(),
     Stats(EPOCH, Work(3, 3, 0.5), Work(1, 200, 0.25)),
     Stats(None, Work(0, 0, 0.0), Work(0, 0, 0.0)),
-    Open(TOP, EPOCH, Sampling(0.8, 40, 0.9, 0.05, 1.1, TOP), 2048),
+    Open(TOP, EPOCH, 2048),
+    Open(TOP, EPOCH, 2048, TOP - 1, 1984),
+    SetSampling(TOP, EPOCH, 1, Sampling(0.8, 40, 0.9, 0.05, 1.1, TOP, bias=((5, -1.5), (9, 2.0)))),
+    Tokens(TOP, EPOCH, (1 << 32) - 1, 0, (0, (1 << 31) - 1)),
+    Tokens(1, EPOCH, 2, (1 << 31) - 8192, (5,) * 8192),
     Close(TOP, EPOCH),
     Failed(1, EPOCH, 5, "no room"),
     Step(TOP, EPOCH, 0, (1, 2, 3), Want.NOTHING),
     Step(7, EPOCH, 3, (1,), Want.TOKEN, more=True),
-    Step(7, EPOCH, (1 << 31) - 3, (0, (1 << 31) - 1, 5), Want.TOKEN, HIDDEN),
+    Step(7, EPOCH, (1 << 31) - 3, (0, (1 << 31) - 1, 5), Want.TOKEN, tags=(5,)),
+    Step(7, EPOCH, (1 << 31) - 3, (), Want.TOKEN, HIDDEN, tags=(5,)),
+    Step(7, EPOCH, 62, (), Want.NOTHING, HIDDEN, tags=(TOP,)),
+    Step(7, EPOCH, 60, (1,) * 200, Want.NOTHING, tags=(0, 1, 2, TOP)),
     Result(TOP, EPOCH, 9, 3, None),
     Result(1, EPOCH, 9, 1, (1 << 31) - 1),
+    Step(7, EPOCH, 3, (1, 2), Want.TOKENS, report=64),
+    Step(7, EPOCH, 3, (), Want.SCORES, HIDDEN, report=0, told=5),
+    Step(7, EPOCH, 3, (1,) * 32, Want.ROWS),
+    Step(7, EPOCH, 3, (1, 2), Want.TOKEN, report=0, told=(1 << 32) - 1, masked=True),
+    Result(1, EPOCH, 9, 4, 5, logprobs=(Logprobs(-0.5, ()),)),
+    Result(1, EPOCH, 9, 4, 5, logprobs=(Logprobs(-0.5, ((7, -0.25), (5, -0.5))),)),
+    Result(1, EPOCH, 9, 2, None, tokens=(5, 0)),
+    Result(1, EPOCH, 9, 2, None, scores=(-1.5, 0.0)),
+    Result(
+        *(TOP, EPOCH, 9, 2, None),
+        scores=(-1.5, -2.0),
+        logprobs=(Logprobs(-1.5, ((1 << 30, -0.25),)), Logprobs(-2.0, ((0, 0.0),))),
+    ),
+    Rows(TOP, EPOCH, 9, HIDDEN),
+    Shared(TOP, EPOCH, 7, 128),
+    Mask(TOP, EPOCH, 1, b"\x01\xff"),
     Data(64 * 1024),
     Data(0),
+    Hello("control", "phone", 1, "0.1.0", 1, "ab" * 32, replace(OFFER, held=(0, 4)), 1),
+    Fetch((0, 4, 5), (Source(PEER, (0, 4)), Source(PEER, (5,)))),
+    Fetch((), ()),
+    Held((0, 4), 10**9, 10**8, "no space is left"),
+    GetBytes("unit-000.safetensors", 2**40, 2**40 + FILE_BYTES),
+    GetSums("unit-000.safetensors"),
+    FileBytes(2**40, True, b"weights"),
+    FileBytes(0, False, bytes(FILE_BYTES)),
+    Sums("unit-000.safetensors", b""),
+    Sums("unit-000.safetensors", bytes(range(64))),
 ]
 
 
@@ -139,6 +190,8 @@ def greeted(message_kind: type, from_dialler: bool | None = None) -> tuple[WireP
 def same(a: Message, b: object) -> bool:
     if isinstance(a, Step) and isinstance(b, Step) and a.hidden is not None:
         return a == b and b.hidden is not None and np.array_equal(a.hidden, b.hidden)
+    if isinstance(a, Rows) and isinstance(b, Rows):
+        return a == b and np.array_equal(a.output, b.output)
     return a == b
 
 
@@ -184,7 +237,7 @@ def test_the_examples_are_every_message_and_codes_are_unique() -> None:
 
 def test_hidden_rows_arrive_aligned_and_writable() -> None:
     sender, other = greeted(Step)
-    other.receive_data(b"".join(sender.send(Step(1, EPOCH, 0, (1, 2, 3), Want.TOKEN, HIDDEN[::-1]))))
+    other.receive_data(b"".join(sender.send(Step(1, EPOCH, 0, (), Want.TOKEN, HIDDEN[::-1]))))
     step = other.next_message()
     assert isinstance(step, Step) and step.hidden is not None
     assert step.hidden.flags.writeable and step.hidden.flags.aligned and step.hidden.flags.c_contiguous
@@ -208,28 +261,51 @@ def step_body(
     first: int = 0,
     more: int = 0,
     extra: int = 0,
-    zero: int = 0,
+    masked: int = 0,
     part: tuple[int, int] = (0, 0),
+    report: int = 0,
+    told: int = 0,
 ) -> bytes:
-    coordinator = struct.pack("<QQIIIBBHIHH", 1, 2, 3, first, rows, want, more, zero, cols, *part)
-    return coordinator + struct.pack(f"<{len(tokens)}i", *tokens) + bytes(extra)
+    fixed = (1, 2, 3, first, rows, want, more, report, masked, cols, *part, told)
+    return struct.pack("<QQIIIBBBBIHHI", *fixed) + struct.pack(f"<{len(tokens)}i", *tokens) + bytes(extra)
 
 
 PING, ASSIGN, LOADED, OPEN, STEP, RESULT, DATA = 3, 5, 7, 13, 32, 33, 34
-PAGES = 35
+GET_BYTES, FILE, SUMS = 28, 38, 39
+PAGES, ROWS, MASK, TOKENS = 35, 36, 37, 40
+
+
+def tokens_body(number: int = 1, first: int = 4, count: int = 2, ids: tuple[int, ...] = (5, 6)) -> bytes:
+    return struct.pack("<QQIIII", 1, 2, 3, number, first, count) + struct.pack(f"<{len(ids)}i", *ids)
+
+
 GOOD_OPEN = {
     "session": 1,
     "epoch": {"coordinator": 1, "counter": 1},
-    "sampling": {
-        "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 0,
-        "presence_penalty": 0.0, "frequency_penalty": 0.0, "bias": [],
-    },
-    "context": 10,
+    "context": 10, "source": None, "positions": 0,
 }  # fmt: skip
+
+
+SET_SAMPLING = 30
+GOOD_SAMPLING = {
+    "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 0,
+    "presence_penalty": 0.0, "frequency_penalty": 0.0, "bias": [],
+}  # fmt: skip
+
+
+def sampling(**changes: object) -> bytes:
+    body = {"session": 1, "epoch": GOOD_OPEN["epoch"], "number": 1, "sampling": {**GOOD_SAMPLING, **changes}}
+    return json.dumps(body).encode()
 
 
 def opening(**changes: object) -> dict[str, object]:
     return {**GOOD_OPEN, **changes}
+
+
+def result_body(
+    rows: int = 1, token: int = -1, what: int = 0, report: int = 0, rest: bytes = b"", first: int = 4
+) -> bytes:
+    return struct.pack("<QQIIIiBB", 1, 2, 3, first, rows, token, what, report) + rest
 
 
 HOSTILE: dict[str, tuple[bytes, type, str]] = {
@@ -244,6 +320,15 @@ HOSTILE: dict[str, tuple[bytes, type, str]] = {
     "a message of another connection": (control(OPEN, GOOD_OPEN), Ping, "sent Open on a control connection"),
     "a message of the other side": (control(LOADED, {}), Ping, "sent Loaded on a control connection"),
     "a second Hello": (control(1, {}), Ping, "Hello out of turn"),
+    "too many bytes of a file": (
+        control(GET_BYTES, {"name": "a", "first": 1, "last": 2 + FILE_BYTES}), GetBytes, "are not 1 to 262144"
+    ),
+    "a file backwards": (control(GET_BYTES, {"name": "a", "first": 2, "last": 2}), GetBytes, "are not 1 to"),
+    "no bytes of a file": (header(FILE, 9) + bytes(9), FileBytes, "have 0 bytes of a file"),
+    "a busy file": (header(FILE, 10) + bytes(8) + b"\2x", FileBytes, "busy = 2"),
+    "half a sum": (header(SUMS, 33) + b"\1a" + bytes(31), Sums, "have not a name and 32"),
+    "sums of nothing": (header(SUMS, 33) + bytes(33), Sums, "no file's"),
+    "no sums": (header(SUMS, 0), Sums, "of 0 bytes"),
     "no JSON": (control(PING, b"{"), Ping, "Expecting property name"),
     "nothing": (control(PING, b""), Ping, "Expecting value"),
     "not UTF-8": (control(PING, b'{"nonce":"\xff"}'), Ping, "decode"),
@@ -265,38 +350,42 @@ HOSTILE: dict[str, tuple[bytes, type, str]] = {
     "deep lists": (control(PING, b"[" * 30000 + b"]" * 30000), Ping, "nested too deeply"),
     "deep objects": (control(PING, b'{"a":' * 10000 + b"1" + b"}" * 10000), Ping, "nested too deeply"),
     "sampling: 1e999": (
-        control(OPEN, json.dumps(GOOD_OPEN).replace('"top_p": 1.0', '"top_p": 1e999').encode()),
-        Open,
-        "Open.sampling.top_p is not finite",
+        control(SET_SAMPLING, sampling().replace(b'"top_p": 1.0', b'"top_p": 1e999')),
+        SetSampling,
+        "SetSampling.sampling.top_p is not finite",
     ),
     "sampling: out of range": (
-        control(OPEN, opening(sampling={**GOOD_OPEN["sampling"], "top_p": 1.5})),  # type: ignore[dict-item]
-        Open,
+        control(SET_SAMPLING, sampling(top_p=1.5)),
+        SetSampling,
         "top_p = 1.5",
     ),
     "sampling: a huge integer": (
-        control(OPEN, opening(sampling={**GOOD_OPEN["sampling"], "top_p": 10**400})),  # type: ignore[dict-item]
-        Open,
+        control(SET_SAMPLING, sampling(top_p=10**400)),
+        SetSampling,
         "top_p is not finite",
     ),
     "context 0": (control(OPEN, opening(context=0)), Open, "Open.context = 0"),
+    "a source that is no number": (control(OPEN, opening(source="1")), Open, "Open.source"),
+    "negative positions": (control(OPEN, opening(source=1, positions=-1)), Open, "Open.positions = -1"),
     "an epoch that is no epoch": (control(OPEN, opening(epoch=[1, 2])), Open, "Open.epoch is not an object"),
     "text that moves the cursor": (control(2, {"code": 9, "text": "\x1b[2J"}), Ping, "cannot be printed"),
     "a lone surrogate": (control(2, b'{"code":9,"text":"\\ud800"}'), Ping, "cannot be printed"),
     "endless text": (control(2, {"code": 9, "text": "a" * 1001}), Ping, "1001 characters"),
-    "a step shorter than its header": (header(STEP, 3) + bytes(3), Step, "fewer than the 40 of its"),
+    "a step shorter than its header": (header(STEP, 3) + bytes(3), Step, "of 3 bytes: the fixed part"),
     "no rows": (control(STEP, step_body(0, ())), Step, "0 rows"),
     "too many rows": (control(STEP, step_body(4097, (1,) * 4097)), Step, "4097 rows"),
-    "rows that are not there": (control(STEP, step_body(2)), Step, "2 rows and 0 columns has 44 bytes"),
-    "bytes too many": (control(STEP, step_body(extra=4)), Step, "has 48 bytes, not 44"),
+    "rows that are not there": (control(STEP, step_body(2)), Step, "2 rows and 0 columns has 48 bytes"),
+    "bytes too many": (control(STEP, step_body(extra=4)), Step, "has 52 bytes, not 48"),
     "columns that are not there": (control(STEP, step_body(cols=9)), Step, "not 80"),
     "sizes that overflow": (control(STEP, step_body(4096, (1,), cols=0xFFFFFFFF)), Step, "columns are more"),
     "logits": (control(STEP, step_body(want=2)), Step, "want = 2"),
-    "neither more nor not": (control(STEP, step_body(more=2)), Step, "more = 2 is neither 0 nor 1"),
-    "a field that is not zero": (control(STEP, step_body(zero=1)), Step, "a field is 1, not 0"),
+    "neither more nor not": (control(STEP, step_body(more=2)), Step, "more = 2 and masked = 0"),
+    "neither masked nor not": (control(STEP, step_body(masked=2, told=1)), Step, "masked = 2"),
+    "a tag too few": (control(STEP, step_body(first=63)), Step, "has 48 bytes, not 56"),
+    "tags that are not there": (control(STEP, step_body(4096, (1,))), Step, "has 48 bytes, not 16940"),
     "a part without units": (control(STEP, step_body(part=(4, 4))), Step, "units [4, 4) are no part"),
     "a part that ends before it begins": (control(STEP, step_body(part=(4, 3))), Step, "are no part"),
-    "pages shorter than their header": (header(PAGES, 3) + bytes(3), Pages, "fewer than the 32 of"),
+    "pages shorter than their header": (header(PAGES, 3) + bytes(3), Pages, "Pages of 3 bytes"),
     "pages of no positions": (
         control(PAGES, struct.pack("<QQIIII", 1, 2, 3, 4, 8, 8)), Pages, "of unit 4 are out of range",
     ),
@@ -310,11 +399,68 @@ HOSTILE: dict[str, tuple[bytes, type, str]] = {
     "an unknown want": (control(STEP, step_body(want=255)), Step, "want = 255"),
     "a negative token": (control(STEP, step_body(tokens=(-1,))), Step, "token id -1"),
     "a position out of range": (control(STEP, step_body(first=1 << 31)), Step, "position"),
-    "a result of the wrong size": (header(RESULT, 4) + bytes(4), Result, "has 4 bytes"),
-    "a result with token -2": (
-        control(RESULT, struct.pack("<QQIIIi", 1, 2, 3, 4, 1, -2)), Result, "token id -2",
+    "a result of the wrong size": (header(RESULT, 4) + bytes(4), Result, "a Result of 4 bytes"),
+    "a result with token -2": (control(RESULT, result_body(token=-2, what=1)), Result, "token id -2"),
+    "a result without rows": (control(RESULT, result_body(0)), Result, "0 rows"),
+    "a result without its token": (control(RESULT, result_body(what=1)), Result, "token id -1, and what = 1"),
+    "a result with a token of nothing": (control(RESULT, result_body(token=3)), Result, "what = 0"),
+    "a result of logits": (control(RESULT, result_body(what=2)), Result, "what = 2"),
+    "a result of rows": (control(RESULT, result_body(what=5)), Result, "what = 5"),
+    "a result with bytes too many": (
+        control(RESULT, result_body(token=3, what=1, rest=bytes(4))), Result, "has 38 bytes, not 34",
     ),
-    "a result without rows": (control(RESULT, struct.pack("<QQIIIi", 1, 2, 3, 4, 0, 1)), Result, "0 rows"),
+    "scores that are not there": (
+        control(RESULT, result_body(3, what=4, rest=bytes(8))), Result, "has 42 bytes, not 46",
+    ),
+    "scores of 4096 rows with all likeliest": (
+        control(RESULT, result_body(4096, what=4, report=65)), Result, "not 2129954",
+    ),
+    "a score that is NaN": (
+        control(RESULT, result_body(1, what=4, rest=struct.pack("<f", float("nan")))), Result, "NaN or",
+    ),
+    "a log-probability that is infinite": (
+        control(RESULT, result_body(1, 3, 1, 1, struct.pack("<f", -float("inf")))), Result, "NaN or infinity",
+    ),
+    "tokens that are negative": (
+        control(RESULT, result_body(1, what=3, rest=struct.pack("<i", -9))), Result, "token id -9",
+    ),
+    "a likeliest token that is negative": (
+        control(RESULT, result_body(1, 3, 1, 2, struct.pack("<fif", -1, -9, -1))), Result, "token id -9",
+    ),
+    "more likeliest than there may be": (control(RESULT, result_body(1, 3, 1, 66)), Result, "of 65 tokens"),
+    "log-probabilities of nothing": (control(RESULT, result_body(1, report=1)), Result, "of 0 tokens"),
+    "rows shorter than their header": (header(ROWS, 3) + bytes(3), Rows, "Rows of 3 bytes"),
+    "rows that are not wanted": (
+        control(ROWS, struct.pack("<QQIIII", 1, 2, 3, 4, 33, 1) + bytes(132)), Rows, "33 rows",
+    ),
+    "rows without columns": (control(ROWS, struct.pack("<QQIIII", 1, 2, 3, 4, 1, 0)), Rows, "0 columns"),
+    "rows of too few bytes": (
+        control(ROWS, struct.pack("<QQIIII", 1, 2, 3, 4, 2, 3) + bytes(20)), Rows, "have 52 bytes, not 56",
+    ),
+    "rows that are NaN": (
+        control(ROWS, struct.pack("<QQIIIIf", 1, 2, 3, 4, 1, 1, float("nan"))), Rows, "NaN or infinity",
+    ),
+    "a mask shorter than its header": (header(MASK, 3) + bytes(3), Mask, "a Mask of 3 bytes"),
+    "a mask without bits": (control(MASK, struct.pack("<QQII", 1, 2, 3, 4)), Mask, "0 bytes of bits"),
+    "a mask without a number": (control(MASK, struct.pack("<QQIIB", 1, 2, 3, 0, 1)), Mask, "number 0"),
+    "a mask that is too large": (header(MASK, 2**16 + 1), Mask, "the limit is 65536"),
+    "scores of too many rows": (
+        control(STEP, step_body(33, (1,) * 33, 4, told=1)), Step, "33 rows want something each",
+    ),
+    "rows wanted of a part": (control(STEP, step_body(want=5, part=(0, 4))), Step, "rows of a part do"),
+    "nothing, and something told": (control(STEP, step_body(want=0, told=7)), Step, "was told 7 things"),
+    "a mask that was not told": (control(STEP, step_body(masked=1)), Step, "a mask, which is number 0"),
+    "tokens without a number": (control(TOKENS, tokens_body(number=0)), Tokens, "the number 0"),
+    "no tokens": (control(TOKENS, tokens_body(count=0)), Tokens, "0 from position 4"),
+    "more tokens than there are": (control(TOKENS, tokens_body(count=8192)), Tokens, "not 32800"),
+    "too many tokens": (control(TOKENS, tokens_body(count=8193)), Tokens, "8193 from position 4"),
+    "tokens beyond all positions": (control(TOKENS, tokens_body(first=(1 << 31) - 1)), Tokens, "2 from"),
+    "told tokens that are negative": (control(TOKENS, tokens_body(ids=(5, -5))), Tokens, "token id -5"),
+    "tokens shorter than their header": (header(TOKENS, 3) + bytes(3), Tokens, "Tokens of 3 bytes"),
+    "reports of rows": (control(STEP, step_body(want=5, report=1)), Step, "log-probabilities of 0 tokens"),
+    "reports of nothing": (control(STEP, step_body(want=0, report=9)), Step, "log-probabilities of 8 tokens"),
+    "too many reports": (control(STEP, step_body(report=66)), Step, "log-probabilities of 65 tokens"),
+    "a mask for scores": (control(STEP, step_body(want=4, told=1, masked=1)), Step, "want = 4 with a mask"),
 }  # fmt: skip
 
 
@@ -380,17 +526,23 @@ def test_an_answer_for_another_purpose_is_refused() -> None:
     [
         (Result(1, EPOCH, 0, 1, 3), "may not send Result on a step connection"),
         (Step(1, EPOCH, 0, (), Want.TOKEN), "0 rows"),
-        (Step(1, EPOCH, 0, (1, 2), Want.TOKEN, HIDDEN), "2 tokens has hidden rows of shape"),
+        (Step(1, EPOCH, 0, (1, 2, 3), Want.TOKEN, HIDDEN), "3 token ids beside hidden rows"),
+        (Step(1, EPOCH, 0, (1, 2), Want.TOKEN, tags=(5,)), "has 1 tags, not 0"),
+        (Step(1, EPOCH, 0, (1, 2), Want.TOKEN, told=1 << 32), "Step"),
+        (Step(1, EPOCH, 0, (1, 2), Want.NOTHING, told=1), "the last node was told 1 things"),
+        (Step(1, EPOCH, 0, (1, 2), Want.TOKEN, masked=True), "with a mask, which is number 0"),
         (Step(1, EPOCH, 0, (1,), Want.LOGITS), "want = 2"),
         (Step(1, EPOCH, 0, (1 << 31,), Want.TOKEN), "Step"),
         (Step(1 << 64, EPOCH, 0, (1,), Want.TOKEN), "Step"),
         (
-            Step(1, EPOCH, 0, (1,) * 4096, Want.TOKEN, np.zeros((4096, 257), np.float32)),
+            Step(1, EPOCH, 0, (), Want.TOKEN, np.zeros((4096, 257), np.float32), tags=(1,) * 64),
             "the limit is 4194304",
         ),
         (Close(-1, EPOCH), "Close.session = -1"),
-        (Open(1, EPOCH, Sampling(), 0), "Open.context = 0"),
+        (Open(1, EPOCH, 0), "Open.context = 0"),
         (Error(0, ""), "Error.code = 0"),
+        (Step(1, EPOCH, 0, (1,) * 33, Want.ROWS), "33 rows want something each"),
+        (Step(1, EPOCH, 0, (1,), Want.TOKEN, report=65), "log-probabilities of 65 tokens"),
     ],
 )
 def test_our_own_mistakes_are_ours(message: Message, words: str) -> None:
@@ -407,15 +559,19 @@ def test_data_after_the_end_is_our_mistake() -> None:
         connection.receive_data(b"x")
 
 
+def filled(first: int, rows: int, cols: int) -> Step:
+    hidden, tags = np.zeros((rows, cols), np.float32), (1,) * counted(first, first + rows)
+    return Step(1, EPOCH, first, (), Want.TOKEN, hidden, tags=tags)
+
+
 @pytest.mark.parametrize("cols", [1, 2, 576, 2048, 8192, 65536])
 def test_the_largest_step_fits_and_one_row_more_does_not(cols: int) -> None:
     rows = max_step_rows(cols)
     sender, _ = greeted(Step)
-    tokens = (1,) * rows
-    sender.send(Step(1, EPOCH, 0, tokens, Want.TOKEN, np.zeros((rows, cols), np.float32)))
-    more = np.zeros((rows + 1, cols), np.float32)
-    with pytest.raises(LocalProtocolError):
-        sender.send(Step(1, EPOCH, 0, (*tokens, 1), Want.TOKEN, more))
+    for first in (0, 63):
+        sender.send(filled(first, rows, cols))
+    with pytest.raises(LocalProtocolError, match=r"the limit is 4194304|rows are out of range"):
+        sender.send(filled(0, rows + 1, cols))
 
 
 def test_fuzz_a_mutated_stream_gives_messages_or_one_of_our_errors() -> None:

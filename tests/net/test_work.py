@@ -11,27 +11,35 @@ import pytest
 from shoal.engine.batch import Result as StageResult
 from shoal.engine.batch import Run, Sampling, Want
 from shoal.engine.errors import ContextError, ModelFileError
+from shoal.net import tags
 from shoal.net.inbox import Batch
-from shoal.net.messages import MOST_SESSIONS, Close, Epoch, Failed, Open, Result, Step, Work
+from shoal.net.messages import MOST_SESSIONS, Close, Draw, Epoch, Failed, Open, Result, Step, Work
 from shoal.net.work import Session, StageWork
 
 EPOCH = Epoch(1, 1)
 
 
 def opened(session: int) -> Open:
-    return Open(session, EPOCH, Sampling(), 20)
+    return Open(session, EPOCH, 20)
 
 
 def rows(session: int, first: int, tokens: tuple[int, ...], want: Want = Want.TOKEN) -> Step:
-    return Step(session, EPOCH, first, tokens, want)
+    """The tag of a chunk, which has two positions here, is its second token."""
+    ends = tuple(token for position, token in enumerate(tokens, first) if position % 2)
+    return Step(session, EPOCH, first, tokens, want, tags=ends)
 
 
-def test_hidden_rows_go_on_with_their_tokens(lab: ModuleType) -> None:
+@pytest.fixture(autouse=True)
+def _short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tags, "CHUNK", 2)
+
+
+def test_hidden_rows_go_on_without_their_tokens(lab: ModuleType) -> None:
     work = StageWork(lab.FakeStage(0, 2), EPOCH, 2)
     step = rows(1, 0, (4, 5, 6), Want.NOTHING)
     opening, onward = work.do(Batch((opened(1),), (step,)))
     assert opening == opened(1)
-    assert onward == step  # hidden rows are not compared
+    assert onward == replace(step, tokens=())  # hidden rows are not compared
     assert isinstance(onward, Step) and onward.hidden is not None and onward.hidden.shape == (3, lab.COLS)
     assert work.do(Batch((Close(1, EPOCH),), ())) == [Close(1, EPOCH)]
 
@@ -50,7 +58,7 @@ def test_rows_that_were_kept_are_sent_on_and_run_only_from_the_part_on(lab: Modu
     _, sent = work.do(Batch((opened(1),), (rows(1, 0, (4, 5, 6), Want.NOTHING),)))
     again = replace(rows(1, 1, (5, 6), Want.NOTHING), part=(2, 4))
     (onward,) = work.do(Batch((), (again,)))
-    assert onward == again and isinstance(onward, Step) and onward.hidden is not None
+    assert onward == replace(again, tokens=()) and isinstance(onward, Step) and onward.hidden is not None
     assert isinstance(sent, Step) and sent.hidden is not None
     assert onward.hidden.tobytes() == sent.hidden[1:].tobytes()
     assert len(stage.batches) == 1  # nothing has run again
@@ -193,6 +201,10 @@ def test_a_damaged_file_is_nobodys_session(lab: ModuleType) -> None:
         work.do(Batch((opened(1), opened(2)), (rows(1, 0, (4,)), rows(2, 0, (7,)))))
 
 
+def known(work: StageWork, session: int) -> tuple[int, list[int]]:
+    return work.sessions[session].positions, work.sessions[session].tags.tolist()
+
+
 def carried(stage: Any, *prompt: int) -> dict[int, Session]:
     """Session 1 as an earlier epoch left it, with the positions of a prompt."""
     work = StageWork(stage, EPOCH, 2)
@@ -212,20 +224,21 @@ def test_a_session_that_was_carried_over_may_be_opened_once_again(lab: ModuleTyp
 def test_a_session_that_was_carried_over_is_not_opened_with_other_parameters(lab: ModuleType) -> None:
     stage = lab.FakeStage(0, 2)
     work = StageWork(stage, EPOCH, 2, carried(stage, 4, 5))
-    (failed,) = work.do(Batch((replace(opened(1), sampling=Sampling(seed=3)),), ()))
+    (failed,) = work.do(Batch((replace(opened(1), context=19),), ()))
     assert isinstance(failed, Failed)
 
 
-def test_tokens_follow_the_rows_that_have_run(lab: ModuleType) -> None:
+def test_tags_follow_the_rows_that_have_run(lab: ModuleType) -> None:
     stage = lab.FakeStage(0, 2)
     work = StageWork(stage, EPOCH, 2, carried(stage, 4, 5, 6, 7))
     with work.rewinds() as rewinds, work.rewinds() as others:
         work.do(Batch((), (rows(1, 4, (8,)),)))
-        assert (work.sessions[1].tokens.tolist(), rewinds) == ([4, 5, 6, 7, 8], {1: 4})
+        assert (known(work, 1), rewinds) == ((5, [5, 7]), {1: 4})
         rewinds.clear()
         work.do(Batch((), (rows(1, 2, (9,)),)))
+        assert known(work, 1) == (3, [5])
         work.do(Batch((), (rows(1, 3, (3,)),)))
-        assert (work.sessions[1].tokens.tolist(), rewinds, others) == ([4, 5, 9, 3], {1: 2}, {1: 2})
+        assert (known(work, 1), rewinds, others) == ((4, [5, 3]), {1: 2}, {1: 2})
     work.do(Batch((), (rows(1, 1, (9,)),)))
     assert rewinds == others == {1: 2}  # nobody needs them any more
     (failed,) = work.do(Batch((), (rows(1, 9, (1,)),)))
@@ -236,10 +249,14 @@ def test_rows_of_a_part_leave_later_positions_and_end_at_its_last_stage(lab: Mod
     stage = lab.FakeStage(0, 2)
     work = StageWork(stage, EPOCH, 2, carried(stage, 4, 5, 6, 7))
     (onward,) = work.do(Batch((), (replace(rows(1, 0, (4, 5), Want.NOTHING), part=(0, 3)),)))
-    assert isinstance(onward, Step) and (onward.part, onward.first, onward.tokens) == ((0, 3), 0, (4, 5))
-    assert work.sessions[1].tokens.tolist() == [4, 5, 6, 7]
-    ends = replace(rows(1, 2, (6, 7), Want.NOTHING), part=(0, 2))
-    assert work.do(Batch((), (ends,))) == [Result(1, EPOCH, 2, 2, None)]
+    assert isinstance(onward, Step) and (onward.part, onward.first, onward.rows) == ((0, 3), 0, 2)
+    assert known(work, 1) == (4, [5, 7])
+    ends = replace(rows(1, 2, (6, 7, 8, 9), Want.NOTHING), part=(0, 2))
+    assert work.do(Batch((), (ends,))) == [Result(1, EPOCH, 2, 4, None)]
+    assert known(work, 1) == (6, [5, 7, 9])
+    others = replace(rows(1, 2, (6, 8), Want.NOTHING), part=(0, 2))
+    (failed,) = work.do(Batch((), (others,)))
+    assert isinstance(failed, Failed) and "other tokens than those that are to fill it" in failed.text
 
 
 def test_runs_of_one_call_have_the_same_part(lab: ModuleType) -> None:
@@ -250,3 +267,54 @@ def test_runs_of_one_call_have_the_same_part(lab: ModuleType) -> None:
     answers = work.do(Batch(tuple(opened(s) for s in parts), steps))[4:]
     assert [type(answer) for answer in answers] == [Step, Result, Result, Step]
     assert [[run[0] for run in batch] for batch in stage.batches] == [[1], [2, 3], [4]]
+
+
+def test_a_session_begins_with_positions_of_another_one(lab: ModuleType) -> None:
+    """Also if that one ends, or goes back, right after it; its context is its own."""
+    stage = lab.FakeStage(0, lab.UNITS)
+    work = StageWork(stage, EPOCH, None)
+    work.do(Batch((opened(1),), (rows(1, 0, (4, 5, 6, 7, 8)),)))
+    fork = replace(opened(2), source=1, positions=4, context=6)
+    (first,) = work.do(Batch((fork,), (rows(1, 2, (9,)),)))
+    assert first == Result(1, EPOCH, 2, 1, lab.oracle([4, 5, 9], 1)[0])
+    drawn = replace(rows(2, 4, (1,)), draw=Draw(Sampling(seed=3)))
+    (second,) = work.do(Batch((Close(1, EPOCH),), (drawn,)))
+    assert second == Result(2, EPOCH, 4, 1, lab.oracle([4, 5, 6, 7, 1], 1, Sampling(seed=3))[0])
+    assert known(work, 2) == (5, [5, 7]) and work.sessions[2].context == 6
+    (failed,) = work.do(Batch((), (rows(2, 5, (1, 2)),)))
+    assert isinstance(failed, Failed) and failed.session == 2
+    assert not stage.sequences
+
+
+@pytest.mark.parametrize(
+    ("source", "positions", "text"),
+    [
+        (1, 6, "cannot begin with 6 positions of session 1, which holds 5 here"),
+        (1, 0, "cannot begin with 0 positions of session 1, which holds 5 here"),
+        (3, 2, "cannot begin with 2 positions of session 3, which is not open here"),
+        (2, 2, "cannot begin with 2 positions of session 2, which is not open here"),
+        (None, 2, "begins with positions of no other session"),
+    ],
+)
+def test_a_session_cannot_begin_with_what_is_not_there(
+    lab: ModuleType, source: int | None, positions: int, text: str
+) -> None:
+    stage = lab.FakeStage(0, 2)
+    work = StageWork(stage, EPOCH, 2)
+    work.do(Batch((opened(1),), (rows(1, 0, (4, 5, 6, 7, 8), Want.NOTHING),)))
+    fork = replace(opened(2), source=source, positions=positions)
+    (failed,) = work.do(Batch((fork,), (rows(2, positions, (1,)),)))  # its rows are dropped
+    assert isinstance(failed, Failed) and failed.session == 2 and text in failed.text
+    assert list(stage.sequences) == list(work.sessions) == [1]
+
+
+def test_sessions_share_pages_until_one_writes(lab: ModuleType) -> None:
+    stage = lab.FakeStage(0, 2, pages=4)
+    work = StageWork(stage, EPOCH, 2)
+    work.do(Batch((opened(1),), (rows(1, 0, (1,) * 12, Want.NOTHING),)))  # three pages of four
+    fork = replace(opened(2), source=1, positions=12)
+    assert not any(isinstance(a, Failed) for a in work.do(Batch((fork,), (rows(2, 12, (5,)),))))
+    assert stage.most_pages == 4
+    (failed,) = work.do(Batch((), (rows(1, 3, (9,), Want.NOTHING),)))  # it would have to copy its first page
+    assert isinstance(failed, Failed) and "5 pages are more than the 4 promised" in failed.text
+    assert list(stage.sequences) == [2]

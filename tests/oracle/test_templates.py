@@ -106,7 +106,8 @@ def published() -> dict[str, str]:
     archive = downloads_directory() / PUBLISHED.file
     archive.parent.mkdir(parents=True, exist_ok=True)
     if not archive.exists():
-        download(_find_url(PUBLISHED), archive, size=PUBLISHED.size, sha256=PUBLISHED.sha256)
+        url, size = _find_url(PUBLISHED), PUBLISHED.size
+        download(url, archive, size=size, sha256=PUBLISHED.sha256, progress=lambda done, total: None)
     found = {}
     with tarfile.open(archive) as files:
         for member in files:

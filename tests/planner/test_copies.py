@@ -1,6 +1,8 @@
 """Which copies of weights devices should hold."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import pytest
 from tests.planner.test_moves import LINKS, MODEL, STAGES, question
@@ -10,7 +12,9 @@ from shoal.planner import Assignment, Cluster, Device, cost
 from shoal.planner.copies import copies
 
 
-def roomy(**free: int) -> dict[str, tuple[int, ...]]:
+def roomy(
+    files: Mapping[str, frozenset[int]] = MappingProxyType({}), **free: int
+) -> dict[str, tuple[int, ...]]:
     """Copies on devices that have so many bytes more than their stages need."""
     asked = question(6)
     devices = []
@@ -18,7 +22,14 @@ def roomy(**free: int) -> dict[str, tuple[int, ...]]:
         device = asked.cluster.device(stage.device)
         need = cost.range_ram_bytes(MODEL, device, asked.workload, stage.first, stage.last)
         devices.append(replace(device, ram_bytes=need + free.get(stage.device, 0)))
-    return copies(replace(asked, cluster=Cluster(tuple(devices), LINKS, "h")), STAGES, slowed)
+    return copies(replace(asked, cluster=Cluster(tuple(devices), LINKS, "h")), STAGES, slowed, files)
+
+
+def test_units_whose_files_are_there_go_first() -> None:
+    """So a device that has some fetches no others for the same room."""
+    free = {"a": 2_000_000, "c": 3_000_000}
+    assert roomy({"c": frozenset({5, 7, 8})}, **free) == {"a": (4, 5), "b": (), "c": (5, 6, 4)}
+    assert roomy({"a": frozenset({0, 5, 6}), "c": frozenset()}, **free)["a"] == (5, 6)
 
 
 def test_without_room_there_are_none() -> None:

@@ -32,6 +32,7 @@ from shoal.planner.solve import plan
 from shoal.planner.tables import Goal, TimeTables, goals, tables_of
 
 SAME = 1e-6
+EVERYTHING = frozenset(range(100))
 
 
 def brute_matmuls(device: Device, rows: int, macs: int) -> float:
@@ -188,6 +189,7 @@ def brute(question: Question, *, any_order: bool, must: str | None = None) -> fl
         for stages in brute_chains(question, order):
             fits = all(
                 brute_ram(question, by_name[s.device], s.first, s.last) <= by_name[s.device].ram_bytes
+                and set(range(s.first, s.last)) <= question.constraints.held.get(s.device, EVERYTHING)
                 for s in stages
             )
             if fits:
@@ -326,6 +328,30 @@ def test_they_do_when_layers_differ(seed: int, objective: Objective, highs: milp
 @pytest.mark.parametrize("seed", range(1100, 1110))
 def test_they_do_when_layers_are_of_two_kinds(seed: int, objective: Objective, highs: milp.Solver) -> None:
     agree(random_problem(seed, objective, alike=False, runs=True), highs)
+
+
+def with_some_held(question: Question, seed: int) -> Question:
+    """Most devices hold a random part of the units, often with gaps."""
+    rng, units = random.Random(seed), range(len(question.model.units))
+    held = {
+        device.name: frozenset(u for u in units if rng.random() < share)
+        for device in question.cluster.devices
+        if (share := rng.choice([0.0, 0.6, 0.8, 0.9, 1.1])) <= 1
+    }
+    return replace(question, constraints=replace(question.constraints, held=held))
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput", "first_token"])
+def test_they_do_when_devices_hold_some_of_the_units(objective: Objective, highs: milp.Solver) -> None:
+    """Then layers that cost the same are not alike."""
+    asked = [
+        with_some_held(random_problem(seed, objective, alike=seed % 3 > 0), seed)
+        for seed in range(3000, 3030)
+    ]
+    for question in asked:
+        agree(question, highs)
+    chains = [one.assignments for one in map(plan, asked) if isinstance(one, Plan)]
+    assert len(chains) >= 8 and len([stages for stages in chains if len(stages) > 1]) >= 3
 
 
 @pytest.mark.parametrize("seed", range(30))

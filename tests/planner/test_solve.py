@@ -326,7 +326,7 @@ def test_a_solver_that_does_not_run_is_passed_over(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_highs_that_prints_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(milp.metadata, "version", lambda package: milp.TALKATIVE[0])
+    monkeypatch.setattr("importlib.metadata.version", lambda package: milp.TALKATIVE[0])
     with pytest.raises(milp.SolverMissing, match=r"no highs that runs here: pip install 'highspy!="):
         milp.load_solver("highs")
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from shoal.planner.evaluation import Infeasible, Plan, evaluate
+from shoal.planner.moves import replans, steals
 from shoal.planner.rows import (
     Assignment,
     Cluster,
@@ -131,3 +132,45 @@ def test_a_wish_for_a_device_that_is_not_there_or_cannot_be_is_refused() -> None
     ]:
         with pytest.raises(ValueError, match=message):
             Question(MODEL, cluster, LOAD, constraints=replace(constraints, order=("a", "c")))
+
+
+def test_a_device_holds_only_units_whose_files_it_has() -> None:
+    """Where that leaves no plan, the answer names what is missing; else, the caps are what is short."""
+    cluster = random_cluster(0, caps=(20_000_000, 20_000_001))
+
+    def asked(**held: range) -> Question:
+        files = {name: frozenset(units) for name, units in held.items()}
+        return Question(MODEL, cluster, LOAD, constraints=Constraints(held=files))
+
+    found = plan(asked(a=range(3), b=range(2, 6), c=range(0)))
+    assert isinstance(found, Plan) and {stage.device for stage in found.stages} == {"a", "b"}
+    (reason,) = (reason.text for reason in found.reasons if reason.device == "c")
+    assert reason == "it has no unit's files yet"
+    nobody = plan(asked(a=range(2), b=range(3, 6), c=range(2)))
+    assert isinstance(nobody, Infeasible) and nobody.missing_bytes == 0
+    assert nobody.reason == "no device has the files of layer 2 yet"
+    small = replace(cluster, devices=tuple(replace(d, ram_bytes=7_000_000) for d in cluster.devices))
+    lacking = plan(replace(asked(b=range(0), c=range(0)), cluster=small))
+    assert isinstance(lacking, Infeasible) and "do not have their files yet: b, c" in lacking.reason
+    none = replace(cluster, devices=tuple(replace(d, ram_bytes=1_000_000) for d in cluster.devices))
+    short = plan(replace(asked(b=range(0), c=range(2)), cluster=none))
+    assert isinstance(short, Infeasible) and short.missing_bytes > 0 and "RAM caps are" in short.reason
+    with pytest.raises(ValueError, match="a holds units that the model does not have: 6"):
+        asked(a=range(7))
+
+
+def test_no_layers_are_stolen_by_a_device_without_their_files() -> None:
+    taken, others = 0, 0
+    for seed in range(12):
+        rng = random.Random(seed)
+        cluster, now = random_cluster(seed, caps=(20_000_000, 20_000_001)), [Assignment("c", 0, 6)]
+        held = {name: frozenset(u for u in range(6) if rng.random() < 0.8) for name in "ab"}
+        question = Question(MODEL, cluster, LOAD, constraints=Constraints(held=held))
+        found = [*(steal.stages for steal in steals(question, now)), *replans(question, now)]
+        stages = [stage for stages in found for stage in stages]
+        assert all(question.constraints.holds(stage.device, stage.first, stage.last) for stage in stages)
+        taken += len({stage.device for stage in stages} & {"a", "b"})
+        free = replace(question, constraints=Constraints())
+        for freed in (*(steal.stages for steal in steals(free, now)), *replans(free, now)):
+            others += any(not question.constraints.holds(s.device, s.first, s.last) for s in freed)
+    assert taken > 3 and others > 3

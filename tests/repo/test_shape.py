@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,18 +27,43 @@ WITH_TRIO = [
     "net/control.py",
     "net/coordinator.py",
     "net/door.py",
+    "net/fetching.py",
+    "net/file_server.py",
     "net/epochs.py",
+    "net/house_list.py",
     "net/keeper.py",
+    "net/line.py",
     "net/listen.py",
     "net/node.py",
     "net/probe.py",
+    "net/reachable.py",
+    "net/reverse.py",
     "net/session.py",
+    "net/tls.py",
     "net/watch.py",
     "src/shoal/chain_benchmark.py",
     "src/shoal/distributed.py",
     "src/shoal/portal.py",
     "src/shoal/node_care.py",
+    "src/shoal/commands/invite.py",
+    "src/shoal/commands/join.py",
     "src/shoal/node_process.py",
+    "src/shoal/pairing.py",
+    "src/shoal/house_node.py",
+    "src/shoal/skeletons.py",
+    "src/shoal/own_node.py",
+    "src/shoal/up.py",
+    "src/shoal/up_first.py",
+    "src/shoal/up_http.py",
+    "src/shoal/server/app.py",
+    "src/shoal/server/asking.py",
+    "src/shoal/server/chats.py",
+    "src/shoal/server/house.py",
+    "src/shoal/server/http.py",
+    "src/shoal/server/opening.py",
+    "src/shoal/server/places.py",
+    "src/shoal/server/run.py",
+    "src/shoal/server/served.py",
 ]
 # The GGUF format calls some of its tokenizers and tensors after families; its names are kept in one table.
 NAMES_OF_GGUF = Path("engine/checkpoint/gguf_names.py")
@@ -153,3 +179,10 @@ def late():
         "shoal.engine.errors",
         "shoal.planner",
     }
+
+
+def test_make_leaves_out_the_tiers_that_pytest_leaves_out() -> None:
+    """`make test` names the usual tests twice, with those that run alone and without them."""
+    (usual,) = re.findall(r"^USUAL := (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert f"-m={usual}" in settings["tool"]["pytest"]["ini_options"]["addopts"]

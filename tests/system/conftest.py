@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+from tests.patience import LIMIT
 
 from shoal.engine.convert import convert
 
@@ -47,5 +48,5 @@ def shell(line: str, **changes: str | None) -> subprocess.CompletedProcess[bytes
         env=environment(**changes),
         capture_output=True,
         check=False,
-        timeout=120,
+        timeout=LIMIT,
     )

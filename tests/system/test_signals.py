@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from tests.patience import LIMIT
 from tests.system.conftest import TINY, environment
 
 from shoal import store
@@ -69,7 +70,7 @@ def test_a_conversion_that_is_ended_leaves_nothing(
     with waiting(WAITS.replace("{command}", repr(command)), *more, home=tmp_path) as process:
         assert files(tmp_path)
         process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=LIMIT)
     assert (process.returncode, b"Traceback" in errors) == (code, False)
     assert files(tmp_path) == []
     assert not list(tmp_path.glob(".*"))
@@ -125,7 +126,8 @@ def test_a_job_in_the_background_is_ended_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_event_loop_is_ended_in_good_order(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ignored", [0, signal.SIGINT])
+def test_an_event_loop_is_ended_in_good_order(ignored: int, tmp_path: Path) -> None:
     program = """
 import sys, trio
 from shoal.cli import main
@@ -140,12 +142,26 @@ ls.run = lambda args: trio.run(sleep)
 if main(["ls"]) != 143:
     sys.exit("another code")
 """
-    with waiting(program, home=tmp_path) as process:
+    with waiting(program, home=tmp_path, ignored=ignored) as process:
+        if ignored:
+            process.send_signal(ignored)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(0.2)
         process.terminate()
-        assert process.communicate(timeout=60) == (b"in order\n", b"")
+        assert process.communicate(timeout=LIMIT) == (b"in order\n", b"")
         assert process.returncode == 0
 
 
 def test_handlers_are_put_back() -> None:
     assert main(["ls"]) == 0
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_an_ignored_interrupt_is_ignored_again() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert main(["ls"]) == 0
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        signal.signal(signal.SIGINT, before)

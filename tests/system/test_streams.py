@@ -10,13 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.patience import LIMIT
 from tests.system.conftest import environment, shell
 
 from shoal.streams import read_text, standard_streams
 
 NO_SPACE = b"shoal: error: standard output: No space left on device: send the output elsewhere\n"
 CLOSED = b"shoal: error: standard output: it is closed: send the output elsewhere\n"
-NO_INPUT = b"shoal: error: standard input: Bad file descriptor: give the prompt as an argument\n"
+NO_INPUT = b"shoal: error: standard input: Bad file descriptor: give the input as an argument\n"
 NO_PROMPT = b"shoal: error: there is no prompt: give one as an argument, or on standard input\n"
 RUN = "$S run tiny hi -n 2 --raw"
 
@@ -77,7 +78,7 @@ def printing(body: str, **changes: str | None) -> subprocess.CompletedProcess[by
         env=environment(**changes),
         capture_output=True,
         check=False,
-        timeout=60,
+        timeout=LIMIT,
     )
 
 
@@ -123,7 +124,7 @@ def test_half_a_character_typed_is_no_error_of_the_stream(encoding: str, termina
         assert process.stderr.read() == b""
         process.stderr.close()
     else:
-        said, errors = process.communicate(timeout=60)
+        said, errors = process.communicate(timeout=LIMIT)
         code = process.returncode
         assert errors == b""
     os.close(ours)

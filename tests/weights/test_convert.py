@@ -99,9 +99,15 @@ def test_bad_checkpoints_are_refused_named_and_leave_nothing(
         ),
         (
             {k: v for k, v in good.items() if k != HEAD},
+            {"architectures": ["LlamaForTokenClassification"]},
+            ModelFileError,
+            "LlamaForTokenClassification, which has no LM head",
+        ),
+        (
+            {k: v for k, v in good.items() if k != HEAD},
             {"architectures": ["LlamaForSequenceClassification"]},
             ModelFileError,
-            "LlamaForSequenceClassification, which has no LM head",
+            r"'score\.weight' is missing",
         ),
         (
             good,

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.models import tiny_chat_checkpoint
+from tests.patience import LIMIT
 from tests.weights.gguf_files import write_tiny
 
 from shoal import first_use
@@ -131,6 +132,6 @@ def test_a_model_that_is_here_loads_nothing_that_converts(tmp_path: Path) -> Non
     )
     done = subprocess.run(
         [sys.executable, "-c", program, "run", "tiny", "hello", "-n", "1"],
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=LIMIT,
     )  # fmt: skip
     assert done.stdout.splitlines()[-1] == "[]", done

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from tests.models import tiny_chat_checkpoint
+from tests.patience import LIMIT
 from tests.weights.conftest import TINY
 from tests.weights.gguf_files import write_tiny
 
@@ -126,7 +127,7 @@ def shoal(hub: str, home: Path, *words: str) -> subprocess.CompletedProcess[str]
     """The command line in a process of its own: the library reads its environment when it is imported."""
     env = {**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(home / "hf"), "XDG_CACHE_HOME": str(home)}
     command = [sys.executable, "-m", "shoal", *words]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=LIMIT, check=False)
 
 
 def test_a_repository_is_pulled(hub: str, tmp_path: Path) -> None:
@@ -240,6 +241,6 @@ def test_what_a_repository_takes(hub: str, tmp_path: Path, source: str, said: st
     env = {**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hf")}
     program = "import sys; from shoal import first_use; print(first_use._of_repository(sys.argv[1]))"
     command = [sys.executable, "-c", program, source]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LIMIT)
     assert re.match(said, done.stdout), done
     assert not list((tmp_path / "hf").rglob("*.safetensors"))

@@ -8,6 +8,7 @@ their tokens differ."""
 from __future__ import annotations
 
 import argparse
+import atexit
 import functools
 import json
 import os
@@ -44,15 +45,17 @@ Answer = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Checkout:
-    """A version of shoal: the name of its columns, and the root of its checkout, whose C library is built."""
+    """A version of shoal: the name of its columns, and the root of its checkout, whose C library is built.
+    `config` is the directory of its configuration, in which there may be a house."""
 
     name: str
     root: Path
+    config: Path = Path("/nonexistent")
 
     def environ(self) -> dict[str, str]:
         """The environment in which `shoal` is this version."""
         kept = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
-        return {**kept, "PYTHONPATH": str(self.root / "src")}
+        return {**kept, "PYTHONPATH": str(self.root / "src"), "XDG_CONFIG_HOME": str(self.config)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,6 +305,9 @@ def parser(name: str, text: str, rounds: int = 5) -> argparse.ArgumentParser:
         metavar="DIRECTORY",
         help="measure another checkout as well, in the same rounds; its C library must be built",
     )
+    made.add_argument(
+        "--tls", action="store_true", help="measure over TLS as well, in the same rounds (not with --lab)"
+    )
     made.add_argument("--rounds", type=int, default=rounds, metavar="N", help=f"(default {rounds})")
     made.add_argument("-o", "--output", type=Path, metavar="FILE", help="write every sample there, as JSON")
     return made
@@ -310,7 +316,19 @@ def parser(name: str, text: str, rounds: int = 5) -> argparse.ArgumentParser:
 def opened(args: argparse.Namespace) -> tuple[Model, list[Checkout]]:
     """The model of the command line, and the versions of shoal. SystemExit: as for `checkouts`."""
     found = checkouts(args.against)
+    if args.tls:
+        found.append(Checkout("tls", _HERE, _house()))
     return Model.open(model_path(args.model)), found
+
+
+def _house() -> Path:
+    """A directory with a house of one device, until this process ends."""
+    place = tempfile.TemporaryDirectory(prefix="shoal-bench-")
+    atexit.register(place.cleanup)
+    made = "from shoal import house; house.found('bench')"
+    environ = Checkout("tls", _HERE, Path(place.name)).environ()
+    subprocess.run([sys.executable, "-c", made], env=environ, check=True)
+    return Path(place.name)
 
 
 def checkouts(against: Path | None) -> list[Checkout]:

@@ -91,13 +91,16 @@ async def head(job: dict[str, Any]) -> dict[str, Any]:
     """Opens the chain and does the job; returns its measurements and answers."""
     from shoal.arguments import address
     from shoal.distributed import coordinator_identity
-    from shoal.net.coordinator import Coordinator
+    from shoal.net.coordinator import Coordinator, CoordinatorOptions
     from shoal.net.identity import shape_of
 
     model = Model.open(Path(job["model"]))
     plans, nodes = plans_of(model, job), [address(text) for text in job["nodes"]]
     start = time.monotonic()
-    async with Coordinator.open(nodes, coordinator_identity(model), shape_of(model), plans) as coordinator:
+    options = CoordinatorOptions(share_prefixes=False)  # each answer computes its prompt
+    async with Coordinator.open(
+        nodes, coordinator_identity(model), shape_of(model), plans, options
+    ) as coordinator:
         opened = time.monotonic() - start
         found = await JOBS[job["do"]](coordinator, model, job)
         return {

@@ -1,7 +1,7 @@
 """The time of a token's lap beside the stages' computing, over two nodes and a coordinator on loopback, and
-the share of a core that a node uses while it has nothing to do:
+the share of a core that a node uses while it has nothing to do, and its memory:
 
-    python -m bench.lap [MODEL] [--nodes 2] [--tokens 256] [--lab] [--against DIRECTORY]
+    python -m bench.lap [MODEL] [--nodes 2] [--tokens 256] [--lab] [--tls] [--against DIRECTORY]
 
 A lap lasts from the start of a call of the first stage to the start of its next call. The nodes log the start
 and the end of each call by one clock, so the time beside computing is known for each lap: the ways from stage
@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 from bench.chain import Chain, ChainNode, Expected, chains, in_turns, opened, parser, tokens_per_s
 from bench.chain_worker import cpu_seconds
@@ -75,6 +76,12 @@ def at_rest(nodes: Sequence[ChainNode], seconds: float) -> float:
     return max(a - b for a, b in zip(after, before, strict=True)) / seconds
 
 
+def own_mb(pid: int) -> float:
+    """The memory of a process that is not of files, such as weights."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) * 1024 / 1e6
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     made = parser("lap", __doc__ or "")
     made.add_argument("--nodes", type=int, default=2, metavar="N", help="(default 2)")
@@ -117,6 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 args.nodes, "rest", seconds=_REST_SECONDS, pids=chain.pids(args.nodes), context=64
             )
             samples.add("a node of an idle chain, % of a core", name, 0, max(rest["cpu"]) * 100)
+            memory = [own_mb(node.process.pid) for node in chain.nodes[: args.nodes]]
+            samples.add("a node's own memory, MB", name, 0, max(memory))
     print(f"\n{samples.report('this')}")
     samples.save(args.output, {"command": "bench.lap", "model_hash": model.hash, "nodes": args.nodes})
     return 0

@@ -52,7 +52,7 @@ async def ask(
 ) -> tuple[list[list[int] | ShoalError], float]:
     """The answers of a chain, or why there is none, and the seconds that all took."""
     answers: list[list[int] | ShoalError] = [[] for _ in prompts]
-    options = CoordinatorOptions(measure_links=False)
+    options = CoordinatorOptions(measure_links=False, share_prefixes=False)
     addresses = [node.address for node in started]
     async with Coordinator.open(
         addresses, coordinator_identity(model), shape_of(model), plan_at(cuts, 256), options

@@ -209,7 +209,7 @@ class _Chain:
         """Sends Steps to stage `to`, one after another from `left` on."""
         start, stage = max(left, self._link_free[to]), self._stages[to]
         for step in steps:
-            start += len(step.tokens) * self._busy[to]
+            start += step.rows * self._busy[to]
             stage.coming.append((start + self._latency[to], step))
         self._link_free[to] = start
         self._look(to, max(stage.coming[0][0], stage.free))
@@ -270,9 +270,9 @@ class _Chain:
                         one.session,
                         EPOCH,
                         one.first,
-                        one.tokens,
+                        (),
                         one.want,
-                        HIDDEN,
+                        HIDDEN[: one.rows],
                         decodes(one) and one is not last,
                     )
                     for one in steps
@@ -298,7 +298,7 @@ class _Chain:
         cost, depth = stage.cost, 0
         pause = cost.pause if now - stage.free > PAUSE_SECONDS else 0.0
         for step in steps:
-            if len(step.tokens) > 1 or step.want is not Want.TOKEN:
+            if step.rows > 1 or step.want is not Want.TOKEN:
                 return cost.call_seconds([load(step) for step in steps]) + pause
             depth += step.first
         return cost.rows(len(steps)) + depth * cost.position + pause  # only decoded rows: the usual call
@@ -381,7 +381,7 @@ class _Run:
         session = self.sessions[step.session]
         if session is None:
             return
-        session.acked += len(step.tokens)
+        session.acked += step.rows
         while session.flying and session.flying[0] <= session.acked:  # stages may divide and join chunks
             session.flying.popleft()
         if step.want is Want.TOKEN:

@@ -119,7 +119,7 @@ class Cast:
         return self.plans(streams)(found.nodes, found.links).stages
 
     def _survey(self) -> Survey:
-        who, shape = coordinator_identity(self.model), shape_of(self.model)
+        who, shape = coordinator_identity(self.model, insecure=True), shape_of(self.model)
         return trio.run(partial(survey, self.addresses, who, shape))
 
     async def play(
@@ -127,7 +127,7 @@ class Cast:
     ) -> Trace:
         """Runs a stream for each prompt while `act` lasts, and ends them then."""
         trace = Trace([list(p) for p in prompts], [[] for _ in prompts], [[] for _ in prompts])
-        who, shape = coordinator_identity(self.model), shape_of(self.model)
+        who, shape = coordinator_identity(self.model, insecure=True), shape_of(self.model)
         options = replace(options, log=lambda line: trace.said.append((trio.current_time(), line)))
         async with Coordinator.open(self.addresses, who, shape, plan, options) as coordinator:
 
@@ -175,8 +175,10 @@ class CopiesOnly(NetworkRebalancer):
 
 
 def options_of(mode: Moves, rebalancer: Rebalancer | None) -> CoordinatorOptions:
-    """The options of a coordinator that moves layers as `shoal run --moves MODE` does."""
-    return CoordinatorOptions(moves=mode, rebalancer=None if mode == "off" else rebalancer)
+    """The options of a coordinator that moves layers as `shoal run --moves MODE` does. Every prompt is
+    computed, also one that was asked before."""
+    rebalancer = None if mode == "off" else rebalancer
+    return CoordinatorOptions(moves=mode, rebalancer=rebalancer, share_prefixes=False)
 
 
 def _record(move: Move) -> dict[str, Any]:

@@ -139,7 +139,8 @@ async def serve(job: Job) -> None:
         with trio.move_on_after(job.linger):
             while len(coordinator.nodes) < len(job.addresses):  # noqa: ASYNC110  it has no event for this
                 await trio.sleep(0.05)
-        await trio.sleep(0.05)  # Close messages of the answers are on their way
+        coordinator.free_idle()  # complete answers leave their state to others
+        await trio.sleep(0.05)  # Close messages are on their way
         left = len((await coordinator.chain()).sessions)
         nodes = [node.label for node in coordinator.nodes]
         moves = [asdict(move.moved) for move in coordinator.moves]

@@ -35,7 +35,7 @@ MOST_WAITING = 1024 * 1024
 @dataclass(slots=True)
 class Place:
     """One device: where its listener and its node are, which source addresses are its own, and how far it is
-    from the access point."""
+    from the access point. A device that has two ranges is two places of one name."""
 
     name: str
     listen: tuple[str, int]
@@ -145,7 +145,6 @@ class Delays:
 
     def __init__(self, places: Sequence[Place], free: Sequence[str]) -> None:
         self._free = free
-        self._places = {place.name: place for place in places}
         self._sources = {source: place for place in places for source in place.sources}
         self._listeners = {_listener(place): place for place in places}
         self._flows: dict[socket.socket, _Flow] = {}  # by source
@@ -194,8 +193,9 @@ class Delays:
             if "count" in command:
                 print(json.dumps(self._sent), flush=True)
                 continue
-            place = self._places[command["name"]]
-            place.delay_s, place.jitter_s = command["delay_s"], command["jitter_s"]
+            for place in self._listeners.values():
+                if place.name == command["name"]:
+                    place.delay_s, place.jitter_s = command["delay_s"], command["jitter_s"]
         return bool(data)
 
     def _accept(self, listener: socket.socket) -> None:
@@ -205,7 +205,7 @@ class Delays:
         ends: tuple[Place, ...] = (place, place if source is None else source)
         if address[0] in self._free:
             ends = (place,)
-        elif source is place:  # the coordinator on its own device
+        elif source is not None and source.name == place.name:  # within one device
             ends = ()
         _prepare(client)
         node = socket.socket(socket.AF_INET, socket.SOCK_STREAM)

@@ -1,7 +1,7 @@
 """Nodes that differ, on ground that can change under them.
 
 with Lab.open(read_spec(path), model_path) as lab:
-    cluster = survey_cluster(model, lab.addresses)
+    cluster = survey_cluster(model, lab.addresses, insecure=True)
     lab.node(2).slow(2.5)        # gets hot: each step takes 2.5 times as long as the spec says
     lab.node(0).kill()
 """
@@ -152,6 +152,8 @@ class Lab:
     """What this machine does not let the lab do, one sentence each."""
     addresses: list[tuple[str, int]]
     nodes: list[LabNode] = field(default_factory=list)
+    second: tuple[str, int] | None = None
+    """Where a coordinator reaches the second range of its own device."""
     _air: subprocess.Popen[bytes] | None = None
     _awake: list[int] = field(default_factory=list)
     _others: Others | None = None
@@ -170,9 +172,11 @@ class Lab:
         sequences: int = 1,
         options: Sequence[str] = (),
         strict: bool = True,
+        both_ends: bool = False,
     ) -> Iterator[Lab]:
         """Nodes of a model that listen, `options` on the command line of each. Caps in layers hold their
-        state for so many sequences of `context` positions.
+        state for so many sequences of `context` positions. `both_ends`: the coordinator's device has a second
+        range, whose address is the last one; it needs network namespaces.
 
         ShoalError: another lab is open; a node ends at once; or, if `strict`, this machine lacks something
         that the spec asks for (else the lab goes on without it, and `lacks` says so)."""
@@ -189,6 +193,7 @@ class Lab:
             try:
                 laid = ground.lay_out(count, directory, namespaces=no_net is None, cgroups=no_caps is None)
                 lab = cls(spec, laid, directory, lacks, _listeners(laid, count))
+                lab.second = (ground.HOST, ground.NODE_PORT + 1 + count) if both_ends else None
                 lab._air = _start_air(lab, lock)
             except BaseException:
                 ground.remove_leftovers()
@@ -204,6 +209,8 @@ class Lab:
             for i, device in enumerate(spec.devices):
                 lab.nodes.append(_start_node(lab, i, device, model, caps[i], options))
             crowded.clear()
+            if lab.second is not None:
+                lab.addresses.append(lab.second)
             yield lab
 
     def node(self, which: int | str) -> LabNode:
@@ -307,6 +314,9 @@ def _start_air(lab: Lab, lock: int) -> subprocess.Popen[bytes]:
         target = _node_address(lab.ground, i)
         link = device.link
         places.append(Place(device.name, lab.addresses[i], target, sources, link.delay_s, link.jitter_s))
+        if lab.second is not None and device.name == lab.spec.coordinator:
+            beside = target[0], target[1] + 1
+            places.append(Place(device.name, lab.second, beside, [], link.delay_s, link.jitter_s))
         if lab.ground.namespaces:
             ground.set_rate(i, link.bytes_per_s)
     free = [ground.HOST] if lab.spec.coordinator is None else []
@@ -332,6 +342,8 @@ def _start_node(
     if lab.spec.turns:
         factor += ["--slow-turns", str(lab.directory / "turns")]
     resident = ("--resident",) if cap_mb is not None else ()
+    if lab.second is not None and device.name == lab.spec.coordinator:
+        options = (*options, "--both-ends", "always")
     host, port = _node_address(lab.ground, i)
     size = sum(entry.size for entry in Model.open(model).index.files.values())
     spec = NodeSpec(

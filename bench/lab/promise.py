@@ -90,9 +90,9 @@ async def fill(
     def fixed(nodes: Sequence[NodeInfo], links: Links) -> Placement:
         return Placement(tuple(stages), _CHUNK_ROWS)
 
-    options = CoordinatorOptions(measure_links=False)
+    options = CoordinatorOptions(measure_links=False, share_prefixes=False)
     async with Coordinator.open(
-        lab.addresses, coordinator_identity(model), shape_of(model), fixed, options
+        lab.addresses, coordinator_identity(model, insecure=True), shape_of(model), fixed, options
     ) as coordinator:
 
         async def answer(seed: int) -> None:
@@ -123,7 +123,7 @@ def lab_of(seed: int) -> dict[str, Any]:
     sequences, contexts = MODELS[name]
     workload = planner.Workload(rng.randint(*contexts), sequences=rng.randint(*sequences))
     with Lab.open(devices(rng, rows, bare, workload), model.path) as lab:
-        cluster = survey_cluster(model, lab.addresses)
+        cluster = survey_cluster(model, lab.addresses, insecure=True)
         plans = [
             _taken(lab, model, rows, cluster, workload, feasible(rng, rows, cluster, workload))
             for _ in range(PLANS_PER_LAB)

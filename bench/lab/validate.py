@@ -118,7 +118,7 @@ def _record(setup: Setup, streams: int, repeats: int, most: int) -> tuple[float,
     rows = planner_model(model, StageOptions())
     options = ("--measure-seconds", str(MEASURE_SECONDS))
     with Lab.open(setup.lab, model.path, context=CONTEXT, sequences=most, options=options) as lab:
-        cluster = survey_cluster(model, lab.addresses)
+        cluster = survey_cluster(model, lab.addresses, insecure=True)
         crowd = lab.others()
         plan = plan_or_error(asked(rows, cluster, streams))
         tokens = tokens_for(plan.tokens_per_s, streams, CONTEXT)

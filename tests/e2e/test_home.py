@@ -113,10 +113,10 @@ def wait(true: Callable[[], object], what: Callable[[], str]) -> None:
 class House:
     """A laptop with the model, and a phone and a tablet without. Two of the three can hold it together."""
 
-    def __init__(self, place: Path, model: Path) -> None:
+    def __init__(self, place: Path, model: Path, positions: int = 512) -> None:
         self.model = model
         self.laptop, self.phone, self.tablet = (Device(place, name) for name in ("laptop", "phone", "tablet"))
-        self.ram = ("--ram", str(ram_mb(model)))
+        self.ram = ("--ram", str(ram_mb(model, positions)))
         self.running: dict[str, Program] = {}
         self.port, self.url = "0", ""
 
@@ -161,15 +161,16 @@ class House:
         return str(reply.json()["choices"][0]["message"]["content"])
 
 
-def ram_mb(model: Path) -> int:
-    """What a device promises so that it can hold a good half of the model and not all of it."""
+def ram_mb(model: Path, positions: int = 512) -> int:
+    """What a device promises so that it can hold a good half of the model and not all of it, with keys and
+    values of this many positions."""
     from shoal.engine.model_directory import Model
     from shoal.engine.stage import StageOptions
     from shoal.planning import MB, planner_model
 
     rows = planner_model(Model.open(model), StageOptions())
     layer, table = rows.units[1], max(rows.units[0].bytes, rows.units[-1].bytes)
-    held = layer.bytes + layer.kv_bytes_per_token * 512
+    held = layer.bytes + layer.kv_bytes_per_token * positions
     fixed = bare_node_bytes(model) + layer.workspace_bytes + table
     return -(-int(fixed + 0.6 * (len(rows.units) - 2) * held) // MB)
 

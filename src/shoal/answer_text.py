@@ -35,6 +35,8 @@ class AnswerText:
         self.finished = False
         self._stream = TextStream(tokenizer, settings.stops)
         self._tokens: list[int] = []
+        self._texted = 0
+        """How many of the tokens have become text."""
         self._pieces: list[str] = []
         self.cancelled = self._flushed = False
         self._start = self._first = self._last = time.perf_counter()
@@ -47,19 +49,32 @@ class AnswerText:
         if item is None:
             self.finished = True
             return ""
-        self._last = time.perf_counter()
-        if not self._tokens:
-            self._first = self._last
-        self._tokens.append(item)
-        text = self._stream.push(item)
+        self.note(item)
+        text = self._text()
         self._pieces.append(text)
         self.finished = self._stream.stopped
         return text
 
+    def note(self, token: int) -> None:
+        """Takes a token whose text nobody needs yet: `rest` has it. For an answer without stop strings, and
+        quick enough for the engine's thread."""
+        self._last = time.perf_counter()
+        if not self._tokens:
+            self._first = self._last
+        self._tokens.append(token)
+
+    def _text(self) -> str:
+        """The text of the tokens that have none yet, as far as it is final."""
+        text = "".join(map(self._stream.push, self._tokens[self._texted :]))
+        self._texted = len(self._tokens)
+        return text
+
     def rest(self) -> str:
-        """The text that was held back, once."""
-        text = "" if self._flushed else self._stream.flush()
+        """The text that was held back or not asked for, once."""
+        if self._flushed:
+            return ""
         self._flushed = True
+        text = self._text() + self._stream.flush()
         self._pieces.append(text)
         return text
 

@@ -403,7 +403,7 @@ class LLM:
         stops: list[Stop] = []
         try:
             for i, (prompt, given) in enumerate(zip(prompts, each, strict=True)):
-                put = partial(_put, items, i)
+                put = partial(_put, items, i) if given.stops else partial(_put_end, items, i, answers[i])
                 stops.append(self._engine.begin(prompt, given, put, answers[i].report))
             left = len(answers)
             while left:
@@ -440,6 +440,14 @@ def _check_draws(stream: bool, n: int) -> None:
 
 def _put(items: SimpleQueue[tuple[int, Any]], i: int, item: Any) -> None:
     items.put((i, item))
+
+
+def _put_end(items: SimpleQueue[tuple[int, Any]], i: int, answer: AnswerText, item: Any) -> None:
+    """Wakes the caller at the end only: a thread that wakes for each token takes a core from the engine."""
+    if isinstance(item, int):
+        answer.note(item)
+    else:
+        items.put((i, item))
 
 
 def _check_single(stream: bool, n: int | None) -> None:

@@ -10,10 +10,11 @@ from importlib.resources import files
 import shoal
 from shoal.server.app import Options
 from shoal.server.opening import LOCAL_HOSTS
+from shoal.server.page import assembled
 
 from .conftest import Serving, serving
 
-PAGE = files("shoal").joinpath("page", "index.html").read_bytes()
+PAGE = assembled()
 
 
 def policy_of(served: Serving) -> dict[str, list[str]]:
@@ -22,7 +23,7 @@ def policy_of(served: Serving) -> dict[str, list[str]]:
     return {rule.split()[0]: rule.split()[1:] for rule in told.split("; ")}
 
 
-def test_the_page_is_the_file_and_is_sent_once(served: Serving) -> None:
+def test_the_page_is_whole_and_is_sent_once(served: Serving) -> None:
     with served.client as client:
         reply = client.get("/")
         assert reply.content == PAGE
@@ -36,6 +37,17 @@ def test_the_page_is_the_file_and_is_sent_once(served: Serving) -> None:
         head = client.head("/")
         assert (head.status_code, head.content) == (200, b"")
         assert client.post("/", json={}).status_code == 405
+
+
+def test_the_page_has_every_file_of_its_directory_once() -> None:
+    parts = {file.name: file.read_bytes() for file in files("shoal").joinpath("page").iterdir()}
+    shell = parts.pop("index.html")
+    assert sorted({name.rsplit(".")[-1] for name in parts}) == ["css", "js"]
+    for name, text in parts.items():
+        assert PAGE.count(text) == 1, name
+    added = b'"use strict";\n' + b"\n" * (len(parts) - 2)
+    assert len(PAGE) == len(shell) + sum(map(len, parts.values())) + len(added)
+    assert b"<link rel=stylesheet" not in PAGE and b"src=" not in PAGE
 
 
 def test_only_what_is_in_the_page_runs(served: Serving) -> None:

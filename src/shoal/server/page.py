@@ -1,4 +1,5 @@
-"""The page for people: one file, whose script and style run by their hashes and which loads nothing else."""
+"""The page for people, made of the files of src/shoal/page. It is sent whole: its script and style run by
+their hashes, and it loads nothing else."""
 
 from __future__ import annotations
 
@@ -10,12 +11,15 @@ from importlib.resources import files
 
 from .served import Call, Part, Reply
 
+SCRIPTS = ("tools.js", "api.js", "markdown.js", "chat.js", "answers.js", "house.js", "start.js")
+"""The parts of the script, in the order in which they follow each other; they share one scope."""
+
 
 class Page:
-    """src/shoal/page/index.html with its headers."""
+    """The page with its headers."""
 
     def __init__(self) -> None:
-        body = files("shoal").joinpath("page", "index.html").read_bytes()
+        body = assembled()
         headers = (
             ("Content-Security-Policy", policy(body)),
             ("Referrer-Policy", "no-referrer"),
@@ -27,6 +31,17 @@ class Page:
     async def show(self, call: Call) -> AsyncGenerator[Part, None]:
         """GET /."""
         yield self._reply
+
+
+def assembled() -> bytes:
+    """index.html with style.css and the scripts inside."""
+    place = files("shoal").joinpath("page")
+    page, style = (place.joinpath(name).read_bytes() for name in ("index.html", "style.css"))
+    script = b'"use strict";\n' + b"\n".join(place.joinpath(name).read_bytes() for name in SCRIPTS)
+    for start, content in ((b"<style>\n", style), (b"<script>\n", script)):
+        before, after = page.split(start)
+        page = before + start + content + after
+    return page
 
 
 def policy(page: bytes) -> str:

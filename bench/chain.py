@@ -325,7 +325,7 @@ def _house() -> Path:
     """A directory with a house of one device, until this process ends."""
     place = tempfile.TemporaryDirectory(prefix="shoal-bench-")
     atexit.register(place.cleanup)
-    made = "from shoal import house; house.found('bench')"
+    made = "from shoal import house; house.open_or_create('bench')"
     environ = Checkout("tls", _HERE, Path(place.name)).environ()
     subprocess.run([sys.executable, "-c", made], env=environ, check=True)
     return Path(place.name)

@@ -113,7 +113,7 @@ def once(engine: Engine, settings: Settings, prompt: Sequence[int]) -> tuple[lis
 @contextmanager
 def over_nodes(model: Model, context: int) -> Iterator[tuple[Engine, Callable[[], int]]]:
     """Three nodes as an engine, and the rows that each stage has computed."""
-    from shoal.distributed import open_nodes
+    from shoal.nodes import open_nodes
 
     with (
         tempfile.TemporaryDirectory(prefix="shoal-bench-") as directory,

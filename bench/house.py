@@ -25,7 +25,7 @@ from typing import Any
 
 from shoal.engine.errors import ShoalError
 from shoal.local.client import connect
-from shoal.local.places import SOCKET
+from shoal.local.unix_socket import SOCKET
 from shoal.planning import MB
 from shoal.processes import end
 from shoal.store import resolve

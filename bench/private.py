@@ -18,7 +18,7 @@ from pathlib import Path
 import trio
 
 from shoal import planner
-from shoal.distributed import survey_cluster
+from shoal.cluster_view import survey_cluster
 from shoal.engine.errors import ShoalError
 from shoal.engine.model_directory import Model
 from shoal.engine.stage import StageOptions

@@ -20,7 +20,7 @@ import trio
 from bench.lap import percentile
 
 from shoal import house
-from shoal.net.line import pass_bytes
+from shoal.net.relay import pass_bytes
 from shoal.net.tls import TlsStream, Trust
 from shoal.processes import end, end_with_parent
 from shoal.text_table import table
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as place:
         os.environ["XDG_CONFIG_HOME"] = place
-        house.found("bench")
+        house.open_or_create("bench")
         program = "import trio; from bench.relay import _head; trio.run(_head)"
         head = subprocess.Popen(
             [sys.executable, "-c", program], stdout=subprocess.PIPE, preexec_fn=end_with_parent

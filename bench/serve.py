@@ -25,8 +25,8 @@ from bench.models import model_path
 
 import shoal
 from shoal import planner
-from shoal.distributed import open_nodes
 from shoal.engine.model_directory import Model
+from shoal.nodes import open_nodes
 from shoal.portal import open_portal
 from shoal.processes import NodeSpec, nodes
 from shoal.server.app import Options, serve_app

@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines = []
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as place:
         os.environ["XDG_CONFIG_HOME"] = str(Path(place))
-        house.found("bench")
+        house.open_or_create("bench")
         for rows in map(int, args.rows.split(",")):
             plain, secure = trio.run(_measure, rows, args.cols, args.hops)
             for share in (0.5, 0.95):

@@ -45,7 +45,7 @@ from shoal.engine.model_directory import Model
 from shoal.net.coordinator import Coordinator, CoordinatorOptions
 from shoal.net.holding import FetchReport
 from shoal.net.identity import identity_of, shape_of
-from shoal.net.messages import Housemate
+from shoal.net.messages import PairedDevice
 from shoal.net.placement import Links, NodeInfo, Placement
 from shoal.planner import Assignment
 from shoal.processes import end
@@ -234,14 +234,14 @@ def skeleton(model: Model, path: Path, units: Sequence[int]) -> Path:
 
 def make_house(place: Path) -> None:
     """Makes a house of this process, its head, and the devices, each with a configuration of its own."""
-    mates = list[Housemate]()
+    devices = list[PairedDevice]()
     for name in _DEVICES:
         os.environ["XDG_CONFIG_HOME"] = str(place / f"{name}.config")
         certificate = base64.b64encode(house.own_certificate()).decode()
-        mates.append(Housemate(name, "device" if mates else "head", certificate))
+        devices.append(PairedDevice(name, "device" if devices else "head", certificate))
     for name in reversed(_DEVICES):  # the last one is that of this process
         os.environ["XDG_CONFIG_HOME"] = str(place / f"{name}.config")
-        house.moved_in(mates)
+        house.save_joined(devices)
 
 
 def planner(model: Model, cut: int, target: Mapping[str, tuple[int, ...]]) -> Callable[..., Placement]:

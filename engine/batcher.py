@@ -20,7 +20,7 @@ from .batch import Logprobs, ReadRequest, Result, Run, Sampling, Want
 from .errors import CancelledRunError, ContextError
 from .generate import check_prompt, check_text, check_whole
 from .host import ram
-from .roster import BatchSequence, Job, Reading, Report, Roster, Start
+from .request_scheduler import BatchSequence, Job, Reading, Report, RequestScheduler, Start
 from .sampler import Allow, mask_of
 from .stage import Stage
 
@@ -64,7 +64,7 @@ class Batcher:
         self._arrived: deque[Job] = deque()
         self._closed: list[tuple[BatchSequence, threading.Event]] = []
         """Sequences to be closed, and what says that they are."""
-        self._roster = Roster(self._slots, share=self._share)
+        self._scheduler = RequestScheduler(self._slots, share=self._share)
         """Belongs to the thread, as what follows."""
         self._calling: Sequence[Job] = ()
         """The jobs of the current call."""
@@ -73,7 +73,7 @@ class Batcher:
 
     def _begin_again(self) -> None:
         """Begins in a forked process, without what the parent has."""
-        lost = self._roster.numbers
+        lost = self._scheduler.numbers
         self._begin()
         for number in lost:
             self.stage.close_sequence(number)
@@ -231,13 +231,13 @@ class Batcher:
             error = failure
         with self._news:
             self._ending = True
-            left = [*self._roster.running, *self._roster.waiting, *self._arrived]
+            left = [*self._scheduler.running, *self._scheduler.waiting, *self._arrived]
             self._arrived.clear()
         for job in left:
-            self._roster.ended(job)
+            self._scheduler.ended(job)
             self._free(job.sequence)
             _end(job, error or ValueError("the engine has been closed"))
-        for sequence in list(self._roster.idle):
+        for sequence in list(self._scheduler.idle):
             self._free(sequence)
         with self._news:
             self._close_sequences()
@@ -245,19 +245,21 @@ class Batcher:
     def _next(self) -> bool:
         """Waits for work, ends the answers that were stopped, and admits others; False: the batcher is being
         closed."""
-        roster = self._roster
+        scheduler = self._scheduler
         with self._news:
-            while not (self._ending or self._arrived or self._closed or roster.running or roster.waiting):
+            while not (
+                self._ending or self._arrived or self._closed or scheduler.running or scheduler.waiting
+            ):
                 self._news.wait()
             if self._ending:
                 return False
-            roster.waiting.extend(self._arrived)
+            scheduler.waiting.extend(self._arrived)
             self._arrived.clear()
             self._close_sequences()
-        for job in roster.stopped():
+        for job in scheduler.stopped():
             self._finish(job)
-        roster.admit()
-        for job, start in roster.starts():
+        scheduler.admit()
+        for job, start in scheduler.starts():
             try:
                 self._open(job.sequence, start)
             except (ContextError, ValueError) as error:
@@ -287,7 +289,7 @@ class Batcher:
             positions -= positions % self.stage.page_positions
             sequence.number = self.stage.fork_sequence(source.number, None, positions, *own)
         sequence.tokens = source.tokens[:positions]
-        self._roster.used(source)
+        self._scheduler.used(source)
 
     def _step(self) -> None:
         """One call of the stage."""
@@ -304,7 +306,7 @@ class Batcher:
         options = self.stage.options
         jobs: list[Job] = []
         runs: list[Run] = []
-        for job, rows in self._roster.chosen(options.max_rows, options.max_wanted):
+        for job, rows in self._scheduler.chosen(options.max_rows, options.max_wanted):
             self._choose(job, rows, jobs, runs)
         return jobs, runs
 
@@ -370,21 +372,21 @@ class Batcher:
     def _make_room(self) -> bool:
         """Drops the state of the longest idle sequence, or sets the youngest answer aside, unless it is the
         only one. Returns whether it has."""
-        if self._roster.idle:
-            self._free(self._roster.idle[0])
+        if self._scheduler.idle:
+            self._free(self._scheduler.idle[0])
             return True
-        job = self._roster.set_aside()
+        job = self._scheduler.set_aside()
         if job is not None:
             self._free(job.sequence)
         return job is not None
 
     def _finish(self, job: Job, error: Exception | None = None) -> None:
-        self._roster.ended(job)
+        self._scheduler.ended(job)
         sequence = job.sequence
         stays = sequence.owned or (self._share and (job.rests or not job.stopped))
         if stays and error is None and sequence.number is not None:
-            self._roster.rest(sequence)
-            for other in self._roster.covered(sequence) if self._share else ():
+            self._scheduler.rest(sequence)
+            for other in self._scheduler.covered(sequence) if self._share else ():
                 self._free(other)
             self._free_surplus()
         else:
@@ -395,13 +397,13 @@ class Batcher:
         """Drops the state of answers that ended long ago, as far as there is too much of it."""
         while True:
             crowded = self._most_bytes is not None and self.stage.kv_bytes > self._most_bytes
-            sequence = self._roster.surplus(crowded=crowded)
+            sequence = self._scheduler.surplus(crowded=crowded)
             if sequence is None:
                 return
             self._free(sequence)
 
     def _free(self, sequence: BatchSequence) -> None:
-        self._roster.remove(sequence)
+        self._scheduler.remove(sequence)
         if sequence.number is not None:
             self.stage.close_sequence(sequence.number)
             sequence.number, sequence.tokens = None, []

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from .batch import Run, Sampling, Want
 from .costs import unit_cost
-from .invented import InventedModel, complete
+from .dummy_weights import DummyModel, complete
 from .model_directory import Model
 from .stage import Stage, StageOptions
 
@@ -75,7 +75,7 @@ def measure(
     room: int = _BYTES,
     watch: Watch = stopwatch,
 ) -> DeviceMeasurements:
-    """Measures with layers of the model, whose weights are invented where files are missing. Takes about
+    """Measures with layers of the model, with dummy weights where files are missing. Takes about
     `seconds` after loading them, or longer if a few steps take longer. Loads at most `room` bytes of layers,
     but at least one layer. `watch` times the steps; a device that imitates a slower one has its own.
 
@@ -83,7 +83,7 @@ def measure(
     first, count = layers_for(model, room)
     few = min(_FEW, count)
     if not complete(model, 0, 1) or not complete(model, first, first + count):
-        model = InventedModel.open(model.path)
+        model = DummyModel.open(model.path)
     share = seconds / (len(READING_ROWS) + len(COMPUTING_ROWS) + 8)
     with (
         Stage(

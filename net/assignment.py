@@ -1,8 +1,8 @@
 """An assignment: what a node does in one epoch.
 
 It connects to the next node and to the takers of keys and values, and runs the loop of the stage
-(net/stage_loop.py). The stage itself may outlive the epoch: it belongs to the Keeper (net/keeper.py), which
-starts and ends these tasks as net/stage_state.py decides.
+(net/stage_loop.py). The stage itself may outlive the epoch: it belongs to the StageManager
+(net/stage_manager.py), which starts and ends these tasks as net/stage_state.py decides.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ from .messages import (
 )
 from .pace import NodePace, Onward
 from .probe import probe
+from .sampling_updates import Notice
 from .scheduler import Expect
 from .stage_loop import StageLoop, StageParts, TaskLoop, ThreadLoop
 from .stage_state import Copied, Event, Reached, Sent, Stopped
 from .tags import spanned
-from .telling import Notice
 from .watch import ConnectionStalledError, Watch
 from .work import StageLike, StageWork, blank
 

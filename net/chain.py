@@ -19,7 +19,7 @@ from .connection import Connection
 from .errors import NodeLostError
 from .generation import Due, Fill, Flow, Generation, Part
 from .messages import Close, Failed, Kept, Mask, Message, Open, Refill, Result, Rows, SetSampling, Tokens
-from .telling import Notice
+from .sampling_updates import Notice
 
 Answer = Result | Rows | Failed
 WHOLE = CHUNK

@@ -34,7 +34,7 @@ from .errors import (
 )
 from .identity import Identity, check_hello, check_peer, hello_of
 from .listen import host_port
-from .messages import Error, Hello, Housemate, Message, Offer, Peer, Purpose
+from .messages import Error, Hello, Message, Offer, PairedDevice, Peer, Purpose
 from .requests import inward
 from .tls import WAKE_BYTES, TlsChannel, TlsStream, Trust, der_of, key_of, prefix_of
 from .wire import Signal, WireProtocol
@@ -74,7 +74,7 @@ class Connection:
     Messages are written to the socket at once, by the thread that sends them, as far as the socket accepts
     them. The rest waits in a bounded queue for a task that writes it, so that a slow network delays this
     connection's messages and not the computation. `post`, `write` and `arrived` may be called from any
-    thread. A stream that is no socket is written by the task alone. `mate` is the device at the other end of
+    thread. A stream that is no socket is written by the task alone. `device` is the one at the other end of
     a TLS stream."""
 
     def __init__(self, stream: trio.abc.Stream, peer: str, *, dialled: bool, queue: int = QUEUE) -> None:
@@ -87,7 +87,7 @@ class Connection:
         self._wire = WireProtocol(dialled)
         self._most = queue
         self._socket = _raw(stream)
-        self.mate: Housemate | None = stream.mate if isinstance(stream, TlsStream) else None
+        self.device: PairedDevice | None = stream.device if isinstance(stream, TlsStream) else None
         self._lock = threading.Condition()
         """Guards what is below, and writes to the socket."""
         self._unsent: deque[bytes | memoryview] = deque()
@@ -362,7 +362,7 @@ def address_of(stream: trio.abc.Stream) -> tuple[str, str]:
     """The remote host of a connection, and its address for messages."""
     try:
         if isinstance(stream, TlsStream):
-            return stream.addresses[1][0], stream.mate.name
+            return stream.addresses[1][0], stream.device.name
         if not isinstance(stream, trio.SocketStream):
             return "", "a peer"
         host, port = stream.socket.getpeername()[:2]
@@ -499,7 +499,7 @@ async def dial(
                 f"{who} did not say Hello within {seconds:g} s: check that it is a shoal node"
             )
         connection.trip = trio.current_time() - start
-        hello = hello_of(me, connection.mate, hello, where)
+        hello = hello_of(me, connection.device, hello, where)
         connection.peer = f"{hello.name} ({where})"
         check_hello(me, hello, connection.peer)
         if peer is not None:
@@ -509,7 +509,7 @@ async def dial(
 
 def _is_of(stream: TlsStream, peer: Peer) -> bool:
     """Whether a stream leads to the device of a peer."""
-    return prefix_of(key_of(der_of(stream.mate))) == peer.incarnation >> 32
+    return prefix_of(key_of(der_of(stream.device))) == peer.incarnation >> 32
 
 
 async def sealed(stream: trio.abc.Stream, trust: Trust, who: str) -> TlsStream:
@@ -574,7 +574,7 @@ async def greet(
         hello = await connection.expect(Hello)
     if hello is None:
         raise NodeLostError(f"{connection.peer} connected and did not say Hello within {seconds:g} s")
-    hello = hello_of(me, connection.mate, hello, connection.peer)
+    hello = hello_of(me, connection.device, hello, connection.peer)
     connection.peer = f"{hello.name} ({connection.peer})"
     check_hello(me, hello, connection.peer)
     ticket = await admit(hello)

@@ -12,9 +12,9 @@ import trio
 from ..engine.errors import ShoalError, ignore
 from .connection import Connection, Kind
 from .errors import NodeLostError, RemoteProtocolError
-from .few_lines import FewLines
 from .messages import Fetch, Loaded, Message, Ping, Pong, Progress
 from .pace import WEIGHT
+from .rate_limited_log import RateLimitedLog
 from .watch import SETTLE_SECONDS
 
 MOST_REPORTS, REPORTS_PER_S = 100, 30.0
@@ -26,7 +26,7 @@ class Control:
     line for the user."""
 
     def __init__(self, log: Callable[[str], None] = ignore) -> None:
-        self.say = FewLines(log, "more lines about one node were left out", trio.current_time)
+        self.say = RateLimitedLog(log, "more lines about one node were left out", trio.current_time)
         self.scope = trio.CancelScope()
         """Cancelled to end the connection."""
         self.connection: Connection | None = None

@@ -174,7 +174,7 @@ class Fetcher:
                             seconds=parts.timing.handshake, peer=peer,
                         ) as (connection, _),
                     ):  # fmt: skip
-                        if connection.mate is not None and connection.mate.role == "head":
+                        if connection.device is not None and connection.device.role == "head":
                             self.plan.is_head(peer.incarnation)
                         await _Asking(self, connection, peer, tasks).run()
                         failures = 0

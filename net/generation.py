@@ -24,7 +24,7 @@ from ..planner.chunks import Chunking, Chunkings, of_length
 from . import tags
 from .errors import RemoteProtocolError
 from .messages import MOST_WANTED, Close, Epoch, Open, Refill, Result, Rows, Step
-from .telling import Teller, Told
+from .sampling_updates import Told, UpdateSender
 
 Due = Step | Refill | Told
 """What a session sends: Steps on their way through the chain, the others to the node that they concern."""
@@ -146,7 +146,7 @@ class Generation:
     _reading: Reading | None = field(init=False, default=None)
     _tags: list[int] = field(init=False, default_factory=list)
     """The tags of the first chunks of `known`, as far as they were needed (net/tags.py)."""
-    _teller: Teller = field(init=False, default_factory=Teller)
+    _updates: UpdateSender = field(init=False, default_factory=UpdateSender)
     _flow: Flow | None = field(init=False, default=None)
     _cut: Chunking = field(init=False, default=Chunking(1))
     """How what is known is sent as a prompt."""
@@ -234,7 +234,7 @@ class Generation:
         self._old = len(self._in_flight)
         same = common_prefix(self.known, tokens)
         self._sent = min(self._sent, same, most)
-        self._teller.changed(same)
+        self._updates.changed(same)
         del self._tags[tags.spanned(0, same).stop :]
         self._lost = min(self._lost, self._sent)
         self._carried = self._flow is not None
@@ -256,7 +256,7 @@ class Generation:
         assert self._flow is not None and not self.filling
         self._sent, self._flow, self._old, self._carried = self.held, flow, 0, True
         self._in_flight.clear()
-        self._teller = Teller()
+        self._updates = UpdateSender()
         self._fill, self._filled, self._lost = fill, 0, self._sent
         self._plan_cut()
         return None if fill is None else Open(self.session, flow.epoch, self.context)
@@ -334,7 +334,7 @@ class Generation:
                 bits = self._allowed(self.allow)
                 if self.failure is not None:
                     break
-            step, told = self._teller.tell(step, self._text, self.sampling, bits)
+            step, told = self._updates.tell(step, self._text, self.sampling, bits)
             self._in_flight.append(step)
             self._sent += step.rows
             steps += [*told, step]
@@ -500,7 +500,7 @@ class Generation:
         self._fill, self._filled = None, 0
         self._fills.clear()
         self._in_flight.clear()
-        self._teller = Teller()
+        self._updates = UpdateSender()
 
     def _plan_cut(self) -> None:
         if self._flow is not None:

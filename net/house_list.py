@@ -12,22 +12,22 @@ from .connection import Connection
 from .errors import NodeLostError, UntrustedError
 from .events import Removed
 from .members import ClusterState
-from .messages import House, Housemate, Ping, Pong
+from .messages import House, PairedDevice, Ping, Pong
 from .tls import Trust
 
 
 def told(trust: Trust) -> House:
     """The list as it is now."""
-    return House(trust.mates, trust.addresses)
+    return House(trust.devices, trust.addresses)
 
 
 async def introduce(connection: Connection, trust: Trust, seconds: float) -> None:
     """Tells a node the list, and waits until it knows it: then other devices may connect to it.
     NodeLostError: it does not answer in time."""
-    known: tuple[Housemate, ...] = ()
+    known: tuple[PairedDevice, ...] = ()
     with trio.move_on_after(seconds):
-        while known != trust.mates:  # a change meanwhile is told only to those that have joined
-            known = trust.mates
+        while known != trust.devices:  # a change meanwhile is told only to those that have joined
+            known = trust.devices
             await connection.send(told(trust))
             await connection.send(Ping(0))
             await connection.expect(Pong)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..engine.costs import unit_cost
 from ..engine.layout import NUMERICS_VERSION
 from .errors import MismatchError, NodeLostError, printable
-from .messages import Hello, Housemate, Offer, Peer, Purpose
+from .messages import Hello, Offer, PairedDevice, Peer, Purpose
 
 if TYPE_CHECKING:
     from ..engine.model_directory import Model
@@ -78,17 +78,17 @@ def check_hello(mine: Identity, theirs: Hello, who: str) -> None:
         )
 
 
-def hello_of(mine: Identity, mate: Housemate | None, theirs: Hello, who: str) -> Hello:
+def hello_of(mine: Identity, device: PairedDevice | None, theirs: Hello, who: str) -> Hello:
     """The Hello of a process of the device at the other end, which TLS has found: under its own name, if that
     ends with the one of the device in the house, so that no device bears another's. Without a house it is
     taken as it is. UntrustedError: the process claims to be another device's."""
-    if mine.trust is None or mate is None:
+    if mine.trust is None or device is None:
         return theirs
-    mine.trust.check_incarnation(mate, theirs.incarnation, who)
-    if theirs.name == mate.name or theirs.name.endswith(f" {mate.name}"):
+    mine.trust.check_incarnation(device, theirs.incarnation, who)
+    if theirs.name == device.name or theirs.name.endswith(f" {device.name}"):
         return theirs
-    short = theirs.name[: max(0, 60 - len(mate.name))]
-    return replace(theirs, name=f"{short} of {mate.name}" if short else mate.name)
+    short = theirs.name[: max(0, 60 - len(device.name))]
+    return replace(theirs, name=f"{short} of {device.name}" if short else device.name)
 
 
 def is_home(mine: Identity, incarnation: int, host: str) -> bool:

@@ -29,9 +29,9 @@ from ..planner.groups import Grouping
 from ..planner.rows import MOST_ROWS
 from .errors import RemoteProtocolError
 from .messages import MOST_SESSIONS, MOST_WANTED, STEP_LIMIT, Close, Epoch, Open, Step
+from .sampling_updates import Notice, UpdateReceiver
 from .scheduler import Costs, Expect, Load, Streams
 from .tags import counted
-from .telling import Hearer, Notice
 
 Item = Open | Close | Step
 MAX_STEPS = MOST_WANTED
@@ -91,7 +91,7 @@ class Inbox:
     enough: int = ENOUGH_BYTES
     last: bool = True
     """Whether the stage draws tokens, and so waits for what the coordinator tells it."""
-    _told: dict[int, Hearer] = field(default_factory=dict)
+    _told: dict[int, UpdateReceiver] = field(default_factory=dict)
     """By session."""
     _waiting: dict[int, deque[Item]] = field(default_factory=dict)
     """By session, a Step for which the stage has not been told enough, and what follows it."""
@@ -156,7 +156,7 @@ class Inbox:
             return
         if notice.session not in self._told and len(self._told) >= MOST_TOLD:
             raise RemoteProtocolError(f"the coordinator told of more than {MOST_TOLD} sessions")
-        self._told.setdefault(notice.session, Hearer()).hear(notice)
+        self._told.setdefault(notice.session, UpdateReceiver()).hear(notice)
         waiting = self._waiting.pop(notice.session, deque())
         self._bytes -= sum(map(held_bytes, waiting))
         for item in waiting:

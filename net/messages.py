@@ -42,7 +42,7 @@ MOST_SESSIONS = 256
 """The most sessions that a node serves at a time."""
 MOST_TOKENS = 8192
 """The most token ids in a message to the last node."""
-MOST_HOUSEMATES = 64
+MOST_DEVICES = 64
 """The most devices of a house."""
 MOST_ADDRESSES = 4
 """The most addresses of a house's head."""
@@ -155,9 +155,10 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """How much of a node may be used, by its policy (net/care.py): the `share` of the time in which it may
-    compute, and whether it is `leaving`, so that its layers must move to other nodes. `reason` is a clause
-    for the user, or empty. `battery` (per cent that are left) and its `temperature` (°C) are for reports."""
+    """How much of a node may be used, by its policy (net/throttling.py): the `share` of the time in which it
+    may compute, and whether it is `leaving`, so that its layers must move to other nodes. `reason` is a
+    clause for the user, or empty. `battery` (per cent that are left) and its `temperature` (°C) are for
+    reports."""
 
     share: Annotated[float, Between(0.01, 1.0)] = 1.0
     leaving: bool = False
@@ -537,7 +538,7 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
-class Housemate:
+class PairedDevice:
     """A device of a house: its name there, its role, and its certificate, DER in base64."""
 
     name: Name
@@ -559,7 +560,7 @@ class House:
     and where the head waits for devices, if it does. It is sent before any other order, and when this has
     changed."""
 
-    devices: Annotated[tuple[Housemate, ...], AtMost(MOST_HOUSEMATES)]
+    devices: Annotated[tuple[PairedDevice, ...], AtMost(MOST_DEVICES)]
     addresses: Annotated[tuple[Address, ...], AtMost(MOST_ADDRESSES)] = ()
 
 

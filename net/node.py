@@ -26,7 +26,7 @@ from .connection import (
     open_connection,
     open_tasks,
 )
-from .door import Door, Visit
+from .connection_limits import ConnectionLimits, Slot
 from .errors import (
     NetError,
     NodeLostError,
@@ -37,8 +37,6 @@ from .errors import (
 )
 from .fetching import Fetcher
 from .file_server import serve_files
-from .keeper import MOST_ORDERS, Keeper
-from .line import vouched
 from .listen import accept
 from .liveness import TICK_SECONDS, Awake, load_bound
 from .messages import (
@@ -71,6 +69,8 @@ from .messages import (
 )
 from .pace import NodePace
 from .probe import measure_peer
+from .relay import vouched
+from .stage_manager import MOST_ORDERS, StageManager
 from .tls import TlsStream
 from .watch import attend
 
@@ -85,9 +85,9 @@ class Node:
 
     def __init__(self, parts: NodeParts) -> None:
         self._parts = parts
-        self._door = Door(parts.identity.name, parts.timing.handshake, parts.log)
-        self._keeper: Keeper | None = None
-        """The keeper of the stage for the coordinator that is served."""
+        self._limits = ConnectionLimits(parts.identity.name, parts.timing.handshake, parts.log)
+        self._manager: StageManager | None = None
+        """The manager of the stage for the coordinator that is served."""
         self._noted = ""
         """Why the last connection has ended that was not served."""
         self._pace = self._new_pace()
@@ -114,74 +114,74 @@ class Node:
         while True:
             for stream in await accept(listener):
                 host, who = address_of(stream)
-                tasks.start_soon(self._attend, stream, who, self._door.arrive(host))
-            await self._door.settled()
+                tasks.start_soon(self._attend, stream, who, self._limits.arrive(host))
+            await self._limits.settled()
 
     async def connected(self, stream: trio.abc.Stream) -> None:
         """Serves one connection until it ends. Errors are logged and end only this connection. One that has
         waited at the head (net/reverse.py) is a TlsStream already."""
         host, who = address_of(stream)
-        await self._attend(stream, who, self._door.arrive(host))
+        await self._attend(stream, who, self._limits.arrive(host))
 
-    async def _attend(self, stream: trio.abc.Stream, who: str, visit: Visit) -> None:
-        deadline = trio.current_time() + visit.seconds
-        with self._door.visit(visit):
-            sealed = await self._sealed(stream, who, visit)
+    async def _attend(self, stream: trio.abc.Stream, who: str, slot: Slot) -> None:
+        deadline = trio.current_time() + slot.seconds
+        with self._limits.occupy(slot):
+            sealed = await self._sealed(stream, who, slot)
             if sealed is None:
                 return
-            visit.seconds = max(0.0, deadline - trio.current_time())  # other tasks ran since TLS has ended
+            slot.seconds = max(0.0, deadline - trio.current_time())  # other tasks ran since TLS has ended
             async with open_connection(sealed, who, dialled=False) as connection:
                 try:
-                    await self._serve(visit, connection)
+                    await self._serve(slot, connection)
                 except ShoalError as error:
                     if not connection.unused:
-                        self._note(visit, connection, str(error))
+                        self._note(slot, connection, str(error))
                     if is_peers_fault(error):
-                        self._door.refused(visit)
+                        self._limits.refused(slot)
                         await connection.refuse(error)
                 except Exception as error:  # a bug here must not end the node
                     self._parts.log("".join(traceback.format_exception(error)).rstrip())
-                    self._door.refused(visit)
+                    self._limits.refused(slot)
                     await connection.refuse(
                         NetError(f"{self._parts.identity.name} failed ({error!r}): its log has the traceback")
                     )
 
-    def _note(self, visit: Visit, connection: Connection, line: str) -> None:
+    def _note(self, slot: Slot, connection: Connection, line: str) -> None:
         """Logs why a connection has ended; for a device of the house not again and again, since it dials
         anew, from another port."""
         what = _PORT.sub("", line)
-        if connection.mate is None or what != self._noted:
-            self._door.note(visit, line)
+        if connection.device is None or what != self._noted:
+            self._limits.note(slot, line)
         self._noted = what
 
-    async def _sealed(self, stream: trio.abc.Stream, who: str, visit: Visit) -> trio.abc.Stream | None:
+    async def _sealed(self, stream: trio.abc.Stream, who: str, slot: Slot) -> trio.abc.Stream | None:
         """The stream with TLS, if this node has a house. None: it has ended, since it may not be used. The
         head may have made it for another device."""
         trust = self._parts.identity.trust
         if trust is None or isinstance(stream, TlsStream):
             return stream
-        sealed = await self._door.sealed(visit, stream, who, trust)
-        if sealed is None or sealed.mate.role != "head":
+        sealed = await self._limits.sealed(slot, stream, who, trust)
+        if sealed is None or sealed.device.role != "head":
             return sealed
         try:
-            with trio.move_on_after(visit.seconds):
+            with trio.move_on_after(slot.seconds):
                 await vouched(sealed, who, trust)
                 return sealed
-            why = f"{who} connected and did not say Hello within {visit.seconds:g} s"
+            why = f"{who} connected and did not say Hello within {slot.seconds:g} s"
         except ShoalError as error:
             why = str(error)
-        self._door.note(visit, why)
+        self._limits.note(slot, why)
         await trio.aclose_forcefully(sealed)
         return None
 
-    async def _serve(self, visit: Visit, connection: Connection) -> None:
+    async def _serve(self, slot: Slot, connection: Connection) -> None:
         parts = self._parts
         hello = await greet(
             connection,
             parts.identity,
             self._offer(),
-            seconds=visit.seconds,
-            admit=partial(self._admit, visit, connection),
+            seconds=slot.seconds,
+            admit=partial(self._admit, slot, connection),
         )
         try:
             match hello.purpose:
@@ -199,19 +199,19 @@ class Node:
             if hello.purpose == "control" and parts.tells:
                 parts.log(f"{error}; waiting for the next coordinator")
 
-    async def _admit(self, visit: Visit, connection: Connection, hello: Hello) -> int:
+    async def _admit(self, slot: Slot, connection: Connection, hello: Hello) -> int:
         """Gives a connection the place of its purpose. A stuck stage cannot be replaced by another. In a
         house, only its head gives orders."""
-        stuck, trust, mate = self.stuck(), self._parts.identity.trust, connection.mate
+        stuck, trust, device = self.stuck(), self._parts.identity.trust, connection.device
         orders = hello.purpose == "control"
-        if orders and trust is not None and (mate is None or not trust.may_coordinate(mate)):
+        if orders and trust is not None and (device is None or not trust.may_coordinate(device)):
             raise UntrustedError(
                 f"{connection.peer} is a device of the house and not its head, which alone may use other "
                 "devices: run this on the head"
             )
         if orders and stuck is not None:
             raise StageStuckError(f"{self._parts.identity.name} cannot be used: {stuck}")
-        return await self._door.admit(visit, hello, connection.peer)
+        return await self._limits.admit(slot, hello, connection.peer)
 
     async def _serve_coordinator(self, connection: Connection) -> None:
         """Follows a coordinator's orders until it disconnects, then drops all state kept for it."""
@@ -219,10 +219,10 @@ class Node:
             self._parts.log(f"{connection.peer} is the coordinator now")
         try:
             async with open_tasks() as tasks:
-                keeper = Keeper(self._parts, connection, self._pace, self._links, tasks)
-                self._keeper = keeper
-                fetcher = self._fetcher(connection, keeper)
-                tasks.start_soon(keeper.run)
+                manager = StageManager(self._parts, connection, self._pace, self._links, tasks)
+                self._manager = manager
+                fetcher = self._fetcher(connection, manager)
+                tasks.start_soon(manager.run)
                 if fetcher is not None:
                     tasks.start_soon(fetcher.run)
                 tasks.start_soon(self._look_at_calls)
@@ -231,9 +231,9 @@ class Node:
                     if isinstance(message, Fetch):
                         self._fetch(connection, message, fetcher)
                     else:
-                        self._follow(connection, message, keeper, tasks)
+                        self._follow(connection, message, manager, tasks)
         finally:
-            self._keeper = None
+            self._manager = None
             self._pace, self._links = self._new_pace(), {}
 
     async def _look_at_calls(self) -> None:
@@ -252,7 +252,7 @@ class Node:
     @property
     def coordinated(self) -> bool:
         """Whether a coordinator is connected."""
-        return self._keeper is not None
+        return self._manager is not None
 
     @property
     def holds_layers(self) -> bool:
@@ -262,7 +262,7 @@ class Node:
     @property
     def idle(self) -> bool:
         """Whether the layers of this node have not been used for a second, and are not about to move."""
-        return self._keeper is not None and self._keeper.idle and not self._pace.busy
+        return self._manager is not None and self._manager.idle and not self._pace.busy
 
     def stuck(self, unseen: float = 0.0) -> str | None:
         """A sentence about a call of the stage that does not return, as long as it does not; else None.
@@ -282,14 +282,16 @@ class Node:
     @property
     def _assignment(self) -> Assignment | None:
         """The assignment in force."""
-        return None if self._keeper is None else self._keeper.current
+        return None if self._manager is None else self._manager.current
 
-    def _follow(self, connection: Connection, message: Message, keeper: Keeper, tasks: trio.Nursery) -> None:
-        if isinstance(message, Assign | Measure) and (keeper.busy or self._measuring > MOST_ORDERS):
+    def _follow(
+        self, connection: Connection, message: Message, manager: StageManager, tasks: trio.Nursery
+    ) -> None:
+        if isinstance(message, Assign | Measure) and (manager.busy or self._measuring > MOST_ORDERS):
             raise RemoteProtocolError(
                 f"{connection.peer} has sent more than {MOST_ORDERS} orders that are still being carried out"
             )
-        now = keeper.current
+        now = manager.current
         match message:
             case Ping(nonce):
                 pace, progress = (None, None) if now is None else (now.pace(), now.progress())
@@ -297,13 +299,13 @@ class Node:
             case House():
                 self._learn(connection, message)
             case Assign() | Release() | Commit() | Abort():
-                keeper.order(message)
+                manager.order(message)
             case Refill():
-                keeper.refill(message)
+                manager.refill(message)
             case SetSampling() | Tokens() | Mask() | Close():
-                keeper.told(message)
+                manager.told(message)
             case Spare(units):
-                keeper.spare(units)
+                manager.spare(units)
             case Measure(peer):
                 tasks.start_soon(self._measure, connection, peer)
             case GetStats():
@@ -315,11 +317,11 @@ class Node:
         files = self._parts.files
         return replace(self._parts.offer, held=None if files is None else tuple(sorted(files.held())))
 
-    def _fetcher(self, connection: Connection, keeper: Keeper) -> Fetcher | None:
+    def _fetcher(self, connection: Connection, manager: StageManager) -> Fetcher | None:
         parts = self._parts
         if parts.files is None:
             return None
-        return Fetcher(parts, parts.files, connection, lambda: keeper.units, lambda: self._pace.busy)
+        return Fetcher(parts, parts.files, connection, lambda: manager.units, lambda: self._pace.busy)
 
     def _fetch(self, connection: Connection, order: Fetch, fetcher: Fetcher | None) -> None:
         """Takes an order to have files. RemoteProtocolError: it names units that the model has not."""
@@ -336,15 +338,15 @@ class Node:
     def _learn(self, connection: Connection, told: House) -> None:
         """Takes the head's list of the devices of the house. Where this device is the head, it is in a file
         here."""
-        trust, mate = self._parts.identity.trust, connection.mate
-        if trust is None or mate is None:
+        trust, device = self._parts.identity.trust, connection.device
+        if trust is None or device is None:
             raise RemoteProtocolError(
                 f"{connection.peer} sent the devices of a house, and this node has none"
             )
         try:
-            if trust.is_own(mate):
+            if trust.is_own(device):
                 trust.refresh()
-            elif mate.role == "head":
+            elif device.role == "head":
                 trust.hear(told.devices, told.addresses)
         except ValueError as error:
             raise RemoteProtocolError(f"{connection.peer} sent a list of its house: {error}") from error
@@ -377,8 +379,8 @@ class Node:
 
     async def _serve_bulk(self, connection: Connection, giver: int) -> None:
         """Takes keys and values that move here from the node with the incarnation `giver`."""
-        if self._keeper is not None:
-            await self._keeper.receive_bulk(connection, giver)
+        if self._manager is not None:
+            await self._manager.receive_bulk(connection, giver)
 
     async def _serve_files(self, connection: Connection) -> None:
         """Gives a peer files of the model."""

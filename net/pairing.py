@@ -27,7 +27,7 @@ from typing import Annotated
 from ..engine import strict
 from ..engine.strict import AtMost, Printable
 from .errors import NetError, RemoteProtocolError, UntrustedError
-from .messages import MOST_ADDRESSES, MOST_HOUSEMATES, Address, Housemate, Name, Role, Text
+from .messages import MOST_ADDRESSES, MOST_DEVICES, Address, Name, PairedDevice, Role, Text
 from .tls import key_of
 
 PREFIX = "SHOAL1-"
@@ -121,7 +121,7 @@ class Welcome:
     """The devices of the house, the new one among them; the head's HMAC; and where `shoal up` listens on the
     head."""
 
-    devices: Annotated[tuple[Housemate, ...], AtMost(MOST_HOUSEMATES)]
+    devices: Annotated[tuple[PairedDevice, ...], AtMost(MOST_DEVICES)]
     mac: Hex
     addresses: Annotated[tuple[Address, ...], AtMost(MOST_ADDRESSES)] = ()
 
@@ -181,11 +181,11 @@ def proof_of(
     secret: bytes,
     role: Role,
     said: bytes,
-    devices: Sequence[Housemate] = (),
+    devices: Sequence[PairedDevice] = (),
     addresses: Sequence[Address] = (),
 ) -> str:
     """The HMAC of one side, in hex."""
-    lines = [f"{mate.role} {mate.certificate} {mate.name}" for mate in devices]
+    lines = [f"{device.role} {device.certificate} {device.name}" for device in devices]
     lines += [f"{address.host} {address.port}" for address in addresses]
     listed = b"".join(hashlib.sha256(line.encode()).digest() for line in lines)
     content = _LABEL + b" " + role.encode() + b"\0" + said + hashlib.sha256(listed).digest()
@@ -197,7 +197,7 @@ def same(one: str, other: str) -> bool:
     return hmac.compare_digest(one.encode(), other.encode())
 
 
-class Desk:
+class InviteState:
     """The head's side of one invite: who may still join. `expires` is by the caller's clock."""
 
     def __init__(self, secret: bytes, head: str, expires: float) -> None:
@@ -244,7 +244,7 @@ def check_welcome(invite: Invite, join: Join, challenge: Challenge, welcome: Wel
     said = transcript(invite.head, join, challenge)
     if not same(proof_of(invite.secret, "head", said, welcome.devices, welcome.addresses), welcome.mac):
         raise UntrustedError("the head does not know the secret of the token: make another invite")
-    by_key = {key_of(base64.b64decode(mate.certificate)): mate for mate in welcome.devices}
+    by_key = {key_of(base64.b64decode(device.certificate)): device for device in welcome.devices}
     head = by_key.get(invite.head)
     own = key_of(base64.b64decode(join.certificate))
     if head is None or head.role != "head" or own not in by_key:

@@ -1,5 +1,5 @@
 """The policy of a node: limits within which its owner lets it be used, and how `shoal node --policy` writes
-them. What follows from them is decided in net/care.py.
+them. What follows from them is decided in net/throttling.py.
 
 This module imports no NumPy, since the command line is parsed before it may be imported."""
 

@@ -21,8 +21,8 @@ import trio
 from .connection import OpenStream, open_tasks, open_tcp, reason, sealed
 from .errors import MismatchError, NetError, NodeLostError, UntrustedError
 from .identity import host_port
-from .line import Line, answer_take
 from .messages import Address
+from .relay import RequestStream, answer_take
 from .requests import INWARD, SILENT_SECONDS, Alive, Announce, Ready, Relay, Take
 from .tls import TlsStream, Trust
 
@@ -47,12 +47,12 @@ async def dial_head(addresses: Sequence[tuple[str, int]], trust: Trust) -> TlsSt
         who = f"the head of the house ({host_port(host, port)})"
         try:
             stream = await sealed(await trio.open_tcp_stream(host, port), trust, who)
-            if stream.mate.role == "head":
+            if stream.device.role == "head":
                 found.append(stream)
                 tasks.cancel_scope.cancel()
             else:
                 await trio.aclose_forcefully(stream)
-                failed.append(UntrustedError(f"{who} is {stream.mate.name}, which is not the head"))
+                failed.append(UntrustedError(f"{who} is {stream.device.name}, which is not the head"))
         except (OSError, UnicodeError) as error:
             failed.append(NodeLostError(f"{who} cannot be reached ({reason(error)})"))
         except NetError as error:
@@ -136,10 +136,10 @@ class _Ways:
     async def _through_head(self, host: str, port: int) -> TlsStream:
         stream = await dial_head(self._addresses(), self._trust)
         try:
-            line = Line(stream, "the head of the house")
+            line = RequestStream(stream, "the head of the house")
             await line.send(Relay(Address(host, port)))
             ready = await line.receive(Ready)
-            stream.stands_for(self._trust.mate(ready.device))
+            stream.stands_for(self._trust.device(ready.device))
             return line.release()
         except BaseException:
             await trio.aclose_forcefully(stream)
@@ -214,7 +214,7 @@ class _Stay:
         stream = await dial_head(addresses, self._trust)
         given = False
         try:
-            line, anew = Line(stream, "the head of the house"), self._anew
+            line, anew = RequestStream(stream, "the head of the house"), self._anew
             with suppress(OSError):
                 self._last = stream.addresses[1][0]
                 if self._ends is None or self._ends[1] != self._last:
@@ -234,7 +234,7 @@ class _Stay:
             if not given:
                 await trio.aclose_forcefully(stream)
 
-    async def _heard(self, line: Line) -> Alive | Take:
+    async def _heard(self, line: RequestStream) -> Alive | Take:
         with trio.move_on_after(SILENT_SECONDS):
             return await line.receive(Alive, Take)
         self._anew = True

@@ -17,11 +17,11 @@ import trio
 
 from ..engine.errors import ShoalError
 from .connection import address_of, open_tasks, open_tcp, sealed
-from .door import Door, Visit
+from .connection_limits import ConnectionLimits, Slot
 from .errors import MismatchError, NetError, NodeLostError, UntrustedError
 from .identity import Identity, host_port
-from .line import Line, pass_bytes
 from .listen import accept, plain
+from .relay import RequestStream, pass_bytes
 from .requests import (
     INWARD,
     SILENT_SECONDS,
@@ -63,7 +63,7 @@ class _Waiting:
     """A connection that waits. `taker` is the key of the device that uses it, once one wants to; `stream` is
     there when it may."""
 
-    line: Line
+    line: RequestStream
     wanted: trio.Event = field(default_factory=trio.Event)
     done: trio.Event = field(default_factory=trio.Event)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
@@ -123,7 +123,7 @@ class DeviceListener:
             log,
             answer_model,
         )
-        self._door = Door(identity.name, FIRST_SECONDS, log)
+        self._limits = ConnectionLimits(identity.name, FIRST_SECONDS, log)
         self._nodes: dict[tuple[str, int], _Node] = {}
         self._served = Counter[str]()
         self._callbacks: list[Callable[[Device], None]] = []
@@ -164,23 +164,23 @@ class DeviceListener:
         while True:
             for stream in await accept(listener):
                 host, who = address_of(stream)
-                tasks.start_soon(self._attend, stream, who, self._door.arrive(host))
-            await self._door.settled()
+                tasks.start_soon(self._attend, stream, who, self._limits.arrive(host))
+            await self._limits.settled()
 
-    async def _attend(self, raw: trio.abc.Stream, who: str, visit: Visit) -> None:
-        deadline = trio.current_time() + visit.seconds
-        with self._door.visit(visit):
-            stream = await self._door.sealed(visit, raw, who, self._trust)
+    async def _attend(self, raw: trio.abc.Stream, who: str, slot: Slot) -> None:
+        deadline = trio.current_time() + slot.seconds
+        with self._limits.occupy(slot):
+            stream = await self._limits.sealed(slot, raw, who, self._trust)
             if stream is None:
                 return
-            line, given = Line(stream, f"{stream.mate.name} ({who})"), False
+            line, given = RequestStream(stream, f"{stream.device.name} ({who})"), False
             try:
-                given = await self._serve(visit, line, deadline)
+                given = await self._serve(slot, line, deadline)
             except NodeLostError:
                 pass  # what that means, the coordinator says
             except ShoalError as error:
-                self._door.note(visit, str(error))
-                self._door.refused(visit)
+                self._limits.note(slot, str(error))
+                self._limits.refused(slot)
                 await line.refuse(error)
             except Exception as error:  # a bug here must not end the head
                 self._log("".join(traceback.format_exception(error)).rstrip())
@@ -188,14 +188,14 @@ class DeviceListener:
                 if not given:
                     await trio.aclose_forcefully(stream)
 
-    async def _serve(self, visit: Visit, line: Line, deadline: float) -> bool:
+    async def _serve(self, slot: Slot, line: RequestStream, deadline: float) -> bool:
         """Does what a device wants; returns whether its connection has been given to somebody."""
         wish: Frame | None = None
         with trio.move_on_at(deadline):
             wish = await line.receive(Announce, Relay, GetModel)
         if wish is None:
             raise NetError(f"{line.who} connected and did not say what it wants")
-        self._door.settle(visit)
+        self._limits.settle(slot)
         match wish:
             case Announce():
                 return await self._keep(line, wish)
@@ -208,11 +208,11 @@ class DeviceListener:
                 with self._counted(line):
                     await self._answer_model(line.release())
             case _:
-                raise AssertionError("Line.receive lets nothing else through")
+                raise AssertionError("RequestStream.receive lets nothing else through")
         return False
 
     @contextmanager
-    def _counted(self, line: Line) -> Iterator[None]:
+    def _counted(self, line: RequestStream) -> Iterator[None]:
         """Counts what is done for a device at the same time. NetError: it is too much."""
         key = line.stream.key
         if self._served[key] >= MOST_SERVED:
@@ -225,12 +225,12 @@ class DeviceListener:
 
     # --- those that wait
 
-    async def _keep(self, line: Line, announce: Announce) -> bool:
+    async def _keep(self, line: RequestStream, announce: Announce) -> bool:
         """Keeps a connection until somebody uses it; returns whether somebody does."""
-        self._trust.check_incarnation(line.stream.mate, announce.incarnation, line.who)
+        self._trust.check_incarnation(line.stream.device, announce.incarnation, line.who)
         if announce.model != self._identity.model:
             raise MismatchError(
-                f"{line.stream.mate.name} has the model {announce.model[:16]}, and the head of the house "
+                f"{line.stream.device.name} has the model {announce.model[:16]}, and the head of the house "
                 f"{self._identity.model[:16]} now"
             )
         waiting = _Waiting(line)
@@ -262,7 +262,7 @@ class DeviceListener:
         now = trio.current_time()
         old = next((n for n in self._nodes.values() if n.device.incarnation == announce.incarnation), None)
         host, port = self._address(stream, announce)
-        device = Device(stream.mate.name, host, port, announce.incarnation, announce.anew)
+        device = Device(stream.device.name, host, port, announce.incarnation, announce.anew)
         back = old is None or (not old.waiting and now - old.emptied > ALIVE_SECONDS)
         if old is not None:
             del self._nodes[old.where]
@@ -288,7 +288,7 @@ class DeviceListener:
             if not node.waiting and len(others) >= MOST_NODES:
                 del self._nodes[node.where]
         if sum(bool(node.waiting) for node in others) >= MOST_NODES:
-            raise NetError(f"{stream.mate.name} has {MOST_NODES} nodes here, the most that are accepted")
+            raise NetError(f"{stream.device.name} has {MOST_NODES} nodes here, the most that are accepted")
         mine = next((node for node in own if node not in others), None)
         if mine is not None and mine.waiting and mine.port == announce.port and not announce.anew:
             return mine.where  # a device has several addresses, and its connections need not use the same
@@ -296,7 +296,7 @@ class DeviceListener:
             try:
                 where = plain(stream.addresses[1][0]), announce.port
             except OSError as error:
-                raise NodeLostError(f"{stream.mate.name} is lost: the connection broke") from error
+                raise NodeLostError(f"{stream.device.name} is lost: the connection broke") from error
             there = self._nodes.get(where)
             if there is None or there.key == stream.key or not there.waiting:
                 return where
@@ -375,10 +375,10 @@ class DeviceListener:
         stream = await sealed(await open_tcp(host, port), self._trust, who)
         try:
             if stream.key != node.key:
-                raise UntrustedError(f"{who} is {stream.mate.name}")
+                raise UntrustedError(f"{who} is {stream.device.name}")
             if taker == self._trust.key:
                 return stream
-            line = Line(stream, who)
+            line = RequestStream(stream, who)
             await line.send(Take(taker))
             await _in_time(line, Ready)
             return line.release()
@@ -386,7 +386,7 @@ class DeviceListener:
             await trio.aclose_forcefully(stream)
             raise
 
-    async def _relay(self, line: Line, where: tuple[str, int]) -> None:
+    async def _relay(self, line: RequestStream, where: tuple[str, int]) -> None:
         """Connects a device to a node, and passes bytes until one of them ends."""
         node = self._found(*where)
         if node is None or not self._trust.has(node.device.incarnation):
@@ -402,7 +402,7 @@ class DeviceListener:
             await trio.aclose_forcefully(far)
 
 
-async def _in_time(line: Line, kind: type[Alive | Ready]) -> None:
+async def _in_time(line: RequestStream, kind: type[Alive | Ready]) -> None:
     """Waits for a frame. NodeLostError: it does not come in time."""
     with trio.move_on_after(SILENT_SECONDS):
         await line.receive(kind)

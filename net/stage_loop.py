@@ -29,7 +29,7 @@ from .errors import NodeLostError
 from .inbox import Batch, Inbox
 from .messages import Close, Failed, Hello, Message, Open, Ping, Pong, Result, Rows, Step
 from .pace import NodePace, Onward
-from .telling import Notice
+from .sampling_updates import Notice
 from .wire import WireProtocol
 from .work import Answer, StageWork
 

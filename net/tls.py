@@ -26,7 +26,7 @@ import trio
 
 from ..engine.errors import ShoalError
 from .errors import NetError, NodeLostError, UntrustedError
-from .messages import MOST_HOUSEMATES, Address, Housemate, Role
+from .messages import MOST_DEVICES, Address, PairedDevice, Role
 
 HANDSHAKE_BYTES = 64 * 1024
 """The most bytes that a peer may send before its handshake has ended."""
@@ -55,9 +55,9 @@ def key_of(certificate: bytes) -> str:
     return hashlib.sha256(certificate).hexdigest()
 
 
-def der_of(mate: Housemate) -> bytes:
+def der_of(device: PairedDevice) -> bytes:
     """The certificate of a device in DER. ValueError: it is not in base64."""
-    return base64.b64decode(mate.certificate, validate=True)
+    return base64.b64decode(device.certificate, validate=True)
 
 
 def prefix_of(key: str) -> int:
@@ -66,15 +66,15 @@ def prefix_of(key: str) -> int:
     return int(key[:8], 16)
 
 
-def check_mates(mates: Sequence[Housemate]) -> dict[str, Housemate]:
+def check_devices(devices: Sequence[PairedDevice]) -> dict[str, PairedDevice]:
     """The devices of a house by key. ValueError: there are too many, two have the same name or could pass for
     each other, none is the head, or a certificate cannot be read."""
-    found = {key_of(der_of(mate)): mate for mate in mates}
-    if not 1 <= len(found) <= MOST_HOUSEMATES:
-        raise ValueError(f"a house has 1 to {MOST_HOUSEMATES} devices, not {len(found)}")
-    if len({prefix_of(key) for key in found}) < len(mates) or len({m.name for m in mates}) < len(mates):
+    found = {key_of(der_of(device)): device for device in devices}
+    if not 1 <= len(found) <= MOST_DEVICES:
+        raise ValueError(f"a house has 1 to {MOST_DEVICES} devices, not {len(found)}")
+    if len({prefix_of(key) for key in found}) < len(devices) or len({m.name for m in devices}) < len(devices):
         raise ValueError("two devices of the house have the same name or key")
-    if all(mate.role != "head" for mate in mates):
+    if all(device.role != "head" for device in devices):
         raise ValueError("no device is the head of the house")
     return found
 
@@ -98,66 +98,66 @@ class Trust:
     def __init__(
         self,
         own: Path,
-        mates: Sequence[Housemate],
+        devices: Sequence[PairedDevice],
         *,
-        keep: Callable[[Sequence[Housemate], Sequence[Address]], object] = lambda mates, addresses: None,
-        look: Callable[[], Sequence[Housemate] | None] = lambda: None,
+        keep: Callable[[Sequence[PairedDevice], Sequence[Address]], object] = lambda devices, addresses: None,
+        look: Callable[[], Sequence[PairedDevice] | None] = lambda: None,
     ) -> None:
         self._own, self._keep, self._look = own, keep, look
         self.key = key_of(certificate_in(own))
         self._streams = WeakSet[TlsStream]()
-        self._mates: dict[str, Housemate] = {}
+        self._devices: dict[str, PairedDevice] = {}
         self.addresses: tuple[Address, ...] = ()
         """Where the head waits for devices, as far as it has said."""
         self._moved = False
         self._trouble: Exception | None = None
-        self._set(mates)
+        self._set(devices)
 
     @property
-    def mates(self) -> tuple[Housemate, ...]:
+    def devices(self) -> tuple[PairedDevice, ...]:
         """All devices of the house."""
-        return tuple(self._mates.values())
+        return tuple(self._devices.values())
 
     @property
-    def own(self) -> Housemate:
+    def own(self) -> PairedDevice:
         """This device."""
-        return self._mates[self.key]
+        return self._devices[self.key]
 
     def incarnation(self) -> int:
         """A new incarnation for a process of this device."""
         return prefix_of(self.key) << 32 | secrets.randbits(32)
 
-    def may_coordinate(self, mate: Housemate) -> bool:
+    def may_coordinate(self, device: PairedDevice) -> bool:
         """Whether a device may give orders to this one: the head of the house, and this device itself."""
-        return mate.role == "head" or self.is_own(mate)
+        return device.role == "head" or self.is_own(device)
 
-    def is_own(self, mate: Housemate) -> bool:
+    def is_own(self, device: PairedDevice) -> bool:
         """Whether a device is this one, under whatever name."""
-        return key_of(der_of(mate)) == self.key
+        return key_of(der_of(device)) == self.key
 
-    def mate(self, key: str) -> Housemate:
+    def device(self, key: str) -> PairedDevice:
         """The device with that key. UntrustedError: it is not of the house."""
-        if key not in self._mates:
+        if key not in self._devices:
             raise UntrustedError(f"the device {key[:16]} is not of this house: {_PAIR}")
-        return self._mates[key]
+        return self._devices[key]
 
     def has(self, incarnation: int) -> bool:
         """Whether a process is of a device of the house."""
-        return any(prefix_of(key) == incarnation >> 32 for key in self._mates)
+        return any(prefix_of(key) == incarnation >> 32 for key in self._devices)
 
-    def check_incarnation(self, mate: Housemate, incarnation: int, who: str) -> None:
+    def check_incarnation(self, device: PairedDevice, incarnation: int, who: str) -> None:
         """Checks that a Hello comes from a process of the device that has connected. UntrustedError: it says
         that it is another one's."""
-        if incarnation >> 32 != prefix_of(key_of(der_of(mate))):
-            raise UntrustedError(f"{who} is {mate.name} and claims to be another device of the house")
+        if incarnation >> 32 != prefix_of(key_of(der_of(device))):
+            raise UntrustedError(f"{who} is {device.name} and claims to be another device of the house")
 
     def refresh(self) -> bool:
         """Takes a list that was changed on this device; returns whether it was, or this device has moved.
         ValueError: as for Trust. ShoalError: the list cannot be read."""
         trouble, self._trouble = self._trouble, None
-        mates = self._look()
-        if mates is not None:
-            self.update(mates)
+        devices = self._look()
+        if devices is not None:
+            self.update(devices)
             self._moved = False
             return True
         if trouble is not None:
@@ -173,40 +173,40 @@ class Trust:
         except (ShoalError, ValueError, OSError) as error:
             self._trouble = error
 
-    def hear(self, mates: Sequence[Housemate], addresses: Sequence[Address] = ()) -> None:
+    def hear(self, devices: Sequence[PairedDevice], addresses: Sequence[Address] = ()) -> None:
         """Takes the list that the head has sent, and keeps it, with where the head waits for devices.
         ValueError: as for Trust. OSError: it is in force, and could not be kept."""
-        if self._set(mates) or tuple(addresses) != self.addresses:
+        if self._set(devices) or tuple(addresses) != self.addresses:
             self.addresses = tuple(addresses)
-            self._keep(self.mates, self.addresses)
+            self._keep(self.devices, self.addresses)
 
     def moved(self, addresses: Sequence[Address]) -> None:
         """Notes, on the head, where it waits for devices now; `refresh` then says that something changed."""
         self._moved |= tuple(addresses) != self.addresses
         self.addresses = tuple(addresses)
 
-    def update(self, mates: Sequence[Housemate]) -> None:
+    def update(self, devices: Sequence[PairedDevice]) -> None:
         """Replaces the list, and ends the connections of devices that are no longer on it. ValueError: as for
         Trust."""
-        self._set(mates)
+        self._set(devices)
 
-    def _set(self, mates: Sequence[Housemate]) -> bool:
-        found = check_mates(mates)
+    def _set(self, devices: Sequence[PairedDevice]) -> bool:
+        found = check_devices(devices)
         if self.key not in found:
             raise ValueError("this device is not in the list of its house")
-        if found == self._mates:
+        if found == self._devices:
             return False
-        anchors = b"".join(der_of(mate) for mate in mates)
+        anchors = b"".join(der_of(device) for device in devices)
         try:
             server = _context(ssl.PROTOCOL_TLS_SERVER, self._own, anchors)
             client = _context(ssl.PROTOCOL_TLS_CLIENT, self._own, anchors)
         except OSError as error:  # an SSLError is one, too
             why = getattr(error, "reason", None) or error
             raise ValueError(f"a certificate or the key cannot be read ({why})") from error
-        self._server, self._client, self._mates = server, client, found
+        self._server, self._client, self._devices = server, client, found
         for stream in list(self._streams):
             if any(key not in found or found[key].role != role for key, role in stream.ends.items()):
-                stream.channel.cut(f"{stream.mate.name} is no longer a device of the house")
+                stream.channel.cut(f"{stream.device.name} is no longer a device of the house")
         return True
 
     async def dialled(self, stream: trio.abc.Stream, who: str) -> TlsStream:
@@ -225,11 +225,11 @@ class Trust:
         self, stream: trio.abc.Stream, who: str, context: ssl.SSLContext, *, server: bool
     ) -> TlsStream:
         opened = await open_tls(stream, who, context, server=server)
-        mate = self._mates.get(opened.key)  # the exact certificate: not one that a device has signed
-        if mate is None:
+        device = self._devices.get(opened.key)  # the exact certificate: not one that a device has signed
+        if device is None:
             await trio.aclose_forcefully(opened)
             raise UntrustedError(f"{who} is not a device of this house: {_PAIR}")
-        opened.stands_for(mate)
+        opened.stands_for(device)
         self._streams.add(opened)
         return opened
 
@@ -281,10 +281,10 @@ async def open_tls(stream: trio.abc.Stream, who: str, context: ssl.SSLContext, *
 
 class TlsStream(trio.abc.HalfCloseableStream):
     """A trio stream over TLS. `key` is the hash of the peer's certificate, empty if it has shown none, and
-    `mate` the device that speaks, once Trust has found it: the peer, or one for which the peer, the head,
+    `device` the device that speaks, once Trust has found it: the peer, or one for which the peer, the head,
     passes bytes (net/relay.py)."""
 
-    mate: Housemate
+    device: PairedDevice
 
     def __init__(self, stream: trio.SocketStream, context: ssl.SSLContext, *, server: bool) -> None:
         self._stream, self._server = stream, server
@@ -296,10 +296,10 @@ class TlsStream(trio.abc.HalfCloseableStream):
         self.ends: dict[str, Role] = {}
         """The keys of the devices that this connection depends on, and their roles at its beginning."""
 
-    def stands_for(self, mate: Housemate) -> None:
+    def stands_for(self, device: PairedDevice) -> None:
         """Notes the device whose messages arrive here."""
-        self.mate = mate
-        self.ends[key_of(der_of(mate))] = mate.role
+        self.device = device
+        self.ends[key_of(der_of(device))] = device.role
 
     @property
     def addresses(self) -> tuple[tuple[str, int], tuple[str, int]]:

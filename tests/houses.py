@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from shoal import house
-from shoal.net.messages import Housemate, Role
+from shoal.net.messages import PairedDevice, Role
 from shoal.net.tls import Trust, certificate_in
 
 
@@ -31,15 +31,15 @@ class Houses:
             path.write_bytes(_made(name))
         return path
 
-    def mate(self, name: str, role: Role | None = None) -> Housemate:
+    def device(self, name: str, role: Role | None = None) -> PairedDevice:
         """A device as the house knows it."""
         certificate = b64encode(certificate_in(self.own(name))).decode()
-        return Housemate(name, role or ("head" if name == "head" else "device"), certificate)
+        return PairedDevice(name, role or ("head" if name == "head" else "device"), certificate)
 
-    def mates(self, *names: str) -> tuple[Housemate, ...]:
+    def devices(self, *names: str) -> tuple[PairedDevice, ...]:
         """The list of a house."""
-        return tuple(map(self.mate, names))
+        return tuple(map(self.device, names))
 
-    def trust(self, name: str, mates: Sequence[str] = ()) -> Trust:
+    def trust(self, name: str, devices: Sequence[str] = ()) -> Trust:
         """What a process of the device knows of a house of these devices."""
-        return Trust(self.own(name), self.mates(*(mates or ("head", name))))
+        return Trust(self.own(name), self.devices(*(devices or ("head", name))))

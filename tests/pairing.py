@@ -34,7 +34,7 @@ def inviting(
             async with trio.open_nursery() as tasks:
                 tasks.start_soon(wait)
                 await body(open_invite, tasks)
-                if not ended and not open_invite.desk.over:
+                if not ended and not open_invite.state.over:
                     tasks.cancel_scope.cancel()
 
     trio.run(run)

@@ -16,7 +16,7 @@ from tests.kernels.harness import CSRC, source_hash
 
 SANITISERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 FLAGS = ("-std=c11", "-O1", "-g", "-ffp-contract=off", "-fvisibility=hidden", "-fPIC", *SANITISERS)
-WITHOUT_C = ("host", "power", "roster", "strict")
+WITHOUT_C = ("host", "power", "scheduler", "strict")
 TESTS = (
     "tests/kernels",
     "tests/engine",

@@ -11,11 +11,12 @@ from bench.chain import streamed
 from bench.lab.lab import Lab
 
 from shoal import planner
-from shoal.distributed import cluster_of, placement_of
+from shoal.cluster_view import cluster_of
 from shoal.engine.layout import CHUNK
 from shoal.engine.stage import StageOptions
 from shoal.net.members import Moves
 from shoal.net.placement import Links, NodeInfo, Placement
+from shoal.network_planner import placement_of
 from shoal.planning import planner_model
 
 from . import figures

@@ -12,7 +12,7 @@ import trio
 from bench.chain_worker import prompt_of
 
 from shoal import planner
-from shoal.distributed import NetworkPlanner, NetworkRebalancer, coordinator_identity
+from shoal.cluster_view import coordinator_identity
 from shoal.engine.batch import Sampling
 from shoal.engine.model_directory import Model
 from shoal.net.coordinator import Coordinator, CoordinatorOptions
@@ -21,6 +21,8 @@ from shoal.net.members import Moves
 from shoal.net.moves import Move
 from shoal.net.placement import Links, NodeInfo, Placement, Planner, Rebalancer
 from shoal.net.survey import Survey, survey
+from shoal.network_planner import NetworkPlanner
+from shoal.network_rebalancer import NetworkRebalancer
 
 from . import figures
 

@@ -17,10 +17,11 @@ from bench.lab.runs import DISTURBED
 from bench.rounds import Samples
 
 from shoal import planner
-from shoal.distributed import NetworkPlanner, NetworkRebalancer
 from shoal.engine.model_directory import Model
 from shoal.net.members import Moves
 from shoal.net.placement import Planner, Rebalancer
+from shoal.network_planner import NetworkPlanner
+from shoal.network_rebalancer import NetworkRebalancer
 
 from . import figures
 from .audit import Audit

@@ -20,7 +20,7 @@ from typing import Any
 
 import trio
 
-from shoal.distributed import coordinator_identity
+from shoal.cluster_view import coordinator_identity
 from shoal.engine.batch import Sampling
 from shoal.engine.errors import NoPlanError, ShoalError
 from shoal.engine.model_directory import Model

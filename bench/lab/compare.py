@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import trio
 
 from shoal import planner
-from shoal.distributed import survey_cluster
+from shoal.cluster_view import survey_cluster
 from shoal.engine.errors import NoPlanError
 from shoal.engine.model_directory import Model
 from shoal.engine.stage import StageOptions

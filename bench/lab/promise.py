@@ -21,7 +21,7 @@ import trio
 from bench.models import model_path
 
 from shoal import planner
-from shoal.distributed import coordinator_identity, survey_cluster
+from shoal.cluster_view import coordinator_identity, survey_cluster
 from shoal.engine.errors import ShoalError
 from shoal.engine.model_directory import Model
 from shoal.engine.stage import StageOptions

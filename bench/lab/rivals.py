@@ -27,7 +27,7 @@ from bench.models import model_path
 from bench.planner_lingualinked import stages as lingualinked
 
 from shoal import planner
-from shoal.distributed import survey_cluster
+from shoal.cluster_view import survey_cluster
 from shoal.engine.errors import ShoalError
 from shoal.engine.model_directory import Model
 from shoal.engine.stage import StageOptions

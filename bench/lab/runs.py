@@ -15,12 +15,13 @@ import numpy as np
 import trio
 
 from shoal import planner
-from shoal.distributed import cluster_of, coordinator_identity, placement_of
+from shoal.cluster_view import cluster_of, coordinator_identity
 from shoal.engine.model_directory import Model
 from shoal.engine.stage import StageOptions
 from shoal.net.coordinator import Coordinator, CoordinatorOptions
 from shoal.net.identity import shape_of
 from shoal.net.placement import Links, NodeInfo, Placement
+from shoal.network_planner import placement_of
 from shoal.planning import planner_model
 
 from .lab import Lab

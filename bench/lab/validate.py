@@ -22,7 +22,7 @@ from bench.models import model_path
 from bench.simulator import Request, Rules, simulate
 
 from shoal import planner
-from shoal.distributed import survey_cluster
+from shoal.cluster_view import survey_cluster
 from shoal.engine.errors import ShoalError
 from shoal.engine.model_directory import Model
 from shoal.engine.stage import StageOptions

@@ -12,7 +12,7 @@ from typing import Self
 from .answering import Settings, Stop, most_tokens
 from .engine.errors import ShoalError
 from .engine.generate import TextStream
-from .engine.roster import Report
+from .engine.request_scheduler import Report
 from .engine.tokenizer import Tokenizer
 from .results import Completion, FinishReason, Timings, Usage
 

@@ -1,4 +1,4 @@
-"""What answers: an engine in this process, or on nodes (distributed). Tokens in, tokens out; `llm` makes text
+"""What answers: an engine in this process, or on nodes (nodes.py). Tokens in, tokens out; `llm` makes text
 of them.
 
 This module imports no event loop, since an answer of this process needs none.
@@ -12,7 +12,7 @@ from typing import Protocol
 
 from .engine.batch import ReadRequest, Sampling
 from .engine.batcher import Batcher, BatchSession, PutResult
-from .engine.roster import Report
+from .engine.request_scheduler import Report
 from .engine.sampler import Allow
 from .engine.stage import Stage
 

@@ -16,7 +16,7 @@ import trio
 
 from . import planner
 from .benchmark import Case, figures, random_tokens, warm_up
-from .distributed import NetworkPlanner, cluster_of, coordinator_identity
+from .cluster_view import cluster_of, coordinator_identity
 from .engine.batch import Sampling
 from .engine.errors import ContextError, ShoalError
 from .engine.model_directory import Model
@@ -25,6 +25,7 @@ from .net.identity import shape_of
 from .net.messages import MOST_SESSIONS, Work
 from .net.placement import StageReport
 from .net.session import Session
+from .network_planner import NetworkPlanner
 from .planner.cost import chain_hops, hop_seconds
 from .portal import Portal, open_portal
 

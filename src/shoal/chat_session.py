@@ -10,7 +10,7 @@ from .answer_text import AnswerText
 from .answering import Settings, most_tokens
 from .engine.chat import Message
 from .engine.generate import check_prompt
-from .engine.roster import Report
+from .engine.request_scheduler import Report
 from .results import Completion
 
 if TYPE_CHECKING:

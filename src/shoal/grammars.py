@@ -18,7 +18,7 @@ import numpy as np
 from .engine.errors import MissingDependencyError
 from .engine.model_directory import Model
 from .engine.tokenizer import Tokenizer
-from .spelling import Spelling
+from .token_bytes import TokenBytes
 
 MOST_BYTES = 1 << 20
 """Of a grammar."""
@@ -196,11 +196,11 @@ class _Vocabulary:
     """A tokenizer as the library takes it."""
 
     def __init__(self, model: Model, tokenizer: Tokenizer, vocab: int) -> None:
-        spelling = Spelling(tokenizer)
+        token_bytes = TokenBytes(tokenizer)
         self._tokenizer = tokenizer
         self.eos_token_id = model.config.eos[0] if model.config.eos else 0
         self.bos_token_id = model.config.bos
-        self.tokens = [spelling.bytes(i) for i in range(vocab)]
+        self.tokens = [token_bytes.bytes(i) for i in range(vocab)]
         self.special_token_ids = [i for i in range(vocab) if tokenizer.is_special(i)]
 
     def __call__(self, text: str | bytes) -> list[int]:

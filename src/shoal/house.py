@@ -27,7 +27,7 @@ from .engine import strict
 from .engine.errors import MissingDependencyError, OperatingSystemError, ShoalError
 from .engine.os_errors import translated
 from .net.errors import UntrustedError, printable
-from .net.messages import CONTROL_LIMIT, MOST_ADDRESSES, MOST_HOUSEMATES, Address, Housemate
+from .net.messages import CONTROL_LIMIT, MOST_ADDRESSES, MOST_DEVICES, Address, PairedDevice
 
 if TYPE_CHECKING:
     from cryptography import x509
@@ -51,7 +51,7 @@ class _Listing:
     """The contents of house.json."""
 
     version: Annotated[int, strict.Between(1, 1)]
-    devices: Annotated[tuple[Housemate, ...], strict.AtMost(MOST_HOUSEMATES)]
+    devices: Annotated[tuple[PairedDevice, ...], strict.AtMost(MOST_DEVICES)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ def directory() -> Path:
         ) from None
 
 
-def load() -> tuple[Housemate, ...] | None:
+def load() -> tuple[PairedDevice, ...] | None:
     """The devices of this device's house; None: it has none. ShoalError: the file is damaged."""
     path = directory() / HOUSE
     try:
@@ -99,15 +99,15 @@ def trust() -> Trust | None:
     """What a process of this device knows of its house; None: this device has none, and connects without TLS.
     ShoalError: files are missing or damaged, or others may read them."""
     seen = _stamp()
-    mates = load()
-    if mates is None:
+    devices = load()
+    if devices is None:
         return None
     from .net.tls import Trust
 
     path = directory() / IDENTITY
     _check_private(path, missing="pair this device again")
 
-    def look() -> Sequence[Housemate] | None:
+    def look() -> Sequence[PairedDevice] | None:
         nonlocal seen
         if _stamp() == seen:
             return None
@@ -115,7 +115,7 @@ def trust() -> Trust | None:
         return load()
 
     try:
-        made = Trust(path, mates, keep=_keep, look=look)
+        made = Trust(path, devices, keep=_keep, look=look)
     except (ValueError, OSError) as error:
         raise ShoalError(
             f"{path} and {HOUSE} beside it cannot be used ({error}): delete them, and pair this device again"
@@ -123,22 +123,22 @@ def trust() -> Trust | None:
     return made
 
 
-def _keep(mates: Sequence[Housemate], addresses: Sequence[Address]) -> None:
+def _keep(devices: Sequence[PairedDevice], addresses: Sequence[Address]) -> None:
     """Keeps a list that a process has heard from the head, and where that is, unless this device has left
     that house since."""
     with locked():
         try:
             now = load()
         except ShoalError:  # this list replaces one that is damaged
-            now = tuple(mates)
-        if now is not None and _heads(now) & _heads(mates):
-            save(mates)
+            now = tuple(devices)
+        if now is not None and _heads(now) & _heads(devices):
+            save(devices)
             if addresses:
                 _save_head(addresses)
 
 
-def _heads(mates: Sequence[Housemate]) -> set[str]:
-    return {mate.certificate for mate in mates if mate.role == "head"}
+def _heads(devices: Sequence[PairedDevice]) -> set[str]:
+    return {device.certificate for device in devices if device.role == "head"}
 
 
 def _stamp() -> tuple[int, int] | None:
@@ -150,9 +150,9 @@ def _stamp() -> tuple[int, int] | None:
     return found.st_mtime_ns, found.st_ino
 
 
-def save(mates: Sequence[Housemate]) -> None:
+def save(devices: Sequence[PairedDevice]) -> None:
     """Replaces the list of devices. The caller holds the lock."""
-    _write(directory() / HOUSE, strict.encode(_Listing(1, tuple(mates))))
+    _write(directory() / HOUSE, strict.encode(_Listing(1, tuple(devices))))
 
 
 @contextmanager
@@ -178,37 +178,37 @@ def own_certificate() -> bytes:
         return certificate_in(path)
 
 
-def found(name: str | None) -> tuple[Housemate, ...]:
+def open_or_create(name: str | None) -> tuple[PairedDevice, ...]:
     """The devices of the house whose head is this device, which is begun if there is none.
     UntrustedError: this device is not the head of its house."""
     own = b64encode(own_certificate()).decode()
     with locked():
-        mates = load()
-        if mates is None:
-            mates = (Housemate(device_name(name), "head", own),)
-            save(mates)
-    check_head(mates, own)
-    return mates
+        devices = load()
+        if devices is None:
+            devices = (PairedDevice(device_name(name), "head", own),)
+            save(devices)
+    check_head(devices, own)
+    return devices
 
 
-def check_head(mates: Sequence[Housemate], own: str) -> None:
+def check_head(devices: Sequence[PairedDevice], own: str) -> None:
     """UntrustedError: the device with the certificate `own` is not the head."""
-    if any(mate.certificate == own and mate.role == "head" for mate in mates):
+    if any(device.certificate == own and device.role == "head" for device in devices):
         return
-    heads = ", ".join(mate.name for mate in mates if mate.role == "head")
+    heads = ", ".join(device.name for device in devices if device.role == "head")
     raise UntrustedError(f"this device is not the head of its house: run this on {heads}")
 
 
-def change(edit: Callable[[tuple[Housemate, ...]], Sequence[Housemate]]) -> tuple[Housemate, ...]:
+def change(edit: Callable[[tuple[PairedDevice, ...]], Sequence[PairedDevice]]) -> tuple[PairedDevice, ...]:
     """Changes the list on the head; returns it. ShoalError: there is none, this is not the head, or the disk
     does not take it."""
     own = b64encode(own_certificate()).decode()
     with locked():
-        mates = load()
-        if mates is None:
+        devices = load()
+        if devices is None:
             raise ShoalError("this device has no house: `shoal invite` begins one")
-        check_head(mates, own)
-        changed = tuple(edit(mates))
+        check_head(devices, own)
+        changed = tuple(edit(devices))
         if len(strict.encode(_Listing(1, changed))) > _LIST_LIMIT:
             raise ShoalError(
                 "the list of the house would be longer than a message may be: revoke a device, or give some "
@@ -221,44 +221,42 @@ def change(edit: Callable[[tuple[Housemate, ...]], Sequence[Housemate]]) -> tupl
         return changed
 
 
-def added(mates: tuple[Housemate, ...], new: Housemate) -> tuple[Housemate, ...]:
+def added(devices: tuple[PairedDevice, ...], new: PairedDevice) -> tuple[PairedDevice, ...]:
     """The list with a device that has paired: under a name of its own, or instead of its older entry.
     ShoalError: the house is full, or the device could pass for another."""
-    from .net.tls import check_mates
+    from .net.tls import check_devices
 
-    others = tuple(mate for mate in mates if mate.certificate != new.certificate)
-    if len(others) < len(mates):
-        old = next(mate for mate in mates if mate.certificate == new.certificate)
+    others = tuple(device for device in devices if device.certificate != new.certificate)
+    if len(others) < len(devices):
+        old = next(device for device in devices if device.certificate == new.certificate)
         if old.role == "head":
             raise ShoalError("this device is the head of the house already")
-    if len(others) >= MOST_HOUSEMATES:
-        raise ShoalError(
-            f"the house has {MOST_HOUSEMATES} devices, the most: revoke one with `shoal devices`"
-        )
-    names, name, count = {mate.name for mate in others}, new.name, 2
+    if len(others) >= MOST_DEVICES:
+        raise ShoalError(f"the house has {MOST_DEVICES} devices, the most: revoke one with `shoal devices`")
+    names, name, count = {device.name for device in others}, new.name, 2
     while name in names:
         name, count = f"{new.name[:58]}-{count}", count + 1
     result = (*others, replace(new, name=name))
     try:
-        check_mates(result)
+        check_devices(result)
     except ValueError as error:
         raise ShoalError(f"the device cannot be added: {error}") from error
     return result
 
 
-def check_device(mate: Housemate) -> None:
+def check_device(device: PairedDevice) -> None:
     """Checks a device that wants to join. ValueError: its certificate is not one that shoal makes."""
-    check_certificate(b64decode(mate.certificate, validate=True))
+    check_certificate(b64decode(device.certificate, validate=True))
 
 
 def _save_head(addresses: Sequence[Address]) -> None:
     _write(directory() / HEAD, strict.encode(_Head(1, tuple(addresses))))
 
 
-def moved_in(mates: Sequence[Housemate], addresses: Sequence[Address] = ()) -> None:
+def save_joined(devices: Sequence[PairedDevice], addresses: Sequence[Address] = ()) -> None:
     """Keeps the list of a house that this device has joined, and where its head is, instead of older ones."""
     with locked():
-        save(mates)
+        save(devices)
         _save_head(addresses)
 
 
@@ -291,10 +289,10 @@ def head_port() -> int:
 
 def check_free() -> None:
     """UntrustedError: this device is the head of other devices, so it cannot join another house."""
-    mates = load()
-    if mates is not None and len(mates) > 1:
+    devices = load()
+    if devices is not None and len(devices) > 1:
         own = b64encode(own_certificate()).decode()
-        if any(mate.certificate == own and mate.role == "head" for mate in mates):
+        if any(device.certificate == own and device.role == "head" for device in devices):
             raise UntrustedError(
                 "this device is the head of a house with other devices: revoke them with `shoal devices "
                 "revoke` first, then join"

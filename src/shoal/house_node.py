@@ -12,8 +12,8 @@ from .engine.errors import ShoalError, ignore
 from .held_files import local_model, make_skeleton
 from .net.errors import MismatchError, NodeLostError, UntrustedError
 from .net.identity import Identity
-from .net.line import Line
 from .net.reachable import dial_head, relayed, stay_reachable
+from .net.relay import RequestStream
 from .net.requests import Alive, Announce, GetModel
 from .net.tls import TlsStream, Trust
 from .skeletons import Skeleton, receive_skeleton
@@ -87,7 +87,7 @@ class HouseNode:
             raise NodeLostError(str(error)) from error
         try:
             with trio.move_on_after(_ASK_SECONDS):
-                line = Line(stream, _HEAD)
+                line = RequestStream(stream, _HEAD)
                 await line.send(GetModel())
                 if await line.is_next():
                     await line.receive(Alive)  # raises the reason why the head gives none

@@ -15,12 +15,12 @@ from . import house
 from .engine import strict
 from .engine.files import write_whole
 from .net.known import HEAD, DeviceLinks
-from .net.messages import MOST_HOUSEMATES, U32
+from .net.messages import MOST_DEVICES, U32
 from .net.requests import Key
 from .planner import LinkSpeed
 
 LAST = "last.json"
-_MOST_LINKS = (MOST_HOUSEMATES + 1) ** 2
+_MOST_LINKS = (MOST_DEVICES + 1) ** 2
 _Device = Annotated[int, strict.Between(HEAD, (1 << 32) - 1)]
 
 
@@ -37,7 +37,7 @@ class _Last:
 
     version: Annotated[int, strict.Between(1, 1)]
     model: Key
-    devices: Annotated[tuple[U32, ...], strict.AtMost(MOST_HOUSEMATES)]
+    devices: Annotated[tuple[U32, ...], strict.AtMost(MOST_DEVICES)]
     links: Annotated[tuple[_Link, ...], strict.AtMost(_MOST_LINKS)]
 
 

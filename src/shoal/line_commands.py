@@ -168,10 +168,10 @@ def _open(args: argparse.Namespace) -> Iterator[LLM]:
 @contextmanager
 def _over_nodes(args: argparse.Namespace) -> Iterator[LLM]:
     from .contexts import context_of
-    from .distributed import open_nodes
     from .engine.model_directory import Model
     from .first_use import model_directory
     from .llm import LLM
+    from .nodes import open_nodes
     from .planning import default_workload
     from .private import private_of
 

@@ -29,7 +29,7 @@ from .engine.chat import Chat, Message
 from .engine.generate import check_prompt
 from .engine.host import ram
 from .engine.model_directory import Model
-from .engine.roster import Report
+from .engine.request_scheduler import Report
 from .engine.sampler import Allow
 from .engine.stage import Stage, StageOptions
 from .engine.tokenizer import Tokenizer

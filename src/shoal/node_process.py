@@ -47,7 +47,6 @@ from .net.messages import Offer
 from .net.node import Node
 from .net.slow import Slowness, SlowWatch, Turn, slow_stage, turn
 from .net.tls import Trust
-from .node_care import Care
 from .planner import Device
 from .planner.home import end_of
 from .planning import (
@@ -61,6 +60,7 @@ from .planning import (
     stage_expectation,
     workspace_bytes,
 )
+from .policy_enforcer import PolicyEnforcer
 from .second_range import Nodes, resident_of, say_second, two_rows
 from .store import resolve
 
@@ -164,9 +164,9 @@ class _Process:
                 listeners.append(await self._open_listeners(more=1))
             for listener in (one for some in listeners for one in some):
                 stack.callback(listener.socket.close)
-            care = Care(args.policy, PowerReader(args.power_files), _log)
-            await care.begin()
-            parts = await self._parts(model, files, base, promised, care)
+            enforcer = PolicyEnforcer(args.policy, PowerReader(args.power_files), _log)
+            await enforcer.begin()
+            parts = await self._parts(model, files, base, promised, enforcer)
             signals = signals or stack.enter_context(_ending_signals())
             changed = False
             async with open_tasks() as tasks:
@@ -190,13 +190,13 @@ class _Process:
                 if self._home is not None:
                     for at in range(len(parts)):
                         tasks.start_soon(stay, self._home, at)
-                self.again = await care.until_left(nodes, signals)
+                self.again = await enforcer.until_left(nodes, signals)
                 stack.callback(_insist(nodes, self.again).cancel)
                 tasks.cancel_scope.cancel()
         return changed
 
     async def _parts(
-        self, model: Model, files: HeldFiles, base: int, promised: int, care: Care
+        self, model: Model, files: HeldFiles, base: int, promised: int, enforcer: PolicyEnforcer
     ) -> list[NodeParts]:
         """What the node serves with, after this device was measured with the model; and what its second range
         serves with, if there is one."""
@@ -229,7 +229,7 @@ class _Process:
                 log=_log,
                 expect=stage_expectation(costs, row),
                 enough=enough_bytes(options.max_rows, model.program.cut_cols),
-                condition=care.condition,
+                condition=enforcer.condition,
                 open_stream=open_tcp if self._home is None else self._home.open_stream,
                 tells=self._home is None,
                 files=None if second else files,
@@ -296,7 +296,7 @@ def _called(own: Trust | None) -> str:
 def _of_house(own: Trust | None) -> str:
     if own is None:
         return ""
-    heads = [mate.name for mate in own.mates if mate.role == "head"]
+    heads = [device.name for device in own.devices if device.role == "head"]
     return f", for the house of {', '.join(heads)}"
 
 

@@ -23,7 +23,7 @@ def on_nodes(
 ) -> tuple[Engine, int]:
     """An engine on these nodes, which `opening` closes, and its context length; unless the one that is asked
     for was `given`, it may be shorter. Errors as for open_nodes."""
-    from .distributed import open_nodes
+    from .nodes import open_nodes
     from .planning import default_workload
     from .private import private_of
 
@@ -46,9 +46,9 @@ def on_nodes(
 def on_head(opening: ExitStack, model: Model, context: int, *, given: bool) -> tuple[Engine, int]:
     """An engine on the head of this device, and on one that runs after it, as `on_nodes`. ShoalError: none
     runs, or it has another model. ContextError: its context is shorter than the one that was given."""
-    from .local.again import connect_lasting
+    from .local.reconnecting import connect_to_head
 
-    head = connect_lasting()
+    head = connect_to_head()
     if head is None:
         raise ShoalError("no head runs on this device: start one with `shoal up`, or leave house=True out")
     opening.callback(head.close)

@@ -23,13 +23,13 @@ from .net.connection import open_tcp
 from .net.errors import NetError, NodeLostError, RemoteProtocolError, UntrustedError, printable, to_wire
 from .net.identity import host_port
 from .net.listen import accept, addresses, listen, named
-from .net.messages import MOST_ADDRESSES, Address, Housemate
+from .net.messages import MOST_ADDRESSES, Address, PairedDevice
 from .net.pairing import (
     HEADER_BYTES,
     SECRET_BYTES,
     Challenge,
-    Desk,
     Invite,
+    InviteState,
     Join,
     Pairing,
     Proof,
@@ -115,7 +115,7 @@ class Inviting:
 
     listeners: Sequence[trio.SocketListener]
     invite: Invite
-    desk: Desk
+    state: InviteState
     log: Callable[[str], None]
     homes: tuple[Address, ...] = ()
 
@@ -135,12 +135,12 @@ class Inviting:
         key = key_of(house.own_certificate())
         secret = secrets.token_bytes(SECRET_BYTES)
         invite = Invite(tuple(others or shown), key, secret, int(time.time() + seconds))
-        return cls(listeners, invite, Desk(secret, key, trio.current_time() + seconds), log, homes)
+        return cls(listeners, invite, InviteState(secret, key, trio.current_time() + seconds), log, homes)
 
-    async def wait(self, seconds: float) -> Housemate:
+    async def wait(self, seconds: float) -> PairedDevice:
         """Waits until a device has joined, and adds it to the house. UntrustedError: nobody has, in time or
         with the right secret."""
-        joined: list[Housemate] = []
+        joined: list[PairedDevice] = []
         context, active = pairing_server(house.directory() / house.IDENTITY), list[trio.CancelScope]()
 
         async def serve(stream: trio.SocketStream) -> None:
@@ -149,13 +149,13 @@ class Inviting:
                 if len(active) > MOST_CONNECTIONS:
                     active.pop(0).cancel()
                 try:
-                    mate = await self._serve(stream, context)
-                    if mate is not None:
-                        joined.append(mate)
+                    device = await self._serve(stream, context)
+                    if device is not None:
+                        joined.append(device)
                 finally:
                     if scope in active:
                         active.remove(scope)
-            if self.desk.over:
+            if self.state.over:
                 await trio.sleep(LAST_SECONDS)
                 tasks.cancel_scope.cancel()
 
@@ -174,11 +174,11 @@ class Inviting:
                 await trio.aclose_forcefully(listener)
         if joined:
             return joined[0]
-        if self.desk.over:
+        if self.state.over:
             raise UntrustedError("the invite has ended: somebody has tried wrong secrets. Make another one")
         raise UntrustedError("no device has joined in time: make another invite")
 
-    async def _serve(self, raw: trio.SocketStream, context: ssl.SSLContext) -> Housemate | None:
+    async def _serve(self, raw: trio.SocketStream, context: ssl.SSLContext) -> PairedDevice | None:
         """Pairs with one device; None: it may not join, and was told why."""
         try:
             who = host_port(*raw.socket.getpeername()[:2])
@@ -202,22 +202,22 @@ class Inviting:
             await trio.aclose_forcefully(stream)
         return None
 
-    async def _pair(self, line: _Line) -> Housemate:
-        self.desk.check_open(trio.current_time())
+    async def _pair(self, line: _Line) -> PairedDevice:
+        self.state.check_open(trio.current_time())
         join, challenge = await line.receive(Join), Challenge(new_nonce())
         await line.send(challenge)
         proof = await line.receive(Proof)
-        said = self.desk.admit(join, challenge, proof, trio.current_time())
+        said = self.state.admit(join, challenge, proof, trio.current_time())
         try:
-            mates, mate = _add(join)
+            devices, device = _add(join)
         except ShoalError:
-            self.desk.reopen()
+            self.state.reopen()
             raise
         homes = self.homes or _homes(self.invite.addresses[:MOST_ADDRESSES])
-        mac = proof_of(self.invite.secret, "head", said, mates, homes)
-        await line.send(Welcome(mates, mac, homes))
+        mac = proof_of(self.invite.secret, "head", said, devices, homes)
+        await line.send(Welcome(devices, mac, homes))
         await line.finish()
-        return mate
+        return device
 
 
 def _homes(addresses: Sequence[tuple[str, int]]) -> tuple[Address, ...]:
@@ -225,21 +225,21 @@ def _homes(addresses: Sequence[tuple[str, int]]) -> tuple[Address, ...]:
     return tuple(Address(host, port) for host, _ in addresses)
 
 
-def _add(join: Join) -> tuple[tuple[Housemate, ...], Housemate]:
+def _add(join: Join) -> tuple[tuple[PairedDevice, ...], PairedDevice]:
     """Adds a device that has proved the secret. ShoalError: it cannot be a device of the house."""
-    new = Housemate(join.name, "device", join.certificate)
+    new = PairedDevice(join.name, "device", join.certificate)
     try:
         house.check_device(new)
     except ValueError as error:
         raise UntrustedError(f"its certificate cannot be used: {error}") from error
-    mates = house.change(lambda mates: house.added(mates, new))
-    return mates, next(mate for mate in mates if mate.certificate == new.certificate)
+    devices = house.change(lambda devices: house.added(devices, new))
+    return devices, next(device for device in devices if device.certificate == new.certificate)
 
 
 # --- the device
 
 
-async def join_house(invite: Invite, name: str) -> tuple[Housemate, ...]:
+async def join_house(invite: Invite, name: str) -> tuple[PairedDevice, ...]:
     """Joins the house of an invite, and keeps its list. The head is tried at each of its addresses.
     UntrustedError: it refuses, or another device answers. NodeLostError: it cannot be reached."""
     certificate = b64encode(house.own_certificate()).decode()
@@ -267,7 +267,7 @@ async def join_house(invite: Invite, name: str) -> tuple[Housemate, ...]:
 
 async def _join(
     raw: trio.abc.Stream, who: str, invite: Invite, name: str, certificate: str
-) -> tuple[Housemate, ...]:
+) -> tuple[PairedDevice, ...]:
     stream = await open_tls(raw, who, pairing_client(), server=False)
     try:
         if not same(stream.key, invite.head):
@@ -287,5 +287,5 @@ async def _join(
         check_welcome(invite, join, challenge, welcome)
     finally:
         await trio.aclose_forcefully(stream)
-    house.moved_in(welcome.devices, welcome.addresses)
+    house.save_joined(welcome.devices, welcome.addresses)
     return welcome.devices

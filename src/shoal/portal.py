@@ -21,6 +21,9 @@ import trio
 
 from .engine.errors import ShoalError
 
+_LAST_LINES_SECONDS = 1.0
+"""How long the last lines of a log may take at the end."""
+
 T = TypeVar("T")
 Item = TypeVar("Item")
 
@@ -225,3 +228,23 @@ def open_portal(manager: Callable[[], AbstractAsyncContextManager[T]]) -> Iterat
     finally:
         portal.close()
     portal.check()
+
+
+@contextmanager
+def logging_thread(log: Callable[[str], object]) -> Iterator[Callable[[str], None]]:
+    """Calls `log` in a thread of its own, since it may block and the network must not: a terminal that is
+    stopped accepts no more text. What cannot be written, as on a full disk, is lost."""
+    lines: SimpleQueue[str | None] = SimpleQueue()
+
+    def call() -> None:
+        while (line := lines.get()) is not None:
+            with suppress(OSError):
+                log(line)
+
+    thread = threading.Thread(target=call, name="shoal messages", daemon=True)
+    thread.start()
+    try:
+        yield lines.put
+    finally:
+        lines.put(None)
+        thread.join(_LAST_LINES_SECONDS)

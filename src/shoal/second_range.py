@@ -63,7 +63,7 @@ def say_second(parts: NodeParts, found: Sequence[str]) -> None:
 
 
 class Nodes:
-    """The nodes of this process as one, for whoever waits until they may end (node_care)."""
+    """The nodes of this process as one, for whoever waits until they may end (policy_enforcer)."""
 
     def __init__(self, each: Sequence[Node]) -> None:
         self.each = each

@@ -20,8 +20,8 @@ import trio
 
 from . import house, last_start
 from .arguments import address
+from .cluster_view import coordinator_identity
 from .contexts import context_of
-from .distributed import NetworkPlanner, NetworkRebalancer, Nodes, coordinator_identity, in_order
 from .engine.errors import ShoalError
 from .engine.model_directory import Model
 from .local.server import Head
@@ -34,9 +34,12 @@ from .net.listen import named
 from .net.messages import MOST_ADDRESSES, Address
 from .net.reverse import DeviceListener
 from .net.tls import TlsStream, Trust, der_of, key_of, prefix_of
+from .network_planner import NetworkPlanner
+from .network_rebalancer import NetworkRebalancer
+from .nodes import Nodes
 from .planner import Plan, units_text
 from .planning import default_workload
-from .portal import open_portal
+from .portal import logging_thread, open_portal
 from .private import private_of
 from .skeletons import SkeletonSource
 from .up_first import First
@@ -54,7 +57,7 @@ def serve(args: argparse.Namespace, first: First) -> None:
         workload = default_workload(context, given=args.context is not None, streams=args.streams)
         private, shrink = private_of(args.private), args.context is None
         plans = NetworkPlanner(model, workload, shrink=shrink, explain=False, private=private)
-        say = stack.enter_context(in_order(_tell))
+        say = stack.enter_context(logging_thread(_tell))
         ended = threading.Event()
         me, skeleton = coordinator_identity(model), SkeletonSource(model)
         head = _Head(args, first, model, me, plans, say, ended, skeleton)
@@ -110,7 +113,7 @@ class _Head:
                 open_stream=devices.open_stream,
                 open_ended=True,
                 known_links=known,
-                expected=before & {prefix_of(key_of(der_of(mate))) for mate in trust.mates},
+                expected=before & {prefix_of(key_of(der_of(device))) for device in trust.devices},
             )
             shape = shape_of(self.model)
             opening = Coordinator.open((), self.identity, shape, self.plans, options)

@@ -17,7 +17,7 @@ from . import house
 from .engine.errors import ShoalError
 from .engine.host import check_promise, ram
 from .first_use import model_directory
-from .local import places
+from .local import unix_socket
 from .net.listen import addresses, host_port, listen, named
 from .own_node import OwnNode
 
@@ -41,15 +41,15 @@ def begun(args: argparse.Namespace) -> Iterator[First]:
     """Begins, by the arguments of `shoal up`, and ends the node and the listeners. Errors as for
     `shoal up`."""
     with ExitStack() as stack:
-        socket = stack.enter_context(places.claimed())
+        socket = stack.enter_context(unix_socket.claimed())
         if args.ram is not None:
             check_promise(args.ram, ram())
-        mates = house.found(args.name)
+        devices = house.open_or_create(args.name)
         host, port = args.listen
         listeners = trio.run(partial(listen, host, addresses(host), port))
         stack.callback(trio.run, _close, listeners)
         model = _model(args.model).resolve()
-        name = next(mate.name for mate in mates if mate.role == "head")
+        name = next(device.name for device in devices if device.role == "head")
         own = OwnNode(_command(args, model, name, named(listeners)[0]))
         stack.callback(own.end)
         own.begin()

@@ -9,11 +9,11 @@ from contextlib import contextmanager, suppress
 
 import trio
 
-from .distributed import Nodes
 from .engine.errors import MissingDependencyError, ShoalError
 from .engine.model_directory import Model
 from .http_arguments import HOST, PORT
 from .net.errors import AddressInUseError
+from .nodes import Nodes
 from .server.opening import Listeners, Opened, opened, urls
 
 _QUIET_SECONDS = 0.5

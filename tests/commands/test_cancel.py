@@ -20,13 +20,13 @@ from tests.models import smollm2_dir, tiny_chat_checkpoint
 from tests.patience import LIMIT
 
 import shoal
-from shoal import distributed
 from shoal.engine.convert import convert
 from shoal.engine.kv import page_bytes
 from shoal.net.assignment import NodeParts
 from shoal.net.identity import identity_of
 from shoal.net.messages import Offer
 from shoal.net.node import Node
+from shoal.network_planner import NetworkPlanner
 from shoal.planner import Device
 from shoal.portal import open_portal
 
@@ -190,8 +190,8 @@ class Nodes:
 def over_nodes(path: Path, monkeypatch: pytest.MonkeyPatch, pages: int) -> Iterator[tuple[shoal.LLM, Nodes]]:
     nodes = Nodes(path, pages)
     layers = nodes.model.n_units - 2
-    split = partial(distributed.NetworkPlanner, layers=(layers - 2, 1, 1))
-    monkeypatch.setattr(distributed, "NetworkPlanner", split)
+    split = partial(NetworkPlanner, layers=(layers - 2, 1, 1))
+    monkeypatch.setattr("shoal.nodes.NetworkPlanner", split)
     with open_portal(nodes.serve) as portal, shoal.LLM(path, nodes=portal.opened, context=300) as llm:
         assert len(nodes.stages) == 3
         yield llm, nodes

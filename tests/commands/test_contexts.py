@@ -20,7 +20,6 @@ from shoal.arguments import build_parser
 from shoal.cli import main
 from shoal.commands import run
 from shoal.contexts import context_of, fitting
-from shoal.distributed import Nodes, NodeSession
 from shoal.engine.batch import Sampling
 from shoal.engine.convert import convert
 from shoal.engine.errors import ContextError, NoPlanError
@@ -28,6 +27,7 @@ from shoal.engine.host import Ram
 from shoal.engine.layout import PAGE
 from shoal.engine.model_directory import Model
 from shoal.engine.stage import StageOptions
+from shoal.nodes import Nodes, NodeSession
 from shoal.planning import default_workload, plan_or_error, plan_that_fits, planner_model
 
 LONG = 16384

@@ -25,7 +25,7 @@ from shoal.cli import main
 from shoal.engine.errors import ShoalError
 from shoal.house_node import HouseNode
 from shoal.net.errors import NodeLostError
-from shoal.net.messages import Address, Housemate
+from shoal.net.messages import Address, PairedDevice
 from shoal.net.pairing import MOST_ATTEMPTS, Invite
 from shoal.net.tls import open_tls, pairing_client
 from shoal.pairing import MOST_CONNECTIONS, Inviting, join_house
@@ -47,7 +47,7 @@ def devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
 @pytest.fixture
 def head(devices: Callable[[str], Any]) -> Iterator[None]:
     with devices("head"):
-        house.found("laptop")
+        house.open_or_create("laptop")
         yield
 
 
@@ -63,16 +63,16 @@ def test_a_device_joins_and_both_keep_the_same_list(devices: Callable[[str], Any
         )
 
     joined, log = inviting(body)
-    assert isinstance(joined, Housemate) and joined.name == "phone" and log == []
-    mates = house.load()
-    assert mates is not None and [(mate.name, mate.role) for mate in mates] == [
+    assert isinstance(joined, PairedDevice) and joined.name == "phone" and log == []
+    listed = house.load()
+    assert listed is not None and [(device.name, device.role) for device in listed] == [
         ("laptop", "head"),
         ("phone", "device"),
     ]
     for file in (tmp_path / "head/shoal").iterdir():
         assert stat.S_IMODE(file.stat().st_mode) == 0o600, file
     with devices("phone"):
-        house.moved_in(mates, (Address("192.168.1.5", 7077),))
+        house.save_joined(listed, (Address("192.168.1.5", 7077),))
         trust = house.trust()
         assert trust is not None and trust.own.name == "phone"
         house.keep_head(())  # a head that tells nothing
@@ -97,8 +97,8 @@ def test_an_invite_ends_after_wrong_secrets_and_nobody_has_joined() -> None:
     ended, log = inviting(body)
     assert "somebody has tried wrong secrets" in str(ended)
     assert len(log) == MOST_ATTEMPTS and all("has not joined" in line for line in log)
-    mates = house.load()
-    assert mates is not None and len(mates) == 1
+    devices = house.load()
+    assert devices is not None and len(devices) == 1
 
 
 @pytest.mark.usefixtures("head")
@@ -107,7 +107,7 @@ def test_a_certificate_that_shoal_does_not_make_is_refused_and_the_invite_stays_
     kind: str, tmp_path: Path
 ) -> None:
     houses = Houses(tmp_path)
-    good = b64decode(houses.mate("a").certificate)
+    good = b64decode(houses.device("a").certificate)
     bad = b"garbage" if kind == "garbage" else good[:-1] + bytes([good[-1] ^ 1])
 
     async def body(open_invite: Inviting, tasks: trio.Nursery) -> None:
@@ -115,10 +115,10 @@ def test_a_certificate_that_shoal_does_not_make_is_refused_and_the_invite_stays_
         assert "its certificate cannot be used" in await attack(
             invite, b64encode(bad).decode(), invite.secret
         )
-        assert await attack(invite, houses.mate("a").certificate, invite.secret) == ""
+        assert await attack(invite, houses.device("a").certificate, invite.secret) == ""
 
     joined, _ = inviting(body)
-    assert isinstance(joined, Housemate)
+    assert isinstance(joined, PairedDevice)
 
 
 @pytest.mark.usefixtures("head")
@@ -138,12 +138,12 @@ def test_strangers_that_say_nothing_or_too_much_keep_no_device_out(tmp_path: Pat
         liar = await open_tls(await trio.open_tcp_stream(*where), "head", pairing_client(), server=False)
         await liar.send_all(b"\x00\xff\xff\xff\xff")
         assert b"more than are allowed" in await liar.receive_some()
-        assert await attack(invite, houses.mate("a").certificate, invite.secret) == ""
+        assert await attack(invite, houses.device("a").certificate, invite.secret) == ""
         for stream in (*idle, plain, liar):
             await trio.aclose_forcefully(stream)
 
     joined, log = inviting(body)
-    assert isinstance(joined, Housemate) and any("more than are allowed" in line for line in log)
+    assert isinstance(joined, PairedDevice) and any("more than are allowed" in line for line in log)
 
 
 @pytest.mark.usefixtures("head")
@@ -175,7 +175,7 @@ def test_a_head_that_is_gone_is_said_with_what_to_check(devices: Callable[[str],
 def test_devices_are_listed_renamed_and_revoked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     houses = Houses(tmp_path)
     for name in ("a", "b"):
-        house.change(lambda mates, name=name: house.added(mates, replace(houses.mate(name), name="phone")))  # type: ignore[misc]
+        house.change(lambda known, name=name: house.added(known, replace(houses.device(name), name="phone")))  # type: ignore[misc]
     assert main(["devices", "rename", "phone-2", "tablet"]) == 0
     assert main(["devices", "revoke", "phone"]) == 0
     capsys.readouterr()
@@ -195,8 +195,8 @@ def test_devices_are_listed_renamed_and_revoked(tmp_path: Path, capsys: pytest.C
 
 @pytest.mark.usefixtures("head")
 def test_a_list_that_no_message_could_carry_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    def filled(mates: tuple[Housemate, ...]) -> list[Housemate]:
-        return [*mates, *(Housemate(f"d{i}", "device", f"{i:04}{'x' * 1424}") for i in range(41))]
+    def filled(devices: tuple[PairedDevice, ...]) -> list[PairedDevice]:
+        return [*devices, *(PairedDevice(f"d{i}", "device", f"{i:04}{'x' * 1424}") for i in range(41))]
 
     assert len(house.change(filled)) == 42
     assert main(["devices", "rename", "d7", "\N{FAMILY}" * 64]) == 1
@@ -222,15 +222,15 @@ def test_a_full_disk_is_said_to_the_device_and_leaves_the_invite_open(
         assert await attack(open_invite.invite, own, open_invite.invite.secret, "phone") == ""
 
     joined, log = inviting(body)
-    assert isinstance(joined, Housemate) and joined.name == "phone"
+    assert isinstance(joined, PairedDevice) and joined.name == "phone"
     assert len(log) == 1 and "has not joined" in log[0]
 
 
 def test_only_the_head_changes_the_house(devices: Callable[[str], Any], tmp_path: Path) -> None:
     houses = Houses(tmp_path)
     with devices("phone"):
-        own = Housemate("phone", "device", b64encode(house.own_certificate()).decode())
-        house.moved_in((houses.mate("head"), own))
+        own = PairedDevice("phone", "device", b64encode(house.own_certificate()).decode())
+        house.save_joined((houses.device("head"), own))
         for command in (["devices", "revoke", "phone"], ["invite"]):
             assert main(command) == 18
         assert main(["devices", "leave"]) == 0 and house.load() is None
@@ -255,9 +255,9 @@ def test_files_that_others_may_read_or_that_are_damaged_are_not_used(tmp_path: P
 def test_a_list_that_was_changed_is_seen_by_a_process_that_runs(tmp_path: Path) -> None:
     trust = house.trust()
     assert trust is not None and not trust.refresh()
-    house.change(lambda mates: house.added(mates, Houses(tmp_path).mate("a")))
+    house.change(lambda devices: house.added(devices, Houses(tmp_path).device("a")))
     assert trust.refresh() and not trust.refresh()
-    assert [mate.name for mate in trust.mates] == ["laptop", "a"]
+    assert [device.name for device in trust.devices] == ["laptop", "a"]
 
 
 def test_a_process_that_still_runs_does_not_bring_back_a_house_that_was_left(
@@ -268,23 +268,23 @@ def test_a_process_that_still_runs_does_not_bring_back_a_house_that_was_left(
     for houses in (old, new):
         houses.place.mkdir()
     with devices("phone"):
-        own = Housemate("phone", "device", b64encode(house.own_certificate()).decode())
+        own = PairedDevice("phone", "device", b64encode(house.own_certificate()).decode())
         first = house_of(old, own)
-        house.moved_in(first)
+        house.save_joined(first)
         trust = house.trust()
         assert trust is not None
-        trust.hear((*first, old.mate("b")))
-        assert house.load() == (*first, old.mate("b"))
+        trust.hear((*first, old.device("b")))
+        assert house.load() == (*first, old.device("b"))
         house.leave()
-        trust.hear((*first, old.mate("c")))
+        trust.hear((*first, old.device("c")))
         assert house.load() is None
-        house.moved_in(house_of(new, own))
+        house.save_joined(house_of(new, own))
         trust.hear(first)
         assert house.load() == house_of(new, own)
 
 
-def house_of(houses: Houses, own: Housemate) -> tuple[Housemate, ...]:
-    return (houses.mate("head"), own)
+def house_of(houses: Houses, own: PairedDevice) -> tuple[PairedDevice, ...]:
+    return (houses.device("head"), own)
 
 
 def test_a_head_whose_address_changes_goes_on_although_that_cannot_be_kept(

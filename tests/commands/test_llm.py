@@ -392,7 +392,7 @@ def test_a_paired_device_reaches_insecure_nodes_only_when_told_to(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    house.found("laptop")
+    house.open_or_create("laptop")
     spec = NodeSpec("n", ram_mb=300, options=("--measure-seconds", "0.01", "--insecure"))
 
     async def tokens(**options: Any) -> tuple[int, ...]:

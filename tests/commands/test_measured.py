@@ -10,7 +10,7 @@ import pytest
 
 from shoal import measured as kept
 from shoal.engine.convert import convert
-from shoal.engine.invented import InventedModel
+from shoal.engine.dummy_weights import DummyModel
 from shoal.engine.measure import measure
 from shoal.engine.memory import Arena
 from shoal.engine.model_directory import Model, unit_file
@@ -20,19 +20,19 @@ TINY = Path(__file__).resolve().parents[1] / "fixtures" / "tiny-llama"
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4", "f32"])
-def test_invented_weights_are_like_those_of_the_files(tmp_path: Path, dtype: Any) -> None:
+def test_dummy_weights_are_like_those_of_the_files(tmp_path: Path, dtype: Any) -> None:
     convert(TINY, tmp_path / "whole", dtype=dtype)
     whole = Model.open(tmp_path / "whole")
     skeleton = tmp_path / "skeleton"
     skeleton.mkdir()
     for name in ("index.json", "config.json", "common.safetensors"):
         shutil.copy(whole.path / name, skeleton / name)
-    invented = InventedModel.open(skeleton)
+    dummy = DummyModel.open(skeleton)
     for u in range(whole.n_units):
         size = whole.index.files[unit_file(u)].size
         arena = Arena(size)
-        weights = invented.unit_weights(u, lambda name, arena=arena: invented.open_file(name, arena))  # type: ignore[misc]
-        assert arena.left == 0 or size % 64, "an invented file has the size of the real one"
+        weights = dummy.unit_weights(u, lambda name, arena=arena: dummy.open_file(name, arena))  # type: ignore[misc]
+        assert arena.left == 0 or size % 64, "a dummy file has the size of the real one"
         for name, tensor in whole.unit_weights(u).items():
             mine = weights[name]
             assert (mine.rows, mine.cols, mine.type) == (tensor.rows, tensor.cols, tensor.type)

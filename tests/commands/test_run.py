@@ -126,7 +126,7 @@ def test_moves_are_asked_for_and_told_at_the_end(
         asked.append(moves)
         yield Nodes(model)
 
-    monkeypatch.setattr("shoal.distributed.open_nodes", opened)
+    monkeypatch.setattr("shoal.nodes.open_nodes", opened)
     line = ["run", str(tiny), "text", "--nodes", "localhost:1", "--context", "64", "--moves", moves]
     args = build_parser().parse_args([*line, *(["--stats"] if stats else [])])
     model = Model.open(tiny)

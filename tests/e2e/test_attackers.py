@@ -26,18 +26,18 @@ from tests.patience import LIMIT
 
 import shoal
 from shoal import house, pairing
-from shoal.distributed import coordinator_identity
+from shoal.cluster_view import coordinator_identity
 from shoal.engine.convert import convert
 from shoal.engine.errors import ShoalError
 from shoal.engine.model_directory import Model
 from shoal.net.assignment import NodeParts
 from shoal.net.connection import dial, open_tcp
 from shoal.net.errors import NetError, NodeLostError, RemoteProtocolError, UntrustedError
-from shoal.net.line import Line
-from shoal.net.messages import Address, Fetch, GetBytes, GetSums, Held, Housemate, Offer, Peer
+from shoal.net.messages import Address, Fetch, GetBytes, GetSums, Held, Offer, PairedDevice, Peer
 from shoal.net.node import Node
 from shoal.net.pairing import Challenge, Invite, Join, Proof, Welcome, new_nonce, proof_of, transcript
 from shoal.net.reachable import dial_head, relayed, stay_reachable
+from shoal.net.relay import RequestStream
 from shoal.net.requests import Alive, Announce, GetModel, Ready, Relay, Take
 from shoal.net.reverse import MOST_SERVED
 from shoal.net.slow import set_factor
@@ -123,25 +123,25 @@ class Home:
     def pair(self) -> None:
         """Pairs the devices, as `shoal invite` and `shoal join` do it."""
         with on(self.laptop):
-            house.found("laptop")
+            house.open_or_create("laptop")
         for device in (self.phone, self.tablet, self.thief):
             with on(device):
-                own = Housemate(device.name, "device", b64encode(house.own_certificate()).decode())
+                own = PairedDevice(device.name, "device", b64encode(house.own_certificate()).decode())
             with on(self.laptop):
                 house.change(partial(house.added, new=own))
         with on(self.laptop):
-            mates = house.load()
-        assert mates is not None
+            devices = house.load()
+        assert devices is not None
         for device in (self.phone, self.tablet, self.thief):
             with on(device):
-                house.moved_in(mates)
+                house.save_joined(devices)
 
     def trust(self, device: Device) -> Trust:
         """What the device knows of the house."""
         with on(device):
-            mates = house.load()
-            assert mates is not None
-            return Trust(house.directory() / house.IDENTITY, mates)
+            devices = house.load()
+            assert devices is not None
+            return Trust(house.directory() / house.IDENTITY, devices)
 
     def where(self, device: Device) -> tuple[str, int]:
         """The address of the device's node."""
@@ -160,11 +160,11 @@ class Home:
         )
 
     @asynccontextmanager
-    async def line(self, trust: Trust) -> AsyncIterator[Line]:
+    async def line(self, trust: Trust) -> AsyncIterator[RequestStream]:
         """A connection to the head's port."""
         stream = await dial_head([self.address], trust)
         try:
-            yield Line(stream, "the head")
+            yield RequestStream(stream, "the head")
         finally:
             await trio.aclose_forcefully(stream)
 
@@ -235,7 +235,7 @@ def test_without_a_certificate(home: Home, answers: Answers) -> None:
 
 def test_with_the_certificate_of_another_house(home: Home, answers: Answers, tmp_path: Path) -> None:
     houses = Houses(tmp_path)
-    trust = Trust(houses.own("x"), (*home.trust(home.thief).mates, houses.mate("x")))
+    trust = Trust(houses.own("x"), (*home.trust(home.thief).devices, houses.device("x")))
 
     async def main() -> None:
         async with home.line(trust) as line:
@@ -303,7 +303,7 @@ def test_a_handshake_that_is_replayed(home: Home, answers: Answers) -> None:
     async def main() -> None:
         async with listening(forwarding(home.address, seen)) as where:
             stream = await dial_head([where], home.trust(home.thief))
-            line = Line(stream, "the head")
+            line = RequestStream(stream, "the head")
             await line.send(Take("0" * 64))
             with pytest.raises(RemoteProtocolError, match="sent Take out of turn"):  # so it has heard that
                 await line.receive(Ready)
@@ -355,22 +355,22 @@ def test_with_an_invite_that_has_expired_or_was_used(home: Home, answers: Answer
     houses = Houses(tmp_path)
 
     async def body(open_invite: Inviting, tasks: trio.Nursery) -> None:
-        invite, desk = open_invite.invite, open_invite.desk
-        until, desk._expires = desk._expires, trio.current_time() - 1
-        assert "has expired" in await attack(invite, houses.mate("a").certificate, invite.secret)
-        desk._expires = until
-        assert await attack(invite, houses.mate("a").certificate, invite.secret) == ""
-        assert "has been used" in await attack(invite, houses.mate("b").certificate, invite.secret)
+        invite, state = open_invite.invite, open_invite.state
+        until, state._expires = state._expires, trio.current_time() - 1
+        assert "has expired" in await attack(invite, houses.device("a").certificate, invite.secret)
+        state._expires = until
+        assert await attack(invite, houses.device("a").certificate, invite.secret) == ""
+        assert "has been used" in await attack(invite, houses.device("b").certificate, invite.secret)
 
     with answers.go_on():
         joined, log = inviting(body)
-    assert isinstance(joined, Housemate) and joined.certificate == houses.mate("a").certificate
+    assert isinstance(joined, PairedDevice) and joined.certificate == houses.device("a").certificate
     assert ["has expired" in line for line in log] == [True, False] and "has been used" in log[1]
 
 
 def test_with_a_proof_that_is_replayed(home: Home, answers: Answers, tmp_path: Path) -> None:
     """A device has proved the secret on a connection that broke; somebody who has heard it says the same."""
-    certificate = Houses(tmp_path).mate("a").certificate
+    certificate = Houses(tmp_path).device("a").certificate
 
     async def body(open_invite: Inviting, tasks: trio.Nursery) -> None:
         invite, join = open_invite.invite, Join("phone", certificate, new_nonce())
@@ -436,8 +436,8 @@ def test_as_a_head_that_sends_the_proof_back(
             join = await line.receive(Join)
             await line.send(Challenge(new_nonce()))
             proof = await line.receive(Proof)
-            mates = (*home.trust(home.laptop).mates, Housemate(join.name, "device", join.certificate))
-            await line.send(Welcome(mates, proof.mac))
+            devices = (*home.trust(home.laptop).devices, PairedDevice(join.name, "device", join.certificate))
+            await line.send(Welcome(devices, proof.mac))
             await line.finish()
         finally:
             await trio.aclose_forcefully(sealed)
@@ -473,9 +473,9 @@ class FalseNode(Node):
 
     async def tell(self, message: Any) -> None:
         """Tells the head something. NodeLostError: it does not listen any more."""
-        if self._keeper is None:
+        if self._manager is None:
             raise NodeLostError("the head has hung up")
-        await self._keeper._coordinator.send(message)
+        await self._manager._coordinator.send(message)
 
 
 @asynccontextmanager
@@ -567,7 +567,7 @@ def test_a_device_that_asks_for_what_is_not_its_own(home: Home, answers: Answers
 
 def test_a_device_that_speaks_as_the_head(home: Home, answers: Answers) -> None:
     trust = home.trust(home.thief)
-    (key,) = (key_of(der_of(mate)) for mate in trust.mates if mate.role == "head")
+    (key,) = (key_of(der_of(device)) for device in trust.devices if device.role == "head")
     head = replace(home.identity(trust), incarnation=prefix_of(key) << 32 | 1)
 
     async def main() -> None:
@@ -581,7 +581,7 @@ def test_a_device_that_speaks_as_the_head(home: Home, answers: Answers) -> None:
                     await connection.receive()
         stream = await trust.dialled(await trio.open_tcp_stream(*where), "the phone")
         try:
-            line = Line(stream, "the phone")
+            line = RequestStream(stream, "the phone")
             await line.send(Take(trust.key))  # "I am the head, and pass you on"
             assert b"does not speak shoal's protocol" in await stream.receive_some()
         finally:
@@ -600,7 +600,7 @@ def test_a_device_that_floods(home: Home, answers: Answers) -> None:
         for i in range(20_000):
             await node.tell(Held((i % 2,), 1, 0, f"a problem, for the {i}th time"))
 
-    async def asks(stack: AsyncExitStack, *frames: Any) -> Line:
+    async def asks(stack: AsyncExitStack, *frames: Any) -> RequestStream:
         line = await stack.enter_async_context(home.line(trust))
         for frame in frames:
             await line.send(frame)

@@ -15,7 +15,6 @@ from tests.patience import LIMIT
 
 from shoal import planner
 from shoal.answering import Settings
-from shoal.distributed import Nodes, open_nodes
 from shoal.engine.batch import Sampling
 from shoal.engine.convert import convert
 from shoal.engine.errors import ContextError
@@ -23,6 +22,7 @@ from shoal.engine.generate import generate
 from shoal.engine.model_directory import Model
 from shoal.engine.stage import Stage
 from shoal.net.errors import NodeLostError
+from shoal.nodes import Nodes, open_nodes
 from shoal.processes import NodeSpec, RunningNode, nodes
 
 pytestmark = pytest.mark.slow

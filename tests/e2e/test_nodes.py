@@ -15,7 +15,7 @@ import pytest
 import trio
 from tests.patience import LIMIT
 
-from shoal.distributed import coordinator_identity
+from shoal.cluster_view import coordinator_identity
 from shoal.engine.batch import Sampling
 from shoal.engine.chat import Chat, Message
 from shoal.engine.generate import generate

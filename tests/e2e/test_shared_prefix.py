@@ -11,7 +11,7 @@ import pytest
 import trio
 from tests.patience import LIMIT
 
-from shoal.distributed import coordinator_identity
+from shoal.cluster_view import coordinator_identity
 from shoal.engine.batch import Sampling
 from shoal.engine.generate import generate
 from shoal.engine.model_directory import Model

@@ -16,7 +16,7 @@ from shoal.engine.errors import ContextError
 from shoal.engine.generate import generate
 from shoal.engine.kv_page import page_bytes
 from shoal.engine.model_directory import Model
-from shoal.engine.roster import BESIDE_ROWS
+from shoal.engine.request_scheduler import BESIDE_ROWS
 from shoal.engine.stage import Stage, StageOptions
 
 LIVELY = Sampling(temperature=1.5, top_p=0.95, repetition_penalty=1.3, seed=11)

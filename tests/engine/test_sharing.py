@@ -229,7 +229,7 @@ def test_a_chat_leaves_its_last_turn_alone(stage: Stage, model: Model) -> None:
             assert said == alone(model, turn, PENALISED, 8)
             turn = [*turn, *said, more + 1, 7]
         last = stage.kv_bytes
-        assert len(batcher._roster.idle) == 1
+        assert len(batcher._scheduler.idle) == 1
     with Batcher(stage) as batcher:
         ask(batcher, turn[:-10], tokens=8).tokens()
         assert stage.kv_bytes == last  # no more than one such sequence takes

@@ -27,8 +27,8 @@ from shoal.net.errors import NodeLostError
 from shoal.net.generation import Drawn, Flow, Generation, Part
 from shoal.net.members import NO_PULSE, ClusterState
 from shoal.net.messages import Abort, Close, Epoch, Loaded, Release
+from shoal.net.sampling_updates import UpdateSender
 from shoal.net.session import Session
-from shoal.net.telling import Teller
 
 from .search import Violation
 from .stage import COORDINATOR, PENALISED, VOCAB, Effect, Values, answer
@@ -433,15 +433,15 @@ def _values(generation: Generation) -> tuple[Any, ...]:
 
 
 def _value(value: Any) -> Any:
-    if isinstance(value, Teller):
-        return _Items(Teller, astuple(value))
+    if isinstance(value, UpdateSender):
+        return _Items(UpdateSender, astuple(value))
     return _Items(type(value), tuple(value)) if isinstance(value, list | deque) else value
 
 
 def _object(value: Any) -> Any:
     if not isinstance(value, _Items):
         return value
-    return Teller(*value.items) if value.kind is Teller else value.kind(value.items)
+    return UpdateSender(*value.items) if value.kind is UpdateSender else value.kind(value.items)
 
 
 def _generation(values: tuple[Any, ...]) -> Generation:

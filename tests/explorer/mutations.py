@@ -344,9 +344,9 @@ def tells_once(original: Original) -> Original:
     """What the last node of one epoch was told counts for that of the next one."""
 
     def changed(self: generation.Generation, *where: Any) -> Any:
-        before = self._teller
+        before = self._updates
         opening = original(self, *where)
-        self._teller = before
+        self._updates = before
         return opening
 
     return changed

@@ -28,10 +28,10 @@ from shoal.net import requests
 from shoal.net.errors import NetError
 from shoal.net.fetch_plan import FetchPlan, GetAllSums, GetPiece
 from shoal.net.files import PIECE, SUM_BYTES
-from shoal.net.line import Line
 from shoal.net.message_table import BY_KIND
 from shoal.net.messages import Sums
 from shoal.net.packed import decode, encode
+from shoal.net.relay import RequestStream
 from shoal.part_file import read_record, record_line
 from shoal.skeletons import receive_skeleton, skeleton_of
 
@@ -117,7 +117,7 @@ def _model(data: bytes) -> None:
     """The answer to GetModel, as HouseNode hears it."""
 
     async def hear() -> None:
-        line = Line(cast("Any", _Sent(fitted(data))), "the head of the house")
+        line = RequestStream(cast("Any", _Sent(fitted(data))), "the head of the house")
         if await line.is_next():
             await line.receive(requests.Alive)
         await receive_skeleton(line.release(), line.who)

@@ -19,7 +19,7 @@ from shoal.net import pairing, requests
 from shoal.net.errors import MismatchError, NetError, RemoteProtocolError, UntrustedError
 from shoal.net.identity import Identity, check_hello
 from shoal.net.message_table import BY_CODE, BY_KIND
-from shoal.net.messages import Address, Hello, Housemate
+from shoal.net.messages import Address, Hello, PairedDevice
 from shoal.net.packed import decode, encode
 from shoal.net.wire import HEADER, WireProtocol
 
@@ -175,5 +175,5 @@ def _certificate() -> bytes:
 
 def _lists() -> tuple[bytes, ...]:
     certificate = base64.b64encode(_certificate()).decode()
-    mates = (Housemate("laptop", "head", certificate), Housemate("phone", "device", certificate))
-    return (strict.encode(house._Listing(1, mates)),)
+    devices = (PairedDevice("laptop", "head", certificate), PairedDevice("phone", "device", certificate))
+    return (strict.encode(house._Listing(1, devices)),)

@@ -18,7 +18,7 @@ from bench.lab.lab import Lab
 from bench.lab.spec import DeviceSpec, LabSpec, LinkSpec, read_spec
 
 from shoal import planner
-from shoal.distributed import NetworkPlanner, coordinator_identity
+from shoal.cluster_view import coordinator_identity
 from shoal.engine.errors import ShoalError
 from shoal.engine.generate import generate
 from shoal.engine.model_directory import Model
@@ -26,6 +26,7 @@ from shoal.engine.stage import Stage
 from shoal.net.coordinator import Coordinator
 from shoal.net.identity import shape_of
 from shoal.net.placement import Planner, StageReport, plan_at
+from shoal.network_planner import NetworkPlanner
 
 pytestmark = [pytest.mark.lab, pytest.mark.slow]
 

@@ -16,13 +16,13 @@ from tests.models import tiny_chat_checkpoint
 
 import shoal
 from shoal.answering import LocalEngine
-from shoal.distributed import open_nodes
 from shoal.engine import strict
 from shoal.engine.convert import convert
 from shoal.engine.model_directory import Model
 from shoal.engine.stage import Stage
-from shoal.local import places
+from shoal.local import unix_socket
 from shoal.local.server import Head, serve
+from shoal.nodes import open_nodes
 from shoal.planning import default_workload
 from shoal.processes import NodeSpec, nodes
 from shoal.status import Status
@@ -49,7 +49,7 @@ def place(path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
         ]
         workload = default_workload(model.config.context, given=False)
         with (
-            places.claimed() as socket,
+            unix_socket.claimed() as socket,
             nodes(path, specs, directory) as running,
             open_nodes(model, [node.address for node in running], workload, shrink=True) as engine,
             serve(socket, Head(model, engine, lambda: engine.context, engine.status)),

@@ -25,9 +25,9 @@ from shoal.engine.errors import NoPlanError, ShoalError
 from shoal.engine.model_directory import Model
 from shoal.engine.stage import Stage
 from shoal.grammars import GrammarError, Grammars, Masks
-from shoal.local import choice, frames, places, server
-from shoal.local.again import LastingEngine
+from shoal.local import choice, frames, server, unix_socket
 from shoal.local.client import RemoteEngine, _Asked, connect, running
+from shoal.local.reconnecting import ReconnectingEngine
 from shoal.local.server import Head, serve
 from shoal.net.errors import AddressInUseError, MismatchError, NodeLostError
 from shoal.results import Completion, Timings
@@ -224,7 +224,7 @@ class Raw:
     def __init__(self, path: Path) -> None:
         self.stream = socket.socket(socket.AF_UNIX)
         self.stream.settimeout(60)
-        with places.short(path) as name:
+        with unix_socket.short(path) as name:
             self.stream.connect(name)
         assert isinstance(self.receive(), frames.Welcome)
 
@@ -261,7 +261,7 @@ def test_a_client_that_leaves_ends_its_work(tmp_path: Path, model: Model) -> Non
                 assert isinstance(token, frames.Token)
                 seen.add(token.request)
             assert stage.kv_bytes > 0
-        wait_for(lambda: stage.kv_bytes == 0 and not engine._batcher._roster.running)
+        wait_for(lambda: stage.kv_bytes == 0 and not engine._batcher._scheduler.running)
 
 
 def wait_for(true: Callable[[], bool]) -> None:
@@ -374,7 +374,7 @@ def test_the_end_of_a_head_ends_what_was_asked(tmp_path: Path, model: Model, loc
             llm.generate("Once")
         engine.close()
     assert connect(path) is None
-    assert not local._batcher._roster.running
+    assert not local._batcher._scheduler.running
 
 
 def test_who_stays_asks_the_next_head(
@@ -385,7 +385,7 @@ def test_who_stays_asks_the_next_head(
     with head(place, model, local, lambda: NOW):
         first = connect()
         assert first is not None
-    with closing(LastingEngine(first)) as engine:
+    with closing(ReconnectingEngine(first)) as engine:
         llm = shoal.LLM.over(model, engine, CONTEXT)
         with pytest.raises(NodeLostError, match="start `shoal up` again"):
             llm.generate("Once")
@@ -410,19 +410,19 @@ def test_who_stays_asks_the_next_head(
 def test_there_is_one_head_and_nobody_elses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     assert connect() is None
-    with places.claimed() as path:
-        assert path == places.socket_path() == tmp_path / "shoal" / "head.sock"
-        with pytest.raises(AddressInUseError, match=f"process {os.getpid()}"), places.claimed():
+    with unix_socket.claimed() as path:
+        assert path == unix_socket.socket_path() == tmp_path / "shoal" / "head.sock"
+        with pytest.raises(AddressInUseError, match=f"process {os.getpid()}"), unix_socket.claimed():
             pass
         with socket.socket(socket.AF_UNIX) as left:  # by a head that was killed
             left.bind(str(path))
         assert connect() is None
     (tmp_path / "shoal").chmod(0o755)
-    with pytest.raises(ShoalError, match="other users may use"), places.claimed():
+    with pytest.raises(ShoalError, match="other users may use"), unix_socket.claimed():
         pass
     monkeypatch.setenv("XDG_RUNTIME_DIR", "relative")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert places.directory() == tmp_path / "cache" / "shoal" / "run"
+    assert unix_socket.directory() == tmp_path / "cache" / "shoal" / "run"
 
 
 def test_another_version_is_told(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ class FakeNetwork:
     def peer(self, port: int) -> Peer:
         """A node as its coordinator, if it has one, tells others of it: with the ticket."""
         node = self.nodes[port]
-        served = node.node._door._served
+        served = node.node._limits._served
         return Peer(node.parts.identity.name, "host", port, port, 0 if served is None else served.ticket)
 
     async def open_stream(self, host: str, port: int, source: int | None = None) -> trio.abc.Stream:

@@ -12,7 +12,7 @@ import trio
 from tests.patience import LIMIT
 
 from shoal.cli import main as shoal
-from shoal.distributed import coordinator_identity
+from shoal.cluster_view import coordinator_identity
 from shoal.engine.generate import generate
 from shoal.engine.model_directory import Model
 from shoal.engine.stage import Stage

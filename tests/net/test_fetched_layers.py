@@ -15,7 +15,6 @@ import trio
 from tests.models import TINY
 from tests.net.test_moving import stages, until
 
-from shoal.distributed import NetworkPlanner
 from shoal.engine.convert import convert
 from shoal.engine.errors import ModelFileError
 from shoal.engine.generate import generate
@@ -27,6 +26,7 @@ from shoal.net.coordinator import Coordinator, CoordinatorOptions
 from shoal.net.files import Room, pieces
 from shoal.net.identity import shape_of
 from shoal.net.placement import COORDINATOR, FilesMissingError, Links, NodeInfo, Placement
+from shoal.network_planner import NetworkPlanner
 from shoal.planner import Assignment, Device, LinkSpeed, Workload
 
 PIECE = 32 * 1024

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.net.swarm import MODEL, question
 
-from shoal.distributed import NetworkPlanner, NetworkRebalancer, cluster_of
+from shoal.cluster_view import cluster_of
 from shoal.engine.errors import NoPlanError
 from shoal.net.messages import Offer
 from shoal.net.placement import (
@@ -21,6 +21,8 @@ from shoal.net.placement import (
     Proposal,
     Usage,
 )
+from shoal.network_planner import NetworkPlanner
+from shoal.network_rebalancer import NetworkRebalancer
 from shoal.planner import Plan, Workload
 
 STREAMS = 4
@@ -34,7 +36,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> NetworkPlanner:
 def planner_of(
     monkeypatch: pytest.MonkeyPatch, streams: int = STREAMS, context: int = 512, **options: Any
 ) -> NetworkPlanner:
-    monkeypatch.setattr("shoal.distributed.planner_model", lambda model, options: MODEL)
+    monkeypatch.setattr("shoal.network_planner.planner_model", lambda model, options: MODEL)
     load = Workload(context, streams, streams=streams, depth=min(200, context))
     model: Any = None
     return NetworkPlanner(model, load, "throughput", **options)

@@ -13,7 +13,7 @@ import pytest
 import trio
 from tests.patience import LIMIT
 
-from shoal.distributed import cluster_of
+from shoal.cluster_view import cluster_of
 from shoal.engine.batch import Want
 from shoal.net.chain_pace import ChainPace
 from shoal.net.connection import in_thread, open_tcp

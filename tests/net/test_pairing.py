@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from tests.houses import Houses
 
 from shoal.net.errors import NetError, RemoteProtocolError, UntrustedError
-from shoal.net.messages import Address, Housemate
+from shoal.net.messages import Address, PairedDevice
 from shoal.net.pairing import (
     MOST_ATTEMPTS,
     Challenge,
-    Desk,
     Invite,
+    InviteState,
     Join,
     Proof,
     Refused,
@@ -45,7 +45,7 @@ def key(certificate: str) -> str:
 
 INVITE = Invite((("192.168.1.5", 7001), ("fd00::5", 7001)), key(HEAD), SECRET, 1_800_000_000)
 JOIN, CHALLENGE = Join("phone", PHONE, "11" * 32), Challenge("22" * 32)
-MATES = (Housemate("laptop", "head", HEAD), Housemate("phone", "device", PHONE))
+DEVICES = (PairedDevice("laptop", "head", HEAD), PairedDevice("phone", "device", PHONE))
 
 
 def said(join: Join = JOIN, challenge: Challenge = CHALLENGE) -> bytes:
@@ -56,8 +56,8 @@ def proof(secret: bytes = SECRET, join: Join = JOIN, challenge: Challenge = CHAL
     return Proof(proof_of(secret, "device", said(join, challenge)))
 
 
-def desk() -> Desk:
-    return Desk(SECRET, INVITE.head, 100.0)
+def state() -> InviteState:
+    return InviteState(SECRET, INVITE.head, 100.0)
 
 
 def test_a_token_says_what_the_invite_says_however_it_is_typed() -> None:
@@ -86,20 +86,20 @@ def test_any_bytes_in_the_place_of_a_token_are_refused(data: bytes) -> None:
 
 
 def test_both_sides_prove_the_secret_once() -> None:
-    at = desk()
+    at = state()
     assert at.admit(JOIN, CHALLENGE, proof(), 50.0) == said() and at.over
     with pytest.raises(UntrustedError, match="has been used"):
         at.admit(JOIN, CHALLENGE, proof(), 50.0)
-    check_welcome(INVITE, JOIN, CHALLENGE, Welcome(MATES, proof_of(SECRET, "head", said(), MATES)))
+    check_welcome(INVITE, JOIN, CHALLENGE, Welcome(DEVICES, proof_of(SECRET, "head", said(), DEVICES)))
 
 
 def test_an_expired_invite_is_refused_although_the_secret_is_right() -> None:
     with pytest.raises(UntrustedError, match="has expired"):
-        desk().admit(JOIN, CHALLENGE, proof(), 100.0)
+        state().admit(JOIN, CHALLENGE, proof(), 100.0)
 
 
 def test_wrong_secrets_end_an_invite() -> None:
-    at = desk()
+    at = state()
     for _ in range(MOST_ATTEMPTS):
         assert not at.over
         with pytest.raises(UntrustedError, match="the secret is wrong"):
@@ -119,23 +119,25 @@ def test_a_proof_is_for_one_connection_one_certificate_and_one_side() -> None:
         (JOIN, CHALLENGE, Proof(proof_of(SECRET, "head", said()))),
     ):
         with pytest.raises(UntrustedError, match="the secret is wrong"):
-            desk().admit(join, challenge, shown, 1.0)
-    more = (*MATES, Housemate("thief", "device", other.certificate))
+            state().admit(join, challenge, shown, 1.0)
+    more = (*DEVICES, PairedDevice("thief", "device", other.certificate))
     for welcome in (
-        Welcome(MATES, proof().mac),
-        Welcome(MATES, proof_of(SECRET, "device", said(), MATES)),
-        Welcome(more, proof_of(SECRET, "head", said(), MATES)),
-        Welcome(MATES, proof_of(bytes(16), "head", said(), MATES)),
-        Welcome(MATES, proof_of(SECRET, "head", said(), MATES), (Address("10.0.0.66", 7077),)),
+        Welcome(DEVICES, proof().mac),
+        Welcome(DEVICES, proof_of(SECRET, "device", said(), DEVICES)),
+        Welcome(more, proof_of(SECRET, "head", said(), DEVICES)),
+        Welcome(DEVICES, proof_of(bytes(16), "head", said(), DEVICES)),
+        Welcome(DEVICES, proof_of(SECRET, "head", said(), DEVICES), (Address("10.0.0.66", 7077),)),
     ):
         with pytest.raises(UntrustedError, match="does not know the secret"):
             check_welcome(INVITE, JOIN, CHALLENGE, welcome)
 
 
-@pytest.mark.parametrize("mates", [MATES[:1], MATES[1:], (replace(MATES[0], role="device"), MATES[1])])
-def test_a_list_without_the_head_or_the_device_is_refused(mates: tuple[Housemate, ...]) -> None:
+@pytest.mark.parametrize(
+    "devices", [DEVICES[:1], DEVICES[1:], (replace(DEVICES[0], role="device"), DEVICES[1])]
+)
+def test_a_list_without_the_head_or_the_device_is_refused(devices: tuple[PairedDevice, ...]) -> None:
     with pytest.raises(NetError, match="without itself or this one"):
-        check_welcome(INVITE, JOIN, CHALLENGE, Welcome(mates, proof_of(SECRET, "head", said(), mates)))
+        check_welcome(INVITE, JOIN, CHALLENGE, Welcome(devices, proof_of(SECRET, "head", said(), devices)))
 
 
 def test_sizes_are_checked_before_a_body_is_read() -> None:
@@ -158,8 +160,8 @@ def test_a_house_lists_no_two_devices_that_could_pass_for_each_other(tmp_path: P
     from shoal.net.tls import Trust
 
     houses = Houses(tmp_path)
-    head, phone = houses.mates("head", "a")
-    for mates, match in (
+    head, phone = houses.devices("head", "a")
+    for devices, match in (
         ((head, replace(phone, name="head")), "the same name or key"),
         ((head, phone, replace(phone, name="other")), "the same name or key"),
         ((replace(head, role="device"), phone), "no device is the head"),
@@ -168,6 +170,6 @@ def test_a_house_lists_no_two_devices_that_could_pass_for_each_other(tmp_path: P
         ((), "1 to 64 devices"),
     ):
         with pytest.raises(ValueError, match=match):
-            Trust(houses.own("head"), mates)
+            Trust(houses.own("head"), devices)
     with pytest.raises(ValueError, match="not in the list"):
         Trust(houses.own("b"), (head, phone))

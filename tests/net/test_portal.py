@@ -13,8 +13,7 @@ import pytest
 import trio
 from tests.patience import LIMIT
 
-from shoal.distributed import in_order
-from shoal.portal import Portal, open_portal
+from shoal.portal import Portal, logging_thread, open_portal
 
 log: list[str] = []
 
@@ -185,8 +184,7 @@ INTERRUPTED = """
 import os, signal, sys, threading, time
 from contextlib import asynccontextmanager
 import trio
-from shoal.distributed import in_order
-from shoal.portal import open_portal
+from shoal.portal import logging_thread, open_portal
 
 def ctrl_c():
     os.kill(os.getpid(), signal.SIGINT)
@@ -264,7 +262,7 @@ def test_sentences_about_nodes_are_printed_in_order_by_a_thread_that_may_block()
         free.wait(30)
         printed.append(line)
 
-    with in_order(blocked) as say:
+    with logging_thread(blocked) as say:
         say("b is lost")
         say("b is back")
         assert printed == []  # and `say` has returned
@@ -280,7 +278,7 @@ def test_a_sentence_that_cannot_be_written_does_not_keep_later_ones_back() -> No
             raise OSError(28, "No space left on device")
         printed.append(line)
 
-    with in_order(full) as say:
+    with logging_thread(full) as say:
         say("b is lost")
         say("b is back")
     assert printed == ["b is back"]
@@ -289,9 +287,9 @@ def test_a_sentence_that_cannot_be_written_does_not_keep_later_ones_back() -> No
 def test_a_terminal_that_accepts_nothing_does_not_keep_the_program_from_ending(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("shoal.distributed._LAST_LINES_SECONDS", 0.05)
+    monkeypatch.setattr("shoal.portal._LAST_LINES_SECONDS", 0.05)
     free = threading.Event()
-    with in_order(lambda line: free.wait(30)) as say:
+    with logging_thread(lambda line: free.wait(30)) as say:
         say("b is lost")
     free.set()
 

@@ -19,7 +19,6 @@ from tests.net.test_ends import SAMPLING, TINY, Recorder, found_in, memory
 from tests.patience import LIMIT
 
 from shoal.cli import main
-from shoal.distributed import NetworkPlanner
 from shoal.engine.generate import generate
 from shoal.engine.model_directory import Model
 from shoal.engine.stage import Stage
@@ -27,6 +26,7 @@ from shoal.net.coordinator import Coordinator, CoordinatorOptions
 from shoal.net.identity import identity_of, shape_of
 from shoal.net.liveness import Timing
 from shoal.net.placement import Links, NodeInfo, Placement
+from shoal.network_planner import NetworkPlanner
 from shoal.planner import Workload
 
 pytestmark = [

@@ -25,11 +25,11 @@ from shoal.net import reachable
 from shoal.net.connection import OpenStream, dial, in_thread
 from shoal.net.coordinator import Coordinator, CoordinatorOptions
 from shoal.net.errors import MismatchError, NetError, RemoteProtocolError, UntrustedError
-from shoal.net.line import IDLE_SECONDS, Line, pass_bytes
 from shoal.net.messages import Address, Peer
 from shoal.net.node import Node
 from shoal.net.placement import plan_at
 from shoal.net.reachable import RETRY_SECONDS, _Ways, dial_head, relayed, stay_reachable
+from shoal.net.relay import IDLE_SECONDS, RequestStream, pass_bytes
 from shoal.net.requests import HEADER, MAGIC, Alive, Announce, GetModel, Ready, Relay, Take, decode, encode
 from shoal.net.reverse import MOST_NODES, MOST_WAITING, Device, DeviceListener
 from shoal.net.tls import TlsStream, Trust
@@ -53,7 +53,7 @@ class Home:
     nodes: dict[str, Node] = field(default_factory=dict)
     ways: dict[str, OpenStream] = field(default_factory=dict)
     announced: dict[str, Announce] = field(default_factory=dict)
-    lines: list[Line] = field(default_factory=list)
+    lines: list[RequestStream] = field(default_factory=list)
     scopes: dict[str, trio.CancelScope] = field(default_factory=dict)
 
     def identity(self, name: str, trust: Trust) -> Any:
@@ -86,9 +86,9 @@ class Home:
                 lambda: [self.address], self.trusts[name], self.announced[name], connected, say
             )
 
-    def line(self, stream: TlsStream) -> Line:
+    def line(self, stream: TlsStream) -> RequestStream:
         """Frames over a stream, which is closed at the end."""
-        self.lines.append(Line(stream, "the head"))
+        self.lines.append(RequestStream(stream, "the head"))
         return self.lines[-1]
 
     async def listens(self, name: str) -> tuple[str, int]:
@@ -241,7 +241,7 @@ def test_whoever_may_not_is_told_why_while_an_answer_goes_on(lab: ModuleType, ho
                 await waits.send(true)
                 await waits.receive(Alive)
                 await until(lambda: any(device.name == "c" for device in made.devices))
-                made.head.update(houses.mates("head", "a", "b"))  # revoked while it waits
+                made.head.update(houses.devices("head", "a", "b"))  # revoked while it waits
                 with pytest.raises(NetError, match="is lost"):
                     await waits.receive(Take)
                 await refused(true, UntrustedError, "does not know this device")
@@ -268,7 +268,7 @@ def test_a_relay_reaches_a_node_that_only_listens_and_vouches_for_who_asks(
             made.scopes["a"].cancel()
             await until(lambda: not made.listener._nodes[where].waiting)
             far = await _Ways(lambda: [made.address], made.trusts["b"], made.log.append)._through_head(*where)
-            assert far.mate.name == "a" and far.addresses[1] == made.address
+            assert far.device.name == "a" and far.addresses[1] == made.address
             false = replace(made.identity("b", made.trusts["b"]), incarnation=made.head.incarnation())
 
             async def given(host: str, port: int) -> TlsStream:
@@ -344,7 +344,7 @@ def test_a_device_has_a_bounded_number_of_nodes_and_connections(lab: ModuleType,
         async with home(lab, houses, "a") as made:
             trust = houses.trust("a", ["head", "a"])
 
-            async def wait(incarnation: int) -> Line:
+            async def wait(incarnation: int) -> RequestStream:
                 line = made.line(await dial_head([made.address], trust))
                 await line.send(Announce("a", incarnation, 0, made.listener._identity.model))
                 await line.receive(Alive)
@@ -385,7 +385,7 @@ def test_a_node_waits_while_a_stranger_has_the_address_of_its_head(
 
     async def main() -> None:
         async with home(lab, houses, "a") as made, trio.open_nursery() as tasks:
-            theirs = Trust(houses.own("x"), [houses.mate("x", "head")])
+            theirs = Trust(houses.own("x"), [houses.device("x", "head")])
             (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
 
             async def answer(stream: trio.SocketStream) -> None:
@@ -426,12 +426,12 @@ def test_another_device_at_an_address_is_not_taken_for_the_node_that_the_head_kn
             directly = ways._directly
             ways._directly = lambda host, port: directly(*other)  # type: ignore[method-assign]
             me, a = made.identity("b", made.trusts["b"]), made.announced["a"]
-            await until(lambda: made.nodes["a"]._door._served)
-            served = made.nodes["a"]._door._served
+            await until(lambda: made.nodes["a"]._limits._served)
+            served = made.nodes["a"]._limits._served
             assert served is not None
             peer = Peer("a", *where, a.incarnation, served.ticket)
             wrong = await ways.open_stream(*where)
-            assert made.line(wrong).stream.mate.name == "c"
+            assert made.line(wrong).stream.device.name == "c"
             async with dial(ways.open_stream, *where, me, "files", seconds=60, peer=peer) as (_, hello):
                 assert (hello.name, hello.incarnation) == ("a", a.incarnation)
 

@@ -231,9 +231,9 @@ def test_a_dialling_side_says_what_is_wrong(lab: ModuleType, houses: Houses) -> 
                     async with dial(open_tcp, *where, made.identity("x", trust), "control", seconds=5):
                         pass
 
-            other = Trust(houses.own("b"), (houses.mate("b", "head"),))
+            other = Trust(houses.own("b"), (houses.device("b", "head"),))
             await fails(other, made.addresses["a"], "is not a device of this house")
-            knows = Trust(houses.own("b"), (houses.mate("b", "head"), houses.mate("a")))
+            knows = Trust(houses.own("b"), (houses.device("b", "head"), houses.device("a")))
             await fails(knows, made.addresses["a"], "does not know this device")
             async with trio.open_nursery() as tasks:
                 net = lab.FakeNetwork(tasks)
@@ -312,11 +312,11 @@ def test_nodes_learn_of_a_device_that_has_joined_later(lab: ModuleType, houses: 
         async with house(lab, houses, "a", "b") as made:
             kept: list[Any] = []
             trust = made.trusts["a"]
-            trust.update(houses.mates("head", "a"))
+            trust.update(houses.devices("head", "a"))
             trust._keep = lambda *told: kept.append(told)
             async with made.coordinator(plan_at((0, 3, 6), 4), measure_links=True) as head:
                 assert await lab.collect(head, [7], 5) == lab.oracle([7], 5)
-            assert [({mate.name for mate in mates}, where) for mates, where in kept] == [
+            assert [({device.name for device in devices}, where) for devices, where in kept] == [
                 ({"head", "a", "b"}, ())
             ]
 
@@ -340,8 +340,8 @@ def test_nodes_learn_of_another_address_of_the_head_while_they_are_connected(
                 while len(kept) < 2:  # noqa: ASYNC110 (it ends when the node has heard)
                     await trio.sleep(0.01)
             assert kept == [
-                (made.trusts["a"].mates, (Address("10.0.0.8", 7077), Address("fd00::8", 7077))),
-                (made.trusts["a"].mates, (Address("10.0.0.7", 7077),)),
+                (made.trusts["a"].devices, (Address("10.0.0.8", 7077), Address("fd00::8", 7077))),
+                (made.trusts["a"].devices, (Address("10.0.0.7", 7077),)),
             ]
 
     limited(main)
@@ -359,22 +359,22 @@ def test_a_list_that_changes_while_a_node_is_told_of_it_reaches_the_node(
             hear = node.hear
 
             def revoked_meanwhile(*told: Any) -> None:
-                head.update(houses.mates("head", "a"))
+                head.update(houses.devices("head", "a"))
                 hear(*told)
 
             node.hear = revoked_meanwhile
             async with made.coordinator(plan_at((0, 6)), measure_links=False):
-                assert node.mates == houses.mates("head", "a")
+                assert node.devices == houses.devices("head", "a")
 
     limited(main)
 
 
 def test_a_list_that_cannot_be_put_in_force_is_refused(houses: Houses) -> None:
     trust = houses.trust("a", ["head", "a", "b"])
-    mates = houses.mates("head", "a")
+    devices = houses.devices("head", "a")
     houses.own("a").unlink()
     with pytest.raises(ValueError, match="cannot be read"):
-        trust.hear(mates)
+        trust.hear(devices)
 
 
 def test_a_revoked_device_loses_all_connections_and_the_answer_goes_on(
@@ -395,12 +395,12 @@ def test_a_revoked_device_loses_all_connections_and_the_answer_goes_on(
             async with made.coordinator(plan, measure_links=False) as head:
                 async with head.generate([1, 2], max_tokens=200) as tokens:
                     got = [await anext(tokens)]
-                    listed.append(houses.mates("head", "a", "c"))
+                    listed.append(houses.devices("head", "a", "c"))
                     got += [token async for token in tokens]
                 assert got == lab.oracle([1, 2], 200)
                 assert [node.label for node in head.nodes] == ["a", "c"] and head.recoveries >= 1
                 for name in ("a", "c"):
-                    assert {mate.name for mate in made.trusts[name].mates} == {"head", "a", "c"}
+                    assert {device.name for device in made.trusts[name].devices} == {"head", "a", "c"}
                 me = made.identity("b", made.trusts["b"])
                 with pytest.raises(UntrustedError, match="does not know this device"):
                     async with dial(open_tcp, *made.addresses["a"], me, "step", seconds=5):
@@ -486,14 +486,14 @@ def test_a_device_that_has_just_paired_is_let_in_before_the_head_looks_at_its_li
     """The next look tells the others; of a list that cannot be used, it tells the reason."""
 
     async def main() -> None:
-        lists: list[Any] = [houses.mates("head", "a")]
+        lists: list[Any] = [houses.devices("head", "a")]
         looks = lambda: lists.pop() if lists else None  # noqa: E731
-        head = Trust(houses.own("head"), houses.mates("head"), look=looks)
+        head = Trust(houses.own("head"), houses.devices("head"), look=looks)
         (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
 
         async def let_in() -> None:
             opened = await head.accepted(await listener.accept(), "a device")
-            assert opened.mate.name == "a"
+            assert opened.device.name == "a"
             await trio.aclose_forcefully(opened)
 
         async def a_connects() -> None:
@@ -511,7 +511,7 @@ def test_a_device_that_has_just_paired_is_let_in_before_the_head_looks_at_its_li
         assert not head.refresh()
         lists.append(())
         await a_connects()
-        lists.append(houses.mates("head", "a"))
+        lists.append(houses.devices("head", "a"))
         assert head.refresh() and not head.refresh(), "it was repaired before anybody was told"
         await listener.aclose()
 
@@ -551,25 +551,25 @@ def test_a_list_is_taken_from_the_head_and_on_its_own_device_from_the_file(
         async with house(lab, houses, "a") as made:
             (node,) = made.net.nodes.values()
             node, trust = node.node, made.trusts["a"]
-            head = SimpleNamespace(peer="laptop", mate=trust.mates[0])
-            for mates in (
-                houses.mates("head"),
-                houses.mates("a"),
-                (*houses.mates("head", "a"), replace(houses.mate("b"), certificate="AAAA")),
+            head = SimpleNamespace(peer="laptop", device=trust.devices[0])
+            for devices in (
+                houses.devices("head"),
+                houses.devices("a"),
+                (*houses.devices("head", "a"), replace(houses.device("b"), certificate="AAAA")),
             ):
                 with pytest.raises(RemoteProtocolError, match="sent a list of its house"):
-                    node._learn(head, HouseList(mates))
-            assert trust.mates == houses.mates("head", "a")
-            node._learn(head, HouseList(houses.mates("head", "a", "b")))
-            assert trust.mates == houses.mates("head", "a", "b")
+                    node._learn(head, HouseList(devices))
+            assert trust.devices == houses.devices("head", "a")
+            node._learn(head, HouseList(houses.devices("head", "a", "b")))
+            assert trust.devices == houses.devices("head", "a", "b")
 
             own = made.trusts["head"]
-            own._look = lambda: houses.mates("head", "a", "c")
+            own._look = lambda: houses.devices("head", "a", "c")
             node._parts = replace(node._parts, identity=made.identity("laptop", own))
             before_it_was_renamed = replace(own.own, name="laptop-1")
-            for mate in (own.own, before_it_was_renamed):
-                node._learn(SimpleNamespace(peer="laptop", mate=mate), HouseList(houses.mates("head")))
-                assert own.mates == houses.mates("head", "a", "c")
+            for device in (own.own, before_it_was_renamed):
+                node._learn(SimpleNamespace(peer="laptop", device=device), HouseList(houses.devices("head")))
+                assert own.devices == houses.devices("head", "a", "c")
 
     limited(main)
 

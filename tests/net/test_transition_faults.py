@@ -14,7 +14,7 @@ import trio.testing
 from tests.net.hand import Hand, connected, places, with_nodes
 
 from shoal.engine.errors import ContextError, ModelFileError, NoPlanError
-from shoal.net import keeper, tags
+from shoal.net import stage_manager, tags
 from shoal.net.carry import Giver
 from shoal.net.errors import NetError, NodeLostError, RemoteProtocolError
 from shoal.net.messages import (
@@ -217,7 +217,7 @@ def test_the_connection_of_a_giver_ends_with_its_transition(lab: ModuleType) -> 
 
     async def test(hand: Hand) -> None:
         await alone(hand)
-        door = hand.net.nodes[7001].node._door
+        limits = hand.net.nodes[7001].node._limits
         async with (
             connected(lab, hand.net, 7001, "bulk", GIVER) as bulk,
             connected(lab, hand.net, 7001, "bulk", 89) as early,
@@ -225,12 +225,12 @@ def test_the_connection_of_a_giver_ends_with_its_transition(lab: ModuleType) -> 
             await bulk.send(pages())
             await early.send(pages(epoch=Epoch(5, 3)))  # of a transition that is still to be ordered
             await trio.testing.wait_all_tasks_blocked()
-            assert len(door._guests) == 2
+            assert len(limits._guests) == 2
             await hand.controls[7001].send(Abort(NEXT))
             with pytest.raises(NodeLostError, match="it closed the connection"):
                 await bulk.receive()
             await trio.testing.wait_all_tasks_blocked()
-            assert [guest.incarnation for guest in door._guests.values()] == [89]
+            assert [guest.incarnation for guest in limits._guests.values()] == [89]
 
     with_nodes(lab, test, "a")
 
@@ -351,7 +351,7 @@ def test_rows_do_not_wait_for_weights_that_are_being_loaded(
     def room(first: int, last: int, beside: range = range(0)) -> int:
         return 500 if beside else 1000
 
-    monkeypatch.setattr(keeper, "LOAD_PATIENCE", 0.001)
+    monkeypatch.setattr(stage_manager, "LOAD_PATIENCE", 0.001)
 
     async def test(hand: Hand) -> None:
         await hand.load(*places((0, 3, 6)))
@@ -360,7 +360,7 @@ def test_rows_do_not_wait_for_weights_that_are_being_loaded(
 
         def crowded(stage: Any, first: int, last: int, kv_bytes: int | None = None) -> Any:
             prepared = prepare(stage, first, last, kv_bytes)
-            made.append((stage.room, hand.net.nodes[7001].node._keeper._make_room(), stage.room))
+            made.append((stage.room, hand.net.nodes[7001].node._manager._make_room(), stage.room))
             return prepared
 
         with monkeypatch.context() as patched:
@@ -478,7 +478,7 @@ def test_a_transition_can_end_at_any_moment_and_leaves_nothing(
             open_ = [stage for stage in stages if not stage.closed]
             assert len(open_) == (end in ("assign", "abort"))
             if end in ("coordinator", "release"):
-                bulk = [h for h in hand.net.nodes[port].node._door._guests.values() if h.purpose == "bulk"]
+                bulk = [h for h in hand.net.nodes[port].node._limits._guests.values() if h.purpose == "bulk"]
                 assert not bulk
 
     with_nodes(lab, test, hop=lab.slow_hop(1.0))
@@ -509,8 +509,8 @@ def test_a_stage_that_is_opened_after_a_change_was_dropped_knows_no_sessions(
         await hand.step(session, 3)
         hand.check(**{f"s{session}": 9})
         for port in ports:
-            keeper = hand.net.nodes[port].node._keeper
-            assert list(keeper.current.work.sessions) == list(hand.stage(port).sequences) == [session]
+            manager = hand.net.nodes[port].node._manager
+            assert list(manager.current.work.sessions) == list(hand.stage(port).sequences) == [session]
 
     with_nodes(lab, test, hop=hop)
 

@@ -144,8 +144,8 @@ def test_abort_leaves_everything_as_it_was(lab: ModuleType, when: str) -> None:
     async def test(hand: Hand) -> None:
         await hand.load(*places((0, 3, 6)))
         await hand.open(1, *range(6))
-        doors = [hand.net.nodes[port].node._door for port in hand.controls]
-        before = [len(door._guests) for door in doors]
+        ports = [hand.net.nodes[port].node._limits for port in hand.controls]
+        before = [len(limits._guests) for limits in ports]
         for edges in ((0, 4, 6), (0, 2, 6), (0, 3, 6)):
             if when == "prepared":
                 await hand.prepare(*places(edges))
@@ -162,7 +162,7 @@ def test_abort_leaves_everything_as_it_was(lab: ModuleType, when: str) -> None:
                 assert all(staged.closed for staged in stage.staged)
                 assert set(stage.sequences) == {1}
                 assert not hand.net.nodes[port].node._assignment.work._rewinds
-            assert [len(door._guests) for door in doors] == before
+            assert [len(limits._guests) for limits in ports] == before
         await hand.move(*places((0, 4, 6)))
         await hand.step(1, 3)
         hand.check(s1=6)
@@ -252,7 +252,7 @@ def test_a_node_is_emptied_and_used_again(lab: ModuleType, empty: int) -> None:
         await hand.move((first, 0, 3), (second, 3, 6))
         await hand.step(1, 5)
         assert hand.stage(7001 + empty).closed
-        assert not hand.net.nodes[7001 + empty].node._door._guests
+        assert not hand.net.nodes[7001 + empty].node._limits._guests
         await hand.move(*places((0, 2, 4, 6)), history=[7001 + empty])
         await hand.step(1, 5)
         hand.check(s1=9)

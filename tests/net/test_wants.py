@@ -27,7 +27,7 @@ from shoal.net.messages import (
     Step,
     Tokens,
 )
-from shoal.net.telling import Told
+from shoal.net.sampling_updates import Told
 
 NOW, OLD = Epoch(1, 2), Epoch(1, 1)
 BITS = b"\x07\x01"

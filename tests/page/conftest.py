@@ -24,8 +24,8 @@ DESKTOP, PHONE = (1280, 800), (390, 844)
 
 @pytest.fixture(scope="session")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    """A laptop with `shoal up`, and a phone. Each can hold a good half of the model, with a context in which an
-    answer outlasts what a test does to the devices meanwhile."""
+    """A laptop with `shoal up`, and a phone. Each can hold a good half of the model, with a context in which
+    an answer outlasts what a test does to the devices meanwhile."""
     made = House(tmp_path_factory.mktemp("house"), smollm2_dir(), positions=2048)
     try:
         up = made.up(str(made.model))

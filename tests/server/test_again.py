@@ -11,9 +11,9 @@ import pytest
 from tests.local.test_status import STATUS
 
 import shoal
-from shoal.local import places
-from shoal.local.again import LastingEngine
+from shoal.local import unix_socket
 from shoal.local.client import connect
+from shoal.local.reconnecting import ReconnectingEngine
 from shoal.local.server import Head, serve
 
 from .conftest import SECONDS, serving
@@ -23,11 +23,11 @@ def test_a_head_that_says_nothing_holds_up_who_asked_it_and_no_other(
     llm: shoal.LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    with places.claimed() as path:
+    with unix_socket.claimed() as path:
         with serve(path, Head(llm.model, llm._engine, lambda: llm.context, lambda: STATUS)):
             first = connect()
             assert first is not None
-        with closing(LastingEngine(first)) as engine, socket.socket(socket.AF_UNIX) as silent:
+        with closing(ReconnectingEngine(first)) as engine, socket.socket(socket.AF_UNIX) as silent:
             silent.bind(str(path))
             silent.listen()
             far = shoal.LLM.over(llm.model, engine, llm.context)

@@ -129,7 +129,7 @@ def test_a_client_that_leaves_ends_its_answer(strict: Serving, monkeypatch: pyte
         until(lambda: [line for line in strict.log if line.endswith(", ended early")])
         assert not strict.app.served.places.line.running
         gate.set()
-        until(lambda: not engine._batcher._roster.running)
+        until(lambda: not engine._batcher._scheduler.running)
         assert len(calls) <= 7
     monkeypatch.undo()
 

@@ -21,9 +21,9 @@ import pytest
 
 import shoal
 from shoal import house
-from shoal.distributed import Nodes
 from shoal.engine import strict
 from shoal.engine.errors import ShoalError
+from shoal.nodes import Nodes
 from shoal.processes import NodeSpec, nodes
 from shoal.server.opening import hosts_of, read_keys, tls_context, warnings
 from shoal.status import Status

@@ -16,8 +16,8 @@ from tests.local.test_status import STATUS
 import shoal
 from shoal import up_http
 from shoal.arguments import build_parser
-from shoal.distributed import Nodes
 from shoal.net.errors import AddressInUseError
+from shoal.nodes import Nodes
 from shoal.status import Status
 from shoal.up_http import serve_http
 

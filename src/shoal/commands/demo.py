@@ -20,8 +20,9 @@ from ..imports import quick_imports
 
 if TYPE_CHECKING:
     from ..answering import Settings
-    from ..distributed import Nodes
     from ..engine.model_directory import Model
+    from ..net.placement import StageReport
+    from ..nodes import Nodes
     from ..planner import Assignment
     from ..processes import NodeSpec, RunningNode
 
@@ -103,12 +104,12 @@ def _started(context: int) -> Iterator[tuple[Model, list[RunningNode], Path]]:
 def _demo(args: argparse.Namespace, model: Model, running: list[RunningNode], directory: Path) -> int:
     from .. import planner
     from ..answering import Settings
-    from ..distributed import measured_of, open_nodes
     from ..engine.batch import Sampling
     from ..engine.chat import Chat, Message
     from ..llm import LLM
     from ..net.slow import set_factor
-    from ..plan_report import render
+    from ..nodes import open_nodes
+    from ..plan_report import RunMeasurements, render
     from .run import show
 
     prompt = Chat.open(model.path).encode([Message("user", args.prompt)])
@@ -134,7 +135,7 @@ def _demo(args: argparse.Namespace, model: Model, running: list[RunningNode], di
         speeds = {DEVICES[0][0]: longer_alone.tokens_per_s} if longer_alone.tokens_per_s else {}
         print(f"5. Predicted beside measured, over {len(longer.tokens)} tokens. Alone means one process with")
         print(f"   the speed of the {DEVICES[0][0]} and one thread, as nodes have, but without a RAM cap:\n")
-        print(render(now, measured_of(reports, longer.tokens_per_s, speeds)))
+        print(render(now, RunMeasurements(longer.tokens_per_s, _seconds(reports), speeds)))
         name, slow = busiest(engine.plan.assignments)
         print(f"6. The {name} gets hot in the middle of an answer: each of its steps takes {HOTTER:g} times")
         print("   as long. Layers leave it while the answer goes on:\n", flush=True)
@@ -199,6 +200,12 @@ class _Hot:
         speed = sum(start < at <= end for at in self._times) / max(end - start, 1e-9)
         layers = ", ".join(f"{stage.device} {stage.last - stage.first}" for stage in stages)
         print(f"   {when:<8} {speed:5.1f} tokens/s   units: {layers}", flush=True)
+
+
+def _seconds(reports: Sequence[StageReport]) -> dict[str, float]:
+    """The measured seconds of a decode call, by node."""
+    decode = {report.node: report.stats.decode for report in reports}
+    return {node: stats.seconds / stats.steps for node, stats in decode.items() if stats.steps}
 
 
 def busiest(stages: Sequence[Assignment]) -> tuple[str, float]:

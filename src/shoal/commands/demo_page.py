@@ -12,15 +12,16 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from ..distributed import Nodes, in_order, open_nodes
 from ..engine.errors import ShoalError
 from ..engine.model_directory import Model
 from ..http_arguments import HOST, PORT
 from ..net.errors import AddressInUseError
 from ..net.identity import host_port
 from ..net.slow import set_factor
+from ..nodes import Nodes, open_nodes
 from ..plan_report import render
 from ..planning import default_workload
+from ..portal import logging_thread
 from ..processes import RunningNode, start
 from ..server.app import Options, serve_app
 from ..server.http import Limits
@@ -37,7 +38,7 @@ _KEYS = "h: the busiest device gets hot, c: it cools, k: it dies, s: it starts a
 def serve(model: Model, running: list[RunningNode], directory: Path) -> None:
     """Serves until Ctrl-C."""
     with ExitStack() as stack:
-        log = stack.enter_context(in_order(tell))
+        log = stack.enter_context(logging_thread(tell))
         addresses = [node.address for node in running]
         workload = default_workload(CONTEXT, given=True)
         engine = stack.enter_context(open_nodes(model, addresses, workload, log=log))

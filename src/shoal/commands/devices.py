@@ -12,7 +12,7 @@ from ..arguments import Commands, add_command, add_json
 from ..engine.errors import ShoalError
 
 if TYPE_CHECKING:
-    from ..net.messages import Housemate
+    from ..net.messages import PairedDevice
 
 _NAMES = {"list": 0, "rename": 2, "revoke": 1, "leave": 0}
 
@@ -38,9 +38,9 @@ def run(args: argparse.Namespace) -> int:
         raise ShoalError(f"`shoal devices {args.action}` takes {_NAMES[args.action]} names: see --help")
     match args.action:
         case "rename":
-            house.change(lambda mates: _renamed(mates, *args.names))
+            house.change(lambda devices: _renamed(devices, *args.names))
         case "revoke":
-            house.change(lambda mates: _without(mates, args.names[0]))
+            house.change(lambda devices: _without(devices, args.names[0]))
             print(f"{args.names[0]} is no longer a device of the house")
             return 0
         case "leave":
@@ -51,36 +51,37 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _of(mates: Sequence[Housemate], name: str) -> Housemate:
-    for mate in mates:
-        if mate.name == name:
-            return mate
-    raise ShoalError(f"there is no device {name!r}; there are: {', '.join(mate.name for mate in mates)}")
+def _of(devices: Sequence[PairedDevice], name: str) -> PairedDevice:
+    for device in devices:
+        if device.name == name:
+            return device
+    names = ", ".join(device.name for device in devices)
+    raise ShoalError(f"there is no device {name!r}; there are: {names}")
 
 
-def _renamed(mates: Sequence[Housemate], old: str, new: str) -> list[Housemate]:
+def _renamed(devices: Sequence[PairedDevice], old: str, new: str) -> list[PairedDevice]:
     from ..house import device_name
 
-    changed = _of(mates, old)
+    changed = _of(devices, old)
     if not new.strip() or device_name(new) != new:
         raise ShoalError("a name has 1 to 64 characters that can be printed")
-    if any(mate.name == new for mate in mates):
+    if any(device.name == new for device in devices):
         raise ShoalError(f"there is a device {new!r} already")
-    return [replace(mate, name=new) if mate is changed else mate for mate in mates]
+    return [replace(device, name=new) if device is changed else device for device in devices]
 
 
-def _without(mates: Sequence[Housemate], name: str) -> list[Housemate]:
-    gone = _of(mates, name)
+def _without(devices: Sequence[PairedDevice], name: str) -> list[PairedDevice]:
+    gone = _of(devices, name)
     if gone.role == "head":
         raise ShoalError(f"{name} is the head of the house: revoke the others, or `shoal devices leave`")
-    return [mate for mate in mates if mate is not gone]
+    return [device for device in devices if device is not gone]
 
 
-def _list(mates: Sequence[Housemate], as_json: bool) -> None:
+def _list(devices: Sequence[PairedDevice], as_json: bool) -> None:
     from ..net.tls import der_of, key_of
     from ..text_table import table
 
-    rows = [(mate.name, mate.role, key_of(der_of(mate))) for mate in mates]
+    rows = [(device.name, device.role, key_of(der_of(device))) for device in devices]
     if as_json:
         print(json.dumps([{"name": name, "role": role, "key": key} for name, role, key in rows], indent=2))
     elif rows:

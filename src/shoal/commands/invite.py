@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from ..net.tls import der_of, key_of
     from ..pairing import Inviting
 
-    house.found(args.name)
+    house.open_or_create(args.name)
     homes: tuple[Address, ...] = ()
     hint = "Then start `shoal up MODEL` on this device, so that it has layers to run."
     with suppress(ShoalError):  # the head is another version, which does not matter here
@@ -69,9 +69,9 @@ def run(args: argparse.Namespace) -> int:
         )
         if not args.no_qr:
             _show(token)
-        mate = await inviting.wait(args.seconds)
-        key = key_of(der_of(mate))
-        print(f"{mate.name} has joined (key {key[:16]}). `shoal devices` lists the house.", flush=True)
+        device = await inviting.wait(args.seconds)
+        key = key_of(der_of(device))
+        print(f"{device.name} has joined (key {key[:16]}). `shoal devices` lists the house.", flush=True)
 
     trio.run(main)
     return 0

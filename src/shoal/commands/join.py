@@ -12,7 +12,7 @@ from ..engine.errors import ShoalError
 from . import node
 
 if TYPE_CHECKING:
-    from ..net.messages import Housemate
+    from ..net.messages import PairedDevice
 
 
 def add_parser(commands: Commands) -> None:
@@ -37,17 +37,17 @@ def add_parser(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns 0 when this device has joined and, unless told otherwise, has served. UntrustedError: it may
     not join. Other errors as for `shoal node`."""
-    mates = _joined(args)
-    heads = ", ".join(mate.name for mate in mates if mate.role == "head")
-    plural = "s" if len(mates) > 1 else ""
-    print(f"joined the house of {heads}: {len(mates)} device{plural}", flush=True)
+    devices = _joined(args)
+    heads = ", ".join(device.name for device in devices if device.role == "head")
+    plural = "s" if len(devices) > 1 else ""
+    print(f"joined the house of {heads}: {len(devices)} device{plural}", flush=True)
     if args.pair_only:
         return 0
     args.name = None  # from here on it has the name that the house has given it
     return node.run(args)
 
 
-def _joined(args: argparse.Namespace) -> tuple[Housemate, ...]:
+def _joined(args: argparse.Namespace) -> tuple[PairedDevice, ...]:
     import trio
 
     from .. import house

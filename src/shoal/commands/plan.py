@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     costs, objective = planner_model(model, StageOptions()), args.objective.replace("-", "_")
     private = private_of(args.private)
     if args.nodes:
-        from ..distributed import survey_home
+        from ..cluster_view import survey_home
 
         cluster, home, held = survey_home(model, args.nodes, insecure=args.insecure)
     else:

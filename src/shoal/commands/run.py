@@ -32,7 +32,7 @@ from ..imports import quick_imports
 if TYPE_CHECKING:
     from ..engine.model_directory import Model
     from ..llm import LLM, Options
-    from ..local.again import LastingEngine
+    from ..local.reconnecting import ReconnectingEngine
 
 
 def add_parser(commands: Commands) -> None:
@@ -210,7 +210,7 @@ def open_llm(args: argparse.Namespace, model: Model, context: int) -> Iterator[t
 
     free = args.context is None
     if args.nodes:
-        from ..distributed import open_nodes
+        from ..nodes import open_nodes
         from ..plan_report import render
         from ..planning import default_workload
         from ..private import private_of
@@ -258,7 +258,9 @@ def open_llm(args: argparse.Namespace, model: Model, context: int) -> Iterator[t
             yield LLM.over(model, engine, context), where
 
 
-def _on_head(args: argparse.Namespace, model: Model, head: LastingEngine, context: int) -> tuple[LLM, str]:
+def _on_head(
+    args: argparse.Namespace, model: Model, head: ReconnectingEngine, context: int
+) -> tuple[LLM, str]:
     """The model on the head of this device, and a description of it if that is shown."""
     from ..llm import LLM
     from ..local.choice import where

@@ -75,10 +75,11 @@ def add_parser(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns 0 when the server was told to end."""
     from ..contexts import context_of
-    from ..distributed import Nodes, in_order
     from ..engine.model_directory import Model
     from ..first_use import model_directory
-    from ..local.again import LastingEngine
+    from ..local.reconnecting import ReconnectingEngine
+    from ..nodes import Nodes
+    from ..portal import logging_thread
     from ..server.app import serve_app
     from ..server.http import Limits
     from ..server.opening import opened
@@ -90,10 +91,10 @@ def run(args: argparse.Namespace) -> int:
     check_nodes(args.nodes)
     web = opened(args, args.host, args.port, tell)
     with ExitStack() as stack:
-        log = stack.enter_context(in_order(tell))
+        log = stack.enter_context(logging_thread(tell))
         llm, where = stack.enter_context(open_llm(args, model, context_of(args.context, model)))
         engine = llm._engine
-        status = engine.status if isinstance(engine, LastingEngine | Nodes) else None
+        status = engine.status if isinstance(engine, ReconnectingEngine | Nodes) else None
         options = options_of(args, web, args.name)
         app = serve_app(engine, model, llm.context, options, log, status=status)
         log(f"{model.path.name} on {where}")

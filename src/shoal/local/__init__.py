@@ -1,5 +1,5 @@
 """Other processes of this device use the head that `shoal up` runs: over a Unix socket, without the network.
 
-`places` says where the socket is, `frames` what is said on it, `server` answers for an engine, and `client`
+`unix_socket` says where it is, `frames` what is said on it, `server` answers for an engine, and `client`
 is an engine that asks there.
 """

@@ -12,26 +12,26 @@ from typing import TYPE_CHECKING
 
 from ..engine.errors import OperatingSystemError, ShoalError
 from ..engine.model_directory import Model
-from . import places
+from . import unix_socket
 
 if TYPE_CHECKING:
     from ..status import Status
-    from .again import LastingEngine
+    from .reconnecting import ReconnectingEngine
 
 LOOK_SECONDS = 2.0
 """The time between two looks at a head whose answers are waited for."""
 
 
-def head_for(args: argparse.Namespace, model: Model) -> LastingEngine | None:
+def head_for(args: argparse.Namespace, model: Model) -> ReconnectingEngine | None:
     """The engine of the head, for the command line of `shoal run` and the like. None: no head runs, it has
     another model or a shorter context than asked for, or the command line says where to compute. What is not
     as usual is said on standard error."""
     if not may_ask(args):
         return None
-    from .again import connect_lasting
+    from .reconnecting import connect_to_head
 
     try:
-        engine = connect_lasting()
+        engine = connect_to_head()
     except ShoalError as error:
         print(f"shoal: computing without the head: {error}", file=sys.stderr)
         return None
@@ -50,11 +50,11 @@ def may_ask(args: argparse.Namespace) -> bool:
     if getattr(args, "private", None) is not None:  # the head has decided that when it began
         return False
     with suppress(OperatingSystemError):  # there is no home directory, and so no head
-        return os.path.exists(places.socket_path())
+        return os.path.exists(unix_socket.socket_path())
     return False
 
 
-def _fits(args: argparse.Namespace, engine: LastingEngine) -> bool:
+def _fits(args: argparse.Namespace, engine: ReconnectingEngine) -> bool:
     context = engine.welcome.context
     if args.context is None or not 0 < context < args.context:
         return True
@@ -66,8 +66,8 @@ def _fits(args: argparse.Namespace, engine: LastingEngine) -> bool:
     return False
 
 
-def where(engine: LastingEngine) -> str:
-    """Where answers are computed, in words. Errors as for LastingEngine.status."""
+def where(engine: ReconnectingEngine) -> str:
+    """Where answers are computed, in words. Errors as for ReconnectingEngine.status."""
     working = [device for device in engine.status().devices if device.units is not None]
     return f"the house's head, {len(working)} device{'' if len(working) == 1 else 's'}"
 
@@ -77,7 +77,7 @@ def _say(sentence: str) -> None:
 
 
 @contextmanager
-def waiting_told(engine: LastingEngine, say: Callable[[str], object] = _say) -> Iterator[None]:
+def waiting_told(engine: ReconnectingEngine, say: Callable[[str], object] = _say) -> Iterator[None]:
     """Says, while the block waits for answers, why the head cannot give any, and when it can again. It looks
     in a thread of its own."""
     ended = threading.Event()

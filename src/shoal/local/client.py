@@ -16,11 +16,11 @@ from ..engine.batch import ReadRequest, Result
 from ..engine.batcher import PutResult
 from ..engine.errors import ShoalError
 from ..engine.generate import check_prompt, check_text
-from ..engine.roster import Report
+from ..engine.request_scheduler import Report
 from ..grammars import GrammarError, Masks
 from ..net.errors import NodeLostError, RemoteProtocolError
 from ..status import Status
-from . import frames, places
+from . import frames, unix_socket
 from .frames import Message
 
 ANSWER_SECONDS = 5.0
@@ -349,7 +349,7 @@ def connect(path: Path | None = None) -> RemoteEngine | None:
 
 def _greeted(path: Path | None) -> tuple[socket.socket, frames.Welcome] | None:
     """A connection to the head, and its Welcome."""
-    place = places.socket_path() if path is None else path
+    place = unix_socket.socket_path() if path is None else path
     if not os.path.exists(place):
         return None
     with ExitStack() as failing:
@@ -375,9 +375,9 @@ def _greeted(path: Path | None) -> tuple[socket.socket, frames.Welcome] | None:
 
 def _welcome(stream: socket.socket, place: Path) -> Message | None:
     stream.settimeout(ANSWER_SECONDS)
-    with places.short(place) as name:
+    with unix_socket.short(place) as name:
         stream.connect(name)
-    places.check_peer(stream)
+    unix_socket.check_peer(stream)
     welcome = frames.receive(stream, requests=False)
     stream.settimeout(None)
     return welcome

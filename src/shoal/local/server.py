@@ -24,11 +24,11 @@ from ..engine.batch import ReadRequest, Result, Want
 from ..engine.errors import ShoalError
 from ..engine.generate import check_prompt, check_text
 from ..engine.model_directory import Model
-from ..engine.roster import Report
+from ..engine.request_scheduler import Report
 from ..grammars import LateGrammars
 from ..net.errors import RemoteProtocolError
 from ..status import Status
-from . import frames, places
+from . import frames, unix_socket
 from .frames import Message
 
 MOST_CLIENTS, MOST_SESSIONS = 64, 4096
@@ -57,11 +57,11 @@ class Head:
 
 @contextmanager
 def serve(path: Path, head: Head) -> Iterator[None]:
-    """Answers on a socket at `path`, which `places.claimed` gave, while the block runs. Leaving it ends what
+    """Answers on a socket at `path`, from `unix_socket.claimed`, while the block runs. Leaving it ends what
     clients have begun. OSError: the socket cannot be made."""
     path.unlink(missing_ok=True)  # that of a process that was killed
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    with listener, places.short(path) as name:
+    with listener, unix_socket.short(path) as name:
         listener.bind(name)
         try:
             path.chmod(0o600)
@@ -192,7 +192,7 @@ class _Client:
             self._leave()
 
     def _serve(self) -> None:
-        places.check_peer(self._stream)
+        unix_socket.check_peer(self._stream)
         if len(self._clients) > MOST_CLIENTS:
             raise ShoalError(f"the head serves {MOST_CLIENTS} programs, the most: end one of them")
         model, head = self._head.model, (os.getpid(), __version__, self._head.port)

@@ -19,9 +19,9 @@ from ..answer_text import AnswerText, Item
 from ..answering import Engine, Settings, Stop
 from ..engine.batch import Logprobs, ReadRequest, Result, Want
 from ..engine.generate import check_prompt
-from ..engine.roster import Report
+from ..engine.request_scheduler import Report
 from ..engine.tokenizer import Tokenizer
-from ..local.again import LastingEngine
+from ..local.reconnecting import ReconnectingEngine
 from ..readings import Readings
 from ..results import Completion
 
@@ -91,7 +91,7 @@ class Arrivals(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What one answer is asked for. `report` as in engine.roster.Report.count."""
+    """What one answer is asked for. `report` as in engine.request_scheduler.Report.count."""
 
     prompt: Sequence[int]
     settings: Settings
@@ -183,7 +183,7 @@ class Asked:
 async def begun(engine: Engine, begin: Callable[[], None]) -> None:
     """Calls what begins something on an engine, in another thread if that may wait: for a connection to a
     head."""
-    if isinstance(engine, LastingEngine):
+    if isinstance(engine, ReconnectingEngine):
         await trio.to_thread.run_sync(begin)
     else:
         begin()

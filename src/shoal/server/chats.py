@@ -130,7 +130,7 @@ def _choice(served: Served, asked: ChatBody, text: str, said: Said) -> Chunk:
     found = None
     if asked.wanted.report is not None:
         tokens, values = said.made.tokens, said.made.logprobs or ()
-        found = chat_logprobs(served.spelling, tokens, values, asked.wanted.report)
+        found = chat_logprobs(served.token_bytes, tokens, values, asked.wanted.report)
     message: Chunk = {"role": "assistant", "content": text or (None if said.calls else ""), "refusal": None}
     if said.calls:
         message["tool_calls"] = [one.shown() for one in said.calls]
@@ -155,7 +155,7 @@ async def _stream(
     async for said in parts:
         found = None
         if wanted.report is not None:
-            found = chat_logprobs(served.spelling, said.piece.tokens, said.piece.logprobs, wanted.report)
+            found = chat_logprobs(served.token_bytes, said.piece.tokens, said.piece.logprobs, wanted.report)
         if found and (said.text or said.piece.tokens):
             yield part(said.index, {"content": said.text}, found)
         elif said.text:

@@ -97,7 +97,7 @@ async def _echoes(
 def _echoed(served: Served, index: int, echo: _Echo) -> Chunk:
     found = None
     if echo.found is not None:
-        found = completion_logprobs(served.spelling, echo.tokens, echo.found, 0)
+        found = completion_logprobs(served.token_bytes, echo.tokens, echo.found, 0)
     return {"text": echo.text, "index": index, "logprobs": found, "finish_reason": "length"}
 
 
@@ -105,7 +105,9 @@ def _choice(served: Served, index: int, made: Completion, echo: _Echo, wanted: W
     found = None
     if wanted.report is not None:
         tokens = [*echo.tokens, *made.tokens]
-        found = completion_logprobs(served.spelling, tokens, [*(echo.found or ()), *(made.logprobs or ())], 0)
+        found = completion_logprobs(
+            served.token_bytes, tokens, [*(echo.found or ()), *(made.logprobs or ())], 0
+        )
     return {
         "text": echo.text + made.text,
         "index": index,
@@ -133,7 +135,7 @@ async def _stream(
     async for piece in pieces:
         found = None
         if wanted.report is not None:
-            found = completion_logprobs(served.spelling, piece.tokens, piece.logprobs, length[piece.index])
+            found = completion_logprobs(served.token_bytes, piece.tokens, piece.logprobs, length[piece.index])
         length[piece.index] += len(piece.text)
         end = None if piece.made is None else reason(piece.made)
         if piece.text and found is None and end is None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..engine.batch import Logprobs
 from ..results import Completion
-from ..spelling import Spelling
+from ..token_bytes import TokenBytes
 
 
 def new_id(prefix: str) -> str:
@@ -79,15 +79,15 @@ def reason(made: Completion) -> str:
 
 
 def chat_logprobs(
-    spelling: Spelling, tokens: Sequence[int], found: Sequence[Logprobs], count: int
+    token_bytes: TokenBytes, tokens: Sequence[int], found: Sequence[Logprobs], count: int
 ) -> dict[str, Any]:
     """Log-probabilities in the form of chats."""
 
     def shown(token: int, logprob: float) -> dict[str, Any]:
         return {
-            "token": spelling.text(token),
+            "token": token_bytes.text(token),
             "logprob": _finite(logprob),
-            "bytes": list(spelling.bytes(token)),
+            "bytes": list(token_bytes.bytes(token)),
         }
 
     return {
@@ -103,11 +103,11 @@ def chat_logprobs(
 
 
 def completion_logprobs(
-    spelling: Spelling, tokens: Sequence[int], found: Sequence[Logprobs | None], offset: int
+    token_bytes: TokenBytes, tokens: Sequence[int], found: Sequence[Logprobs | None], offset: int
 ) -> dict[str, Any]:
     """Log-probabilities in the form of completions; None: nothing precedes the token. `offset`: the length of
     the text before the first token."""
-    texts = [spelling.text(token) for token in tokens]
+    texts = [token_bytes.text(token) for token in tokens]
     offsets = []
     for text in texts:
         offsets.append(offset)
@@ -116,7 +116,7 @@ def completion_logprobs(
         "tokens": texts,
         "token_logprobs": [None if one is None else _finite(one.drawn) for one in found],
         "top_logprobs": [
-            None if one is None else {spelling.text(i): _finite(value) for i, value in one.likeliest}
+            None if one is None else {token_bytes.text(i): _finite(value) for i, value in one.likeliest}
             for one in found
         ],
         "text_offset": offsets,

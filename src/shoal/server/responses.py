@@ -214,7 +214,7 @@ def _logprobs(served: Served, asked: ChatBody, said: Said) -> list[Chunk]:
     if asked.wanted.report is None:
         return []
     piece = said.piece
-    found: list[Chunk] = chat_logprobs(served.spelling, piece.tokens, piece.logprobs, asked.wanted.report)[
+    found: list[Chunk] = chat_logprobs(served.token_bytes, piece.tokens, piece.logprobs, asked.wanted.report)[
         "content"
     ]
     return found

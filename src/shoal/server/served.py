@@ -22,7 +22,7 @@ from ..engine.tokenizer import Tokenizer
 from ..grammars import GrammarError, LateGrammars, Masks
 from ..readings import embedding
 from ..results import Completion
-from ..spelling import Spelling
+from ..token_bytes import TokenBytes
 from .asking import Asked, Piece, Question, read
 from .bodies import (
     Fields,
@@ -97,7 +97,7 @@ class Served:
         self.places = places
         self.tokenizer = Tokenizer.open(model.path)
         self.template = Chat.open(model.path, self.tokenizer)
-        self.spelling = Spelling(self.tokenizer)
+        self.token_bytes = TokenBytes(self.tokenizer)
         self.calls = form_of(self.template.source or "")
         """How the model calls tools; None: it does not."""
         self.grammars = LateGrammars(model)

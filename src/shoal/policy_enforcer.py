@@ -1,4 +1,4 @@
-"""Care for the device of a node: its policy is followed while it serves, and it leaves in good order.
+"""Enforces the policy of a device while its node serves, and lets the node leave in good order.
 
 A node that leaves tells its coordinator (messages.Condition) and goes on serving until its layers have moved
 to other nodes, so that no answer notices. If they do not within LEAVING_SECONDS, it ends all the same, and
@@ -15,13 +15,13 @@ import trio
 
 from .engine.errors import ShoalError
 from .engine.power import PowerReader, is_android
-from .net.care import NOTHING, decide, forbidden
 from .net.messages import Condition
 from .net.policy import NO_POLICY, Policy, default_policy
+from .net.throttling import NOTHING, decide, forbidden
 
 
 class Served(Protocol):
-    """What Care asks of a node, or of the nodes of a process (net/node.Node has the texts)."""
+    """What PolicyEnforcer asks of a node, or of the nodes of a process (net/node.Node has the texts)."""
 
     @property
     def coordinated(self) -> bool: ...
@@ -50,7 +50,7 @@ async def _in_thread(call: Callable[[], None]) -> None:
     await trio.to_thread.run_sync(call, abandon_on_cancel=True)
 
 
-class Care:
+class PolicyEnforcer:
     """Follows the policy of this device (None: the default one). `condition` may be called in any thread.
     Tests replace `clock` and `hop`, which runs a blocking call in a thread."""
 

@@ -1,4 +1,4 @@
-"""The door of a node: strangers, however many there are, keep nobody out who has been sent."""
+"""Limits of a port: strangers, however many there are, keep nobody out who has been sent."""
 
 import resource
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -14,7 +14,7 @@ from bench.chaos.strangers import crowd
 
 from shoal.engine.batch import Want
 from shoal.net.connection import Connection, dial
-from shoal.net.door import (
+from shoal.net.connection_limits import (
     CALLERS,
     CROWD,
     CROWD_SECONDS,
@@ -22,14 +22,14 @@ from shoal.net.door import (
     LEAVING,
     PATIENCE_SECONDS,
     WAITING,
-    Door,
+    ConnectionLimits,
     most_waiting,
 )
 from shoal.net.errors import NetError, NodeLostError, RemoteProtocolError
-from shoal.net.few_lines import LINES
 from shoal.net.messages import Assign, Epoch, Loaded, Open, Peer, Ping, Pong, Result, Step
 from shoal.net.node import PROBE_HANDSHAKES
 from shoal.net.placement import plan_at
+from shoal.net.rate_limited_log import LINES
 
 EPOCH = Epoch(99, 1)
 
@@ -133,12 +133,12 @@ def test_of_many_idle_connections_the_oldest_of_the_busiest_address_ends(lab: Mo
     log: list[str] = []
 
     async def main() -> None:
-        door = Door("a", 10.0, log.append)
+        limits = ConnectionLimits("a", 10.0, log.append)
         with ExitStack() as stack:
-            friend = door.arrive("10.0.0.2")
-            crowded = [door.arrive("10.0.0.9") for _ in range(WAITING + 5)]
-            for visit in (friend, *crowded):
-                stack.enter_context(door.visit(visit))
+            friend = limits.arrive("10.0.0.2")
+            crowded = [limits.arrive("10.0.0.9") for _ in range(WAITING + 5)]
+            for slot in (friend, *crowded):
+                stack.enter_context(limits.occupy(slot))
             assert not friend.scope.cancel_called
             assert [v.scope.cancel_called for v in crowded] == [True] * 6 + [False] * (WAITING - 1)
         assert log[0].startswith("10.0.0.9 did not say Hello")
@@ -148,10 +148,10 @@ def test_of_many_idle_connections_the_oldest_of_the_busiest_address_ends(lab: Mo
 
 def test_a_place_is_settled_when_the_connection_that_had_it_has_closed(lab: ModuleType) -> None:
     async def main() -> None:
-        door, times = Door("a", 10.0, lambda line: None), []
+        limits, times = ConnectionLimits("a", 10.0, lambda line: None), []
 
-        async def close_slowly(visit: Any) -> None:
-            with door.visit(visit):
+        async def close_slowly(slot: Any) -> None:
+            with limits.occupy(slot):
                 try:
                     await trio.sleep_forever()
                 finally:
@@ -161,12 +161,12 @@ def test_a_place_is_settled_when_the_connection_that_had_it_has_closed(lab: Modu
 
         async with trio.open_nursery() as tasks:
             for _ in range(WAITING):
-                tasks.start_soon(close_slowly, door.arrive("10.0.0.9"))
-            await door.settled()
+                tasks.start_soon(close_slowly, limits.arrive("10.0.0.9"))
+            await limits.settled()
             assert trio.current_time() == 0
             for wave in (1, 2):
-                tasks.start_soon(close_slowly, door.arrive("10.0.0.9"))
-                await door.settled()
+                tasks.start_soon(close_slowly, limits.arrive("10.0.0.9"))
+                await limits.settled()
                 assert (trio.current_time(), times) == (3 * wave, [3.0, 6.0][:wave])
             tasks.cancel_scope.cancel()
 
@@ -239,7 +239,7 @@ def test_a_newer_connection_of_a_peer_replaces_its_oldest(lab: ModuleType, purpo
             for connection in own[:-most]:
                 with pytest.raises(NodeLostError, match="it closed the connection"):
                     await connection.receive()
-            assert len(net.nodes[7001].node._door._guests) == 1 + most
+            assert len(net.nodes[7001].node._limits._guests) == 1 + most
             if purpose != "bulk":
                 for connection in (other, *own[-most:]):
                     await connection.send(Ping(3))

@@ -1,8 +1,8 @@
-"""The door of a node: which connections have a place, and which must end.
+"""The most connections that a port has at a time, by kind: which get a slot, and which must end.
 
 Anybody who reaches the port can connect; in a house (net/tls.py) only its devices get as far as Hello. A node
 must stay free for its coordinator and the nodes of its chain, and use a bounded number of file descriptors.
-The kinds of places:
+The kinds of slots:
 
     waiting      at most WAITING connections that have not said Hello, and no more than a quarter of the
                  process's file descriptors. A further one ends the oldest of the address that has the most
@@ -34,8 +34,8 @@ import trio
 
 from .connection import open_connection
 from .errors import NetError, NodeLostError
-from .few_lines import FewLines
 from .messages import Hello
+from .rate_limited_log import RateLimitedLog
 from .tls import PlainTextError, TlsStream, Trust
 
 WAITING = 64
@@ -50,8 +50,8 @@ _HINT = "connect again if it has restarted, or give an address that is the same 
 
 
 @dataclass(slots=True, eq=False)
-class Visit:
-    """One connection from its acceptance to its end. Cancelling `scope` closes it."""
+class Slot:
+    """The slot of one connection, from its acceptance to its end. Cancelling `scope` closes it."""
 
     address: str
     seconds: float
@@ -63,68 +63,68 @@ class Visit:
 class _Served:
     """The coordinator that is served: its name for messages, and the ticket of its guests."""
 
-    visit: Visit
+    slot: Slot
     name: str
     incarnation: int
     ticket: int
 
 
-class Door:
-    """The places of the node `name`. `handshake` is the time in seconds to say Hello."""
+class ConnectionLimits:
+    """The slots of the port of the node `name`. `handshake` is the time in seconds to say Hello."""
 
     def __init__(self, name: str, handshake: float, log: Callable[[str], None]) -> None:
         self._name, self._handshake, self._log = name, handshake, log
         self._most = most_waiting()
-        self._waiting: dict[Visit, None] = {}
-        self._leaving: dict[Visit, None] = {}
-        self._evicted: set[Visit] = set()
+        self._waiting: dict[Slot, None] = {}
+        self._leaving: dict[Slot, None] = {}
+        self._evicted: set[Slot] = set()
         self._closed = trio.Event()
         self._callers = 0
         self._slot = trio.Semaphore(1)
         self._served: _Served | None = None
-        self._guests: dict[Visit, Hello] = {}
-        self._of_strangers = FewLines(log, "more connections were refused or closed", trio.current_time)
+        self._guests: dict[Slot, Hello] = {}
+        self._of_strangers = RateLimitedLog(log, "more connections were refused or closed", trio.current_time)
 
-    def arrive(self, address: str) -> Visit:
-        """A place for a new connection from a host, which may end another one: `settled` waits for that."""
+    def arrive(self, address: str) -> Slot:
+        """A slot for a new connection from a host, which may end another one: `settled` waits for that."""
         seconds = self._handshake if len(self._waiting) < CROWD else min(self._handshake, CROWD_SECONDS)
-        visit = Visit(address, seconds)
-        self._waiting[visit] = None
+        slot = Slot(address, seconds)
+        self._waiting[slot] = None
         if len(self._waiting) > self._most:
             self._evict()
-        return visit
+        return slot
 
     @contextmanager
-    def visit(self, visit: Visit) -> Iterator[None]:
-        """Keeps a connection's place until the block ends, which closes the connection. The block is
-        cancelled when the place is needed for another connection."""
+    def occupy(self, slot: Slot) -> Iterator[None]:
+        """Keeps a connection's slot until the block ends, which closes the connection. The block is
+        cancelled when the slot is needed for another connection."""
         try:
-            with visit.scope:
+            with slot.scope:
                 yield
         finally:
-            self._waiting.pop(visit, None)
-            self._leaving.pop(visit, None)
-            self._guests.pop(visit, None)
-            if visit in self._evicted:
-                self._evicted.remove(visit)
+            self._waiting.pop(slot, None)
+            self._leaving.pop(slot, None)
+            self._guests.pop(slot, None)
+            if slot in self._evicted:
+                self._evicted.remove(slot)
                 self._closed.set()
                 self._closed = trio.Event()
-            if self._serves(visit):
+            if self._serves(slot):
                 self._farewell()
 
-    async def sealed(self, visit: Visit, stream: trio.abc.Stream, who: str, trust: Trust) -> TlsStream | None:
+    async def sealed(self, slot: Slot, stream: trio.abc.Stream, who: str, trust: Trust) -> TlsStream | None:
         """The stream with TLS. None: it has ended, since the peer is a stranger or too slow. A handshake
         takes a part of the time for Hello."""
-        deadline, why = trio.current_time() + visit.seconds, ""
+        deadline, why = trio.current_time() + slot.seconds, ""
         try:
             with trio.move_on_at(deadline):
                 opened = await trust.accepted(stream, who)
-                visit.seconds = max(0.0, deadline - trio.current_time())
+                slot.seconds = max(0.0, deadline - trio.current_time())
                 return opened
-            why = f"{who} connected and did not finish TLS within {visit.seconds:g} s"
+            why = f"{who} connected and did not finish TLS within {slot.seconds:g} s"
         except PlainTextError as error:
             why = f"{who} connected without TLS: {error}"
-            self.refused(visit)
+            self.refused(slot)
             async with open_connection(stream, who, dialled=False) as connection:
                 await connection.refuse(error)
         except NodeLostError:
@@ -133,13 +133,13 @@ class Door:
             why = str(error)
         except Exception as error:  # a bug here must not end the process
             why = "".join(traceback.format_exception(error)).rstrip()
-        self.note(visit, why)
+        self.note(slot, why)
         return None
 
-    def settle(self, visit: Visit) -> None:
-        """Gives up the place of a connection that has said what it wants: the caller bounds the number of
+    def settle(self, slot: Slot) -> None:
+        """Gives up the slot of a connection that has said what it wants: the caller bounds the number of
         those."""
-        self._waiting.pop(visit, None)
+        self._waiting.pop(slot, None)
 
     async def settled(self) -> None:
         """Waits until every connection whose place was needed has closed its socket. A caller that accepts
@@ -148,11 +148,11 @@ class Door:
         while self._evicted:
             await self._closed.wait()
 
-    async def admit(self, visit: Visit, hello: Hello, name: str) -> int:
+    async def admit(self, slot: Slot, hello: Hello, name: str) -> int:
         """Gives a connection that has said Hello the place of its purpose, and returns the ticket for its
         answer. NetError: it may not have one."""
         if hello.purpose == "control":
-            return await self._admit_coordinator(visit, hello, name)
+            return await self._admit_coordinator(slot, hello, name)
         if self._served is None:
             raise NetError(
                 f"{self._name} has no coordinator, so it accepts no {hello.purpose} connections; {_HINT}"
@@ -172,39 +172,39 @@ class Door:
             raise NetError(
                 f"{self._name} has {GUESTS} {hello.purpose} connections, the most that it accepts: end one"
             )
-        self._waiting.pop(visit, None)
-        self._guests[visit] = hello
+        self._waiting.pop(slot, None)
+        self._guests[slot] = hello
         return 0
 
-    def refused(self, visit: Visit) -> None:
+    def refused(self, slot: Slot) -> None:
         """Moves a connection to the places of those that are told why."""
-        self._waiting.pop(visit, None)
-        self._leaving[visit] = None
+        self._waiting.pop(slot, None)
+        self._leaving[slot] = None
         if len(self._leaving) > LEAVING:
             oldest = next(iter(self._leaving))
             del self._leaving[oldest]
             self._end(oldest)
 
-    def note(self, visit: Visit, line: str) -> None:
+    def note(self, slot: Slot, line: str) -> None:
         """Logs why a connection ended. Of a flood of strangers the first lines and the number are logged."""
-        (self._log if self._serves(visit) else self._of_strangers)(line)
+        (self._log if self._serves(slot) else self._of_strangers)(line)
 
-    def _serves(self, visit: Visit) -> bool:
-        return self._served is not None and self._served.visit is visit
+    def _serves(self, slot: Slot) -> bool:
+        return self._served is not None and self._served.slot is slot
 
-    async def _admit_coordinator(self, visit: Visit, hello: Hello, name: str) -> int:
+    async def _admit_coordinator(self, slot: Slot, hello: Hello, name: str) -> int:
         """Serves one coordinator at a time. Another one waits a moment, since the first may be about to
         leave. A newer connection of the same coordinator replaces the older one, which may be dead."""
         again = self._served is not None and self._served.incarnation == hello.incarnation
         if again and self._served is not None:
-            self._served.visit.scope.cancel()
+            self._served.slot.scope.cancel()
         if self._callers < CALLERS:
-            self._waiting.pop(visit, None)
+            self._waiting.pop(slot, None)
             self._callers += 1
             try:
                 with trio.move_on_after(self._handshake if again else PATIENCE_SECONDS):
                     await self._slot.acquire()
-                    self._served = _Served(visit, name, hello.incarnation, secrets.randbits(64) or 1)
+                    self._served = _Served(slot, name, hello.incarnation, secrets.randbits(64) or 1)
                     return self._served.ticket
             finally:
                 self._callers -= 1
@@ -223,18 +223,18 @@ class Door:
         """Closes the oldest connection that has not said Hello, of the address that has the most of them: so
         one device that opens many evicts its own."""
         count: dict[str, int] = {}
-        for visit in self._waiting:
-            count[visit.address] = count.get(visit.address, 0) + 1
+        for slot in self._waiting:
+            count[slot.address] = count.get(slot.address, 0) + 1
         most = max(count.values())
-        oldest = next(visit for visit in self._waiting if count[visit.address] == most)
+        oldest = next(slot for slot in self._waiting if count[slot.address] == most)
         del self._waiting[oldest]
         self._end(oldest)
         who = oldest.address or "a peer"
         self.note(oldest, f"{who} did not say Hello, and its place was needed for another connection")
 
-    def _end(self, visit: Visit) -> None:
-        self._evicted.add(visit)
-        visit.scope.cancel()
+    def _end(self, slot: Slot) -> None:
+        self._evicted.add(slot)
+        slot.scope.cancel()
 
 
 def most_waiting() -> int:

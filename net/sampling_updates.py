@@ -26,7 +26,7 @@ Notice = Told | Close
 
 
 @dataclass(slots=True)
-class Teller:
+class UpdateSender:
     """What the last stage has been told of a session in the present epoch, at the coordinator."""
 
     number: int = 0
@@ -66,7 +66,7 @@ class Teller:
 
 
 @dataclass(slots=True)
-class Hearer:
+class UpdateReceiver:
     """What the last stage has been told of a session. `tokens` are replaced and added, and never fewer: a
     Step of an answer that was left, whose result nobody takes, may find others than its own."""
 

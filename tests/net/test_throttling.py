@@ -10,7 +10,9 @@ from itertools import pairwise
 import pytest
 
 from shoal.engine.power import Readings
-from shoal.net.care import (
+from shoal.net.messages import Condition
+from shoal.net.policy import NO_POLICY, PHONE, Policy
+from shoal.net.throttling import (
     CALM_SECONDS,
     LEAVE_SECONDS,
     MOST_CALM,
@@ -22,8 +24,6 @@ from shoal.net.care import (
     decide,
     forbidden,
 )
-from shoal.net.messages import Condition
-from shoal.net.policy import NO_POLICY, PHONE, Policy
 
 GOOD = Readings(
     plugged=True, battery=80, temperature=31, chip=55, clock=100, cpu_pressure=3, memory_pressure=0, ram=10**9

@@ -129,7 +129,7 @@ class Start:
     positions: int
 
 
-class Roster:
+class RequestScheduler:
     """The answers and sequences of one batcher."""
 
     def __init__(self, slots: int, *, share: bool) -> None:

@@ -1,4 +1,4 @@
-"""The keeper of a node's stage for one coordinator: carries out what net/stage_state.py decides.
+"""The manager of a node's stage for one coordinator: carries out what net/stage_state.py decides.
 
 The stage outlives epochs: a transition changes its range and its sessions, and only the loop, the inbox and
 the connections are made anew (net/assignment.py). What changes the stage itself is done by one task, in the
@@ -42,6 +42,7 @@ from .messages import (
     Spares,
 )
 from .pace import NodePace
+from .sampling_updates import Notice
 from .stage_state import (
     Adopt,
     Adopted,
@@ -62,7 +63,6 @@ from .stage_state import (
     Tell,
     decide,
 )
-from .telling import Notice
 from .work import NO_SESSIONS, Session, StageLike, StageWork
 
 _CROWDED = "running answers need the room for keys and values"
@@ -76,7 +76,7 @@ COPY_SECONDS, COPY_PAUSE = 0.25, 4
 as that took."""
 
 
-class Keeper:
+class StageManager:
     """Holds a node's stage for one coordinator. `tasks` outlives `run`."""
 
     def __init__(

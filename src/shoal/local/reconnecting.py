@@ -8,14 +8,14 @@ from collections.abc import Collection, Generator, Sequence
 from ..answering import Put, Settings, Stop
 from ..engine.batch import ReadRequest
 from ..engine.batcher import PutResult
-from ..engine.roster import Report
+from ..engine.request_scheduler import Report
 from ..net.errors import MismatchError, NodeLostError
 from ..status import Status
 from .client import GONE, RemoteEngine, RemoteSession, connect
 from .frames import Welcome
 
 
-class LastingEngine:
+class ReconnectingEngine:
     """An answering.Engine on the head of this device, made of a connection to it. When that head has ended,
     the next request connects to the one that runs then, and waits for it. What was under way ends with the
     head.
@@ -35,9 +35,9 @@ class LastingEngine:
         """Whether anything was asked that has not ended."""
         return self._engine.busy
 
-    def session(self, settings: Settings) -> LastingSession:
+    def session(self, settings: Settings) -> ReconnectingSession:
         """See Engine."""
-        return LastingSession(self, settings)
+        return ReconnectingSession(self, settings)
 
     def begin(
         self, prompt: Sequence[int], settings: Settings, put: Put, report: Report | None = None
@@ -77,10 +77,10 @@ class LastingEngine:
         return found
 
 
-class LastingSession:
+class ReconnectingSession:
     """An answering.Session of the head, which goes on with the next head. That computes the whole prompt."""
 
-    def __init__(self, engine: LastingEngine, settings: Settings) -> None:
+    def __init__(self, engine: ReconnectingEngine, settings: Settings) -> None:
         self._engine, self._settings = engine, settings
         self._on = engine.now()
         self._session: RemoteSession = self._on.session(settings)
@@ -93,7 +93,7 @@ class LastingSession:
         end: Collection[int],
         report: Report | None = None,
     ) -> Generator[int, None, None]:
-        """See answering.Session. Errors as for LastingEngine."""
+        """See answering.Session. Errors as for ReconnectingEngine."""
         now = self._engine.now()
         if now is not self._on:
             self._on, self._session = now, now.session(self._settings)
@@ -108,7 +108,7 @@ class LastingSession:
         self._session.close()
 
 
-def connect_lasting() -> LastingEngine | None:
+def connect_to_head() -> ReconnectingEngine | None:
     """The engine of the head of this device; None: none runs. Errors as for `connect`."""
     found = connect()
-    return None if found is None else LastingEngine(found)
+    return None if found is None else ReconnectingEngine(found)

@@ -12,7 +12,7 @@ _BYTES = {chr(b): b for b in range(256)} | {chr(256 + i): b for i, b in enumerat
 """How tokenizers over bytes spell each byte."""
 
 
-class Spelling:
+class TokenBytes:
     """The bytes of the tokens of a tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:

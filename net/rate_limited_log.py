@@ -7,7 +7,7 @@ from collections.abc import Callable
 LINES, LINES_SECONDS = 20, 10.0
 
 
-class FewLines:
+class RateLimitedLog:
     """Passes on at most LINES lines within LINES_SECONDS, and then how many more there were: that number, and
     `what` they were."""
 

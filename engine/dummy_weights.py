@@ -1,5 +1,5 @@
-"""Weights of the right shapes for a model of which files are missing, so that a device can measure its speed
-before it has any weights. A call's time does not depend on the values, as long as they are ordinary
+"""Dummy weights of the right shapes for a model of which files are missing, so that a device can measure its
+speed before it has any weights. A call's time does not depend on the values, as long as they are ordinary
 numbers."""
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _SPREAD = {"q8": 73.0, "q4": 4.6, "q4_min": 4.6}
 """The standard deviation of quantised values that are drawn evenly, by type."""
 
 
-class InventedModel(Model):
-    """A model whose missing files of units are invented in memory."""
+class DummyModel(Model):
+    """A model whose missing files of units have dummy weights, in memory."""
 
     def open_file(self, name: str, arena: Arena | None = None) -> SafetensorsFile:
         unit = {unit_file(u): u for u in range(self.n_units)}.get(name)
@@ -35,9 +35,9 @@ class InventedModel(Model):
         size = start + placed[-1].end
         memory = np.zeros(size, np.uint8) if arena is None or arena.left < size else arena.take(size)
         tensors = {info.name: info.moved(start) for info in placed}
-        file = SafetensorsFile(Path(f"{self.path / name} (invented)"), tensors, memory.data)
+        file = SafetensorsFile(Path(f"{self.path / name} (dummy)"), tensors, memory.data)
         for weight in own if arena is not None else ():  # a table that is only mapped stays zeros
-            _invent(file, weight)
+            _fill(file, weight)
         return file
 
 
@@ -54,7 +54,7 @@ def complete(model: Model, first: int, last: int) -> bool:
     return all(has_file(model, name) for name in model.files_of(first, last))
 
 
-def _invent(file: SafetensorsFile, weight: Weight) -> None:
+def _fill(file: SafetensorsFile, weight: Weight) -> None:
     """Gives a weight values whose products have about the size of their inputs."""
     values, *groups = (file.tensor(info.name) for info in tensors_of(weight))
     if weight.vector:

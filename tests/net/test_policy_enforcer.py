@@ -18,15 +18,15 @@ import trio.testing
 from tests.patience import LIMIT
 
 from shoal.cli import main as shoal
-from shoal.distributed import coordinator_identity
+from shoal.cluster_view import coordinator_identity
 from shoal.engine.errors import ShoalError
 from shoal.engine.model_directory import Model
 from shoal.engine.power import PowerReader, Readings
-from shoal.net.care import LEAVE_SECONDS, RAM_SECONDS, SHARES
 from shoal.net.connection import Connection, dial, open_tcp
 from shoal.net.messages import Assign, Condition, Epoch, Loaded, Ping, Pong, Release
 from shoal.net.policy import PHONE, Policy, parse_policy
-from shoal.node_care import IDLE_SECONDS, LEAVING_SECONDS, LOOK_SECONDS, SETTLED_SECONDS, Care
+from shoal.net.throttling import LEAVE_SECONDS, RAM_SECONDS, SHARES
+from shoal.policy_enforcer import IDLE_SECONDS, LEAVING_SECONDS, LOOK_SECONDS, SETTLED_SECONDS, PolicyEnforcer
 from shoal.processes import NodeSpec, RunningNode, nodes
 
 TINY = Path(__file__).resolve().parents[1] / "fixtures" / "tiny-llama"
@@ -62,7 +62,7 @@ def write(root: Path, files: Mapping[str, object]) -> Path:
 
 
 class FakeNode:
-    """What care asks of a node."""
+    """What a PolicyEnforcer asks of a node."""
 
     def __init__(self, *, holds: bool = True, stuck: str | None = None, idle: bool = False) -> None:
         self.holds_layers, self._stuck, self.idle = holds, stuck, idle
@@ -98,57 +98,57 @@ class Told:
         return self._numbers.__aiter__()
 
 
-def cared(
-    test: Callable[[Care, FakeReader, Told, list[str]], Awaitable[None]],
+def enforced(
+    test: Callable[[PolicyEnforcer, FakeReader, Told, list[str]], Awaitable[None]],
     policy: str | None = "none",
     readings: Readings = GOOD,
 ) -> None:
     async def main() -> None:
         reader, log = FakeReader(readings), list[str]()
         chosen = None if policy is None else parse_policy(policy)
-        care = Care(chosen, reader, log.append, trio.current_time, inline)  # type: ignore[arg-type]
+        enforcer = PolicyEnforcer(chosen, reader, log.append, trio.current_time, inline)  # type: ignore[arg-type]
         with trio.fail_after(3600):
-            await test(care, reader, Told(), log)
+            await test(enforcer, reader, Told(), log)
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
 def test_a_node_without_layers_ends_at_once_and_says_nothing() -> None:
-    async def test(care: Care, reader: FakeReader, told: Told, log: list[str]) -> None:
-        await care.begin()
-        assert care.condition() is None
+    async def test(enforcer: PolicyEnforcer, reader: FakeReader, told: Told, log: list[str]) -> None:
+        await enforcer.begin()
+        assert enforcer.condition() is None
         told.send.send_nowait(signal.SIGTERM)
-        assert await care.until_left(FakeNode(holds=False), told) is None  # type: ignore[arg-type]
+        assert await enforcer.until_left(FakeNode(holds=False), told) is None  # type: ignore[arg-type]
         assert (trio.current_time(), log, reader.reads) == (0.0, [], 0)
 
-    cared(test)
+    enforced(test)
 
 
 def test_a_node_that_is_told_to_end_waits_until_its_layers_have_moved() -> None:
-    async def test(care: Care, reader: FakeReader, told: Told, log: list[str]) -> None:
+    async def test(enforcer: PolicyEnforcer, reader: FakeReader, told: Told, log: list[str]) -> None:
         node = FakeNode()
         told.send.send_nowait(signal.SIGINT)
 
         async def empty() -> None:
             await trio.sleep(7)
-            assert care.condition() == Condition(1.0, True, "it was told to end")
+            assert enforcer.condition() == Condition(1.0, True, "it was told to end")
             node.holds_layers = False
 
         async with trio.open_nursery() as tasks:
             tasks.start_soon(empty)
-            assert await care.until_left(node, told) is None  # type: ignore[arg-type]
+            assert await enforcer.until_left(node, told) is None  # type: ignore[arg-type]
         assert 7 + SETTLED_SECONDS <= trio.current_time() < 8
         (line,) = log
         assert line.startswith("shoal: leaving, since it was told to end: ends when its layers have moved")
         assert "after 30 s at most (Ctrl-C ends it at once)" in line
 
-    cared(test)
+    enforced(test)
 
 
 def test_a_coordinator_that_disconnects_soon_is_no_news() -> None:
     """As one that ends at the same time."""
 
-    async def test(care: Care, reader: FakeReader, told: Told, log: list[str]) -> None:
+    async def test(enforcer: PolicyEnforcer, reader: FakeReader, told: Told, log: list[str]) -> None:
         node = FakeNode()
         told.send.send_nowait(signal.SIGINT)
 
@@ -158,25 +158,25 @@ def test_a_coordinator_that_disconnects_soon_is_no_news() -> None:
 
         async with trio.open_nursery() as tasks:
             tasks.start_soon(disconnect)
-            assert await care.until_left(node, told) is None  # type: ignore[arg-type]
+            assert await enforcer.until_left(node, told) is None  # type: ignore[arg-type]
         assert trio.current_time() < 0.2
         assert log == []
 
-    cared(test)
+    enforced(test)
 
 
 def test_layers_that_do_not_move_are_waited_for_no_longer_than_the_bound() -> None:
-    async def test(care: Care, reader: FakeReader, told: Told, log: list[str]) -> None:
+    async def test(enforcer: PolicyEnforcer, reader: FakeReader, told: Told, log: list[str]) -> None:
         told.send.send_nowait(signal.SIGINT)
-        assert await care.until_left(FakeNode(), told) is None  # type: ignore[arg-type]
+        assert await enforcer.until_left(FakeNode(), told) is None  # type: ignore[arg-type]
         assert trio.current_time() == pytest.approx(LEAVING_SECONDS, abs=0.3)
         assert log[1:] == ["shoal: its layers have not moved: the coordinator goes on as after a loss"]
 
-    cared(test)
+    enforced(test)
 
 
 def test_layers_that_nobody_uses_or_takes_are_not_waited_for() -> None:
-    async def test(care: Care, reader: FakeReader, told: Told, log: list[str]) -> None:
+    async def test(enforcer: PolicyEnforcer, reader: FakeReader, told: Told, log: list[str]) -> None:
         node = FakeNode(idle=True)
 
         async def use() -> None:
@@ -188,15 +188,15 @@ def test_layers_that_nobody_uses_or_takes_are_not_waited_for() -> None:
         told.send.send_nowait(signal.SIGINT)
         async with trio.open_nursery() as tasks:
             tasks.start_soon(use)
-            assert await care.until_left(node, told) is None  # type: ignore[arg-type]
+            assert await enforcer.until_left(node, told) is None  # type: ignore[arg-type]
         assert trio.current_time() == pytest.approx(6 + IDLE_SECONDS, abs=0.3)
         assert log[1:] == ["shoal: no answer uses its layers, and no other node takes them: it ends now"]
 
-    cared(test)
+    enforced(test)
 
 
 def test_a_second_signal_ends_the_wait() -> None:
-    async def test(care: Care, reader: FakeReader, told: Told, log: list[str]) -> None:
+    async def test(enforcer: PolicyEnforcer, reader: FakeReader, told: Told, log: list[str]) -> None:
         async def insist() -> None:
             told.send.send_nowait(signal.SIGINT)
             await trio.sleep(3)
@@ -204,19 +204,19 @@ def test_a_second_signal_ends_the_wait() -> None:
 
         async with trio.open_nursery() as tasks:
             tasks.start_soon(insist)
-            assert await care.until_left(FakeNode(), told) == signal.SIGTERM  # type: ignore[arg-type]
+            assert await enforcer.until_left(FakeNode(), told) == signal.SIGTERM  # type: ignore[arg-type]
         assert trio.current_time() == pytest.approx(3)
 
-    cared(test)
+    enforced(test)
 
 
 def test_layers_of_a_stage_that_hangs_are_not_waited_for() -> None:
-    async def test(care: Care, reader: FakeReader, told: Told, log: list[str]) -> None:
+    async def test(enforcer: PolicyEnforcer, reader: FakeReader, told: Told, log: list[str]) -> None:
         told.send.send_nowait(signal.SIGINT)
-        assert await care.until_left(FakeNode(stuck="it hangs"), told) is None  # type: ignore[arg-type]
+        assert await enforcer.until_left(FakeNode(stuck="it hangs"), told) is None  # type: ignore[arg-type]
         assert (trio.current_time(), log) == (0.0, [])
 
-    cared(test)
+    enforced(test)
 
 
 @pytest.mark.parametrize(
@@ -233,30 +233,30 @@ def test_layers_of_a_stage_that_hangs_are_not_waited_for() -> None:
 def test_each_rule_that_is_broken_makes_the_node_leave(
     policy: str, bad: dict[str, Any], seconds: float, why: str
 ) -> None:
-    async def test(care: Care, reader: FakeReader, told: Told, log: list[str]) -> None:
-        await care.begin()
-        assert care.condition() == GOOD_CONDITION
+    async def test(enforcer: PolicyEnforcer, reader: FakeReader, told: Told, log: list[str]) -> None:
+        await enforcer.begin()
+        assert enforcer.condition() == GOOD_CONDITION
         node = FakeNode()
 
         async def spoil() -> None:
             await trio.sleep(100)
             reader.readings = replace(GOOD, **bad)
             await trio.sleep(seconds - LOOK_SECONDS)
-            condition = care.condition()
+            condition = enforcer.condition()
             assert condition is not None and not condition.leaving
             await trio.sleep(3 * LOOK_SECONDS)
-            condition = care.condition()
+            condition = enforcer.condition()
             assert condition is not None and condition.leaving and condition.reason.startswith(why)
             node.holds_layers = False
 
         async with trio.open_nursery() as tasks:
             tasks.start_soon(spoil)
-            assert await care.until_left(node, told) is None  # type: ignore[arg-type]
+            assert await enforcer.until_left(node, told) is None  # type: ignore[arg-type]
         assert trio.current_time() < 100 + seconds + 3 * LOOK_SECONDS + 1
         assert any(f"leaving, since {why}" in line for line in log)
         assert reader.reads == pytest.approx(trio.current_time() / LOOK_SECONDS, abs=4)
 
-    cared(test, policy)
+    enforced(test, policy)
 
 
 @pytest.mark.parametrize(
@@ -269,15 +269,15 @@ def test_each_rule_that_is_broken_makes_the_node_leave(
 def test_each_rule_of_heat_and_load_makes_the_share_smaller_and_larger_again(
     policy: str, bad: dict[str, Any]
 ) -> None:
-    async def test(care: Care, reader: FakeReader, told: Told, log: list[str]) -> None:
-        await care.begin()
+    async def test(enforcer: PolicyEnforcer, reader: FakeReader, told: Told, log: list[str]) -> None:
+        await enforcer.begin()
         seen = list[float]()
 
         async def watch() -> None:
             for i in range(1200):
                 if i in (10, 200):
                     reader.readings = GOOD if i == 200 else replace(GOOD, **bad)
-                condition = care.condition()
+                condition = enforcer.condition()
                 assert condition is not None and not condition.leaving
                 if not seen or seen[-1] != condition.share:
                     seen.append(condition.share)
@@ -286,12 +286,12 @@ def test_each_rule_of_heat_and_load_makes_the_share_smaller_and_larger_again(
 
         async with trio.open_nursery() as tasks:
             tasks.start_soon(watch)
-            await care.until_left(FakeNode(holds=False), told)  # type: ignore[arg-type]
+            await enforcer.until_left(FakeNode(holds=False), told)  # type: ignore[arg-type]
         assert seen == [*SHARES, *SHARES[-2::-1]]
         assert len([line for line in log if "computes for at most" in line]) == 2 * (len(SHARES) - 1)
         assert log[1].startswith("shoal: this device computes for at most 70% of the time: its ")
 
-    cared(test, policy)
+    enforced(test, policy)
 
 
 @pytest.mark.parametrize(
@@ -306,18 +306,18 @@ def test_each_rule_of_heat_and_load_makes_the_share_smaller_and_larger_again(
 def test_a_node_does_not_start_where_its_policy_allows_no_work(
     policy: str, readings: dict[str, Any], message: str
 ) -> None:
-    async def test(care: Care, reader: FakeReader, told: Told, log: list[str]) -> None:
+    async def test(enforcer: PolicyEnforcer, reader: FakeReader, told: Told, log: list[str]) -> None:
         with pytest.raises(ShoalError) as caught:
-            await care.begin()
+            await enforcer.begin()
         assert f"the policy of this device allows no work now: {message}" in str(caught.value)
 
-    cared(test, policy, replace(GOOD, **readings))
+    enforced(test, policy, replace(GOOD, **readings))
 
 
 def test_rules_without_effect_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def test(care: Care, reader: FakeReader, told: Told, log: list[str]) -> None:
-        await care.begin()
-        assert care.condition() == Condition(0.6)
+    async def test(enforcer: PolicyEnforcer, reader: FakeReader, told: Told, log: list[str]) -> None:
+        await enforcer.begin()
+        assert enforcer.condition() == Condition(0.6)
         assert log == [
             "shoal: the policy of this device is charging,battery>=30%,clock>=40%,time<=60%",
             "shoal: without effect, since this device hides the readings: charging and battery and clock",
@@ -325,13 +325,13 @@ def test_rules_without_effect_are_named(monkeypatch: pytest.MonkeyPatch) -> None
         ]
 
     monkeypatch.delenv("ANDROID_ROOT", raising=False)
-    cared(test, "charging,battery=30,clock=40,time=60", Readings(ram=10**9))
+    enforced(test, "charging,battery=30,clock=40,time=60", Readings(ram=10**9))
 
 
 def test_a_phone_has_a_policy_of_its_own_and_is_told_of_termux(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def test(care: Care, reader: FakeReader, told: Told, log: list[str]) -> None:
-        await care.begin()
-        assert care.condition() == Condition()
+    async def test(enforcer: PolicyEnforcer, reader: FakeReader, told: Told, log: list[str]) -> None:
+        await enforcer.begin()
+        assert enforcer.condition() == Condition()
         policy, hidden = log
         assert policy == f"shoal: the policy of this device is {PHONE}"
         assert hidden.startswith(
@@ -340,14 +340,14 @@ def test_a_phone_has_a_policy_of_its_own_and_is_told_of_termux(monkeypatch: pyte
         assert "pkg install termux-api" in hidden
 
     monkeypatch.setenv("ANDROID_ROOT", "/system")
-    cared(test, None, Readings(ram=10**9))
+    enforced(test, None, Readings(ram=10**9))
     monkeypatch.delenv("ANDROID_ROOT")
 
-    async def elsewhere(care: Care, reader: FakeReader, told: Told, log: list[str]) -> None:
-        await care.begin()
-        assert (care.condition(), log, reader.reads) == (None, [], 0)
+    async def elsewhere(enforcer: PolicyEnforcer, reader: FakeReader, told: Told, log: list[str]) -> None:
+        await enforcer.begin()
+        assert (enforcer.condition(), log, reader.reads) == (None, [], 0)
 
-    cared(elsewhere, None, Readings(False, 1, 90, 120, 1, 100, 100, 1))
+    enforced(elsewhere, None, Readings(False, 1, 90, 120, 1, 100, 100, 1))
 
 
 BATTERY, SOME = "sys/class/power_supply/battery", "some avg10=77.00 avg60=0.00 avg300=0.00 total=1"
@@ -376,15 +376,15 @@ def test_files_that_change_lead_to_a_drain_or_a_smaller_share(
     async def main() -> None:
         policy = Policy(True, 30, 42, 85, 40, 50, 20, 100e6)
         reader = PowerReader(root, usable=(0,))
-        care = Care(policy, reader, lambda line: None, trio.current_time, inline)
-        await care.begin()
-        assert care.condition() == GOOD_CONDITION
+        enforcer = PolicyEnforcer(policy, reader, lambda line: None, trio.current_time, inline)
+        await enforcer.begin()
+        assert enforcer.condition() == GOOD_CONDITION
         write(root, files)
         node, told = FakeNode(), Told()
 
         async def check() -> None:
             await trio.sleep(15)
-            found = care.condition()
+            found = enforcer.condition()
             assert found is not None
             assert (found.leaving, found.share) == (leaves, share)
             assert bool(found.reason) == (leaves or share < 1)
@@ -393,7 +393,7 @@ def test_files_that_change_lead_to_a_drain_or_a_smaller_share(
 
         async with trio.open_nursery() as tasks:
             tasks.start_soon(check)
-            await care.until_left(node, told)  # type: ignore[arg-type]
+            await enforcer.until_left(node, told)  # type: ignore[arg-type]
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
@@ -403,7 +403,7 @@ def test_files_that_change_lead_to_a_drain_or_a_smaller_share(
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    path = tmp_path_factory.mktemp("care") / "tiny"
+    path = tmp_path_factory.mktemp("policy") / "tiny"
     assert shoal(["convert", str(TINY), str(path), "--dtype", "f32"]) == 0
     return Model.open(path)
 

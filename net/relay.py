@@ -23,7 +23,7 @@ _GONE = (trio.BrokenResourceError, trio.ClosedResourceError)
 K = TypeVar("K", bound=Frame)
 
 
-class Line:
+class RequestStream:
     """Frames of net/requests.py over a TLS stream. `who` names the other side in errors."""
 
     def __init__(self, stream: TlsStream, who: str) -> None:
@@ -93,13 +93,13 @@ class Line:
                 pass
 
 
-async def answer_take(line: Line, take: Take, trust: Trust) -> TlsStream:
+async def answer_take(line: RequestStream, take: Take, trust: Trust) -> TlsStream:
     """Ends the wait of a connection: it is used by the device that the head names. UntrustedError: that is
     not of the house, or the other side is not the head; it is told so."""
     try:
-        if line.stream.mate.role != "head":
-            raise UntrustedError(f"{line.stream.mate.name} vouches for others and is not the head")
-        line.stream.stands_for(trust.mate(take.device))
+        if line.stream.device.role != "head":
+            raise UntrustedError(f"{line.stream.device.name} vouches for others and is not the head")
+        line.stream.stands_for(trust.device(take.device))
     except UntrustedError as error:
         await line.refuse(error)
         raise
@@ -115,7 +115,7 @@ async def vouched(stream: TlsStream, who: str, trust: Trust) -> None:
             data += more
     stream.channel.unread(data)
     if data.startswith(MAGIC):
-        line = Line(stream, who)
+        line = RequestStream(stream, who)
         await answer_take(line, await line.receive(Take), trust)
 
 

@@ -38,6 +38,13 @@ _PARTS = re.compile(
     re.DOTALL,
 )
 
+_JSON = re.compile(r"%(?:json|regex|llguidance)\s*(?=\{)")
+"""What precedes a value of JSON in the text of a grammar."""
+_LITERALS = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?P<pattern>(?:\\.|[^/\\\n])+)/')
+"""A string, or a regular expression, in the text of a grammar."""
+_TEXTS = {"lark_grammar", "rx", "regex"}
+"""What is text in a grammar that is JSON."""
+
 
 class GrammarError(ValueError):
     """A grammar or a schema that cannot be used, or that an answer cannot keep to."""
@@ -62,7 +69,6 @@ class Grammars:
 
     def json(self, schema: Mapping[str, Any]) -> str:
         """The grammar of JSON by a schema. GrammarError: the schema cannot be used."""
-        check_sizes(schema)
         options = {"whitespace_pattern": r"[\x20\x0A]{0,2}"}  # a model could write spaces for ever
         make = self._library.LLMatcher.grammar_from_json_schema
         try:
@@ -73,8 +79,7 @@ class Grammars:
 
     def masks(self, grammar: str) -> Masks:
         """The masks of one answer. It may take a second. GrammarError: the grammar cannot be used."""
-        if len(grammar.encode()) > MOST_BYTES:
-            raise _unusable(f"it is larger than {MOST_BYTES} bytes")
+        check_grammar(grammar)
         limits = self._library.LLParserLimits(verbose_errors=False)  # they would quote the answer
         matcher = self._library.LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
         if matcher.is_error():
@@ -82,6 +87,53 @@ class Grammars:
         made = Masks(grammar, matcher, self._vocab)
         made(())  # a loop of references is noticed only here
         return made
+
+
+def check_grammar(grammar: str) -> None:
+    """GrammarError: a grammar is too large, or the library would take minutes for the schemas and patterns in
+    it."""
+    if len(grammar.encode()) > MOST_BYTES:
+        raise _unusable(f"it is larger than {MOST_BYTES} bytes")
+    try:
+        schemas, texts = _contents(grammar)
+        check_sizes(schemas)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise _unusable(error) from None
+    for text in texts:
+        _check_repeated(text)
+
+
+def _contents(grammar: str) -> tuple[list[Any], list[str]]:
+    """The JSON values in a grammar of the library, most of which are schemas, and the text between them."""
+    if grammar.lstrip().startswith("{"):
+        values, texts = [json.loads(grammar)], list[str]()
+        for one in _objects(values):
+            for name in _TEXTS & one.keys():
+                if isinstance(one[name], str):
+                    more = _contents(one[name])
+                    values, texts = values + more[0], texts + more[1]
+        return values, texts
+    values, texts, at = [], [], 0
+    while found := _JSON.search(grammar, at):
+        texts.append(grammar[at : found.start()])
+        value, at = json.JSONDecoder().raw_decode(grammar, found.end())
+        values.append(value)
+    return values, [*texts, grammar[at:]]
+
+
+def _check_repeated(text: str) -> None:
+    """GrammarError: the rules and patterns of a grammar repeat too many characters."""
+    left = len(text) + MOST_REPEATED
+
+    def shown(found: re.Match[str]) -> str:
+        nonlocal left
+        size = len(found[0]) if found["pattern"] is None else written_out(found["pattern"])
+        left -= size
+        return f"({'x' * size})" if left >= 0 else ""
+
+    plain = _LITERALS.sub(shown, text).translate({ord("["): "(", ord("]"): ")"})
+    if left < 0 or written_out(plain) > len(text) + MOST_REPEATED:
+        raise _unusable(f"it repeats more than {MOST_REPEATED} characters")
 
 
 def check_sizes(schema: object) -> None:

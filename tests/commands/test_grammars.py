@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shoal.grammars import GrammarError, check_sizes, remainders, written_out
+from shoal.grammars import GrammarError, check_grammar, check_sizes, remainders, written_out
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,41 @@ def test_multiples_and_properties_are_limited_in_a_schema() -> None:
             check_sizes(several)
     with pytest.raises(GrammarError, match="more than 1000 properties"):
         check_sizes(properties(1001))
+
+
+REPEATED = r"(a{1000}){1000}"
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        f'start: %json {{"type": "string", "pattern": "{REPEATED}"}}',
+        'start: "%json" %json\n{"multipleOf": 99999} %json {"multipleOf": 77777}',
+        f'start: "[" /{REPEATED}/ "]"',
+        'start: ("a"{1000}){1000}',
+        "start: /a{999}/{999}",
+        "start: /a{9000}/ /b{9000}/",
+        f'start: %regex {{"pattern": "{REPEATED}"}}',
+        f'{{"grammars": [{{"json_schema": {{"pattern": "{REPEATED}"}}}}]}}',
+        f'{{"grammars": [{{"lark_grammar": "start: /{REPEATED}/"}}]}}',
+        '{"grammars": [' + "[" * 100_000,
+        "start: %json {" * 3,
+        "x" * ((1 << 20) + 1),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_a_grammar_is_held_to_the_sizes_of_its_schemas_and_patterns(grammar: str) -> None:
+    with pytest.raises(GrammarError):
+        check_grammar(grammar)
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        'start: ("sea" | "ships"){1,9} "!\\n" /[a-z]{2,90}/',
+        'start: "{" %json {"pattern": "a{1000}", "description": "%json {"} "}"',
+        '{"grammars": [{"json_schema": {"type": "object"}}]}',
+    ],
+)
+def test_other_grammars_are_not(grammar: str) -> None:
+    check_grammar(grammar)

@@ -336,6 +336,10 @@ WRONG = {
     "a grammar that is none": begin(grammar=frames.packed_text("start: fish")),
     "a grammar that is no base64": begin(grammar="§"),
     "a grammar that is no text": begin(grammar="/w=="),
+    "a pattern that repeats too much": begin(grammar=frames.packed_text("start: /(a{999}){999}/")),
+    "a schema that takes minutes": begin(
+        grammar=frames.packed_text('start: %json {"type": "integer", "multipleOf": 1000000007}')
+    ),
     "a grammar that is too large": begin(grammar=frames.packed_text("x" * ((1 << 20) + 1))),
 }
 

@@ -11,7 +11,6 @@ from typing import Any
 import trio
 
 from ..engine.errors import MissingDependencyError, ShoalError
-from ..grammars import GrammarError, check_sizes
 from ..results import Completion
 from .asking import Piece
 from .bodies import ChatBody, chat_body
@@ -118,10 +117,6 @@ def _grammar(served: Served, asked: ChatBody) -> str:
     assert served.calls is not None, "it was checked"
     named = [tool for tool in asked.tools if asked.tool_choice == f"={tool['function']['name']}"]
     tools = named or asked.tools
-    try:
-        check_sizes([tool["function"]["parameters"] for tool in tools])
-    except GrammarError as error:
-        raise ApiError(400, str(error), param="tools") from None
     return grammar(served.calls, tools)
 
 

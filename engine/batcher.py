@@ -20,6 +20,7 @@ from .batch import Logprobs, ReadRequest, Result, Run, Sampling, Want
 from .errors import CancelledRunError, ContextError
 from .generate import check_prompt, check_text, check_whole
 from .host import ram
+from .os_errors import translated
 from .request_scheduler import BatchSequence, Job, Reading, Report, RequestScheduler, Start
 from .sampler import Allow, mask_of
 from .stage import Stage
@@ -262,8 +263,8 @@ class Batcher:
         for job, start in scheduler.starts():
             try:
                 self._open(job.sequence, start)
-            except (ContextError, ValueError) as error:
-                self._finish(job, error)
+            except (ContextError, ValueError, MemoryError) as error:
+                self._finish(job, _for_user(error))
                 continue
             job.begun, job.sent = True, min(len(job.sequence.tokens), start.positions)
             if job.report is not None and job.report.cached is None:  # it was not set aside
@@ -331,9 +332,9 @@ class Batcher:
             results = self.stage.run(runs)
         except CancelledRunError:
             return  # `_next` ends the answer that was stopped
-        except ContextError as error:
+        except (ContextError, MemoryError) as error:
             if not self._make_room():
-                self._finish(jobs[0], error)
+                self._finish(jobs[0], _for_user(error))
             return
         except (ValueError, FloatingPointError) as error:
             if len(jobs) == 1:
@@ -490,6 +491,11 @@ def _run_of(job: Job, rows: int) -> Run:
 def _number(job: Job) -> int:
     assert job.sequence.number is not None, "an admitted answer has a sequence"
     return job.sequence.number
+
+
+def _for_user(error: Exception) -> Exception:
+    """The error of an answer, whose caller is told of a lack of memory as a user is."""
+    return (translated(error) or error) if isinstance(error, MemoryError) else error
 
 
 def _told(error: BaseException) -> Exception:

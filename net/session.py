@@ -20,7 +20,7 @@ import trio
 
 from ..engine.batch import Logprobs, Want, common_prefix
 from ..engine.batch import Result as Read
-from ..engine.errors import ContextError
+from ..engine.errors import ContextError, OperatingSystemError
 from ..engine.sharing import Source, source_for
 from .admission import Admission
 from .chain import Answer as Taken
@@ -39,6 +39,10 @@ class Chains(Protocol):
 
     async def chain(self) -> Chain:
         """The current chain; waits while there is none to which rows may be sent."""
+
+
+_CROWDED = (ContextError.exit_code, OperatingSystemError.exit_code)
+"""Codes of failures for lack of room, or of memory."""
 
 
 class Question(NamedTuple):
@@ -328,7 +332,7 @@ class Session:
         if isinstance(failed, Failed):
             if carried:
                 return
-            crowded = failed.code == ContextError.exit_code
+            crowded = failed.code in _CROWDED
             if crowded and (self._admission.make_room() or self._admission.refused(self)):
                 return
         self._generation.close()

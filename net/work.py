@@ -18,7 +18,13 @@ from typing import Any, Protocol
 from ..engine.arrays import F32
 from ..engine.batch import Result as StageResult
 from ..engine.batch import Run, Sampling, Want
-from ..engine.errors import CancelledRunError, ContextError, ModelFileError, ShoalError
+from ..engine.errors import (
+    CancelledRunError,
+    ContextError,
+    ModelFileError,
+    OperatingSystemError,
+    ShoalError,
+)
 from .errors import to_wire
 from .inbox import Batch, decodes
 from .messages import MOST_SESSIONS, Close, Draw, Epoch, Failed, Open, Result, Rows, Stats, Step, Work
@@ -403,7 +409,7 @@ class StageWork:
 
     def _failed(self, session: int, error: Exception) -> Failed:
         if isinstance(error, MemoryError):
-            error = ContextError(
+            error = OperatingSystemError(
                 "the system had no memory for these rows: end other requests, or other programs on that node"
             )
         return Failed(session, self._epoch, *to_wire(error))

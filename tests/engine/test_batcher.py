@@ -12,7 +12,7 @@ from tests.patience import LIMIT
 
 from shoal.engine.batch import Result, Run, Sampling
 from shoal.engine.batcher import Batcher
-from shoal.engine.errors import ContextError
+from shoal.engine.errors import ContextError, OperatingSystemError
 from shoal.engine.generate import generate
 from shoal.engine.kv_page import page_bytes
 from shoal.engine.model_directory import Model
@@ -256,11 +256,30 @@ def test_answers_end_when_the_batcher_is_closed(stage: Stage) -> None:
 
 def test_a_stage_that_fails_ends_all_answers_with_its_error(stage: Stage) -> None:
     def failing(batch: list[Run]) -> list[Result]:
-        raise MemoryError("no memory")
+        raise RuntimeError("no such thing")
 
     stage.run = failing  # type: ignore[method-assign,assignment]
-    with Batcher(stage) as batcher, pytest.raises(MemoryError, match="no memory"):
+    with Batcher(stage) as batcher, pytest.raises(RuntimeError, match="no such thing"):
         Ask(batcher, [1, 2]).tokens()
+
+
+def test_an_answer_without_memory_ends_alone(stage: Stage, tiny_int8: Model) -> None:
+    """The system has memory for two sequences at a time, and for one of the prompts never."""
+    expected, run = alone(tiny_int8, [1, 2, 3], LIVELY, 6), stage.run
+
+    def short(batch: list[Run]) -> list[Result]:
+        if len(batch) > 2 or any(list(run.tokens) == [1, 9] for run in batch):
+            raise MemoryError
+        return run(batch)
+
+    stage.run = short  # type: ignore[method-assign,assignment]
+    with Batcher(stage, share_prefixes=False) as batcher:
+        asked = [Ask(batcher, [1, 2, 3], LIVELY, tokens=6) for _ in range(4)]
+        hopeless = Ask(batcher, [1, 9], LIVELY, tokens=6)
+        assert [ask.tokens() for ask in asked] == [expected] * 4
+        with pytest.raises(OperatingSystemError, match="Cannot allocate memory"):
+            hopeless.tokens()
+        assert Ask(batcher, [1, 2, 3], LIVELY, tokens=6).tokens() == expected
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -16,7 +16,7 @@ from tests.models import TINY
 
 from shoal.engine.batch import Sampling
 from shoal.engine.convert import convert
-from shoal.engine.errors import ContextError
+from shoal.engine.errors import ContextError, OperatingSystemError
 from shoal.engine.generate import generate
 from shoal.engine.kv_page import page_bytes
 from shoal.engine.model_directory import Model
@@ -513,7 +513,7 @@ def test_a_node_without_memory_fails_an_answer_and_stays(
                     for token in range(6):
                         tasks.start_soon(one, token)
                 most = 0
-                with pytest.raises(ContextError, match="the system had no memory for these rows"):
+                with pytest.raises(OperatingSystemError, match="the system had no memory for these rows"):
                     await lab.collect(coordinator, [13] * 9, 5)
                 most = 2
                 await one(7)

@@ -10,7 +10,7 @@ import pytest
 
 from shoal.engine.batch import Result as StageResult
 from shoal.engine.batch import Run, Sampling, Want
-from shoal.engine.errors import ContextError, ModelFileError
+from shoal.engine.errors import ContextError, ModelFileError, OperatingSystemError
 from shoal.net import tags
 from shoal.net.inbox import Batch
 from shoal.net.messages import MOST_SESSIONS, Close, Draw, Epoch, Failed, Open, Result, Step, Work
@@ -145,7 +145,8 @@ def test_without_memory_one_session_ends_and_the_others_of_its_batch_go_on(
     )
     for failed, session in ((second, 2), (refused, 4)):
         assert isinstance(failed, Failed) and failed.session == session
-        assert failed.code == ContextError.exit_code and "no memory for these rows: end other" in failed.text
+        assert failed.code == OperatingSystemError.exit_code
+        assert "no memory for these rows: end other" in failed.text
     assert set(stage.sequences) == {1, 3}
 
 

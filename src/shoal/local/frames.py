@@ -24,7 +24,7 @@ from ..engine import strict
 from ..engine.arrays import F32
 from ..engine.batch import MOST_REPORTED, Logprobs, Sampling, Want
 from ..engine.batch import Result as Read
-from ..engine.errors import ShoalError
+from ..engine.errors import OperatingSystemError, ShoalError
 from ..engine.strict import Between, Printable
 from ..grammars import MOST_BYTES
 from ..net.errors import TEXT_LIMIT, MismatchError, RemoteProtocolError, error_of, printable
@@ -314,6 +314,8 @@ def told(error: Exception) -> tuple[int, str]:
         return error.exit_code, printable(str(error), TEXT_LIMIT)
     if isinstance(error, ValueError):
         return 0, printable(str(error), TEXT_LIMIT)
+    if isinstance(error, MemoryError):
+        return OperatingSystemError.exit_code, "the head has no memory for this: end other requests"
     return ShoalError.exit_code, printable(f"the head failed: {type(error).__name__}: {error}", TEXT_LIMIT)
 
 

@@ -33,6 +33,14 @@ def add_http(group: argparse._ActionsContainer) -> None:
         help="let scripts of these web pages ask, such as https://chat.example; *: of all (default: none)",
     )
     group.add_argument(
+        "--allow-host",
+        type=listed(name),
+        default=(),
+        metavar="NAME,...",
+        help="let in requests to these names of the server, such as that of a proxy before it (default: "
+        "names of this device; of others, IP addresses)",
+    )
+    group.add_argument(
         "--answers",
         type=positive,
         default=32,

@@ -92,7 +92,9 @@ HEADS = [
     b"GET /health HTTP/1.1\r\n" + lines + LAST + b"\r\n"
     for lines in (
         b"Host: localhost\r\nHost: localhost\r\n", b"Host: \r\n", b"Host: localhost:80:80\r\n",
-        b"Host: user@localhost\r\n", b"Host: localhost.evil.example\r\n", b"Host: 127.0.0.1.nip.io\r\n",
+        b"Host: user@localhost\r\n",
+        b"Host: ::1\r\n", b"Host: localhost:80a\r\n", b"Host: [localhost]\r\n",
+        b"Host: localhost.evil.example\r\n", b"Host: 127.0.0.1.nip.io\r\n",
         b"Host: localhost\r\nno colon\r\n", b"Host: localhost\r\n: empty\r\n",
         b"Host: localhost\r\nX: a\x00b\r\n", b"Host: localhost\r\nX y: z\r\n",
         b"Host: localhost\r\nOrigin: null\r\n", b"Host: localhost\r\nOrigin: https://localhost.evil\r\n",

@@ -63,7 +63,9 @@ HOSTILE = {
     b"GET /health HTTP/1.1\r\nHost : localhost\r\n\r\n": 400,
     b"GET /health HTTP/1.1\r\nHost: localhost\r\n folded: 1\r\nX\x00: 1\r\n\r\n": 400,
     b"GET /health HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n": 421,
-    b"GET http://localhost/health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n": 404,
+    b"GET http://evil.example/health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n": 421,
+    b"GET http:///health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n": 421,
+    b"GET /health HTTP/1.0\r\n\r\n": 421,  # no Host, as HTTP/1.0 may
     b"GET /../etc/passwd HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n": 404,
     b"GET /" + b"a" * 5000: 431,
     b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: " + b"a" * 5000: 431,
@@ -92,6 +94,12 @@ def test_a_hostile_request_gets_its_status_and_no_other_answer(strict: Serving, 
     assert status(reply) == HOSTILE[request_]
     assert reply.count(b"HTTP/1.1 ") == 1
     assert "error" in json.loads(reply.partition(b"\r\n\r\n")[2])
+
+
+def test_a_target_may_name_the_server(strict: Serving) -> None:
+    """Then the Host header does not count, by RFC 9112."""
+    asked = b"GET HTTP://LocalHost:80/v1/models?x HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n"
+    assert exchange(strict.port, asked).startswith(b"HTTP/1.1 200 ")
 
 
 def test_a_silent_connection_is_closed_without_a_word(strict: Serving) -> None:
@@ -150,7 +158,8 @@ def test_a_connection_too_many_is_closed_although_it_says_nothing(llm: shoal.LLM
     with serving(llm, limits=Limits(connections=1, head=SECONDS * 2)) as made:
         with closing(socket.create_connection(("127.0.0.1", made.port), SECONDS)):
             until(lambda: made.server._open == 1)
-            assert status(exchange(made.port, b"")) == 503
+            reply = exchange(made.port, b"")
+            assert status(reply) == 503 and b"\r\nRetry-After: 5\r\n" in reply
         until(lambda: not made.server._open)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -105,8 +106,45 @@ def test_addresses_that_others_reach_are_warned_of() -> None:
     assert warnings("127.0.0.1", keys=False, tls=False) == []
     assert len(warnings("0.0.0.0", keys=False, tls=False)) == 2
     assert warnings("0.0.0.0", keys=True, tls=True) == []
-    assert hosts_of("0.0.0.0") is None
-    assert "localhost" in (hosts_of("127.0.0.1") or ())
+
+
+OWN = socket.gethostname()
+ALWAYS = ("localhost", "LocalHost:8080", "localhost.", "127.0.0.1:1", "[::1]", "[::1]:8080")
+NEVER = (
+    "",
+    "evil.example",
+    "localhost.evil.example",
+    "::1",
+    "[::1",
+    "localhost:80:80",
+    "a@localhost",
+    "[]",
+    ":80",
+)
+FAR = ("192.168.1.20", "192.168.1.20:8080", "[FE80::1]:80", OWN, f"{OWN.upper()}:80", "10.0.0.1.")
+
+
+@pytest.mark.parametrize(
+    ("host", "more", "admitted", "refused"),
+    [
+        ("127.0.0.1", (), ALWAYS, (*NEVER, *FAR, "proxy.example")),
+        ("127.0.0.2", ("Proxy.Example",), (*ALWAYS, "127.0.0.2:80", "proxy.example:443"), (*NEVER, *FAR)),
+        ("0.0.0.0", (), (*ALWAYS, *FAR, "0.0.0.0"), (*NEVER, "proxy.example", "1.2.3.4.nip.io")),
+        ("::", ("proxy.example",), (*ALWAYS, *FAR, "PROXY.example."), NEVER),
+    ],
+)
+def test_a_page_whose_name_leads_to_the_server_is_refused(
+    host: str, more: tuple[str, ...], admitted: tuple[str, ...], refused: tuple[str, ...]
+) -> None:
+    hosts = hosts_of(host, more)
+    assert hosts is not None
+    assert [one for one in admitted if one not in hosts] == []
+    assert [one for one in refused if one in hosts] == []
+
+
+def test_keys_are_enough_where_others_reach_the_server() -> None:
+    assert hosts_of("0.0.0.0", keys=True) is None
+    assert hosts_of("127.0.0.1", keys=True) is not None
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from .bodies import Fields, parse
 from .errors import ApiError, api_error
 from .house import GetStatus, House
 from .http import Message, Receive, Scope, Send
+from .opening import Hosts
 from .places import Places
 from .routes import PAGE, routes
 from .served import Call, Event, Handler, Part, Reply, Served
@@ -34,13 +35,13 @@ Log = Callable[[str], object]
 class Options:
     """How a server treats those who ask. `keys`: API keys by their SHA-256, with a name each; without any,
     everybody is let in. `origins`: those of other pages whose scripts may ask. `hosts`: what the Host header
-    may say, without a port; None: anything. `slots`: answers that are computed together. `queue`: requests
+    may name; None: anything. `slots`: answers that are computed together. `queue`: requests
     that may wait."""
 
     names: Sequence[str] = ()
     keys: Mapping[bytes, str] | None = None
     origins: Collection[str] = ()
-    hosts: Collection[str] | None = None
+    hosts: Hosts | None = None
     slots: int = 32
     queue: int = 128
     body_bytes: int = 8 << 20
@@ -144,8 +145,8 @@ class ServerApp:
     def _admit(self, exchange: _Exchange) -> str:
         """Whose request it is. ApiError: it is not let in."""
         hosts = self._options.hosts
-        if hosts is not None and _host(exchange.header("host") or "") not in hosts:
-            raise ApiError(421, "the Host header names another server", code="host")
+        if hosts is not None and (exchange.header("host") or "") not in hosts:
+            raise ApiError(421, "the Host header names another server: see --allow-host", code="host")
         if not self._options.keys or exchange.path in (PAGE, "/health"):
             return exchange.address
         scheme, _, key = (exchange.header("authorization") or "").partition(" ")
@@ -305,10 +306,3 @@ async def _until_gone(receive: Receive, exchange: _Exchange, parts: AsyncGenerat
         raise failure
     if gone and not exchange.complete:
         raise OSError("the client has gone")
-
-
-def _host(header: str) -> str:
-    """The host of a Host header, without its port."""
-    host, colon, port = header.rpartition(":")
-    named = host if colon and port.isdecimal() else header
-    return named.removeprefix("[").removesuffix("]").lower()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import ssl
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
@@ -53,9 +54,12 @@ class BodyError(Exception):
     """A request body that breaks the rules of HTTP."""
 
 
+_ABSOLUTE = re.compile(rb"https?://(?P<host>[^/?#]*)(?P<path>.*)", re.IGNORECASE | re.DOTALL)
 _RECEIVE = 64 << 10
 _AHEAD = 64 << 10
 """The most bytes of a following request that are read while a response is under way."""
+_FULL_SECONDS = 5
+"""When to come again, for who is a connection too many."""
 _LINGER = 2.0
 _LINGER_BYTES = 8 << 20
 
@@ -117,7 +121,8 @@ class Server:
             if not full:
                 await served.run()
             elif tls is None:  # with TLS, a refusal would cost a handshake
-                await served.refuse(503, "the server has too many connections: try again later")
+                wait = ("Retry-After", str(_FULL_SECONDS))
+                await served.refuse(503, "the server has too many connections: try again later", wait)
         except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError, OSError):
             pass  # the client has gone, or takes too long
         except Exception as error:  # a mistake of ours ends one connection, not all
@@ -251,7 +256,7 @@ class _Connection:
         except OSError:  # full, or broken: send_all waits, or says so
             return 0
 
-    async def refuse(self, status: int, message: str) -> None:
+    async def refuse(self, status: int, message: str, *more: tuple[str, str]) -> None:
         """An error response of the connection itself, after which it ends."""
         if self._h11.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             return
@@ -262,6 +267,7 @@ class _Connection:
             ("Content-Type", "application/json"),
             ("Content-Length", str(len(body))),
             ("Connection", "close"),
+            *more,
         ]
         await self.write(h11.Response(status_code=status, headers=headers), h11.Data(data=body))
         await self._linger()
@@ -312,7 +318,12 @@ class _Connection:
 
     def scope(self, request: h11.Request) -> Scope:
         """The ASGI scope of a request. `shoal.ending` is set when the server ends."""
-        path, _, query = request.target.partition(b"?")
+        headers = [(bytes(name), bytes(value)) for name, value in request.headers]
+        target = request.target
+        if absolute := _ABSOLUTE.fullmatch(target):  # then what it says of the host counts, by RFC 9112
+            headers = [pair for pair in headers if pair[0] != b"host"] + [(b"host", absolute["host"])]
+            target = absolute["path"] or b"/"
+        path, _, query = target.partition(b"?")
         return {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.4"},
@@ -323,7 +334,7 @@ class _Connection:
             "raw_path": path,
             "query_string": query,
             "root_path": "",
-            "headers": [(bytes(name), bytes(value)) for name, value in request.headers],
+            "headers": headers,
             "client": (self._client, 0),
             "server": None,
             "shoal.ending": self._draining,

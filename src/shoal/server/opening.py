@@ -4,10 +4,14 @@ imports no part that answers, so that what is wrong is said at once."""
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import os
+import re
+import socket
 import ssl
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.util import find_spec
@@ -19,9 +23,6 @@ from ..engine.errors import MissingDependencyError, ShoalError
 from ..engine.os_errors import translated
 from ..net.listen import addresses, listen, named, reachable
 
-LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
-"""Hosts that requests name to a server on a loopback address. A page elsewhere whose name leads here (DNS
-rebinding) names another."""
 Listeners = list[trio.SocketListener]
 _PACKAGES = ("h11", "prometheus_client")
 
@@ -40,7 +41,34 @@ class Opened:
     listeners: Listeners
     tls: ssl.SSLContext | None
     keys: Mapping[bytes, str] | None
-    hosts: Sequence[str] | None
+    hosts: Hosts | None
+
+
+@dataclass(frozen=True, slots=True)
+class Hosts:
+    """The hosts that the Host header of a request may name: these names, and with `addresses` any IP address.
+    A page elsewhere whose name leads to this server (DNS rebinding) has that name in the header, and no page
+    can have it replaced by an address."""
+
+    names: Collection[str]
+    addresses: bool = False
+
+    def __contains__(self, header: str) -> bool:
+        """Whether a Host header names one of them, whatever its port."""
+        found = _HOST.fullmatch(header)
+        if found is None:
+            return False
+        name = (found["address"] or found["name"]).lower().removesuffix(".")
+        if name in self.names:
+            return True
+        with suppress(ValueError):
+            return self.addresses and bool(ipaddress.ip_address(name))
+        return False
+
+
+_HOST = re.compile(r"(\[(?P<address>[0-9a-fA-F:.]+)\]|(?P<name>[^\s\[\]:/?#@]+))(:\d{0,5})?", re.ASCII)
+LOCAL_HOSTS = Hosts(("127.0.0.1", "::1", "localhost"))
+"""Those of a server on a loopback address."""
 
 
 def opened(args: argparse.Namespace, host: str, port: int, warn: Callable[[str], object]) -> Opened:
@@ -53,7 +81,8 @@ def opened(args: argparse.Namespace, host: str, port: int, warn: Callable[[str],
         raise ShoalError("--tls-key needs --tls-cert")
     keys = None if args.api_key_file is None else read_keys(args.api_key_file)
     tls = None if args.tls_cert is None else tls_context(args.tls_cert, args.tls_key)
-    made = Opened(open_listeners(host, port), tls, keys, hosts_of(host))
+    hosts = hosts_of(host, args.allow_host, keys=keys is not None)
+    made = Opened(open_listeners(host, port), tls, keys, hosts)
     for warning in warnings(host, keys=keys is not None, tls=tls is not None):
         warn(f"warning: {warning}")
     return made
@@ -70,9 +99,14 @@ def open_listeners(host: str, port: int) -> Listeners:
     return trio.run(listen, host, addresses(host), port)
 
 
-def hosts_of(host: str) -> Sequence[str] | None:
-    """What the Host header of a request may name; None: anything, since other devices reach the server."""
-    return None if reachable(addresses(host)) else (*LOCAL_HOSTS, host.lower())
+def hosts_of(host: str, more: Sequence[str] = (), *, keys: bool = False) -> Hosts | None:
+    """The hosts that requests to a server on `host` may name, and `more`. None: any, since other devices
+    reach the server, and a page that does not know a key is not let in."""
+    names = {*LOCAL_HOSTS.names, host.lower(), *(name.lower().removesuffix(".") for name in more)}
+    if not reachable(addresses(host)):
+        return Hosts(names)
+    own = socket.gethostname().lower()
+    return None if keys else Hosts(names | {own, f"{own.partition('.')[0]}.local"}, addresses=True)
 
 
 def warnings(host: str, *, keys: bool, tls: bool) -> list[str]:

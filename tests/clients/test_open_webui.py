@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import time
@@ -65,4 +66,7 @@ def test_it_lists_the_model_and_chats(page: httpx.Client) -> None:
     made = page.post("/api/chat/completions", json={**asked, "stream": False}).json()
     assert made["choices"][0]["message"]["content"] == expected
     streamed = page.post("/api/chat/completions", json={**asked, "stream": True}).text
-    assert streamed.rstrip().endswith("data: [DONE]")
+    *parts, last = [line.removeprefix("data: ") for line in streamed.split("\n") if line.startswith("data: ")]
+    assert last == "[DONE]"
+    choices = [choice for part in parts for choice in json.loads(part).get("choices", ())]
+    assert "".join(choice["delta"].get("content") or "" for choice in choices) == expected

@@ -34,7 +34,7 @@ class AnswerText:
         self._most = min(most_tokens(prompt, settings), settings.context + 1 - len(prompt))
         self.finished = False
         self._stream = TextStream(tokenizer, settings.stops)
-        self._tokens: list[int] = []
+        self.tokens: list[int] = []
         self._texted = 0
         """How many of the tokens have become text."""
         self._pieces: list[str] = []
@@ -59,14 +59,14 @@ class AnswerText:
         """Takes a token whose text nobody needs yet: `rest` has it. For an answer without stop strings, and
         quick enough for the engine's thread."""
         self._last = time.perf_counter()
-        if not self._tokens:
+        if not self.tokens:
             self._first = self._last
-        self._tokens.append(token)
+        self.tokens.append(token)
 
     def _text(self) -> str:
         """The text of the tokens that have none yet, as far as it is final."""
-        text = "".join(map(self._stream.push, self._tokens[self._texted :]))
-        self._texted = len(self._tokens)
+        text = "".join(map(self._stream.push, self.tokens[self._texted :]))
+        self._texted = len(self.tokens)
         return text
 
     def rest(self) -> str:
@@ -88,15 +88,15 @@ class AnswerText:
         reason: FinishReason = "stop"
         if self.cancelled:
             reason = "cancelled"
-        elif not self._stream.stopped and len(self._tokens) >= self._most:
+        elif not self._stream.stopped and len(self.tokens) >= self._most:
             reason = "length"
         return Completion(
             "".join(self._pieces),
-            tuple(self._tokens),
+            tuple(self.tokens),
             reason,
-            Usage(len(self.prompt), len(self._tokens), self.report.cached or 0),
+            Usage(len(self.prompt), len(self.tokens), self.report.cached or 0),
             Timings(self._first - self._start, self._last - self._start),
-            None if self.report.count is None else tuple(self.report.found[: len(self._tokens)]),
+            None if self.report.count is None else tuple(self.report.found[: len(self.tokens)]),
         )
 
 

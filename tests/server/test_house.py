@@ -7,8 +7,9 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -134,6 +135,13 @@ def test_those_who_watch_at_the_same_time_ask_the_devices_together(watched: Serv
 def test_who_may_not_ask_does_not_see_the_house(llm: shoal.LLM, head: Head) -> None:
     options = Options(keys={sha256(KEY.encode()).digest(): "ali"}, hosts=LOCAL_HOSTS)
     with serving(llm, options, status=head) as made, made.client as client:
+        head.status = replace(STATUS, phase="waiting", reason="the phone is lost")
+        reply = client.get("/health")
+        assert (reply.status_code, reply.json()["status"], reply.json()["reason"]) == (
+            503,
+            "waiting",
+            "waiting",
+        )
         for path in ("/house", "/house/events"):
             assert client.get(path).status_code == 401
             assert client.get(path, headers={"Host": "evil.example"}).status_code == 421
@@ -144,7 +152,7 @@ def test_who_may_not_ask_does_not_see_the_house(llm: shoal.LLM, head: Head) -> N
 def test_requests_wait_for_the_first_plan_and_are_told_if_there_is_none(
     llm: shoal.LLM, head: Head, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(served, "PLAN_SECONDS", 0.2)
+    monkeypatch.setattr(served, "PATIENCE_SECONDS", 0.2)
     head.status = replace(STATUS, phase="waiting", reason="12 MB are missing", context=0)
     context, looks = 0, list[None]()
 
@@ -162,13 +170,69 @@ def test_requests_wait_for_the_first_plan_and_are_told_if_there_is_none(
             assert (reply.status_code, reply.headers["retry-after"]) == (503, "5")
             assert reply.json()["error"]["message"] == "the devices are not ready: 12 MB are missing"
         assert client.get("/v1/models").json()["data"][0]["context_length"] is None
-        monkeypatch.setattr(served, "PLAN_SECONDS", SECONDS)
+        monkeypatch.setattr(served, "PATIENCE_SECONDS", SECONDS)
         with ThreadPoolExecutor(1) as other:
             waits = other.submit(client.post, "/v1/completions", json=asked)
-            head_asked, seen = head.asked, len(looks)
+            seen = len(looks)
             until(lambda: len(looks) > seen + 3)  # it looks again and again
             assert not waits.done()
-            context = llm.context
+            context, head.status = llm.context, STATUS
             assert waits.result(SECONDS).status_code == 200
-        assert head.asked == head_asked
+        until(lambda: client.get("/health").status_code == 200)
         assert client.get("/health").status_code == 200
+
+
+class Away:
+    """An engine over devices that go away after so many results, until they are `back`."""
+
+    def __init__(self, llm: shoal.LLM, results: int) -> None:
+        self._engine, self._left = llm._engine, iter(range(results))
+        self.back = threading.Event()
+
+    def _late(self, put: Any, item: Any) -> None:
+        if next(self._left, None) is None:
+            self.back.wait(SECONDS)
+        put(item)
+
+    def begin(self, prompt: Any, settings: Any, put: Any, report: Any = None) -> Any:
+        return self._engine.begin(prompt, settings, partial(self._late, put), report)
+
+    def read(self, request: Any, put: Any) -> Any:
+        return self._engine.read(request, partial(self._late, put))
+
+
+@pytest.mark.parametrize("slots", [1, 32])
+def test_who_waits_for_devices_that_were_lost_is_told_and_a_stream_that_has_begun_goes_on(
+    llm: shoal.LLM, head: Head, monkeypatch: pytest.MonkeyPatch, slots: int
+) -> None:
+    monkeypatch.setattr(served, "PATIENCE_SECONDS", 0.3)
+    devices = Away(llm, 2)
+    far = shoal.LLM.over(llm.model, cast("Any", devices), llm.context)
+    chat: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}], "logit_bias": {"2": -100}}
+    streamed = {**chat, "max_tokens": 9, "stream": True}
+    with (
+        serving(far, Options(slots=slots), status=head) as made,
+        made.client as client,
+        client.stream("POST", "/v1/chat/completions", json=streamed) as begun,
+    ):
+        lines = begun.iter_lines()
+        first = next(lines)
+        head.status = replace(STATUS, phase="waiting", reason="12 MB are missing")
+        asked = [
+            ("/v1/chat/completions", chat),
+            ("/v1/chat/completions", streamed),
+            ("/v1/responses", {"input": "Hello", "stream": True}),
+            ("/v1/completions", {"prompt": "A boat", "echo": True, "logprobs": 1, "max_tokens": 0}),
+            ("/v1/embeddings", {"input": "A"}),
+        ]
+        replies = [made.post(path, **body) for path, body in asked]
+        with made.client as other:
+            health = other.get("/health")
+        devices.back.set()
+        for reply in (*replies, health):
+            assert (reply.status_code, reply.headers["retry-after"]) == (503, "5"), reply.text
+            assert reply.json()["error"]["message"] == "the devices are not ready: 12 MB are missing"
+        assert (health.json()["status"], health.json()["reason"]) == ("waiting", "12 MB are missing")
+        *parts, last = [line.removeprefix("data: ") for line in (first, *lines) if line]
+        assert last == "[DONE]"
+        assert json.loads(parts[-1])["choices"][0]["finish_reason"]

@@ -86,9 +86,9 @@ class ServerApp:
                 if exchange.method == "OPTIONS" and exchange.headers:
                     await exchange.reply(204, b"", "text/plain")
                     return
-                client = self._admit(exchange)
+                client, trusted = self._admit(exchange)
                 handler = self._handler(exchange)
-                call = Call(client, await self._body(exchange, receive), scope["shoal.ending"])
+                call = Call(client, await self._body(exchange, receive), scope["shoal.ending"], trusted)
                 await _until_gone(receive, exchange, handler(call))
             except (trio.Cancelled, OSError) as gone:
                 if not isinstance(gone, TimeoutError):
@@ -142,13 +142,13 @@ class ServerApp:
             ("Vary", "Origin"),
         ]
 
-    def _admit(self, exchange: _Exchange) -> str:
-        """Whose request it is. ApiError: it is not let in."""
+    def _admit(self, exchange: _Exchange) -> tuple[str, bool]:
+        """Whose request it is, and whether it may know of the devices. ApiError: it is not let in."""
         hosts = self._options.hosts
         if hosts is not None and (exchange.header("host") or "") not in hosts:
             raise ApiError(421, "the Host header names another server: see --allow-host", code="host")
         if not self._options.keys or exchange.path in (PAGE, "/health"):
-            return exchange.address
+            return exchange.address, not self._options.keys
         scheme, _, key = (exchange.header("authorization") or "").partition(" ")
         if scheme.lower() != "bearer" or not key:
             raise ApiError(
@@ -160,7 +160,7 @@ class ServerApp:
         digest = hashlib.sha256(key.strip().encode("latin-1", "replace")).digest()
         for known, name in self._options.keys.items():
             if hmac.compare_digest(known, digest):
-                return name
+                return name, True
         raise ApiError(401, "this API key is not known", code="invalid_api_key")
 
     def _handler(self, exchange: _Exchange) -> Handler:
@@ -247,7 +247,7 @@ class _Exchange:
                         return
                     value = part.value
                     data = value if isinstance(value, bytes) else json.dumps(value).encode()
-                    await self.reply(200, data, part.content_type, part.headers)
+                    await self.reply(part.status, data, part.content_type, part.headers)
                     return
                 if self.status is None:
                     await self._start(200, "text/event-stream", (("Cache-Control", "no-store"),))

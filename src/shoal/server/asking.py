@@ -24,6 +24,7 @@ from ..engine.tokenizer import Tokenizer
 from ..local.reconnecting import ReconnectingEngine
 from ..readings import Readings
 from ..results import Completion
+from .places import Waiting
 
 T = TypeVar("T")
 
@@ -80,12 +81,16 @@ class Arrivals(Generic[T]):
     def _wake(self) -> None:
         self._event.set()
 
-    async def take(self) -> list[T]:
-        """All items that have arrived, at least one."""
+    async def some(self) -> None:
+        """Waits until there is an item."""
         while not self._items:
             self._event = trio.Event()
             if not self._items:
                 await self._event.wait()
+
+    async def take(self) -> list[T]:
+        """All items that have arrived, at least one."""
+        await self.some()
         return [self._items.popleft() for _ in range(len(self._items))]
 
 
@@ -150,6 +155,10 @@ class Asked:
         for stop in self._stops:
             stop(wait=False)
 
+    async def arrived(self) -> None:
+        """Waits for the first token, or the end."""
+        await self._arrivals.some()
+
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """The parts of all answers, as they come. ShoalError and others: an answer cannot go on."""
         left = len(self._answers)
@@ -165,7 +174,7 @@ class Asked:
 
     def _piece(self, i: int, items: Sequence[Item]) -> Piece:
         answer = self._answers[i]
-        before = len(answer._tokens)
+        before = len(answer.tokens)
         text = ""
         for item in items:
             text += answer.take(item)
@@ -175,9 +184,11 @@ class Asked:
                 text += answer.rest()
                 break
         made = answer.completion() if answer.finished else None
-        now = len(answer._tokens)
-        found = () if answer.report.count is None else tuple(answer.report.found[before:now])
-        return Piece(i, text, tuple(answer._tokens[before:]), found, made)
+        tokens = tuple(answer.tokens[before:])
+        found = (
+            () if answer.report.count is None else tuple(answer.report.found[before : before + len(tokens)])
+        )
+        return Piece(i, text, tokens, found, made)
 
 
 async def begun(engine: Engine, begin: Callable[[], None]) -> None:
@@ -195,10 +206,11 @@ async def read(
     want: Want,
     context: int,
     each: Callable[[list[Result]], T],
+    waiting: Waiting,
     report: int | None = None,
 ) -> list[T]:
-    """What `each` makes of the results of a text, for all texts, which are read together. See Batcher.read. A
-    task that is cancelled ends it."""
+    """What `each` makes of the results of a text, for all texts, which are read together. See Batcher.read.
+    The first result is awaited by `waiting`. A task that is cancelled ends it."""
     arrivals = Arrivals[tuple[int, Result | Exception | None]]()
     parts: list[list[Result]] = [[] for _ in texts]
     found: dict[int, T] = {}
@@ -213,6 +225,8 @@ async def read(
 
     try:
         await begun(engine, begin)
+        if texts:
+            await waiting(arrivals.some)
         while len(found) < len(texts):
             for i, item in await arrivals.take():
                 if isinstance(item, Exception):

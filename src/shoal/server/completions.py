@@ -86,7 +86,8 @@ async def _echoes(
         return list(chain.from_iterable(result.logprobs for result in results))
 
     readings = [(prompt, 0) for prompt in prompts if len(prompt) > 1]
-    found = await read(served.engine, readings, Want.SCORES, served.context, scores, report)
+    asked = served.engine, readings, Want.SCORES, served.context
+    found = await read(*asked, scores, served.patiently, report)
     read_ones = iter(found)
     return [
         _Echo(text, prompt, [None, *(next(read_ones) if len(prompt) > 1 else ())])

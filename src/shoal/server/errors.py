@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from ..engine.errors import (
     ContextError,
     MissingDependencyError,
     NoPlanError,
+    OperatingSystemError,
     ShoalError,
     UnsupportedModelError,
 )
@@ -40,6 +42,26 @@ class ApiError(Exception):
         return {"error": error}
 
 
+def unavailable(message: str) -> ApiError:
+    """The response where the devices cannot answer at the moment."""
+    wait = (("Retry-After", "5"),)
+    return ApiError(503, message, code="unavailable", kind="server_error", headers=wait)
+
+
+@dataclass(frozen=True, slots=True)
+class Obstacle:
+    """Why nothing can be answered: the phase of the head ("lost": it does not tell), and the reason for
+    people, such as how many MB are missing."""
+
+    phase: str
+    reason: str
+
+    @property
+    def error(self) -> ApiError:
+        """The response to who has asked."""
+        return unavailable(f"the devices are not ready: {self.reason}")
+
+
 def api_error(error: Exception) -> ApiError:
     """The response for an exception. One that is no ShoalError is a mistake of this program, of which the
     client learns no more than that."""
@@ -55,9 +77,10 @@ def api_error(error: Exception) -> ApiError:
             return ApiError(400, str(error), code="context_length_exceeded")
         case UnsupportedModelError():
             return ApiError(400, str(error))
-        case NetError() | NoPlanError():
-            wait = (("Retry-After", "5"),)
-            return ApiError(503, str(error), code="unavailable", kind="server_error", headers=wait)
+        case NetError() | NoPlanError() | OperatingSystemError():
+            return unavailable(str(error))
+        case MemoryError():
+            return unavailable("the server has no memory for this: ask for less, or later")
         case MissingDependencyError():
             return ApiError(501, str(error), kind="server_error")
         case ShoalError():

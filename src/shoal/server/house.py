@@ -12,9 +12,11 @@ from ..engine import strict
 from ..engine.errors import ShoalError
 from ..net.errors import NodeLostError
 from ..status import Status
-from .errors import ApiError, api_error
+from .errors import ApiError, Obstacle, api_error
 from .served import Call, Event, Reply
 
+_ANSWERING = ("serving", "moving", "committing")
+"""Phases of a head in which answers go on, or will within a moment."""
 GetStatus = Callable[[], Status]
 """Blocks, and may be called in any thread. ShoalErrors: the head cannot tell."""
 LOOK_SECONDS = 0.25
@@ -35,13 +37,19 @@ class House:
         """Of the thread that asks. One that a client no longer waits for keeps its place until it ends."""
         self._told, self._at = b"", -LOOK_SECONDS
 
-    async def obstacle(self) -> str:
-        """Why there is no plan, for people."""
+    async def obstacle(self) -> Obstacle | None:
+        """Why nothing can be answered at the moment; None: it can."""
+        if self._status is None:
+            return None
         try:
             status = strict.decode(Status, await self._look())
         except ShoalError as error:
-            return str(error)
-        return status.reason or f"{status.phase}, {len(status.devices)} devices"
+            return Obstacle("lost", str(error))
+        if status.context and status.phase in _ANSWERING:
+            return None
+        count = len(status.devices)
+        known = f"{status.phase}, {count} device{'' if count == 1 else 's'}"
+        return Obstacle(status.phase, status.reason or known)
 
     async def show(self, call: Call) -> AsyncGenerator[Event | Reply, None]:
         """GET /house."""

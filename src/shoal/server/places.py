@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import trio
+
+Waiting = Callable[[Callable[[], Awaitable[object]]], Awaitable[object]]
+"""Awaits what a function returns, and may do so again."""
 
 
 @dataclass(slots=True, eq=False)
@@ -85,13 +88,13 @@ class Places:
         """Seconds that a request takes, of late."""
 
     @asynccontextmanager
-    async def taken(self, client: str, places: int) -> AsyncIterator[None]:
-        """Waits for a turn, and holds it within the block. Busy: too many wait."""
+    async def taken(self, client: str, places: int, waiting: Waiting) -> AsyncIterator[None]:
+        """Waits for a turn, by `waiting`, and holds it within the block. Busy: too many wait."""
         ticket = self.line.join(client, places)
         if ticket is None:
             raise Busy(self.seconds)
         try:
-            await ticket.called.wait()
+            await waiting(ticket.called.wait)
             begun = trio.current_time()
             yield
             self._mean += 0.1 * (trio.current_time() - begun - self._mean)

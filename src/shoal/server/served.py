@@ -30,16 +30,18 @@ from .bodies import (
     embedding_body,
     token_ids,
 )
-from .errors import ApiError
+from .errors import ApiError, Obstacle
 from .metrics import Metrics
 from .places import Places
 from .tools import form_of
 
 T = TypeVar("T")
 Chunk = dict[str, Any]
-PLAN_SECONDS = 20.0
-"""How long a request waits for the first plan."""
-_LOOK_SECONDS = 0.1
+PATIENCE_SECONDS = 20.0
+"""How long a request that has no part of its response yet waits for devices that cannot answer."""
+_LOOK_SECONDS = 2.0
+"""How often it looks whether they can."""
+_PLAN_LOOK_SECONDS = 0.1
 
 
 @dataclass(slots=True)
@@ -51,6 +53,8 @@ class Call:
     body: Fields
     ending: trio.Event
     """Set when the server ends: a response that has no end of its own ends then."""
+    trusted: bool = True
+    """Whether it may know of the devices: it had a key, or needs none."""
     tokens: list[tuple[int, int]] = field(default_factory=list)
     """For the log: tokens of prompts and of their answers."""
 
@@ -63,6 +67,7 @@ class Reply:
     content_type: str = "application/json"
     headers: Sequence[tuple[str, str]] = ()
     """More headers. With an ETag, a client that has this already is told so."""
+    status: int = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +93,10 @@ class Served:
         context: Callable[[], int],
         names: Sequence[str],
         places: Places,
-        obstacle: Callable[[], Awaitable[str]],
+        obstacle: Callable[[], Awaitable[Obstacle | None]],
     ) -> None:
-        """`context()` is 0 while there is no plan, for a reason that `obstacle()` says. ModelFileError,
-        MissingDependencyError: the model has no tokenizer, or a package is not there."""
+        """`context()` is 0 before the first plan. `obstacle()` says why nothing can be answered.
+        ModelFileError, MissingDependencyError: the model has no tokenizer, or a package is not there."""
         self.engine, self.model, self._context, self._obstacle = engine, model, context, obstacle
         self.names = tuple(names) or (model.path.name,)
         self.places = places
@@ -113,19 +118,23 @@ class Served:
         """The context length in tokens; 0: there is no plan yet."""
         return self._context()
 
-    async def ready(self, seconds: float | None = None) -> None:
-        """Waits for the first plan, `seconds` at most. ApiError: there is none."""
-        with trio.move_on_after(PLAN_SECONDS if seconds is None else seconds):
-            while not self.context:  # noqa: ASYNC110 (it changes in another thread)
-                await trio.sleep(_LOOK_SECONDS)
-        if not self.context:
-            raise ApiError(
-                503,
-                f"the devices are not ready: {await self._obstacle()}",
-                code="unavailable",
-                kind="server_error",
-                headers=(("Retry-After", "5"),),
-            )
+    async def patiently(self, wait: Callable[[], Awaitable[object]]) -> None:
+        """Waits for something that the devices do, by a `wait` that may be cancelled and called again.
+        ApiError: they cannot, and could not for PATIENCE_SECONDS."""
+        could = trio.current_time()
+        while True:
+            with trio.move_on_after(min(_LOOK_SECONDS, PATIENCE_SECONDS)):
+                await wait()
+                return
+            obstacle, now = await self._obstacle(), trio.current_time()
+            if obstacle is None:
+                could = now
+            elif now - could >= PATIENCE_SECONDS:
+                raise obstacle.error
+
+    async def _planned(self) -> None:
+        while not self.context:  # noqa: ASYNC110 (it changes in another thread)
+            await trio.sleep(_PLAN_LOOK_SECONDS)
 
     # --- answers
 
@@ -134,14 +143,16 @@ class Served:
         """Waits for a plan and then for so many places, which the block holds. All that takes time for a
         request belongs in there, also the tokens of its texts: a client that sends long ones has its share of
         that, too."""
-        await self.ready()
-        async with self.places.taken(call.client, places):
+        await self.patiently(self._planned)
+        async with self.places.taken(call.client, places, self.patiently):
             yield
 
     @asynccontextmanager
     async def answers(self, call: Call, questions: Sequence[Question]) -> AsyncIterator[AsyncIterator[Piece]]:
-        """The parts of answers to questions. The caller has its turn."""
+        """The parts of answers to questions, once there is one: what goes wrong before is a response of its
+        own. The caller has its turn."""
         async with Asked(self.engine, self.tokenizer, questions) as asked:
+            await self.patiently(asked.arrived)
 
             async def counted() -> AsyncGenerator[Piece, None]:
                 async with aclosing(asked.pieces()) as pieces:
@@ -215,7 +226,8 @@ class Served:
             texts = [await self.tokens(text) for text in asked.inputs]
             for text in texts:
                 check_text(text, self.context, self.model.config.vocab)
-            found = await read(self.engine, [(text, 0) for text in texts], Want.ROWS, self.context, make)
+            whole = [(text, 0) for text in texts]
+            found = await read(self.engine, whole, Want.ROWS, self.context, make, self.patiently)
         count = sum(map(len, texts))
         call.tokens.append((count, 0))
         data = [
@@ -263,9 +275,15 @@ class Served:
         yield Reply({"content": text, "prompt": text})
 
     async def health(self, call: Call) -> AsyncGenerator[Chunk | Reply, None]:
-        """GET /health."""
-        await self.ready(0.0)
-        yield Reply({"status": "ok"})
+        """GET /health: whether requests would be answered now."""
+        obstacle = await self._obstacle()
+        if obstacle is None:
+            yield Reply({"status": "ok"})
+            return
+        shown = obstacle if call.trusted else replace(obstacle, reason=obstacle.phase)
+        error = shown.error
+        value = {"status": shown.phase, "reason": shown.reason, **error.body()}
+        yield Reply(value, headers=error.headers, status=error.status)
 
     async def show_metrics(self, call: Call) -> AsyncGenerator[Chunk | Reply, None]:
         """GET /metrics."""

@@ -34,7 +34,7 @@ from .events import Command, Event
 from .generation import Generation
 from .holding import FetchReport
 from .identity import Identity, ModelShape, is_home
-from .known import KnownLinks
+from .known import KnownLinks, estimate
 from .liveness import DEFAULT_TIMING, TICK_SECONDS, Awake, Stillness, Timing, call_bound, redial_pause
 from .measuring import LinkMeasurer
 from .members import ClusterState, Member, Moves, device_of, peer_of
@@ -579,9 +579,10 @@ class Coordinator:
             self._happens(events.Stalled(member))
 
     def _recall(self) -> None:
-        """Adds what is known of links from before, where nothing was measured yet."""
+        """Adds what is known of links from before, or can be estimated, where nothing was measured yet."""
         if self.options.known_links is not None:
             self.options.known_links.recall(self._state, self.links)
+        estimate(self._state, self.links)
 
     async def _measure_links(self, pairs: Sequence[tuple[int, int]], again: bool) -> None:
         unreachable: frozenset[tuple[int, int]] = frozenset()
@@ -606,6 +607,7 @@ class Coordinator:
         except ShoalError as error:
             answer = error
         self._happens(events.Planned(number, answer))
+        self._order_files()  # bytes travel from now on, not from the next tick
 
     def _fitting(self, placement: Placement) -> Placement:
         """The placement with chunks that its nodes and a Step can carry."""

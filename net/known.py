@@ -69,6 +69,22 @@ class KnownLinks:
                 self._links.pop(ends, None)
 
 
+def estimate(state: ClusterState, links: dict[tuple[str, str], LinkSpeed]) -> None:
+    """Adds the links between nodes that were not measured yet to `links`, by labels, where it has none: as if
+    all bytes went by the coordinator's place in the network, as at an access point. A message takes the
+    latencies of both ways, and the rate of the slower one."""
+    for one, other in permutations(state.alive(), 2):
+        ends = _label(state, one), _label(state, other)
+        ways = [links.get((COORDINATOR, label)) for label in ends]
+        if state.ends(one, other) in state.estimated & state.old and ends not in links and all(ways):
+            first, second = (way for way in ways if way is not None)
+            links[ends] = LinkSpeed(
+                first.latency_s + second.latency_s,
+                min(first.bytes_per_s, second.bytes_per_s),
+                first.latency_p95_s + second.latency_p95_s,
+            )
+
+
 def _label(state: ClusterState, member: int) -> str:
     """The label in `Links`; of a member that has none yet, nothing."""
     return COORDINATOR if member == ITSELF else state.members[member].label

@@ -216,7 +216,10 @@ class ClusterState:
     measuring: frozenset[Ends] = frozenset()
     """The links that are being measured."""
     old: frozenset[Ends] = frozenset()
-    """Those of `measured` that are only known from before, to be measured again once nothing is computed."""
+    """Those of `measured` that are only known from before, or estimated, to be measured again once nothing is
+    computed."""
+    estimated: frozenset[Ends] = frozenset()
+    """Those between nodes that were ever taken from the links of both to the coordinator (known.estimate)."""
     expected: frozenset[int] = frozenset()
     """The devices (see device_of) that the first plan waits for, for `timing.gather` seconds."""
     insufficient: frozenset[int] = frozenset()
@@ -337,6 +340,17 @@ class ClusterState:
 
     def _pairs(self) -> Iterable[tuple[int, int]]:
         return combinations((ITSELF, *self.alive()), 2)
+
+    def to_estimate(self) -> frozenset[Ends]:
+        """The unmeasured links between nodes whose links to the coordinator were measured, but for those that
+        were estimated once: such an estimate has failed, or belongs to processes that have left."""
+        known = {i for i in self.alive() if self.ends(ITSELF, i) in self.measured}
+        return frozenset(self.ends(*p) for p in self.unmeasured() if known.issuperset(p)) - self.estimated
+
+    def fetches(self, now: float) -> bool:
+        """Whether bytes of files arrive at some node."""
+        known = [self.members[i].fetching for i in self.alive()]
+        return any(one.got < one.wanted and now - one.at <= SILENT_SECONDS for one in known)
 
     def usable(self) -> tuple[int, ...]:
         """Live members whose links to each other and to the coordinator were measured, the longest joined

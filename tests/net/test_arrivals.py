@@ -25,6 +25,7 @@ from shoal.net.arrivals import MOST_MEMBERS
 from shoal.net.errors import NetError, NodeLostError, UntrustedError
 from shoal.net.events import (
     Dial,
+    FilesHeld,
     Found,
     HangUp,
     Joined,
@@ -37,13 +38,15 @@ from shoal.net.events import (
     Redial,
     Removed,
     SendPing,
+    StageBroken,
     StageLoaded,
     Tick,
     TryAnew,
 )
-from shoal.net.known import HEAD, KnownLinks
-from shoal.net.members import ITSELF, ClusterState
-from shoal.net.placement import plan_at
+from shoal.net.known import HEAD, KnownLinks, estimate
+from shoal.net.members import ITSELF, SILENT_SECONDS, ClusterState
+from shoal.net.messages import Held
+from shoal.net.placement import COORDINATOR, plan_at
 from shoal.net.plans import SETTLED_SECONDS
 from shoal.planner import LinkSpeed
 
@@ -223,6 +226,50 @@ def test_links_from_before_are_planned_with_and_measured_once_nothing_is_compute
     assert commands[-1] == MeasureLinks(((ITSELF, 0), (ITSELF, 1), (0, 1)), again=True)
     state, commands = after(state, LinksMeasured(), Tick(), now=later + 1)
     assert state.phase == "serving" and "MeasureLinks" not in kinds(commands), "once is enough"
+
+
+def test_a_node_that_joins_is_planned_with_after_one_measurement() -> None:
+    state, _ = after(staying("a"), JOINS[0], LinksMeasured(), Planned(1, SHORT))
+    state, commands = after(state, Found("host", 7002), JOINS[1])
+    assert commands == [MeasureLinks(((ITSELF, 1),))]
+    state, commands = after(state, LinksMeasured())
+    assert commands == [MakePlan(2, (0, 1))]
+    links = {(COORDINATOR, "a"): LinkSpeed(0.001, 5e6, 0.004), (COORDINATOR, "b"): LinkSpeed(0.002, 2e7, 0.003)}
+    estimate(state, links)
+    both = LinkSpeed(0.003, 5e6, 0.007)
+    assert {ends: links[ends] for ends in (("a", "b"), ("b", "a"))} == {("a", "b"): both, ("b", "a"): both}
+    assert len(links) == 4
+
+
+def estimated() -> ClusterState:
+    """A chain over a and b, whose link was estimated, is served since time 0."""
+    state, _ = after(staying("a", "b"), *JOINS[:2], LinksMeasured())
+    state, _ = after(state, Planned(1, chain(("a", 0, 3), ("b", 3, 6))))
+    state, _ = after(state, *(StageLoaded(i, epoch(1)) for i in (0, 1)))
+    assert state.phase == "serving" and state.estimated
+    return state
+
+
+def test_an_estimated_link_is_measured_once_nothing_is_computed_or_fetched_and_planned_with() -> None:
+    state, later, fetches = estimated(), SETTLED_SECONDS, Held(tuple(range(6)), 100, 50, "")
+    busy, _ = after(state, FilesHeld(0, fetches), now=later - 1)
+    assert "MeasureLinks" not in kinds(after(busy, Tick(), now=later)[1])
+    assert "MeasureLinks" in kinds(after(busy, Tick(), now=later + SILENT_SECONDS)[1])
+    state, commands = after(state, Tick(), now=later)
+    assert commands[-1] == MeasureLinks(((0, 1),), again=True)
+    assert "MakePlan" not in kinds(after(state, Tick(), now=later + 1)[1])
+    state, _ = after(state, LinksMeasured(), now=later + 1)
+    state, commands = after(state, Tick(), now=later + 1)
+    assert kinds(commands)[-1] == "MakePlan" and state.trial
+    assert not {"MeasureLinks", "MakePlan"} & {*kinds(after(state, Tick(), now=later + 2)[1])}
+
+
+def test_an_estimated_link_that_has_failed_is_measured() -> None:
+    state, _ = after(estimated(), StageBroken(0, epoch(1), GONE, 101), JOINS[1])
+    links = {(COORDINATOR, label): LinkSpeed(0.001, 5e6) for label in "ab"}
+    assert state.measuring == {(100, 101)}
+    estimate(state, links)
+    assert len(links) == 2, "a plan that is made meanwhile does not use it"
 
 
 def test_a_start_with_known_links_waits_for_no_measurement_and_corrects_them(lab: ModuleType) -> None:

@@ -257,7 +257,7 @@ def test_real_stages_serve_what_is_fetched_while_the_rest_is_on_its_way(
     path = make_skeleton(model.hash, (tmp_path / "model" / "index.json").read_bytes(), small)
     prompt, n = [5, 6, 7], model.n_units
     with Stage(model, 0, n) as stage:
-        expected = list(generate(stage, prompt, max_tokens=30, end=()))
+        expected = list(generate(stage, prompt, max_tokens=10, end=()))
     plans = NetworkPlanner(model, Workload(64))
     links = {ends: LinkSpeed(0.001, 1e8) for ends in permutations((COORDINATOR, "slow", "quick"), 2)}
 
@@ -287,7 +287,7 @@ def test_real_stages_serve_what_is_fetched_while_the_rest_is_on_its_way(
             ) as coordinator:
                 seen = [coordinator.placement.stages]
                 while coordinator.placement.stages != (Assignment("quick", 0, n),):
-                    assert await lab.collect(coordinator, prompt, 30) == expected
+                    assert await lab.collect(coordinator, prompt, 10) == expected
                     if coordinator.placement.stages != seen[-1]:
                         seen.append(coordinator.placement.stages)
                 assert coordinator.recoveries == 0 and len(seen) > 2

@@ -211,5 +211,6 @@ def _compile(template: str) -> Callable[..., str]:
 
     try:
         return compile_template(template)
-    except (jinja2.TemplateError, RecursionError) as e:
+    # It is compiled to Python, which has limits of its own: on nested loops, and on digits of a number.
+    except (jinja2.TemplateError, RecursionError, SyntaxError, ValueError, MemoryError) as e:
         raise UnsupportedModelError(f"the model's chat template does not compile ({e}): use --raw") from e

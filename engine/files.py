@@ -14,10 +14,11 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 
 def is_inside(name: object) -> bool:
     """Whether an untrusted `name` is safe as the path of a file inside a directory: relative, without `..`,
-    backslashes or unprintable characters."""
+    backslashes or unprintable characters, and of at most 255 bytes, which file systems take."""
     return (
         isinstance(name, str)
         and name.isprintable()
+        and len(name.encode()) <= 255
         and "\\" not in name
         and not {"", ".", ".."} & set(name.split("/"))
     )

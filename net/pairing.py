@@ -28,7 +28,7 @@ from ..engine import strict
 from ..engine.strict import AtMost, Printable
 from .errors import NetError, RemoteProtocolError, UntrustedError
 from .messages import MOST_ADDRESSES, MOST_DEVICES, Address, Name, PairedDevice, Role, Text
-from .tls import key_of
+from .tls import check_devices, key_of
 
 PREFIX = "SHOAL1-"
 MOST_ATTEMPTS = 5
@@ -244,7 +244,10 @@ def check_welcome(invite: Invite, join: Join, challenge: Challenge, welcome: Wel
     said = transcript(invite.head, join, challenge)
     if not same(proof_of(invite.secret, "head", said, welcome.devices, welcome.addresses), welcome.mac):
         raise UntrustedError("the head does not know the secret of the token: make another invite")
-    by_key = {key_of(base64.b64decode(device.certificate)): device for device in welcome.devices}
+    try:
+        by_key = check_devices(welcome.devices)
+    except ValueError as error:
+        raise NetError(f"the head sent a list of devices that is none of a house: {error}") from error
     head = by_key.get(invite.head)
     own = key_of(base64.b64decode(join.certificate))
     if head is None or head.role != "head" or own not in by_key:

@@ -12,6 +12,7 @@ import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -103,6 +104,12 @@ def import_gguf() -> ModuleType:
         raise MissingDependencyError(f"GGUF files need the gguf package ({e}): pip install gguf") from e
     module: ModuleType = gguf
     return module
+
+
+@cache
+def _block_sizes() -> Mapping[int, tuple[int, int]]:
+    """The values and the bytes of a block, by the number of a type. Errors: see `import_gguf`."""
+    return {int(kind): size for kind, size in import_gguf().GGML_QUANT_SIZES.items()}
 
 
 def _map(path: Path) -> mmap.mmap:
@@ -232,8 +239,7 @@ class _Header:
         return name, shape, self.scalar("I"), self.scalar("Q")
 
     def nbytes(self, name: str, shape: tuple[int, ...], kind: int) -> int:
-        gguf = import_gguf()
-        sizes = {int(t): size for t, size in gguf.GGML_QUANT_SIZES.items()}
+        sizes = _block_sizes()
         if kind in _REMOVED:
             old, new = _REMOVED[kind]
             raise UnsupportedModelError(

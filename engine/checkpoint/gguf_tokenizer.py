@@ -217,8 +217,11 @@ def _merges_of_scores(vocabulary: Mapping[str, int], scores: list[float]) -> lis
     """Merges that are equivalent to sentencepiece scores. sentencepiece joins the pair whose token has the
     best score, so every split of a token into two tokens is a merge, ordered by the token's score."""
     merges: list[tuple[float, int, int, int, int, str, str]] = []
+    lengths = set(map(len, vocabulary))  # a file may have a token of a megabyte, with a million of splits
     for token, i in vocabulary.items():
         for at in range(1, len(token)):
+            if at not in lengths or len(token) - at not in lengths:
+                continue
             left, right = token[:at], token[at:]
             if left in vocabulary and right in vocabulary:
                 # Best score first. Ties are as in transformers: longer parts, then order of appearance.

@@ -406,12 +406,12 @@ def check_certificate(der: bytes) -> None:
     try:
         with warnings.catch_warnings(action="error"):  # what is allowed yet, but not for long
             certificate = x509.load_der_x509_certificate(der)
-            key = certificate.public_key()
+            key, subject, issuer = certificate.public_key(), certificate.subject, certificate.issuer
     except (UnsupportedAlgorithm, UserWarning, x509.InvalidVersion) as error:
         raise ValueError(str(error)) from None
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise ValueError("its key is not of the curve P-256")
-    if not certificate.subject == certificate.issuer == _subject(key):
+    if not subject == issuer == _subject(key):
         raise ValueError("its subject is not the hash of its key")
     try:
         certificate.verify_directly_issued_by(certificate)

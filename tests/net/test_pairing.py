@@ -133,7 +133,23 @@ def test_a_proof_is_for_one_connection_one_certificate_and_one_side() -> None:
 
 
 @pytest.mark.parametrize(
-    "devices", [DEVICES[:1], DEVICES[1:], (replace(DEVICES[0], role="device"), DEVICES[1])]
+    "devices",
+    [
+        *((), DEVICES[1:], (replace(DEVICES[0], role="device"), DEVICES[1])),
+        *(
+            (*DEVICES, replace(DEVICES[1], certificate="!")),
+            (*DEVICES, PairedDevice("phone", "device", "bm8=")),
+        ),
+    ],
+    ids=["empty", "no head", "two devices", "no base64", "a name twice"],
+)
+def test_a_list_that_is_none_of_a_house_is_refused(devices: tuple[PairedDevice, ...]) -> None:
+    with pytest.raises(NetError, match="none of a house"):
+        check_welcome(INVITE, JOIN, CHALLENGE, Welcome(devices, proof_of(SECRET, "head", said(), devices)))
+
+
+@pytest.mark.parametrize(
+    "devices", [DEVICES[:1], (replace(DEVICES[0], role="device"), replace(DEVICES[1], role="head"))]
 )
 def test_a_list_without_the_head_or_the_device_is_refused(devices: tuple[PairedDevice, ...]) -> None:
     with pytest.raises(NetError, match="without itself or this one"):

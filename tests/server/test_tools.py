@@ -54,6 +54,13 @@ def test_calls_are_read_wherever_the_pieces_end(
     assert len({one.id for one in found}) == len(calls)
 
 
+@pytest.mark.parametrize("value", ["NaN", "1e999", '{"a":' * 1000 + "1" + "}" * 1000])
+def test_a_call_whose_arguments_are_no_json_is_text(value: str) -> None:
+    text = f'<tool_call>{{"name": "weather", "arguments": {{"where": {value}}}}}</tool_call>'
+    reader = CallReader(MARKED)
+    assert (reader.push(text) + reader.end()[0], reader.end()[1]) == (text, [])
+
+
 def test_text_that_cannot_be_a_call_is_shown_at_once() -> None:
     assert CallReader(MARKED).push("The sea ") == "The sea "
     assert CallReader(BARE).push("The sea ") == "The sea "
@@ -113,6 +120,15 @@ def test_a_call_that_is_demanded_is_made(tooled: Serving) -> None:
 def test_tools_that_cannot_be_used_are_refused(tooled: Serving, change: Any, param: str) -> None:
     reply = tooled.post("/v1/chat/completions", **{**ASKED, "tool_choice": "required", **change})
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("value", ["NaN", "1e999", "[" * 65 + "]" * 65, '"\\ud800"', '0, "where": 1'])
+def test_arguments_are_json_as_strict_as_the_body(tooled: Serving, value: str) -> None:
+    call = {"type": "function", "function": {"name": "weather", "arguments": f'{{"where": {value}}}'}}
+    turns = [*ASKED["messages"], {"role": "assistant", "tool_calls": [call]}]
+    answer = tooled.post("/v1/chat/completions", messages=turns, max_tokens=1)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "messages[1].tool_calls[0].function.arguments"
 
 
 def test_a_template_without_tools_says_so(served: Serving) -> None:

@@ -174,7 +174,13 @@ def test_a_template_that_fails_says_why(template: str, message: str) -> None:
         render(template, {})
 
 
-@pytest.mark.parametrize("template", ["{% for %}", "{% generation %}", "{{ 'a }}", "{% unknown %}"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        *("{% for %}", "{% generation %}", "{{ 'a }}", "{% unknown %}", f"{{{{ {'9' * 5000} }}}}"),
+        "{% for i in x %}" * 30 + "{% endfor %}" * 30,  # Python nests no more than 20 loops
+    ],
+)
 def test_a_template_that_is_none(template: str) -> None:
     with pytest.raises(UnsupportedModelError, match="does not compile"):
         Chat(TOKENS, template, {})

@@ -204,6 +204,13 @@ def test_bad_metadata_are_refused(values: dict[str, Any], kind: type[ShoalError]
     assert "x.gguf" in str(error.value)
 
 
+def test_a_long_token_is_not_split_at_every_letter() -> None:
+    tokens = ["a", "b", "ab", "c" * 400_000]  # all splits together have 160 GB
+    named = {"model": "llama", "tokens": tokens, "scores": [0.0] * len(tokens)}
+    made = tokenizer_json({f"tokenizer.ggml.{key}": value for key, value in named.items()}, "x.gguf")
+    assert json.loads(made or b"")["model"]["merges"] == [["a", "b"]]
+
+
 def test_a_model_without_a_tokenizer_takes_ids_only(converted: Path) -> None:
     assert tokenizer_json({}, "x.gguf") is None
     with pytest.raises(ModelFileError, match=r"has no tokenizer\.json"):

@@ -17,7 +17,7 @@ MOST_PROMPTS = 256
 MOST_STOPS = 16
 MOST_LOGPROBS = 20
 _DEPTH = 64
-"""How deep objects and lists of a body may be nested."""
+"""How deep objects and lists of a body may be nested, and those in the arguments of a call."""
 _MISSING: Any = object()
 _COMPLETION_TOKENS = 16
 """The `max_tokens` of a completion that names none, as in OpenAI's API."""
@@ -144,34 +144,34 @@ def parse(data: bytes) -> Fields:
     """The object of a body. Refused are bodies that two readers could understand differently: a name twice in
     an object, numbers that are none in JSON, text that is not Unicode."""
     try:
-        text = data.decode("utf-8")
-        values = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number)
-        json.dumps(values, ensure_ascii=False, allow_nan=False).encode("utf-8")  # lone surrogates, 1e999
-    except ApiError:
-        raise
-    except UnicodeError:
-        raise ApiError(400, "the body is not UTF-8") from None
+        return Fields(_value(data.decode("utf-8")))
     except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is not JSON: {error}") from None
-    _check_depth(values, _DEPTH)
-    return Fields(values)
+        raise ApiError(400, f"the body is not JSON that can be read: {error}") from None
+
+
+def _value(text: str) -> Any:
+    """The value of a JSON text. ValueError, RecursionError: see `parse`."""
+    value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number)
+    json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")  # lone surrogates, 1e999
+    _check_depth(value, _DEPTH)
+    return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
-        raise ApiError(400, "an object of the body has a name twice")
+        raise ValueError("an object has a name twice")
     return made
 
 
 def _no_number(name: str) -> NoReturn:
-    raise ApiError(400, f"{name} is not a number in JSON")
+    raise ValueError(f"{name} is not a number")
 
 
 def _check_depth(value: Any, left: int) -> None:
     if isinstance(value, dict | list):
         if not left:
-            raise ApiError(400, f"the body is nested deeper than {_DEPTH}")
+            raise ValueError(f"it is nested deeper than {_DEPTH}")
         for item in value.values() if isinstance(value, dict) else value:
             _check_depth(item, left - 1)
 
@@ -352,7 +352,7 @@ def _call(given: Any, path: str) -> dict[str, Any]:
     if function is None:
         raise ApiError(400, f"{path}function is missing", param=f"{path}function")
     try:
-        arguments = json.loads(function.text("arguments"))
+        arguments = _value(function.text("arguments"))
     except (ValueError, RecursionError):
         function.wrong("arguments", "must be JSON in a string")
     called = {"name": function.text("name"), "arguments": arguments}

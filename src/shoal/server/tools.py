@@ -116,22 +116,20 @@ def read_calls(form: Form, text: str) -> list[ToolCall]:
         left = left[len(form.open) :].lstrip()
         try:
             value, at = decoder.raw_decode(left)
+            calls = [_call(form, one) for one in (value if isinstance(value, list) else [value])]
         except (ValueError, RecursionError):
             return []
-        for one in value if isinstance(value, list) else [value]:
-            call = _call(form, one)
-            if call is None:
-                return []
-            found.append(call)
+        found += calls
         left = left[at:].lstrip().removeprefix(form.close).lstrip().removeprefix(";").lstrip()
     return found
 
 
-def _call(form: Form, value: Any) -> ToolCall | None:
+def _call(form: Form, value: Any) -> ToolCall:
+    """ValueError, RecursionError: the value is no call."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        return None
+        raise ValueError
     arguments = value.get(form.arguments, value.get("arguments"))
     if not isinstance(arguments, dict):
-        return None
-    text = json.dumps(arguments, ensure_ascii=False)
+        raise ValueError
+    text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
     return ToolCall(value["name"], text, new_id("call"))

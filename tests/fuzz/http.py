@@ -11,10 +11,9 @@ from unittest.mock import patch
 from zlib import crc32
 
 import trio
-import trio.testing
 
 from shoal.server import app
-from shoal.server.bodies import Fields, chat_body, completion_body, embedding_body, parse, token_ids
+from shoal.server.bodies import ChatBody, Fields, chat_body, completion_body, embedding_body, parse, token_ids
 from shoal.server.errors import ApiError
 from shoal.server.house import House
 from shoal.server.http import Limits, _Connection
@@ -24,6 +23,13 @@ from shoal.server.responses import chat_fields
 from shoal.server.served import Call, Handler, Reply
 
 from .target import Target
+
+
+def _passed_on(chat: ChatBody) -> None:
+    """Checks that the template gets text and numbers only."""
+    values = chat.messages, chat.tools, chat.variables
+    json.dumps(values, ensure_ascii=False, allow_nan=False).encode("utf-8")
+
 
 _SAMPLED = {
     "temperature": 0.5, "top_p": 0.9, "min_p": 0.1, "top_k": 40, "seed": 7, "n": 2, "stop": ["\n"],
@@ -35,7 +41,7 @@ _CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments"
 _SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
 BODIES: dict[str, tuple[Callable[[Fields], object], dict[str, Any]]] = {
     "/v1/chat/completions": (
-        chat_body,
+        lambda fields: _passed_on(chat_body(fields)),
         {
             **_SAMPLED, "logprobs": True, "top_logprobs": 3, "response_format": _SCHEMA,
             "tools": [{"type": "function", "function": _FUNCTION}], "tool_choice": "auto",
@@ -53,7 +59,7 @@ BODIES: dict[str, tuple[Callable[[Fields], object], dict[str, Any]]] = {
         {**_SAMPLED, "prompt": ["Once", [1, 2, 3]], "echo": True, "logprobs": 2, "best_of": 2},
     ),
     "/v1/responses": (
-        lambda fields: chat_body(Fields(chat_fields(fields))),
+        lambda fields: _passed_on(chat_body(Fields(chat_fields(fields)))),
         {
             "model": "tiny", "instructions": "Be brief.", "max_output_tokens": 9,
             "tool_choice": {"name": "look"},
@@ -79,7 +85,7 @@ def http_targets() -> dict[str, Target]:
     """All of them, by name."""
     return {
         "bodies of shoal serve": Target(_body, _bodies(), (ApiError,)),
-        "HTTP of shoal serve": Target(_Server().hear, _requests(), (RefusedError,), slow=8),
+        "HTTP of shoal serve": Target(_Server().hear, _requests(), (RefusedError,), slow=8, waits=True),
     }
 
 
@@ -110,24 +116,20 @@ class _Server:
                 cast("Any", served), app.Options(hosts=LOCAL_HOSTS), self._log.append, House(None)
             )
 
-    def hear(self, data: bytes) -> None:
+    async def hear(self, data: bytes) -> None:
         """What a client sends, until it ends or is silent. AssertionError: the server has made a mistake."""
         client = _Client(data)
-
-        async def serve() -> None:
-            served = _Connection(
-                self._app,
-                cast("Any", client),
-                "127.0.0.1",
-                secure=False,
-                limits=Limits(),
-                draining=trio.Event(),
-            )
-            with suppress(trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError, OSError):
-                await served.run()  # as Server._connection does
-
+        served = _Connection(
+            self._app,
+            cast("Any", client),
+            "127.0.0.1",
+            secure=False,
+            limits=Limits(),
+            draining=trio.Event(),
+        )
         self._log.clear()
-        trio.run(serve, clock=trio.testing.MockClock(autojump_threshold=0))
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError, OSError):
+            await served.run()  # as Server._connection does
         mistakes = [line for line in self._log if " at\n" in line]
         assert not mistakes, mistakes[0]
         assert b"HTTP/1.1 5" not in client.heard

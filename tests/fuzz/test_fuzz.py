@@ -12,16 +12,21 @@ from .targets import targets
 NAMES = (
     "hello",
     "frames of a connection",
+    "a whole connection",
     "frames of the head's port",
     "frames of the head's socket",
     "frames of pairing",
     "token of an invite",
     "certificate",
+    "a pairing",
     "house.json",
+    "last.json",
     "config.json",
-    "index.json",
     "safetensors",
     "gguf",
+    "files of a checkpoint",
+    "chat template",
+    "index.json",
     "model of the head",
     "sums of a file",
     "record of a fetched file",
@@ -49,11 +54,11 @@ def test_no_input_is_read_wrongly(found: dict[str, Target], name: str) -> None:
     ("read", "how"),
     [
         (lambda data: data[50], "IndexError: index out of range"),
-        (lambda data: bytearray(data[0] << 20), "it allocates"),
+        (lambda data: bytearray(data[0] << 17), "it allocates"),
     ],
 )
 def test_what_reads_wrongly_is_found(read: object, how: str) -> None:
     target = Target(read, (bytes(100),), (ValueError,))  # type: ignore[arg-type]
     bad = explore("none", target, 10_000, seed=1)
     assert isinstance(bad, Bad)
-    assert bad.how.startswith(how)
+    assert how in bad.how

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import shoal
 from shoal.engine.errors import ShoalError
 from shoal.local.client import connect
 from shoal.local.unix_socket import SOCKET
@@ -65,7 +66,8 @@ class Device:
         own = {
             f"XDG_{kind}_HOME": str(self.directory / kind.lower()) for kind in ("CONFIG", "CACHE", "STATE")
         }
-        return {**os.environ, **own, "XDG_RUNTIME_DIR": str(self.directory / "run")}
+        inherited = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+        return {**inherited, **own, "XDG_RUNTIME_DIR": str(self.directory / "run")}
 
     @property
     def log(self) -> str:
@@ -277,7 +279,16 @@ def opened(model: Path) -> Iterator[House]:
             (directory / spec.name).mkdir()
             devices.append(Device(i, spec, cap, directory / spec.name, laid))
         stack.callback(lambda: end([device.process for device in devices if device.process is not None]))
+        _compile(devices[0].environment)
         yield House(devices, model)
+
+
+def _compile(environment: dict[str, str]) -> None:
+    """Compiles shoal, as pip does on a device, so that no start is slower by that."""
+    package = Path(shoal.__file__).parent
+    parts = [package, *(package / name for name in ("engine", "net", "planner"))]  # symlinks in a checkout
+    command = [sys.executable, "-m", "compileall", "-q", *map(str, parts)]
+    subprocess.run(command, env=environment, check=True)
 
 
 # --- scenes

@@ -91,13 +91,17 @@ class HouseNode:
                 await line.send(GetModel())
                 if await line.is_next():
                     await line.receive(Alive)  # raises the reason why the head gives none
-                return await receive_skeleton(line.release(), _HEAD)
+                return await receive_skeleton(line.release(), _HEAD, _is_here)
             raise NodeLostError(f"{_HEAD} did not answer within {_ASK_SECONDS:g} s")
         finally:
             await trio.aclose_forcefully(stream)
 
     def _tell(self, text: str) -> None:
         self._log(f"shoal: {text}")
+
+
+def _is_here(model_hash: str) -> bool:
+    return local_model(model_hash) is not None
 
 
 def _directory(skeleton: Skeleton) -> Path:

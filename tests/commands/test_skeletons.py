@@ -58,6 +58,25 @@ def test_a_skeleton_has_all_files_but_those_of_units(model: Model) -> None:
         assert hashlib.sha256(data).hexdigest() == model.index.files[name].sha256
 
 
+def test_of_a_model_that_is_here_only_the_index_is_read(model: Model) -> None:
+    data, asked = skeleton_of(model), list[str]()
+
+    async def main() -> Skeleton:
+        here, there = memory_stream_pair()
+        size = struct.unpack_from("<I", data)[0]
+        await there.send_all(data[: 4 + size])  # and nothing follows
+
+        def is_here(model_hash: str) -> bool:
+            asked.append(model_hash)
+            return True
+
+        with trio.fail_after(10):
+            return await receive_skeleton(here, "laptop", is_here)
+
+    found = trio.run(main)
+    assert (found.hash, found.files, asked) == (model.hash, {}, [model.hash])
+
+
 def test_devices_that_ask_at_once_get_one_and_it_is_not_kept(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:

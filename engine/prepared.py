@@ -77,13 +77,22 @@ class PreparedRange:
     def restart(self, backend: Backend) -> None:
         """Makes a new executor, with this backend. Called in a forked process, which has no threads of the
         old one."""
+        if self.closed:
+            return
         for _, _, size in self._parts.values():
             self._pool.give_back(size)
         self._backend, self._parts = backend, {}
         self.executor = backend.executor(self.bound)
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return not hasattr(self, "executor")
+
     def close(self) -> None:
         """Frees the workspaces, and drops the references to weights."""
+        if self.closed:
+            return
         self._close_parts(0)
         self.executor.close()
         del self.executor, self.bound

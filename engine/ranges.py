@@ -84,6 +84,11 @@ class Ranges:
             self.prepared.append(new)
             return new
 
+    def leave(self, first: int, last: int) -> None:
+        """See Stage.leave. Nothing runs."""
+        self._ahead |= self.weights.units.intersection(range(first, last))
+        self.running.close()
+
     def switch(self, new: PreparedRange) -> PreparedRange:
         """Makes a prepared range the running one; returns the one before, to be closed. `unload` follows."""
         old, self.running = self.running, new
@@ -138,10 +143,11 @@ class Ranges:
             self.unload()
 
     def _needed(self) -> set[int]:
-        """The units that are run, prepared, or loaded ahead."""
+        """The units that can run, are prepared, or are loaded ahead."""
         needed = set(self._ahead)
         for used in (*self.prepared, self.running):  # in this order: `switch` moves one to the end
-            needed.update(range(used.first, used.last))
+            if not used.closed:
+                needed.update(range(used.first, used.last))
         return needed
 
 

@@ -282,6 +282,13 @@ class Stage:
         _check_range(self.model, first, last)
         return self._ranges.prepare(first, last, kv_bytes)
 
+    def leave(self, first: int, last: int) -> None:
+        """Unloads the current range, but for units [first, last), where there is no room for another range
+        beside it. Nothing can be run until another one has been adopted. Sequences keep their pages."""
+        with self._calls.alone():
+            self._ranges.leave(first, last)
+        self._ranges.unload()
+
     def discard(self, prepared: PreparedRange) -> None:
         """Undoes `prepare`. Does nothing if the range has been adopted or discarded."""
         if self._calls.closed:
@@ -452,6 +459,8 @@ class Stage:
         units = self._units(part)
         if not units:
             raise ValueError(f"units {part} are not of this stage, which has [{self.first}, {self.last})")
+        if self._running.closed:
+            raise ValueError("the range was left, so its weights are not loaded")
         bound, executor = self._running.part(units.start, units.stop)
         rows = [self._rows(run, bound, units) for run in batch]
         if sum(item.wanted for item in rows) > bound.max_wanted:

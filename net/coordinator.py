@@ -625,7 +625,7 @@ class Coordinator:
             outcome = self._log.outcome()
             if outcome is not None:
                 await hop(partial(rebalancer.happened, outcome))
-            chain, placement = self._epochs.chain, self._state.placement
+            chain, placement, base = self._epochs.chain, self._state.placement, self._state.epoch
             nodes, links = [self._info(i) for i in self._state.usable()], dict(self.links)
             if chain is None or not chain.open or self._state.transition is not None:
                 continue
@@ -641,7 +641,8 @@ class Coordinator:
             proposal = await hop(look)
             if proposal is not None:
                 self._log.proposed(proposal)
-                self._happens(events.Proposed(self._fitting(proposal.placement), proposal.why))
+                fitting = self._fitting(proposal.placement)
+                self._happens(events.Proposed(fitting, proposal.why, base=base))
 
     def _order_copies(self) -> None:
         """Tells each node of which units it should hold copies, as far as it has their files."""

@@ -103,11 +103,13 @@ class StageLoaded:
 class Proposed:
     """A better placement was found, or somebody asks for one: it is carried out as a transition, or a Moved
     with the reason why not is the answer. `why` is a clause for the user, and `copying` the seconds that
-    sending the keys and values should take, if that is known."""
+    sending the keys and values should take, if that is known. `base`: the epoch than which it is better; None
+    if that does not matter."""
 
     placement: Placement
     why: str
     copying: float = 0.0
+    base: Epoch | None = None
 
 
 @dataclass(frozen=True, slots=True)

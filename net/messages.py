@@ -27,7 +27,7 @@ from ..engine.strict import AtMost, Between, Printable
 from ..planner import Device, LinkSpeed
 from ..planner.groups import MOST_SEQUENCES, Grouping
 
-PROTOCOL = 7
+PROTOCOL = 8
 """The protocol version in the header of each frame, raised by every change that older processes cannot
 read."""
 
@@ -224,7 +224,9 @@ class Assign:
     Without `base`, the node drops older assignments with their sessions, and loads the stage. With `base`,
     the counter of an earlier epoch, this is a transition from that epoch (docs/protocol.md): the stage is
     prepared beside the running one, which goes on until Commit or Abort. Keys and values of units that stay
-    are kept, those of `gives` and `takes` travel. A node that loses all of its units has first = last = 0."""
+    are kept, those of `gives` and `takes` travel. A node that loses all of its units has first = last = 0.
+    `ended`: no rows of the base follow, whatever becomes of this. So its stage stops, and where the RAM has
+    no room for both ranges, the weights that only the old one needs go first."""
 
     epoch: Epoch
     first: Units
@@ -236,6 +238,7 @@ class Assign:
     base: U32 | None = None
     gives: Annotated[tuple[Gift, ...], AtMost(64)] = ()
     takes: Annotated[tuple[Take, ...], AtMost(64)] = ()
+    ended: bool = False
 
 
 @dataclass(frozen=True, slots=True)

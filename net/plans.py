@@ -235,6 +235,8 @@ def proposed(state: ClusterState, event: Proposed, now: float) -> Outcome:
         refusal = "layers are moved only after losses (--moves off)"
     elif state.phase != "serving" or state.transition is not None:
         refusal = "the chain is changing already"
+    elif event.base not in (None, state.epoch):
+        refusal = "the chain has changed since"
     elif placement == state.placement:
         refusal = "it is the plan in force"
     elif setback is not None and setback.stages == placement.stages and now < setback.until:

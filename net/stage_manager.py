@@ -97,6 +97,8 @@ class StageManager:
         self._owner: Epoch | None = None
         """The epoch whose units the stage has."""
         self._range = range(0)
+        self._left = False
+        """Whether the stage has left its range, to make room for the next one."""
         self._carried: Mapping[int, Session] = NO_SESSIONS
         """The sessions that the stage holds for the next loop."""
         self._reading: float | None = None
@@ -357,7 +359,7 @@ class StageManager:
         except (ShoalError, MemoryError) as error:
             self._tell(Broken(assign.epoch, *to_wire(error), None))
             return
-        self._owner, self._range = assign.epoch, range(assign.first, assign.last)
+        self._owner, self._range, self._left = assign.epoch, range(assign.first, assign.last), False
         self._copies.renew()
         await self._take_over(assignment, self._stage, history=True)
         self._tell(Ready(assign.epoch))
@@ -369,7 +371,7 @@ class StageManager:
         await self._take_over(assignment, stage, history=False)
         beside = range(assign.first, assign.last)
         try:
-            if beside != self._range:
+            if beside != self._range or self._left:
                 await self._parts.hop(partial(self._load_beside, assignment, stage, beside))
         except (ShoalError, MemoryError) as error:
             self._tell(Broken(assign.epoch, *to_wire(error), None))
@@ -377,16 +379,30 @@ class StageManager:
             self._tell(Ready(assign.epoch))
 
     def _load_beside(self, assignment: Assignment, stage: StageLike, beside: range) -> None:
-        """Prepares a range beside the running one. Keys and values have less room meanwhile."""
-        limit = self._parts.kv_bytes(self._range.start, self._range.stop, beside)
-        if limit is not None and stage.kv_bytes > limit:
-            raise NoPlanError(f"{_CROWDED}: units [{beside.start}, {beside.stop}) do not fit beside them")
+        """Prepares a range beside the running one. Keys and values have less room meanwhile. If the base has
+        ended, and there is no room for both, it makes place first."""
+        try:
+            limit = self._beside(stage, self._range, beside)
+        except NoPlanError:
+            if not assignment.assign.ended:
+                raise
+            limit = self._beside(stage, beside, range(0))
+            self._left = True
+            stage.leave(beside.start, beside.stop)
         whole = self._parts.kv_bytes(self._range.start, self._range.stop)
-        if limit is not None and whole is not None:
+        if limit is not None and whole is not None and not self._left:
             assignment.reading = (whole - limit) / LOAD_BYTES_PER_S / CALL_FACTOR
         with self._crowd_lock:
             self._crowd = assignment
             assignment.prepared = stage.prepare(beside.start, beside.stop, limit)
+
+    def _beside(self, stage: StageLike, units: range, beside: range) -> int | None:
+        """What a range leaves for keys and values beside another one. NoPlanError: less than they need."""
+        limit = self._parts.kv_bytes(units.start, units.stop, beside)
+        if limit is not None and stage.kv_bytes > limit:
+            what = beside or units
+            raise NoPlanError(f"{_CROWDED}: units [{what.start}, {what.stop}) do not fit beside them")
+        return limit
 
     def _discard(self, assignment: Assignment) -> bool:
         """Undoes `_load_beside`, in any thread. False: that was done before."""
@@ -443,7 +459,8 @@ class StageManager:
         if base is not None and base.work is not None:
             known |= base.work.sessions
         try:
-            if assignment.prepared is None and self._range != range(assign.first, assign.last):
+            stays = self._range == range(assign.first, assign.last) and not self._left
+            if assignment.prepared is None and not stays:
                 raise NoPlanError(_CROWDED)  # since it was reported as prepared
             kept = self._kept(assign, commit, known)
             await self._parts.hop(partial(self._change, stage, assignment, commit, known, kept))
@@ -458,7 +475,8 @@ class StageManager:
             positions = {session: stage.rows_kept(session, end) for session in kept}
             assignment.rows = tuple(Kept(session, n) for session, n in positions.items() if n)
         self._owner, self._range = assign.epoch, range(assign.first, assign.last)
-        self._reading = None if base is None else assignment.reading
+        self._reading = None if base is None or self._left else assignment.reading
+        self._left = False
         self._carried = {session: known[session].truncated(positions) for session, positions in kept.items()}
         self._tell(Adopted(assign.epoch))
 
@@ -507,7 +525,7 @@ class StageManager:
     def _close_stage(self) -> None:
         if self._stage is not None:
             self._stage.close()
-        self._stage = self._owner = None
+        self._stage, self._owner, self._left = None, None, False
         self._carried = NO_SESSIONS
 
 

@@ -4,6 +4,7 @@ I/O or a clock.
     Assign without base   force: loading ──> serving ──next node lost──> stopping ──> standing
     Assign with base      change: preparing ──> prepared ──Commit──> moving ──> adopting ──> force: serving
                                       └─────────────┴── Abort, or a fault: the force goes on as it was
+           and the base has ended    force: serving ──> stopping ──> standing, and then it prepares
 
 `force` is the stage of the epoch in force, and `change` is what is prepared beside it. A stage whose next
 node is lost stands still with its keys and values until the next order. After Commit the stage has left the
@@ -288,9 +289,14 @@ def _assigned(state: NodeState, assign: Assign) -> Outcome:
     elif state.change is not None:
         commands = (Drop(state.change.assign.epoch),)
     due = set[Due]()
+    stops = based and assign.ended and force is not None and force.phase in ("serving", "stopping")
+    if stops and force is not None and force.phase == "serving":
+        commands += (StopLoop(force.assign.epoch),)
+        state = replace(state, force=replace(force, phase="stopping"))
     if assign.first < assign.last:
-        commands += (Prepare(assign) if based else OpenStage(assign),)
         due.add(WEIGHTS)
+        if not stops:  # else once the loop has ended
+            commands += (Prepare(assign) if based else OpenStage(assign),)
     if assign.next is not None:
         commands += (Dial(assign.epoch, assign.next),)
         due.add(NEXT)
@@ -339,6 +345,8 @@ def _stopped(state: NodeState, epoch: Epoch) -> Outcome:
     if force is None or force.assign.epoch != epoch or force.phase != "stopping":
         return state, ()
     state = replace(state, force=replace(force, phase="standing"))
+    if change is not None and change.assign.ended and WEIGHTS in change.due:
+        return state, (Prepare(change.assign),)
     if change is None or change.phase != "moving":
         return state, ()
     state, commands = _done(state, change.assign.epoch, LOOP)

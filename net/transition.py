@@ -121,6 +121,7 @@ def begin(state: ClusterState, placement: Placement, why: str, now: float, copyi
             replace(
                 orders.get(i, _emptied(epoch, placement)),
                 base=base,
+                ended=recovery,
                 gives=tuple(
                     Gift(peer_of(state.members[taker]), first, last, taker not in state.standing)
                     for first, last, giver, taker in moving

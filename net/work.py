@@ -83,6 +83,9 @@ class StageLike(Protocol):
         """Loads another range beside the running one, for `adopt`. Blocks; runs go on meanwhile. `kv_bytes`
         is the most bytes of keys and values from now on."""
 
+    def leave(self, first: int, last: int) -> None:
+        """Unloads the running range but for units [first, last); no run follows before `adopt`."""
+
     def discard(self, prepared: Any) -> None:
         """Undoes `prepare`."""
 

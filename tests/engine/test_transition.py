@@ -385,6 +385,30 @@ def test_what_was_prepared_is_forgotten_without_a_trace(model: Model, chain: Cal
     assert found == expected
 
 
+def test_a_range_that_was_left_makes_room_for_the_next_and_sequences_go_on(
+    model: Model, chain: Callable[..., Chain]
+) -> None:
+    expected = alone(model, PROMPT, 5)
+    two = chain((2,))
+    two.open(1, PROMPT)
+    found = [two.step(1) for _ in range(2)]
+    first, second = two.stages
+    held, size = second.kv_bytes, first._weights.nbytes
+    second.leave(4, 5)
+    assert second._weights.units == {4} and second.kv_bytes == held
+    with pytest.raises(ValueError, match="its weights are not loaded"):
+        second.run([Run(1, 301, [5], Want.TOKEN, np.zeros((1, 72), np.float32))])
+    second.discard(second.prepare(4, 5))  # a transition that was given up
+    first.leave(0, 2)
+    assert first._weights.units == {0, 1} and first._weights.nbytes == size
+    two.move((3,))  # both get another range
+    assert (first._weights.units, second._weights.units) == ({0, 1, 2}, {3, 4})
+    found += [two.step(1) for _ in range(2)]
+    second.leave(3, 5)
+    two.move((3,))  # the same range again
+    assert [*found, two.step(1)] == expected
+
+
 def test_sequences_that_begin_alike_share_pages_where_they_arrive(model: Model) -> None:
     """What is sent of the source later does not change what the other one has."""
     giver, taker = Stage(model, 0, 3, OPTIONS), Stage(model, 3, 5, OPTIONS)

@@ -116,7 +116,8 @@ class FakeStage:
         self.batches: list[list[tuple[int, int, int]]] = []
         self.parts: list[tuple[int, int]] = []
         """The units of the runs of parts."""
-        self.closed = False
+        self.closed = self.left = False
+        """`left`: nothing can be run before another range has been adopted."""
         self.most_open = self.most_pages = self.refused = 0
         self.prepared: list[range] = []
         self.loaded: list[range] = [range(first, last)]
@@ -157,7 +158,7 @@ class FakeStage:
         self.cancels.append(sequence)
 
     def run(self, batch: Sequence[Run]) -> list[Result]:
-        assert not self.closed
+        assert not self.closed and not self.left
         assert len({run.sequence for run in batch}) == len(batch)
         assert len({run.part for run in batch}) == 1
         self.batches.append([(run.sequence, run.first, len(run.tokens)) for run in batch])
@@ -310,6 +311,10 @@ class FakeStage:
         self.loaded.append(range(first, last))
         return self.prepared[0]
 
+    def leave(self, first: int, last: int) -> None:
+        assert not self.closed and not self.prepared
+        self.left = True
+
     def discard(self, prepared: range) -> None:
         self.prepared.remove(prepared)
 
@@ -350,8 +355,10 @@ class FakeStage:
                 kept.pages[unit] = (
                     [] if source is None else source.pages.get(unit, [])[: -(-positions // PAGE)]
                 )
+        assert prepared is not None or not self.left
         if prepared is not None:
             self.prepared.remove(prepared)
+            self.left = False
         self.sequences, self.first, self.last = after, new.start, new.stop
         for sequence in after:
             self.most_pages = max(self.most_pages, self._pages(sequence, {}))

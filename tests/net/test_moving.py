@@ -15,6 +15,7 @@ from tests.models import TINY
 
 from shoal.engine.batch import Sampling
 from shoal.engine.convert import convert
+from shoal.engine.errors import NoPlanError
 from shoal.engine.generate import generate
 from shoal.engine.layout import CHUNK
 from shoal.engine.model_directory import Model
@@ -229,6 +230,34 @@ def test_after_a_death_only_lost_units_are_computed_again(lab: ModuleType, port:
         assert min(enter for enter, _ in parts) == first < last == max(until for _, until in parts)
 
     with_chain(lab, test)
+
+
+def test_a_death_where_no_ram_has_room_for_two_stages_loads_nothing_anew(lab: ModuleType) -> None:
+    """Nodes drop the weights of their old stages before they load those of their new ones."""
+    prompt = [3, 1, 4, 1, 5, 9, 2, 6, 5]
+
+    def room(first: int, last: int, beside: range = range(0)) -> int:
+        if set(beside) - set(range(first, last)):
+            raise NoPlanError("there is no room")
+        return 1000
+
+    async def main() -> None:
+        async with lab.network() as net:
+            for name in "abc":
+                net.add(name, hop=lab.slow_hop(0.01), kv_bytes=room)
+            async with net.coordinator(plan=spread, moves="move") as coordinator:
+                async with coordinator.generate(prompt, SAMPLING, max_tokens=20) as tokens:
+                    got = [await anext(tokens) for _ in range(5)]
+                    await net.kill(7002)
+                    got += [token async for token in tokens]
+                assert got == lab.oracle(prompt, 20, SAMPLING)
+                assert [len(node.stages) for node in net.nodes.values()] == [1, 1, 1]
+                (move,) = coordinator.moves
+                assert move.moved.recovery and not move.aborted
+                # While answers go on, nothing makes room.
+                assert (await moved(coordinator, "a2 c6")).aborted
+
+    lab.run(main)
 
 
 def test_what_a_node_says_of_other_epochs_does_not_count(lab: ModuleType) -> None:

@@ -115,6 +115,32 @@ def test_a_transition_is_prepared_beside_the_stage_in_force() -> None:
     assert state.force == Force(FIRST, "serving")
 
 
+def test_a_stage_whose_base_has_ended_stops_before_the_next_one_is_prepared() -> None:
+    """What is prepared may then take the place of what ran."""
+    ended, again = replace(MOVE, ended=True), replace(MOVE, epoch=NEWER, ended=True)
+    state, commands = after(ended, state=serving())
+    assert commands == [StopLoop(OLD), Dial(NEW, AFTER), CopyAhead(NEW, TAKER, (GIFT,))]
+    assert after(Reached(NEW), Copied(NEW, 73), state=state)[1] == []
+    stopped, commands = after(Stopped(OLD), state=state)
+    assert (stopped.force, commands) == (Force(FIRST, "standing"), [Prepare(ended)])
+    ready, commands = after(Reached(NEW), Copied(NEW, 73), Ready(NEW), state=stopped)
+    assert commands == [Tell("prepared", NEW)]
+    _, commands = after(replace(COMMIT), state=ready)
+    assert commands == [SendTail(COMMIT, 73)]
+    # Another transition takes its place: while the loop ends, and later.
+    _, commands = after(again, Stopped(OLD), state=state)
+    assert commands == [Prepare(again)]
+    assert Prepare(again) in after(again, state=stopped)[1]
+    assert after(Abort(NEW), Stopped(OLD), state=state) == (
+        NodeState(Force(FIRST, "standing"), newest=NEW),
+        [],
+    )
+    # A node that loses all of its units has nothing to prepare.
+    state, commands = after(replace(EMPTY, ended=True), Copied(NEW, 73), Copied(NEW, 74), state=serving())
+    assert commands == [Tell("prepared", NEW)]
+    assert after(Stopped(OLD), state=state)[1] == []
+
+
 @pytest.mark.parametrize("order", list(permutations([Ready(NEW), Reached(NEW), Copied(NEW, 73)])))
 def test_it_is_prepared_when_all_parts_are_whatever_their_order(order: tuple[Event, ...]) -> None:
     state, _ = after(MOVE, state=serving())

@@ -267,6 +267,9 @@ def test_a_proposal_that_cannot_be_carried_out_is_refused() -> None:
     lost, _ = after(serving(), Left(1, GONE))
     assert refusal(moving, WITHOUT_B) == refusal(lost, WITHOUT_B) == "the chain is changing already"
     assert refusal(serving(), THREE) == "it is the plan in force"
+    _, (moved,) = after(serving(), Proposed(SHIFTED, "", base=epoch(0)))
+    assert isinstance(moved, Moved) and moved.failure == "the chain has changed since"
+    assert after(serving(), Proposed(SHIFTED, "", base=epoch(1)))[0].transition is not None
     assert "--moves off" in refusal(replace(serving(), moves="off"), SHIFTED)
     assert "do not cover" in refusal(serving(), chain(("a", 0, 3), ("b", 4, 6)))
     assert "must be one of" in refusal(serving(), chain(("a", 0, 3), ("d", 3, 6)))
@@ -365,8 +368,8 @@ def test_the_others_keep_what_they_hold_when_a_node_is_lost() -> None:
     assert state.standing == {0, 2} and state.epoch == epoch(1)
     state, commands = after(state, Planned(2, WITHOUT_B))
     assert commands == [
-        SendAssign(0, Assign(epoch(2), 0, 3, C, 4, 99, plain_groupings(2), 1)),
-        SendAssign(2, Assign(epoch(2), 3, 6, None, 4, 100, plain_groupings(2), 1)),
+        SendAssign(0, Assign(epoch(2), 0, 3, C, 4, 99, plain_groupings(2), 1, ended=True)),
+        SendAssign(2, Assign(epoch(2), 3, 6, None, 4, 100, plain_groupings(2), 1, ended=True)),
         Reach(epoch(2), 0),
     ]
     assert (state.phase, state.epoch) == ("moving", epoch(1))
@@ -398,7 +401,7 @@ def test_the_death_of_the_first_or_last_node(dead: int, placement: Placement, lo
 def test_both_ends_die() -> None:
     state, _ = after(serving(), Left(0, GONE), Left(2, GONE))
     state, commands = after(state, Planned(3, chain(("b", 0, 6))))
-    assert assigns(commands) == {1: Assign(epoch(2), 0, 6, None, 4, 99, plain_groupings(1), 1)}
+    assert assigns(commands) == {1: Assign(epoch(2), 0, 6, None, 4, 99, plain_groupings(1), 1, ended=True)}
     assert arrived(state)[1][0] == Serve(epoch(2), 1, (0, 5))
 
 
@@ -417,7 +420,9 @@ def test_the_second_death_is_planned_for_from_the_same_base() -> None:
         assert (state.phase, state.standing, state.epoch) == ("planning", {0}, epoch(1))
         counter = state.issued + 1
         state, commands = after(state, Planned(3, alone))
-        assert assigns(commands) == {0: Assign(epoch(counter), 0, 6, None, 4, 99, plain_groupings(1), 1)}
+        assert assigns(commands) == {
+            0: Assign(epoch(counter), 0, 6, None, 4, 99, plain_groupings(1), 1, ended=True)
+        }
         assert arrived(state)[1][0] == Serve(epoch(counter), 1, (2, 5))
 
 
@@ -553,7 +558,7 @@ def test_stages_stand_while_nodes_are_waited_for() -> None:
     state, _ = after(state, *[e for e in TO_PLAN if not isinstance(e, Joined)], now=41.0)
     state, commands = after(state, Planned(4, THREE), now=41.0)
     orders = assigns(commands)
-    assert orders[1] == Assign(epoch(2), 2, 4, C, 4, 100, plain_groupings(3), 1) and all(
+    assert orders[1] == Assign(epoch(2), 2, 4, C, 4, 100, plain_groupings(3), 1, ended=True) and all(
         assign.base == 1 for assign in orders.values()
     )
     assert arrived(state, now=42.0)[1][0] == Serve(epoch(2), 1, (2, 4))

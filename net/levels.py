@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -40,8 +41,9 @@ class Level:
         value = math.log(measured)
         return cls(value, (value,))
 
-    def seen(self, measured: float, now: float) -> Level:
-        """The level after another measurement."""
+    def seen(self, measured: float, now: float, known: Iterable[float] = ()) -> Level:
+        """The level after another measurement. One that is near a `known` value, and does not belong to the
+        average, is a jump to that value: it need not be seen twice."""
         value, last = math.log(measured), self.recent[-1]
         if value == last and self.steady and len(self.recent) == RECENT:
             return self
@@ -50,13 +52,16 @@ class Level:
         if abs(off) <= band:
             weight = max(WEIGHT, 1 / len(recent))
             return replace(self, value=self.value + weight * off, recent=recent, moving=None)
-        if self.moving is None:
+        near = min(map(math.log, known), key=lambda one: abs(value - one), default=math.inf)
+        there = abs(value - near) <= JUMP
+        if self.moving is None and not there:
             return replace(self, recent=recent, moving=now)
-        jumps = self.jumps
-        if not jumps or jumps[-1] < self.moving:
-            jumps = (*jumps, self.moving)[-JUMPS:]
-        moving = None if abs(value - last) <= band / 2 else self.moving
-        return Level(value, recent, jumps, moving)
+        jumps, since = self.jumps, now if self.moving is None else self.moving
+        if not jumps or jumps[-1] < since:
+            jumps = (*jumps, since)[-JUMPS:]
+        if there:
+            return Level(near, recent, jumps)
+        return Level(value, recent, jumps, None if abs(value - last) <= band / 2 else since)
 
     @property
     def measured(self) -> float:

@@ -10,6 +10,8 @@ Changes that do not pay would be worse than none, so there are brakes:
 - Measurements are smoothed, and nothing happens while one of them is changing (net/levels.py).
 - A gain must exceed a threshold, which grows with the noise of the measurements. A small one must last.
 - A device that swings is expected to swing again, so a change must pay until then.
+- The way back is easier: stages that were right are remembered with the paces for which they were. When the
+  devices are as quick as then, a smaller gain leads back to them.
 - Changes may cost a small share of the time, whatever they gain.
 - After a change its gain is measured. One that brought nothing is undone, and not proposed again until
   something else has changed.
@@ -18,7 +20,7 @@ Changes that do not pay would be worse than none, so there are brakes:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -26,7 +28,7 @@ from ..planner import Assignment, Cluster, LinkSpeed, Question
 from ..planner.evaluation import token_seconds
 from ..planner.moves import replans, room, room_beside, steals, travel
 from ..planner.streams import Follower
-from .levels import UNSETTLED_SECONDS, Level
+from .levels import JUMP, UNSETTLED_SECONDS, Level
 from .pace import slowed
 from .placement import Outcome, Placement, Proposal, Usage
 from .trials import JUDGE_WITHIN, Speed, Stages, Trial, Verdict, distance
@@ -40,6 +42,11 @@ MOST_NOISE = 0.15
 """It must not save more than this more, whatever the noise is, since averages have less of it."""
 DRIFT_GAIN, SURE_GAIN, LASTING_SECONDS = 0.1, 0.15, 3.0
 """The same if no pace has jumped; and a gain below SURE_GAIN must then have been there for so long."""
+RETURN_GAIN = 0.03
+"""The same, whatever the noise, of a change back to stages that were right for the paces to which the devices
+have jumped. What the model does not know of these stages has not kept anybody from using them before."""
+KEPT_RIGHT = 4
+"""The number of such stages that are remembered."""
 JUMPED_SECONDS = 10.0
 """The time for which a jump counts."""
 WORTH = 2.0
@@ -78,6 +85,8 @@ FIXED_SECONDS, DELAY_SECONDS, COPYING = 0.03, 0.2, 0.1
 meanwhile."""
 WAITS_MORE = 0.1
 """A stage that waits for a share of the time larger by this than another one's is not relieved by that."""
+NEARLY = 1.03
+"""A change is as good as another one if tokens take at most so many times as long after it."""
 NOTABLY = 1.1
 """A device that takes so many times as long as offered is slow enough to be named."""
 NEAR_SECONDS = 0.0005
@@ -115,6 +124,14 @@ class Search:
 
 
 @dataclass(frozen=True, slots=True)
+class Right:
+    """Stages that nothing was better than, when the devices took so many times as long as offered."""
+
+    stages: Stages
+    slower: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Memory:
     """What is known from earlier looks, of which `seen` is the last. `settled`: when no pace was changing.
     `speeds` are those of the last looks with the same stages and streams. `quiet`: until when nothing is
@@ -122,8 +139,8 @@ class Memory:
     what became of it; `trial` is a change whose effect is measured, and `changed` the last change. `costs`:
     the times and costs of the last minute's changes. `failed`: changes that brought nothing or could not be
     made, with the time, and `vain` their number since one that was good. `left`: when each device without a
-    stage lost it, and how often it has. `scale`: by how much standstills exceed the estimate. `verdict` is
-    that of this look."""
+    stage lost it, and how often it has. `right`: stages to which a change may lead back, the last ones first.
+    `scale`: by how much standstills exceed the estimate. `verdict` is that of this look."""
 
     seen: View | None = None
     settled: float = -math.inf
@@ -140,6 +157,7 @@ class Memory:
     failed: tuple[tuple[Stages, Stages, float], ...] = ()
     vain: int = 0
     left: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    right: tuple[Right, ...] = ()
     scale: float = 1.0
     verdict: Verdict | None = None
 
@@ -176,11 +194,13 @@ def look(memory: Memory, view: View) -> tuple[Memory, Proposal | None]:
         return _asked(memory, view, undo, "the last change has brought nothing", undoes=True)
     memory = _searched(memory, question, view, follower)
     assert memory.search is not None
-    found = (_change(memory, question, view, seconds, one, follower) for one in memory.search.found)
-    able = [one for one in found if one is not None and not _barred(memory, view, one.stages)]
-    best = max(able, key=lambda one: one.saved, default=None)
-    if best is None or not _pays(memory, view, best, follower):
-        return replace(memory, wanted=None), None
+    back = tuple(_returns(memory, question, view))
+    others = dict.fromkeys((*memory.search.found, *back))
+    found = (_change(memory, question, view, seconds, one, follower) for one in others)
+    able = (one for one in found if one is not None and not _barred(memory, view, one.stages))
+    best = _best(view, [one for one in able if _pays(memory, view, one, follower, back)])
+    if best is None:
+        return _rested(replace(memory, wanted=None), view), None
     wanted = view.now if memory.wanted is None else memory.wanted
     memory = replace(memory, wanted=wanted)
     lasting = _jumped(memory, view) or view.now - wanted >= LASTING_SECONDS
@@ -238,8 +258,10 @@ def _measurements(view: View) -> Iterable[tuple[Key, float]]:
 def _levels(memory: Memory, view: View) -> dict[Key, Level]:
     levels = dict(memory.levels)
     for key, measured in _measurements(view):
-        known = levels.get(key)
-        levels[key] = Level.of(measured) if known is None else known.seen(measured, view.now)
+        level = levels.get(key)
+        paces = [right.slower for right in memory.right] if key[0] == "pace" else []
+        known = [slower[key[1]] for slower in paces if key[1] in slower]
+        levels[key] = Level.of(measured) if level is None else level.seen(measured, view.now, known)
     return levels
 
 
@@ -362,6 +384,35 @@ def _searched(memory: Memory, question: Question, view: View, follower: Follower
     return replace(memory, search=Search(values, view.usage, tuple(found)))
 
 
+def _rested(memory: Memory, view: View) -> Memory:
+    """The memory after a look that found nothing better than the stages in force, once a change to them has
+    been judged."""
+    if memory.trial is not None:
+        return memory
+    paces = {stage.device: _factor(memory, view, stage.device) for stage in view.stages}
+    others = (one for one in memory.right if one.stages != view.stages)
+    return replace(memory, right=(Right(view.stages, paces), *others)[:KEPT_RIGHT])
+
+
+def _returns(memory: Memory, question: Question, view: View) -> Iterator[Stages]:
+    """The stages that were right for the paces that the devices have now. One of them has jumped since the
+    last change: without that, nothing leads back."""
+    if memory.changed is None or _last_jump(memory) <= memory.changed.since:
+        return
+    names = {device.name for device in question.cluster.devices if question.allowed(device.name)}
+    for right in memory.right:
+        if (
+            right.stages != view.stages
+            and names.issuperset(right.slower)
+            and question.constraints.keeps_ends(right.stages)
+            and all(
+                abs(math.log(_factor(memory, view, name) / factor)) <= JUMP
+                for name, factor in right.slower.items()
+            )
+        ):
+            yield right.stages
+
+
 def _positions(usage: Usage) -> int:
     """The positions of all sessions."""
     return max(usage.positions, usage.streams * usage.depth)
@@ -410,9 +461,23 @@ def _change(
 # --- whether it should
 
 
-def _pays(memory: Memory, view: View, change: _Change, follower: Follower) -> bool:
+def _best(view: View, changes: Sequence[_Change]) -> _Change | None:
+    """The change that saves most time. Of those that are nearly as good, one that keeps all devices in use,
+    so that it is known when they are quick again, and moves little."""
+    if not changes:
+        return None
+    most = max(changes, key=lambda one: one.saved)
+
+    def moves(one: _Change) -> tuple[int, int]:
+        left = {stage.device for stage in view.stages} - {stage.device for stage in one.stages}
+        return len(left), distance(view.stages, one.stages)
+
+    return min((one for one in changes if one.seconds_after <= NEARLY * most.seconds_after), key=moves)
+
+
+def _pays(memory: Memory, view: View, change: _Change, follower: Follower, back: Collection[Stages]) -> bool:
     """Whether a change gains enough to be one, and saves enough. The noise of a device matters as far as
-    tokens need its time."""
+    tokens need its time; not if the change leads `back`."""
     noise = 0.0
     for stages in (view.stages, change.stages):
         seconds = {one.device: follower.cost(one).decode_seconds(1, view.usage.depth) for one in stages}
@@ -420,7 +485,8 @@ def _pays(memory: Memory, view: View, change: _Change, follower: Follower) -> bo
         levels = ((memory.levels.get(("pace", name)), time / most) for name, time in seconds.items())
         noise = max(noise, *(share * level.noise for level, share in levels if level is not None), 0.0)
     least = LEAST_GAIN if _jumped(memory, view) else DRIFT_GAIN
-    if change.gain < least + min(MOST_NOISE, NOISES * noise) or change.saved < (WORTH - 1) * change.cost_s:
+    least = RETURN_GAIN if change.stages in back else least + min(MOST_NOISE, NOISES * noise)
+    if change.gain < least or change.saved < (WORTH - 1) * change.cost_s:
         return False
     if view.question.objective != "throughput":
         return True

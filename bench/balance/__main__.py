@@ -139,7 +139,13 @@ def _swing(args: argparse.Namespace, theatre: Theatre, modes: Sequence[Moves]) -
         with _lab(args, theatre, streams) as (lab, chain):
             for position in _positions(args, chain):
                 swing = Swing(lab, chain, position, streams, swings=args.swings)
-                _rounds(args, modes, partial(swing.play, theatre))
+
+                def one(mode: Moves, number: int, swing: Swing = swing) -> None:
+                    trace = swing.play(theatre, mode, number)
+                    if mode == modes[0]:
+                        swing.alike(theatre, number, trace)
+
+                _rounds(args, modes, one)
 
 
 def _standstill(args: argparse.Namespace, theatre: Theatre, modes: Sequence[Moves]) -> None:

@@ -53,6 +53,12 @@ class Trace:
         """The positions of the first stream at a time."""
         return len(self.prompts[0]) + sum(time <= at for time in self.times[0])
 
+    def until(self, at: float) -> tuple[list[list[int]], list[list[int]]]:
+        """The prompts of a run that goes on with what the streams had at a time, and these answers."""
+        have = [sum(time <= at for time in own) for own in self.times]
+        answers = [own[:n] for own, n in zip(self.tokens, have, strict=True)]
+        return [[*p, *own] for p, own in zip(self.prompts, answers, strict=True)], answers
+
     def changes(self, after: str, before: str) -> int:
         """How often the placement changed between two marks."""
         return sum(self.marks[after] < at <= self.marks[before] for at, _ in self.chains[1:])

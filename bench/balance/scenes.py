@@ -141,10 +141,7 @@ class Drop:
     def fresh(self, theatre: Theatre, mode: Moves, number: int, other: Trace) -> None:
         """The speed of a plan that was made for the slow device, from a cold start, at the depth that the
         streams of the other run had by then; and how long that one needed to be near it."""
-        at = other.marks["drop"] + QUICK_SECONDS
-        have = [sum(time <= at for time in own) for own in other.times]
-        answers = [own[:n] for own, n in zip(other.tokens, have, strict=True)]
-        prompts = [[*p, *own] for p, own in zip(other.prompts, answers, strict=True)]
+        prompts, answers = other.until(other.marks["drop"] + QUICK_SECONDS)
 
         async def act(playing: Playing) -> None:
             await trio.sleep(1.0)
@@ -215,16 +212,19 @@ class Swing:
     seconds: float = 10.0
     swings: int = 4
 
-    def play(self, theatre: Theatre, mode: Moves, number: int) -> None:
+    @property
+    def what(self) -> str:
+        where = f"stage {self.position} of {len(self.chain)}"
+        return f"{where} swings every {self.seconds:g} s, {streamed(self.streams)}"
+
+    def play(self, theatre: Theatre, mode: Moves, number: int) -> Trace:
         async def act(playing: Playing) -> None:
             for i in range(self.swings):
                 playing.mark(f"swing {i}")
                 self.lab.node(device).slow(1 if i % 2 else SLOWER)
                 await trio.sleep(self.seconds)
 
-        device = self.chain[self.position - 1].device
-        where = f"stage {self.position} of {len(self.chain)}"
-        what = f"{where} swings every {self.seconds:g} s, {streamed(self.streams)}"
+        device, what = self.chain[self.position - 1].device, self.what
         try:
             trace = theatre.play(
                 f"{what}, {mode}, round {number + 1}",
@@ -242,3 +242,19 @@ class Swing:
         theatre.samples.add(f"{what}: tokens/s", mode, number, trace.speed("swing 0", "end"))
         most = max(trace.changes(a, b) for a, b in pairwise(marks))
         theatre.samples.add(f"{what}: most changes of the placement in a swing", mode, number, most)
+        return trace
+
+    def alike(self, theatre: Theatre, number: int, other: Trace) -> None:
+        """The speed of the chain that never changes in each quick swing of another run, at the same depth:
+        the streams of a run with moves are deeper by then, and so each of their tokens takes longer."""
+
+        async def act(playing: Playing) -> None:
+            playing.mark("quick")
+            await trio.sleep(self.seconds)
+
+        for i in range(1, self.swings, 2):
+            prompts, answers = other.until(other.marks[f"swing {i}"])
+            name = f"{self.what}, swing {i + 1} at the same depth, round {number + 1}"
+            trace = theatre.play(name, "off", prompts, act, self.chain, answers)
+            figure = f"{self.what}: tokens/s, swing {i + 1}, quick"
+            theatre.samples.add(figure, "off, as deep", number, trace.speed("quick", "end"))

@@ -44,6 +44,18 @@ def test_two_values_elsewhere_are_a_jump_and_the_average_begins_there() -> None:
     assert after([2.5] * 20, start=11.5, level=there).measured == pytest.approx(2.5, rel=0.01)
 
 
+def test_a_value_that_is_known_is_a_jump_at_once() -> None:
+    steady = after([1.0] * 20)
+    there = steady.seen(2.4, 10.0, (1.0, 2.5))
+    assert there.settled(10.0)
+    assert (there.measured, there.jumps) == (pytest.approx(2.5), (10.0,))
+    assert not steady.seen(2.0, 10.0, (1.0, 2.5)).settled(10.0)
+    passing = steady.seen(1.5, 10.0, (2.5,)).seen(2.4, 10.5, (2.5,))
+    assert passing.settled(10.5)
+    assert passing.jumps == (10.0,)
+    assert steady.seen(1.05, 10.0, (1.1,)).jumps == ()  # it belongs to the average
+
+
 def test_a_jump_does_not_count_as_noise() -> None:
     level = after([1.0, 1.01] * 10)
     jumped = after([2.0, 2.02] * 3, start=20.0, level=level)

@@ -110,6 +110,33 @@ def test_a_device_that_swings_makes_one_change_a_swing_at_most_and_no_harm(half:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("at", "noise"), [(1, 0.0), (2, 0.05)])
+def test_the_way_back_is_as_easy_as_the_way_there(at: int, noise: float) -> None:
+    """What is lost without it, while the device is quick, is less than other changes have to gain."""
+    asked = question(4, (0.5, 0.4, 0.4))
+    start = fresh(asked).assignments
+    swarm, without = (
+        Swarm(asked, swings(start[at].device, 10.0, 1.6), noise if moves else 0.0, moves=moves)
+        for moves in (True, False)
+    )
+    assert swarm.run(89) >= 1.03 * without.run(89)
+    assert [int(when / 10) for when, _ in swarm.changes] == list(range(1, 9))  # one a swing
+    assert all(when % 10 <= 1.6 for when, _ in swarm.changes)
+    assert all(proposal.placement.stages == start for _, proposal in swarm.changes[1::2])
+
+
+@pytest.mark.slow
+def test_of_changes_that_are_nearly_as_good_one_keeps_the_device_that_swings_in_use() -> None:
+    """Without a stage it is not measured, and its layers do not return."""
+    asked = question(4, *PHONES)
+    name = fresh(asked).stages[1].device
+    swarm, without = (Swarm(asked, swings(name, 10.0), moves=moves) for moves in (True, False))
+    assert swarm.run(120) >= 1.03 * without.run(120)
+    for _, proposal in swarm.changes:
+        assert name in [stage.device for stage in proposal.placement.stages]
+
+
+@pytest.mark.slow
 def test_changes_cost_a_small_share_of_the_time_whatever_they_gain() -> None:
     """A device that swings between very fast and very slow, so that each change would gain much."""
     asked = question(4, UNEQUAL)

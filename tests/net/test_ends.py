@@ -31,6 +31,7 @@ from shoal.planner import Assignment
 TINY = Path(__file__).resolve().parents[1] / "fixtures" / "tiny-llama"
 WINDOW = 6
 """So many token ids in a row are no accident."""
+PAGE = 4096
 SAMPLING = Sampling(temperature=0.8, repetition_penalty=1.3, seed=4, bias=((5, -1.0),))
 
 
@@ -63,10 +64,20 @@ class Recorder:
             tasks.cancel_scope.cancel()
 
 
+def written(data: bytes) -> bytes:
+    """The pages that are not all zeros, and those beside them: most memory was never written."""
+    words = np.frombuffer(data, np.uint64).reshape(-1, PAGE // 8)
+    used = words.any(axis=1)
+    used[1:] |= (was := used.copy())[:-1]
+    used[:-1] |= was[1:]
+    return words[used].tobytes()
+
+
 def found_in(data: bytes | bytearray | memoryview, ids: Sequence[int]) -> bool:
     """Whether bytes hold some of these token ids in a row: packed, in JSON, or as objects of Python."""
     windows = [ids[at : at + WINDOW] for at in (10, 100, len(ids) - WINDOW)]
-    raw = bytes(data)
+    whole = len(data) // PAGE * PAGE
+    raw = written(bytes(data[:whole])) + bytes(data[whole:])
     for window in windows:
         forms = [struct.pack(f"<{WINDOW}{kind}", *window) for kind in "iq"]
         if any(form in raw for form in (*forms, ",".join(map(str, window)).encode())):
@@ -85,14 +96,14 @@ def found_in(data: bytes | bytearray | memoryview, ids: Sequence[int]) -> bool:
 
 
 def memory(pid: int) -> Iterator[bytes]:
-    """What a process may write to, a mapping at a time."""
+    """What a process may write to and has written to, a mapping at a time."""
     with open(f"/proc/{pid}/maps", encoding="utf-8") as maps, open(f"/proc/{pid}/mem", "rb", 0) as mem:
         for line in maps:
             span, rights, *_ = line.split()
             first, last = (int(end, 16) for end in span.split("-"))
             if rights.startswith("rw"):
                 with suppress(OSError):  # it is gone, or belongs to a device
-                    yield os.pread(mem.fileno(), last - first, first)
+                    yield written(os.pread(mem.fileno(), last - first, first))
 
 
 async def remembers(process: subprocess.Popen[bytes], ids: Sequence[int]) -> bool:

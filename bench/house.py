@@ -1,6 +1,6 @@
 """A house on one machine: `shoal up` and three `shoal join` in four network namespaces.
 
-python -m bench.house [--scenes start,again,firewall,address,death,sleep] [--model smollm2-135m]
+python -m bench.house [--scenes start,again,firewall,address,death,sleep,moved] [--model smollm2-135m]
 
 Needs root (ip, tc, and for `firewall` nft). Each device has a namespace with a link of its own, a speed, a
 memory promise with room for less than a third of the model, and caches, which are empty at the start. A table
@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ from .lab.spec import DeviceSpec, LabSpec, LinkSpec
 PORT = 7077
 PROMPT = "Explain in three sentences why the sky is blue."
 TOKENS, LONG = 48, 200
+ELSEWHERE = 100
+"""What is added to the number of a device whose address has changed."""
 SECONDS = 180.0
 """How long anything may take before it counts as lost."""
 DEVICES = (
@@ -120,6 +123,7 @@ class House:
     devices: list[Device]
     model: Path
     rows: list[list[str]] = field(default_factory=list)
+    invites: list[subprocess.Popen[str]] = field(default_factory=list)
     expected: str = ""
     expected_long: str = ""
 
@@ -154,10 +158,11 @@ class House:
         self.start_head()
         wait("the head", lambda: _quiet(self.status) is not None, self.head)
 
-    def start_head(self) -> None:
-        """Starts the head."""
+    def start_head(self, number: int = 0) -> None:
+        """Starts the head, which listens at its address of that number."""
         head = self.head
-        head.start("up", str(self.model), "--listen", f"{ground.address(0)}:{PORT}", "--name", head.spec.name,
+        listen = f"{ground.address(number)}:{PORT}"
+        head.start("up", str(self.model), "--listen", listen, "--name", head.spec.name,
                    "--ram", str(head.ram_mb), "--context", "512")  # fmt: skip
 
     def invite(self) -> str:
@@ -172,11 +177,18 @@ class House:
             env=self.head.environment,
             preexec_fn=ground.enter(0, self.head.laid, ""),
         )
+        self.invites.append(inviting)
         assert inviting.stdout is not None
         for line in inviting.stdout:
             if found := re.search(r"shoal join (\S+)", line):
                 return found[1]
         raise ShoalError("`shoal invite` printed no token")
+
+    def end_invites(self) -> None:
+        """Ends those that nobody has used."""
+        for inviting in self.invites:
+            inviting.terminate()
+            inviting.communicate()
 
     def join(self, phone: Device, token: str) -> None:
         """Pairs a phone, which stays as a node."""
@@ -280,7 +292,9 @@ def opened(model: Path) -> Iterator[House]:
             devices.append(Device(i, spec, cap, directory / spec.name, laid))
         stack.callback(lambda: end([device.process for device in devices if device.process is not None]))
         _compile(devices[0].environment)
-        yield House(devices, model)
+        house = House(devices, model)
+        stack.callback(house.end_invites)
+        yield house
 
 
 def _compile(environment: dict[str, str]) -> None:
@@ -354,16 +368,44 @@ def firewall(house: House) -> None:
 def address(house: House) -> None:
     """A phone's address changes while an answer is computed."""
     phone = house.phones[0]
-    inside = ("ip", "-n", ground.namespace(phone.number), "addr")
-    old, new = ground.address(phone.number), ground.address(phone.number + 100)
+    house.note(
+        "an address changes: longest wait for a token",
+        f"{house.disturbed(lambda: move(phone)):.1f} s",
+        "3 s",
+    )
 
-    def change() -> None:
+
+def move(device: Device) -> None:
+    """Gives a device another address instead of its own."""
+    inside = ("ip", "-n", ground.namespace(device.number), "addr")
+    old, new = ground.address(device.number), ground.address(device.number + ELSEWHERE)
+    subprocess.run([*inside, "add", f"{new}/24", "dev", "eth0"], check=True)
+    subprocess.run([*inside, "del", f"{old}/24", "dev", "eth0"], check=True)
+    if not subprocess.run([*inside, "show", "to", new], capture_output=True, check=True).stdout:
         subprocess.run([*inside, "add", f"{new}/24", "dev", "eth0"], check=True)
-        subprocess.run([*inside, "del", f"{old}/24", "dev", "eth0"], check=True)
-        if not subprocess.run([*inside, "show", "to", new], capture_output=True, check=True).stdout:
-            subprocess.run([*inside, "add", f"{new}/24", "dev", "eth0"], check=True)
 
-    house.note("an address changes: longest wait for a token", f"{house.disturbed(change):.1f} s", "3 s")
+
+def moved(house: House) -> None:
+    """The head has another address when it starts again, which nobody knows but by mDNS."""
+    before = [len(phone.log) for phone in house.phones]
+    house.head.stop()
+    for phone, said in zip(house.phones, before, strict=True):
+        wait("the phone's loss of its head", partial(_says, phone, said, "trying again"), phone)
+    move(house.head)
+    house.start_head(ELSEWHERE)
+    where = f"{ground.address(ELSEWHERE)}:{PORT}"
+    wait("the head", lambda: f"devices connect to {where}" in house.head.log, house.head)
+    begun = time.monotonic()
+    for phone, said in zip(house.phones, before, strict=True):
+        wait("the phone", partial(_says, phone, said, "the head of the house is there again"), phone)
+        if not _says(phone, said, f"the head of the house is at {where}, found by mDNS"):
+            raise ShoalError(f"{phone.spec.name} has found the head in another way: {phone.log[said:]}")
+    house.note("the head has another address: all are back after", f"{time.monotonic() - begun:.1f} s", "3 s")
+    house.note("the answer is that of one process", str(house.answer() == house.alone()))
+
+
+def _says(device: Device, after: int, what: str) -> bool:
+    return what in device.log[after:]
 
 
 def sleep(house: House) -> None:
@@ -397,7 +439,7 @@ def _state(house: House, device: Device) -> str:
     return next((d["state"] for d in house.status()["devices"] if d["name"] == device.spec.name), "")
 
 
-SCENES = {scene.__name__: scene for scene in (start, again, firewall, address, death, sleep)}
+SCENES = {scene.__name__: scene for scene in (start, again, firewall, address, death, sleep, moved)}
 
 
 def main() -> None:

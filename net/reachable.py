@@ -152,15 +152,17 @@ async def stay_reachable(
     announce: Announce,
     connected: Callable[[TlsStream], Awaitable[None]],
     log: Callable[[str], None],
+    search: Callable[[], Awaitable[object]] = trio.sleep_forever,
 ) -> None:
     """Keeps connections at the head of the house that wait until it uses them, which are then passed to
     `connected` (Node.connected), in a task of their own. Dials again when one ends, at all of the head's
     addresses, and at once when this device has slept or has another address. Says to `log` when the head
-    cannot be reached, and when it can again. Runs until cancelled.
+    cannot be reached, and when it can again. As long as it cannot, `search` is called, which returns when
+    there is another address. Runs until cancelled.
 
     MismatchError: the head has another model now, or another version of shoal."""
     async with open_tasks() as tasks:
-        stay = _Stay(addresses, trust, announce, connected, log, tasks)
+        stay = _Stay(addresses, trust, announce, connected, log, search, tasks)
         tasks.start_soon(stay.watch)
         for _ in range(KEPT):
             tasks.start_soon(stay.keep)
@@ -176,11 +178,13 @@ class _Stay:
         announce: Announce,
         connected: Callable[[TlsStream], Awaitable[None]],
         log: Callable[[str], None],
+        search: Callable[[], Awaitable[object]],
         tasks: trio.Nursery,
     ) -> None:
         self._addresses, self._trust, self._announce = addresses, trust, announce
-        self._connected, self._log, self._tasks = connected, log, tasks
+        self._connected, self._log, self._search, self._tasks = connected, log, search, tasks
         self._scopes = set[trio.CancelScope]()
+        self._searching = trio.CancelScope()
         self._ends: tuple[str | None, str] | None = None
         """The address of this device on the way to the head, when it connected there, and the head's."""
         self._last = ""
@@ -269,12 +273,24 @@ class _Stay:
         if error is None:
             if self._said is not None:
                 self._log("the head of the house is there again")
+                self._searching.cancel()
             self._said = None
         elif self._said is None or (
             isinstance(error, UntrustedError) and type(self._said) is not type(error)
         ):
             self._log(f"{error}; trying again until it answers")
+            if self._said is None:
+                self._searching = trio.CancelScope()
+                self._tasks.start_soon(self._look_elsewhere, self._searching)
             self._said = error
+
+    async def _look_elsewhere(self, searching: trio.CancelScope) -> None:
+        """Dials the head where it is found meanwhile."""
+        with searching:
+            while True:
+                await self._search()
+                self._dial_anew()
+                await trio.sleep(REFUSED_SECONDS)
 
 
 def _slept() -> float:

@@ -340,7 +340,17 @@ def add_serving(parser: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT,...",
         help="where `shoal up` listens on the head (default: where it was when this device last heard of it)",
     )
+    add_mdns(parser, "look for the head in the local network by mDNS when it is not where it was")
     add_engine(parser)
+
+
+def add_mdns(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--no-mdns",
+        dest="mdns",
+        action="store_false",
+        help=f"do not {what}, which needs the zeroconf package (pip install zeroconf)",
+    )
 
 
 def add_boot(parser: argparse.ArgumentParser) -> None:

@@ -10,8 +10,11 @@ import trio
 from . import house
 from .engine.errors import ShoalError, ignore
 from .held_files import local_model, make_skeleton
+from .nearby import find_head
+from .net.connection import open_tasks
 from .net.errors import MismatchError, NodeLostError, UntrustedError
-from .net.identity import Identity
+from .net.identity import Identity, host_port
+from .net.messages import MOST_ADDRESSES, Address
 from .net.reachable import dial_head, relayed, stay_reachable
 from .net.relay import RequestStream
 from .net.requests import Alive, Announce, GetModel
@@ -26,10 +29,20 @@ _PAUSES = (0.5, 1.0, 2.0, 5.0)
 
 class HouseNode:
     """The head of this device's house, as a node sees it. `given` are addresses of the command line, which
-    are tried instead of those that the head has told."""
+    are tried instead of those that the head has told. `mdns`: without them, it is looked for by mDNS, too,
+    when it cannot be reached."""
 
-    def __init__(self, trust: Trust, given: Sequence[tuple[str, int]], log: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        trust: Trust,
+        given: Sequence[tuple[str, int]],
+        log: Callable[[str], None],
+        *,
+        mdns: bool = False,
+    ) -> None:
         self._trust, self._given, self._log = trust, tuple(given), log
+        self._mdns = mdns and not given
+        self._trying = trio.CancelScope()
         self._known: tuple[tuple[str, int], ...] = ()
         self.open_stream = relayed(self.addresses, trust, self._tell)
         """How the node reaches other nodes of the house."""
@@ -47,19 +60,41 @@ class HouseNode:
     async def find_model(self) -> Path:
         """The directory of the model that the head has now. Waits until the head is there. UntrustedError:
         this device does not belong to its house any more."""
-        tries = 0
-        while True:
-            try:
-                skeleton = await self._ask()
-                break
-            except NodeLostError as error:
-                if not tries:
-                    self._tell(f"waiting for the head of the house: {error}")
-                await trio.sleep(_PAUSES[min(tries, len(_PAUSES) - 1)])
-                tries += 1
+        tries, skeleton = 0, None
+        async with open_tasks() as tasks:
+            while skeleton is None:
+                with trio.CancelScope() as self._trying:
+                    try:
+                        skeleton = await self._ask()
+                    except NodeLostError as error:
+                        if not tries:
+                            self._tell(f"waiting for the head of the house: {error}")
+                            tasks.start_soon(self._look_elsewhere)
+                        await trio.sleep(_PAUSES[min(tries, len(_PAUSES) - 1)])
+                        tries += 1
+            tasks.cancel_scope.cancel()
         if tries:
             self._tell("the head of the house is there")
         return await trio.to_thread.run_sync(_directory, skeleton)
+
+    async def _look_elsewhere(self) -> None:
+        """Lets `find_model` try at once where the head is found meanwhile."""
+        while True:
+            await self._search()
+            self._trying.cancel()
+            await trio.sleep(_PAUSES[-1])
+
+    async def _search(self) -> None:
+        """Waits until the head is found elsewhere by mDNS, and keeps where that is."""
+        if not self._mdns:
+            await trio.sleep_forever()
+        found = await find_head(self._trust, self.addresses)
+        self._tell(f"the head of the house is at {host_port(*found)}, found by mDNS")
+        known = [where for where in house.head_addresses() if (where.host, where.port) != found]
+        try:
+            house.keep_head((Address(*found), *known)[:MOST_ADDRESSES])
+        except OSError as error:
+            self._tell(f"that cannot be kept: {error}")
 
     async def stay(
         self,
@@ -74,7 +109,7 @@ class HouseNode:
         tell = ignore if quiet else self._tell
         announce = Announce(identity.name, identity.incarnation, port, identity.model)
         try:
-            await stay_reachable(self.addresses, self._trust, announce, connected, tell)
+            await stay_reachable(self.addresses, self._trust, announce, connected, tell, self._search)
         except MismatchError as error:
             tell(str(error))
 

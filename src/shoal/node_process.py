@@ -118,7 +118,7 @@ def _home(own: Trust | None, args: argparse.Namespace) -> HouseNode:
         raise ShoalError("this device is the head of its house: `shoal up` runs a node for it")
     from .house_node import HouseNode
 
-    return HouseNode(own, args.head, _log)
+    return HouseNode(own, args.head, _log, mdns=args.mdns)
 
 
 class _Process:

@@ -9,14 +9,14 @@ import secrets
 import ssl
 import time
 from base64 import b64encode
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
 import trio
 
-from . import house
+from . import house, nearby
 from .arguments import address
 from .engine.errors import ShoalError
 from .net.connection import open_tcp
@@ -54,6 +54,8 @@ GOODBYE_SECONDS = 2.0
 LAST_SECONDS = 1.0
 """How long others are told that the invite has been used."""
 REACH_SECONDS = 5.0
+LOOK_SECONDS = 10.0
+"""How long the head is looked for by mDNS."""
 M = TypeVar("M", Join, Challenge, Proof, Welcome)
 
 
@@ -91,6 +93,9 @@ class _Line:
             await self._stream.send_eof()
             while await self._stream.receive_some():
                 pass
+
+    async def close(self) -> None:
+        await trio.aclose_forcefully(self._stream)
 
     async def _exactly(self, size: int) -> bytes:
         while len(self._data) < size:
@@ -239,53 +244,85 @@ def _add(join: Join) -> tuple[tuple[PairedDevice, ...], PairedDevice]:
 # --- the device
 
 
-async def join_house(invite: Invite, name: str) -> tuple[PairedDevice, ...]:
-    """Joins the house of an invite, and keeps its list. The head is tried at each of its addresses.
-    UntrustedError: it refuses, or another device answers. NodeLostError: it cannot be reached."""
+async def join_house(invite: Invite, name: str, *, mdns: bool = False) -> tuple[PairedDevice, ...]:
+    """Joins the house of an invite, and keeps its list. The head is tried at each of its addresses, and then,
+    with `mdns`, where it is announced. UntrustedError: it refuses, or another device answers. NodeLostError:
+    it cannot be reached."""
     certificate = b64encode(house.own_certificate()).decode()
     lost: NetError | None = None
-    for host, port in invite.addresses:
-        who = host_port(host, port)
+    for where in invite.addresses:
         try:
-            with trio.fail_after(REACH_SECONDS):
-                raw = await open_tcp(host, port)
-        except (OSError, trio.TooSlowError) as error:
-            lost = NodeLostError(f"{who} cannot be reached ({printable(str(error) or 'no answer', 200)})")
-            continue
-        try:
-            with trio.fail_after(CONNECTION_SECONDS):
-                return await _join(raw, who, invite, name, certificate)
-        except trio.TooSlowError:
-            lost = NodeLostError(f"{who} did not answer within {CONNECTION_SECONDS:g} s")
+            return await _join(await _reached(*where, invite), invite, name, certificate)
         except NodeLostError as error:
             lost = error
+    found = await _found(invite) if mdns else None
+    if found is not None:
+        return await _join(found, invite, name, certificate)
     late = " The invite may have expired." if time.time() > invite.expires else ""
     raise NodeLostError(
         f"{lost}: check that `shoal invite` still waits, and that both devices are in one network.{late}"
     )
 
 
-async def _join(
-    raw: trio.abc.Stream, who: str, invite: Invite, name: str, certificate: str
-) -> tuple[PairedDevice, ...]:
-    stream = await open_tls(raw, who, pairing_client(), server=False)
+async def _found(invite: Invite) -> _Line | None:
+    """The head where it is announced in the local network; None: it is not, or mDNS cannot be used."""
+    if not nearby.installed():
+        return None
+    found: _Line | None = None
+    with trio.move_on_after(LOOK_SECONDS):
+        async with nearby.announced("join", invite.head) as places:
+            async for where in places:
+                with suppress(NetError):  # somebody else announces the same
+                    found = await _reached(*where, invite)
+                    break
+    return found
+
+
+async def _reached(host: str, port: int, invite: Invite) -> _Line:
+    """TLS with the head of an invite. NodeLostError: it cannot be reached there. UntrustedError: another
+    device answers."""
+    who = host_port(host, port)
     try:
-        if not same(stream.key, invite.head):
-            raise UntrustedError(
-                f"another device than the head answers at {who}: somebody may be in between, or the token is "
-                "an old one. Make another invite"
-            )
-        join, line = Join(name, certificate, new_nonce()), _Line(stream, who)
-        await line.send(join)
-        challenge = await line.receive(Challenge)
-        try:
-            said = transcript(invite.head, join, challenge)
-        except ValueError as error:
-            raise RemoteProtocolError(f"{who} sent an invalid message: {error}") from error
-        await line.send(Proof(proof_of(invite.secret, "device", said)))
-        welcome = await line.receive(Welcome)
-        check_welcome(invite, join, challenge, welcome)
-    finally:
+        with trio.fail_after(REACH_SECONDS):
+            raw = await open_tcp(host, port)
+    except (OSError, trio.TooSlowError) as error:
+        raise NodeLostError(
+            f"{who} cannot be reached ({printable(str(error) or 'no answer', 200)})"
+        ) from error
+    with _in_time(who):
+        stream = await open_tls(raw, who, pairing_client(), server=False)
+    if not same(stream.key, invite.head):
         await trio.aclose_forcefully(stream)
+        raise UntrustedError(
+            f"another device than the head answers at {who}: somebody may be in between, or the token is "
+            "an old one. Make another invite"
+        )
+    return _Line(stream, who)
+
+
+async def _join(line: _Line, invite: Invite, name: str, certificate: str) -> tuple[PairedDevice, ...]:
+    try:
+        with _in_time(line.who):
+            join = Join(name, certificate, new_nonce())
+            await line.send(join)
+            challenge = await line.receive(Challenge)
+            try:
+                said = transcript(invite.head, join, challenge)
+            except ValueError as error:
+                raise RemoteProtocolError(f"{line.who} sent an invalid message: {error}") from error
+            await line.send(Proof(proof_of(invite.secret, "device", said)))
+            welcome = await line.receive(Welcome)
+            check_welcome(invite, join, challenge, welcome)
+    finally:
+        await line.close()
     house.save_joined(welcome.devices, welcome.addresses)
     return welcome.devices
+
+
+@contextmanager
+def _in_time(who: str) -> Iterator[None]:
+    try:
+        with trio.fail_after(CONNECTION_SECONDS):
+            yield
+    except trio.TooSlowError:
+        raise NodeLostError(f"{who} did not answer within {CONNECTION_SECONDS:g} s") from None

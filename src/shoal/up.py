@@ -26,6 +26,7 @@ from .engine.errors import ShoalError
 from .engine.model_directory import Model
 from .local.server import Head
 from .local.server import serve as serve_socket
+from .nearby import announce
 from .net.connection import open_tasks
 from .net.coordinator import Coordinator, CoordinatorOptions
 from .net.identity import Identity, host_port, shape_of
@@ -123,6 +124,8 @@ class _Head:
                 tasks.start_soon(self._watch, coordinator, known)
                 tasks.start_soon(self._watch_where, trust, listeners)
                 tasks.start_soon(self.first.own.keep, self.say)
+                if self.args.mdns:
+                    tasks.start_soon(announce, "node", trust.key, listeners, self.say)
                 yield coordinator
                 tasks.cancel_scope.cancel()
         finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -55,6 +55,7 @@ class Home:
     announced: dict[str, Announce] = field(default_factory=dict)
     lines: list[RequestStream] = field(default_factory=list)
     scopes: dict[str, trio.CancelScope] = field(default_factory=dict)
+    search: Callable[[], Awaitable[object]] = trio.sleep_forever
 
     def identity(self, name: str, trust: Trust) -> Any:
         return replace(self.lab.identity(name, trust.incarnation()), trust=trust)
@@ -83,7 +84,12 @@ class Home:
         connected, say = self.nodes[name].connected, self.log.append
         with self.scopes[name]:
             await stay_reachable(
-                lambda: [self.address], self.trusts[name], self.announced[name], connected, say
+                lambda: [self.address],
+                self.trusts[name],
+                self.announced[name],
+                connected,
+                say,
+                self.search,
             )
 
     def line(self, stream: TlsStream) -> RequestStream:
@@ -404,6 +410,38 @@ def test_a_node_waits_while_a_stranger_has_the_address_of_its_head(
             asks = HouseNode(houses.trust("a", ["head", "a"]), both, made.log.append)
             with pytest.raises(NetError, match="this head has no model to give"):
                 await asks.find_model()
+
+    limited(main)
+
+
+def test_a_node_dials_its_head_at_once_where_that_is_found_and_then_looks_no_more(
+    lab: ModuleType, houses: Houses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reachable, "RETRY_SECONDS", LIMIT)
+    monkeypatch.setattr(reachable, "REFUSED_SECONDS", 0.0)
+
+    async def main() -> None:
+        async with home(lab, houses, "a") as made, made.coordinator(halves):
+            true = made.address
+            with socket.create_server(("127.0.0.1", 0)) as gone:
+                made.address = gone.getsockname()
+            searches = list[str]()
+
+            async def search() -> None:
+                searches.append("begun")
+                if len(searches) == 1:
+                    made.address = true
+                    return
+                try:
+                    await trio.sleep_forever()
+                finally:
+                    searches.append("ended")
+
+            made.search = search
+            made.start("a")
+            await until(lambda: made.devices and searches[-1:] == ["ended"])
+            assert any("the head of the house is there again" in line for line in made.log)
+            assert searches == ["begun", "begun", "ended"]
 
     limited(main)
 

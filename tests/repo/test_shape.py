@@ -51,6 +51,7 @@ WITH_TRIO = [
     "src/shoal/node_process.py",
     "src/shoal/pairing.py",
     "src/shoal/house_node.py",
+    "src/shoal/nearby.py",
     "src/shoal/skeletons.py",
     "src/shoal/own_node.py",
     "src/shoal/up.py",

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..arguments import Commands, add_command, address, seconds
+from ..arguments import Commands, add_command, add_mdns, address, seconds
 from ..engine.errors import ShoalError
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def add_parser(commands: Commands) -> None:
         metavar="HOST:PORT",
         help="address that the other device can reach (default [::]:0, all of this device and any free port)",
     )
+    add_mdns(parser, "announce to the local network by mDNS where that is")
     parser.add_argument(
         "--seconds",
         type=seconds,
@@ -48,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
 
     from .. import house
     from ..local.client import running
+    from ..nearby import announce
+    from ..net.connection import open_tasks
     from ..net.tls import der_of, key_of
     from ..pairing import Inviting
 
@@ -69,7 +72,11 @@ def run(args: argparse.Namespace) -> int:
         )
         if not args.no_qr:
             _show(token)
-        device = await inviting.wait(args.seconds)
+        async with open_tasks() as tasks:
+            if args.mdns:
+                tasks.start_soon(announce, "join", inviting.invite.head, inviting.listeners, _log)
+            device = await inviting.wait(args.seconds)
+            tasks.cancel_scope.cancel()
         key = key_of(der_of(device))
         print(f"{device.name} has joined (key {key[:16]}). `shoal devices` lists the house.", flush=True)
 

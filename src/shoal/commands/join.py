@@ -61,4 +61,4 @@ def _joined(args: argparse.Namespace) -> tuple[PairedDevice, ...]:
         raise ShoalError("there is no token: `shoal invite` on the head prints one")
     invite = read_token(text)
     house.check_free()
-    return trio.run(partial(join_house, invite, house.device_name(args.name)))
+    return trio.run(partial(join_house, invite, house.device_name(args.name), mdns=args.mdns))

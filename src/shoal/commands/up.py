@@ -9,6 +9,7 @@ from ..arguments import (
     add_boot,
     add_command,
     add_lending,
+    add_mdns,
     add_private,
     address,
     positive,
@@ -46,6 +47,7 @@ def add_parser(commands: Commands) -> None:
         help=f"where the devices of the house connect (default [::]:{DEVICES_PORT}, all addresses of this "
         "device)",
     )
+    add_mdns(parser, "announce to the local network by mDNS where that is")
     parser.add_argument("--name", help="name of this device in a new house (default: its host name)")
     add_lending(parser)
     parser.add_argument(

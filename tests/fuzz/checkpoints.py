@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 from tests.models import TEMPLATE
-from tests.weights.gguf_files import sentencepiece_vocabulary, write_tiny
+from tests.weights.gguf_files import write_tiny
 
 from shoal.engine import families
 from shoal.engine.chat import Chat
@@ -59,7 +59,10 @@ def _configs(tiny: bytes) -> tuple[bytes, ...]:
     labels = {"architectures": ["XForSequenceClassification"], "id2label": {"0": "a", "1": "b"}}
     more = {"rope_scaling": llama3, "sliding_window": 64, "use_sliding_window": True, **labels}
     kinds = ({"model_type": family, **more} for family in families.names())
-    return (tiny, *(json.dumps({**json.loads(tiny), **kind}).encode() for kind in kinds))
+    older = {"type": "linear", "factor": 2.0, "rope_theta": 1e5}
+    newer = {"rope_parameters": {**llama3, "original_max_position_embeddings": 64}, "rope_theta": 1e4}
+    scaled = ({"rope_scaling": older}, newer, {"rope_scaling": older, **newer})
+    return (tiny, *(json.dumps({**json.loads(tiny), **kind}).encode() for kind in (*kinds, *scaled)))
 
 
 # --- weights
@@ -90,7 +93,7 @@ def _gguf(path: Path) -> None:
     checkpoint = open_checkpoint(path)
     assert checkpoint.config
     checkpoint.tokenizer_json()
-    for name in sorted(checkpoint.names)[:2]:
+    for name in [name for name in sorted(checkpoint.names) if checkpoint.type_of(name) != "F32"]:
         checkpoint.quantised(name)
         checkpoint.tensor(name)
     assert isinstance(checkpoint.license, str | None)
@@ -101,8 +104,9 @@ def _gguf_headers(place: Path) -> tuple[tuple[bytes, ...], int]:
     letters = [*"abcdefgh", "ab", "\u0120", "\u0120a", "<s>", "</s>"]
     words = {"model": "gpt2", "pre": "llama-bpe", "tokens": letters, "merges": ["a b"]}
     factors = [1.0] * (json.loads((TINY / "config.json").read_bytes())["head_dim"] // 2)
-    whole = sentencepiece_vocabulary(merges=False)
-    some = {key: value[250:300] if isinstance(value, list) else value for key, value in whole.items()}
+    pieces = ["<unk>", "<s>", "</s>", "<0x0A>", "a", "b", "ab", "\u2581", "\u2581a", "\u2581ab"]
+    some = {"model": "llama", "tokens": pieces, "scores": [-float(i) for i in range(len(pieces))]}
+    some["token_type"] = [2, 3, 3, 6, *[1] * 6]
     files: list[dict[str, Any]] = [
         {},
         {"tokenizer": words, "templates": {"": "{{ eos_token }}"}},
@@ -143,17 +147,21 @@ def _reader_of_files(place: Path) -> Callable[[bytes], None]:
     tied = {"model.embed_tokens.weight": table, "lm_head.weight": 2 * table, "a": table}
     (directory / "b.safetensors").write_bytes(save(tied))
 
+    written = dict.fromkeys(_SMALL, "")
+
     def read(data: bytes) -> None:
         try:
             files = dict(json.loads(data))
         except (ValueError, TypeError, RecursionError):
             raise ModelFileError("this is no object of files") from None
         for name in _SMALL:
-            path = directory / name
+            path, found = directory / name, files.get(name)
+            text = found if isinstance(found, str) and not name.endswith("json") else json.dumps(found)
+            if text == written[name]:
+                continue
+            written[name] = text
             path.unlink(missing_ok=True)
-            if name in files:
-                found = files[name]
-                text = found if isinstance(found, str) and "json" not in name[-4:] else json.dumps(found)
+            if found is not None:
                 path.write_bytes(text.encode("utf-8", "surrogatepass"))
         checkpoint_files(directory)
         checkpoint = open_checkpoint(directory)
@@ -183,9 +191,9 @@ def _checkpoints(config: bytes) -> tuple[bytes, ...]:
     other = {**files, "chat_template.json": {"chat_template": "x"}}
     other["tokenizer_config.json"] = {"added_tokens_decoder": {}}
     other["model.safetensors.index.json"] = {"weight_map": {"lm_head.weight": "b.safetensors"}}
-    return tuple(
-        json.dumps(some).encode() for some in (files, other, {**files, "chat_template.jinja": TEMPLATE})
-    )
+    other["config.json"] = {**json.loads(config), "tie_word_embeddings": True}
+    all_ = (files, other, {**files, "chat_template.jinja": TEMPLATE})
+    return tuple(json.dumps(some).encode() for some in all_)
 
 
 # --- chats

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
@@ -77,6 +78,14 @@ BODIES: dict[str, tuple[Callable[[Fields], object], dict[str, Any]]] = {
 }  # fmt: skip
 
 
+_OPTIONS = app.Options(
+    keys={hashlib.sha256(b"sk-x").digest(): "laptop"},
+    origins=("https://app.example",),
+    hosts=LOCAL_HOSTS,
+    body_bytes=4096,
+)
+
+
 class RefusedError(Exception):
     """No request of a client was answered with success."""
 
@@ -112,9 +121,7 @@ class _Server:
         self._log: list[str] = []
         served = SimpleNamespace(metrics=Metrics(lambda: 0, lambda: 0), names=())
         with patch.object(app, "routes", _routes):
-            self._app = app.ServerApp(
-                cast("Any", served), app.Options(hosts=LOCAL_HOSTS), self._log.append, House(None)
-            )
+            self._app = app.ServerApp(cast("Any", served), _OPTIONS, self._log.append, House(None))
 
     async def hear(self, data: bytes) -> None:
         """What a client sends, until it ends or is silent. AssertionError: the server has made a mistake."""
@@ -173,7 +180,11 @@ def _routes(served: object, house: object) -> dict[tuple[str, str], Handler]:
 
 
 def _requests() -> tuple[bytes, ...]:
-    found = [b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 2]
+    page = b"Host: localhost\r\nOrigin: https://app.example\r\n\r\n"
+    found = [
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 2,
+        b"OPTIONS /v1/completions HTTP/1.1\r\n" + page + b"HEAD /health HTTP/1.1\r\n" + page,
+    ]
     for path, (_, example) in BODIES.items():
         body = json.dumps(example).encode()
         head = f"POST {path} HTTP/1.1\r\nHost: localhost:8080\r\nContent-Type: application/json\r\n"

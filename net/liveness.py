@@ -10,11 +10,14 @@ the profile predicts (`call_bound`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 TICK_SECONDS = 0.25
 """The time between two looks at what is silent, and how precisely silence is measured."""
+IDLE_TICK_SECONDS = 0.5
+"""The same while nothing is computed."""
 SILENCE_SECONDS = 2.0
 """The least bound of silence. TCP repeats a lost segment after 0.2, 0.6 and 1.4 s, and other programs can
 hold a process up for hundreds of milliseconds."""
@@ -46,6 +49,12 @@ class Timing:
 
 
 DEFAULT_TIMING = Timing()
+
+
+def next_tick(now: float, seconds: float) -> float:
+    """The next time that is a multiple of so many seconds. Tasks that look from time to time do so at these
+    times, so that a process that has nothing else to do wakes once for all of them."""
+    return (math.floor(now / seconds) + 1) * seconds
 
 
 class Awake:

@@ -27,6 +27,7 @@ from ..engine.wait import Spin, Wait, waiter
 from .connection import Connection, Hop
 from .errors import NodeLostError
 from .inbox import Batch, Inbox
+from .liveness import next_tick
 from .messages import Close, Failed, Hello, Message, Open, Ping, Pong, Result, Rows, Step
 from .pace import NodePace, Onward
 from .sampling_updates import Notice
@@ -244,6 +245,7 @@ class ThreadLoop:
         os.set_blocking(self._bell, False)
         self._stopping = self._away = False
         """`_away`: the thread computes, or waits until the next stage accepts rows, and reads nothing."""
+        self._calls = 0
         self._rested = -math.inf
         """Until when the thread takes no batch."""
         self._rehearsal: Rehearsal | None = None
@@ -279,12 +281,13 @@ class ThreadLoop:
             self._sources.append(source)
             self._ring()
         try:
-            seen = received = 0
+            seen = calls = 0
             while not source.ended.is_set():
-                soon = self._away or received > seen
-                with trio.move_on_after(PUMP_SECONDS if soon else IDLE_PUMP_SECONDS) as source.pump:
+                soon = self._away or calls > seen
+                until = next_tick(trio.current_time(), PUMP_SECONDS if soon else IDLE_PUMP_SECONDS)
+                with trio.move_on_at(until) as source.pump:
                     await source.ended.wait()
-                seen, received = received, connection.received
+                seen, calls = calls, self._calls
                 if self._away:
                     self._read(source, at_once=False)
                     with self._lock:
@@ -366,7 +369,7 @@ class ThreadLoop:
 
     def _run(self, batch: Batch) -> None:
         parts, start = self._parts, self.clock()
-        self._away = True
+        self._away, self._calls = True, self._calls + 1
         if any(step.rows > 1 for step in batch.steps):
             self._call(self._hurry)
         parts.pace.began(batch)

@@ -13,11 +13,18 @@ import trio
 from ..engine.errors import ShoalError
 from .connection import Connection, open_tasks
 from .errors import NodeLostError
-from .liveness import TICK_SECONDS, Awake, Pulse, RoundTrip, Stillness, Timing
+from .liveness import (
+    IDLE_TICK_SECONDS,
+    TICK_SECONDS,
+    Awake,
+    Pulse,
+    RoundTrip,
+    Stillness,
+    Timing,
+    next_tick,
+)
 from .messages import Ping, Pong
 
-IDLE_TICK_SECONDS = 0.5
-"""The time between two looks at a connection on which nothing arrives."""
 SETTLE_SECONDS = 0.2
 """How long the old connection may stay silent after a new one has been answered."""
 FIRST_NONCE = 1 << 32
@@ -44,7 +51,7 @@ class Watch:
     ) -> None:
         self._connection, self._timing = connection, timing
         self._busy, self._probe, self._ponged = busy, probe, ponged
-        self._awake = Awake(trio.current_time())
+        self._awake = Awake(trio.current_time(), 2 * IDLE_TICK_SECONDS)
         # A stage that computes without a pause answers no ping at once, so this trip may be the only one.
         trip = RoundTrip() if connection.trip is None else RoundTrip().measured(connection.trip)
         self._pulse, self._nonce, self._probing = Pulse(trip), FIRST_NONCE, False
@@ -55,7 +62,8 @@ class Watch:
         async with open_tasks() as tasks:
             tasks.start_soon(self._receive)
             while True:
-                await trio.sleep(TICK_SECONDS)
+                pause = TICK_SECONDS if self._busy() else IDLE_TICK_SECONDS
+                await trio.sleep_until(next_tick(trio.current_time(), pause))
                 self._look(self._awake.tick(trio.current_time()), tasks)
 
     async def _receive(self) -> None:
@@ -106,7 +114,8 @@ async def attend(connection: Connection, timing: Timing, held_back: Callable[[],
     still, before = Stillness(), connection.received
     still.seconds(awake.tick(trio.current_time()), before, due=True)
     while True:
-        await trio.sleep(TICK_SECONDS if connection.received != before or held_back() else IDLE_TICK_SECONDS)
+        pause = TICK_SECONDS if connection.received != before or held_back() else IDLE_TICK_SECONDS
+        await trio.sleep_until(next_tick(trio.current_time(), pause))
         held, received = held_back(), connection.received
         silence = still.seconds(awake.tick(trio.current_time()), received, due=not held)
         if silence > timing.overdue:

@@ -13,6 +13,7 @@ from shoal.net.liveness import (
     Stillness,
     call_bound,
     load_bound,
+    next_tick,
     redial_pause,
 )
 from shoal.net.messages import Close, Epoch, Progress, Step
@@ -172,3 +173,10 @@ def test_a_batch_without_rows_has_no_prediction() -> None:
     pace.count(batch(), 1.0, 2.0)
     pace.began(Batch((Close(1, EPOCH),), ()))
     assert pace.progress(EPOCH, 0).expected is None
+
+
+def test_whoever_looks_from_time_to_time_does_so_at_the_same_times() -> None:
+    for seconds in (0.25, 0.5, 1.0):
+        assert {next_tick(now, seconds) for now in (17.0, 17.1, 17.0 + seconds - 0.01)} == {17.0 + seconds}
+    assert next_tick(17.3, 0.25) == 17.5
+    assert next_tick(17.5, 0.25) == 17.75

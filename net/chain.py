@@ -18,7 +18,20 @@ from ..engine.layout import CHUNK
 from .connection import Connection
 from .errors import NodeLostError
 from .generation import Due, Fill, Flow, Generation, Part
-from .messages import Close, Failed, Kept, Mask, Message, Open, Refill, Result, Rows, SetSampling, Tokens
+from .messages import (
+    Close,
+    Failed,
+    Kept,
+    Mask,
+    Message,
+    Open,
+    Refill,
+    Result,
+    Rows,
+    SetSampling,
+    Step,
+    Tokens,
+)
 from .sampling_updates import Notice
 
 Answer = Result | Rows | Failed
@@ -183,6 +196,8 @@ class Chain:
 
     def _for_first(self, messages: Sequence[Message]) -> Sequence[Message]:
         """The messages for the first node. Refills, and what the last node is told, are sent to others."""
+        if all(type(message) is Step for message in messages):
+            return messages  # nearly always
         for message in messages:
             if isinstance(message, Refill):
                 assert self.refill is not None, "no units are lost"

@@ -40,6 +40,9 @@ from .tls import WAKE_BYTES, TlsChannel, TlsStream, Trust, der_of, key_of, prefi
 from .wire import Signal, WireProtocol
 
 READ_BYTES = 256 * 1024
+FIRST_BYTES = 16 * 1024
+"""What is read at a time before a large frame has begun. Room for READ_BYTES is a mapping of its own that the
+system makes and takes away each time, which costs more than a small message."""
 FLUSH_SECONDS = 1.0
 AGAIN_SECONDS = (0.1, 0.3)
 """The pauses before a dial that has failed is tried again."""
@@ -179,7 +182,7 @@ class Connection:
             if messages or self._socket is None:
                 return messages
             try:
-                data = self._socket.recv(READ_BYTES)
+                data = self._socket.recv(self._next_bytes)
             except BlockingIOError:
                 return messages
             except OSError as error:
@@ -187,6 +190,11 @@ class Connection:
             self.received += len(data)
             self._wire.receive_data(data)
             return self._decoded()
+
+    @property
+    def _next_bytes(self) -> int:
+        """The most bytes to read at a time."""
+        return READ_BYTES if self._wire.missing > FIRST_BYTES else FIRST_BYTES
 
     def _decoded(self, first: bool = True) -> list[Message]:
         """The messages that have arrived completely. Unless it is `first`, an error waits for the next
@@ -248,10 +256,14 @@ class Connection:
     async def _read(self) -> bytes | bytearray:
         self._set_wake()
         try:
-            data = await self._stream.receive_some(READ_BYTES)
+            data: bytes | bytearray
+            if isinstance(self._socket, socket.socket):
+                data = await _read_some(self._socket, self._next_bytes)
+            else:
+                data = await self._stream.receive_some(self._next_bytes)
             self.received += len(data)
             return data
-        except trio.BrokenResourceError as error:
+        except (trio.BrokenResourceError, OSError) as error:
             raise self._loss(f"the connection broke ({_cause(error)})") from error
         except trio.ClosedResourceError as error:
             raise self._loss("the connection has ended") from error
@@ -377,6 +389,14 @@ def _raw(stream: trio.abc.Stream) -> socket.socket | TlsChannel | None:
     if isinstance(stream, TlsStream):
         return stream.channel
     return socket.socket(fileno=stream.socket.fileno()) if isinstance(stream, trio.SocketStream) else None
+
+
+async def _read_some(raw: socket.socket, most: int) -> bytes:
+    """What arrives next. It takes fewer turns than trio's SocketStream, which tries before it waits."""
+    while True:
+        await trio.lowlevel.wait_readable(raw)
+        with suppress(BlockingIOError):
+            return raw.recv(most)
 
 
 def _cause(error: BaseException) -> str:

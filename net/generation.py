@@ -344,7 +344,8 @@ class Generation:
         """A Step of the text or the answer, with what is wanted of its rows. It may become shorter."""
         reading = self._reading
         if reading is None:
-            return step if step.want is Want.NOTHING else replace(step, report=self.report)
+            reports = self.report is not None and step.want is not Want.NOTHING
+            return replace(step, report=self.report) if reports else step
         if step.first < reading.first:
             return replace(self._shortened(step, reading.first - step.first), want=Want.NOTHING)
         report = None if reading.want is Want.ROWS else self.report

@@ -161,8 +161,10 @@ class Onward:
 
     def due(self, rows: Sequence[object], start: float) -> int | None:
         """The nonce of a ping to send after rows whose sending began at `start`; None if no ping is due."""
+        if self.measured is None or start - self._pinged < PING_SECONDS:
+            return None
         size = sum(row_bytes(row) for row in rows if isinstance(row, Step))
-        if self.measured is None or not size or start - self._pinged < PING_SECONDS:
+        if not size:
             return None
         self._pinged, self._size, self._nonce = start, size, self._nonce + 1
         return self._nonce

@@ -58,6 +58,8 @@ class UpdateSender:
             told.append(Tokens(step.session, step.epoch, self._next(), first, some))
         if bits is not None:
             told.append(Mask(step.session, step.epoch, self._next(), bits))
+        if not self.number:
+            return step, told
         return replace(step, told=self.number, masked=bits is not None), told
 
     def _next(self) -> int:

@@ -47,6 +47,7 @@ from .net.messages import Offer
 from .net.node import Node
 from .net.slow import Slowness, SlowWatch, Turn, slow_stage, turn
 from .net.tls import Trust
+from .net.work import StageLike
 from .planner import Device
 from .planner.home import end_of
 from .planning import (
@@ -217,12 +218,15 @@ class _Process:
         openers = [StageOpener(model, options, row) for row in rows]
 
         def parts_of(row: Device, opener: StageOpener) -> NodeParts:
+            def slowed(first: int, last: int) -> StageLike:
+                return slow_stage(opener(first, last), slowness, turns)
+
             name, second = args.name or _called(own), bool(row.beside)
             return NodeParts(
                 identity=identity_of(model, end_of(name) if second else name, __version__, own),
                 offer=replace(offer, device=row),
                 units=model.n_units,
-                open_stage=lambda first, last: slow_stage(opener(first, last), slowness, turns),
+                open_stage=slowed if plays or args.slow_turns is not None else opener,
                 kv_bytes=opener.kv_bytes,
                 stateless=frozenset(u for u, unit in enumerate(model.program.units) if not unit.states),
                 resident=lambda: resident_of(row, openers[1:]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -36,6 +37,8 @@ class KeptRows:
         self._lock = threading.RLock()
         self._sequences: dict[int, dict[int, _Kept]] = {}
         """By sequence, in the order of their last run, and by unit."""
+        self._noted: deque[tuple[int, int, int, F32, bool]] = deque()
+        """What `settle` copies: the arguments of `note_later`."""
         self._noting: int | None = None
         self._block = round_up(CHUNK * cols * 4, mmap.PAGESIZE)
         self.bytes = 0
@@ -49,6 +52,24 @@ class KeptRows:
         """Keeps rows of positions from `first` on. What was kept from there on is replaced; a run of a
         `part` of the range computes the same rows again, so only those that are not there are added. The
         rows of other units are dropped, unless it was such a run."""
+        self.settle()
+        self._copy(sequence, unit, first, rows, part)
+
+    def note_later(self, sequence: int, unit: int, first: int, rows: F32, *, part: bool) -> None:
+        """The same for rows that nobody changes any more: they are copied by `settle`, or when kept rows are
+        used next."""
+        with self._lock:
+            self._noted.append((sequence, unit, first, rows, part))
+
+    def settle(self) -> None:
+        """Copies the rows of `note_later`."""
+        if not self._noted:
+            return
+        with self._lock:
+            while self._noted:
+                self._copy(*self._noted.popleft())
+
+    def _copy(self, sequence: int, unit: int, first: int, rows: F32, part: bool) -> None:
         with self._lock:
             units = self._sequences.pop(sequence, {})
             self._sequences[sequence] = units  # the last one in order
@@ -98,6 +119,7 @@ class KeptRows:
 
     def positions(self, sequence: int, unit: int) -> int:
         """Number of positions, from the first, whose rows into this unit are kept."""
+        self.settle()
         with self._lock:
             kept = self._sequences.get(sequence, {}).get(unit)
             return 0 if kept is None else kept.positions
@@ -116,18 +138,24 @@ class KeptRows:
 
     def truncate(self, sequence: int, positions: int) -> None:
         """Drops rows of positions from `positions` on."""
+        self.settle()
         with self._lock:
             for kept in self._sequences.get(sequence, {}).values():
                 self._cut(kept, positions)
 
     def forget(self, sequence: int) -> None:
         """Drops all rows of a sequence."""
+        self.settle()
+        self._forget(sequence)
+
+    def _forget(self, sequence: int) -> None:
         with self._lock:
             for kept in self._sequences.pop(sequence, {}).values():
                 self._cut(kept, 0)
 
     def keep(self, positions: Mapping[int, int]) -> None:
         """Truncates sequences to these positions, and forgets others."""
+        self.settle()
         with self._lock:
             for sequence in list(self._sequences):
                 if sequence in positions:
@@ -141,7 +169,7 @@ class KeptRows:
         with self._lock:
             for sequence, units in self._sequences.items():
                 if sequence != self._noting and any(kept.blocks for kept in units.values()):
-                    self.forget(sequence)
+                    self._forget(sequence)
                     return True
             return False
 

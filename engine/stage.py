@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
@@ -33,6 +34,9 @@ from .ranges import Ranges
 from .sampler import check_allowed
 from .threads import chosen
 from .transition import OpenSequence, Transition
+
+_STOPPED = np.ones(1, np.int32)
+"""The cancel flag of a run that is cancelled before it begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +235,25 @@ class Stage:
         when keys and values need the room. After the end has changed, a sequence loses them with its next
         run of the whole range. ValueError: they are not kept."""
         return self._kept.rows(sequence, unit, first, last)
+
+    def rehearse(self, sequence: int) -> None:
+        """Begins a run of the sequence's next row, and ends it before it computes much, for a thread that
+        waits for this row. It brings what `run` needs into the caches of the core: a run reads so many
+        weights that nothing else is left there. Nothing changes. Does nothing if the sequence is not open,
+        or its next row is the first of a page. ModelFileError: as for `run`."""
+        with self._calls.alone():
+            state = self._sequences.get(sequence)
+            if state is None or not state.length % PAGE or state.length >= len(state.tokens):
+                return
+            bound, _ = self._running.part(self.first, self.last)
+            hidden = None if bound.reads_tokens else np.zeros((1, self.model.program.cut_cols), np.float32)
+            with suppress(CancelledRunError, ContextError, ValueError):  # the run itself says what is wrong
+                self._run([Run(sequence, state.length, (0,), Want.TOKEN, hidden)], _STOPPED)
+
+    def settle(self) -> None:
+        """Does what the last run has left for later: the rows to keep are copied. The next run, or whoever
+        needs them, does so otherwise."""
+        self._kept.settle()
 
     def export_cuts(
         self, sequence: int, units: Sequence[int], cuts: Sequence[tuple[int, int]]
@@ -439,6 +462,8 @@ class Stage:
         error the sequences hold the positions before the batch's, and none from there on."""
         with self._calls.run([run.sequence for run in batch]) as cancel:
             try:
+                if cancel[0]:
+                    raise CancelledRunError(CANCELLED)
                 return self._run(batch, cancel)
             except BaseException:
                 for run in batch:
@@ -450,8 +475,7 @@ class Stage:
     def _run(self, batch: Sequence[Run], cancel: Flag) -> list[Result]:
         if sum(len(run.tokens) for run in batch) > self.options.max_rows:
             raise ValueError(f"the batch has more than {self.options.max_rows} rows, this stage's max_rows")
-        if cancel[0]:
-            raise CancelledRunError(CANCELLED)
+        self._kept.settle()
         parts = {run.part for run in batch}
         if len(parts) > 1:
             raise ValueError("the runs of a batch are of different parts of the range")
@@ -485,7 +509,7 @@ class Stage:
             for result in results:
                 if result.hidden is not None:
                     rows_of = result.sequence, self.last, result.first, result.hidden
-                    self._kept.note(*rows_of, part=part is not None)
+                    self._kept.note_later(*rows_of, part=part is not None)
         return results
 
     def _units(self, part: tuple[int, int] | None) -> range:

@@ -14,32 +14,38 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import trio
 
-from ..engine.batch import Want
+from ..engine.batch import Result as StageResult
+from ..engine.batch import Run, Want
 from ..engine.errors import ShoalError
 from ..engine.wait import Spin, Wait, waiter
+from ..planner.groups import Grouping
 from .connection import Connection, Hop
 from .errors import NodeLostError
 from .inbox import Batch, Inbox
 from .liveness import next_tick
-from .messages import Close, Failed, Hello, Message, Open, Ping, Pong, Result, Rows, Step
+from .messages import Close, Failed, Hello, Message, Open, Ping, Pong, Purpose, Result, Rows, Step
 from .pace import NodePace, Onward
 from .sampling_updates import Notice
 from .wire import WireProtocol
-from .work import Answer, StageWork
+from .work import Answer, Session, StageLike, StageWork
 
 REHEARSE_SECONDS = 0.0005
 """How often a thread that looks for rows plays through what it does with them (see Rehearsal)."""
+_REHEARSED_POSITIONS = 1 << 20
 PUMP_SECONDS = 0.1
 """How often a task reads for a thread whose call takes long."""
 IDLE_PUMP_SECONDS = 1.0
 """How often it looks whether it has to, while nothing arrives."""
+_TO_COORDINATOR = Failed, Result, Rows
+_MOST_RINGS = 1 << 16  # no pipe holds more bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +71,9 @@ class StageParts:
 
     def routed(self, answers: Sequence[Answer], now: float) -> tuple[list[Message], list[Message]]:
         """The messages for the next stage, with a ping if one is due, and those for the coordinator."""
-        back: list[Message] = [answer for answer in answers if isinstance(answer, Failed | Result | Rows)]
-        onward: list[Message] = [
-            answer for answer in answers if not isinstance(answer, Failed | Result | Rows)
-        ]
+        back, onward = list[Message](), list[Message]()
+        for answer in answers:
+            (back if isinstance(answer, _TO_COORDINATOR) else onward).append(answer)
         nonce = self.onward.due(onward, now)
         return onward if nonce is None else [*onward, Ping(nonce)], back
 
@@ -176,6 +181,7 @@ class TaskLoop:
                 await parts.following.send(message)
         except NodeLostError:  # the task that reads that connection reports its end and cancels this
             await trio.sleep_forever()
+        parts.work.settle()
         await trio.sleep_until(parts.ran(batch, start, end))
         parts.pace.rests(0.0)
 
@@ -197,25 +203,30 @@ class _Source:
 
 
 class Rehearsal:
-    """What a stage does with rows that arrive, done with a message of its own that goes nowhere.
+    """What a stage does with rows that arrive, done with a message of its own that goes nowhere: all but the
+    call and the writing.
 
     A call of a stage reads so many weights that the code and the data of the interpreter leave the caches of
     the core, and the next message takes several times as long as it should. A thread that only waits brings
     them back."""
 
-    def __init__(self, like: Step) -> None:
-        hello = Hello("step", "rehearsal", 0, "0", 0, "0", None)
-        self._wire, sender = WireProtocol(dialled=False), WireProtocol(dialled=True)
-        self._wire.receive_data(b"".join(sender.send(hello)))
-        self._wire.next_message()
-        self._wire.send(hello)
-        self._inbox, self._time = Inbox(like.epoch, 1, 1), 0.0
+    def __init__(self, like: Step, groupings: Sequence[Grouping], *, last: bool) -> None:
+        self._wire, sender = _greeted("step")
+        _, self._answers = _greeted("control" if last else "step", up=last)
+        self._inbox = Inbox(like.epoch, 1, 1, groupings, last=last)
+        self._work = StageWork(
+            cast("StageLike", _NoStage(like, last)),
+            like.epoch,
+            None if last else 1,
+            {0: Session(_REHEARSED_POSITIONS)},
+        )
+        self._pace, self._time = NodePace(), 0.0
         hidden = None if like.hidden is None else np.zeros((1, like.hidden.shape[1]), np.float32)
         tokens = (0,) if hidden is None else ()
         self._frame = b"".join(sender.send(Step(0, like.epoch, 0, tokens, Want.TOKEN, hidden)))
 
     def play(self) -> None:
-        """Decodes a message, and takes it through an inbox."""
+        """Decodes a message, takes it through an inbox, and encodes its answer."""
         self._time += 0.01
         self._wire.receive_data(self._frame)
         step = self._wire.next_message()
@@ -223,7 +234,36 @@ class Rehearsal:
         self._inbox.put(step, self._time)
         batch = self._inbox.take(self._time)
         if isinstance(batch, Batch):
+            self._pace.began(batch)
+            for answer in self._work.do(batch):
+                self._answers.send(answer)
+            self._pace.returned()
+            self._work.count(batch, 0.0)
+            self._pace.count(batch, self._time, self._time)
             self._inbox.ran(batch, self._time, self._time)
+
+
+class _NoStage:
+    """A stage that computes nothing."""
+
+    def __init__(self, like: Step, last: bool) -> None:
+        cols = 1 if like.hidden is None else like.hidden.shape[1]
+        self._result = StageResult(0, 0, 1, token=0)
+        if not last:
+            self._result = StageResult(0, 0, 1, hidden=np.zeros((1, cols), np.float32))
+
+    def run(self, batch: Sequence[Run]) -> list[StageResult]:
+        return [self._result]
+
+
+def _greeted(purpose: Purpose, *, up: bool = False) -> tuple[WireProtocol, WireProtocol]:
+    """The two ends of a connection after Hello: one that receives and one that sends."""
+    hello = Hello(purpose, "rehearsal", 0, "0", 0, "0", None)
+    ends = WireProtocol(dialled=False), WireProtocol(dialled=True)
+    for one, other in (ends[::-1], ends):
+        other.receive_data(b"".join(one.send(hello)))
+        other.next_message()
+    return ends[::-1] if up else ends
 
 
 class ThreadLoop:
@@ -243,12 +283,16 @@ class ThreadLoop:
         self._bell, self._ringer = os.pipe()
         os.set_blocking(self._ringer, False)
         os.set_blocking(self._bell, False)
+        self._rung = False
+        """Whether a byte may wait at the bell."""
         self._stopping = self._away = False
         """`_away`: the thread computes, or waits until the next stage accepts rows, and reads nothing."""
         self._calls = 0
         self._rested = -math.inf
         """Until when the thread takes no batch."""
         self._rehearsal: Rehearsal | None = None
+        self._latest = 0
+        """A session of the last call."""
         self._failure: BaseException | None = None
         self._token, self._done = trio.lowlevel.current_trio_token(), trio.Event()
 
@@ -359,13 +403,14 @@ class ThreadLoop:
             for _ in self._spin.looks(handles, REHEARSE_SECONDS, math.inf if until is None else until):
                 if self._rehearsal is not None:
                     self._rehearsal.play()
+                    self._parts.work.rehearse(self._latest)
         self._wait(handles, 0.0, None if until is None else until - self.clock())
         if self._spin is not None and not resting:
             self._spin.waited(self.clock() - start)
-        try:
-            os.read(self._bell, 64)
-        except BlockingIOError:
-            return
+        if self._rung:
+            self._rung = False  # before the read: who rings in between has the thread look once in vain
+            with suppress(BlockingIOError):
+                os.read(self._bell, _MOST_RINGS)
 
     def _run(self, batch: Batch) -> None:
         parts, start = self._parts, self.clock()
@@ -373,6 +418,8 @@ class ThreadLoop:
         if any(step.rows > 1 for step in batch.steps):
             self._call(self._hurry)
         parts.pace.began(batch)
+        if batch.steps:
+            self._latest = batch.steps[-1].session
         answers = parts.work.do(batch)
         parts.pace.returned()
         end = self.clock()
@@ -390,6 +437,7 @@ class ThreadLoop:
             return
         self._away = False
         os.sched_yield()  # the receiver may be a process of this device, which was woken on this core
+        parts.work.settle()
         with self._lock:
             self._rested = parts.ran(batch, start, end)
 
@@ -414,17 +462,17 @@ class ThreadLoop:
             assert isinstance(message, Open | Close | Step)
             self._parts.arrived(message, self.clock())
             if self._rehearsal is None and self._spin is not None and isinstance(message, Step):
-                self._rehearsal = Rehearsal(message)
+                inbox = self._parts.inbox
+                self._rehearsal = Rehearsal(message, inbox.groupings, last=inbox.last)
 
     def _stopped(self) -> bool:
         return self._stopping
 
     def _ring(self) -> None:
         """Wakes the thread, from any other."""
-        try:
+        with suppress(BlockingIOError):  # it has not heard the last ones yet
             os.write(self._ringer, b"!")
-        except BlockingIOError:
-            return  # it has not heard the last ones yet
+        self._rung = True
 
     def _call(self, function: Callable[[], None]) -> None:
         """Calls a function in the event loop, from either thread."""

@@ -62,6 +62,12 @@ class StageLike(Protocol):
     def run(self, batch: Sequence[Run]) -> list[StageResult]:
         """Runs rows of distinct sequences. CancelledRunError: see `cancel`."""
 
+    def rehearse(self, sequence: int) -> None:
+        """Begins a run of a sequence's next row and changes nothing, so that the run itself begins sooner."""
+
+    def settle(self) -> None:
+        """Does what the last run has left for later."""
+
     def cancel(self, sequence: int) -> None:
         """Ends the run that includes the sequence, from another thread; does nothing if there is none."""
 
@@ -267,6 +273,15 @@ class StageWork:
             tally.steps, tally.rows = tally.steps + 1, tally.rows + sum(rows)
             tally.seconds += seconds
 
+    def rehearse(self, session: int) -> None:
+        """Goes through the beginning of the next run of a session, if it is open."""
+        if session in self.sessions:
+            self._stage.rehearse(session)
+
+    def settle(self) -> None:
+        """Does what need not be done before the answers of a batch are sent."""
+        self._stage.settle()
+
     def stats(self) -> Stats:
         """The work so far."""
         return Stats(self._epoch, self._decode.work(), self._prefill.work())
@@ -423,7 +438,7 @@ def _together(answers: list[Answer]) -> list[Answer]:
     of them follow. Rows of prompts need not stay with them."""
     decoding = [answer for answer in answers if isinstance(answer, Step) and decodes(answer)]
     others = [answer for answer in answers if not (isinstance(answer, Step) and decodes(answer))]
-    return [*(replace(step, more=step is not decoding[-1]) for step in decoding), *others]
+    return [*(replace(step, more=True) for step in decoding[:-1]), *decoding[-1:], *others]
 
 
 def _part(step: Step) -> tuple[int, int] | None:

@@ -197,3 +197,30 @@ def test_a_forked_process_has_rows_of_its_own() -> None:
         os._exit(int(kept.rows(1, 3, 0, 4).any()))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert (kept.rows(1, 3, 0, 4) == 1).all()
+
+
+def test_rows_that_are_noted_for_later_are_there_for_whoever_looks() -> None:
+    rows = np.arange(4 * COLS, dtype=np.float32).reshape(4, COLS)
+    for look in ("settle", "positions", "rows", "truncate", "keep", "note"):
+        kept = KeptRows(PagePool("f16"), COLS)
+        kept.note_later(1, 3, 0, rows[:3], part=False)
+        kept.note_later(1, 3, 2, rows[3:], part=False)
+        assert kept.bytes == 0
+        match look:
+            case "settle":
+                kept.settle()
+            case "positions":
+                assert kept.positions(1, 3) == 3
+            case "rows":
+                assert kept.rows(1, 3, 0, 3).tobytes() == rows[[0, 1, 3]].tobytes()
+            case "truncate":
+                kept.truncate(1, 3)
+            case "keep":
+                kept.keep({1: 3})
+            case "note":
+                kept.note(2, 3, 0, rows, part=False)
+        assert kept.bytes == BLOCK * (2 if look == "note" else 1)
+        assert kept.rows(1, 3, 0, 3).tobytes() == rows[[0, 1, 3]].tobytes()
+        kept.note_later(1, 3, 3, rows[:1], part=False)
+        kept.forget(1)
+        assert kept.positions(1, 3) == 0

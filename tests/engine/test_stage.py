@@ -88,6 +88,34 @@ def test_a_cap_on_keys_and_values_holds(tiny_int8: Model) -> None:
         assert result.token is not None
 
 
+@pytest.mark.parametrize("backend", ["native", "numba"])
+def test_a_rehearsal_of_a_run_changes_nothing(tiny_int8: Model, backend: str) -> None:
+    """Neither in the first stage of two, nor in the second, nor on the edges of pages."""
+
+    def rows(rehearse: bool) -> list[bytes]:
+        found = []
+        options = StageOptions(backend, threads=2)
+        with (
+            Stage(tiny_int8, 0, 2, options) as front,
+            Stage(tiny_int8, 2, tiny_int8.n_units, options) as back,
+        ):
+            for stage in (front, back):
+                stage.open_sequence(1, Sampling(temperature=1.0, presence_penalty=1.0))
+            for first, ids in ((0, [5] * (PAGE - 3)), *((PAGE - 3 + i, [i]) for i in range(6)), (2, [7])):
+                for stage in (front, back) if rehearse else ():
+                    held = stage.kv_bytes, stage._sequences[1].length
+                    stage.rehearse(1)
+                    stage.rehearse(2)
+                    assert (stage.kv_bytes, stage._sequences[1].length) == held
+                    assert not stage.cancelled(1)
+                hidden = front.run([Run(1, first, ids, Want.TOKEN)])[0].hidden
+                result = back.run([Run(1, first, ids, Want.TOKEN, hidden)])[0]
+                found.append(str(result.token).encode() + front.export_positions(1, 1, 0, first + len(ids)))
+        return found
+
+    assert rows(rehearse=True) == rows(rehearse=False)
+
+
 def test_generation_stops_where_it_should(stage: Stage) -> None:
     tokens = list(generate(stage, [1, 2, 3], max_tokens=20))
     assert len(tokens) == 20

@@ -282,6 +282,12 @@ class FakeStage:
             raise ValueError(f"rows of positions [{first}, {last}) are not kept")
         return np.array(self.kept[sequence][unit][first:last], np.float32)
 
+    def rehearse(self, sequence: int) -> None:
+        """A run begins soon enough."""
+
+    def settle(self) -> None:
+        """Nothing is left for later."""
+
     def close_sequence(self, sequence: int) -> None:
         self.sequences.pop(sequence, None)
         self.kept.pop(sequence, None)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.net.test_rest import EPOCH, in_time, node, sleepy
 from tests.patience import LIMIT
@@ -15,7 +16,8 @@ from shoal.engine.batch import Want
 from shoal.engine.wait import Wait, waiter
 from shoal.net import stage_loop
 from shoal.net.connection import Connection, dial, open_tcp
-from shoal.net.messages import Assign, Loaded, Open, Result, Step
+from shoal.net.messages import Assign, Loaded, Message, Open, Result, Step
+from shoal.planner.groups import Grouping
 
 
 def test_rows_that_a_task_has_read_wake_the_thread_that_looked_for_them_before(
@@ -68,3 +70,21 @@ def test_rows_that_a_task_has_read_wake_the_thread_that_looked_for_them_before(
 
     in_time(main)
     assert task_has_read.is_set()
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("columns", [0, 5])
+def test_a_rehearsal_goes_from_the_bytes_of_rows_to_those_of_their_answer(columns: int, last: bool) -> None:
+    hidden = np.ones((1, columns), np.float32) if columns else None
+    step = Step(7, EPOCH, 63, () if columns else (3,), Want.TOKEN, hidden, tags=(1,))
+    rehearsal, sent = stage_loop.Rehearsal(step, (Grouping(1, 0.001),), last=last), list[Message]()
+    send = rehearsal._answers.send
+
+    def sends(message: Message) -> list[bytes]:
+        sent.append(message)
+        return send(message)
+
+    rehearsal._answers.send = sends  # type: ignore[method-assign]
+    for _ in range(3):
+        rehearsal.play()
+    assert [type(message) for message in sent] == [Result if last else Step] * 3

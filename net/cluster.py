@@ -287,7 +287,7 @@ def _left(
         state = replace(state, considered=state.considered - state.growing(state.alive()))
     if state.phase == "planning":
         state, more = plans.plan(state, now)
-    elif state.phase == "measuring":
+    elif state.phase == "measuring" or (state.phase == "waiting" and not state.served):
         state, more = plans.advance(state, now)
     return state, (*commands, *more)
 

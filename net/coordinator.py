@@ -438,7 +438,10 @@ class Coordinator:
                 while True:
                     messages = await connection.receive_some()
                     self._deliver(member, [m for m in messages if isinstance(m, Result | Rows | Failed)])
-                    for message in messages:
+                    reports = [m for m in messages if not isinstance(m, Result | Rows | Failed)]
+                    for i, message in enumerate(reports):
+                        if i:  # a node may send many at once: answers go on between them
+                            await trio.lowlevel.checkpoint()
                         self._hear(member, message)
         except ShoalError as error:
             control.ended()
@@ -459,8 +462,6 @@ class Coordinator:
 
     def _hear(self, member: int, message: Message) -> None:
         control = self._controls[member]
-        if isinstance(message, Result | Rows | Failed):
-            return  # was delivered before
         control.reported(trio.current_time(), self._state.members[member].called)
         match message:
             case Pong():
@@ -559,7 +560,8 @@ class Coordinator:
                 self._failed.set()
 
     def _ping(self, member: int) -> None:
-        self._post(member, Ping(self._pace.pinged(member, trio.current_time())))
+        answers = self._admission.running + self._admission.queued > 0
+        self._post(member, Ping(self._pace.pinged(member, trio.current_time()), answers))
 
     def _post(self, member: int, message: Message) -> None:
         """Sends without waiting. A node that accepts no orders is lost."""

@@ -8,7 +8,7 @@ a value for either direction.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import permutations
 
 from ..planner import LinkSpeed
@@ -30,6 +30,11 @@ class KnownLinks:
     @property
     def links(self) -> DeviceLinks:
         return self._links
+
+    def keep(self, devices: Collection[int]) -> None:
+        """Forgets the links of other devices than these and the coordinator."""
+        there = {HEAD, *devices}
+        self._links = {ends: link for ends, link in self._links.items() if there.issuperset(ends)}
 
     def of(self, state: ClusterState, incarnation: int) -> frozenset[int]:
         """The live members, the coordinator among them, to which the links of a process are known."""

@@ -125,9 +125,11 @@ class Error:
 
 @dataclass(frozen=True, slots=True)
 class Ping:
-    """A request for an immediate Pong."""
+    """A request for an immediate Pong. `answers`, from a coordinator: answers are computed, or wait, so that
+    a node is needed although its stage does nothing."""
 
     nonce: U64
+    answers: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,6 +91,8 @@ class Node:
         self._noted = ""
         """Why the last connection has ended that was not served."""
         self._pace = self._new_pace()
+        self._answers = False
+        """Whether the coordinator's last ping said that answers are computed."""
         self._measuring = 0
         self._links: dict[int, LinkSpeed] = {}
         """Links to other nodes by incarnation, as measured for this coordinator."""
@@ -233,7 +235,7 @@ class Node:
                     else:
                         self._follow(connection, message, manager, tasks)
         finally:
-            self._manager = None
+            self._manager, self._answers = None, False
             self._pace, self._links = self._new_pace(), {}
 
     async def _look_at_calls(self) -> None:
@@ -262,8 +264,10 @@ class Node:
 
     @property
     def idle(self) -> bool:
-        """Whether the layers of this node have not been used for a second, and are not about to move."""
-        return self._manager is not None and self._manager.idle and not self._pace.busy
+        """Whether the layers of this node have not been used for a second, are not about to move, and are not
+        needed by an answer that other nodes compute."""
+        manager = self._manager
+        return manager is not None and manager.idle and not self._pace.busy and not self._answers
 
     def stuck(self, unseen: float = 0.0) -> str | None:
         """A sentence about a call of the stage that does not return, as long as it does not; else None.
@@ -294,7 +298,8 @@ class Node:
             )
         now = manager.current
         match message:
-            case Ping(nonce):
+            case Ping(nonce, answers):
+                self._answers = answers
                 pace, progress = (None, None) if now is None else (now.pace(), now.progress())
                 _post(connection, Pong(nonce, pace, progress, condition=self._parts.condition()))
             case House():

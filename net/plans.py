@@ -298,6 +298,12 @@ def _no_plan(state: ClusterState, reason: NoPlanError | None, now: float) -> Out
         error = kind(f"{'; '.join(map(str, errors))}; the other nodes cannot go on: {reason}")
     else:
         error = reason
+    pending = [member.called for member in state.members if member.pending]
+    if pending and not state.served and not state.open_ended:  # until the attempts to connect have ended
+        if state.waiting is None:
+            state = replace(state, waiting=now)
+            said = (*said, Say(f"waiting for {', '.join(pending)}: {error}"))
+        return replace(enter(state, "waiting", now), failure=error), said
     hope = state.waiting is not None or state.unreachable or any(m.may_return for m in state.members)
     if state.epoch.counter == 0 or not hope or state.open_ended:
         state, more = end(state, error, now)

@@ -143,7 +143,12 @@ class Trust:
 
     def has(self, incarnation: int) -> bool:
         """Whether a process is of a device of the house."""
-        return any(prefix_of(key) == incarnation >> 32 for key in self._devices)
+        return incarnation >> 32 in self.prefixes
+
+    @property
+    def prefixes(self) -> frozenset[int]:
+        """The upper halves of the incarnations of all processes of the house."""
+        return frozenset(map(prefix_of, self._devices))
 
     def check_incarnation(self, device: PairedDevice, incarnation: int, who: str) -> None:
         """Checks that a Hello comes from a process of the device that has connected. UntrustedError: it says

@@ -168,17 +168,21 @@ class _Process:
             enforcer = PolicyEnforcer(args.policy, PowerReader(args.power_files), _log)
             await enforcer.begin()
             parts = await self._parts(model, files, base, promised, enforcer)
+            unserved = listeners[len(parts) :]  # where a second range would be, if there were one
+            del listeners[len(parts) :]
+            for listener in (one for some in unserved for one in some):
+                await listener.aclose()
             signals = signals or stack.enter_context(_ending_signals())
             changed = False
             async with open_tasks() as tasks:
                 nodes = Nodes([Node(one) for one in parts])
-                for node, listening in zip(nodes.each, listeners, strict=False):
+                for node, listening in zip(nodes.each, listeners, strict=True):
                     await tasks.start(node.serve, listening)
                 if args.port_file is not None:
-                    places = [named(some)[0] for some in listeners[: len(parts)]]
+                    places = [named(some)[0] for some in listeners]
                     write_whole(args.port_file, "".join(f"{place}\n" for place in places))
                 _say(parts[0], named(listeners[0]), own, _threads(args)[1])
-                for second, listening in zip(parts[1:], listeners[1:], strict=False):
+                for second, listening in zip(parts[1:], listeners[1:], strict=True):
                     say_second(second, named(listening))
 
                 async def stay(home: HouseNode, at: int) -> None:

@@ -34,7 +34,7 @@ from .net.known import KnownLinks
 from .net.listen import named
 from .net.messages import MOST_ADDRESSES, Address
 from .net.reverse import DeviceListener
-from .net.tls import TlsStream, Trust, der_of, key_of, prefix_of
+from .net.tls import TlsStream, Trust
 from .network_planner import NetworkPlanner
 from .network_rebalancer import NetworkRebalancer
 from .nodes import Nodes
@@ -107,6 +107,7 @@ class _Head:
             devices = DeviceListener(self.identity, self.say, answer_model=self._give_model)
             before, links = last_start.recalled(self.model.hash)
             known = KnownLinks(links)
+            known.keep(trust.prefixes)
             options = CoordinatorOptions(
                 moves=moves,
                 rebalancer=None if moves == "off" else NetworkRebalancer(self.plans),
@@ -114,14 +115,14 @@ class _Head:
                 open_stream=devices.open_stream,
                 open_ended=True,
                 known_links=known,
-                expected=before & {prefix_of(key_of(der_of(device))) for device in trust.devices},
+                expected=before & trust.prefixes,
             )
             shape = shape_of(self.model)
             opening = Coordinator.open((), self.identity, shape, self.plans, options)
             async with opening as coordinator, open_tasks() as tasks:
                 devices.on_device(lambda it: coordinator.add(it.host, it.port, it.incarnation, anew=it.anew))
                 tasks.start_soon(devices.serve, listeners)
-                tasks.start_soon(self._watch, coordinator, known)
+                tasks.start_soon(self._watch, trust, coordinator, known)
                 tasks.start_soon(self._watch_where, trust, listeners)
                 tasks.start_soon(self.first.own.keep, self.say)
                 if self.args.mdns:
@@ -156,7 +157,7 @@ class _Head:
             await trio.sleep(_LOOK_SECONDS)
             self._look_where(trust, listeners)
 
-    async def _watch(self, coordinator: Coordinator, known: KnownLinks) -> None:
+    async def _watch(self, trust: Trust, coordinator: Coordinator, known: KnownLinks) -> None:
         """Says which device has which layers, whenever that has changed, and keeps for the next start what it
         can begin with."""
         said, kept = None, None
@@ -170,6 +171,7 @@ class _Head:
                 self.say(f"ready: about {speed}, a context of {context}; {held}")
                 if isinstance(placement.detail, Plan) and placement.detail.ends:
                     self.say(placement.detail.ends)
+            known.keep(trust.prefixes)
             now = coordinator.devices, dict(known.links)
             if said is not None and now != kept:
                 kept = now

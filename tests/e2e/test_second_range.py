@@ -6,6 +6,8 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -86,33 +88,55 @@ def test_both_ends_need_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--both-ends is for the device of the coordinator, and needs a MODEL" in capsys.readouterr().err
 
 
+@contextmanager
+def node(model: Path, home: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """A node on a port of its own, which is ended."""
+    command = [sys.executable, "-m", "shoal", "node", str(model), "--name", "laptop", *options]
+    with subprocess.Popen(
+        [*command, "--measure-seconds", "0.1"],
+        env={**os.environ, "XDG_CONFIG_HOME": str(home)},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+            process.communicate(timeout=LIMIT)
+    assert process.returncode == 0
+
+
 @pytest.mark.slow
 def test_a_node_says_where_both_ranges_are(smollm2: Path, tmp_path: Path) -> None:
     ports = tmp_path / "ports"
-    where = ("--listen", "127.0.0.1:0", "--port-file", str(ports), "--measure-seconds", "0.1")
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "shoal",
-            "node",
-            str(smollm2),
-            "--both-ends",
-            "always",
-            "--name",
-            "laptop",
-            *where,
-        ],
-        env={**os.environ, "XDG_CONFIG_HOME": str(tmp_path)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
+    where = ("--listen", "127.0.0.1:0", "--port-file", str(ports))
+    with node(smollm2, tmp_path, "--both-ends", "always", *where) as process:
         assert process.stdout is not None
         first, second = process.stdout.readline(), process.stdout.readline()
         assert "as laptop: " in first and "as end of laptop: the LM head, " in second
         assert [line in said for line, said in zip(ports.read_text().split(), (first, second), strict=True)]
-    finally:
-        process.terminate()
-        process.communicate(timeout=LIMIT)
-    assert process.returncode == 0
+
+
+def listening(pid: int) -> int:
+    """The number of TCP sockets on which a process listens."""
+    inodes = {
+        fields[9]
+        for line in Path("/proc/net/tcp").read_text().splitlines()
+        if (fields := line.split())[3] == "0A"
+    }
+    held = set[str]()
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # it was closed meanwhile
+            held.add(os.readlink(fd).removeprefix("socket:[").removesuffix("]"))
+    return len(inodes & held)
+
+
+@pytest.mark.slow
+def test_a_node_without_a_second_range_listens_once(smollm2: Path, tmp_path: Path) -> None:
+    ports = tmp_path / "ports"
+    where = ("--listen", "127.0.0.1:0", "--port-file", str(ports), "--ram", "190")
+    with node(smollm2, tmp_path, "--both-ends", "if-small", *where) as process:
+        assert process.stdout is not None
+        assert "as laptop: " in process.stdout.readline()
+        assert len(ports.read_text().split()) == 1
+        assert listening(process.pid) == 1

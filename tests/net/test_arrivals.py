@@ -275,6 +275,13 @@ def test_an_estimated_link_that_has_failed_is_measured() -> None:
     assert len(links) == 2, "a plan that is made meanwhile does not use it"
 
 
+def test_links_of_devices_that_have_left_the_house_are_forgotten() -> None:
+    links = dict.fromkeys(((HEAD, 1), (1, HEAD), (HEAD, 2), (2, HEAD), (1, 2), (2, 1)), LinkSpeed(0.001, 1e7))
+    known = KnownLinks(links)
+    known.keep({1, 3})
+    assert known.links.keys() == {(HEAD, 1), (1, HEAD)}
+
+
 def test_a_start_with_known_links_waits_for_no_measurement_and_corrects_them(lab: ModuleType) -> None:
     async def main() -> None:
         known, wrong = KnownLinks({}), LinkSpeed(0.25, 1e6)

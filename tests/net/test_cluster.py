@@ -143,6 +143,24 @@ def test_a_node_that_does_not_answer_is_waited_for_a_while() -> None:
     assert after(state, LinksMeasured(), now=53.3)[1] == [MakePlan(1, (0, 1, 2))]
 
 
+def test_a_node_that_is_needed_is_waited_for_until_it_answers_or_cannot_be_reached() -> None:
+    state, _ = after(fresh(), JOINS[0], JOINS[2], now=50.0)
+    state, _ = after(state, Tick(), LinksMeasured(), now=53.0)
+    assert said(state, Planned(1, NO_PLAN), now=53.1) == [
+        "waiting for the node (host:7002): 12 MB are missing"
+    ]
+    state, commands = after(state, Planned(1, NO_PLAN), now=53.1)
+    assert (state.phase, commands) == ("waiting", [])
+    there, commands = after(state, JOINS[1], LinksMeasured(), now=57.0)
+    assert commands == [MakePlan(2, (0, 1, 2))]
+    assert after(there, Planned(2, THREE), now=57.0)[0].phase == "loading"
+    state, commands = after(state, Left(1, GONE), now=60.0)
+    assert commands[-1:] == [MakePlan(2, (0, 2))]
+    _, (fail,) = after(state, Planned(2, NO_PLAN), now=60.0)
+    assert isinstance(fail, Fail)
+    assert str(fail.error) == "gone; the other nodes cannot go on: 12 MB are missing"
+
+
 @pytest.mark.parametrize("events", [JOINS, TO_PLAN, TO_LOAD], ids=len)
 def test_a_loss_before_anything_was_served_means_another_plan(events: tuple[Event, ...]) -> None:
     state, commands = after(fresh(), *events, Left(1, GONE))

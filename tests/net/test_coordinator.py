@@ -17,6 +17,7 @@ from shoal.net.messages import Work
 from shoal.net.placement import COORDINATOR, Links, NodeInfo, Placement, plan_at
 from shoal.net.survey import survey
 from shoal.planner import Assignment, LinkSpeed
+from shoal.policy_enforcer import IDLE_SECONDS
 
 PROMPTS = [[5], [1, 2, 3], list(range(20)), [96] * 41, [7, 0, 7, 0, 9]]
 
@@ -60,6 +61,33 @@ def test_many_answers_at_once_are_batched_and_none_disturbs_another(lab: ModuleT
                     assert max(len({s for s, _, _ in batch}) for batch in stage.batches) <= 6
                     assert max(sum(n for _, _, n in batch) for batch in stage.batches) <= lab.OFFER.max_rows
                     assert max(n for batch in stage.batches for _, _, n in batch) == 4
+
+    lab.run(main)
+
+
+def test_a_node_whose_chain_is_slow_elsewhere_is_not_idle(lab: ModuleType) -> None:
+    async def main() -> None:
+        async with lab.network() as net:
+            net.add("a")
+            net.add("b", hop=lab.slow_hop(2 * IDLE_SECONDS))
+            node = net.nodes[7001].node
+            async with net.coordinator(plan=plan_at((0, 3, 6))) as coordinator, trio.open_nursery() as tasks:
+                used = trio.current_time()
+
+                async def watch() -> None:
+                    nonlocal used
+                    while True:
+                        used = used if node.idle else trio.current_time()
+                        assert trio.current_time() - used < IDLE_SECONDS
+                        await trio.sleep(0.1)
+
+                tasks.start_soon(watch)
+                assert await lab.collect(coordinator, [1, 2], 4) == lab.oracle([1, 2], 4)
+                tasks.cancel_scope.cancel()
+            with trio.fail_after(10):
+                async with net.coordinator(plan=plan_at((0, 3, 6))):
+                    while not node.idle:  # noqa: ASYNC110
+                        await trio.sleep(0.1)
 
     lab.run(main)
 

@@ -11,6 +11,7 @@ import trio
 import trio.testing
 
 from shoal.net.connection import Connection, greet, open_connection, open_tasks
+from shoal.net.coordinator import Coordinator
 from shoal.net.errors import MismatchError, NodeLostError, RemoteProtocolError, to_wire
 from shoal.net.messages import (
     Assign,
@@ -136,6 +137,32 @@ def test_reports_of_other_epochs_are_dropped(lab: ModuleType) -> None:
         await control.send(result(step))
 
     assert ask(lab, answer) == [5, 5, 5]
+
+
+def test_between_reports_that_arrive_at_once_others_have_their_turn(
+    lab: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns, heard, hear = 0, list[int](), Coordinator._hear
+
+    def counted(coordinator: Coordinator, member: int, message: Any) -> None:
+        if isinstance(message, Loaded) and message.epoch == Epoch(98, 1):
+            heard.append(turns)
+        hear(coordinator, member, message)
+
+    monkeypatch.setattr(Coordinator, "_hear", counted)
+
+    async def answer(control: Connection, step: Step) -> None:
+        nonlocal turns
+        if not heard:
+            reports = [control._wire.send(Loaded(Epoch(98, 1), 0.0, 1)) for _ in range(50)]
+            await control._stream.send_all(b"".join(frame for frames in reports for frame in frames))
+        while len(heard) < 50:
+            turns += 1
+            await trio.lowlevel.checkpoint()
+        await control.send(result(step))
+
+    assert ask(lab, answer) == [5, 5, 5]
+    assert max(map(heard.count, heard)) <= 2  # tasks that can run do so in any order
 
 
 def test_a_flood_of_results_loses_the_node(lab: ModuleType) -> None:

@@ -23,10 +23,11 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 
 from ..planner import Assignment, Cluster, LinkSpeed, Question
 from ..planner.evaluation import token_seconds
-from ..planner.moves import replans, room, room_beside, steals, travel
+from ..planner.moves import replans, room, room_beside, steals, travel, way
 from ..planner.streams import Follower
 from .levels import JUMP, UNSETTLED_SECONDS, Level
 from .pace import slowed
@@ -85,6 +86,8 @@ FIXED_SECONDS, DELAY_SECONDS, COPYING = 0.03, 0.2, 0.1
 meanwhile."""
 WAITS_MORE = 0.1
 """A stage that waits for a share of the time larger by this than another one's is not relieved by that."""
+LOOK_SECONDS = 0.5
+"""Between two steps of a change."""
 NEARLY = 1.03
 """A change is as good as another one if tokens take at most so many times as long after it."""
 NOTABLY = 1.1
@@ -116,11 +119,25 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """The stages that were found, and for what."""
+    """The stages that were found, and for what. `ways`: the stages between, where there is no room for a
+    single change."""
 
     values: Mapping[Key, float]
     usage: Usage
     found: tuple[Stages, ...]
+    ways: Mapping[Stages, tuple[Stages, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A part of a change: its stages, the predicted seconds of a token before and after, the seconds that it
+    costs, and the bytes that travel."""
+
+    stages: Stages
+    seconds_before: float
+    seconds_after: float
+    cost_s: float
+    bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +153,8 @@ class Memory:
     """What is known from earlier looks, of which `seen` is the last. `settled`: when no pace was changing.
     `speeds` are those of the last looks with the same stages and streams. `quiet`: until when nothing is
     measured. `wanted`: since when a change has been worth it. `asked` is the last proposal, and `outcome`
-    what became of it; `trial` is a change whose effect is measured, and `changed` the last change. `costs`:
+    what became of it. `goal` is the change of which it is a part, for the reason `why`, and `way` has the
+    steps that follow. `trial` is a change whose effect is measured, and `changed` the last change. `costs`:
     the times and costs of the last minute's changes. `failed`: changes that brought nothing or could not be
     made, with the time, and `vain` their number since one that was good. `left`: when each device without a
     stage lost it, and how often it has. `right`: stages to which a change may lead back, the last ones first.
@@ -151,6 +169,9 @@ class Memory:
     search: Search | None = None
     asked: Trial | None = None
     outcome: Outcome | None = None
+    goal: Trial | None = None
+    why: str = ""
+    way: tuple[Step, ...] = ()
     trial: Trial | None = None
     changed: Trial | None = None
     costs: tuple[tuple[float, float], ...] = ()
@@ -175,6 +196,9 @@ def look(memory: Memory, view: View) -> tuple[Memory, Proposal | None]:
     """The memory after a look at the measurements, and a proposal if a change of the stages pays."""
     memory = _after_changes(replace(memory, verdict=None), view)
     before, memory = memory.seen, replace(memory, seen=view)
+    if memory.way and view.usage.streams:
+        return _stepped(memory, view)
+    memory = replace(memory, way=())
     if view.now < memory.quiet or not view.usage.streams:
         return memory, None
     levels = _levels(memory, view)
@@ -221,8 +245,10 @@ def _after_changes(memory: Memory, view: View) -> Memory:
     memory = replace(memory, asked=None, outcome=None)
     if seen is None or seen.stages == view.stages:
         if asked is not None and outcome is not None and not outcome.committed:
+            assert memory.goal is not None
             # Another change to nearly the same stages may be possible.
-            memory = _in_vain(memory, replace(asked, old=asked.new), view.now, 1)
+            memory = _in_vain(memory, replace(memory.goal, old=memory.goal.new), view.now, 1)
+        memory = replace(memory, way=())
         if seen is None or seen.usage.streams == view.usage.streams:
             return memory
         return replace(memory, speeds=(), trial=None)
@@ -239,10 +265,13 @@ def _after_changes(memory: Memory, view: View) -> Memory:
         levels={key: memory.levels[key] for key in memory.levels.keys() - {("pace", n) for n in new - old}},
     )
     if asked is None or asked.new != view.stages:
+        return replace(memory, way=())
+    if memory.way:
         return memory
-    done = replace(asked, since=view.now)
+    assert memory.goal is not None
+    done = replace(memory.goal, since=view.now)
     costs = tuple(one for one in memory.costs if one[0] > view.now - MINUTE)
-    return replace(memory, trial=done, changed=done, costs=(*costs, (view.now, asked.cost_s)))
+    return replace(memory, trial=done, changed=done, costs=(*costs, (view.now, done.cost_s)))
 
 
 def _measurements(view: View) -> Iterable[tuple[Key, float]]:
@@ -342,14 +371,15 @@ def _in_vain(memory: Memory, trial: Trial, now: float, weight: int) -> Memory:
 @dataclass(frozen=True, slots=True)
 class _Change:
     """Other stages: the predicted seconds of a token before and after, the seconds that the change costs, and
-    those that it saves over the time that counts; and the bytes that travel."""
+    those that it saves over the time that counts. `steps`: how it is made, of which the last one has these
+    stages."""
 
     stages: Stages
     seconds_before: float
     seconds_after: float
     cost_s: float
     saved: float
-    bytes: int
+    steps: tuple[Step, ...]
 
     @property
     def gain(self) -> float:
@@ -381,7 +411,24 @@ def _searched(memory: Memory, question: Question, view: View, follower: Follower
     found = dict.fromkeys(steal.stages for steal in steals(question, view.stages, follower, beside))
     found |= dict.fromkeys(replans(question, view.stages))
     found.pop(view.stages, None)
-    return replace(memory, search=Search(values, view.usage, tuple(found)))
+    ways = _ways(question, view, follower, found)
+    return replace(memory, search=Search(values, view.usage, tuple(found), ways))
+
+
+def _ways(
+    question: Question, view: View, follower: Follower, found: Iterable[Stages]
+) -> dict[Stages, tuple[Stages, ...]]:
+    """The way to the best stages, if there is no room for a single change to them, and they are clearly
+    better than all others for which there is."""
+    positions = _positions(view.usage)
+    beside = partial(room_beside, question, view.stages, positions=positions)
+    seconds = {one: token_seconds(question, one, follower) for one in (view.stages, *found)}
+    best = min(seconds, key=seconds.__getitem__)
+    single = min(value for one, value in seconds.items() if one == view.stages or beside(one))
+    if seconds[best] > single * (1 - LEAST_GAIN):
+        return {}
+    between = way(question, view.stages, best, positions, follower)
+    return {} if between is None else {best: between}
 
 
 def _rested(memory: Memory, view: View) -> Memory:
@@ -423,28 +470,22 @@ def _change(
 ) -> _Change | None:
     """What a change to other stages brings and costs. None: a device or a link is not there, or has no
     room."""
-    usage, link = view.usage, question.cluster.link
-    positions = _positions(usage)
+    between = () if memory.search is None else memory.search.ways.get(stages, ())
+    fits, positions, usage = room(question), _positions(view.usage), view.usage
+    now, delay, cost, steps = seconds, 0.0, 0.0, list[Step]()
     try:
-        if not room(question)(view.stages, stages) or not room_beside(
-            question, view.stages, stages, positions
-        ):
-            return None
-        after = token_seconds(question, stages, follower)
+        for old, new in pairwise((view.stages, *between, stages)):
+            if not fits(old, new) or not room_beside(question, old, new, positions):
+                return None
+            took, costs, sent = _step(memory, question, view, now, old, new)
+            took += LOOK_SECONDS * bool(steps)
+            costs += took * max(0.0, 1 - seconds / now)  # of a step before, answers are slower
+            after = token_seconds(question, new, follower)
+            delay, cost = delay + took, cost + costs
+            steps.append(Step(new, now, after, costs, sent))
+            now = after
     except ValueError:
         return None
-    needed = travel(question, view.stages, stages, usage.copies)
-    load = max(needed.weights.values(), default=0) / LOAD_BYTES_PER_S
-    lap = seconds * usage.streams
-    copy = tail = 0.0
-    for ends, size in needed.state.items():
-        way = link(*ends)
-        rate = math.inf if way is None else way.bytes_per_s
-        copy = max(copy, positions * size / (BULK_SHARE * rate))
-        rest = min(positions, TAIL_POSITIONS * usage.streams) * size / rate
-        tail = max(tail, rest + (0.0 if way is None else way.latency_s))
-    delay = DELAY_SECONDS + max(load, copy)
-    cost = memory.scale * (FIXED_SECONDS + lap + tail) + COPYING * delay
     lasts = min(
         (
             level.lasts(view.now)
@@ -454,8 +495,30 @@ def _change(
         default=math.inf,
     )
     horizon = min(usage.remaining * seconds, lasts)
-    saved = max(0.0, horizon - delay) * (1 - after / seconds) - cost
-    return _Change(stages, seconds, after, cost, saved, positions * sum(needed.state.values()))
+    saved = max(0.0, horizon - delay) * (1 - now / seconds) - cost
+    return _Change(stages, seconds, now, cost, saved, tuple(steps))
+
+
+def _step(
+    memory: Memory, question: Question, view: View, seconds: float, old: Stages, new: Stages
+) -> tuple[float, float, int]:
+    """The time that a single change takes, with `seconds` a token meanwhile; what it costs, in seconds; and
+    the bytes that travel."""
+    usage, link = view.usage, question.cluster.link
+    positions = _positions(usage)
+    needed = travel(question, old, new, usage.copies)
+    load = max(needed.weights.values(), default=0) / LOAD_BYTES_PER_S
+    lap = seconds * usage.streams
+    copy = tail = 0.0
+    for ends, size in needed.state.items():
+        there = link(*ends)
+        rate = math.inf if there is None else there.bytes_per_s
+        copy = max(copy, positions * size / (BULK_SHARE * rate))
+        rest = min(positions, TAIL_POSITIONS * usage.streams) * size / rate
+        tail = max(tail, rest + (0.0 if there is None else there.latency_s))
+    delay = DELAY_SECONDS + max(load, copy)
+    cost = memory.scale * (FIXED_SECONDS + lap + tail) + COPYING * delay
+    return delay, cost, positions * sum(needed.state.values())
 
 
 # --- whether it should
@@ -546,15 +609,18 @@ def _asked(
         sum(memory.speeds, Speed()),
         undoes,
     )
-    proposal = Proposal(
-        Placement(change.stages),
-        why,
-        change.seconds_before,
-        change.seconds_after,
-        change.cost_s,
-        change.bytes,
-    )
-    return replace(memory, asked=trial, outcome=None, wanted=None), proposal
+    return _stepped(replace(memory, goal=trial, why=why, way=change.steps, wanted=None), view)
+
+
+def _stepped(memory: Memory, view: View) -> tuple[Memory, Proposal]:
+    """Proposes the next step of a change."""
+    goal, (step, *rest) = memory.goal, memory.way
+    assert goal is not None
+    why = f"{memory.why}, and it makes room for what follows" if rest else memory.why
+    before, after = step.seconds_before, step.seconds_after
+    proposal = Proposal(Placement(step.stages), why, before, after, step.cost_s, step.bytes)
+    asked = replace(goal, old=view.stages, new=step.stages, cost_s=step.cost_s)
+    return replace(memory, asked=asked, outcome=None, way=tuple(rest)), proposal
 
 
 def _ends(old: Stages, new: Stages) -> tuple[str, str]:

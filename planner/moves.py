@@ -7,6 +7,7 @@ devices and links as measured now and a workload of the depth that the sequences
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import permutations
@@ -22,6 +23,8 @@ SIZES = (1, 2, 4, 8)
 """The numbers of units of one steal, beside all that the giver has. Other numbers are several of them."""
 MOST_ADDED = 2
 """The number of devices without a stage that are tried."""
+MOST_NEAR = 150
+"""So many stages near to either end are tried for a way between them that takes three changes."""
 NOTHING = 1e-9
 """A steal that gains less than this part of a token gains nothing."""
 
@@ -139,18 +142,69 @@ def room_beside(
     """Whether every device has room for the units of its old stage and of its new one at the same time, with
     keys and values of so many positions: in the middle of a change it holds both. ValueError: a device is not
     there."""
-    units, held = question.model.units, {stage.device: stage for stage in old}
-    for stage in new:
-        before = held.get(stage.device, stage)
+    return _beside(question, positions)(old, new)
+
+
+def _beside(
+    question: Question, positions: int
+) -> Callable[[Sequence[Assignment], Sequence[Assignment]], bool]:
+    """`room_beside`, for any change; it keeps what it computed."""
+    units = question.model.units
+
+    @cache
+    def fits(before: Assignment, stage: Assignment) -> bool:
         both = {*range(before.first, before.last), *range(stage.first, stage.last)}
         device = question.cluster.device(stage.device)
         need = device.base_bytes + max(units[u].workspace_bytes for u in both)
         need += sum(units[u].bytes + positions * units[u].kv_bytes_per_token for u in both)
         if len(both) == len(units) or device.beside:
             need -= question.model.tied_bytes
-        if before != stage and need > device.ram_bytes:
-            return False
-    return True
+        return before == stage or need <= device.ram_bytes
+
+    def change(old: Sequence[Assignment], new: Sequence[Assignment]) -> bool:
+        held = {stage.device: stage for stage in old}
+        return all(fits(held.get(stage.device, stage), stage) for stage in new)
+
+    return change
+
+
+def way(
+    question: Question,
+    old: Sequence[Assignment],
+    new: Sequence[Assignment],
+    positions: int,
+    follower: Follower,
+) -> tuple[tuple[Assignment, ...], ...] | None:
+    """The stages between some stages and others, so that `room_beside` holds for each change from one to the
+    next: none where it holds for a single change, at most two else, each a steal away from either end. Of all
+    such ways one of the shortest, and of these the one on which tokens take least time. None: there is none.
+    ValueError: a device is not there."""
+    fits, beside = room(question), _beside(question, positions)
+    if beside(old, new):
+        return ()
+    seconds: dict[tuple[Assignment, ...], float] = {}
+
+    def near(stages: Sequence[Assignment]) -> list[tuple[Assignment, ...]]:
+        used = {stage.device for stage in stages}
+        spare = [name for name in _by_speed(question) if question.allowed(name) and name not in used]
+        found = {
+            _stolen(ranges, giver, taker, units)
+            for ranges, giver, taker in _pairs(stages, spare[:MOST_ADDED])
+            for units in range(1, ranges[giver].last - ranges[giver].first + 1)
+        }
+        for one in found - seconds.keys():
+            if fits((), one) and question.constraints.keeps_ends(one):
+                with suppress(ValueError):  # there is no link
+                    seconds[one] = token_seconds(question, one, follower)
+        return sorted(found & seconds.keys(), key=seconds.__getitem__)
+
+    after = [one for one in near(old) if beside(old, one)]
+    single = next((one for one in after if beside(one, new)), None)
+    if single is not None:
+        return (single,)
+    before = [one for one in near(new) if beside(one, new)]
+    pairs = ((a, b) for a in after[:MOST_NEAR] for b in before[:MOST_NEAR] if beside(a, b))
+    return min(pairs, key=lambda pair: max(seconds[one] for one in pair), default=None)
 
 
 @dataclass(frozen=True, slots=True)

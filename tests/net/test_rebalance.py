@@ -48,16 +48,17 @@ def test_a_device_that_drops_to_40_percent_costs_little_after_five_seconds(
     speeds: Sequence[float], rooms: Sequence[int], streams: int, at: int
 ) -> None:
     """Whichever device of the chain it is: after 5 s the chain is about as fast as a new plan. That of the
-    phones' quickest device has less: a new plan exchanges the ends of the chain, and no device has room for
-    both of its stages in the middle of such a change."""
+    phones' quickest device exchanges the ends of the chain, and no device has room for both of its stages in
+    the middle of such a change: it takes three. For one stream, what a new plan gains is not worth them."""
     asked = question(streams, speeds, rooms)
-    part = 0.87 if (speeds, rooms) == PHONES and at == 2 else 0.92
+    tight = (speeds, rooms) == PHONES and at == 2
+    part = 0.87 if tight and streams == 1 else 0.92
     name = fresh(asked).stages[at].device
     swarm, without = (Swarm(asked, drops(name), moves=moves) for moves in (True, False))
     swarm.run(15)
     new = fresh(asked, {name: 2.5}).tokens_per_s
     assert swarm.rate() >= part * new
-    assert len(swarm.changes) <= 2
+    assert len(swarm.changes) <= (3 if tight else 2)
     without.run(15)
     assert swarm.run(60) >= min(part, 0.97 * new / without.rate()) * without.run(60)
 
@@ -277,6 +278,36 @@ def test_after_proposals_that_cannot_be_carried_out_there_are_fewer_and_others()
     times = [when for when, _ in swarm.changes]
     gaps = [after - before for before, after in pairwise(times)]
     assert all(gap >= VAIN_SECONDS * 2**at for at, gap in enumerate(gaps))
+
+
+@pytest.mark.slow
+def test_a_change_that_takes_three_steps_ends_with_the_one_that_fails() -> None:
+    """What was to follow is dropped, and the next look begins with the stages that there are."""
+    asked = question(4, *PHONES)
+    name = fresh(asked).stages[2].device
+    swarm = Swarm(asked, drops(name))
+    while not swarm.changes:
+        swarm.run(0.5)
+    (_, first), target = swarm.changes[0], fresh(asked, {name: 2.5}).assignments
+    assert first.why.endswith("and it makes room for what follows")
+    assert swarm.stages == first.placement.stages
+    assert swarm.memory.goal is not None and swarm.memory.goal.new == target
+    assert [step.stages for step in swarm.memory.way][-1] == target
+    swarm.aborts = True
+    swarm.run(0.5)
+    assert len(swarm.changes) == 2
+    swarm.run(0.5)
+    assert swarm.memory.way == () and swarm.memory.trial is None
+    swarm.aborts = False
+    swarm.run(30)
+    assert swarm.rate() > 1.03 * swarm.rate(fresh(asked).assignments)
+    # Without an answer there is nothing to go on for.
+    half = Swarm(asked, drops(name))
+    while not half.changes:
+        half.run(0.5)
+    memory, proposal = look(half.memory, View(asked, {name: 2.5}, half.stages, Usage(), half.now))
+    assert proposal is None
+    assert look(memory, View(asked, {name: 2.5}, half.stages, Usage(), half.now + 9))[0].way == ()
 
 
 def test_stages_that_others_have_changed_are_looked_at_anew() -> None:

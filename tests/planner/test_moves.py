@@ -11,7 +11,7 @@ import pytest
 
 from shoal.planner import cost, plan
 from shoal.planner.evaluation import Plan, evaluate, token_seconds
-from shoal.planner.moves import SIZES, replans, room_beside, steals, travel
+from shoal.planner.moves import SIZES, replans, room_beside, steals, travel, way
 from shoal.planner.rows import (
     Assignment,
     Cluster,
@@ -168,6 +168,30 @@ def test_in_the_middle_of_a_change_a_device_holds_both_stages() -> None:
     assert beside(need)
     assert not beside(need - 6 * 500 * state)
     assert room_beside(asked, STAGES, STAGES, positions=10**9)  # who keeps its stage needs no more
+
+
+def test_the_ends_of_a_chain_are_exchanged_by_way_of_a_device_that_has_room() -> None:
+    """a and c have room for a stage each. Two of the three changes empty one of them."""
+    asked = question()
+    new = (Assignment("c", 0, 4), Assignment("b", 4, 7), Assignment("a", 7, 11))
+    links = {ends: LinkSpeed(0.001, 1e9) for ends in itertools.permutations("habcd", 2)}
+
+    def found(spare: int, ram: int = 9_000_000) -> tuple[tuple[Assignment, ...], ...] | None:
+        rams = {"a": ram, "b": 3_500_000, "c": ram, "d": spare}
+        devices = tuple(Device(name, rams[name], 1e9, 1e9) for name in "abcd")
+        tight = replace(asked, cluster=Cluster(devices, links, "h"))
+        between = way(tight, STAGES, new, 20, Follower(tight))
+        for one, other in itertools.pairwise((STAGES, *(between or ()), new)):
+            assert between is None or room_beside(tight, one, other, 20)
+        return between
+
+    assert found(0) is None
+    # d holds the first stage meanwhile, or the last one.
+    first, last = (Assignment("d", 0, 4), *STAGES[1:]), (*STAGES[:2], Assignment("d", 7, 11))
+    assert found(8_000_000) in ((first, (*first[:2], new[2])), (last, (new[0], *last[1:])))
+    assert found(0, 20_000_000) == ()
+    shifted = (Assignment("a", 0, 3), Assignment("b", 3, 7), Assignment("c", 7, 11))
+    assert way(asked, STAGES, shifted, 20, Follower(asked)) == ()
 
 
 @pytest.mark.parametrize("used", [4, 7])

@@ -27,7 +27,7 @@ USUAL := not oracle and not arm and not dist and not lab and not clients and not
 # A phone's numpy comes from its package manager; pip could only compile it there.
 VENV_FLAGS := $(if $(findstring com.termux,$(PREFIX)),--system-site-packages)
 
-.PHONY: help demo demo-page test check format bench dist lib abi oracle api sanitize check-arm check-dist check-clients check-webui check-page check-lab check-protocol clean
+.PHONY: help demo demo-page test check format bench dist lib abi oracle api sanitize check-arm check-dist check-clients check-webui check-page check-lab check-protocol fuzz clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -51,6 +51,7 @@ help:
 	@echo "make check-page  use the page in a real browser (installs chromium with apt)"
 	@echo "make check-lab  devices that differ, in network namespaces with memory caps (as root; installs iproute2 with apt)"
 	@echo "make check-protocol  all runs of the protocol in small worlds, with faults (docs/notes/2026-11-protocol-model.md)"
+	@echo "make fuzz       ten million changed inputs for whatever reads bytes of strangers (docs/notes/2026-11-fuzzing.md)"
 	@echo "make clean      remove what was built; .venv stays"
 
 # Beside each other, processes of tests should not start a thread for every CPU.
@@ -132,6 +133,9 @@ check-lab: $(DEV_STAMP) lib
 
 check-protocol: $(DEV_STAMP) lib
 	$(BIN)/python -m tests.explorer
+
+fuzz: $(DEV_STAMP) lib
+	$(BIN)/python -m tests.fuzz --count 10000000
 
 clean:
 	rm -rf build dist $(LIB) src/shoal.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks

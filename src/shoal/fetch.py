@@ -15,6 +15,7 @@ import urllib.request
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
 
@@ -94,7 +95,7 @@ def _find_url(wheel: Wheel) -> str:
                 page = response.read(1 << 24).decode("utf-8", "replace")
                 links = _links(page, response.headers.get("Content-Type", ""))
                 base = response.geturl()
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, HTTPException) as e:
             reason = str(getattr(e, "reason", e))
             continue
         for link in links:
@@ -118,9 +119,12 @@ def _indexes() -> Iterator[str]:
 
 
 def _links(page: str, kind: str) -> list[str]:
-    """The links of an index page, which is JSON or HTML."""
+    """The links of an index page, which is JSON or HTML. ValueError: it is neither."""
     if kind.startswith(_JSON):
-        return [entry["url"] for entry in json.loads(page)["files"]]
+        try:
+            return [str(entry["url"]) for entry in json.loads(page)["files"]]
+        except (LookupError, TypeError, RecursionError):
+            raise ValueError("the index does not list files as PyPI does") from None
     return [html.unescape(link) for link in re.findall(r"""href=["']([^"']+)["']""", page)]
 
 

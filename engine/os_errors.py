@@ -66,11 +66,6 @@ def translated(
     return OperatingSystemError(message, place=path if number in _PLACES else None)
 
 
-def is_full(error: OSError) -> bool:
-    """Whether the disk or the user's quota is full."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
 def check_space(directory: Path, needed: int, what: str) -> None:
     """OperatingSystemError: the disk of `directory` has less than `needed` bytes free for `what`."""
     disk = shutil.disk_usage(directory)

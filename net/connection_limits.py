@@ -26,14 +26,15 @@ from __future__ import annotations
 
 import secrets
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import trio
 
-from .connection import open_connection
+from .connection import address_of, open_connection, open_tasks
 from .errors import NetError, NodeLostError
+from .listen import accept
 from .messages import Hello
 from .rate_limited_log import RateLimitedLog
 from .tls import PlainTextError, TlsStream, Trust
@@ -84,6 +85,36 @@ class ConnectionLimits:
         self._served: _Served | None = None
         self._guests: dict[Slot, Hello] = {}
         self._of_strangers = RateLimitedLog(log, "more connections were refused or closed", trio.current_time)
+
+    async def serve(
+        self,
+        listeners: Sequence[trio.SocketListener],
+        attend: Callable[[trio.abc.Stream, str, Slot], Awaitable[None]],
+        *,
+        task_status: trio.TaskStatus[Sequence[trio.SocketListener]],
+    ) -> None:
+        """Accepts connections on the listeners until cancelled, and closes the listeners. Each connection has
+        a slot and a task that calls `attend` with the stream, the peer's address for messages, and the
+        slot."""
+        async with AsyncExitStack() as stack:
+            for listener in listeners:
+                await stack.enter_async_context(listener)
+            async with open_tasks() as tasks:
+                for listener in listeners:
+                    tasks.start_soon(self._accept, listener, attend, tasks)
+                task_status.started(listeners)
+
+    async def _accept(
+        self,
+        listener: trio.SocketListener,
+        attend: Callable[[trio.abc.Stream, str, Slot], Awaitable[None]],
+        tasks: trio.Nursery,
+    ) -> None:
+        while True:
+            for stream in await accept(listener):
+                host, who = address_of(stream)
+                tasks.start_soon(attend, stream, who, self.arrive(host))
+            await self.settled()
 
     def arrive(self, address: str) -> Slot:
         """A slot for a new connection from a host, which may end another one: `settled` waits for that."""

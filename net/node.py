@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from contextlib import AsyncExitStack
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -37,7 +37,6 @@ from .errors import (
 )
 from .fetching import Fetcher
 from .file_server import serve_files
-from .listen import accept
 from .liveness import IDLE_TICK_SECONDS, TICK_SECONDS, Awake, load_bound, next_tick
 from .messages import (
     Abort,
@@ -99,25 +98,12 @@ class Node:
 
     async def serve(
         self,
-        listeners: list[trio.SocketListener],
+        listeners: Sequence[trio.SocketListener],
         *,
-        task_status: trio.TaskStatus[list[trio.SocketListener]] = trio.TASK_STATUS_IGNORED,
+        task_status: trio.TaskStatus[Sequence[trio.SocketListener]] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Accepts connections on the listeners until cancelled, and closes the listeners."""
-        async with AsyncExitStack() as stack:
-            for listener in listeners:
-                await stack.enter_async_context(listener)
-            async with open_tasks() as tasks:
-                for listener in listeners:
-                    tasks.start_soon(self._accept, listener, tasks)
-                task_status.started(listeners)
-
-    async def _accept(self, listener: trio.SocketListener, tasks: trio.Nursery) -> None:
-        while True:
-            for stream in await accept(listener):
-                host, who = address_of(stream)
-                tasks.start_soon(self._attend, stream, who, self._limits.arrive(host))
-            await self._limits.settled()
+        await self._limits.serve(listeners, self._attend, task_status=task_status)
 
     async def connected(self, stream: trio.abc.Stream) -> None:
         """Serves one connection until it ends. Errors are logged and end only this connection. One that has

@@ -10,17 +10,17 @@ import errno
 import traceback
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import trio
 
 from ..engine.errors import ShoalError
-from .connection import address_of, open_tasks, open_tcp, sealed
+from .connection import open_tcp, sealed
 from .connection_limits import ConnectionLimits, Slot
 from .errors import MismatchError, NetError, NodeLostError, UntrustedError
 from .identity import Identity, host_port
-from .listen import accept, plain
+from .listen import plain
 from .relay import RequestStream, pass_bytes
 from .requests import (
     INWARD,
@@ -137,16 +137,10 @@ class DeviceListener:
         self,
         listeners: Sequence[trio.SocketListener],
         *,
-        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+        task_status: trio.TaskStatus[Sequence[trio.SocketListener]] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Accepts connections on the listeners until cancelled, and closes the listeners."""
-        async with AsyncExitStack() as stack:
-            for listener in listeners:
-                await stack.enter_async_context(listener)
-            async with open_tasks() as tasks:
-                for listener in listeners:
-                    tasks.start_soon(self._accept, listener, tasks)
-                task_status.started()
+        await self._limits.serve(listeners, self._attend, task_status=task_status)
 
     async def open_stream(self, host: str, port: int) -> trio.abc.Stream:
         """A connection to the node at this address, for the coordinator (connection.OpenStream): one that
@@ -159,13 +153,6 @@ class DeviceListener:
         return await open_tcp(host, port)
 
     # --- connections of devices
-
-    async def _accept(self, listener: trio.SocketListener, tasks: trio.Nursery) -> None:
-        while True:
-            for stream in await accept(listener):
-                host, who = address_of(stream)
-                tasks.start_soon(self._attend, stream, who, self._limits.arrive(host))
-            await self._limits.settled()
 
     async def _attend(self, raw: trio.abc.Stream, who: str, slot: Slot) -> None:
         deadline = trio.current_time() + slot.seconds

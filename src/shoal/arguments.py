@@ -288,6 +288,37 @@ def add_layers(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_context(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--context",
+        type=positive,
+        metavar="N",
+        help="context length in tokens, prompt and answer together (default: the model's, or the largest "
+        "that fits in RAM)",
+    )
+
+
+def add_moves(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--moves",
+        choices=("move", "reload", "off"),
+        default="move",
+        help="what happens when devices become slower or quicker, come or go while answers are computed. "
+        "move: layers move with their keys and values; reload: all layers are loaded and all tokens computed "
+        "again; off: nothing, until a device is lost (default move)",
+    )
+
+
+def add_wait(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--wait",
+        type=seconds,
+        default=60.0,
+        metavar="S",
+        help="wait at most S seconds for lost nodes that the model needs (default 60)",
+    )
+
+
 def check_nodes(nodes: Sequence[tuple[str, int]]) -> None:
     """ShoalError: --nodes has an address twice."""
     if len(set(nodes)) < len(nodes):

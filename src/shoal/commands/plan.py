@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ..arguments import (
     Commands,
     add_command,
+    add_context,
     add_insecure,
     add_json,
     add_layers,
@@ -43,12 +44,7 @@ def add_parser(commands: Commands) -> None:
     )
     add_nodes(devices, "ask these running nodes for their profiles")
     add_insecure(parser)
-    parser.add_argument(
-        "--context",
-        type=positive,
-        metavar="N",
-        help="context length in tokens (default: the model's, or the largest that fits in RAM)",
-    )
+    add_context(parser)
     parser.add_argument(
         "--streams", type=positive, default=1, metavar="N", help="concurrent sequences (default 1)"
     )

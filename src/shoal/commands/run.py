@@ -13,17 +13,19 @@ from ..arguments import (
     Commands,
     add_alone,
     add_command,
+    add_context,
     add_engine,
     add_insecure,
     add_model,
+    add_moves,
     add_nodes,
     add_private,
+    add_wait,
     check_nodes,
     factor,
     fraction,
     non_negative,
     positive,
-    seconds,
     whole,
 )
 from ..engine.errors import ShoalError
@@ -54,21 +56,8 @@ def add_parser(commands: Commands) -> None:
     add_insecure(parser)
     add_private(parser)
     add_alone(parser)
-    parser.add_argument(
-        "--wait",
-        type=seconds,
-        default=60.0,
-        metavar="S",
-        help="wait at most S seconds for lost nodes that the model needs (default 60)",
-    )
-    parser.add_argument(
-        "--moves",
-        choices=("move", "reload", "off"),
-        default="move",
-        help="what happens while answers are computed when nodes become slower, quicker or come back: layers "
-        "move with their keys and values (move, the default), all layers are loaded and all tokens computed "
-        "again (reload), or nothing (off)",
-    )
+    add_wait(parser)
+    add_moves(parser)
     texts = parser.add_argument_group("text")
     texts.add_argument(
         "-n",
@@ -87,13 +76,7 @@ def add_parser(commands: Commands) -> None:
         metavar="TEXT",
         help="end an answer before TEXT; can be given several times",
     )
-    texts.add_argument(
-        "--context",
-        type=positive,
-        metavar="N",
-        help="context length in tokens, prompt and answer together (default: the model's, or the largest "
-        "that fits in RAM)",
-    )
+    add_context(texts)
     sampling = parser.add_argument_group("sampling")
     for flag, metavar, kind, default, text in (
         ("--temperature", "T", non_negative, 0.0, "randomness; 0: always the most likely token (default 0)"),

@@ -9,16 +9,16 @@ from ..arguments import (
     Commands,
     add_alone,
     add_command,
+    add_context,
     add_engine,
     add_insecure,
     add_model,
     add_nodes,
     add_private,
+    add_wait,
     check_nodes,
     listed,
     name,
-    positive,
-    seconds,
     whole,
 )
 from ..http_arguments import HOST, PORT, add_http
@@ -54,20 +54,8 @@ def add_parser(commands: Commands) -> None:
         help="what requests may call the model (default: the name of its directory)",
     )
     add_http(web)
-    parser.add_argument(
-        "--context",
-        type=positive,
-        metavar="N",
-        help="context length in tokens, prompt and answer together (default: the model's, or the largest "
-        "that fits in RAM)",
-    )
-    parser.add_argument(
-        "--wait",
-        type=seconds,
-        default=60.0,
-        metavar="S",
-        help="wait at most S seconds for lost nodes that the model needs (default 60)",
-    )
+    add_context(parser)
+    add_wait(parser)
     add_engine(parser)
     parser.set_defaults(prompt=None, stats=False, moves="move")  # for open_llm
 

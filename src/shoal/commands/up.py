@@ -8,8 +8,10 @@ from ..arguments import (
     Commands,
     add_boot,
     add_command,
+    add_context,
     add_lending,
     add_mdns,
+    add_moves,
     add_private,
     address,
     positive,
@@ -50,12 +52,7 @@ def add_parser(commands: Commands) -> None:
     add_mdns(parser, "announce to the local network by mDNS where that is")
     parser.add_argument("--name", help="name of this device in a new house (default: its host name)")
     add_lending(parser)
-    parser.add_argument(
-        "--context",
-        type=positive,
-        metavar="N",
-        help="context length in tokens (default: the model's, or the largest that fits in RAM)",
-    )
+    add_context(parser)
     parser.add_argument(
         "--streams",
         type=positive,
@@ -63,13 +60,7 @@ def add_parser(commands: Commands) -> None:
         metavar="N",
         help="answers at the same time that the plan makes room for (default 1)",
     )
-    parser.add_argument(
-        "--moves",
-        choices=("move", "reload", "off"),
-        default="move",
-        help="what happens while answers are computed when devices become slower, quicker, come or go: as "
-        "for `shoal run` (default move)",
-    )
+    add_moves(parser)
     parser.add_argument(
         "--no-layers",
         action="store_true",

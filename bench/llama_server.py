@@ -4,6 +4,7 @@ llama-server is built from the source that llama-cpp-python has on PyPI, once, i
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import socket
@@ -59,7 +60,8 @@ def programs(*, build: bool) -> Path:
             source.extractall(into, filter="data")
         root = next(into.glob("*/vendor/llama.cpp"))
         _run(["cmake", "-S", str(root), "-B", str(into / "build"), *CMAKE.split()])
-        _run(["cmake", "--build", str(into / "build"), "--parallel", "--target", *PROGRAMS])
+        jobs = str(len(os.sched_getaffinity(0)))  # without a number it is as many as there are files
+        _run(["cmake", "--build", str(into / "build"), "--parallel", jobs, "--target", *PROGRAMS])
         for name in PROGRAMS:
             shutil.copy(into / "build/bin" / name, directory)
     stamp.write_text(CMAKE, encoding="ascii")

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Self
 
 from .batch import Logprobs, ReadRequest, Result, Run, Sampling, Want
+from .bursts import burst
 from .errors import CancelledRunError, ContextError
 from .generate import check_prompt, check_text, check_whole
 from .host import ram
@@ -344,13 +345,14 @@ class Batcher:
                 if job.begun:  # else it was set aside for one before it
                     self._run([job], [run])
             return
-        for job, run, result in zip(jobs, runs, results, strict=True):
-            job.sequence.tokens += run.tokens
-            job.sent += len(run.tokens)
-            if job.reading is not None:
-                self._read(job, job.reading, run, result)
-            elif result.token is not None:
-                self._append(job, result.token, result.logprobs)
+        with burst():
+            for job, run, result in zip(jobs, runs, results, strict=True):
+                job.sequence.tokens += run.tokens
+                job.sent += len(run.tokens)
+                if job.reading is not None:
+                    self._read(job, job.reading, run, result)
+                elif result.token is not None:
+                    self._append(job, result.token, result.logprobs)
 
     def _read(self, job: Job, reading: Reading, run: Run, result: Result) -> None:
         if run.want is not Want.NOTHING:

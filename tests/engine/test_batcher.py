@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from queue import SimpleQueue
 
 import pytest
@@ -12,6 +13,7 @@ from tests.patience import LIMIT
 
 from shoal.engine.batch import Result, Run, Sampling
 from shoal.engine.batcher import Batcher
+from shoal.engine.bursts import after_burst, burst
 from shoal.engine.errors import ContextError, OperatingSystemError
 from shoal.engine.generate import generate
 from shoal.engine.kv_page import page_bytes
@@ -310,3 +312,31 @@ def test_a_stage_without_all_units_is_refused(tiny_int8: Model) -> None:
         pytest.raises(ValueError, match="an answer needs all"),
     ):
         Batcher(stage)
+
+
+def test_the_results_of_a_call_are_a_burst(stage: Stage) -> None:
+    """Who is woken for one of them is woken when all are there."""
+    log, run, ended = list[str](), stage.run, threading.Semaphore(0)
+
+    def noted(batch: list[Run]) -> list[Result]:
+        log.append("call")
+        return run(batch)
+
+    def put(item: int | Exception | None) -> None:
+        log.append("item")
+        after_burst(lambda: log.append("woken"))
+        if item is None:
+            ended.release()
+
+    stage.run = noted  # type: ignore[method-assign,assignment]
+    with Batcher(stage) as batcher:
+        for prompt in prompts(3):
+            batcher.begin_alone(prompt, LIVELY, put, context=400, max_tokens=9, end=())
+        assert all(ended.acquire(timeout=LIMIT) for _ in range(3))
+    calls = [call.split() for call in " ".join(log).split("call")]
+    assert max(call.count("item") for call in calls) >= 3
+    assert all(call == sorted(call) for call in calls)
+    with suppress(ValueError), burst():
+        after_burst(lambda: log.append("late"))
+        raise ValueError
+    assert log[-1] == "late"

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from shoal.engine.tokenizer import Tokenizer
+from shoal.server.http import _Connection
 
 from .conftest import Serving, until
 
@@ -104,6 +105,22 @@ def test_completions_of_several_prompts_stream_together(served: Serving) -> None
         assert "".join(one["text"] for one in own) == choice["text"]
     assert whole["choices"][0]["text"] == served.llm.generate(ids, **LIVELY).text
     assert whole["usage"]["prompt_tokens"] == len(ids) + len(served.llm.tokenize("The sea"))
+
+
+def test_a_socket_that_takes_a_part_at_a_time_gets_all(
+    served: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of a client that reads late: what it does not take at once goes before what comes later."""
+    taken = _Connection._at_once
+    monkeypatch.setattr(_Connection, "_at_once", lambda self, data: taken(self, data[: len(data) // 3]))
+    options: Any = {"prompt": "A", "n": 4, "logprobs": 2, **LIVELY}
+    whole = served.made("/v1/completions", **options)
+    parts = events(served.post("/v1/completions", stream=True, **options).text)
+    for i, choice in enumerate(whole["choices"]):
+        own = [part["choices"][0] for part in parts if part["choices"][0]["index"] == i]
+        assert "".join(one["text"] for one in own) == choice["text"]
+        tokens = [token for one in own for token in one["logprobs"]["tokens"]]
+        assert tokens == choice["logprobs"]["tokens"]
 
 
 def test_embeddings_and_tokens(served: Serving) -> None:

@@ -19,6 +19,7 @@ from ..answering import Engine
 from ..engine.errors import ignore
 from ..engine.model_directory import Model
 from ..net.errors import printable
+from .asking import Piece
 from .bodies import Fields, parse
 from .errors import ApiError, api_error
 from .house import GetStatus, House
@@ -26,7 +27,7 @@ from .http import Message, Receive, Scope, Send
 from .opening import Hosts
 from .places import Places
 from .routes import PAGE, routes
-from .served import Call, Event, Handler, Part, Reply, Served
+from .served import Call, Chunk, Event, Flow, Handler, Part, Reply, Served
 
 Log = Callable[[str], object]
 
@@ -208,7 +209,8 @@ class _Exchange:
     """A request's head, and its response."""
 
     def __init__(self, scope: Scope, send: Send) -> None:
-        self._send = send
+        self._send: Send = send
+        self._offer: Callable[[bytes], bool] = scope["shoal.offer"]
         self.method, self.path = scope["method"], scope["path"]
         self.address = (scope.get("client") or ("?",))[0]
         self._given: Sequence[tuple[bytes, bytes]] = scope["headers"]
@@ -235,7 +237,7 @@ class _Exchange:
         if self.status is None:
             await self.reply(error.status, body, "application/json", error.headers)
         elif not self.complete:
-            await self._event(body, last=True)
+            await self._body(_event(Event(None, body)), last=True)
 
     async def answer(self, parts: AsyncGenerator[Part, None]) -> None:
         """Sends what a handler yields."""
@@ -253,23 +255,36 @@ class _Exchange:
                     await self._start(200, "text/event-stream", (("Cache-Control", "no-store"),))
                     if self.method == "HEAD":
                         break
-                if isinstance(part, Event):
-                    await self._event(part.data, part.name)
-                    continue
-                named = part.get("type")  # of a response: its events have names
-                await self._event(json.dumps(part).encode(), named)
-            await self._event(b"[DONE]", last=True)
+                if isinstance(part, Flow):
+                    await self._flow(part)
+                else:
+                    await self._body(_event(part))
+            await self._body(_DONE, last=True)
+
+    async def _flow(self, flow: Flow) -> None:
+        """Sends the parts of a stream as they come: in the turn of the loop in which they do, unless the
+        client takes no more at the moment."""
+        full = False
+
+        def is_full() -> bool:
+            return full
+
+        def offer(piece: Piece) -> None:
+            nonlocal full
+            if parts := b"".join(map(_event, flow.parts(piece))):
+                full = not self._offer(parts)
+
+        while not await flow.each(offer, is_full):
+            await self._body(b"")
+            full = False
 
     def _has(self, reply: Reply) -> bool:
         """Whether the client has this reply already, by its ETag."""
         known = [one.strip().removeprefix("W/") for one in (self.header("if-none-match") or "").split(",")]
         return any(name == "ETag" and value in known for name, value in reply.headers)
 
-    async def _event(self, data: bytes, named: str | None = None, *, last: bool = False) -> None:
-        event = (
-            b"data: %b\n\n" % data if named is None else b"event: %b\ndata: %b\n\n" % (named.encode(), data)
-        )
-        await self._send({"type": "http.response.body", "body": event, "more_body": not last})
+    async def _body(self, data: bytes, *, last: bool = False) -> None:
+        await self._send({"type": "http.response.body", "body": data, "more_body": not last})
         self.complete = last
 
     async def _start(self, status: int, kind: str, more: Sequence[tuple[str, str]]) -> None:
@@ -281,6 +296,18 @@ class _Exchange:
             "headers": [(name.encode(), value.encode("latin-1")) for name, value in headers],
         }
         await self._send(message)
+
+
+def _event(part: Chunk | Event) -> bytes:
+    """A part of a stream as a server-sent event."""
+    if isinstance(part, Event):
+        named, data = part.name, part.data
+    else:  # those of a response have names
+        named, data = part.get("type"), json.dumps(part).encode()
+    return b"data: %b\n\n" % data if named is None else b"event: %b\ndata: %b\n\n" % (named.encode(), data)
+
+
+_DONE = _event(Event(None, b"[DONE]"))
 
 
 async def _until_gone(receive: Receive, exchange: _Exchange, parts: AsyncGenerator[Part, None]) -> None:

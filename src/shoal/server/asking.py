@@ -1,12 +1,13 @@
 """Answers of an engine, awaited: tokens arrive in the engine's thread, text leaves in the task that asked.
 
-The task takes whatever has arrived since it last looked, so a client that reads slowly, or an event loop that
-is late, gets fewer and longer pieces."""
+What has arrived is taken all at once, so a client that reads slowly, or an event loop that is late, gets
+fewer and longer pieces. The tokens of one step of the engine are taken in one turn of the loop, for all
+answers: to wake the task of each would cost more than all else that is done for a token."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ import trio
 from ..answer_text import AnswerText, Item
 from ..answering import Engine, Settings, Stop
 from ..engine.batch import Logprobs, ReadRequest, Result, Want
+from ..engine.bursts import after_burst
 from ..engine.generate import check_prompt
 from ..engine.request_scheduler import Report
 from ..engine.tokenizer import Tokenizer
@@ -29,9 +31,19 @@ from .places import Waiting
 T = TypeVar("T")
 
 
+def _nothing() -> None:
+    """Does nothing."""
+
+
+def never() -> bool:
+    """False."""
+    return False
+
+
 class Bell:
     """Wakes tasks of one event loop for items that other threads put. Putting is followed by a system call
-    only if the loop has not been woken since, so a step of many answers makes one call."""
+    only if the loop has not been woken since, and at the end of a burst, so a step of many answers wakes the
+    loop once."""
 
     def __init__(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
@@ -43,8 +55,11 @@ class Bell:
         self._waiting.append(wake)
         if not self._rung:
             self._rung = True
-            with suppress(trio.RunFinishedError):  # nobody waits any more
-                self._token.run_sync_soon(self._answer)
+            after_burst(self._wake)
+
+    def _wake(self) -> None:
+        with suppress(trio.RunFinishedError):  # nobody waits any more
+            self._token.run_sync_soon(self._answer)
 
     def _answer(self) -> None:
         self._rung = False  # before the rest, so that what is put from now on rings again
@@ -71,7 +86,7 @@ class Arrivals(Generic[T]):
     def __init__(self) -> None:
         self._items = deque[T]()
         self._bell = _loop_bell()
-        self._event = trio.Event()
+        self._look: Callable[[], object] = _nothing
 
     def put(self, item: T) -> None:
         """Adds an item; in any thread."""
@@ -79,19 +94,45 @@ class Arrivals(Generic[T]):
         self._bell.ring(self._wake)
 
     def _wake(self) -> None:
-        self._event.set()
+        self._look()
 
     async def some(self) -> None:
         """Waits until there is an item."""
-        while not self._items:
-            self._event = trio.Event()
-            if not self._items:
-                await self._event.wait()
+        if not self._items:
+            await self._until(lambda: bool(self._items))
 
-    async def take(self) -> list[T]:
-        """All items that have arrived, at least one."""
-        await self.some()
-        return [self._items.popleft() for _ in range(len(self._items))]
+    async def each(self, take: Callable[[list[T]], bool]) -> None:
+        """Calls `take` with all items that have arrived, now and whenever there are more, until it returns
+        False. Its exceptions are raised here."""
+        failures: list[Exception] = []
+
+        def taken() -> bool:
+            if not self._items:
+                return False
+            try:
+                return not take([self._items.popleft() for _ in range(len(self._items))])
+            except Exception as error:
+                failures.append(error)
+                return True
+
+        await self._until(taken)
+        if failures:
+            raise failures[0]
+
+    async def _until(self, look: Callable[[], bool]) -> None:
+        """Calls `look` now and whenever there is news, until it returns True."""
+        ended = trio.Event()
+
+        def again() -> None:
+            if not ended.is_set() and look():
+                ended.set()
+
+        self._look = again
+        try:
+            again()
+            await ended.wait()
+        finally:
+            self._look = _nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +164,8 @@ class Asked:
         for question in questions:
             check_prompt(question.prompt, question.settings.context, question.settings.vocab)
         self._engine, self._tokenizer, self._questions = engine, tokenizer, questions
+        self._left = len(questions)
+        """Answers that have not ended."""
         self._answers: list[AnswerText] = []
         self._arrivals = Arrivals[tuple[int, Item]]()
         self._stops: list[Stop] = []
@@ -159,18 +202,26 @@ class Asked:
         """Waits for the first token, or the end."""
         await self._arrivals.some()
 
-    async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """The parts of all answers, as they come. ShoalError and others: an answer cannot go on."""
-        left = len(self._answers)
-        while left:
-            by_answer: dict[int, list[Item]] = {}
-            for i, item in await self._arrivals.take():
-                by_answer.setdefault(i, []).append(item)
-            for i, items in by_answer.items():
-                if not self._answers[i].finished:
-                    piece = self._piece(i, items)
-                    left -= piece.made is not None
-                    yield piece
+    async def each(self, take: Callable[[Piece], object], full: Callable[[], bool] = never) -> bool:
+        """Calls `take` with the parts of all answers, as they come, until all have ended, or until `full()`:
+        then it returns False, and may be called again. `take` must be quick. ShoalError and others: an answer
+        cannot go on."""
+        await self._arrivals.each(partial(self._give, take, full))
+        return not self._left
+
+    def _give(
+        self, take: Callable[[Piece], object], full: Callable[[], bool], arrived: Sequence[tuple[int, Item]]
+    ) -> bool:
+        """Makes pieces of what has arrived; returns whether more may."""
+        by_answer: dict[int, list[Item]] = {}
+        for i, item in arrived:
+            by_answer.setdefault(i, []).append(item)
+        for i, items in by_answer.items():
+            if not self._answers[i].finished:
+                piece = self._piece(i, items)
+                self._left -= piece.made is not None
+                take(piece)
+        return bool(self._left) and not full()
 
     def _piece(self, i: int, items: Sequence[Item]) -> Piece:
         answer = self._answers[i]
@@ -223,19 +274,22 @@ async def read(
         for i, (tokens, first) in enumerate(texts):
             stops.append(engine.read(ReadRequest(tokens, first, want, context, report), partial(put, i)))
 
+    def take(arrived: list[tuple[int, Result | Exception | None]]) -> bool:
+        for i, item in arrived:
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                found[i] = each(parts[i])
+                parts[i] = []  # rows of many texts would fill the memory
+            else:
+                parts[i].append(item)
+        return len(found) < len(texts)
+
     try:
         await begun(engine, begin)
         if texts:
             await waiting(arrivals.some)
-        while len(found) < len(texts):
-            for i, item in await arrivals.take():
-                if isinstance(item, Exception):
-                    raise item
-                if item is None:
-                    found[i] = each(parts[i])
-                    parts[i] = []  # rows of many texts would fill the memory
-                else:
-                    parts[i].append(item)
+            await arrivals.each(take)
     finally:
         for stop in stops:
             stop(wait=False)

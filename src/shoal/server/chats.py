@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from .asking import Piece
 from .bodies import ChatBody, chat_body
 from .errors import ApiError
 from .replies import Head, Template, chat_logprobs, reason, usage
-from .served import Call, Chunk, Event, Part, Reply, Served
+from .served import Call, Chunk, Each, Event, Flow, Part, Reply, Served
 from .tools import CallReader, ToolCall, grammar
 
 _CHAT = ("chatcmpl", "chat.completion")
@@ -48,25 +48,34 @@ async def chat(served: Served, call: Call) -> AsyncGenerator[Part, None]:
     """POST /v1/chat/completions."""
     asked = chat_body(call.body)
     head = Head(_CHAT, served.named(asked.wanted.model), served.fingerprint)
-    async with answers(served, call, asked) as parts:
+    async with answers(served, call, asked) as (each, said):
         if asked.wanted.stream:
-            async with aclosing(_stream(served, head, asked, parts)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
+            stream = _Stream(served, head, asked)
+            for part in stream.first():
+                yield part
+            yield Flow(each, lambda piece: stream.parts(said(piece)))
+            for part in stream.last():
+                yield part
             return
         texts = [""] * asked.wanted.n
-        last: dict[int, Said] = {}
-        async for said in parts:
-            texts[said.index] += said.text
-            last[said.index] = said
-        choices = [_choice(served, asked, texts[i], last[i]) for i in range(asked.wanted.n)]
-        made = [said.made for _, said in sorted(last.items()) if said.made is not None]
+        ends: dict[int, Said] = {}
+
+        def take(piece: Piece) -> None:
+            one = said(piece)
+            texts[one.index] += one.text
+            ends[one.index] = one
+
+        await each(take)
+        choices = [_choice(served, asked, texts[i], ends[i]) for i in range(asked.wanted.n)]
+        made = [one.made for _, one in sorted(ends.items()) if one.made is not None]
         yield Reply(head.part(choices, usage=usage(made, 1)))
 
 
 @asynccontextmanager
-async def answers(served: Served, call: Call, asked: ChatBody) -> AsyncIterator[AsyncIterator[Said]]:
-    """The parts of the answers to a chat, when it is their turn."""
+async def answers(
+    served: Served, call: Call, asked: ChatBody
+) -> AsyncIterator[tuple[Each, Callable[[Piece], Said]]]:
+    """The pieces of the answers to a chat, when it is their turn, and what is said in each."""
     served.check_model(asked.wanted.model)
     reads = bool(asked.tools) and asked.tool_choice != "none"
     if reads and served.calls is None:
@@ -75,26 +84,21 @@ async def answers(served: Served, call: Call, asked: ChatBody) -> AsyncIterator[
         prompt = await _prompt(served, asked)
         made = _grammar(served, asked) if reads and asked.tool_choice != "auto" else None
         questions = await served.questions(prompt, asked.wanted, asked.schema, made)
-        async with served.answers(call, questions) as pieces:
-            readers = [CallReader(served.calls) if reads and served.calls else None for _ in questions]
-            async with aclosing(_said(readers, pieces, asked.parallel)) as found:
-                yield found
+        readers = [CallReader(served.calls) if reads and served.calls else None for _ in questions]
+        async with served.answers(call, questions) as each:
+            yield each, partial(_said, readers, asked.parallel)
 
 
-async def _said(
-    readers: Sequence[CallReader | None], pieces: AsyncIterator[Piece], parallel: bool
-) -> AsyncGenerator[Said, None]:
-    """What is said, without the calls, which come last."""
-    async for piece in pieces:
-        reader = readers[piece.index]
-        if reader is None:
-            yield Said(piece.index, piece.text, (), piece)
-            continue
-        text, calls = reader.push(piece.text), list[ToolCall]()
-        if piece.made is not None:
-            more, calls = reader.end()
-            text += more
-        yield Said(piece.index, text, calls if parallel else calls[:1], piece)
+def _said(readers: Sequence[CallReader | None], parallel: bool, piece: Piece) -> Said:
+    """What is said in a piece, without the calls, which come last."""
+    reader = readers[piece.index]
+    if reader is None:
+        return Said(piece.index, piece.text, (), piece)
+    text, calls = reader.push(piece.text), list[ToolCall]()
+    if piece.made is not None:
+        more, calls = reader.end()
+        text += more
+    return Said(piece.index, text, calls if parallel else calls[:1], piece)
 
 
 async def _prompt(served: Served, asked: ChatBody) -> list[int]:
@@ -132,33 +136,43 @@ def _choice(served: Served, asked: ChatBody, text: str, said: Said) -> Chunk:
     return {"index": said.index, "message": message, "logprobs": found, "finish_reason": said.reason}
 
 
-async def _stream(
-    served: Served, head: Head, asked: ChatBody, parts: AsyncIterator[Said]
-) -> AsyncGenerator[Chunk | Event, None]:
-    head = replace(head, kind=(head.kind[0], f"{head.kind[1]}.chunk"))
-    wanted = asked.wanted
-    more = {"usage": None} if wanted.usage else {}
+class _Stream:
+    """The parts of a stream."""
 
-    def part(index: int, delta: Chunk, found: Chunk | None = None, end: str | None = None) -> Chunk:
+    def __init__(self, served: Served, head: Head, asked: ChatBody) -> None:
+        self._head = replace(head, kind=(head.kind[0], f"{head.kind[1]}.chunk"))
+        self._token_bytes, self._wanted = served.token_bytes, asked.wanted
+        self._more = {"usage": None} if asked.wanted.usage else {}
+        self._templates = [
+            Template(self._part(i, {"content": Template.place})) for i in range(asked.wanted.n)
+        ]
+        self._made: list[Completion] = []
+
+    def _part(self, index: int, delta: Chunk, found: Chunk | None = None, end: str | None = None) -> Chunk:
         choice = {"index": index, "delta": delta, "logprobs": found, "finish_reason": end}
-        return head.part([choice], **more)
+        return self._head.part([choice], **self._more)
 
-    for i in range(wanted.n):
-        yield part(i, {"role": "assistant", "content": "", "refusal": None})
-    templates = [Template(part(i, {"content": Template.place})) for i in range(wanted.n)]
-    made: list[Completion] = []
-    async for said in parts:
-        found = None
-        if wanted.report is not None:
-            found = chat_logprobs(served.token_bytes, said.piece.tokens, said.piece.logprobs, wanted.report)
+    def first(self) -> Iterator[Chunk]:
+        """Those before the answers."""
+        for i in range(self._wanted.n):
+            yield self._part(i, {"role": "assistant", "content": "", "refusal": None})
+
+    def parts(self, said: Said) -> Iterator[Chunk | Event]:
+        """Those of a piece."""
+        found, report = None, self._wanted.report
+        if report is not None:
+            found = chat_logprobs(self._token_bytes, said.piece.tokens, said.piece.logprobs, report)
         if found and (said.text or said.piece.tokens):
-            yield part(said.index, {"content": said.text}, found)
+            yield self._part(said.index, {"content": said.text}, found)
         elif said.text:
-            yield Event(None, templates[said.index].filled(said.text))
+            yield Event(None, self._templates[said.index].filled(said.text))
         for i, one in enumerate(said.calls):
-            yield part(said.index, {"tool_calls": [{"index": i, **one.shown()}]})
+            yield self._part(said.index, {"tool_calls": [{"index": i, **one.shown()}]})
         if said.made is not None:
-            made.append(said.made)
-            yield part(said.index, {}, end=said.reason)
-    if wanted.usage:
-        yield head.part([], usage=usage(made, 1))
+            self._made.append(said.made)
+            yield self._part(said.index, {}, end=said.reason)
+
+    def last(self) -> Iterator[Chunk]:
+        """Those after the answers."""
+        if self._wanted.usage:
+            yield self._head.part([], usage=usage(self._made, 1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -13,7 +13,7 @@ from ..results import Completion
 from .asking import Piece, read
 from .bodies import CompletionBody, Wanted, completion_body
 from .replies import Head, Template, completion_logprobs, reason, usage
-from .served import Call, Chunk, Event, Part, Reply, Served, all_of
+from .served import Call, Chunk, Event, Flow, Part, Reply, Served
 
 _COMPLETION = ("cmpl", "text_completion")
 
@@ -60,13 +60,23 @@ async def _answered(
             call.tokens.append((count, 0))
             yield Reply(head.part(choices, usage=usage((), 1, count)))
             return
-    async with served.answers(call, questions) as pieces:
+    async with served.answers(call, questions) as each_piece:
         if wanted.stream:
-            async with aclosing(_stream(served, head, wanted, echoes, pieces)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
+            stream = _Stream(served, head, wanted, echoes)
+            for part in stream.first():
+                yield part
+            yield Flow(each_piece, stream.parts)
+            for part in stream.last():
+                yield part
             return
-        made = await all_of(pieces, len(questions))
+        found: dict[int, Completion] = {}
+
+        def take(piece: Piece) -> None:
+            if piece.made is not None:
+                found[piece.index] = piece.made
+
+        await each_piece(take)
+        made = [found[i] for i in range(len(questions))]
         choices = [_choice(served, i, one, echoes[i // wanted.n], wanted) for i, one in enumerate(made)]
         yield Reply(head.part(choices, usage=usage(made, len(prompts))))
 
@@ -117,34 +127,49 @@ def _choice(served: Served, index: int, made: Completion, echo: _Echo, wanted: W
     }
 
 
-async def _stream(
-    served: Served, head: Head, wanted: Wanted, echoes: Sequence[_Echo], pieces: AsyncIterator[Piece]
-) -> AsyncGenerator[Chunk | Event, None]:
-    more = {"usage": None} if wanted.usage else {}
+class _Stream:
+    """The parts of a stream."""
 
-    def part(index: int, text: str, found: Chunk | None = None, end: str | None = None) -> Chunk:
-        return {"text": text, "index": index, "logprobs": found, "finish_reason": end}
+    def __init__(self, served: Served, head: Head, wanted: Wanted, echoes: Sequence[_Echo]) -> None:
+        self._served, self._head, self._wanted, self._echoes = served, head, wanted, echoes
+        self._more = {"usage": None} if wanted.usage else {}
+        count = len(echoes) * wanted.n
+        self._templates = [Template(self._part(i, Template.place)) for i in range(count)]
+        self._lengths = [0] * count
+        """Of the texts so far."""
+        self._made: dict[int, Completion] = {}
 
-    made: dict[int, Completion] = {}
-    length = [0] * (len(echoes) * wanted.n)
-    for i in range(len(length)):
-        echo = echoes[i // wanted.n]
-        if echo.text:
-            length[i] = len(echo.text)
-            yield head.part([{**_echoed(served, i, echo), "finish_reason": None}], **more)
-    templates = [Template(head.part([part(i, Template.place)], **more)) for i in range(len(length))]
-    async for piece in pieces:
-        found = None
-        if wanted.report is not None:
-            found = completion_logprobs(served.token_bytes, piece.tokens, piece.logprobs, length[piece.index])
-        length[piece.index] += len(piece.text)
+    def _part(self, index: int, text: str, found: Chunk | None = None, end: str | None = None) -> Chunk:
+        choice = {"text": text, "index": index, "logprobs": found, "finish_reason": end}
+        return self._head.part([choice], **self._more)
+
+    def first(self) -> Iterator[Chunk]:
+        """Those before the answers."""
+        for i in range(len(self._lengths)):
+            echo = self._echoes[i // self._wanted.n]
+            if echo.text:
+                self._lengths[i] = len(echo.text)
+                choice = {**_echoed(self._served, i, echo), "finish_reason": None}
+                yield self._head.part([choice], **self._more)
+
+    def parts(self, piece: Piece) -> Iterator[Chunk | Event]:
+        """Those of a piece."""
+        found, i = None, piece.index
+        if self._wanted.report is not None:
+            known, at = self._served.token_bytes, self._lengths[i]
+            found = completion_logprobs(known, piece.tokens, piece.logprobs, at)
+        self._lengths[i] += len(piece.text)
         end = None if piece.made is None else reason(piece.made)
         if piece.text and found is None and end is None:
-            yield Event(None, templates[piece.index].filled(piece.text))
-            continue
+            yield Event(None, self._templates[i].filled(piece.text))
+            return
         if piece.made is not None:
-            made[piece.index] = piece.made
+            self._made[i] = piece.made
         if piece.text or end or (found and piece.tokens):
-            yield head.part([part(piece.index, piece.text, found, end)], **more)
-    if wanted.usage:
-        yield head.part([], usage=usage([made[i] for i in sorted(made)], len(echoes)))
+            yield self._part(i, piece.text, found, end)
+
+    def last(self) -> Iterator[Chunk]:
+        """Those after the answers."""
+        if self._wanted.usage:
+            made = [self._made[i] for i in sorted(self._made)]
+            yield self._head.part([], usage=usage(made, len(self._echoes)))

@@ -148,6 +148,8 @@ class _Connection:
         self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=limits.head_bytes)
         self._ended = False
         """Whether the client sends no more bytes."""
+        self._left = b""
+        """What is to be sent, and did not fit into the socket."""
 
     async def run(self) -> None:
         """Answers the requests of the connection, one after another."""
@@ -231,13 +233,9 @@ class _Connection:
 
     async def write(self, *events: Any) -> None:
         """Sends parts of a response. OSError: the client has gone, or does not read."""
-        await self.write_bytes(b"".join(self._h11.send(event) or b"" for event in events))
-
-    async def write_bytes(self, data: bytes) -> None:
-        """Sends bytes of a response as they are. Errors as for `write`."""
-        data = data[self._at_once(data) :]
-        if not data:
+        if self.offer(self.written(*events)):
             return
+        data, self._left = self._left, b""
         try:
             with trio.CancelScope(deadline=trio.current_time() + self._limits.write) as scope:
                 await self._stream.send_all(data)
@@ -246,6 +244,19 @@ class _Connection:
         if scope.cancelled_caught:
             raise OSError("the client does not read")
 
+    def written(self, *events: Any) -> bytes:
+        """Parts of a response as bytes."""
+        return b"".join(self._h11.send(event) or b"" for event in events)
+
+    def offer(self, data: bytes) -> bool:
+        """Sends bytes as far as the socket takes them now. False: not all, or the client has gone; `write`
+        waits, or says so."""
+        if self._left:
+            self._left += data
+        else:
+            self._left = data[self._at_once(data) :]
+        return not self._left
+
     def _at_once(self, data: bytes) -> int:
         """Sends what the socket takes now; returns how many bytes that were. A token's event nearly always
         fits, and a turn of the event loop for each would cost as much as all else that is done for it."""
@@ -253,7 +264,7 @@ class _Connection:
             return 0
         try:
             return os.write(self._stream.socket.fileno(), data)
-        except OSError:  # full, or broken: send_all waits, or says so
+        except OSError:  # full, or broken
             return 0
 
     async def refuse(self, status: int, message: str, *more: tuple[str, str]) -> None:
@@ -317,7 +328,8 @@ class _Connection:
                 self._ended = True
 
     def scope(self, request: h11.Request) -> Scope:
-        """The ASGI scope of a request. `shoal.ending` is set when the server ends."""
+        """The ASGI scope of a request. `shoal.ending` is set when the server ends; `shoal.offer` is
+        _Exchange.offer."""
         headers = [(bytes(name), bytes(value)) for name, value in request.headers]
         target = request.target
         if absolute := _ABSOLUTE.fullmatch(target):  # then what it says of the host counts, by RFC 9112
@@ -350,7 +362,7 @@ class _Exchange:
 
     def __init__(self, connection: _Connection, request: h11.Request) -> None:
         self._connection, self._head = connection, request.method == b"HEAD"
-        self.scope = connection.scope(request)
+        self.scope = {**connection.scope(request), "shoal.offer": self.offer}
         self._deadline = trio.current_time() + connection.body_seconds
         self._read = self.complete = False
         self._start: h11.Response | None = None
@@ -385,15 +397,22 @@ class _Exchange:
             self._chunked = self._version == b"1.1" and not whole and not self._head
             return
         body, last = message.get("body", b""), not message.get("more_body", False)
-        if self._start is None and self._chunked and body and not last:
+        await self._connection.write(*self._events(body, last=last))
+        self.complete = self.complete or last
+
+    def offer(self, body: bytes) -> bool:
+        """Sends a part of the body that is not the last one, as far as the socket takes it now; returns
+        whether that was all. The rest goes with the next part that is sent, or an empty one."""
+        if self._start is None and self._chunked:
             # As h11 writes a chunk; its way there costs more than all else here, for each token of a stream.
-            await self._connection.write_bytes(b"%x\r\n%b\r\n" % (len(body), body))
-            return
+            return self._connection.offer(b"%x\r\n%b\r\n" % (len(body), body))
+        return self._connection.offer(self._connection.written(*self._events(body, last=False)))
+
+    def _events(self, body: bytes, *, last: bool) -> list[Any]:
         events: list[Any] = [] if self._start is None else [self._start]
         self._start = None
         if body and not self._head:
             events.append(h11.Data(data=body))
         if last:
             events.append(h11.EndOfMessage())
-        await self._connection.write(*events)
-        self.complete = self.complete or last
+        return events

@@ -4,8 +4,7 @@ the turns before with each."""
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +12,7 @@ from ..results import Completion
 from .bodies import ChatBody, Fields, chat_body
 from .chats import Said, answers
 from .replies import chat_logprobs, new_id
-from .served import Call, Chunk, Reply, Served
+from .served import Call, Chunk, Flow, Part, Reply, Served
 from .tools import ToolCall
 
 _SAME = ("model", "temperature", "top_p", "stream", "parallel_tool_calls")
@@ -22,22 +21,21 @@ _ITEMS = 10_000
 _LOGPROBS = "message.output_text.logprobs"
 
 
-async def responses(served: Served, call: Call) -> AsyncGenerator[Chunk | Reply, None]:
+async def responses(served: Served, call: Call) -> AsyncGenerator[Part, None]:
     """POST /v1/responses."""
     asked = chat_body(Fields(chat_fields(call.body)))
     response = _Response(served.named(asked.wanted.model), call.body)
-    async with answers(served, call, asked) as parts:
-        if asked.wanted.stream:
-            async with aclosing(_stream(served, asked, response, parts)) as events:
-                async for event in events:
-                    yield event
+    async with answers(served, call, asked) as (each, said):
+        stream = _Stream(served, asked, response)
+        if not asked.wanted.stream:
+            await each(lambda piece: stream.take(said(piece)))
+            yield Reply(stream.whole())
             return
-        text, calls, made = "", list[ToolCall](), None
-        found: list[Chunk] = []
-        async for said in parts:
-            text, calls, made = text + said.text, [*calls, *said.calls], said.made
-            found += _logprobs(served, asked, said)
-        yield Reply(response.whole(response.items(_content(text, found), calls), made))
+        for event in stream.first():
+            yield event
+        yield Flow(each, lambda piece: stream.events(said(piece)))
+        for event in stream.last():
+            yield event
 
 
 def chat_fields(body: Fields) -> dict[str, Any]:
@@ -169,40 +167,66 @@ class _Response:
         return {"type": f"response.{kind}", "sequence_number": self.events - 1, **more}
 
 
-async def _stream(
-    served: Served, asked: ChatBody, response: _Response, parts: AsyncIterator[Said]
-) -> AsyncGenerator[Chunk, None]:
-    yield response.event("created", response=response.whole((), None))
-    yield response.event("in_progress", response=response.whole((), None))
-    place = {"item_id": response.message_id, "output_index": 0, "content_index": 0}
-    text, calls, made = "", list[ToolCall](), None
-    begun, found, told = False, list[Chunk](), 0
-    async for said in parts:
-        calls, made = [*calls, *said.calls], said.made
-        found += _logprobs(served, asked, said)
-        if not begun and (said.text or (made is not None and not calls)):
-            begun = True
-            yield response.event("output_item.added", output_index=0, item=response.message(None))
-            yield response.event("content_part.added", **place, part=_content("", ()))
+class _Stream:
+    """A response as it grows, and the events of its stream."""
+
+    def __init__(self, served: Served, asked: ChatBody, response: _Response) -> None:
+        self._served, self._asked, self._response = served, asked, response
+        self._place = {"item_id": response.message_id, "output_index": 0, "content_index": 0}
+        self._text = ""
+        self._calls: list[ToolCall] = []
+        self._found: list[Chunk] = []
+        self._told = 0
+        """How many of them are in events."""
+        self._made: Completion | None = None
+        self._begun = False
+
+    def take(self, said: Said) -> None:
+        """Adds a part of the answer."""
+        self._text += said.text
+        self._calls += said.calls
+        self._found += _logprobs(self._served, self._asked, said)
+        self._made = said.made
+
+    def whole(self) -> Chunk:
+        """The response, when its answer has ended."""
+        items = self._response.items(_content(self._text, self._found), self._calls)
+        return self._response.whole(items, self._made)
+
+    def first(self) -> Iterator[Chunk]:
+        """The events before the answer."""
+        for kind in ("created", "in_progress"):
+            yield self._response.event(kind, response=self._response.whole((), None))
+
+    def events(self, said: Said) -> Iterator[Chunk]:
+        """Those of a part of the answer, which is added."""
+        self.take(said)
+        event, place = self._response.event, self._place
+        if not self._begun and (said.text or (said.made is not None and not self._calls)):
+            self._begun = True
+            yield event("output_item.added", output_index=0, item=self._response.message(None))
+            yield event("content_part.added", **place, part=_content("", ()))
         if said.text:
-            text += said.text
-            yield response.event("output_text.delta", **place, delta=said.text, logprobs=found[told:])
-            told = len(found)
-    whole_text = _content(text, found)
-    if begun:
-        yield response.event("output_text.done", **place, text=text, logprobs=found)
-        yield response.event("content_part.done", **place, part=whole_text)
-        yield response.event("output_item.done", output_index=0, item=response.message(whole_text))
-    for i, item in enumerate(map(_called, calls), int(begun)):
-        where = {"item_id": item["id"], "output_index": i}
-        waits = {**item, "arguments": "", "status": "in_progress"}
-        yield response.event("output_item.added", output_index=i, item=waits)
-        yield response.event("function_call_arguments.delta", **where, delta=item["arguments"])
-        done = {"name": item["name"], "arguments": item["arguments"]}
-        yield response.event("function_call_arguments.done", **where, **done)
-        yield response.event("output_item.done", output_index=i, item=item)
-    whole = response.whole(response.items(whole_text, calls), made)
-    yield response.event(whole["status"], response=whole)
+            yield event("output_text.delta", **place, delta=said.text, logprobs=self._found[self._told :])
+            self._told = len(self._found)
+
+    def last(self) -> Iterator[Chunk]:
+        """Those after the answer."""
+        event, place, part = self._response.event, self._place, _content(self._text, self._found)
+        if self._begun:
+            yield event("output_text.done", **place, text=self._text, logprobs=self._found)
+            yield event("content_part.done", **place, part=part)
+            yield event("output_item.done", output_index=0, item=self._response.message(part))
+        for i, item in enumerate(map(_called, self._calls), int(self._begun)):
+            where = {"item_id": item["id"], "output_index": i}
+            waits = {**item, "arguments": "", "status": "in_progress"}
+            yield event("output_item.added", output_index=i, item=waits)
+            yield event("function_call_arguments.delta", **where, delta=item["arguments"])
+            done = {"name": item["name"], "arguments": item["arguments"]}
+            yield event("function_call_arguments.done", **where, **done)
+            yield event("output_item.done", output_index=i, item=item)
+        whole = self.whole()
+        yield event(whole["status"], response=whole)
 
 
 def _content(text: str, found: Sequence[Chunk]) -> Chunk:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import trio
@@ -21,9 +21,8 @@ from ..engine.model_directory import Model
 from ..engine.tokenizer import Tokenizer
 from ..grammars import GrammarError, LateGrammars, Masks
 from ..readings import embedding
-from ..results import Completion
 from ..token_bytes import TokenBytes
-from .asking import Asked, Piece, Question, read
+from .asking import Asked, Piece, Question, never, read
 from .bodies import (
     Fields,
     Wanted,
@@ -78,7 +77,21 @@ class Event:
     data: bytes
 
 
-Part = Chunk | Event | Reply
+class Each(Protocol):
+    """As Asked.each."""
+
+    async def __call__(self, take: Callable[[Piece], object], full: Callable[[], bool] = ...) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """The parts of a stream for as long as answers go on: `parts` makes them of each of their pieces."""
+
+    each: Each
+    parts: Callable[[Piece], Iterable[Chunk | Event]]
+
+
+Part = Chunk | Event | Flow | Reply
 Handler = Callable[[Call], AsyncGenerator[Part, None]]
 """Yields one Reply, or the parts of a stream."""
 
@@ -148,22 +161,22 @@ class Served:
             yield
 
     @asynccontextmanager
-    async def answers(self, call: Call, questions: Sequence[Question]) -> AsyncIterator[AsyncIterator[Piece]]:
-        """The parts of answers to questions, once there is one: what goes wrong before is a response of its
+    async def answers(self, call: Call, questions: Sequence[Question]) -> AsyncIterator[Each]:
+        """The pieces of answers to questions, once there is one: what goes wrong before is a response of its
         own. The caller has its turn."""
         async with Asked(self.engine, self.tokenizer, questions) as asked:
             await self.patiently(asked.arrived)
 
-            async def counted() -> AsyncGenerator[Piece, None]:
-                async with aclosing(asked.pieces()) as pieces:
-                    async for piece in pieces:
-                        if piece.made is not None:
-                            self.metrics.answer(piece.made)
-                            call.tokens.append((piece.made.usage.prompt_tokens, len(piece.made.tokens)))
-                        yield piece
+            async def each(take: Callable[[Piece], object], full: Callable[[], bool] = never) -> bool:
+                def counted(piece: Piece) -> None:
+                    if piece.made is not None:
+                        self.metrics.answer(piece.made)
+                        call.tokens.append((piece.made.usage.prompt_tokens, len(piece.made.tokens)))
+                    take(piece)
 
-            async with aclosing(counted()) as pieces:
-                yield pieces
+                return await asked.each(counted, full)
+
+            yield each
 
     async def questions(
         self,
@@ -303,15 +316,6 @@ class Served:
     def named(self, name: str | None) -> str:
         """The name in replies to a request that named the model so."""
         return self.names[0] if name is None else name
-
-
-async def all_of(pieces: AsyncIterator[Piece], count: int) -> list[Completion]:
-    """All answers, in order."""
-    made: dict[int, Completion] = {}
-    async for piece in pieces:
-        if piece.made is not None:
-            made[piece.index] = piece.made
-    return [made[i] for i in range(count)]
 
 
 def _vector(vector: Any, as_base64: bool) -> Any:

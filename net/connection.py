@@ -508,6 +508,8 @@ async def dial(
         raise NodeLostError(f"{who} cannot be reached ({reason(error)}): {hint}") from error
     if stream is None:
         raise NodeLostError(f"{who} did not answer within {seconds:g} s: {hint}")
+    if peer is None and isinstance(stream, TlsStream):
+        who = f"{stream.device.name} ({where})"
     async with open_connection(
         stream, who, dialled=True, queue=STEP_QUEUE if purpose in ("step", "bulk") else QUEUE
     ) as connection:

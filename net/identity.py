@@ -67,9 +67,10 @@ def check_hello(mine: Identity, theirs: Hello, who: str) -> None:
     """Checks that two processes can compute one answer together. MismatchError: they differ in numerics or
     model; the message names both values."""
     if theirs.numerics != mine.numerics:
+        older = who if theirs.numerics < mine.numerics else mine.name
         raise MismatchError(
             f"{who} has numerics version {theirs.numerics} (shoal {theirs.engine}), {mine.name} has "
-            f"{mine.numerics} (shoal {mine.engine}): install the same shoal on both"
+            f"{mine.numerics} (shoal {mine.engine}): upgrade shoal on {older}"
         )
     if theirs.model != mine.model:
         raise MismatchError(

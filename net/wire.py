@@ -142,9 +142,10 @@ class WireProtocol:
         if magic != MAGIC:
             raise RemoteProtocolError("it does not speak shoal's protocol: check the port")
         if version != PROTOCOL:
+            older = "that device" if version < PROTOCOL else "this one"
             raise MismatchError(
-                f"it speaks protocol version {version} and this process {PROTOCOL}: "
-                "install the same shoal on both"
+                f"it speaks version {version} of shoal's protocol and this device {PROTOCOL}: upgrade shoal "
+                f"on {older}"
             )
         entry = BY_CODE.get(code)
         if entry is None:

@@ -283,7 +283,9 @@ def test_another_numerics_version_is_refused_with_both(lab: ModuleType) -> None:
     async def main() -> None:
         async with lab.network() as net:
             net.add("a", identity=replace(lab.identity("a", 1), numerics=2))
-            with pytest.raises(MismatchError, match=r"numerics version 1 .* has 2"):
+            with pytest.raises(
+                MismatchError, match=r"numerics version 1 .* has 2 .*: upgrade shoal on laptop \(a peer\)"
+            ):
                 async with net.coordinator(plan=plan_at((0, 6))):
                     pass
 

@@ -21,13 +21,13 @@ from shoal.net import coordinator, tags
 from shoal.net.assignment import NodeParts
 from shoal.net.connection import dial, in_thread, open_tcp
 from shoal.net.coordinator import Coordinator, CoordinatorOptions
-from shoal.net.errors import NetError, NodeLostError, RemoteProtocolError, UntrustedError
-from shoal.net.messages import Address
+from shoal.net.errors import MismatchError, NetError, NodeLostError, RemoteProtocolError, UntrustedError
+from shoal.net.messages import PROTOCOL, Address
 from shoal.net.messages import House as HouseList
 from shoal.net.node import Node
 from shoal.net.placement import plan_at
 from shoal.net.tls import Trust
-from shoal.net.wire import WireProtocol
+from shoal.net.wire import HEADER, MAGIC, WireProtocol
 from shoal.planner import Assignment
 
 
@@ -242,6 +242,39 @@ def test_a_dialling_side_says_what_is_wrong(lab: ModuleType, houses: Houses) -> 
                 await tasks.start(net.nodes[7001].node.serve, [listener])
                 await fails(made.trusts["head"], listener.socket.getsockname()[:2], "speaks plain text")
                 tasks.cancel_scope.cancel()
+
+    limited(main)
+
+
+def test_devices_with_other_versions_are_named_on_both_sides(lab: ModuleType, houses: Houses) -> None:
+    newer = HEADER.pack(MAGIC, PROTOCOL + 1, 1, 0)
+    older = f"of shoal's protocol and this device {PROTOCOL}: upgrade shoal on this one"
+
+    async def main() -> None:
+        async with house(lab, houses, "a") as made, trio.open_nursery() as tasks:
+            stream = await trio.open_tcp_stream(*made.addresses["a"])
+            async with await made.trusts["head"].dialled(stream, "a") as head:
+                await head.send_all(newer)
+                while await head.receive_some():
+                    pass
+            (line,) = made.net.nodes[7001].log
+            assert line.endswith(f"version {PROTOCOL + 1} {older}")
+
+            async def answer(stream: trio.SocketStream) -> None:
+                async with stream, await made.trusts["a"].accepted(stream, "head") as node:
+                    await node.send_all(newer)
+                    while await node.receive_some():
+                        pass
+
+            (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+            tasks.start_soon(trio.serve_listeners, answer, [listener])
+            host, port = listener.socket.getsockname()[:2]
+            me = made.identity("laptop", made.trusts["head"])
+            words = rf"a \({host}:{port}\): it speaks version {PROTOCOL + 1} {older}"
+            with pytest.raises(MismatchError, match=words):
+                async with dial(open_tcp, host, port, me, "control", seconds=5):
+                    pass
+            tasks.cancel_scope.cancel()
 
     limited(main)
 

@@ -486,10 +486,12 @@ def test_an_announced_size_is_refused_before_a_byte_of_it_has_come() -> None:
         other.next_message()
 
 
-def test_another_protocol_version_names_both() -> None:
+@pytest.mark.parametrize(("more", "older"), [(6, "this one"), (-1, "that device")])
+def test_another_protocol_version_names_both_and_the_older_device(more: int, older: str) -> None:
     other = WireProtocol(False)
-    other.receive_data(header(1, 10, version=PROTOCOL + 6))
-    with pytest.raises(MismatchError, match=f"version {PROTOCOL + 6} and this process {PROTOCOL}"):
+    other.receive_data(header(1, 10, version=PROTOCOL + more))
+    both = f"version {PROTOCOL + more} of shoal's protocol and this device {PROTOCOL}"
+    with pytest.raises(MismatchError, match=f"{both}: upgrade shoal on {older}"):
         other.next_message()
 
 

@@ -83,7 +83,7 @@ def sentiment(llm: LLM, cache: Path, limit: int) -> Iterator[Row]:
     random.Random(1).shuffle(pairs)
     pairs = pairs[:limit]
     texts, labels = [text for _, text in pairs], np.array([label == "pos" for label, _ in pairs])
-    yield Row("sentiment", "any of two", "right", 0.5, 0.0, len(pairs))
+    yield Row("sentiment", "guessing one of two", "right", 0.5, 0.0, len(pairs))
     yield right("sentiment", f"words, ridge regression, {FOLDS} folds", folds(words(texts), labels))
     began = time.monotonic()
     hits = folds(llm.embed(texts).astype(np.float64), labels)
@@ -168,7 +168,7 @@ def translation(llm: LLM, cache: Path, limit: int) -> Iterator[Row]:
     made = [done.text.strip() for done in llm.generate(prompts, max_tokens=64, stop="\n", seed=0)]
     yield translated(f"llm.generate, {SHOTS} shown before", made, french, time.monotonic() - began)
     show("translation", made[0], french[0])
-    yield Row("which translation", f"any of {CHOICES}", "right", 1 / CHOICES, 0.0, len(pairs))
+    yield Row("which translation", f"guessing one of {CHOICES}", "right", 1 / CHOICES, 0.0, len(pairs))
     began = time.monotonic()
     hits = [
         likeliest(llm, prompt, [" " + text for text in choices(text, french)]) == 0

@@ -273,8 +273,8 @@ def add_private(
         "--private",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help=f"keep both ends of the model on {device}, so that no other one sees a token of a prompt or "
-        f"an answer; --no-private plans for speed alone (default: {default})",
+        help=f"keep both ends of the model on {device}, so that no other device sees a token of a prompt "
+        f"or an answer; --no-private plans for speed alone (default: {default})",
     )
 
 
@@ -338,10 +338,9 @@ def add_lending(parser: argparse.ArgumentParser) -> None:
         "--policy",
         type=policy,
         metavar="RULE,...",
-        help="limits within which this device may be used, such as charging,battery=30%%,ram=100MB, beyond "
-        "which it leaves; temperature=42,cpu=50%%, beyond which it works less; time=60%%, the most of the "
-        "time that it works. Or phone, or none (default: phone on Android, none elsewhere; all rules are in "
-        "docs/policy.md)",
+        help="limits of this device's use. The node leaves beyond charging, battery=30%% or ram=100MB, works "
+        "less beyond temperature=42 or cpu=50%%, and never works more than time=60%% of the time. phone and "
+        "none are whole policies (default: phone on Android, none elsewhere; rules: docs/policy.md)",
     )
 
 
@@ -361,8 +360,8 @@ def add_serving(parser: argparse.ArgumentParser) -> None:
         "--disk",
         type=positive,
         metavar="MB",
-        help="disk that files of layers may take which this node fetches from other devices (default: half "
-        "of what is free)",
+        help="disk space for the files of layers that this node fetches from other devices (default: half of "
+        "what is free)",
     )
     parser.add_argument(
         "--head",
@@ -371,7 +370,7 @@ def add_serving(parser: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT,...",
         help="where `shoal up` listens on the head (default: where it was when this device last heard of it)",
     )
-    add_mdns(parser, "look for the head in the local network by mDNS when it is not where it was")
+    add_mdns(parser, "look in the local network for a head that has moved")
     add_engine(parser)
 
 
@@ -380,7 +379,7 @@ def add_mdns(parser: argparse.ArgumentParser, what: str) -> None:
         "--no-mdns",
         dest="mdns",
         action="store_false",
-        help=f"do not {what}, which needs the zeroconf package (pip install zeroconf)",
+        help=f"do not {what} by mDNS (without this option it does if the zeroconf package is installed)",
     )
 
 
@@ -390,12 +389,12 @@ def add_boot(parser: argparse.ArgumentParser) -> None:
     shown.add_argument(
         "--print-systemd",
         action="store_true",
-        help="print a systemd user unit that runs this command with the other options given, and end",
+        help="print a systemd user unit that runs this command with the other options given, and exit",
     )
     shown.add_argument(
         "--print-termux-boot",
         action="store_true",
-        help="print a script for Termux:Boot that does it, and end",
+        help="print a script with which Termux:Boot runs this command when the phone starts, and exit",
     )
 
 

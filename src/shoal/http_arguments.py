@@ -18,8 +18,8 @@ def add_http(group: argparse._ActionsContainer) -> None:
         "--api-key-file",
         type=Path,
         metavar="FILE",
-        help="let in who has a key of FILE, which has one on each line, with a name before it if you like "
-        "(default: everybody who reaches the port)",
+        help="require an API key: FILE has one on each line, optionally after a name for the log (default: "
+        "everybody who reaches the port may ask)",
     )
     group.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate chain, for https")
     group.add_argument(
@@ -30,15 +30,16 @@ def add_http(group: argparse._ActionsContainer) -> None:
         type=listed(name),
         default=(),
         metavar="ORIGIN,...",
-        help="let scripts of these web pages ask, such as https://chat.example; *: of all (default: none)",
+        help="allow scripts of web pages from these origins, such as https://chat.example; *: from all "
+        "(default: none)",
     )
     group.add_argument(
         "--allow-host",
         type=listed(name),
         default=(),
         metavar="NAME,...",
-        help="let in requests to these names of the server, such as that of a proxy before it (default: "
-        "names of this device; of others, IP addresses)",
+        help="allow these names in the Host header, such as that of a proxy before the server (default: the "
+        "names of this device, and from other devices IP addresses)",
     )
     group.add_argument(
         "--answers",
@@ -52,7 +53,7 @@ def add_http(group: argparse._ActionsContainer) -> None:
         type=whole,
         default=128,
         metavar="N",
-        help="let at most N requests wait; others are told when to come again (default 128)",
+        help="let at most N requests wait; further ones get status 429 (default 128)",
     )
     group.add_argument(
         "--grace",

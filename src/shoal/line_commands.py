@@ -34,7 +34,7 @@ Result = dict[str, Any]
 SOME_FAILED = 19
 """Exit code: some lines have an error instead of a result."""
 LINES = (
-    "Each line of UTF-8 text gives one line of JSON, in their order. A line that is empty, not UTF-8 or too "
+    "Each line of UTF-8 text gives one line of JSON, in order. A line that is empty, not UTF-8 or too "
     f"long for the context has an error in place of its result; the exit code is then {SOME_FAILED}."
 )
 
@@ -53,8 +53,8 @@ def add_lines(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="continue -o FILE after the last line that it has, however the command ended before; what the "
-        "job is stands in FILE.job",
+        help="continue -o FILE after the last line that it has, however the command ended before; FILE.job "
+        "describes the job",
     )
     parser.add_argument(
         "--batch", type=positive, default=32, metavar="N", help="lines computed together (default 32)"

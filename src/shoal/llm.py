@@ -311,11 +311,11 @@ class LLM:
         neutral: str | None = None,
     ) -> Classification | list[Classification]:
         """Which label fits a text, or each text of a list, which is computed together. A model with a
-        classification head has its own labels. Any other one is given `labels`: each is scored as the
+        classification head has its own labels. Any other model needs `labels`: each is scored as the
         continuation of `prompt` with the text in the place of {text}, and the likeliest fits. A mapping says
         how each label continues, which else is a space and its name. `neutral` is a text that says nothing,
         such as "N/A": its scores are subtracted from those of the texts, so that what the prompt alone makes
-        likely counts no more.
+        likely has no advantage.
 
         ContextError: a text does not fit. ValueError: labels are missing, or given to a model that has its
         own; fewer than two; a prompt without {text}."""

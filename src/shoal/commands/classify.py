@@ -20,8 +20,8 @@ def add_parser(commands: Commands) -> None:
         commands,
         "classify",
         "say which label fits each line of text",
-        "A model with a classification head has its own labels. Any other one is given --labels: each is "
-        f"scored as the continuation of a prompt with the line, and the likeliest fits. {LINES}",
+        "A model with a classification head has its own labels. Any other model needs --labels: each label "
+        f"is scored as the continuation of a prompt with the line, and the likeliest one fits. {LINES}",
     )
     parser.add_argument(
         "--labels",
@@ -35,15 +35,15 @@ def add_parser(commands: Commands) -> None:
         "--prompt",
         type=text,
         metavar="TEXT",
-        help='what is before a label, with {text} where the line stands (default "Text: {text}", and then '
+        help='text before a label; {text} stands for the line (default "Text: {text}", and then '
         '"Label:" on a line of its own)',
     )
     parser.add_argument(
         "--neutral",
         type=text,
         metavar="TEXT",
-        help="a line that says nothing, such as N/A: its scores are subtracted, so that what the prompt "
-        "alone makes likely counts no more",
+        help="a line that says nothing, such as N/A: its scores are subtracted, so that labels which "
+        "the prompt alone makes likely have no advantage",
     )
     add_lines(parser)
 

@@ -26,7 +26,7 @@ def add_parser(commands: Commands) -> None:
         "a second, and can join again with another invite only. `leave` makes this device forget its house.",
     )
     parser.add_argument("action", nargs="?", choices=tuple(_NAMES), default="list", help="(default list)")
-    parser.add_argument("names", metavar="NAME", nargs="*", help="of rename: OLD NEW; of revoke: NAME")
+    parser.add_argument("names", metavar="NAME", nargs="*", help="for rename: OLD NEW; for revoke: NAME")
     add_json(parser)
 
 

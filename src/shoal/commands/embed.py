@@ -18,14 +18,14 @@ def add_parser(commands: Commands) -> None:
         commands,
         "embed",
         "turn each line of text into an embedding",
-        "The dot product of two embeddings, of length 1, says how alike their lines are to the model. "
+        "Embeddings have length 1; the dot product of two says how alike their lines are to the model. "
         + LINES,
     )
     parser.add_argument(
         "--pooling",
         choices=("mean", "last"),
         default="mean",
-        help="what is made of the rows of a line's tokens: their mean, or the last one (default mean)",
+        help="how the rows of a line's tokens become one vector: their mean, or the last row (default mean)",
     )
     parser.add_argument("--no-normalize", action="store_true", help="do not scale embeddings to length 1")
     add_lines(parser)

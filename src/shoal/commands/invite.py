@@ -31,7 +31,7 @@ def add_parser(commands: Commands) -> None:
         metavar="HOST:PORT",
         help="address that the other device can reach (default [::]:0, all of this device and any free port)",
     )
-    add_mdns(parser, "announce to the local network by mDNS where that is")
+    add_mdns(parser, "announce this address in the local network")
     parser.add_argument(
         "--seconds",
         type=seconds,

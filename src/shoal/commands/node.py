@@ -29,7 +29,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--insecure",
         action="store_true",
-        help="accept everybody who reaches the port, without encryption, as before this device was paired",
+        help="accept everybody who reaches the port, without encryption, although this device is paired",
     )
     add_serving(parser)
     parser.add_argument(

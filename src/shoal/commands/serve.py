@@ -33,7 +33,11 @@ def add_parser(commands: Commands) -> None:
         "http://127.0.0.1:8080/v1. MODEL may also be a SOURCE of `shoal pull`.",
     )
     add_model(parser)
-    add_nodes(parser, "run on these nodes (default: in this process alone)")
+    add_nodes(
+        parser,
+        "run on these nodes (default: on the devices of `shoal up`, if it runs here with this model, else in "
+        "this process)",
+    )
     add_insecure(parser)
     add_private(parser)
     add_alone(parser)

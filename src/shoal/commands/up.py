@@ -38,8 +38,8 @@ def add_parser(commands: Commands) -> None:
         "model",
         metavar="MODEL",
         nargs="?",
-        help="as for `shoal run`, so that it is fetched and converted on first use (default: that of last "
-        "time)",
+        help="name, path, or SOURCE of `shoal pull`, which is fetched and converted on first use (default: "
+        "the model of the last start)",
     )
     parser.add_argument(
         "--listen",
@@ -49,7 +49,7 @@ def add_parser(commands: Commands) -> None:
         help=f"where the devices of the house connect (default [::]:{DEVICES_PORT}, all addresses of this "
         "device)",
     )
-    add_mdns(parser, "announce to the local network by mDNS where that is")
+    add_mdns(parser, "announce this address in the local network")
     parser.add_argument("--name", help="name of this device in a new house (default: its host name)")
     add_lending(parser)
     add_context(parser)

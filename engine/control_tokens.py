@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .errors import ShoalError
+from .errors import ModelFileError, ShoalError
 
 if TYPE_CHECKING:
     import tokenizers
@@ -21,6 +21,7 @@ Genuine = Callable[[int, int, int], bool]
 """A function f(id, first, last): whether the characters [first, last) of a text, which spell the token, stand
 for the token rather than for ordinary text."""
 
+_MOST_IDS = 1 << 24
 _PRIVATE = 0xF0000
 """First of the private-use code points (planes 15 and 16) that private spellings are made of."""
 _PRIVATE_MARKS = [*range(0x10FFFD, 0x100000 - 1, -1), *range(0xF8FF, 0xE000 - 1, -1)]
@@ -94,6 +95,9 @@ class PlainTwins:
     def _named(self, mark: str, names: Mapping[str, str]) -> tokenizers.Tokenizer:
         """The twin whose control tokens are spelled `mark` + name; `names` has the names by spelling."""
         if self._twin is None or self._twin[0] != mark or self._twin[1] != names.keys():
+            highest = max(self._backend.get_vocab().values(), default=0)
+            if highest >= _MOST_IDS:  # the library would list all ids below that are no token's
+                raise ModelFileError(f"the tokenizer has a token with the id {highest}: fetch it again")
             document = json.loads(self._backend.to_str())
             _rename(document, {content: mark + name for content, name in names.items()})
             made = type(self._backend).from_str(json.dumps(document))

@@ -59,8 +59,11 @@ class Tokenizer:
             backend = library.Tokenizer.from_str(data.decode("utf-8"))
             backend.no_truncation()  # the file may have settings from training in batches
             backend.no_padding()
+            backend.encode("")  # with begin and end tokens, whose settings are not checked before
             return cls(backend)
-        except Exception as e:  # the library raises plain Exception
+        except BaseException as e:  # the library raises plain Exception, and its panics are not even that
+            if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+                raise
             raise ModelFileError(f"{where} cannot be read by the `tokenizers` package: {e}") from e
 
     def encode(self, text: str, *, special: bool = True, control: bool = True) -> list[int]:

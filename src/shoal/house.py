@@ -407,7 +407,7 @@ def check_certificate(der: bytes) -> None:
         with warnings.catch_warnings(action="error"):  # what is allowed yet, but not for long
             certificate = x509.load_der_x509_certificate(der)
             key, subject, issuer = certificate.public_key(), certificate.subject, certificate.issuer
-    except (UnsupportedAlgorithm, UserWarning, x509.InvalidVersion) as error:
+    except (UnsupportedAlgorithm, UserWarning, x509.InvalidVersion, TypeError) as error:
         raise ValueError(str(error)) from None
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise ValueError("its key is not of the curve P-256")
@@ -415,5 +415,5 @@ def check_certificate(der: bytes) -> None:
         raise ValueError("its subject is not the hash of its key")
     try:
         certificate.verify_directly_issued_by(certificate)
-    except (InvalidSignature, UnsupportedAlgorithm):
+    except (InvalidSignature, UnsupportedAlgorithm, TypeError):
         raise ValueError("it is not signed with its own key") from None

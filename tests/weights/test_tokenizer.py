@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.weights.gguf_files import sentencepiece_vocabulary, write_tiny
+from tests.weights.small_vocabulary import tokenizer_file
 from tests.weights.texts import texts
 
 from shoal.cli import main
@@ -226,6 +227,24 @@ def test_a_damaged_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "m" / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelFileError, match=r"tokenizer\.json is truncated"):
         Tokenizer.open(tmp_path / "m")
+
+
+def test_a_tokenizer_at_which_its_library_panics_is_named() -> None:
+    document = json.loads(tokenizer_file())
+    begin = [{"SpecialToken": {"id": "<none>", "type_id": 0}}]
+    document["post_processor"] = {
+        "type": "TemplateProcessing", "single": begin, "pair": begin, "special_tokens": {},
+    }  # fmt: skip
+    with pytest.raises(ModelFileError, match="x cannot be read by the `tokenizers` package: no entry"):
+        Tokenizer.parse(json.dumps(document).encode(), "x")
+
+
+def test_a_tokenizer_with_an_id_beyond_any_table_is_refused_before_its_ids_are_listed() -> None:
+    document = json.loads(tokenizer_file())
+    document["model"]["vocab"]["far"] = (1 << 32) - 1
+    tokenizer = Tokenizer.parse(json.dumps(document).encode(), "x")
+    with pytest.raises(ModelFileError, match="a token with the id 4294967295"):
+        tokenizer.encode("<s>", control=False)
 
 
 def test_more_tokens_than_rows_of_the_table(tmp_path: Path) -> None:

@@ -8,8 +8,7 @@ Messages of one session stay in order. A batch has at most one Step of each sess
 - Rows of sequences that decode go before rows of prompts. Prompts take turns.
 - While sequences decode, Steps of prompts are divided into slices. A slice goes with rows of sequences that
   decode, or fills the time until the next of them is due: as many rows as let no sequence take STRETCH times
-  as long from token to token as without prompts. Stages do so one by one, and what one of them has delayed is
-  seen by the others as time that is over.
+  as long from token to token as without prompts, and no fewer than a call is worth. Stages do so one by one.
 
 Times are in seconds of any clock that never goes back.
 """
@@ -46,9 +45,14 @@ ENOUGH_STEPS = 3
 """How many Steps of the most rows are enough where they have fewer bytes: work for three calls."""
 STRETCH = 1.8
 """How many times as long as without prompts a sequence may take from token to token beside them."""
-LEAST_STRETCH = 1.25
-"""How many times as long as alone a call of sequences that decode may always take with rows of prompts, so
-that prompts go on."""
+LEAST_STRETCH, BUSY_STRETCH = 1.3, 0.7
+"""How many times as long as alone a call of sequences that decode may always take with rows of prompts: more
+by the share of the time in which such calls keep the stage busy, since what is left are slices without them.
+It does not depend on how late the sequences are: a stage that gave way to the delays of another one would
+make calls of few rows, which cost nearly as much as those of many, and all would be later still."""
+WORTH = 1.3
+"""How many times as long as a row alone a slice without sequences that decode must take at least, if one of
+them is due: a smaller one reads all weights for little."""
 MOST_JOINED = 64
 """The most rows to which parts of a prompt that wait are joined."""
 WHOLE_SECONDS = 1.0
@@ -213,7 +217,8 @@ class Inbox:
             if prompts:
                 usual = self._seconds(self._last)
                 end = self._streams.deadline(STRETCH, now, sessions)
-                room = LEAST_STRETCH * usual if end is None else max(end - now, LEAST_STRETCH * usual)
+                least = (LEAST_STRETCH + BUSY_STRETCH * self._streams.share(usual)) * usual
+                room = least if end is None else max(end - now, least)
                 self._add(steps, prompts, room)
         elif prompts and chosen is None:
             chosen = self._alone(steps, prompts, now)
@@ -300,7 +305,11 @@ class Inbox:
         due = self._streams.due(now)
         if due is not None:
             with_them = room + usual - max(0.0, due[0] - now)
-            if self._most(front, [], room) < self._most(front, self._last, with_them):
+            rows = self._most(front, [], room)
+            if rows < self._most(front, self._last, with_them):
+                return due[1]
+            one, some = (self._seconds([(count, front.first, False)]) for count in (1, rows))
+            if rows < front.rows and some < WORTH * one:
                 return due[1]
         self._add(steps, prompts, room)
         return None

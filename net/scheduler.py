@@ -167,6 +167,12 @@ class Streams:
         times = [s.ended + stretch * s.quiet for s in known if s.ended is not None and s.quiet is not None]
         return min(times, default=None)
 
+    def share(self, seconds: float) -> float:
+        """The share of the time in which the stage computes rows that decode, without prompts, if a call of a
+        group takes so many seconds; 1 if that is not known."""
+        times = [stream.quiet for stream in self._streams.values() if stream.quiet is not None]
+        return min(1.0, self.groups * seconds / min(times)) if times else 1.0
+
     def due(self, now: float) -> tuple[float, float] | None:
         """When the next row should arrive, and until when at the latest; None if none is expected."""
         times = []

@@ -8,6 +8,7 @@ import pytest
 
 from shoal.engine.batch import Want
 from shoal.net.inbox import (
+    BUSY_STRETCH,
     LEAST_STRETCH,
     MAX_BYTES,
     MAX_STEPS,
@@ -291,20 +292,31 @@ def test_a_prompt_is_divided_so_that_tokens_stay_within_the_stretch(later: bool)
         assert STRETCH * period - 0.00048 < now - before <= STRETCH * period + 1e-9
 
 
-def test_a_row_that_is_late_leaves_less_room_but_some() -> None:
+@pytest.mark.parametrize("away", [0.003, 0.030])
+def test_a_row_that_is_late_has_the_room_of_its_own_call(away: float) -> None:
+    """The more of it, the less time is left for slices without such rows."""
+    for late in (0.020, 0.050):
+        box, now = busy(away)
+        box.put(prompt(50, 0, 64), now)
+        start = now + STRETCH * (away + ROW) + late
+        box.put(rows(0, 9), start)
+        least = (LEAST_STRETCH + BUSY_STRETCH * ROW / (away + ROW)) * ROW
+        # Another row would be too many.
+        assert least - 0.00048 < ended(box, take(box, start), start) - start <= least + 1e-9
+
+
+def test_a_slice_that_is_not_worth_a_call_waits_for_a_row_that_is_due() -> None:
     box, now = busy()
-    box.put(prompt(50, 0, 64), now)
-    box.put(rows(0, 9), now + 0.008)
-    before = now
-    batch = take(box, now + 0.008)
-    assert len(batch.steps) == 2
-    assert ended(box, batch, now + 0.008) <= before + STRETCH * (0.003 + ROW) + 1e-9
-    box, now = busy()
-    box.put(prompt(50, 0, 64), now)
-    box.put(rows(0, 9), now + 0.050)
-    batch = take(box, now + 0.050)
-    seconds = costly([load(step) for step in batch.steps], 0.0)
-    assert ROW < seconds <= LEAST_STRETCH * ROW
+    box.put(prompt(50, 0, 256), now)
+    for at in range(9, 21):
+        now = lap(box, at, now + 0.012)  # other stages compute prompts as well
+    batch = take(box, now)
+    assert [step.session for step in batch.steps] == [50]
+    end = ended(box, batch, now)  # the time of the row that is away is over
+    until = box.take(end)
+    assert isinstance(until, float) and until > now + 0.012
+    box.put(rows(0, 21), now + 0.012)
+    assert [step.session for step in take(box, now + 0.012).steps] == [0, 50]
 
 
 def test_the_last_part_of_a_divided_prompt_wants_the_token() -> None:

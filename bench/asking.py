@@ -21,7 +21,7 @@ from typing import Any
 FIRST = re.compile(rb'"(?:content|text)": ?"(?!")')
 """What a stream of a chat, or of a completion, has at its first token with text."""
 SECONDS = 300.0
-"""Longest silence of a server, in seconds."""
+"""Longest silence of a server, in seconds, where nothing else is said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +64,8 @@ class Heard:
 class _Client:
     """A connection with one request."""
 
-    def __init__(self, port: int, data: bytes) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", port), SECONDS)
+    def __init__(self, port: int, data: bytes, silence: float) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), silence)
         self.data = bytearray()
         self.first: float | None = None
         self.ended = 0.0
@@ -93,9 +93,11 @@ class _Client:
         return Heard(int(status.split()[1]), body, first, self.ended - self.begun, headers)
 
 
-def ask(port: int, path: str, bodies: Sequence[Any], method: str = "POST") -> list[Heard]:
+def ask(
+    port: int, path: str, bodies: Sequence[Any], method: str = "POST", silence: float = SECONDS
+) -> list[Heard]:
     """Sends requests at once, each on a connection of its own, and waits for all responses. A body is JSON,
-    or bytes as they are. TimeoutError: the server is silent."""
+    or bytes as they are. TimeoutError: the server says nothing to anybody for `silence` seconds."""
     requests = []
     for body in bodies:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -103,14 +105,14 @@ def ask(port: int, path: str, bodies: Sequence[Any], method: str = "POST") -> li
         head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
         requests.append(head.encode() + data)
     with selectors.DefaultSelector() as selector:
-        clients = [_Client(port, request) for request in requests]
+        clients = [_Client(port, request, silence) for request in requests]
         try:
             for client in clients:
                 selector.register(client.socket, selectors.EVENT_READ, client)
             while selector.get_map():
-                ready = selector.select(SECONDS)
+                ready = selector.select(silence)
                 if not ready:
-                    raise TimeoutError(f"nothing came from port {port} for {SECONDS:.0f} s")
+                    raise TimeoutError(f"nothing came from port {port} for {silence:.0f} s")
                 for key, _ in ready:
                     if not key.data.read():
                         selector.unregister(key.fileobj)

@@ -1,7 +1,7 @@
 """Many chats at once with one system prompt, by `shoal serve` and by llama.cpp's server, in turns on the same
 cores and weights: tokens/s, and the wait for the first token.
 
-    python -m bench.parallel [--clients 8,32] [--rounds 3] [--tokens 64] [--skip-build]
+    python -m bench.parallel [--clients 8,32] [--rounds 3] [--tokens N] [--words 400] [--skip-build]
 
 A round of a number of clients has two waves on each server. In the first one nobody has asked with this
 system prompt yet; in the second one the users ask something else after the same one, which both servers still
@@ -40,9 +40,15 @@ WORDS = (
     "for",
     "fish",
 )
-SYSTEM_WORDS = 400
+ALL_TOKENS, LEAST_TOKENS = 512, 16
+"""The answers of a wave have so many tokens together, unless another number is given, and each at least so
+many."""
+SILENCE_S = 3600.0
+"""llama.cpp reads the system prompt of each client anew, and says nothing meanwhile: with 32 clients on a
+slow machine that takes many minutes."""
 WAVES = ("new prompt", "known prompt")
-_CONTEXT = 640
+_OTHER_TOKENS = 176
+"""Of a chat, beside the words of the system prompt, which are a token each, and the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +61,10 @@ class Wave:
     last: float
 
 
-def system_prompt(number: int) -> str:
+def system_prompt(number: int, words: int) -> str:
     """A text that begins unlike all others."""
     draw = random.Random(number)
-    return f"Case {number}. " + " ".join(draw.choice(WORDS) for _ in range(SYSTEM_WORDS))
+    return f"Case {number}. " + " ".join(draw.choice(WORDS) for _ in range(words))
 
 
 def bodies(system: str, wave: int, clients: int, tokens: int, more: dict[str, object]) -> list[object]:
@@ -81,7 +87,7 @@ def bodies(system: str, wave: int, clients: int, tokens: int, more: dict[str, ob
 
 def wave(port: int, asked: Sequence[object], tokens: int) -> Wave:
     """Sends chats at once. ValueError: an answer is shorter than it should be."""
-    found = timings(ask(port, "/v1/chat/completions", asked))
+    found = timings(ask(port, "/v1/chat/completions", asked, silence=SILENCE_S))
     if any(one.tokens != tokens for one in found):
         raise ValueError(f"answers of {sorted({one.tokens for one in found})} tokens, not {tokens}")
     firsts = [one.first for one in found]
@@ -93,7 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.parallel", description=__doc__)
     parser.add_argument("--clients", default="8,32", metavar="N,...", help="(default 8,32)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument(
+        "--tokens", type=int, help=f"of each answer (default: {ALL_TOKENS} by the clients, or {LEAST_TOKENS})"
+    )
+    parser.add_argument("--words", type=int, default=400, help="of the system prompt (default 400)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--skip-build", action="store_true", help="fail if llama.cpp is not built")
     args = parser.parse_args(argv)
@@ -101,19 +110,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     peer_model = llama_server.weights(programs, "Q8_0")
     model = pull(llama_server.NAME, "int8")
     for clients in (int(part) for part in args.clients.split(",")):
-        sizes = args.threads, clients, _CONTEXT
+        tokens = args.tokens or max(LEAST_TOKENS, ALL_TOKENS // clients)
+        sizes = args.threads, clients, args.words + tokens + _OTHER_TOKENS
         with (
             llama_server.shoal_server(model, *sizes) as (ours, _),
             llama_server.llama_server(programs, peer_model, *sizes) as (theirs, _),
         ):
             ports = {"shoal": ours, "llama.cpp": theirs}
-            pairs = list(rounds(ports, clients, args.rounds, args.tokens))
+            pairs = list(rounds(ports, clients, args.rounds, tokens, args.words))
         print(report(clients, pairs), flush=True)
     return 0
 
 
 def rounds(
-    ports: dict[str, int], clients: int, count: int, tokens: int
+    ports: dict[str, int], clients: int, count: int, tokens: int, words: int
 ) -> Iterator[dict[tuple[str, int], Wave]]:
     """The waves of each round, by server and number. One round more, at first, warms up."""
     more = {"shoal": {"logit_bias": {"2": -100, "0": -100}}, "llama.cpp": {"ignore_eos": True}}
@@ -121,7 +131,8 @@ def rounds(
         found = {}
         for which in range(len(WAVES)):
             for name in sorted(ports, reverse=bool(number % 2)):
-                asked = bodies(system_prompt(100 * clients + number), which, clients, tokens, more[name])
+                system = system_prompt(100 * clients + number, words)
+                asked = bodies(system, which, clients, tokens, more[name])
                 found[name, which] = wave(ports[name], asked, tokens)
         if number:
             yield found

@@ -6,9 +6,11 @@ import json
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from email.utils import parsedate_to_datetime
 from functools import partial
 from hashlib import sha256
 from itertools import product
@@ -100,6 +102,15 @@ def test_a_target_may_name_the_server(strict: Serving) -> None:
     """Then the Host header does not count, by RFC 9112."""
     asked = b"GET HTTP://LocalHost:80/v1/models?x HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n"
     assert exchange(strict.port, asked).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_name_may_be_quoted_and_a_response_has_its_date(llm: shoal.LLM) -> None:
+    with serving(llm, Options(names=("org/my modél",))) as made, made.client as client:
+        for path in ("org%2Fmy%20mod%C3%A9l", "org/my%20mod%c3%a9l"):
+            reply = client.get(f"/v1/models/{path}")
+            assert (reply.status_code, reply.json().get("id")) == (200, "org/my modél")
+        assert abs(parsedate_to_datetime(reply.headers["date"]).timestamp() - time.time()) < SECONDS
+        assert client.get("/v1/models/%ff%00").status_code == 404
 
 
 def test_a_silent_connection_is_closed_without_a_word(strict: Serving) -> None:
@@ -220,8 +231,10 @@ def test_keys_and_origins(llm: shoal.LLM) -> None:
         reply = client.get("/v1/models", headers=page)
         assert reply.headers["access-control-allow-origin"] == "https://chat.example"
         until(lambda: guarded.log[-1].startswith("ali GET /v1/models 200, "))
-        asked = {"Origin": "https://chat.example", "Access-Control-Request-Method": "POST"}
-        assert client.options("/v1/chat/completions", headers=asked).status_code == 204
+        wanted = "authorization,content-type,x-stainless-os"  # as OpenAI's library for browsers sends
+        asked = {"Origin": "https://chat.example", "Access-Control-Request-Headers": wanted}
+        reply = client.options("/v1/chat/completions", headers=asked)
+        assert (reply.status_code, reply.headers["access-control-allow-headers"]) == (204, wanted)
         assert client.get("/v1/models", headers={**page, "Origin": "https://evil.example"}).status_code == 403
 
 

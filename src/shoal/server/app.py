@@ -138,7 +138,8 @@ class ServerApp:
         return [
             ("Access-Control-Allow-Origin", origin),
             ("Access-Control-Allow-Methods", "GET, POST, OPTIONS"),
-            ("Access-Control-Allow-Headers", "authorization, content-type"),
+            ("Access-Control-Allow-Headers", exchange.header("access-control-request-headers") or "*"),
+            ("Access-Control-Expose-Headers", "retry-after"),
             ("Access-Control-Max-Age", "600"),
             ("Vary", "Origin"),
         ]

@@ -13,7 +13,9 @@ import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from email.utils import formatdate
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import trio
 
@@ -278,6 +280,7 @@ class _Connection:
             ("Content-Type", "application/json"),
             ("Content-Length", str(len(body))),
             ("Connection", "close"),
+            ("Date", formatdate(usegmt=True)),
             *more,
         ]
         await self.write(h11.Response(status_code=status, headers=headers), h11.Data(data=body))
@@ -342,7 +345,7 @@ class _Connection:
             "http_version": request.http_version.decode(),
             "method": request.method.decode(),
             "scheme": "https" if self._secure else "http",
-            "path": path.decode("latin-1"),
+            "path": unquote_to_bytes(path).decode("utf-8", "replace"),
             "raw_path": path,
             "query_string": query,
             "root_path": "",
@@ -389,7 +392,7 @@ class _Exchange:
     async def send(self, message: Message) -> None:
         """A part of the response. OSError: the client has gone."""
         if message["type"] == "http.response.start":
-            headers = list(message["headers"])
+            headers = [*message["headers"], (b"Date", formatdate(usegmt=True).encode())]
             if self._connection.last:
                 headers.append((b"Connection", b"close"))
             self._start = h11.Response(status_code=message["status"], headers=headers)

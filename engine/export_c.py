@@ -79,7 +79,7 @@ def export_c(model: Model, target: Path, options: StageOptions = StageOptions())
 
 
 def _link(source: Path, target: Path) -> None:
-    """The same file under another name; a copy, where that cannot be."""
+    """Makes a hard link to a file, or a copy where there can be no link."""
     try:
         os.link(source.resolve(), target)
     except OSError:  # another file system, or one without links

@@ -23,7 +23,7 @@ class Arriving:
     context: int = 0
     tokens: array[int] = field(default_factory=lambda: array("i"))
     alike: dict[int, int] = field(default_factory=dict)
-    """Of other sequences, the number of positions that are said to have the same tokens."""
+    """By other sequence: how many positions are said to have the same tokens."""
 
 
 class Incoming:
@@ -107,7 +107,7 @@ class Incoming:
                 arriving.alike[sequence] = min(arriving.alike[sequence], first)
 
     def alike(self, sequence: int) -> Mapping[int, int]:
-        """Of other sequences, the number of positions that are said to have the same tokens (`share`)."""
+        """By other sequence: how many positions are said to have the same tokens (`share`)."""
         with self.locked() as sequences:
             arriving = sequences.get(sequence)
             return {} if arriving is None else dict(arriving.alike)

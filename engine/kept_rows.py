@@ -56,8 +56,8 @@ class KeptRows:
         self._copy(sequence, unit, first, rows, part)
 
     def note_later(self, sequence: int, unit: int, first: int, rows: F32, *, part: bool) -> None:
-        """The same for rows that nobody changes any more: they are copied by `settle`, or when kept rows are
-        used next."""
+        """Notes rows that nobody changes any more: they are copied by `settle`, or when kept rows are used
+        next."""
         with self._lock:
             self._noted.append((sequence, unit, first, rows, part))
 

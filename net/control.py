@@ -43,7 +43,7 @@ class Control:
         self.copies: frozenset[int] = frozenset()
         """The units whose weights the node holds beside those of its stage."""
         self.ordered: tuple[int, ...] = ()
-        """Those that it has been asked to hold."""
+        """The units whose copies it has been ordered to hold."""
         self.fetch: Fetch | None = None
         """The files that it has been ordered to hold on disk."""
         self.waiting: float | None = None

@@ -13,7 +13,7 @@ class Copies:
     def __init__(self) -> None:
         self._wanted: tuple[int, ...] = ()
         self._known: frozenset[int] = frozenset()
-        """Those that were held when they were last compared."""
+        """The copies that the stage held when it was last asked."""
         self._told: frozenset[int] = frozenset()
 
     def order(self, units: Sequence[int]) -> None:

@@ -112,8 +112,8 @@ class Drawn(NamedTuple):
 
 @dataclass(slots=True)
 class Reading:
-    """What is wanted of a text that is read: `want` for each row from position `first` on, which grows as
-    results arrive. `following` as in engine.batch.Run."""
+    """A text that is read, and the results that are wanted: `want` for each row from position `first` on,
+    which grows as results arrive. `following` as in engine.batch.Run."""
 
     want: Want
     first: int

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 TICK_SECONDS = 0.25
 """The time between two looks at what is silent, and how precisely silence is measured."""
 IDLE_TICK_SECONDS = 0.5
-"""The same while nothing is computed."""
+"""The time between two looks while nothing is computed."""
 SILENCE_SECONDS = 2.0
 """The least bound of silence. TCP repeats a lost segment after 0.2, 0.6 and 1.4 s, and other programs can
 hold a process up for hundreds of milliseconds."""

@@ -36,8 +36,8 @@ Ends = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Fetching:
-    """Of the `wanted` bytes of files that a node was ordered to hold it has `got`, as it told `at` that time;
-    they come at so many bytes a second. `problem` is the reason why it does not get the rest, or empty."""
+    """The progress of a node in fetching files, as it reported at the time `at`: bytes that it was ordered to
+    hold (`wanted`) and holds (`got`), and the rate. `problem` is why it does not get the rest, or empty."""
 
     wanted: int = 0
     got: int = 0
@@ -46,7 +46,7 @@ class Fetching:
     at: float = 0.0
 
     def told(self, held: Held, now: float) -> Fetching:
-        """What is known after another report."""
+        """The progress after another report."""
         passed, came, rate = now - self.at, held.got - self.got, self.bytes_per_s
         if held.wanted == self.wanted and came >= 0 and passed > 0:  # of the same order
             weight = RATE_WEIGHT if rate and passed <= SILENT_SECONDS else 1.0
@@ -212,14 +212,15 @@ class ClusterState:
     measured: frozenset[Ends] = frozenset()
     """The links that were measured, or that could not be."""
     unreachable: frozenset[Ends] = frozenset()
-    """Those that could not be."""
+    """The links that could not be measured."""
     measuring: frozenset[Ends] = frozenset()
     """The links that are being measured."""
     old: frozenset[Ends] = frozenset()
-    """Those of `measured` that are only known from before, or estimated, to be measured again once nothing is
-    computed."""
+    """The links of `measured` whose values are from an earlier start, or estimated. They are measured again
+    once nothing is computed."""
     estimated: frozenset[Ends] = frozenset()
-    """Those between nodes that were ever taken from the links of both to the coordinator (known.estimate)."""
+    """The links between nodes that were estimated from the links of both to the coordinator
+    (known.estimate)."""
     expected: frozenset[int] = frozenset()
     """The devices (see device_of) that the first plan waits for, for `timing.gather` seconds."""
     insufficient: frozenset[int] = frozenset()
@@ -335,7 +336,7 @@ class ClusterState:
         return tuple(pair for pair in self._pairs() if self.ends(*pair) not in self.measured)
 
     def measured_before(self) -> tuple[tuple[int, int], ...]:
-        """Those whose link is only known from before."""
+        """The pairs of live members whose link is only known from before."""
         return tuple(pair for pair in self._pairs() if self.ends(*pair) in self.old)
 
     def _pairs(self) -> Iterable[tuple[int, int]]:

@@ -27,7 +27,7 @@ class Rate:
     def __init__(self) -> None:
         self._ticks: deque[tuple[float, int]] = deque()
         self._recent: deque[tuple[float, float, int]] = deque()
-        """The same, after the time of each tick, of the last RECENT_SECONDS."""
+        """The ticks of the last RECENT_SECONDS, each after its time."""
         self._last: tuple[float, int] | None = None
 
     def tick(self, now: float, tokens: int, *, due: bool) -> None:

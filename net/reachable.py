@@ -89,7 +89,7 @@ class _Ways:
         self._addresses, self._trust, self._log = addresses, trust, log
         self._failed: dict[tuple[str, int], float] = {}
         self._said = set[tuple[str, int]]()
-        """Those of which the user was told, since they worked last."""
+        """Addresses whose failure was logged, since they worked last."""
         self._head: str | None = None
         """The address at which the head was reached."""
 

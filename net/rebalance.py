@@ -40,12 +40,14 @@ LEAST_GAIN, NOISES = 0.06, 2.0
 """The part of a token's time that a change must save after the pace of a device has jumped, and how many
 times the noise of the devices more."""
 MOST_NOISE = 0.15
-"""It must not save more than this more, whatever the noise is, since averages have less of it."""
+"""The most by which noise raises the gain that a change must have: averages have less noise."""
 DRIFT_GAIN, SURE_GAIN, LASTING_SECONDS = 0.1, 0.15, 3.0
-"""The same if no pace has jumped; and a gain below SURE_GAIN must then have been there for so long."""
+"""The part of a token's time that a change must save if no pace has jumped. A gain below SURE_GAIN must then
+have been there for so long."""
 RETURN_GAIN = 0.03
-"""The same, whatever the noise, of a change back to stages that were right for the paces to which the devices
-have jumped. What the model does not know of these stages has not kept anybody from using them before."""
+"""The part of a token's time that a change must save, whatever the noise, if it leads back to stages that
+were right for the paces to which the devices have jumped. What the model does not know of these stages has
+not kept anybody from using them before."""
 KEPT_RIGHT = 4
 """The number of such stages that are remembered."""
 JUMPED_SECONDS = 10.0
@@ -82,18 +84,18 @@ TAIL_POSITIONS = 96
 """Positions of a session that are sent while its answer stands still: those of an incomplete chunk, and those
 that were computed while the last chunk was sent."""
 FIXED_SECONDS, DELAY_SECONDS, COPYING = 0.03, 0.2, 0.1
-"""Of any change: the standstill, the time that it takes, and the share of the speed that is lost
+"""What every change costs: the standstill, the time that it takes, and the share of the speed that is lost
 meanwhile."""
 WAITS_MORE = 0.1
 """A stage that waits for a share of the time larger by this than another one's is not relieved by that."""
 LOOK_SECONDS = 0.5
-"""Between two steps of a change."""
+"""The time between two steps of a change."""
 NEARLY = 1.03
 """A change is as good as another one if tokens take at most so many times as long after it."""
 NOTABLY = 1.1
 """A device that takes so many times as long as offered is slow enough to be named."""
 NEAR_SECONDS = 0.0005
-"""It is added to latencies before they are compared: shorter ones do not matter, and vary most."""
+"""Seconds that are added to latencies before they are compared: shorter ones do not matter, and vary most."""
 
 Key = tuple[str, ...]
 

@@ -1,5 +1,5 @@
-"""What the coordinator tells the last stage of a session, directly: token ids pass no other stage but the
-first.
+"""Updates that the coordinator sends to the last stage of a session, directly, so that token ids pass no
+stage but the first and the last.
 
 The last stage draws the tokens. It needs token ids only to penalise those that have occurred, and to score
 them; besides, the parameters unless they are the default ones, and masks. All of it is numbered in each
@@ -27,14 +27,14 @@ Notice = Told | Close
 
 @dataclass(slots=True)
 class UpdateSender:
-    """What the last stage has been told of a session in the present epoch, at the coordinator."""
+    """The updates of a session that the coordinator has sent to the last stage in the present epoch."""
 
     number: int = 0
-    """How many things it has been told."""
+    """The number of updates sent."""
     tokens: int = 0
-    """Of how many tokens, from the first, it has been told."""
+    """How many tokens, from the first, have been sent."""
     sampling: bool = False
-    """Whether it has the parameters."""
+    """Whether the sampling parameters have been sent."""
 
     def changed(self, positions: int) -> None:
         """The session has other tokens after so many positions."""
@@ -69,8 +69,8 @@ class UpdateSender:
 
 @dataclass(slots=True)
 class UpdateReceiver:
-    """What the last stage has been told of a session. `tokens` are replaced and added, and never fewer: a
-    Step of an answer that was left, whose result nobody takes, may find others than its own."""
+    """The updates of a session that the last stage has received. `tokens` are replaced and added, and never
+    fewer: a Step of an answer that was left, whose result nobody takes, may find others than its own."""
 
     number: int = 0
     sampling: Sampling = Sampling()

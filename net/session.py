@@ -394,7 +394,7 @@ class Answer(_Asked):
             ..."""
 
     logprobs: tuple[Logprobs, ...] = ()
-    """Those of the token that was read last, if the session reports them."""
+    """Log-probabilities of the token that was read last, if the session reports them."""
 
     async def __anext__(self) -> int:
         """The next token id. ContextError or another ShoalError: the nodes cannot continue this answer."""

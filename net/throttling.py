@@ -28,7 +28,8 @@ TOO_HOT = 5.0
 LEAVE_SECONDS = 10.0
 """How long a reading breaks a rule before the node leaves."""
 RAM_SECONDS = 4.0
-"""The same for the RAM: the system kills programs soon after it has none left."""
+"""How long free RAM is below its limit before the node leaves: the system kills programs soon after it has
+none left."""
 
 
 @dataclass(frozen=True, slots=True)

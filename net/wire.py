@@ -57,7 +57,7 @@ class WireProtocol:
 
     @property
     def purpose(self) -> Purpose | None:
-        """That of the connection, once a Hello has said it."""
+        """The purpose of the connection; None before a Hello has stated it."""
         return self._purpose
 
     @property

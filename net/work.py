@@ -128,7 +128,7 @@ class IncomingLike(Protocol):
     """The members of engine.incoming.Incoming that a node uses."""
 
     def alike(self, sequence: int) -> Mapping[int, int]:
-        """Of other sequences, the number of positions that are said to have the same tokens."""
+        """By other sequence: how many positions are said to have the same tokens."""
 
     def carried(
         self, sequence: int, sampling: Sampling, context: int, first: int, tokens: Sequence[int]
@@ -210,7 +210,7 @@ class StageWork:
         self.sessions = dict(sessions)
         self._rewinds: tuple[dict[int, int], ...] = ()
         self.calling: Mapping[int, int] = {}
-        """Of each session in the present call, its first position. Until the call has ended, its tokens may
+        """The first position of each session in the present call. Until the call has ended, its tokens may
         be older than its keys and values; then the call is among the `rewinds`."""
         self.cancelled = False
         """Whether rows of the last batch were dropped, so that its time says nothing about the stage."""

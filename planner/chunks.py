@@ -23,8 +23,9 @@ SHORT = 256
 """Prompts up to so many tokens are cut into chunks of equal rows: their attention matters little."""
 MOST_WINDOW = 64
 NEAR = 1.01
-"""Of the cuts whose first token takes at most this much longer than that of the best, the one of the largest
-chunks is chosen: measured costs are not exact, and every message has a cost that no profile has."""
+"""Cuts whose first token takes at most so many times as long as with the best count as equal. The one with
+the largest chunks is chosen: measured costs are not exact, and every message has a cost that no profile
+has."""
 CHUNKS_A_STAGE = 6
 """The most chunks of a prompt for each stage, and as many more: no profile makes a prompt creep."""
 

@@ -1,6 +1,6 @@
-"""Of which other units a device should hold the weights, in RAM that its stage does not need: those that it
-would get if another device became slower or were lost, and then its neighbours' nearest ones. A change of the
-stages then moves keys and values only, and no device has to load weights."""
+"""The units of which a device should hold copies of the weights, in RAM that its stage does not need: those
+that it would get if another device became slower or were lost, and then its neighbours' nearest ones. A
+change of the stages then moves keys and values only, and no device has to load weights."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -18,9 +18,9 @@ from .rows import MOST_ROWS, check_real, check_seconds, check_whole
 MOST_SEQUENCES = CALL_STEPS
 """The numbers of sequences for which a chain's groups are computed in advance: 1 up to this one."""
 NEAR = 1.05
-"""Of the numbers of groups whose round takes at most this much longer than that of the best, the one nearest
-to a group for each stage is chosen: measured costs are not exact, and fuller calls lose less where links or
-devices are slower than measured."""
+"""Numbers of groups whose round takes at most so many times as long as the best count as equal. The one
+nearest to a group for each stage is chosen: measured costs are not exact, and fuller calls lose less where
+links or devices are slower than measured."""
 LAPS = 3
 """A group may wait for a sequence for as long as having it back saves the busiest stage in so many laps."""
 

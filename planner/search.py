@@ -114,7 +114,7 @@ def _cheapest(tables: Tables, states: Iterable[_State]) -> Chain | None:
 
 
 def parts(tables: TimeTables, chain: Chain) -> tuple[float, float]:
-    """Of a chain: seconds of a lap and of its busiest resource."""
+    """Seconds of a chain's lap, and of its busiest resource."""
     stages, lap, busy = chain.stages, tables.lap, tables.busy
     ends = (stages[0][0], stages[-1][0])
     seconds = lap.enter[ends[0]] + lap.leave[ends[1]] + sum(tables.stage(*stage) for stage in stages)

@@ -47,7 +47,7 @@ class Goal:
     rows: int = 0
 
     def value(self, lap: float, busiest: float) -> float:
-        """Of a chain: from seconds of a lap and of its busiest resource."""
+        """What a chain is worth, from the seconds of its lap and of its busiest resource; less is better."""
         if self.objective == "latency":
             return lap
         if self.objective == "throughput":

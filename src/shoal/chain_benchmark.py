@@ -78,10 +78,11 @@ class ChainRow:
     lap_ns: float
     """Time of one token of a sequence, or of a prompt until its first token."""
     compute_ns: float
-    """Of a lap: one call of each stage. For a prompt: all calls of the stage that computed longest."""
+    """Computing in a lap: one call of each stage. For a prompt: all calls of the stage that computed
+    longest."""
     wire_ns: float | None
-    """Of a lap: messages with the rows of one call on every link, by the measurements of the links. None if
-    a link was not measured."""
+    """Sending in a lap: messages with the rows of one call on every link, by the measurements of the links.
+    None if a link was not measured."""
     waiting_ns: float | None
     """The rest of a lap: waiting for other rows, for a thread to wake, for the coordinator."""
     open_ns: int

@@ -21,9 +21,9 @@ from .engine.tokenizer import Tokenizer
 from .token_bytes import TokenBytes
 
 MOST_BYTES = 1 << 20
-"""Of a grammar."""
+"""The size of a grammar."""
 MOST_SECONDS = 1.0
-"""Of CPU time, for one mask."""
+"""CPU time for one mask."""
 MOST_REPEATED = 10_000
 """Characters of a pattern whose repetitions are written out. The library takes seconds for a mask of some
 that have a million."""
@@ -31,7 +31,7 @@ MOST_DIVISOR = 100_000
 """What all numbers of a schema must be multiples of, added up: the library finds each remainder, which takes
 minutes for some millions, and more memory than there is."""
 MOST_PROPERTIES = 1000
-"""Of one object. Time grows with their cube: 5000 take minutes."""
+"""Properties of one object. Time grows with their cube: 5000 take minutes."""
 _PARTS = re.compile(
     r"(?P<count>\{(?P<least>\d{1,9})(,(?P<most>\d{0,9}))?\})|(?P<open>\()|(?P<close>\))"
     r"|\\.|\[\^?\]?(\\.|[^\]\\])*(\]|\Z)|.",
@@ -43,7 +43,7 @@ _JSON = re.compile(r"%(?:json|regex|llguidance)\s*(?=\{)")
 _LITERALS = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?P<pattern>(?:\\.|[^/\\\n])+)/')
 """A string, or a regular expression, in the text of a grammar."""
 _TEXTS = {"lark_grammar", "rx", "regex"}
-"""What is text in a grammar that is JSON."""
+"""Keys whose values are text, in a grammar that is JSON."""
 
 
 class GrammarError(ValueError):
@@ -175,7 +175,7 @@ def remainders(divisor: float) -> int:
 def written_out(pattern: str) -> int:
     """The characters of a regular expression whose counted repetitions are written out, about."""
     sizes, last = [0], 0
-    """Of the groups that are open, and of what may be repeated next."""
+    """Sizes: of each group that is open, and of the part that may be repeated next."""
     for part in _PARTS.finditer(pattern):
         if part["count"]:
             most = max(int(part["least"]), int(part["most"] or 0))
@@ -221,7 +221,7 @@ class Masks:
         self._seen: list[int] = []
 
     def copy(self) -> Masks:
-        """Those of another answer."""
+        """The masks of another answer with the same grammar."""
         return Masks(self.grammar, self._matcher.deep_copy(), self._vocab)
 
     def __call__(self, tokens: Sequence[int]) -> Collection[int]:

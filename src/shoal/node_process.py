@@ -74,7 +74,7 @@ _ALONE, _ALL = ("127.0.0.1", 0), ("::", 0)
 _LAST_SECONDS = 3.5
 """How long a node that ends waits for the call of its stage."""
 _AT_ONCE_SECONDS = 1.0
-"""The same for a node that was told to end at once."""
+"""How long a node that was told to end at once waits for the call of its stage."""
 
 
 def serve(args: argparse.Namespace) -> None:

@@ -153,12 +153,12 @@ class _Stream:
         return self._head.part([choice], **self._more)
 
     def first(self) -> Iterator[Chunk]:
-        """Those before the answers."""
+        """The chunks before the answers."""
         for i in range(self._wanted.n):
             yield self._part(i, {"role": "assistant", "content": "", "refusal": None})
 
     def parts(self, said: Said) -> Iterator[Chunk | Event]:
-        """Those of a piece."""
+        """The chunks of a piece of an answer."""
         found, report = None, self._wanted.report
         if report is not None:
             found = chat_logprobs(self._token_bytes, said.piece.tokens, said.piece.logprobs, report)
@@ -173,6 +173,6 @@ class _Stream:
             yield self._part(said.index, {}, end=said.reason)
 
     def last(self) -> Iterator[Chunk]:
-        """Those after the answers."""
+        """The chunks after the answers."""
         if self._wanted.usage:
             yield self._head.part([], usage=usage(self._made, 1))

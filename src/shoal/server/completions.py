@@ -136,7 +136,7 @@ class _Stream:
         count = len(echoes) * wanted.n
         self._templates = [Template(self._part(i, Template.place)) for i in range(count)]
         self._lengths = [0] * count
-        """Of the texts so far."""
+        """The lengths of the texts so far."""
         self._made: dict[int, Completion] = {}
 
     def _part(self, index: int, text: str, found: Chunk | None = None, end: str | None = None) -> Chunk:
@@ -144,7 +144,7 @@ class _Stream:
         return self._head.part([choice], **self._more)
 
     def first(self) -> Iterator[Chunk]:
-        """Those before the answers."""
+        """The chunks before the answers."""
         for i in range(len(self._lengths)):
             echo = self._echoes[i // self._wanted.n]
             if echo.text:
@@ -153,7 +153,7 @@ class _Stream:
                 yield self._head.part([choice], **self._more)
 
     def parts(self, piece: Piece) -> Iterator[Chunk | Event]:
-        """Those of a piece."""
+        """The chunks of a piece of an answer."""
         found, i = None, piece.index
         if self._wanted.report is not None:
             known, at = self._served.token_bytes, self._lengths[i]
@@ -169,7 +169,7 @@ class _Stream:
             yield self._part(i, piece.text, found, end)
 
     def last(self) -> Iterator[Chunk]:
-        """Those after the answers."""
+        """The chunks after the answers."""
         if self._wanted.usage:
             made = [self._made[i] for i in sorted(self._made)]
             yield self._head.part([], usage=usage(made, len(self._echoes)))

@@ -34,7 +34,8 @@ class House:
     def __init__(self, status: GetStatus | None) -> None:
         self._status = status
         self._asking = trio.CapacityLimiter(1)
-        """Of the thread that asks. One that a client no longer waits for keeps its place until it ends."""
+        """Lets one thread at a time ask. A thread for which no client waits any more keeps it until it
+        ends."""
         self._told, self._at = b"", -LOOK_SECONDS
 
     async def obstacle(self) -> Obstacle | None:

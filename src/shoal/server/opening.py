@@ -68,7 +68,7 @@ class Hosts:
 
 _HOST = re.compile(r"(\[(?P<address>[0-9a-fA-F:.]+)\]|(?P<name>[^\s\[\]:/?#@]+))(:\d{0,5})?", re.ASCII)
 LOCAL_HOSTS = Hosts(("127.0.0.1", "::1", "localhost"))
-"""Those of a server on a loopback address."""
+"""The names of a server on a loopback address."""
 
 
 def opened(args: argparse.Namespace, host: str, port: int, warn: Callable[[str], object]) -> Opened:

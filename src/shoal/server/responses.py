@@ -199,7 +199,7 @@ class _Stream:
             yield self._response.event(kind, response=self._response.whole((), None))
 
     def events(self, said: Said) -> Iterator[Chunk]:
-        """Those of a part of the answer, which is added."""
+        """The events of a part of the answer, which is added."""
         self.take(said)
         event, place = self._response.event, self._place
         if not self._begun and (said.text or (said.made is not None and not self._calls)):
@@ -211,7 +211,7 @@ class _Stream:
             self._told = len(self._found)
 
     def last(self) -> Iterator[Chunk]:
-        """Those after the answer."""
+        """The events after the answer."""
         event, place, part = self._response.event, self._place, _content(self._text, self._found)
         if self._begun:
             yield event("output_text.done", **place, text=self._text, logprobs=self._found)

@@ -78,7 +78,7 @@ class Event:
 
 
 class Each(Protocol):
-    """As Asked.each."""
+    """The type of `Asked.each`."""
 
     async def __call__(self, take: Callable[[Piece], object], full: Callable[[], bool] = ...) -> bool: ...
 
@@ -122,7 +122,7 @@ class Served:
         self.created = int(time.time())
         self.fingerprint = f"shoal-{model.hash[:12]}"
         self._texts = trio.CapacityLimiter(1)
-        """Of texts that only become tokens, or tokens that become a text: they wait for no place."""
+        """Limits /tokenize and /detokenize, which wait for no place."""
         line = places.line
         self.metrics = Metrics(lambda: line.used, lambda: len(line.waiting))
 

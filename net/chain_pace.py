@@ -32,13 +32,16 @@ class ChainPace:
         self._pinged[member] = (self._nonce, now)
         return self._nonce
 
-    def answered(self, state: ClusterState, member: int, pong: Pong, now: float) -> bool:
+    def answered(
+        self, state: ClusterState, member: int, pong: Pong, now: float, *, fetching: bool = False
+    ) -> bool:
         """Evaluates a member's Pong; returns whether it answers the last ping. Half of the round trip is
-        taken as the latency of the links to and from the member. Its own report counts if it is of the
-        current epoch."""
+        taken as the latency of the links to and from the member, unless nodes are `fetching` files: pings
+        wait behind these, and the next plan would want other files instead. Its own report counts if it is
+        of the current epoch."""
         label = state.members[member].label
         nonce, sent = self._pinged.get(member, (-1, now))
-        if pong.nonce == nonce:
+        if pong.nonce == nonce and not fetching:
             for ends in ((COORDINATOR, label), (label, COORDINATOR)):
                 if ends in self._links:
                     self._links[ends] = after(self._links[ends], 0, (now - sent) / 2)

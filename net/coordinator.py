@@ -465,7 +465,9 @@ class Coordinator:
         control.reported(trio.current_time(), self._state.members[member].called)
         match message:
             case Pong():
-                answered = self._pace.answered(self._state, member, message, trio.current_time())
+                now = trio.current_time()
+                fetching = self._state.fetches(self._awake.at(now))
+                answered = self._pace.answered(self._state, member, message, now, fetching=fetching)
                 control.ponged(message)
                 self._happens(events.Heard(member, message.progress, answered, message.condition))
                 return

@@ -162,6 +162,8 @@ def test_the_coordinator_keeps_what_it_hears_of_the_current_epoch() -> None:
     before = dict(links)
     pace.answered(state, 0, Pong(nonce + 1, Pace(Epoch(1, 0), 9.0, old)), 11.0)
     assert (pace.slower("a"), links) == (2.5, before)
+    assert pace.answered(state, 0, Pong(pace.pinged(0, 12.0)), 12.5, fetching=True)
+    assert links == before, "the ping has waited behind files"
 
 
 def follow(plans: list[Plan]) -> Callable[[Sequence[NodeInfo], Links], Placement]:

@@ -254,6 +254,7 @@ class Assignment:
             history=any(gift.history for gift in gifts),
             hop=self._parts.hop,
             bytes_per_s=None if link is None else link.bytes_per_s,
+            takers=len({gift.taker.incarnation for gift in self.assign.gives}),
         )
         self._group.start(partial(self._give, taker, giver))
 

@@ -19,15 +19,14 @@ from . import tags
 from .connection import Connection, Hop
 from .errors import NetError, RemoteProtocolError
 from .messages import MOST_SESSIONS, Carried, Commit, Complete, Epoch, Pages, Shared
-from .work import IncomingLike, Session, StageLike, StageWork, blank
+from .work import PORTION_BYTES, IncomingLike, Session, StageLike, StageWork, blank
 
 LOOK_SECONDS = 0.05
 """How often a giver looks for chunks that have been finished."""
 SHARE = 0.5
 """The share of the link, and of the time, that copies may take while the stage runs."""
-MOST_CHUNKS, MOST_BYTES = 4, 1 << 20
-"""The most chunks of a session that are copied in its turn, and about the most bytes that are read at once,
-while the stage's next call may wait for that, and that are in memory."""
+MOST_CHUNKS = 4
+"""The most chunks of a session that are copied in its turn."""
 CARRIED_CHUNKS = 1024
 """The most chunks in a Carried message."""
 
@@ -36,7 +35,7 @@ class Giver:
     """Sends the keys and values of units to the node that takes them over. `work` is the stage at work in the
     base epoch, and `units` are those that have keys and values. With `history`, the taker is also told of
     the sessions. `bytes_per_s` is the rate of the link, or None if it is
-    unknown."""
+    unknown. `takers`: so many givers share the memory of a portion."""
 
     def __init__(
         self,
@@ -48,7 +47,9 @@ class Giver:
         history: bool,
         hop: Hop,
         bytes_per_s: float | None,
+        takers: int = 1,
     ) -> None:
+        self._most_bytes = PORTION_BYTES // takers
         self._stage, self._work, self._epoch, self._units = stage, work, epoch, units
         self._history, self._hop, self._bytes_per_s = history, hop, bytes_per_s
         self._rewinds: dict[int, int] = {}
@@ -194,8 +195,9 @@ class Giver:
     def _portions(
         self, cuts: Sequence[tuple[int, int]]
     ) -> list[tuple[Sequence[int], Sequence[tuple[int, int]]]]:
-        """Units and cuts to be read at once, of about MOST_BYTES: for each unit, all cuts in order."""
-        units, most = self._units, max(1, MOST_BYTES // self._piece)
+        """Units and cuts to be read at once, in portions that the stage's next call may wait for: for each
+        unit, all cuts in order."""
+        units, most = self._units, max(1, self._most_bytes // self._piece)
         whole = most // max(1, len(units))
         if whole:
             return [(units, cuts[i : i + whole]) for i in range(0, len(cuts), whole)]

@@ -33,6 +33,9 @@ from .tags import counted, spanned
 STAGE_ERRORS = (ShoalError, ValueError, FloatingPointError, MemoryError)
 """Exceptions of a stage for invalid rows, or rows without room. They end a session, not the node."""
 
+PORTION_BYTES = 1 << 20
+"""About the most bytes of keys and values that a stage reads at once for others, and that are in memory."""
+
 Answer = Open | Close | Step | Result | Rows | Failed
 
 

@@ -17,6 +17,7 @@ from .engine.model_directory import Model
 from .engine.program import Buffer
 from .engine.stage import StageOptions
 from .net.inbox import most_bytes
+from .net.work import PORTION_BYTES
 from .planner.cost import PAUSE_SECONDS, StageCost, Step
 
 MB = 1_000_000
@@ -74,9 +75,9 @@ def workspace_bytes(model: Model, options: StageOptions, first: int, last: int) 
 
 
 def message_bytes(model: Model, options: StageOptions) -> int:
-    """Bytes of the messages that wait in a node's inbox, at most. Those that wait to be sent have the room
-    that `workspace_bytes` leaves."""
-    return most_bytes(options.max_rows, model.program.cut_cols)
+    """Bytes of the messages that wait in a node's inbox, at most, and of keys and values that are on their
+    way to other nodes. Rows that wait to be sent have the room that `workspace_bytes` leaves."""
+    return most_bytes(options.max_rows, model.program.cut_cols) + PORTION_BYTES
 
 
 def scratch_bytes(model: Model, threads: int) -> int:

@@ -178,6 +178,8 @@ def test_stages_stay_within_the_promised_ram(model: Path) -> None:
     from shoal.engine.errors import NoPlanError
     from shoal.engine.model_directory import Model
     from shoal.engine.stage import StageOptions
+    from shoal.net.inbox import most_bytes
+    from shoal.net.work import PORTION_BYTES
     from shoal.planner import Device
     from shoal.planning import message_bytes, workspace_bytes
 
@@ -192,6 +194,8 @@ def test_stages_stay_within_the_promised_ram(model: Path) -> None:
         left = stage.options.kv_bytes
     taken = sum(unit_cost(opened, u).bytes for u in range(2)) + constant_bytes(opened.program)
     taken += workspace_bytes(opened, StageOptions(), 0, 2) + message_bytes(opened, StageOptions())
+    given = message_bytes(opened, StageOptions()) - most_bytes(256, opened.program.cut_cols)
+    assert given == PORTION_BYTES  # keys and values on their way to other nodes
     assert left == 10**8 - 10**6 - taken > 0
 
 

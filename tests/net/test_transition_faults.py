@@ -386,6 +386,10 @@ def test_chunks_are_read_in_portions_of_about_a_megabyte(lab: ModuleType) -> Non
         pairs = [(cut, unit) for units_, some in portions for cut in some for unit in units_]
         assert pairs == [(cut, unit) for cut in cuts for unit in units]
         assert max(len(units_) * len(some) for units_, some in portions) <= most
+    both = Giver(
+        lab.FakeStage(0, 6), work, NEXT, units, history=False, hop=lab.inline, bytes_per_s=None, takers=2
+    )  # the two share the memory
+    assert max(len(units_) * len(some) for units_, some in both._portions(cuts)) == 2
 
 
 def test_a_next_node_that_is_lost_before_the_commit_ends_the_transition(lab: ModuleType) -> None:

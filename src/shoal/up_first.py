@@ -14,12 +14,13 @@ from pathlib import Path
 import trio
 
 from . import house
-from .engine.errors import ShoalError
+from .engine.errors import ShoalError, ignore
 from .engine.host import check_promise, ram
 from .first_use import model_directory
 from .local import unix_socket
 from .net.listen import addresses, host_port, listen, named
 from .own_node import OwnNode
+from .server.opening import opened
 
 _NOTHING_MB = 1
 """A node that promises so little RAM runs no layers (planning.NOTHING_BYTES)."""
@@ -48,12 +49,22 @@ def begun(args: argparse.Namespace) -> Iterator[First]:
         host, port = args.listen
         listeners = trio.run(partial(listen, host, addresses(host), port))
         stack.callback(trio.run, _close, listeners)
+        _check_http(args)
         model = _model(args.model).resolve()
         name = next(device.name for device in devices if device.role == "head")
         own = OwnNode(_command(args, model, name, named(listeners)[0]))
         stack.callback(own.end)
         own.begin()
         yield First(socket, listeners, model, own)
+
+
+def _check_http(args: argparse.Namespace) -> None:
+    """What --http was given, and cannot be done, is an error now. The server listens later: a client that
+    connects to it while a model is converted would wait for an answer."""
+    if args.http is not None:
+        host, port = args.http
+        for listener in opened(args, host, port, ignore).listeners:
+            listener.socket.close()
 
 
 async def _close(listeners: Sequence[trio.SocketListener]) -> None:

@@ -52,8 +52,17 @@ def test_more_ram_than_there_is_is_refused_at_once() -> None:
 def test_a_port_in_use_is_said_before_a_model_is_converted() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(AddressInUseError, match=f"port {port} of 127.0.0.1 is in use"):
-            begin("m", "--listen", f"127.0.0.1:{port}").__enter__()
+        where, free = f"127.0.0.1:{port}", "127.0.0.1:0"
+        for words in (("--listen", where), ("--listen", free, "--http", where)):
+            with pytest.raises(AddressInUseError, match=f"port {port} of 127.0.0.1 is in use"):
+                begin("m", *words).__enter__()
+
+
+@pytest.mark.usefixtures("no_model")
+def test_keys_that_are_not_there_are_said_before_a_model_is_converted(tmp_path: Path) -> None:
+    words = ("--http", "127.0.0.1:0", "--api-key-file", str(tmp_path / "none"))
+    with pytest.raises(ShoalError, match="none"):
+        begin("m", "--listen", "127.0.0.1:0", *words).__enter__()
 
 
 def test_the_own_node_has_begun_and_ends_with_the_command_or_its_failure(tiny_llama: Model) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import socket
 import subprocess
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from tests.houses import Houses
 from tests.patience import LIMIT
 
-from shoal import house, house_node, nearby, pairing
+from shoal import house, house_node, mdns, nearby, pairing
 from shoal.house_node import HouseNode
 from shoal.mdns import MOST_PLACES, TYPE, is_of, is_private, tag
 from shoal.net.errors import NetError
@@ -123,6 +124,7 @@ async def device(trust: Trust) -> AsyncIterator[tuple[int, list[NetError | None]
 # --- what is announced
 
 
+@pytest.mark.slow
 def test_a_head_is_found_as_long_as_it_is_announced() -> None:
     with program("look", "node", KEY) as look, announcing(KEY, 7077), announcing(KEY, 99, "join"):
         with announcing(KEY, 7078), announcing(OTHER, 7079):
@@ -130,6 +132,7 @@ def test_a_head_is_found_as_long_as_it_is_announced() -> None:
         look.says(f"{LO}:7077")
 
 
+@pytest.mark.slow
 def test_an_announcement_tells_nobody_which_head_it_is_or_whose() -> None:
     heard: list[tuple[str, zeroconf.ServiceInfo]] = []
     changed = threading.Condition()
@@ -143,9 +146,9 @@ def test_an_announcement_tells_nobody_which_head_it_is_or_whose() -> None:
             changed.notify_all()
 
     with ExitStack() as stack:
-        mdns = zeroconf.Zeroconf([LO], ip_version=zeroconf.IPVersion.V4Only)
-        stack.callback(mdns.close)
-        stack.callback(zeroconf.ServiceBrowser(mdns, TYPE, handlers=[hear]).cancel)
+        responder = zeroconf.Zeroconf([LO], ip_version=zeroconf.IPVersion.V4Only)
+        stack.callback(responder.close)
+        stack.callback(zeroconf.ServiceBrowser(responder, TYPE, handlers=[hear]).cancel)
         for _ in range(2):
             stack.enter_context(announcing(KEY, 7077))
         with changed:
@@ -183,6 +186,7 @@ def test_only_addresses_of_homes_are_dialled(address: str) -> None:
     assert not is_private(address)
 
 
+@pytest.mark.slow
 def test_looking_goes_on_whatever_is_sent() -> None:
     """Records that lead nowhere, more than are kept, and bytes that are none."""
     salts = [f"{n:016x}" for n in range(2 * MOST_PLACES)]
@@ -197,8 +201,8 @@ def test_looking_goes_on_whatever_is_sent() -> None:
     ]
     draw = random.Random(22)
     with ExitStack() as stack:
-        mdns = zeroconf.Zeroconf([LO], ip_version=zeroconf.IPVersion.V4Only)
-        stack.callback(mdns.close)
+        responder = zeroconf.Zeroconf([LO], ip_version=zeroconf.IPVersion.V4Only)
+        stack.callback(responder.close)
         raw = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         raw.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(LO))
         look = stack.enter_context(program("look", "node", KEY))
@@ -209,7 +213,7 @@ def test_looking_goes_on_whatever_is_sent() -> None:
                 TYPE, f"{name}.{TYPE}", port, properties=properties, server=f"h{n}.local.",
                 parsed_addresses=addresses,
             )  # fmt: skip
-            mdns.send(mdns.generate_service_broadcast(info, None))
+            responder.send(responder.generate_service_broadcast(info, None))
             for size in (3, 12, 40, 400):
                 head = bytes([0, 0, 0x84, 0, 0, 0, 0, draw.randrange(9), 0, draw.randrange(3)])
                 raw.sendto(head + draw.randbytes(size), ("224.0.0.251", 5353))
@@ -217,9 +221,43 @@ def test_looking_goes_on_whatever_is_sent() -> None:
         look.says(f"{LO}:7076", f"{LO}:7077")
 
 
+def test_each_address_of_this_device_is_used_as_long_as_it_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that comes later, and again one where mDNS has failed."""
+    own, events = [["10.0.0.1", "10.0.0.2"]], list[str]()
+    monkeypatch.setattr(mdns, "LOOK_SECONDS", 0.001)
+    monkeypatch.setattr(mdns, "_own_addresses", lambda: own[0])
+
+    async def serve(address: str) -> None:
+        events.append(f"+{address}")
+        if events.count(f"+{address}") == 1 and address == "10.0.0.2":
+            raise OSError("no such device")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            events.append(f"-{address}")
+
+    async def main() -> None:
+        task = asyncio.create_task(mdns._on_each((), serve))
+
+        async def until(*expected: str) -> None:
+            async with asyncio.timeout(LIMIT):
+                while sorted(events) != sorted(expected):  # noqa: ASYNC110
+                    await asyncio.sleep(0.001)
+            events.clear()
+
+        await until("+10.0.0.1", "+10.0.0.2", "+10.0.0.2")
+        own[0] = ["10.0.0.2", "10.0.0.3"]
+        await until("-10.0.0.1", "+10.0.0.3")
+        task.cancel()
+        await until("-10.0.0.2", "-10.0.0.3")
+
+    asyncio.run(main())
+
+
 # --- who uses it
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("loopback")
 def test_a_liar_costs_refused_connections_and_the_head_is_found(tmp_path: Path) -> None:
     """The liar has heard the announcement of the head, and says the same for itself."""
@@ -262,6 +300,7 @@ def test_however_much_is_announced_a_device_dials_once_a_second_and_what_was_sai
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("loopback")
 def test_a_node_whose_head_has_another_address_asks_it_there_and_keeps_that(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -301,6 +340,7 @@ def test_a_node_whose_head_has_another_address_asks_it_there_and_keeps_that(
     limited(main)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("loopback")
 def test_a_device_that_joins_finds_the_head_which_is_not_where_the_token_says(tmp_path: Path) -> None:
     houses = Houses(tmp_path)

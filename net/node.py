@@ -349,7 +349,8 @@ class Node:
         """Passes the messages of the peer with the incarnation `sender` to the assignment of their epoch, if
         that peer is the previous stage; drops messages of other epochs."""
         async with open_tasks() as tasks:
-            tasks.start_soon(attend, connection, self._parts.timing, self._held_back)
+            timing = self._parts.timing
+            tasks.start_soon(attend, connection, timing, self._held_back, lambda: self._pace.busy)
             while True:
                 message = await connection.receive()
                 if isinstance(message, Ping):

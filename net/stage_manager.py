@@ -23,7 +23,7 @@ from .carry import Taker
 from .connection import Connection, open_tasks
 from .copies import Copies
 from .errors import NetError, RemoteProtocolError, to_wire
-from .liveness import CALL_FACTOR, LOAD_BYTES_PER_S
+from .liveness import CALL_FACTOR, LOAD_BYTES_PER_S, next_tick
 from .messages import (
     Assign,
     Broken,
@@ -71,7 +71,7 @@ LOAD_PATIENCE = 2.0
 them."""
 MOST_ORDERS = 16
 """The most orders about the stage that may wait to be carried out."""
-COPY_SECONDS, COPY_PAUSE = 0.25, 4
+COPY_SECONDS, COPY_PAUSE = 0.5, 4
 """How often a node looks for the time to load a copy of weights. After one it waits for so many times as long
 as that took."""
 
@@ -312,13 +312,13 @@ class StageManager:
     async def _hold_copies(self) -> None:
         """Loads copies while the stage has nothing else to do, one after another, and reports them."""
         while True:
-            await trio.sleep(COPY_SECONDS)
+            await trio.sleep_until(next_tick(trio.current_time(), COPY_SECONDS))
             if self._stage is None:
                 continue
             news = self._copies.news(self._stage.held)
             if news is not None:
                 self._reports.send_nowait(Spares(news))
-            if self.idle:
+            if self.idle and self._copies.next(self._stage.held, self._range) is not None:
                 began, done = trio.current_time(), trio.Event()
                 self._work.send_nowait(partial(self._hold_next, done))
                 await done.wait()

@@ -107,19 +107,26 @@ class Watch:
             self._probing = False
 
 
-async def attend(connection: Connection, timing: Timing, held_back: Callable[[], bool]) -> None:
-    """The part of the side that was dialled. While rows arrive, or the stage accepts no more (`held_back`),
-    it sends a Pong at every tick. NodeLostError: nothing has arrived for `timing.overdue`."""
+async def attend(
+    connection: Connection,
+    timing: Timing,
+    held_back: Callable[[], bool],
+    busy: Callable[[], bool] = lambda: True,
+) -> None:
+    """The part of the side that was dialled. While rows arrive at a `busy` stage, behind which pings may
+    wait, or the stage accepts no more (`held_back`), it sends a Pong at every tick. NodeLostError: nothing
+    has arrived for `timing.overdue`."""
     awake = Awake(trio.current_time(), 2 * IDLE_TICK_SECONDS)
     still, before = Stillness(), connection.received
     still.seconds(awake.tick(trio.current_time()), before, due=True)
     while True:
-        pause = TICK_SECONDS if connection.received != before or held_back() else IDLE_TICK_SECONDS
+        soon = held_back() or (connection.received != before and busy())
+        pause = TICK_SECONDS if soon else IDLE_TICK_SECONDS
         await trio.sleep_until(next_tick(trio.current_time(), pause))
         held, received = held_back(), connection.received
         silence = still.seconds(awake.tick(trio.current_time()), received, due=not held)
         if silence > timing.overdue:
             raise NodeLostError(f"{connection.peer} is lost: it has sent nothing for {silence:.0f} s")
-        if held or received != before:
+        if held or (received != before and busy()):
             connection.post(Pong(0))
         before = received

@@ -246,6 +246,34 @@ def test_a_node_that_cannot_accept_rows_says_that_it_lives(lab: ModuleType) -> N
     pair(lab, test)
 
 
+@pytest.mark.parametrize("busy", [True, False])
+def test_only_a_busy_stage_answers_more_than_the_pings(lab: ModuleType, busy: bool) -> None:
+    async def test(down: Any, up: Any) -> None:
+        heard = list[int]()
+
+        async def receive() -> None:
+            while True:
+                heard.append((await down.receive()).nonce)
+
+        async def answer() -> None:
+            while True:
+                await up.send(Pong((await up.receive()).nonce))
+
+        async with trio.open_nursery() as tasks:
+            for task in (receive, answer):
+                tasks.start_soon(task)
+            tasks.start_soon(attend, up, Timing(), lambda: False, lambda: busy)
+            for nonce in range(1, 6):
+                await trio.sleep(1)
+                await down.send(Ping(nonce))
+            await trio.sleep(1)
+            tasks.cancel_scope.cancel()
+        assert [nonce for nonce in heard if nonce] == [1, 2, 3, 4, 5]
+        assert (0 in heard) == busy
+
+    pair(lab, test)
+
+
 def test_the_other_end_gives_up_a_connection_without_pings(lab: ModuleType) -> None:
     async def main() -> None:
         async with lab.network() as net:

@@ -63,8 +63,7 @@ def _check_http(args: argparse.Namespace) -> None:
     connects to it while a model is converted would wait for an answer."""
     if args.http is not None:
         host, port = args.http
-        for listener in opened(args, host, port, ignore).listeners:
-            listener.socket.close()
+        trio.run(_close, opened(args, host, port, ignore).listeners)
 
 
 async def _close(listeners: Sequence[trio.SocketListener]) -> None:

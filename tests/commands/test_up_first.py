@@ -59,6 +59,16 @@ def test_a_port_in_use_is_said_before_a_model_is_converted() -> None:
 
 
 @pytest.mark.usefixtures("no_model")
+def test_a_free_port_for_http_is_free_again_when_the_model_is_looked_for() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as once:
+        port = once.getsockname()[1]
+    words = ("m", "--listen", "127.0.0.1:0", "--http", f"127.0.0.1:{port}")
+    for _ in range(2):
+        with pytest.raises(AssertionError, match="m was looked for"):
+            begin(*words).__enter__()
+
+
+@pytest.mark.usefixtures("no_model")
 def test_keys_that_are_not_there_are_said_before_a_model_is_converted(tmp_path: Path) -> None:
     words = ("--http", "127.0.0.1:0", "--api-key-file", str(tmp_path / "none"))
     with pytest.raises(ShoalError, match="none"):

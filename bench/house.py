@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -222,6 +223,9 @@ class House:
             preexec_fn=ground.enter(0, self.head.laid, ""),
         )  # fmt: skip
         assert running.stdout is not None and running.stderr is not None
+        lost = threading.Timer(SECONDS, running.kill)
+        lost.daemon = True
+        lost.start()
         text, longest, last, changed = b"", 0.0, time.monotonic(), False
         while piece := os.read(running.stdout.fileno(), 4096):
             now = time.monotonic()
@@ -357,8 +361,9 @@ def firewall(house: House) -> None:
     subprocess.run([*command, rules], check=True)
     try:
         phone.stop()
+        wait("the loss of the phone", lambda: not _works(house, phone), house.head)
         phone.start("node", "--name", phone.spec.name, *house.as_node(phone))
-        seconds = wait("layers on all devices", lambda: len(house.holders()) == len(DEVICES), house.head)
+        seconds = wait("the phone", lambda: _works(house, phone), house.head)
         house.note("a phone behind a firewall has layers after", f"{seconds:.1f} s")
         house.note("the answer is that of one process", str(house.answer() == house.alone()))
     finally:
@@ -409,34 +414,41 @@ def _says(device: Device, after: int, what: str) -> bool:
 
 
 def sleep(house: House) -> None:
-    """A phone sleeps for a minute while answers are computed."""
-    phone = house.phones[2]
+    """A phone sleeps for a minute while an answer is computed, which waits for it: the others cannot hold the
+    model."""
+    phone, seconds = house.phones[2], 60.0
     assert phone.process is not None
     process = phone.process
-    house.note(
-        "a phone falls asleep: longest wait for a token",
-        f"{house.disturbed(lambda: process.send_signal(signal.SIGSTOP)):.1f} s",
-    )
-    time.sleep(max(0.0, 60 - 20))
-    process.send_signal(signal.SIGCONT)
-    seconds = wait("the phone", lambda: _state(house, phone) in ("ready", "working"), house.head)
-    house.note("it wakes after 60 s and is back after", f"{seconds:.1f} s", "3 s")
+    wakes = threading.Timer(seconds, process.send_signal, (signal.SIGCONT,))
+    wakes.daemon = True
+
+    def change() -> None:
+        process.send_signal(signal.SIGSTOP)
+        wakes.start()
+
+    late = house.disturbed(change) - seconds
+    house.note("a phone wakes after 60 s: the answer goes on after", f"{late:.1f} s", "3 s")
 
 
 def death(house: House) -> None:
-    """A phone is killed in mid-answer, and started again."""
+    """A phone is killed in mid-answer, and started again. The others cannot hold the model."""
     phone = house.phones[0]
-    assert phone.process is not None
-    process = phone.process
-    house.note("a phone is killed: longest wait for a token", f"{house.disturbed(process.kill):.1f} s")
-    process.wait()
-    phone.start("node", "--name", phone.spec.name, *house.as_node(phone))
-    seconds = wait("the phone", lambda: _state(house, phone) in ("ready", "working"), house.head)
-    house.note("it is started again and is back after", f"{seconds:.1f} s", "3 s")
+
+    def change() -> None:
+        assert phone.process is not None
+        phone.process.kill()
+        phone.process.wait()
+        phone.start("node", "--name", phone.spec.name, *house.as_node(phone))
+
+    what = "a phone is killed and started again: longest wait for a token"
+    house.note(what, f"{house.disturbed(change):.1f} s")
 
 
-def _state(house: House, device: Device) -> str:
-    return next((d["state"] for d in house.status()["devices"] if d["name"] == device.spec.name), "")
+def _works(house: House, device: Device) -> bool:
+    """Whether a device is there, and all have layers."""
+    devices = house.status()["devices"]
+    states = [d["state"] for d in devices if d["name"] == device.spec.name]
+    return states[-1:] in (["ready"], ["working"]) and len(house.holders()) == len(DEVICES)
 
 
 SCENES = {scene.__name__: scene for scene in (start, again, firewall, address, death, sleep, moved)}

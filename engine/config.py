@@ -6,13 +6,13 @@ Source of the keys and defaults: the `*Config` classes of Hugging Face transform
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .errors import ModelFileError, UnsupportedModelError, Warn, ignore
+from .files import parse_json
 
 _MAX_NUMBER = 1e30
 _MAX_COUNT = 1 << 24  # no real dimension or vocabulary is larger, and products of two fit in 64 bits
@@ -89,10 +89,10 @@ def read_config(path: Path) -> Config:
     """Reads `config.json`. ModelFileError: unreadable or inconsistent. UnsupportedModelError: an unsupported
     feature."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelFileError(f"{path} is missing: pull or convert the model again") from None
-    except (OSError, ValueError, RecursionError) as e:
+    except (OSError, ValueError) as e:
         raise ModelFileError(f"{path} cannot be read as JSON: {e}") from e
     if not isinstance(values, dict):
         raise ModelFileError(f"{path} is not a JSON object")

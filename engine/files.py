@@ -1,15 +1,37 @@
-"""Helpers for files: reading whole files with errors that name them, checking untrusted file names, atomic
-writes, and the cache directory."""
+"""Helpers for files: reading whole files with errors that name them, checking untrusted JSON and file names,
+atomic writes, and the cache directory."""
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from .errors import ModelFileError
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
+_DEPTH = 100
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text. ValueError: it is none, or is nested too deeply to be shown in an error."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    level = [value]
+    for _ in range(_DEPTH):
+        level = [
+            item
+            for holder in level
+            if isinstance(holder, dict | list)
+            for item in (holder.values() if isinstance(holder, dict) else holder)
+        ]
+        if not level:
+            return value
+    raise ValueError("it is nested too deeply")
 
 
 def is_inside(name: object) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .control_tokens import Genuine, PlainTwins, never
-from .errors import MissingDependencyError, ModelFileError
+from .errors import MissingDependencyError, ModelFileError, ShoalError
 from .files import read_bytes
 from .hash_cache import HashCache
 from .index import TOKENIZER, read_index
@@ -86,10 +86,14 @@ class Tokenizer:
         return list(self._backend.post_process(encoding, None, special).ids)
 
     def _encoded(self, text: str, *, special: bool) -> Any:
-        """The library's encoding. A long one lets other threads run, which its `encode` does not."""
-        if len(text) < _LONG:
-            return self._backend.encode(text, add_special_tokens=special)
-        return self._backend.encode_batch([text], add_special_tokens=special)[0]
+        """The library's encoding. A long one lets other threads run, which its `encode` does not. ShoalError:
+        the text cannot be written as UTF-8."""
+        try:
+            if len(text) < _LONG:
+                return self._backend.encode(text, add_special_tokens=special)
+            return self._backend.encode_batch([text], add_special_tokens=special)[0]
+        except TypeError as e:
+            raise ShoalError("the text holds half of a character (a lone surrogate): remove it") from e
 
     @property
     def added_tokens(self) -> dict[int, tuple[str, bool]]:

@@ -3,7 +3,6 @@ tokenizer."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from functools import cached_property
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..arrays import F32
 from ..errors import ModelFileError, UnsupportedModelError, Warn, ignore
-from ..files import is_inside, refuse_pointer
+from ..files import is_inside, parse_json, refuse_pointer
 from ..packing import Quantised
 from ..safetensors_file import SafetensorsFile, open_file
 from . import hugging_face_chat
@@ -210,8 +209,8 @@ def _full_name(name: str, names: Collection[str]) -> str:
 
 def _json_object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
         raise ModelFileError(f"{path} cannot be read as JSON: {e}") from e
     if not isinstance(value, dict):
         raise ModelFileError(f"{path} is not a JSON object")

@@ -16,6 +16,7 @@ from tests.net.test_wire import EXAMPLES
 from shoal import house, last_start
 from shoal.engine import strict
 from shoal.engine.batch import Logprobs, Sampling
+from shoal.engine.errors import ShoalError
 from shoal.local import frames
 from shoal.net import pairing, requests
 from shoal.net.errors import MismatchError, NetError, RemoteProtocolError, UntrustedError
@@ -50,7 +51,7 @@ def targets(place: Path) -> dict[str, Target]:
         "frames of pairing": Target(_pairing, _pairings(), (RemoteProtocolError,)),
         "token of an invite": Target(_token, (_token_body(),), (UntrustedError,)),
         "certificate": Target(house.check_certificate, (_certificate(),), (ValueError,)),
-        "a pairing": Target(_said, _saids(), (ValueError, NetError)),
+        "a pairing": Target(_said, _saids(), (ValueError, ShoalError)),
         "house.json": Target(_list, _lists(), (ValueError,)),
         "last.json": Target(partial(strict.decode, last_start._Last), _lasts(), (ValueError,)),
         **checkpoint_targets(place),

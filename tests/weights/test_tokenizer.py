@@ -247,6 +247,12 @@ def test_a_tokenizer_with_an_id_beyond_any_table_is_refused_before_its_ids_are_l
         tokenizer.encode("<s>", control=False)
 
 
+@pytest.mark.parametrize("length", [1, 1 << 16])
+def test_half_a_character_is_refused(length: int) -> None:
+    with pytest.raises(ShoalError, match="a lone surrogate"):
+        Tokenizer.parse(tokenizer_file(), "x").encode("\ud800" * length)
+
+
 def test_more_tokens_than_rows_of_the_table(tmp_path: Path) -> None:
     tokens = byte_level()
     tokens["tokens"] = [*tokens["tokens"], *(f"t{i}" for i in range(20)), "T"]

@@ -23,6 +23,7 @@ Told = SetSampling | Tokens | Mask
 """What the last stage is told of a session."""
 Notice = Told | Close
 """A Close: it will be told nothing more."""
+_USUAL = Sampling()
 
 
 @dataclass(slots=True)
@@ -48,7 +49,7 @@ class UpdateSender:
         if step.want in (Want.NOTHING, Want.ROWS):
             return step, []
         told, scored = list[Told](), step.want is Want.SCORES
-        if not scored and not self.sampling and sampling != Sampling():
+        if not scored and not self.sampling and sampling != _USUAL:
             told.append(SetSampling(step.session, step.epoch, self._next(), sampling))
             self.sampling = True
         end = step.first + step.rows + scored

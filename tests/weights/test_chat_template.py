@@ -163,6 +163,7 @@ def test_the_date_is_the_local_one() -> None:
         ("{{ messages[0].content.missing.more }}", "refuses these messages"),
         ("{{ messages[9].content }}", "refuses these messages"),
         ("{{ bos_token + 1 }}", "refuses these messages"),
+        ("{{ messages[0].content[:1e999] }}", "refuses these messages: name 'inf' is not defined"),
         ("{{ 1 // 0 }}", "refuses these messages"),
         ("{{ messages[0].content.index('zz') }}", "refuses these messages"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recurses endlessly"),

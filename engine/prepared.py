@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 from .backends.base import Backend, BoundProgram, Executor, WeightData
@@ -38,21 +39,34 @@ class PreparedRange:
         self.executor = backend.executor(self.bound)
         self._model, self._options, self._backend, self._pool = weights.model, options, backend, pool
         self._parts: dict[tuple[int, int], tuple[BoundProgram, Executor, int]] = {}
+        self._current: tuple[int, int] | None = None
+        """The part that `part` was asked for last, which may run now; None: the whole range."""
+        self._lock = threading.RLock()
+        """Held while parts are made and dropped: another thread may need their room."""
         self._whole = 0
         """Runs of the whole range since the last one of a part."""
 
     def part(self, enter: int, until: int) -> tuple[BoundProgram, Executor]:
         """The bound program and the executor to run units [enter, until) of the range with. ContextError: no
         room for its workspace. ShoalError: out of memory."""
-        if (enter, until) == (self.first, self.last):
-            self._whole += 1
-            if self._parts and self._whole > _PART_RUNS:
-                self._close_parts(0)
-            return self.bound, self.executor
-        self._whole = 0
-        found = self._parts.pop((enter, until), None) or self._new_part(enter, until)
-        self._parts[enter, until] = found  # the last one in order is the one that was used last
-        return found[:2]
+        with self._lock:
+            if (enter, until) == (self.first, self.last):
+                self._whole, self._current = self._whole + 1, None
+                if self._parts and self._whole > _PART_RUNS:
+                    self._close_parts(0)
+                return self.bound, self.executor
+            self._whole, self._current = 0, (enter, until)
+            found = self._parts.pop((enter, until), None) or self._new_part(enter, until)
+            self._parts[enter, until] = found  # the last one in order is the one that was used last
+            return found[:2]
+
+    def drop_part(self) -> bool:
+        """Frees the executor of a part that does not run. In any thread. False: there is none."""
+        with self._lock:
+            part = next((part for part in self._parts if part != self._current), None)
+            if part is not None:
+                self._close_part(part)
+            return part is not None
 
     def _new_part(self, enter: int, until: int) -> tuple[BoundProgram, Executor, int]:
         self._close_parts(_MOST_PARTS - 1)
@@ -70,9 +84,12 @@ class PreparedRange:
     def _close_parts(self, most: int) -> None:
         """Frees executors of parts, the one first that was used least recently, but for so many."""
         while len(self._parts) > most:
-            _, executor, size = self._parts.pop(next(iter(self._parts)))
-            executor.close()
-            self._pool.give_back(size)
+            self._close_part(next(iter(self._parts)))
+
+    def _close_part(self, part: tuple[int, int]) -> None:
+        _, executor, size = self._parts.pop(part)
+        executor.close()
+        self._pool.give_back(size)
 
     def restart(self, backend: Backend) -> None:
         """Makes a new executor, with this backend. Called in a forked process, which has no threads of the
@@ -81,7 +98,7 @@ class PreparedRange:
             return
         for _, _, size in self._parts.values():
             self._pool.give_back(size)
-        self._backend, self._parts = backend, {}
+        self._backend, self._parts, self._lock = backend, {}, threading.RLock()
         self.executor = backend.executor(self.bound)
 
     @property
@@ -93,7 +110,8 @@ class PreparedRange:
         """Frees the workspaces, and drops the references to weights."""
         if self.closed:
             return
-        self._close_parts(0)
+        with self._lock:
+            self._close_parts(0)
         self.executor.close()
         del self.executor, self.bound
 

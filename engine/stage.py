@@ -412,8 +412,9 @@ class Stage:
             self._ranges.unload()
 
     def _spare(self) -> bool:
-        """Drops kept rows, or else a copy, for keys and values. False: there is nothing of the kind."""
-        if self._kept.drop_one():
+        """Drops an executor of a part, kept rows, or else a copy, for keys and values. False: there are
+        none."""
+        if self._running.drop_part() or self._kept.drop_one():
             return True
         dropped = self._ranges.copies.drop_one()
         if dropped:

@@ -92,6 +92,25 @@ def test_executors_of_parts_are_few(tiny_int8: Model) -> None:
         assert not stage._running._parts
 
 
+def test_the_executor_of_a_part_goes_where_keys_and_values_need_its_room(tiny_int8: Model) -> None:
+    """It stays for more runs of its part, and counts towards the promise meanwhile."""
+    four = [1, 2, 3, 4]
+    with Stage(tiny_int8, 0, 5, StageOptions("native", threads=1, max_rows=8)) as stage:
+        for number in (1, 2, 3):
+            stage.open_sequence(number)
+        stage.run([Run(1, 0, four, Want.NOTHING)])
+        pages = stage._pool.held
+        stage.run([Run(1, 0, four, Want.NOTHING, None, (0, 2))])
+        stage.limit_kv(stage._pool.held + pages - 1)
+        assert not stage._spare(), "it may run"
+        stage.run([Run(2, 0, four, Want.NOTHING)])
+        assert not stage._running._parts and stage._pool.held == 2 * pages
+        with pytest.raises(ContextError, match="no room to compute a part"):
+            stage.run([Run(1, 0, four, Want.NOTHING, None, (0, 2))])
+        with pytest.raises(ContextError, match="keys and values have filled"):
+            stage.run([Run(3, 0, four, Want.NOTHING)])
+
+
 def test_a_range_that_cannot_be_prepared_changes_nothing(
     tiny_int8: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -240,6 +240,18 @@ def refused(reply: bytes) -> bool:
     return "error" in json.loads(body)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"HEAD /health HTTP/1.5",
+        b"HEAD /health HTTP/1.1\r\nContent-Length: 0\r\nTransfer-Encoding: chunked",
+    ],
+)
+def test_a_head_request_is_refused_without_a_body(strict: Serving, line: bytes) -> None:
+    reply = exchange(strict.port, line + b"\r\nHost: localhost\r\n" + LAST + b"\r\n")
+    assert status(reply) == 400 and reply.endswith(b"\r\n\r\n")
+
+
 def test_each_is_told_what_is_wrong_with_it(strict: Serving) -> None:
     with ThreadPoolExecutor(16) as clients:
         replies = list(clients.map(lambda data: exchange(strict.port, data), TOLD))

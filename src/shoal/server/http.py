@@ -152,6 +152,8 @@ class _Connection:
         """Whether the client sends no more bytes."""
         self._left = b""
         """What is to be sent, and did not fit into the socket."""
+        self._bare = False
+        """Whether a response to the current request has no body."""
 
     async def run(self) -> None:
         """Answers the requests of the connection, one after another."""
@@ -223,6 +225,7 @@ class _Connection:
             await self._read()
 
     async def _answer(self, request: h11.Request) -> None:
+        self._bare = request.method == b"HEAD"
         names = [name for name, _ in request.headers]
         if b"transfer-encoding" in names and b"content-length" in names:  # two lengths: a way to smuggle
             raise h11.RemoteProtocolError("a request has Content-Length and Transfer-Encoding")
@@ -283,7 +286,9 @@ class _Connection:
             ("Date", formatdate(usegmt=True)),
             *more,
         ]
-        await self.write(h11.Response(status_code=status, headers=headers), h11.Data(data=body))
+        bare = self._bare and self._h11.our_state is h11.SEND_RESPONSE
+        content = () if bare else (h11.Data(data=body),)
+        await self.write(h11.Response(status_code=status, headers=headers), *content)
         await self._linger()
 
     async def _linger(self) -> None:

@@ -44,8 +44,9 @@ def hostile(lab: ModuleType, ticket: int = 0) -> dict[str, tuple[bytes, bytes | 
         "garbage": (b"GET / HTTP/1.1\r\n\r\n", None, remote, "does not speak shoal's protocol"),
         "random": (random.Random(1).randbytes(5000), None, remote, "does not speak shoal's protocol"),
         "a ping for a greeting": (header(3, 2) + b"{}", None, remote, "Ping out of turn"),
-        "version 7": (
-            HEADER.pack(b"SHOL", 99, 1, 2), None, MismatchError, f"version 99 and this process {PROTOCOL}"
+        "another version": (
+            HEADER.pack(b"SHOL", 99, 1, 2), None, MismatchError,
+            f"version 99 of shoal's protocol and this device {PROTOCOL}: upgrade shoal on this one",
         ),
         "another model": (
             b"".join(WireProtocol(True).send(lab.identity("stranger", 6, "cc" * 32).hello("step"))),
@@ -68,7 +69,7 @@ def hostile(lab: ModuleType, ticket: int = 0) -> dict[str, tuple[bytes, bytes | 
 
 
 CASES = (
-    "garbage", "random", "a ping for a greeting", "version 7", "another model", "4 GB for a greeting",
+    "garbage", "random", "a ping for a greeting", "another version", "another model", "4 GB for a greeting",
     "4 GB of rows", "rows on control", "garbage once greeted", "a step connection",
     "a probe with a wrong ticket", "a false assignment",
 )  # fmt: skip

@@ -152,7 +152,7 @@ def test_no_stream_breaks_when_layers_move_and_a_node_dies(
     tiny: Path, llm: shoal.LLM, tmp_path: Path
 ) -> None:
     options = ("--measure-seconds", "0.01")
-    specs = [NodeSpec(f"n{i}", ram_mb=300, slow=3.0, options=options) for i in range(3)]
+    specs = [NodeSpec(f"n{i}", ram_mb=300, slow=12.0, options=options) for i in range(3)]
     with nodes(tiny, specs, tmp_path) as running:
         processes = {node.spec.name: node.process for node in running}
         addresses = ["{}:{}".format(*node.address) for node in running]

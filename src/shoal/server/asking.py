@@ -40,6 +40,10 @@ def never() -> bool:
     return False
 
 
+PACE_SECONDS = 0.01
+"""Between two parts of a response: quick tokens share one."""
+
+
 class Bell:
     """Wakes tasks of one event loop for items that other threads put. Putting is followed by a system call
     only if the loop has not been woken since, and at the end of a burst, so a step of many answers wakes the
@@ -81,17 +85,21 @@ def _loop_bell() -> Bell:
 
 
 class Arrivals(Generic[T]):
-    """Items that any thread puts, and one task takes."""
+    """Items that any thread puts, and one task takes: the first ones at once, later ones PACE_SECONDS apart.
+    A task that woke for each token of a quick answer would take its time from the engine."""
 
     def __init__(self) -> None:
         self._items = deque[T]()
         self._bell = _loop_bell()
         self._look: Callable[[], object] = _nothing
+        self._last = self._pauses = False
 
-    def put(self, item: T) -> None:
-        """Adds an item; in any thread."""
+    def put(self, item: T, *, last: bool) -> None:
+        """Adds an item; in any thread. `last`: nothing follows it, so it is taken at once."""
         self._items.append(item)
-        self._bell.ring(self._wake)
+        self._last |= last
+        if self._look is not _nothing and (last or not self._pauses):
+            self._bell.ring(self._wake)
 
     def _wake(self) -> None:
         self._look()
@@ -102,35 +110,37 @@ class Arrivals(Generic[T]):
             await self._until(lambda: bool(self._items))
 
     async def each(self, take: Callable[[list[T]], bool]) -> None:
-        """Calls `take` with all items that have arrived, now and whenever there are more, until it returns
-        False. Its exceptions are raised here."""
-        failures: list[Exception] = []
+        """Calls `take` with all items that have arrived, now and again, until it returns False."""
+        await self.some()
+        while take(self._taken()):
+            await self._pause()
+            await self.some()
 
-        def taken() -> bool:
-            if not self._items:
-                return False
-            try:
-                return not take([self._items.popleft() for _ in range(len(self._items))])
-            except Exception as error:
-                failures.append(error)
-                return True
+    def _taken(self) -> list[T]:
+        self._last = False
+        return [self._items.popleft() for _ in range(len(self._items))]
 
-        await self._until(taken)
-        if failures:
-            raise failures[0]
+    async def _pause(self) -> None:
+        """Waits for the next of the times at which all tasks take items, or for a last item."""
+        self._pauses = True
+        try:
+            with trio.move_on_at((trio.current_time() // PACE_SECONDS + 1) * PACE_SECONDS):
+                await self._until(lambda: self._last)
+        finally:
+            self._pauses = False
 
     async def _until(self, look: Callable[[], bool]) -> None:
-        """Calls `look` now and whenever there is news, until it returns True."""
-        ended = trio.Event()
+        """Waits until `look()` is true, which is called now and when there is news."""
+        found = trio.Event()
 
         def again() -> None:
-            if not ended.is_set() and look():
-                ended.set()
+            if look():
+                found.set()
 
         self._look = again
         try:
             again()
-            await ended.wait()
+            await found.wait()
         finally:
             self._look = _nothing
 
@@ -192,7 +202,7 @@ class Asked:
         self._stop()
 
     def _put(self, i: int, item: Item) -> None:
-        self._arrivals.put((i, item))
+        self._arrivals.put((i, item), last=not isinstance(item, int))
 
     def _stop(self) -> None:
         for stop in self._stops:
@@ -268,7 +278,7 @@ async def read(
     stops: list[Stop] = []
 
     def put(i: int, item: Result | Exception | None) -> None:
-        arrivals.put((i, item))
+        arrivals.put((i, item), last=not isinstance(item, Result))
 
     def begin() -> None:
         for i, (tokens, first) in enumerate(texts):

@@ -24,6 +24,8 @@ from .test_http import BODIES, ENDLESS, HEAD, HELLO, HOSTILE, SMUGGLED, exchange
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 LAST = b"Connection: close\r\n"
+LARGE = b"X: " + b"a" * 4096 + b"\r\n\r\n"
+"""The end of a head that is larger than `strict` takes."""
 
 
 def sent(path: str, body: bytes, *headers: str) -> bytes:
@@ -250,6 +252,19 @@ def refused(reply: bytes) -> bool:
 def test_a_head_request_is_refused_without_a_body(strict: Serving, line: bytes) -> None:
     reply = exchange(strict.port, line + b"\r\nHost: localhost\r\n" + LAST + b"\r\n")
     assert status(reply) == 400 and reply.endswith(b"\r\n\r\n")
+
+
+def test_a_head_request_with_too_large_a_head_is_refused_without_a_body(strict: Serving) -> None:
+    reply = exchange(strict.port, b"HEAD /health HTTP/1.1\r\nHost: localhost\r\n" + LARGE)
+    assert status(reply) == 431 and reply.endswith(b"\r\n\r\n")
+
+
+def test_a_refusal_after_a_head_request_has_its_body(strict: Serving) -> None:
+    """Of another method, and of what is no request."""
+    for second, code in ((b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + LARGE, 431), (b"x\r\n\r\n", 400)):
+        reply = exchange(strict.port, b"HEAD /health HTTP/1.1\r\nHost: localhost\r\n\r\n" + second)
+        first, _, refusal = reply.partition(b"\r\n\r\n")
+        assert status(first) == 200 and status(refusal) == code and refused(refusal)
 
 
 def test_each_is_told_what_is_wrong_with_it(strict: Serving) -> None:

@@ -176,6 +176,7 @@ class _Connection:
 
     async def _head(self, first: bool) -> h11.Request | None:
         """The next request. None: there is none, since the client has gone or this server ends."""
+        self._bare = False
         if not self._h11.trailing_data[0]:
             with trio.move_on_after(self._limits.head if first else self._limits.idle):
                 if not await self._more_or_draining():
@@ -191,6 +192,7 @@ class _Connection:
             return None
         if not isinstance(event, h11.Request):
             return None
+        self._bare = event.method == b"HEAD"
         size = len(event.target) + sum(len(name) + len(value) for name, value in event.headers)
         if size > self._limits.head_bytes:  # h11 looks only at what is not whole yet
             raise h11.RemoteProtocolError("the head of the request is too large", error_status_hint=431)
@@ -225,7 +227,6 @@ class _Connection:
             await self._read()
 
     async def _answer(self, request: h11.Request) -> None:
-        self._bare = request.method == b"HEAD"
         names = [name for name, _ in request.headers]
         if b"transfer-encoding" in names and b"content-length" in names:  # two lengths: a way to smuggle
             raise h11.RemoteProtocolError("a request has Content-Length and Transfer-Encoding")
@@ -286,8 +287,7 @@ class _Connection:
             ("Date", formatdate(usegmt=True)),
             *more,
         ]
-        bare = self._bare and self._h11.our_state is h11.SEND_RESPONSE
-        content = () if bare else (h11.Data(data=body),)
+        content = () if self._bare else (h11.Data(data=body),)
         await self.write(h11.Response(status_code=status, headers=headers), *content)
         await self._linger()
 

@@ -60,6 +60,11 @@ class PreparedRange:
             self._parts[enter, until] = found  # the last one in order is the one that was used last
             return found[:2]
 
+    @property
+    def has_parts(self) -> bool:
+        """Whether there are executors of parts, which count the runs of the whole range."""
+        return bool(self._parts)
+
     def drop_part(self) -> bool:
         """Frees the executor of a part that does not run. In any thread. False: there is none."""
         with self._lock:

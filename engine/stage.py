@@ -21,7 +21,7 @@ from .backends import choose
 from .backends.base import CANCELLED, BoundProgram, Executor, Outcome, SequenceRows
 from .batch import MOST_REPORTED, Result, Run, Sampling, Want
 from .calls import Calls, Flag
-from .errors import CancelledRunError, ContextError, MissingDependencyError
+from .errors import CancelledRunError, ContextError, MissingDependencyError, ShoalError
 from .incoming import Arriving, Incoming
 from .kept_rows import KeptRows
 from .kv import KvRows, PagePool, SequenceKv
@@ -239,16 +239,19 @@ class Stage:
     def rehearse(self, sequence: int) -> None:
         """Begins a run of the sequence's next row, and ends it before it computes much, for a thread that
         waits for this row. It brings what `run` needs into the caches of the core: a run reads so many
-        weights that nothing else is left there. Nothing changes. Does nothing if the sequence is not open,
-        or its next row is the first of a page. ModelFileError: as for `run`."""
+        weights that nothing else is left there. Nothing changes, and nothing fails. Does nothing if the
+        sequence is not open, its next row is the first of a page, or the range is being filled by parts."""
         with self._calls.alone():
-            state = self._sequences.get(sequence)
+            state, running = self._sequences.get(sequence), self._running
             if state is None or not state.length % PAGE or state.length >= len(state.tokens):
                 return
-            bound, _ = self._running.part(self.first, self.last)
-            hidden = None if bound.reads_tokens else np.zeros((1, self.model.program.cut_cols), np.float32)
-            with suppress(CancelledRunError, ContextError, ValueError):  # the run itself says what is wrong
-                self._run([Run(sequence, state.length, (0,), Want.TOKEN, hidden)], _STOPPED)
+            if running.closed or running.has_parts:
+                return
+            first = running.bound.reads_tokens
+            hidden = None if first else np.zeros((1, self.model.program.cut_cols), np.float32)
+            want = Want.NOTHING if self.model.program.labels else Want.TOKEN
+            with suppress(ShoalError, ValueError, MemoryError):  # the run itself says what is wrong
+                self._run([Run(sequence, state.length, (0,), want, hidden)], _STOPPED)
 
     def settle(self) -> None:
         """Does what the last run has left for later: the rows to keep are copied. The next run, or whoever

@@ -191,6 +191,17 @@ def test_a_classifier_draws_no_tokens(classifiers: Any) -> None:
             stage.run([Run(0, 0, [267], Want.ROWS)])
 
 
+def test_a_rehearsal_of_a_classifier_ends_nothing(classifiers: Any) -> None:
+    """It wants no token, which such a model cannot draw."""
+    model = classifiers("qwen3", "int8")
+    with Stage(model, 0, model.n_units, StageOptions("native", threads=1)) as stage:
+        stage.open_sequence(0, Sampling())
+        (before,) = stage.run([Run(0, 0, [1, 2, 3], Want.LOGITS)])
+        stage.rehearse(0)
+        (after,) = stage.run([Run(0, 0, [1, 2, 3], Want.LOGITS)])
+        assert before.logits is not None and np.array_equal(before.logits, after.logits)
+
+
 @pytest.mark.parametrize(
     ("values", "labels"),
     [

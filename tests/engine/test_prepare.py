@@ -92,6 +92,20 @@ def test_executors_of_parts_are_few(tiny_int8: Model) -> None:
         assert not stage._running._parts
 
 
+def test_a_rehearsal_leaves_the_executors_of_parts_alone(tiny_int8: Model) -> None:
+    """A refill goes on while the stage waits for rows, and each wait has many rehearsals."""
+    with Stage(tiny_int8, 0, 5, OPTIONS) as stage:
+        stage.open_sequence(1)
+        stage.run([Run(1, 0, [1, 2, 3, 4], Want.NOTHING, None, (0, 2))])
+        stage.run([Run(1, 0, [1, 2, 3, 4], Want.NOTHING)])
+        held = dict(stage._running._parts)
+        for _ in range(100):
+            stage.rehearse(1)
+        assert held and stage._running._parts == held
+        stage.leave(0, 2)
+        stage.rehearse(1)  # nothing can run
+
+
 def test_the_executor_of_a_part_goes_where_keys_and_values_need_its_room(tiny_int8: Model) -> None:
     """It stays for more runs of its part, and counts towards the promise meanwhile."""
     four = [1, 2, 3, 4]

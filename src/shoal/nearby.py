@@ -45,16 +45,20 @@ async def announce(
     if not hosts or not installed():
         return
     over = () if any(host == _ANYWHERE for host, _ in hosts) else [host for host, _ in hosts]
-    async with _process("announce", purpose, key, str(PROTOCOL), str(hosts[0][1]), *over) as process:
-        say("announced in the local network by mDNS (not with --no-mdns)")
-        code = await process.wait()
-    say(f"not announced by mDNS any more: its process has ended with code {code}")
+    try:
+        async with _process("announce", purpose, key, str(PROTOCOL), str(hosts[0][1]), *over) as process:
+            say("announced in the local network by mDNS (not with --no-mdns)")
+            code = await process.wait()
+    except OSError as error:  # as many processes or open files as there may be
+        say(f"not announced by mDNS: {error}")
+    else:
+        say(f"not announced by mDNS any more: its process has ended with code {code}")
 
 
 @asynccontextmanager
 async def announced(purpose: Purpose, key: str) -> AsyncIterator[AsyncIterator[tuple[str, int]]]:
     """The places where a head with this key is announced, again and again as long as they are. They end if
-    the process that looks for them does."""
+    the process that looks for them does. OSError: it cannot be started."""
     async with _process("look", purpose, key) as process:
         assert process.stdout is not None
         async with aclosing(_places(process.stdout)) as places:
@@ -69,12 +73,13 @@ async def find_head(trust: Trust, known: Callable[[], Sequence[tuple[str, int]]]
     key = next(key_of(der_of(device)) for device in trust.devices if device.role == "head")
     await trio.sleep(_GRACE_SECONDS)  # most often it is back where it was
     while True:
-        async with announced("node", key) as places:
-            async for place in places:
-                if place not in known():
-                    with suppress(NetError):  # somebody else announces the same
-                        await trio.aclose_forcefully(await dial_head([place], trust))
-                        return place
+        with suppress(OSError):
+            async with announced("node", key) as places:
+                async for place in places:
+                    if place not in known():
+                        with suppress(NetError):  # somebody else announces the same
+                            await trio.aclose_forcefully(await dial_head([place], trust))
+                            return place
         await trio.sleep(_RESTART_SECONDS)
 
 

@@ -269,7 +269,7 @@ async def _found(invite: Invite) -> _Line | None:
     if not nearby.installed():
         return None
     found: _Line | None = None
-    with trio.move_on_after(LOOK_SECONDS):
+    with suppress(OSError), trio.move_on_after(LOOK_SECONDS):
         async with nearby.announced("join", invite.head) as places:
             async for where in places:
                 with suppress(NetError):  # somebody else announces the same

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import random
 import socket
 import subprocess
@@ -426,6 +428,34 @@ def test_without_zeroconf_nothing_is_announced_or_looked_for(
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
     assert started == []
+
+
+def test_where_no_process_can_be_started_all_else_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node tries it again later."""
+    tries, said = list[float](), list[str]()
+
+    async def full(*given: Any, **more: Any) -> trio.Process:
+        tries.append(trio.current_time())
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(trio.lowlevel, "open_process", full)
+    trust = Houses(tmp_path).trust("a", ["head", "a"])
+
+    async def main() -> None:
+        listeners = await trio.open_tcp_listeners(0, host="0.0.0.0")
+        await nearby.announce("node", KEY, listeners, said.append)
+        for listener in listeners:
+            await listener.aclose()
+        assert await pairing._found(Invite(((LO, 9),), KEY, bytes(16), 0)) is None
+        tries.clear()
+        with trio.move_on_after(3.5 * nearby._RESTART_SECONDS) as scope:
+            await nearby.find_head(trust, list)
+        assert scope.cancelled_caught and len(tries) == 4
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert said == ["not announced by mDNS: [Errno 24] Too many open files"]
 
 
 @pytest.mark.parametrize("how", [{"mdns": False, "given": ()}, {"mdns": True, "given": ((LO, 9),)}])

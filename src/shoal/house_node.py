@@ -44,13 +44,15 @@ class HouseNode:
         self._mdns = mdns and not given
         self._trying = trio.CancelScope()
         self._known: tuple[tuple[str, int], ...] = ()
+        self._found: tuple[tuple[str, int], ...] = ()
+        """Where the head has been found last, if that could not be kept."""
         self.open_stream = relayed(self.addresses, trust, self._tell)
         """How the node reaches other nodes of the house."""
 
     def addresses(self) -> tuple[tuple[str, int], ...]:
         """Where the head may be, also after this device has left the house. ShoalError: it is not known."""
         told = self._given or tuple((where.host, where.port) for where in house.head_addresses())
-        found = self._known = told or self._known
+        found = self._known = tuple(dict.fromkeys(self._found + told)) or self._known
         if not found:
             raise ShoalError(
                 "it is not known where the head is: give --head HOST:PORT, as `shoal up` prints it"
@@ -93,7 +95,9 @@ class HouseNode:
         known = [where for where in house.head_addresses() if (where.host, where.port) != found]
         try:
             house.keep_head((Address(*found), *known)[:MOST_ADDRESSES])
+            self._found = ()
         except OSError as error:
+            self._found = (found,)
             self._tell(f"that cannot be kept: {error}")
 
     async def stay(

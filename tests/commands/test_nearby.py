@@ -342,6 +342,38 @@ def test_a_node_whose_head_has_another_address_asks_it_there_and_keeps_that(
     limited(main)
 
 
+def test_where_the_disk_is_full_a_node_goes_to_the_head_where_that_was_found_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, log = Address(LO, 1), list[str]()
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "a"))
+    houses, write = Houses(tmp_path), house._write
+    house.save_joined(houses.devices("head", "a"), (old,))
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async def main() -> None:
+        asks = HouseNode(houses.trust("a", ["head", "a"]), (), log.append, mdns=True)
+
+        async def search(port: int) -> tuple[tuple[str, int], ...]:
+            async def find(*given: Any) -> tuple[str, int]:
+                return LO, port
+
+            monkeypatch.setattr(house_node, "find_head", find)
+            await asks._search()
+            return asks.addresses()
+
+        monkeypatch.setattr(house, "_write", full)
+        assert await search(2) == ((LO, 2), (LO, 1))
+        assert await search(3) == ((LO, 3), (LO, 1))
+        assert house.head_addresses() == (old,) and "cannot be kept" in log[-1]
+        monkeypatch.setattr(house, "_write", write)
+        assert await search(4) == ((LO, 4), (LO, 1))
+
+    trio.run(main)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("loopback")
 def test_a_device_that_joins_finds_the_head_which_is_not_where_the_token_says(tmp_path: Path) -> None:

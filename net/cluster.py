@@ -493,7 +493,7 @@ def _beats(state: ClusterState, event: Tick, now: float) -> Outcome:
             continue
         if busy and silence > pulse.trip.suspect():
             commands.append(TryAnew(i))
-        if now - pulse.pinged >= (timing.busy if busy else timing.heartbeat):
+        if pulse.due(now, timing.busy if busy else timing.heartbeat):
             state = state.changed(i, pulse=pulse.ping(now))
             commands.append(SendPing(i))
     return state, tuple(commands)

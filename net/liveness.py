@@ -125,6 +125,11 @@ class Pulse:
         """After anything arrived; with the round trip, if it answers the last ping."""
         return replace(self, waiting=None, trip=self.trip if trip is None else self.trip.measured(trip))
 
+    def due(self, now: float, seconds: float) -> bool:
+        """Whether another ping is due, so many seconds after the last one. A look that comes a little early
+        counts as in time: the next one may be TICK_SECONDS later."""
+        return now - self.pinged >= seconds - TICK_SECONDS / 2
+
     def silence(self, now: float) -> float:
         """The seconds since the first ping that nothing has followed."""
         return 0.0 if self.waiting is None else now - self.waiting

@@ -27,6 +27,8 @@ from .messages import Ping, Pong
 
 SETTLE_SECONDS = 0.2
 """How long the old connection may stay silent after a new one has been answered."""
+PINGS_BYTES = 1024
+"""More than pings bring between two looks of `attend`. What brings as much is rows."""
 FIRST_NONCE = 1 << 32
 """Nonces of this watch begin here. Smaller ones belong to pings behind rows (net/pace.py)."""
 
@@ -84,7 +86,7 @@ class Watch:
         if busy and silence > self._pulse.trip.suspect() and not self._probing:
             self._probing = True
             tasks.start_soon(self._try_anew)
-        if now - self._pulse.pinged >= (timing.busy if busy else timing.heartbeat):
+        if self._pulse.due(now, timing.busy if busy else timing.heartbeat):
             self._nonce += 1
             # If the queue is full, rows are on their way, and the peer says that it receives them.
             self._connection.post(Ping(self._nonce))
@@ -113,20 +115,25 @@ async def attend(
     held_back: Callable[[], bool],
     busy: Callable[[], bool] = lambda: True,
 ) -> None:
-    """The part of the side that was dialled. While rows arrive at a `busy` stage, behind which pings may
-    wait, or the stage accepts no more (`held_back`), it sends a Pong at every tick. NodeLostError: nothing
-    has arrived for `timing.overdue`."""
+    """The part of the side that was dialled. While rows arrive, behind which pings may wait, or anything
+    arrives at a `busy` stage, or the stage accepts no more (`held_back`), it sends a Pong at every tick.
+    NodeLostError: nothing has arrived for `timing.overdue`."""
     awake = Awake(trio.current_time(), 2 * IDLE_TICK_SECONDS)
     still, before = Stillness(), connection.received
     still.seconds(awake.tick(trio.current_time()), before, due=True)
+
+    def rows() -> bool:
+        """Whether rows arrive. At an idle stage pings alone are answered at once; a chunk of rows may take
+        seconds on a slow link before the stage has it."""
+        return connection.received - before > (0 if busy() else PINGS_BYTES)
+
     while True:
-        soon = held_back() or (connection.received != before and busy())
-        pause = TICK_SECONDS if soon else IDLE_TICK_SECONDS
+        pause = TICK_SECONDS if held_back() or rows() else IDLE_TICK_SECONDS
         await trio.sleep_until(next_tick(trio.current_time(), pause))
         held, received = held_back(), connection.received
         silence = still.seconds(awake.tick(trio.current_time()), received, due=not held)
         if silence > timing.overdue:
             raise NodeLostError(f"{connection.peer} is lost: it has sent nothing for {silence:.0f} s")
-        if held or (received != before and busy()):
+        if held or rows():
             connection.post(Pong(0))
         before = received

@@ -274,6 +274,42 @@ def test_only_a_busy_stage_answers_more_than_the_pings(lab: ModuleType, busy: bo
     pair(lab, test)
 
 
+def test_an_idle_stage_that_rows_arrive_at_says_that_it_lives(lab: ModuleType) -> None:
+    """Pings wait behind a chunk of rows that takes seconds on a slow link, and the stage has nothing to do
+    until it has arrived."""
+
+    async def test(down: Any, up: Any) -> None:
+        async def chunk() -> None:
+            while True:
+                up.received += 300_000
+                await trio.sleep(0.25)
+
+        async with trio.open_nursery() as tasks:
+            tasks.start_soon(attend, up, Timing(), lambda: False, lambda: False)
+            tasks.start_soon(chunk)
+            with trio.move_on_after(60) as scope:
+                await watch(down, busy=True, probe=trio.lowlevel.checkpoint).run()
+            assert scope.cancelled_caught
+            tasks.cancel_scope.cancel()
+
+    pair(lab, test)
+
+
+def test_looks_that_come_a_little_early_do_not_skip_pings(lab: ModuleType) -> None:
+    async def test(down: Any, up: Any) -> None:
+        sent = list[float]()
+        down.post = lambda message: sent.append(now)
+        watched = watch(down, busy=True, probe=unreachable)
+        async with trio.open_nursery() as tasks:
+            for tick in range(9):
+                now = 0.25 * tick + (0.003 if tick % 4 else 0.005)
+                watched._look(now, tasks)
+                watched._pulse = watched._pulse.heard()
+        assert [round(4 * at) for at in sent] == [0, 2, 4, 6, 8]
+
+    pair(lab, test)
+
+
 def test_the_other_end_gives_up_a_connection_without_pings(lab: ModuleType) -> None:
     async def main() -> None:
         async with lab.network() as net:

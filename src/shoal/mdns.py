@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import ipaddress
 import os
 import re
 import secrets
@@ -33,14 +32,14 @@ import ifaddr
 from zeroconf import IPVersion, ServiceStateChange
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
+from .home_networks import is_private
+
 TYPE = "_shoal._tcp.local."
 MOST_PLACES, MOST_RESOLVED, MOST_ADDRESSES = 8, 8, 8
 """Announcements that are kept and that are asked for at a time, and the addresses of this device in use."""
 REPEAT_SECONDS, CALM_SECONDS, LOOK_SECONDS, ASK_SECONDS = 5.0, 0.1, 1.0, 60.0
 _TTL, _RESOLVE_MS = 120, 3000
 _SALT = re.compile("[0-9a-f]{16}")
-_PRIVATE = [ipaddress.IPv4Network(net) for net in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16")]
-_PRIVATE.append(ipaddress.IPv4Network("169.254.0.0/16"))
 _MEMORY = 512 << 20
 
 
@@ -53,14 +52,6 @@ def is_of(head: tuple[str, str], name: str, properties: Mapping[bytes, bytes | N
     """Whether an announcement claims to be of a head, given by purpose and key."""
     salt = name.removesuffix(f".{TYPE}")
     return _SALT.fullmatch(salt) is not None and properties.get(b"tag") == tag(salt, *head).encode()
-
-
-def is_private(address: str) -> bool:
-    """Whether this is an IPv4 address as devices of a home have it."""
-    with suppress(ValueError):
-        ip = ipaddress.IPv4Address(address)
-        return any(ip in network for network in _PRIVATE)
-    return False
 
 
 async def announce(head: tuple[str, str], protocol: int, port: int, given: Sequence[str]) -> None:

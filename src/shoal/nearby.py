@@ -17,6 +17,7 @@ from typing import Literal
 import trio
 
 from .arguments import address
+from .home_networks import is_private
 from .net.errors import NetError
 from .net.messages import PROTOCOL
 from .net.reachable import dial_head
@@ -38,10 +39,10 @@ def installed() -> bool:
 async def announce(
     purpose: Purpose, key: str, listeners: Sequence[trio.SocketListener], say: Callable[[str], None]
 ) -> None:
-    """Announces, until cancelled, where the head with this key listens. Returns at once if other devices
-    cannot reach that, or mDNS cannot be used."""
+    """Announces, until cancelled, where the head with this key listens. Returns at once if that is in
+    no private network, or mDNS cannot be used."""
     hosts = [one.socket.getsockname() for one in listeners if one.socket.family == socket.AF_INET]
-    hosts = [where for where in hosts if not where[0].startswith("127.")]
+    hosts = [where for where in hosts if where[0] == _ANYWHERE or is_private(where[0])]
     if not hosts or not installed():
         return
     over = () if any(host == _ANYWHERE for host, _ in hosts) else [host for host, _ in hosts]

@@ -13,6 +13,7 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,8 +26,9 @@ from tests.houses import Houses
 from tests.patience import LIMIT
 
 from shoal import house, house_node, mdns, nearby, pairing
+from shoal.home_networks import is_private
 from shoal.house_node import HouseNode
-from shoal.mdns import MOST_PLACES, TYPE, is_of, is_private, tag
+from shoal.mdns import MOST_PLACES, TYPE, is_of, tag
 from shoal.net.errors import NetError
 from shoal.net.messages import PROTOCOL, Address
 from shoal.net.pairing import Invite
@@ -441,6 +443,25 @@ def test_a_head_is_announced_where_others_reach_it_and_nowhere_else(started: lis
     trio.run(main)
     assert "announced in the local network by mDNS" in said[0]
     assert said[1] == "not announced by mDNS any more: its process has ended with code 3"
+
+
+@pytest.mark.parametrize(
+    ("hosts", "told"),
+    [
+        (("203.0.113.9",), None),
+        (("100.64.0.1", "10.0.0.2", "203.0.113.9", "192.168.1.2"), ("10.0.0.2", "192.168.1.2")),
+        (("203.0.113.9", "0.0.0.0"), ()),  # the process looks for the private ones itself
+    ],
+)
+def test_only_addresses_of_homes_are_announced(
+    started: list[tuple[str, ...]], hosts: tuple[str, ...], told: tuple[str, ...] | None
+) -> None:
+    def listener(host: str) -> Any:
+        bound = SimpleNamespace(family=socket.AF_INET, getsockname=lambda: (host, 7077))
+        return SimpleNamespace(socket=bound)
+
+    trio.run(nearby.announce, "node", KEY, list(map(listener, hosts)), lambda text: None)
+    assert started == ([] if told is None else [("announce", "node", KEY, str(PROTOCOL), "7077", *told)])
 
 
 def test_without_zeroconf_nothing_is_announced_or_looked_for(

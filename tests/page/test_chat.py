@@ -58,19 +58,19 @@ def keep(tab: Tab, *texts: str) -> None:
 
 def test_an_answer_streams_and_is_that_of_the_api(tab: Tab, house: House) -> None:
     page = tab.opens(house.url)
-    tab.sets(temperature=0, max_tokens=48, system="You are a sailor.")
+    tab.sets(temperature=0, max_tokens=160, system="You are a sailor.")
     tab.asks(LONG)
     grows = "!document.querySelector('#stop').hidden && document.querySelector('.answer')?.textContent.length"
     first = tab.until(f"({grows}) || 0")
     assert tab.until(f"({grows}) > {first} && ({grows})") > first, "it is shown as it comes"
     told = tab.answered()
     messages = [{"role": "system", "content": "You are a sailor."}, {"role": "user", "content": LONG}]
-    body = {"messages": messages, "temperature": 0, "max_tokens": 48}
+    body = {"messages": messages, "temperature": 0, "max_tokens": 160}
     reply = httpx.post(f"{house.url}/v1/chat/completions", json=body, timeout=None, trust_env=False).json()
     assert told == reply["choices"][0]["message"]["content"]
     facts = page.locator(".facts").inner_text()
     assert re.fullmatch(
-        r"48 tokens · [\d.]+ tokens/s · first after [\d.]+ s · [\d.]+ s in all · "
+        r"160 tokens · [\d.]+ tokens/s · first after [\d.]+ s · [\d.]+ s in all · "
         "ended at the limit of tokens",
         facts,
     )

@@ -128,7 +128,7 @@ class Pulse:
     def due(self, now: float, seconds: float) -> bool:
         """Whether another ping is due, so many seconds after the last one. A look that comes a little early
         counts as in time: the next one may be TICK_SECONDS later."""
-        return now - self.pinged >= seconds - TICK_SECONDS / 2
+        return now - self.pinged >= seconds - TICK_SECONDS / 4
 
     def silence(self, now: float) -> float:
         """The seconds since the first ping that nothing has followed."""

@@ -217,7 +217,7 @@ class Inbox:
             if prompts:
                 usual = self._seconds(self._last)
                 end = self._streams.deadline(STRETCH, now, sessions)
-                least = (LEAST_STRETCH + BUSY_STRETCH * self._streams.share(usual)) * usual
+                least = self._least(usual)
                 room = least if end is None else max(end - now, least)
                 self._add(steps, prompts, room)
         elif prompts and chosen is None:
@@ -309,7 +309,9 @@ class Inbox:
             if rows < self._most(front, self._last, with_them):
                 return due[1]
             one, some = (self._seconds([(count, front.first, False)]) for count in (1, rows))
-            if rows < front.rows and some < WORTH * one:
+            # Where none can go with them either, waiting for them would have no end.
+            waits = self._most(front, self._last, max(with_them, self._least(usual))) > 0
+            if waits and rows < front.rows and some < WORTH * one:
                 return due[1]
         self._add(steps, prompts, room)
         return None
@@ -348,6 +350,10 @@ class Inbox:
     def _divides(self) -> bool:
         """Whether Steps of prompts are divided: sequences decode, and the costs of calls are known."""
         return self._costs is not None and len(self._streams) > 0
+
+    def _least(self, usual: float) -> float:
+        """The seconds that a call of sequences that decode, `usual` alone, may always take with prompts."""
+        return (LEAST_STRETCH + BUSY_STRETCH * self._streams.share(usual)) * usual
 
     def _slice(self, position: int) -> int:
         """The most rows of prompts from that position on in a call."""

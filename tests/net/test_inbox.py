@@ -421,6 +421,31 @@ def test_a_prompt_goes_on_row_by_row_where_even_one_row_takes_too_long() -> None
     assert parts(box.take(now + 0.1)) == [(50, 1000, 1)]
 
 
+def test_a_prompt_goes_on_where_not_one_row_fits_beside_the_rows_that_are_due() -> None:
+    """At such a depth attention to one row takes longer than all calls of the sequence together may."""
+
+    def deep(loads: Sequence[Load], pause: float) -> float:
+        return 0.001 * sum(count * (1 + first / 10) for count, first, _ in loads)
+
+    box, now, done = Inbox(NOW, 256, 64, (), deep), 0.0, list[int]()
+
+    def ran(batch: Batch) -> float:
+        end = now + deep([load(step) for step in batch.steps], 0.0)
+        box.ran(batch, now, end)
+        done.extend(step.first for step in batch.steps if step.session == 50)
+        return end
+
+    for at in range(20):
+        if at == 5:
+            box.put(prompt(50, 1000, 64), now)
+        if isinstance(batch := box.take(now), Batch):
+            now = ran(batch)
+        now += 0.002
+        box.put(rows(0, at), now)
+        now = ran(take(box, now))
+    assert done[:3] == [1000, 1001, 1002]
+
+
 def test_what_is_left_of_a_divided_step_counts_for_its_bytes() -> None:
     box, now = busy()
     box.put(prompt(50, 0, 64), now)

@@ -86,7 +86,7 @@ class Ranges:
 
     def leave(self, first: int, last: int) -> None:
         """See Stage.leave. Nothing runs."""
-        self._ahead |= self.weights.units.intersection(range(first, last))
+        self._ahead = self.weights.units.intersection(range(first, last))
         self.running.close()
 
     def switch(self, new: PreparedRange) -> PreparedRange:

@@ -409,6 +409,15 @@ def test_a_range_that_was_left_makes_room_for_the_next_and_sequences_go_on(
     assert [*found, two.step(1)] == expected
 
 
+def test_a_range_that_is_left_twice_keeps_only_what_the_later_plan_counts(model: Model) -> None:
+    """Another node may be lost before the stage has its next range."""
+    with Stage(model, 1, 5, OPTIONS) as stage:
+        stage.leave(1, 4)
+        assert stage._weights.units == {1, 2, 3}
+        stage.leave(3, 5)
+        assert stage._weights.units == {3}
+
+
 def test_sequences_that_begin_alike_share_pages_where_they_arrive(model: Model) -> None:
     """What is sent of the source later does not change what the other one has."""
     giver, taker = Stage(model, 0, 3, OPTIONS), Stage(model, 3, 5, OPTIONS)

@@ -367,8 +367,8 @@ def _broken(state: ClusterState, event: StageBroken, now: float) -> Outcome:
     if event.again and state.again < MOST_AGAIN:
         return _again(state, "a connection has failed", now)
     blamed = _blamed(state, event)
-    if blamed != event.member:  # the link between them may be another now
-        state = replace(state, measured=state.measured - {state.ends(event.member, blamed)})
+    if blamed != event.member:
+        state = state.failed_over(event.member, blamed)
     return _left(state, blamed, event.error, now, own=own)
 
 
@@ -398,7 +398,7 @@ def _unmoved(state: ClusterState, move: Transition, event: StageBroken, now: flo
     if state.phase == "moving":
         state, more = transition.load(state, move.placement, now)
     elif blamed != event.member:
-        state = replace(state, measured=state.measured - {state.ends(event.member, blamed)})
+        state = state.failed_over(event.member, blamed)
         state, more = plans.measure(state)
     return state, (*commands, *more)
 

@@ -220,7 +220,7 @@ class ClusterState:
     once nothing is computed."""
     estimated: frozenset[Ends] = frozenset()
     """The links between nodes that were estimated from the links of both to the coordinator
-    (known.estimate)."""
+    (known.estimate), or over which a chain has failed: they are not estimated again."""
     expected: frozenset[int] = frozenset()
     """The devices (see device_of) that the first plan waits for, for `timing.gather` seconds."""
     insufficient: frozenset[int] = frozenset()
@@ -347,6 +347,14 @@ class ClusterState:
         were estimated once: such an estimate has failed, or belongs to processes that have left."""
         known = {i for i in self.alive() if self.ends(ITSELF, i) in self.measured}
         return frozenset(self.ends(*p) for p in self.unmeasured() if known.issuperset(p)) - self.estimated
+
+    def failed_over(self, one: int, other: int) -> ClusterState:
+        """The state after a chain has failed at the link between two members. It may be another now: it is
+        measured before it is used again, whatever is known of it, and not estimated."""
+        ends = {self.ends(one, other)}
+        return replace(
+            self, measured=self.measured - ends, old=self.old - ends, estimated=self.estimated | ends
+        )
 
     def fetches(self, now: float) -> bool:
         """Whether bytes of files arrive at some node."""

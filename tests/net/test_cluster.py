@@ -500,10 +500,13 @@ def test_a_next_node_that_cannot_be_reached_is_blamed_itself() -> None:
     assert state.members[2].lost and not state.members[1].lost
 
 
-def test_a_link_over_which_a_chain_has_failed_is_measured_whatever_is_known_of_it_from_before() -> None:
+@pytest.mark.parametrize("open_ended", [False, True])
+def test_a_link_over_which_a_chain_has_failed_is_measured_whatever_is_known_of_it_from_before(
+    open_ended: bool,
+) -> None:
     pairs = ((HEAD, 0), (0, HEAD), (0, 0))  # all are of device 0
     links = KnownLinks(dict.fromkeys(pairs, LinkSpeed(0.001, 1e7)))
-    state, labels = fresh(), dict[tuple[str, str], LinkSpeed]()
+    state, labels = fresh(open_ended=open_ended), dict[tuple[str, str], LinkSpeed]()
     for join in JOINS:
         state, commands = after(state, replace(join, known=links.of(state, join.hello.incarnation)))
     assert commands == [MakePlan(1, (0, 1, 2))]

@@ -332,8 +332,10 @@ def test_a_node_that_cannot_prepare_leaves_the_chain_as_it_is(holding: bool) -> 
     assert arrived(other, now=13.0)[0].setback is None
 
 
-def test_a_taker_that_cannot_be_reached_is_not_lost_but_the_link_is_measured_again() -> None:
-    state, _ = after(serving(), Proposed(SHIFTED, ""))
+@pytest.mark.parametrize("open_ended", [False, True])
+def test_a_taker_that_cannot_be_reached_is_not_lost_but_the_link_is_measured_again(open_ended: bool) -> None:
+    known = replace(serving(open_ended=open_ended), estimated=frozenset())  # from before
+    state, _ = after(known, Proposed(SHIFTED, ""))
     state, commands = after(state, StageBroken(0, epoch(2), GONE, 101))
     assert commands[-1] == MeasureLinks(((0, 1),)) and Resume(epoch(1)) not in commands
     assert state.alive() == (0, 1, 2) and state.phase == "serving"

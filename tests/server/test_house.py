@@ -16,7 +16,9 @@ import pytest
 from tests.local.test_status import STATUS
 
 import shoal
+from shoal.answer_text import Item
 from shoal.engine import strict
+from shoal.engine.errors import ContextError, OperatingSystemError
 from shoal.net.errors import NodeLostError
 from shoal.server import house, served
 from shoal.server.app import Options
@@ -199,6 +201,49 @@ class Away:
 
     def read(self, request: Any, put: Any) -> Any:
         return self._engine.read(request, partial(self._late, put))
+
+
+class Failing:
+    """An engine whose answers have these items, one answer after another."""
+
+    def __init__(self, *answers: list[Item]) -> None:
+        self._answers = iter(answers)
+
+    def begin(self, prompt: Any, settings: Any, put: Any, report: Any = None) -> Any:
+        for item in next(self._answers):
+            put(item)
+        return lambda **how: None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}),
+        ("/v1/responses", {"input": "Hello"}),
+        ("/v1/completions", {"prompt": "A boat"}),
+    ],
+)
+def test_an_answer_that_fails_before_its_first_token_has_a_status_of_its_own(
+    llm: shoal.LLM, path: str, body: dict[str, Any], stream: bool
+) -> None:
+    errors = OperatingSystemError("the disk is full"), ContextError("301 tokens")
+    devices = Failing(*([error] for error in errors))
+    with serving(shoal.LLM.over(llm.model, cast("Any", devices), llm.context)) as made:
+        full, long = (made.post(path, **body, stream=stream) for _ in errors)
+    assert (full.status_code, full.headers.get("retry-after")) == (503, "5")
+    assert (long.status_code, long.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
+def test_of_several_answers_the_first_that_fails_counts_unless_it_has_begun(llm: shoal.LLM) -> None:
+    lost = OperatingSystemError("the disk is full")
+    devices = Failing([5, 6], [lost], [5, lost], [5, 6])
+    chat = {"messages": [{"role": "user", "content": "Hello"}], "n": 2, "stream": True}
+    with serving(shoal.LLM.over(llm.model, cast("Any", devices), llm.context)) as made:
+        at_once, later = (made.post("/v1/chat/completions", **chat) for _ in range(2))
+    assert at_once.status_code == 503
+    assert later.status_code == 200
+    assert "the disk is full" in [line for line in later.text.splitlines() if line][-1]
 
 
 @pytest.mark.parametrize("slots", [1, 32])

@@ -109,6 +109,10 @@ class Arrivals(Generic[T]):
         if not self._items:
             await self._until(lambda: bool(self._items))
 
+    def waiting(self) -> list[T]:
+        """The items that nobody has taken."""
+        return list(self._items)
+
     async def each(self, take: Callable[[list[T]], bool]) -> None:
         """Calls `take` with all items that have arrived, now and again, until it returns False."""
         await self.some()
@@ -209,8 +213,12 @@ class Asked:
             stop(wait=False)
 
     async def arrived(self) -> None:
-        """Waits for the first token, or the end."""
+        """Waits for the first token, or the end. Raises what has ended an answer before its first token."""
         await self._arrivals.some()
+        first = dict(reversed(self._arrivals.waiting()))  # the first item of each answer
+        for item in first.values():
+            if isinstance(item, Exception):
+                raise item
 
     async def each(self, take: Callable[[Piece], object], full: Callable[[], bool] = never) -> bool:
         """Calls `take` with the parts of all answers, as they come, until all have ended, or until `full()`:

@@ -68,7 +68,11 @@ def plans_of(model: Model, job: dict[str, Any]) -> Any:
     """The planner of `shoal run`, held to the nodes' order and the layers of the job. NetworkPlanner of an
     older checkout has no such option, and its question is changed instead."""
     from shoal import planner
-    from shoal.network_planner import NetworkPlanner
+
+    try:
+        from shoal.network_planner import NetworkPlanner
+    except ModuleNotFoundError:  # an older checkout
+        from shoal.distributed import NetworkPlanner  # type: ignore[import-not-found,no-redef]
 
     streams = job.get("streams", 1)
     context = min(model.config.context, job["context"])
@@ -90,9 +94,13 @@ def plans_of(model: Model, job: dict[str, Any]) -> Any:
 async def head(job: dict[str, Any]) -> dict[str, Any]:
     """Opens the chain and does the job; returns its measurements and answers."""
     from shoal.arguments import address
-    from shoal.cluster_view import coordinator_identity
     from shoal.net.coordinator import Coordinator, CoordinatorOptions
     from shoal.net.identity import shape_of
+
+    try:
+        from shoal.cluster_view import coordinator_identity
+    except ModuleNotFoundError:  # an older checkout
+        from shoal.distributed import coordinator_identity  # type: ignore[no-redef]
 
     model = Model.open(Path(job["model"]))
     plans, nodes = plans_of(model, job), [address(text) for text in job["nodes"]]

@@ -87,10 +87,11 @@ def weights(directory: Path, kind: str) -> Path:
 
 @contextmanager
 def llama_server(directory: Path, model: Path, threads: int, slots: int, context: int) -> Iterator[Running]:
-    """A running llama-server, with room for `slots` answers of `context` tokens each, which share
-    one buffer of keys and values. Prompts stay cached in the slots, as by default."""
+    """A running llama-server, with room for `slots` answers of `context` tokens each. Each slot has a buffer
+    of keys and values of its own, which is quicker here than one for all. Prompts stay cached in the slots,
+    as by default."""
     port = free_port()
-    options = f"--port {port} --threads {threads} --threads-batch {threads} --parallel {slots} --kv-unified"
+    options = f"--port {port} --threads {threads} --threads-batch {threads} --parallel {slots}"
     sizes = f"--ctx-size {slots * context} --alias {NAME} --no-ui --slots"
     command = [str(directory / "llama-server"), "--model", str(model), *options.split(), *sizes.split()]
     with _running(command, port) as process:

@@ -175,20 +175,29 @@ class Connection:
         return [await self.receive(), *self._decoded(first=False)]
 
     def arrived(self) -> list[Message]:
-        """Returns the messages that have arrived, without waiting. Only while no task is in `receive`.
-        Errors as for `receive`."""
+        """Returns the messages that have arrived, of READ_BYTES or a little more, without waiting. Only while
+        no task is in `receive`. Errors as for `receive`."""
         with self._reading:
             messages = self._decoded()
             if messages or self._socket is None:
                 return messages
-            try:
-                data = self._socket.recv(self._next_bytes)
-            except BlockingIOError:
-                return messages
-            except OSError as error:
-                raise self._loss(f"the connection broke ({_cause(error)})") from error
-            self.received += len(data)
-            self._wire.receive_data(data)
+            before = self.received
+            while self.received - before < READ_BYTES:
+                most = self._next_bytes
+                try:
+                    data = self._socket.recv(most)
+                except BlockingIOError:
+                    break
+                except OSError as error:
+                    loss = self._loss(f"the connection broke ({_cause(error)})")
+                    if self.received == before:
+                        raise loss from error
+                    break  # the next call finds the end, for this reason
+                self.received += len(data)
+                self._wire.receive_data(data)
+                # TLS gives less than it has read. A socket has no more then.
+                if not data or (len(data) < most and isinstance(self._socket, socket.socket)):
+                    break
             return self._decoded()
 
     @property

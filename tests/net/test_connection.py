@@ -1,16 +1,20 @@
 """One connection over memory streams: what every kind of end becomes, and that nothing waits for ever."""
 
+import socket
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import trio
 import trio.testing
 
+from shoal.engine.batch import Want
 from shoal.net.connection import Connection, dial, earliest, enter_dial, greet, open_connection
 from shoal.net.errors import LocalProtocolError, NodeLostError, RemoteProtocolError
-from shoal.net.messages import Data, Hello, Open, Peer, Ping, Pong
+from shoal.net.messages import Close, Data, Epoch, Hello, Open, Peer, Ping, Pong, Step
 from shoal.net.probe import measure
 
 
@@ -101,6 +105,31 @@ def test_a_full_queue_is_said_and_drains(lab: ModuleType) -> None:
                 assert a.post(Ping(2))
 
     lab.run(main)
+
+
+def test_all_rows_that_have_arrived_are_returned_together_with_what_follows_them(lab: ModuleType) -> None:
+    """A stage joins calls that wait, and drops the rows of a session that ends."""
+
+    async def main() -> None:
+        ends = [trio.SocketStream(trio.socket.from_stdlib_socket(end)) for end in socket.socketpair()]
+        async with (
+            open_connection(ends[0], "b", dialled=True) as down,
+            open_connection(ends[1], "a", dialled=False) as up,
+        ):
+            for one, other, name in ((down, up, "a"), (up, down, "b")):
+                await one.send(lab.identity(name, 1).hello("step"))
+                await other.expect(Hello)
+            step = Step(1, Epoch(1, 1), 0, (), Want.TOKEN, np.ones((1, 1000), np.float32))
+            sent = [*(replace(step, first=at) for at in range(12)), Close(1, Epoch(1, 1))]
+            assert down.post(*sent) and not down._unsent, "the socket has taken all"
+            got = up.arrived()
+            assert [type(message) for message in got] == [type(message) for message in sent]
+            assert up.arrived() == []
+            down._socket.shutdown(socket.SHUT_WR)
+            with pytest.raises(NodeLostError, match="closed the connection"):
+                up.arrived()
+
+    trio.run(main)
 
 
 def test_what_was_queued_is_written_before_the_end(lab: ModuleType) -> None:

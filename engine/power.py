@@ -1,4 +1,4 @@
-"""Readings of a device's battery, heat and load: how much of it may be used at the moment (net/care.py).
+"""Readings of a device's battery, heat and load: how much of it may be used now (net/throttling.py).
 
 They are files of Linux: power supplies, thermal zones, frequency limits and pressure. Each file may be
 missing, unreadable (Android hides most of them from programs) or hold garbage; its reading is then None. On

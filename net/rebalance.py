@@ -198,9 +198,8 @@ def look(memory: Memory, view: View) -> tuple[Memory, Proposal | None]:
     """The memory after a look at the measurements, and a proposal if a change of the stages pays."""
     memory = _after_changes(replace(memory, verdict=None), view)
     before, memory = memory.seen, replace(memory, seen=view)
-    if memory.way and view.usage.streams:
+    if memory.way:  # also if the answer has ended: stages on the way may be worse than those before it
         return _stepped(memory, view)
-    memory = replace(memory, way=())
     if view.now < memory.quiet or not view.usage.streams:
         return memory, None
     levels = _levels(memory, view)

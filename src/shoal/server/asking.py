@@ -6,6 +6,7 @@ answers: to wake the task of each would cost more than all else that is done for
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -40,8 +41,9 @@ def never() -> bool:
     return False
 
 
-PACE_SECONDS = 0.01
-"""Between two parts of a response: quick tokens share one."""
+FEW, PACE_SECONDS = 4, 0.01
+"""While at most so many responses are sent, parts of one are so far apart: quick tokens share a part, whose
+turn takes as long as that of one token. With more of them a step of the engine takes longer than this."""
 
 
 class Bell:
@@ -53,6 +55,8 @@ class Bell:
         self._token = trio.lowlevel.current_trio_token()
         self._waiting = deque[Callable[[], None]]()
         self._rung = False
+        self.listeners = 0
+        """Tasks that take items as they come."""
 
     def ring(self, wake: Callable[[], None]) -> None:
         """Lets the loop call `wake`; in any thread."""
@@ -85,21 +89,20 @@ def _loop_bell() -> Bell:
 
 
 class Arrivals(Generic[T]):
-    """Items that any thread puts, and one task takes: the first ones at once, later ones PACE_SECONDS apart.
-    A task that woke for each token of a quick answer would take its time from the engine."""
+    """Items that any thread puts, and one task takes."""
 
     def __init__(self) -> None:
         self._items = deque[T]()
         self._bell = _loop_bell()
         self._look: Callable[[], object] = _nothing
-        self._last = self._pauses = False
+        self._last = False
+        """Whether an item has arrived that nothing follows."""
 
     def put(self, item: T, *, last: bool) -> None:
-        """Adds an item; in any thread. `last`: nothing follows it, so it is taken at once."""
+        """Adds an item; in any thread. `last`: nothing follows it."""
         self._items.append(item)
         self._last |= last
-        if self._look is not _nothing and (last or not self._pauses):
-            self._bell.ring(self._wake)
+        self._bell.ring(self._wake)
 
     def _wake(self) -> None:
         self._look()
@@ -114,37 +117,49 @@ class Arrivals(Generic[T]):
         return list(self._items)
 
     async def each(self, take: Callable[[list[T]], bool]) -> None:
-        """Calls `take` with all items that have arrived, now and again, until it returns False."""
-        await self.some()
-        while take(self._taken()):
-            await self._pause()
-            await self.some()
+        """Calls `take` with all items that have arrived, now and whenever there are more, until it returns
+        False. Its exceptions are raised here. Where few tasks listen, items that come sooner than
+        PACE_SECONDS after others wait for that time, unless nothing follows them."""
+        failures: list[Exception] = []
+        due, more = -math.inf, True
 
-    def _taken(self) -> list[T]:
-        self._last = False
-        return [self._items.popleft() for _ in range(len(self._items))]
+        def taken() -> bool:
+            nonlocal due, more
+            if not self._items:
+                return False
+            now = trio.current_time()
+            if now < due and not self._last and self._bell.listeners <= FEW:
+                scope.deadline = due
+                return False
+            due, self._last = now + PACE_SECONDS, False
+            try:
+                more = take([self._items.popleft() for _ in range(len(self._items))])
+            except Exception as error:
+                failures.append(error)
+            return not more or bool(failures)
 
-    async def _pause(self) -> None:
-        """Waits for the next of the times at which all tasks take items, or for a last item."""
-        self._pauses = True
+        self._bell.listeners += 1
         try:
-            with trio.move_on_at((trio.current_time() // PACE_SECONDS + 1) * PACE_SECONDS):
-                await self._until(lambda: self._last)
+            while more and not failures:
+                with trio.CancelScope() as scope:  # until what waits is due
+                    await self._until(taken)
         finally:
-            self._pauses = False
+            self._bell.listeners -= 1
+        if failures:
+            raise failures[0]
 
     async def _until(self, look: Callable[[], bool]) -> None:
-        """Waits until `look()` is true, which is called now and when there is news."""
-        found = trio.Event()
+        """Calls `look` now and whenever there is news, until it returns True."""
+        ended = trio.Event()
 
         def again() -> None:
-            if look():
-                found.set()
+            if not ended.is_set() and look():
+                ended.set()
 
         self._look = again
         try:
             again()
-            await found.wait()
+            await ended.wait()
         finally:
             self._look = _nothing
 

@@ -43,8 +43,6 @@ EXPLAINED: Mapping[str, str] = {
     "chat: a picture": _TYPED,
     "chat: another model": "OpenAI answers 404; llama.cpp answers with the model that it has",
     "chat: tool_choice of no tool": f"{_STRICT}; OpenAI refuses it, too",
-    "chat: too long": "a prompt has the context that shoal promised; at llama.cpp it may take that of "
-    "other slots, since they share a buffer here",
     "broken JSON": _TYPED,
     "empty body": _TYPED,
     "a name twice": "two readers could understand such a body differently, so shoal refuses it",

@@ -13,7 +13,6 @@ import sys
 import tarfile
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -128,7 +127,7 @@ def _running(command: Sequence[str], port: int) -> Iterator[subprocess.Popen[byt
 
 def _healthy(port: int) -> bool:
     url = f"http://127.0.0.1:{port}/health"
-    with suppress(urllib.error.URLError, ConnectionError), urllib.request.urlopen(url, timeout=5) as reply:
+    with suppress(OSError), urllib.request.urlopen(url, timeout=5) as reply:
         return bool(reply.status == 200)
     return False
 

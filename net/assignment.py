@@ -22,7 +22,8 @@ from ..engine.errors import ModelFileError, ShoalError
 from ..engine.power import on_mains
 from ..planner import LinkSpeed
 from .carry import Giver, Taker
-from .connection import Connection, Hop, OpenStream, enter_dial, in_thread, open_tasks, open_tcp
+from .connection import Connection, Hop, in_thread, open_tasks
+from .dial import OpenStream, enter_dial, open_tcp
 from .errors import RemoteProtocolError, to_wire
 from .files import Files
 from .identity import Identity

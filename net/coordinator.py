@@ -26,8 +26,9 @@ from .chain import Answer as Taken
 from .chain import Chain
 from .chain_pace import ChainPace
 from .cluster import decide
-from .connection import Hop, OpenStream, dial, in_thread, open_tasks, open_tcp
+from .connection import Hop, in_thread, open_tasks
 from .control import Control
+from .dial import OpenStream, dial, open_tcp
 from .epochs import Epochs
 from .errors import NetError, NodeLostError, RemoteProtocolError, from_wire
 from .events import Command, Event

@@ -18,8 +18,9 @@ from ..engine.errors import ShoalError
 from . import events
 from .admission import Admission, ChainRoom
 from .chain import Chain
-from .connection import Connection, OpenStream, enter_dial, open_tasks
+from .connection import Connection, open_tasks
 from .control import Control
+from .dial import OpenStream, enter_dial
 from .events import Event
 from .generation import Fill, Flow, Part, loss_of
 from .identity import Identity

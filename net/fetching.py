@@ -18,7 +18,8 @@ import trio
 
 from ..engine.errors import ShoalError
 from .assignment import NodeParts
-from .connection import Connection, dial, open_tasks
+from .connection import Connection, open_tasks
+from .dial import dial
 from .errors import TEXT_LIMIT, NodeLostError, RemoteProtocolError, printable
 from .fetch_plan import FetchPlan, GetAllSums, GetPiece
 from .fetch_window import Window

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from ..engine.errors import ShoalError
 from ..planner import LinkSpeed
-from .connection import OpenStream, open_tasks
+from .connection import open_tasks
 from .control import Control
+from .dial import OpenStream
 from .errors import NodeLostError
 from .identity import Identity
 from .members import ITSELF, Ends, Member, peer_of

@@ -18,15 +18,9 @@ import trio
 from ..engine.errors import ShoalError
 from ..planner import LinkSpeed
 from .assignment import NO_WORK, Assignment, NodeParts
-from .connection import (
-    Connection,
-    address_of,
-    greet,
-    is_peers_fault,
-    open_connection,
-    open_tasks,
-)
+from .connection import Connection, address_of, is_peers_fault, open_connection, open_tasks
 from .connection_limits import ConnectionLimits, Slot
+from .dial import greet
 from .errors import (
     NetError,
     NodeLostError,

@@ -12,7 +12,8 @@ from contextlib import asynccontextmanager
 import trio
 
 from ..planner import LinkSpeed
-from .connection import Connection, OpenStream, dial
+from .connection import Connection
+from .dial import OpenStream, dial
 from .errors import NodeLostError
 from .identity import Identity
 from .messages import BULK_LIMIT, Data, Peer, Ping, Pong

@@ -18,7 +18,8 @@ from dataclasses import replace
 
 import trio
 
-from .connection import OpenStream, open_tasks, open_tcp, reason, sealed
+from .connection import open_tasks
+from .dial import OpenStream, open_tcp, reason, sealed
 from .errors import MismatchError, NetError, NodeLostError, UntrustedError
 from .identity import host_port
 from .messages import Address

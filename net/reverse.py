@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import trio
 
 from ..engine.errors import ShoalError
-from .connection import open_tcp, sealed
 from .connection_limits import ConnectionLimits, Slot
+from .dial import open_tcp, sealed
 from .errors import MismatchError, NetError, NodeLostError, UntrustedError
 from .identity import Identity, host_port
 from .listen import plain

@@ -38,7 +38,8 @@ from .engine.threads import chosen
 from .held_files import HeldFiles
 from .measured import measured
 from .net.assignment import NodeParts
-from .net.connection import open_tasks, open_tcp
+from .net.connection import open_tasks
+from .net.dial import open_tcp
 from .net.errors import MismatchError, NetError, StageStuckError
 from .net.identity import identity_of
 from .net.inbox import enough_bytes

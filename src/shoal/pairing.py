@@ -19,7 +19,7 @@ import trio
 from . import house, nearby
 from .arguments import address
 from .engine.errors import ShoalError
-from .net.connection import open_tcp
+from .net.dial import open_tcp
 from .net.errors import NetError, NodeLostError, RemoteProtocolError, UntrustedError, printable, to_wire
 from .net.identity import host_port
 from .net.listen import accept, addresses, listen, named

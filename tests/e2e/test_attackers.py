@@ -31,7 +31,7 @@ from shoal.engine.convert import convert
 from shoal.engine.errors import ShoalError
 from shoal.engine.model_directory import Model
 from shoal.net.assignment import NodeParts
-from shoal.net.connection import dial, open_tcp
+from shoal.net.dial import dial, open_tcp
 from shoal.net.errors import NetError, NodeLostError, RemoteProtocolError, UntrustedError
 from shoal.net.messages import Address, Fetch, GetBytes, GetSums, Held, Offer, PairedDevice, Peer
 from shoal.net.node import Node

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 from shoal.engine.batch import Sampling, Want
 from shoal.net import tags
-from shoal.net.connection import Connection, dial
+from shoal.net.connection import Connection
+from shoal.net.dial import dial
 from shoal.net.messages import (
     Abort,
     Assign,

@@ -12,7 +12,8 @@ import trio
 import trio.testing
 
 from shoal.engine.batch import Want
-from shoal.net.connection import Connection, dial, earliest, enter_dial, greet, open_connection
+from shoal.net.connection import Connection, open_connection
+from shoal.net.dial import dial, earliest, enter_dial, greet
 from shoal.net.errors import LocalProtocolError, NodeLostError, RemoteProtocolError
 from shoal.net.messages import Close, Data, Epoch, Hello, Open, Peer, Ping, Pong, Step
 from shoal.net.probe import measure

@@ -13,7 +13,7 @@ import trio.testing
 from bench.chaos.strangers import crowd
 
 from shoal.engine.batch import Want
-from shoal.net.connection import Connection, dial
+from shoal.net.connection import Connection
 from shoal.net.connection_limits import (
     CALLERS,
     CROWD,
@@ -25,6 +25,7 @@ from shoal.net.connection_limits import (
     ConnectionLimits,
     most_waiting,
 )
+from shoal.net.dial import dial
 from shoal.net.errors import NetError, NodeLostError, RemoteProtocolError
 from shoal.net.messages import Assign, Epoch, Loaded, Open, Peer, Ping, Pong, Result, Step
 from shoal.net.node import PROBE_HANDSHAKES

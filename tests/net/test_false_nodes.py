@@ -10,8 +10,9 @@ import pytest
 import trio
 import trio.testing
 
-from shoal.net.connection import Connection, greet, open_connection, open_tasks
+from shoal.net.connection import Connection, open_connection, open_tasks
 from shoal.net.coordinator import Coordinator
+from shoal.net.dial import greet
 from shoal.net.errors import MismatchError, NodeLostError, RemoteProtocolError, to_wire
 from shoal.net.messages import (
     Assign,

@@ -18,7 +18,8 @@ import trio.testing
 from shoal.engine.index import FileEntry, Index, UnitEntry
 from shoal.held_files import HeldFiles, fetched_directory, make_skeleton
 from shoal.net import files as net_files
-from shoal.net.connection import Connection, dial, in_thread, open_tcp
+from shoal.net.connection import Connection, in_thread
+from shoal.net.dial import dial, open_tcp
 from shoal.net.errors import NetError
 from shoal.net.fetching import Fetcher
 from shoal.net.messages import (

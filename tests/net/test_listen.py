@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from shoal.net import listen
-from shoal.net.connection import open_tcp
+from shoal.net.dial import open_tcp
 from shoal.net.errors import AddressInUseError, NetError
 
 REAL = socket.getaddrinfo

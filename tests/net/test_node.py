@@ -17,7 +17,8 @@ import trio.testing
 from shoal.engine.batch import Want
 from shoal.engine.errors import NoPlanError
 from shoal.net import node
-from shoal.net.connection import Connection, dial
+from shoal.net.connection import Connection
+from shoal.net.dial import dial
 from shoal.net.errors import NetError, NodeLostError, RemoteProtocolError, from_wire
 from shoal.net.messages import (
     Assign,

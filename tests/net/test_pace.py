@@ -16,8 +16,9 @@ from tests.patience import LIMIT
 from shoal.cluster_view import cluster_of
 from shoal.engine.batch import Want
 from shoal.net.chain_pace import ChainPace
-from shoal.net.connection import in_thread, open_tcp
+from shoal.net.connection import in_thread
 from shoal.net.coordinator import Coordinator, CoordinatorOptions
+from shoal.net.dial import open_tcp
 from shoal.net.inbox import Batch
 from shoal.net.liveness import Timing
 from shoal.net.members import ClusterState, Member

@@ -22,7 +22,8 @@ from shoal.cluster_view import coordinator_identity
 from shoal.engine.errors import ShoalError
 from shoal.engine.model_directory import Model
 from shoal.engine.power import PowerReader, Readings
-from shoal.net.connection import Connection, dial, open_tcp
+from shoal.net.connection import Connection
+from shoal.net.dial import dial, open_tcp
 from shoal.net.messages import Assign, Condition, Epoch, Loaded, Ping, Pong, Release
 from shoal.net.policy import PHONE, Policy, parse_policy
 from shoal.net.throttling import LEAVE_SECONDS, RAM_SECONDS, SHARES

@@ -19,8 +19,9 @@ from shoal.engine.batch import Result as StageResult
 from shoal.engine.batch import Run, Want
 from shoal.engine.wait import Spin, Wait, waiter
 from shoal.net import stage_loop
-from shoal.net.connection import dial, in_thread, open_tcp
+from shoal.net.connection import in_thread
 from shoal.net.coordinator import Coordinator
+from shoal.net.dial import dial, open_tcp
 from shoal.net.inbox import STRETCH, Batch, Inbox
 from shoal.net.messages import Assign, Condition, Epoch, Loaded, Open, Ping, Pong, Progress, Result, Step
 from shoal.net.pace import NodePace

@@ -22,8 +22,9 @@ from shoal import house_node
 from shoal.engine.errors import NoPlanError
 from shoal.house_node import HouseNode
 from shoal.net import reachable
-from shoal.net.connection import OpenStream, dial, in_thread
+from shoal.net.connection import in_thread
 from shoal.net.coordinator import Coordinator, CoordinatorOptions
+from shoal.net.dial import OpenStream, dial
 from shoal.net.errors import MismatchError, NetError, RemoteProtocolError, UntrustedError
 from shoal.net.messages import Address, Peer
 from shoal.net.node import Node

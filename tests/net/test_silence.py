@@ -8,7 +8,8 @@ import pytest
 import trio
 import trio.testing
 
-from shoal.net.connection import dial, open_connection
+from shoal.net.connection import open_connection
+from shoal.net.dial import dial
 from shoal.net.errors import NodeLostError, StageStuckError
 from shoal.net.liveness import Timing
 from shoal.net.messages import Hello, Ping, Pong

@@ -19,9 +19,10 @@ import trio.testing
 from tests.patience import LIMIT
 
 from shoal.net import tags
-from shoal.net.connection import in_thread, open_tcp
+from shoal.net.connection import in_thread
 from shoal.net.connection_limits import WAITING
 from shoal.net.coordinator import Coordinator, CoordinatorOptions
+from shoal.net.dial import open_tcp
 from shoal.net.errors import NodeLostError
 from shoal.net.listen import _SILENT
 from shoal.net.node import Node

@@ -15,7 +15,8 @@ from tests.patience import LIMIT
 from shoal.engine.batch import Want
 from shoal.engine.wait import Wait, waiter
 from shoal.net import stage_loop
-from shoal.net.connection import Connection, dial, open_tcp
+from shoal.net.connection import Connection
+from shoal.net.dial import dial, open_tcp
 from shoal.net.messages import Assign, Loaded, Message, Open, Result, Step
 from shoal.planner.groups import Grouping
 

@@ -19,8 +19,9 @@ from tests.patience import LIMIT
 from shoal.engine.errors import ShoalError
 from shoal.net import coordinator, tags
 from shoal.net.assignment import NodeParts
-from shoal.net.connection import dial, in_thread, open_tcp
+from shoal.net.connection import in_thread
 from shoal.net.coordinator import Coordinator, CoordinatorOptions
+from shoal.net.dial import dial, open_tcp
 from shoal.net.errors import MismatchError, NetError, NodeLostError, RemoteProtocolError, UntrustedError
 from shoal.net.messages import PROTOCOL, Address
 from shoal.net.messages import House as HouseList

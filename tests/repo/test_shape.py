@@ -26,6 +26,7 @@ WITH_TRIO = [
     "net/connection.py",
     "net/control.py",
     "net/coordinator.py",
+    "net/dial.py",
     "net/connection_limits.py",
     "net/fetching.py",
     "net/file_server.py",

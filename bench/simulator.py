@@ -29,10 +29,10 @@ from shoal.planner import Assignment, Cluster, Question
 from shoal.planner.chunks import Chunking, best_chunking
 from shoal.planner.cost import PAUSE_SECONDS, StageCost, hop_seconds
 from shoal.planner.evaluation import check_stages
-from shoal.planner.groups import Grouping, grouping
+from shoal.planner.groups import Grouping, Way, grouping
 from shoal.planner.moves import travel
 from shoal.planner.rows import LOOPBACK, MOST_ROWS, check_name, check_real, check_seconds, check_whole
-from shoal.planner.streams import Follower, Way
+from shoal.planner.streams import Follower
 
 EPOCH = Epoch(0, 0)
 ROW = Chunking(1)

@@ -10,15 +10,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .groups import Way
+from .groups import DEEP, Way
 from .rows import LEAST_CHUNK, check_real, check_whole
 
 SIZES = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Rows of chunks that are tried: multiples of LEAST_CHUNK."""
 LENGTHS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """Prompts for which `chunkings` has the best chunks: up to so many tokens."""
-DEEP = 1024
-"""The position whose attention tells how chunks should shrink."""
 SHORT = 256
 """Prompts up to so many tokens are cut into chunks of equal rows: their attention matters little."""
 MOST_WINDOW = 64

@@ -1,5 +1,4 @@
-"""The cost model: every formula once. Searches, reports, the walker and a node that watches its own pace read
-them.
+"""The cost model: every formula once. Searches, reports and a node that watches its own pace read them.
 
 A unit takes the longer of reading its weights and computing its matmuls, and then its attention the longer of
 reading the state and computing; a stage is its units plus a fixed overhead a call; a hop is a latency plus
@@ -22,8 +21,9 @@ CALL_STEPS = 32  # steps of one call at most, as a node takes them
 PAUSE_SECONDS = 0.0005  # a stage that waited longer starts as after a pause
 Step = tuple[int, int, bool]  # rows of one sequence, their first position, whether a token is wanted
 
-_WHAT = "bytes", "read_bytes", "macs", "kv_bytes_per_token", "fixed_state_bytes", "attend_macs"
-unit_costs = attrgetter(*_WHAT)
+unit_costs = attrgetter(
+    "bytes", "read_bytes", "macs", "kv_bytes_per_token", "fixed_state_bytes", "attend_macs"
+)
 
 
 class Kinds:

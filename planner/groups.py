@@ -23,13 +23,11 @@ nearest to a group for each stage is chosen: measured costs are not exact, and f
 links or devices are slower than measured."""
 LAPS = 3
 """A group may wait for a sequence for as long as having it back saves the busiest stage in so many laps."""
-
-
 STRETCH = 2.0
 """In how many rounds of sequences that decode a stage, or a link, must be done with a slice of a prompt."""
 MOST_SLICE = 256
 DEEP = 1024
-"""The position of a prompt whose attention tells how slices should shrink."""
+"""The position of a prompt whose attention tells how chunks and slices of it should shrink."""
 
 
 class Calls(Protocol):
@@ -50,18 +48,31 @@ class Calls(Protocol):
         """Seconds of a call of any steps."""
 
 
-class Way(Protocol):
-    """A chain as rows pass it: the stages, and the latency and the seconds a row of every hop."""
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """The costs of a stage whose calls have decoded rows alone: seconds by their rows, entry 0 unused."""
 
-    @property
-    def stages(self) -> Sequence[Calls]: ...
-    @property
-    def latency(self) -> Sequence[float]: ...
-    @property
-    def busy(self) -> Sequence[float]: ...
-    @property
-    def together(self) -> Sequence[tuple[int, int]]:
-        """Pairs of stages that one CPU computes."""
+    seconds: Sequence[float]
+    pause: float = 0.0
+    position: float = 0.0
+
+    def rows(self, count: int) -> float:
+        return self.seconds[count]
+
+    def call_seconds(self, steps: Sequence[Step]) -> float:
+        return self.seconds[min(sum(rows for rows, _, _ in steps), len(self.seconds) - 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A chain as rows pass it. Of each stage what its calls take; of each hop, coordinator to first and last
+    to coordinator included, its latency, and for how long a row (on the last, a message) takes the link.
+    `together`: pairs of stages that one CPU computes."""
+
+    stages: Sequence[Calls]
+    latency: Sequence[float]
+    busy: Sequence[float]
+    together: Sequence[tuple[int, int]] = ()
 
 
 @dataclass(frozen=True, slots=True)

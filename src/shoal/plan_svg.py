@@ -3,13 +3,13 @@ shows one token, the other several in flight."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
 from .planner import Plan
-from .planner.streams import Fixed, Message, Walker, Way
+from .planner.groups import Fixed, Way
+from .planner.streams import passage
 
 WIDTH, LABELS, LANE, BAR, TITLE, MARGIN = 960, 150, 34, 20, 34, 16
 COLOURS = ("#3b6ea5", "#c9692c", "#4d8f5b", "#8a5fa3", "#a8433f", "#5a7f8c", "#b0912f", "#6b6b6b")
@@ -37,40 +37,20 @@ class Hop:
     end: float
 
 
-class _Recorder(Walker):
-    """Draws what it walks."""
-
-    def __init__(self, plan: Plan) -> None:
-        stages = [Fixed([0.0, stage.seconds]) for stage in plan.stages]
-        hops = plan.hops
-        latency = [hop.seconds - hop.busy_seconds for hop in hops]
-        super().__init__(Way(stages, latency, [hop.busy_seconds for hop in hops]))
-        self.drawn: list[Bar | Hop] = []
-
-    def send(self, to: int, messages: Sequence[Message], left: float) -> None:
-        for message in messages:
-            start = max(left, self.link_free[to])
-            super().send(to, (message,), left)
-            self.drawn.append(Hop(to, to + 1, message[3], start, self.arrivals[to][-1]))
-
-    def call(self) -> tuple[int, float, float, Message]:
-        at, start, end, message = super().call()
-        self.drawn.append(Bar(at + 1, message[3], start, end))
-        return at, start, end, message
-
-    def returned(self, message: Message, at: float, left: float) -> None:
-        start = max(left, self.link_free[-1])
-        self.drawn.append(Hop(len(self.stages), 0, message[3], start, at))
-
-
 def schedule(plan: Plan, calls: int) -> list[Bar | Hop]:
     """The timeline of `calls` decode calls that start together; each stage and link serves one at a time.
     Lane 0 is the coordinator's, and the stages follow in their order."""
-    walker = _Recorder(plan)
-    walker.send(0, [(1, 0, True, call) for call in range(calls)], 0.0)
-    while walker.next_call < math.inf:
-        walker.call()
-    return walker.drawn
+    hops, lanes = plan.hops, len(plan.stages) + 1
+    way = Way(
+        [Fixed([0.0, stage.seconds]) for stage in plan.stages],
+        [hop.seconds - hop.busy_seconds for hop in hops],
+        [hop.busy_seconds for hop in hops],
+    )
+    drawn: list[Bar | Hop] = []
+    for call, spans in enumerate(passage(way, [(1, 0, True)] * calls)):
+        drawn += [Hop(at, (at + 1) % lanes, call, *span) for at, span in enumerate(spans[::2])]
+        drawn += [Bar(at, call, *span) for at, span in enumerate(spans[1::2], 1)]
+    return drawn
 
 
 def draw(plan: Plan) -> str:

@@ -1,4 +1,4 @@
-"""How prompts are cut into chunks: by hand, and against the walker for chunks of all sizes."""
+"""How prompts are cut into chunks: by hand, and followed along a chain for chunks of all sizes."""
 
 import itertools
 import math
@@ -15,8 +15,9 @@ from shoal.planner.chunks import (
     of_length,
     window,
 )
+from shoal.planner.groups import Way
 from shoal.planner.rows import Assignment, Cluster, Device, LinkSpeed, ModelCosts, Question, Unit, Workload
-from shoal.planner.streams import Follower, Way, _Prompt
+from shoal.planner.streams import Follower, first_token_seconds
 
 LAYER = Unit("layer", 3_500_000, 3_500_000, 3_500_000, 400, 0, 2304, attend_macs=1152)
 MODEL = ModelCosts(
@@ -44,13 +45,6 @@ def way(stages: int, latency: float = 0.0002, rates: tuple[tuple[int, float], ..
     return Follower(question).way([Assignment(*each) for each in ranges])
 
 
-def first_token(way: Way, chunks: list[tuple[int, int]]) -> float:
-    walker = _Prompt(way, chunks)
-    while walker.done == math.inf:
-        walker.call()
-    return walker.done
-
-
 def test_chunks_of_equal_rows_and_chunks_that_shrink() -> None:
     assert Chunking(16).cut(0, 40) == [(0, 16), (16, 16), (32, 8)]
     assert Chunking(16).cut(35, 36) == [(35, 1)]
@@ -69,8 +63,8 @@ def test_the_first_token_is_as_soon_as_with_the_best_of_all_sizes(
     stages: int, tokens: int, latency: float
 ) -> None:
     chain = way(stages, latency)
-    found = first_token(chain, best_chunking(chain, tokens, 256).cut(0, tokens))
-    best = min(first_token(chain, Chunking(size).cut(0, tokens)) for size in SIZES)
+    found = first_token_seconds(chain, best_chunking(chain, tokens, 256).cut(0, tokens))
+    best = min(first_token_seconds(chain, Chunking(size).cut(0, tokens)) for size in SIZES)
     assert found <= 1.02 * best
 
 
@@ -85,8 +79,8 @@ def test_chunks_that_shrink_win_where_attention_counts() -> None:
     chain = way(3)
     best = best_chunking(chain, 2000, 256)
     assert best.slope > 0
-    uniform = min(first_token(chain, Chunking(size).cut(0, 2000)) for size in SIZES)
-    assert first_token(chain, best.cut(0, 2000)) < uniform
+    uniform = min(first_token_seconds(chain, Chunking(size).cut(0, 2000)) for size in SIZES)
+    assert first_token_seconds(chain, best.cut(0, 2000)) < uniform
     no_attention = replace(LAYER, attend_macs=0, kv_bytes_per_token=0)
     flat = ModelCosts((MODEL.units[0], *[no_attention] * 30, MODEL.units[-1]))
     cluster = Cluster((Device("a", 10**9, 2.5e10, 1.9e11), Device("b", 10**9, 2.5e10, 1.9e11)), {

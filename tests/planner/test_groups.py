@@ -5,7 +5,9 @@ import pytest
 from shoal.planner.cost import CALL_STEPS
 from shoal.planner.groups import (
     MOST_SEQUENCES,
+    Fixed,
     Grouping,
+    Way,
     best_groups,
     grouping,
     groupings,
@@ -14,7 +16,6 @@ from shoal.planner.groups import (
     round_seconds,
     sizes,
 )
-from shoal.planner.streams import Fixed, Way
 
 FLAT = Fixed([0.0] + [0.004] * 32)
 """Calls of 4 ms, whatever their rows."""

@@ -63,8 +63,9 @@ class Trial:
     """Victims whose process must not end."""
 
     def victim(self) -> Node:
-        """A node of the chain that nothing was done to yet."""
-        name = self.rng.choice([name for name in self.chain if name not in self.victims])
+        """A node that nothing was done to yet: of the chain, unless moves have left none there."""
+        spared = [name for name in self.fleet.nodes if name not in self.victims]
+        name = self.rng.choice([name for name in self.chain if name in spared] or spared)
         self.victims.add(name)
         return self.fleet.nodes[name]
 

@@ -361,6 +361,8 @@ class StageManager:
             return
         self._owner, self._range, self._left = assign.epoch, range(assign.first, assign.last), False
         self._copies.renew()
+        left = self._parts.kv_bytes(assign.first, assign.last)
+        assignment.reading = self._reading_of(range(0), left)
         await self._take_over(assignment, self._stage, history=True)
         self._tell(Ready(assign.epoch))
 
@@ -389,12 +391,16 @@ class StageManager:
             limit = self._beside(stage, beside, range(0))
             self._left = True
             stage.leave(beside.start, beside.stop)
-        whole = self._parts.kv_bytes(self._range.start, self._range.stop)
-        if limit is not None and whole is not None and not self._left:
-            assignment.reading = (whole - limit) / LOAD_BYTES_PER_S / CALL_FACTOR
+        assignment.reading = self._reading_of(range(0) if self._left else self._range, limit)
         with self._crowd_lock:
             self._crowd = assignment
             assignment.prepared = stage.prepare(beside.start, beside.stop, limit)
+
+    def _reading_of(self, held: range, left: int | None) -> float:
+        """How long the first call may take longer, to read what was loaded beside the units that are held:
+        `left` is what both leave for keys and values."""
+        whole = self._parts.kv_bytes(held.start, held.stop)
+        return 0.0 if whole is None or left is None else (whole - left) / LOAD_BYTES_PER_S / CALL_FACTOR
 
     def _beside(self, stage: StageLike, units: range, beside: range) -> int | None:
         """What a range leaves for keys and values beside another one. NoPlanError: less than they need."""
@@ -475,7 +481,7 @@ class StageManager:
             positions = {session: stage.rows_kept(session, end) for session in kept}
             assignment.rows = tuple(Kept(session, n) for session, n in positions.items() if n)
         self._owner, self._range = assign.epoch, range(assign.first, assign.last)
-        self._reading = None if base is None or self._left else assignment.reading
+        self._reading = assignment.reading
         self._left = False
         self._carried = {session: known[session].truncated(positions) for session, positions in kept.items()}
         self._tell(Adopted(assign.epoch))

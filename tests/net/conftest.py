@@ -70,6 +70,20 @@ class FakeNode:
     up: bool = True
 
 
+class Hangs:
+    """A hop like a thread's, whose calls do not return once `hung` is set, and cannot be cut short."""
+
+    def __init__(self) -> None:
+        self.hung, self.freed = False, trio.Event()
+
+    async def __call__(self, call: Callable[[], Any], /) -> Any:
+        if self.hung:
+            with trio.move_on_after(300, shield=True):  # at last, so that a test that fails ends
+                await self.freed.wait()
+        await trio.lowlevel.checkpoint()
+        return call()
+
+
 def slow_hop(seconds: float) -> Callable[[Callable[[], Any]], Awaitable[Any]]:
     """A hop that takes that long, and like one into a thread cannot be cut short."""
 

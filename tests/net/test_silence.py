@@ -86,20 +86,6 @@ def test_a_step_connection_to_a_node_that_nobody_reaches_ends_after_the_bound(la
     lab.run(main)
 
 
-class Hangs:
-    """A hop like a thread's, whose calls do not return once `hung` is set, and cannot be cut short."""
-
-    def __init__(self) -> None:
-        self.hung, self.freed = False, trio.Event()
-
-    async def __call__(self, call: Callable[[], Any], /) -> Any:
-        if self.hung:
-            with trio.move_on_after(300, shield=True):  # at last, so that a test that fails ends
-                await self.freed.wait()
-        await trio.lowlevel.checkpoint()
-        return call()
-
-
 def expect(first: int, last: int) -> Callable[[object, float], float]:
     return lambda steps, pause: 0.01
 
@@ -108,7 +94,7 @@ def expect(first: int, last: int) -> Callable[[object, float], float]:
 def test_a_node_whose_stage_does_not_return_is_left_out_and_says_so(lab: ModuleType, port: int) -> None:
     async def main() -> None:
         async with lab.network() as net:
-            hops = {7001 + i: Hangs() for i in range(3)}
+            hops = {7001 + i: lab.Hangs() for i in range(3)}
             for name, hop in zip("abc", hops.values(), strict=True):
                 net.add(name, hop=hop, expect=expect)
             async with net.coordinator(plan=spread) as coordinator:

@@ -4,6 +4,7 @@ one process, and nothing is computed again."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
@@ -258,6 +259,29 @@ def test_a_node_is_emptied_and_used_again(lab: ModuleType, empty: int) -> None:
         hand.check(s1=9)
 
     with_nodes(lab, test, *"abc")
+
+
+def test_the_first_call_of_a_node_that_is_used_again_is_bounded_by_what_it_reads(lab: ModuleType) -> None:
+    """Two units of 20 MB, at 20 MB/s, and 3 s."""
+    hop = lab.Hangs()
+
+    def room(first: int, last: int, beside: range = range(0)) -> int:
+        return 10**9 - 20_000_000 * len({*range(first, last), *beside})
+
+    async def test(hand: Hand) -> None:
+        await hand.load(*places((0, 2, 4, 6)))
+        await hand.open(1, *range(9))
+        await hand.move((7002, 0, 3), (7003, 3, 6))
+        await hand.step(1, 5)
+        await hand.move(*places((0, 2, 4, 6)), history=[7001])
+        hop.hung = True
+        with trio.move_on_after(30), suppress(NetError):
+            await hand.step(1, 1)
+        (line,) = [line for line in hand.net.nodes[7001].log if "has not returned" in line]
+        assert "for 5 s" in line
+        hop.freed.set()
+
+    with_nodes(lab, test, *"abc", hop=hop, kv_bytes=room, expect=lambda *_: lambda *_: 0.001)
 
 
 def test_nodes_may_change_their_order(lab: ModuleType) -> None:

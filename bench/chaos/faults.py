@@ -40,6 +40,7 @@ async def freeze(trial: Trial) -> None:
 async def several(trial: Trial) -> None:
     """Kills and freezes of two nodes, one after the other."""
     for fault in trial.rng.choices((kill, freeze), k=2):
+        trial.strikes.append(trio.current_time())
         trial.tasks.start_soon(fault, trial)
         await trio.sleep(trial.rng.uniform(0, 2))
 

@@ -59,6 +59,8 @@ class Trial:
     only_victims: bool = False
     """Whether the loss of any other node is a failure."""
 
+    strikes: list[float] = field(default_factory=list)
+    """When further parts of the fault began: each causes a silence of its own."""
     survivors: set[str] = field(default_factory=set)
     """Victims whose process must not end."""
 
@@ -115,7 +117,7 @@ def moves_about(rng: random.Random, count: int, strike: int) -> list[int]:
     ]
 
 
-class _Heard:
+class Heard:
     """What the coordinator's process prints, with times."""
 
     def __init__(self) -> None:
@@ -147,11 +149,12 @@ class _Heard:
         while sum(len(tokens) for tokens in self.tokens) < count:
             await self.changed.wait()
 
-    def still(self, struck: float) -> float:
-        """The longest time without a token of an answer after the fault."""
+    def still(self, *struck: float) -> float:
+        """The longest time without a token of an answer after a part of the fault, which began at these
+        times."""
         gaps = [0.0]
         for times in self.times:
-            after = [struck, *(t for t in times if t > struck)]
+            after = sorted([*struck, *(t for t in times if t > struck[0])])
             gaps += [b - a for a, b in pairwise(after)]
         return max(gaps)
 
@@ -160,7 +163,7 @@ async def run(
     trial: Trial, fault: Any, around: Any, expected: Sequence[list[int]], questions: list[Ask]
 ) -> Outcome:
     """Runs a trial. The nodes may be left in any state."""
-    start, heard = time.monotonic(), _Heard()
+    start, heard = time.monotonic(), Heard()
     addresses = [gate.address for gate in trial.network.gates]
     log = trial.fleet.nodes["n0"].directory / "head.log"
     problems: list[str] = []
@@ -211,7 +214,7 @@ async def run(
     if equal < STREAMS and heard.done is not None:
         problems.append(f"{STREAMS - equal} answers differ")
     done = heard.done or {"recoveries": 0, "nodes": list(trial.fleet.nodes), "sessions": 0, "moves": []}
-    still = max(0.0, heard.still(struck) - trial.own)
+    still = max(0.0, heard.still(struck, *trial.strikes) - trial.own)
     if still > 2 * trial.bound + SLACK_SECONDS:
         problems.append(f"stood still for {still:.1f} s; the bound is {trial.bound:.1f} s")
     lost = tuple(name for name in trial.fleet.nodes if name not in done["nodes"])

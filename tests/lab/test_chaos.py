@@ -20,7 +20,7 @@ from bench.chaos import __main__ as chaos
 from bench.chaos.fleet import Fleet, Node
 from bench.chaos.head import Ask, Job, anywhere
 from bench.chaos.proxy import FIRST_SYN_RETRY, Gate, Link, Network
-from bench.chaos.trial import Outcome, moves_about
+from bench.chaos.trial import Heard, Outcome, moves_about
 from tests.models import tiny_chat_checkpoint
 
 from shoal.engine.convert import convert
@@ -189,3 +189,10 @@ def test_an_unknown_kind_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         chaos.main(["--seed", "1", "--trials", "1", "--kinds", "kill,earthquake"])
     assert "no such kinds: earthquake" in capsys.readouterr().err
+
+
+def test_each_part_of_a_fault_causes_a_silence_of_its_own() -> None:
+    heard = Heard()
+    heard.times = [[1.0, 5.0, 12.0], [4.5, 11.0]]
+    assert heard.still(4.0) == 7.0  # a gap that began before the fault counts from it
+    assert heard.still(4.0, 8.0) == 4.0

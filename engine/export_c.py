@@ -95,7 +95,7 @@ def _interface() -> str:
 
 
 def _header(model: Model, files: Sequence[str]) -> str:
-    """model.h."""
+    """The text of model.h: the hash of the model, and the sizes that programs need."""
     return _HEADER.format(
         context=model.config.context,
         vocabulary=model.program.vocab,

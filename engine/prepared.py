@@ -130,8 +130,8 @@ def bind(weights: WeightStore, first: int, last: int, options: StageOptions) -> 
 def _bound(
     model: Model, first: int, last: int, options: StageOptions, weights: dict[tuple[int, str], WeightData]
 ) -> BoundProgram:
-    """`weights` has those of the units, and the constants with unit -1, which are left out unless they are
-    used."""
+    """The program of units [first, last) with their weights. The constants of unit -1, which the ops before
+    the first unit read, are left out where there are no such ops."""
     ops = tuple(model.program.ops(first, last))
     prologue = any(unit == -1 for unit, _ in ops)
     return BoundProgram(

@@ -277,9 +277,9 @@ class Coordinator:
     ) -> Session:
         """A sequence of at most `context` tokens (default: the model's context) for consecutive answers, each
         of which computes only the new part of its prompt. `report` and `allow` as in Generation."""
-        return self._session(sampling, context, report, allow, lingers=False)
+        return self._new_session(sampling, context, report, allow, lingers=False)
 
-    def _session(
+    def _new_session(
         self,
         sampling: Sampling | None,
         context: int | None,
@@ -309,7 +309,7 @@ class Coordinator:
         """The answer to a prompt of token ids. As in engine.generate, it ends after `max_tokens`, at the end
         of the context, or before a token in `end`. `report` and `allow` as in Generation. Errors as for
         Session.answer."""
-        session = self._session(sampling, context, report, allow, lingers=True)
+        session = self._new_session(sampling, context, report, allow, lingers=True)
         return session.answer(prompt, max_tokens=max_tokens, end=end, keep=False)
 
     def read(self, request: ReadRequest) -> Reading:

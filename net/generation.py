@@ -158,7 +158,7 @@ class Generation:
     cached: int | None = field(init=False, default=None)
     """The positions with which an answer began, since the chain held them; None: it has sent nothing yet."""
     _in_flight: deque[Step] = field(init=False, default_factory=deque)
-    _old: int = field(init=False, default=0)
+    _stale: int = field(init=False, default=0)
     """How many of the Steps in flight, from the first, belong to an abandoned answer."""
     _fill: Fill | None = field(init=False, default=None)
     """How positions [0, _lost) of lost units are filled before any other rows are sent."""
@@ -231,7 +231,7 @@ class Generation:
 
     def _begin(self, tokens: Sequence[int], most: int) -> None:
         """Begins anything. At most the first `most` positions are not run again if the chain holds them."""
-        self._old = len(self._in_flight)
+        self._stale = len(self._in_flight)
         same = common_prefix(self.known, tokens)
         self._sent = min(self._sent, same, most)
         self._updates.changed(same)
@@ -254,7 +254,7 @@ class Generation:
         """Goes on in the next epoch, whose chain holds `held` positions. With `fill`, some of its units have
         lost them: returns the Open message to send first."""
         assert self._flow is not None and not self.filling
-        self._sent, self._flow, self._old, self._carried = self.held, flow, 0, True
+        self._sent, self._flow, self._stale, self._carried = self.held, flow, 0, True
         self._in_flight.clear()
         self._updates = UpdateSender()
         self._fill, self._filled, self._lost = fill, 0, self._sent
@@ -420,9 +420,9 @@ class Generation:
             raise _not_due(result)
         self._check_result(result, in_flight[done - 1].report if wanted else None, int(wanted))
         self._answered = True
-        old = done <= self._old
+        old = done <= self._stale
         if not fill:
-            self._old = max(0, self._old - done)
+            self._stale = max(0, self._stale - done)
         for _ in range(done):
             in_flight.popleft()
         if part is not None:
@@ -430,8 +430,8 @@ class Generation:
         return None if result.token is None or old else self._append(result.token, result.logprobs)
 
     def _take_read(self, step: Step, result: Result | Rows) -> Read | None:
-        """Accepts a result of rows that want something each: those of the first Step in flight, or the first
-        of them."""
+        """Accepts a result of rows that want something each: of all rows of the first Step in flight, or of
+        the first ones. None: the Step belongs to an abandoned answer. RemoteProtocolError: it is not due."""
         rows, whole = result.rows, result.rows == step.rows
         if result.first != step.first or rows > step.rows:
             raise _not_due(result)
@@ -445,16 +445,18 @@ class Generation:
             if counts != wanted.get(step.want):
                 raise _not_due(result)
             self._check_result(result, step.report, rows)
-            found = result.logprobs, result.tokens, result.scores
-            read = Read(self.session, result.first, rows, None, None, None, *found)
+            read = Read(
+                self.session, result.first, rows,
+                logprobs=result.logprobs, tokens=result.tokens, scores=result.scores,
+            )  # fmt: skip
         self._answered = True
         if whole:
             self._in_flight.popleft()
         else:
             end = step.first + rows
             self._in_flight[0] = replace(step, first=end, tokens=step.tokens[rows:])
-        if self._old:
-            self._old -= whole
+        if self._stale:
+            self._stale -= 1 if whole else 0
             return None
         assert self._reading is not None
         self._reading.first = result.first + rows
@@ -482,7 +484,7 @@ class Generation:
 
     def stop(self) -> None:
         """Ends the answer, complete or not. What is in flight is computed, and its tokens are dropped."""
-        self.finished, self._old = True, len(self._in_flight)
+        self.finished, self._stale = True, len(self._in_flight)
 
     def leave(self) -> Close | None:
         """Forgets what the chain holds; returns the Close message that frees it there, or None if the session
@@ -497,7 +499,7 @@ class Generation:
         return self.leave()
 
     def _forget(self) -> None:
-        self._flow, self._sent, self._old, self._carried, self._answered = None, 0, 0, False, False
+        self._flow, self._sent, self._stale, self._carried, self._answered = None, 0, 0, False, False
         self._fill, self._filled = None, 0
         self._fills.clear()
         self._in_flight.clear()

@@ -81,7 +81,8 @@ def _table(plan: Plan, measured: RunMeasurements) -> list[str]:
         add([f"  -> {to}", f"{hop.bytes:,} bytes a token", "", "", ""], hop.seconds, None)
 
     for stage in plan.stages:
-        add_hop(stage.hop, "hop")
+        add_hop(stage.hop, stage.device)
+        # The first unit is the embedding, and the last one the LM head.
         layers = min(stage.last, plan.units - 1) - max(stage.first, 1)
         units = units_text(stage.first, stage.last, plan.units)
         ram, cap = (f"{size / MB:.1f}" for size in (stage.ram_bytes, stage.cap_bytes))

@@ -47,9 +47,9 @@ def found(laptop: Device = LAPTOP, load: Workload = LOAD, objective: Objective =
 # head of 4 ms. Hops: 2 ms and 4 bytes, 2 ms and 1000 bytes, nothing.
 EXPECTED = """\
 device            units                   layers  RAM MB  cap MB    ms
-  -> hop          4 bytes a token                                 2.00
+  -> phone        4 bytes a token                                 2.00
 phone             embedding + layers 1-3       3     7.0    12.0  6.50
-  -> hop          1,000 bytes a token                             3.00
+  -> laptop       1,000 bytes a token                             3.00
 laptop            layers 4-6 + LM head         3     7.5     8.0  7.00
   -> coordinator  4 bytes a token                                 0.00
 
@@ -80,9 +80,9 @@ def test_measured_is_beside_predicted() -> None:
     lines = render(found(), run).splitlines()
     assert lines[:6] == [
         "device            units                   layers  RAM MB  cap MB    ms  measured",
-        "  -> hop          4 bytes a token                                 2.00         -",
+        "  -> phone        4 bytes a token                                 2.00         -",
         "phone             embedding + layers 1-3       3     7.0    12.0  6.50         -",
-        "  -> hop          1,000 bytes a token                             3.00         -",
+        "  -> laptop       1,000 bytes a token                             3.00         -",
         "laptop            layers 4-6 + LM head         3     7.5     8.0  7.00      7.50",
         "  -> coordinator  4 bytes a token                                 0.00         -",
     ]

@@ -26,7 +26,7 @@ from shoal.engine.model_directory import Model
 from shoal.engine.stage import Stage
 from shoal.grammars import GrammarError, Grammars, Masks
 from shoal.local import choice, frames, server, unix_socket
-from shoal.local.client import RemoteEngine, _Asked, connect, running
+from shoal.local.client import RemoteEngine, _Request, connect, running
 from shoal.local.reconnecting import ReconnectingEngine
 from shoal.local.server import Head, serve
 from shoal.net.errors import AddressInUseError, MismatchError, NodeLostError
@@ -209,12 +209,12 @@ def test_who_waits_for_an_answer_is_told_why(
     now, said = [NOW], list[str]()
     with head(tmp_path / "run", model, local, lambda: now[0]) as path, connected(path) as engine:
         with choice.waiting_told(engine, said.append):
-            engine._asked[0] = _Asked(lambda message: None, lambda error: None)  # it never ends
+            engine._requests[0] = _Request(lambda message: None, lambda error: None)  # it never ends
             now[0] = replace(NOW, phase="waiting", reason="phone is lost")
             wait_for(lambda: len(said) == 1)
             now[0] = NOW
             wait_for(lambda: len(said) == 2)
-        del engine._asked[0]
+        del engine._requests[0]
     assert said == ["the head is not ready (phone is lost): the answer comes when it is", "the head is ready"]
 
 

@@ -45,9 +45,9 @@ class RemoteEngine:
         self._stream, self._process = stream, os.getpid()
         self._numbers = count(1)
         self._out = SimpleQueue[bytes | None]()
-        self._places = threading.BoundedSemaphore(frames.MOST_REQUESTS)
+        self._slots = threading.BoundedSemaphore(frames.MOST_REQUESTS)
         self._lock = threading.Lock()
-        self._asked: dict[int, _Asked] = {}
+        self._requests: dict[int, _Request] = {}
         self._ended: frames.End | None = None
         """How the connection has ended."""
         self._reader = threading.Thread(target=self._read, name="shoal head", daemon=True)
@@ -68,13 +68,13 @@ class RemoteEngine:
 
     @property
     def ended(self) -> bool:
-        """Whether the connection has ended, so that nothing can be asked any more."""
+        """Whether the connection has ended, so that no request can be made any more."""
         return self._ended is not None
 
     @property
     def busy(self) -> bool:
-        """Whether anything was asked that has not ended."""
-        return bool(self._asked)
+        """Whether there are requests that have not ended."""
+        return bool(self._requests)
 
     # --- answering.Engine
 
@@ -163,33 +163,33 @@ class RemoteEngine:
 
     def _ask(
         self,
-        request: Callable[[int], Message],
+        message: Callable[[int], Message],
         take: Callable[[Message], None],
         finish: Callable[[Exception | None], None],
     ) -> Stop:
-        """Makes a request. `take` gets what comes of it, and `finish` its end, in the reader's thread.
-        ValueError: a value is out of range."""
+        """Makes the request `message(number)`. `take` gets what comes of it, and `finish` its end, in the
+        reader's thread. ValueError: a value is out of range."""
         self._check()
-        number, asked = next(self._numbers), _Asked(take, finish)
-        data = frames.frame(request(number))
-        self._places.acquire()
+        number, request = next(self._numbers), _Request(take, finish)
+        data = frames.frame(message(number))
+        self._slots.acquire()
         with self._lock:
             lives = self._ended is None
             if lives:
-                self._asked[number] = asked
+                self._requests[number] = request
         if not lives:
-            self._places.release()
+            self._slots.release()
             self._check()
         self._out.put(data)
 
         def stop(*, wait: bool = True, keep: bool = False) -> None:
-            if self._process != os.getpid() or asked.ended.is_set():
+            if self._process != os.getpid() or request.ended.is_set():
                 return
-            if not asked.stopped:
-                asked.stopped = True
+            if not request.stopped:
+                request.stopped = True
                 self._out.put(frames.frame(frames.Stop(number, keep)))
             if wait and threading.current_thread() is not self._reader:
-                asked.ended.wait()
+                request.ended.wait()
 
         return stop
 
@@ -216,7 +216,7 @@ class RemoteEngine:
                 if isinstance(message, frames.Fault):
                     error = frames.raised_by(message) or error
                     break
-                self._hear(message)
+                self._dispatch(message)
         except ShoalError as failure:
             error = failure
         except OSError:
@@ -224,35 +224,37 @@ class RemoteEngine:
         self._end_all(error)
         self._out.put(None)
 
-    def _hear(self, message: Message) -> None:
-        assert isinstance(message, frames.Token | frames.Part | frames.Told | frames.End | frames.Welcome)
+    def _dispatch(self, message: Message) -> None:
+        """Gives a message to its request, which a StatusReply or an End ends. Tokens that were on their way
+        when a request was stopped belong to none."""
         if isinstance(message, frames.Welcome):
             raise RemoteProtocolError("the head said Welcome twice")
+        assert isinstance(message, frames.Token | frames.Part | frames.StatusReply | frames.End)
         with self._lock:
-            asked = self._asked.get(message.request)
-            if asked is not None and isinstance(message, frames.End | frames.Told):
-                del self._asked[message.request]
-        if asked is None:
+            request = self._requests.get(message.request)
+            if request is not None and isinstance(message, frames.End | frames.StatusReply):
+                del self._requests[message.request]
+        if request is None:
             return
         if not isinstance(message, frames.End):
-            asked.take(message)
-        if isinstance(message, frames.End | frames.Told):
-            self._places.release()
-            asked.ended.set()
-            asked.finish(frames.raised_by(message) if isinstance(message, frames.End) else None)
+            request.take(message)
+        if isinstance(message, frames.End | frames.StatusReply):
+            self._slots.release()
+            request.ended.set()
+            request.finish(frames.raised_by(message) if isinstance(message, frames.End) else None)
 
     def _end_all(self, error: Exception) -> None:
         """Ends all requests with an error, and those to come."""
         with self._lock:
             self._ended = frames.end_of(0, error)
-            left, self._asked = list(self._asked.values()), {}
-        for asked in left:
-            self._places.release()
-            asked.ended.set()
-            asked.finish(frames.raised_by(self._ended))
+            left, self._requests = list(self._requests.values()), {}
+        for request in left:
+            self._slots.release()
+            request.ended.set()
+            request.finish(frames.raised_by(self._ended))
 
 
-class _Asked:
+class _Request:
     """A request of this process that has not ended."""
 
     def __init__(self, take: Callable[[Message], None], finish: Callable[[Exception | None], None]) -> None:
@@ -326,7 +328,7 @@ def _result(message: Message) -> Result:
 
 
 def _status(message: Message) -> Status:
-    if not isinstance(message, frames.Told):
+    if not isinstance(message, frames.StatusReply):
         raise RemoteProtocolError("the head answers with something else than its status")
     return message.status
 

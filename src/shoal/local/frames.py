@@ -154,8 +154,8 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """The answer to GetStatus."""
+class StatusReply:
+    """The answer to GetStatus, which ends the request."""
 
     request: Number
     status: Status
@@ -172,12 +172,12 @@ class End:
 
 
 Request = Begin | Reading | Stop | OpenSession | CloseSession | GetStatus
-Reply = Welcome | Fault | Token | Part | Told | End
+Reply = Welcome | Fault | Token | Part | StatusReply | End
 Message = Request | Reply
 _KINDS: dict[int, tuple[type[Message], int]] = {
     1: (Begin, LARGE), 2: (Reading, LARGE), 3: (Stop, SMALL), 4: (OpenSession, SMALL),
     5: (CloseSession, SMALL), 6: (GetStatus, SMALL),
-    32: (Welcome, SMALL), 33: (Fault, SMALL), 34: (Token, SMALL), 35: (Part, LARGE), 36: (Told, LARGE),
+    32: (Welcome, SMALL), 33: (Fault, SMALL), 34: (Token, SMALL), 35: (Part, LARGE), 36: (StatusReply, LARGE),
     37: (End, SMALL),
 }  # fmt: skip
 _CODES = {kind: (code, limit) for code, (kind, limit) in _KINDS.items()}

@@ -233,7 +233,7 @@ class _Client:
                     session.close()
             case frames.GetStatus(number):
                 try:
-                    told: Message = frames.Told(number, self._head.status())
+                    told: Message = frames.StatusReply(number, self._head.status())
                 except Exception as error:
                     told = frames.end_of(number, error)
                 self._send(told)

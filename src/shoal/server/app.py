@@ -125,8 +125,9 @@ class ServerApp:
     # --- who is let in
 
     def _cors(self, exchange: _Exchange) -> list[tuple[str, str]]:
-        """Headers for a page of another origin. ApiError: it is not one that may ask. A browser sends Origin
-        with whatever a page's script asks, so no page can use the server unseen."""
+        """Headers for a page of another origin. ApiError: that origin is not allowed, and the request has no
+        effect. Without Origin the request is not from a browser, or a GET whose response the page cannot
+        read; `_admit` checks Host."""
         origin = exchange.header("origin")
         if origin is None or origin in (
             f"http://{exchange.header('host')}",

@@ -24,10 +24,11 @@ from .dummy_weights import DummyModel, complete
 from .model_directory import Model
 from .stage import Stage, StageOptions
 
+METHOD = 2  # another number when devices are measured in another way
 _BYTES = 128_000_000  # bytes of layers to run: too many to stay in a cache between steps
-_FEW = 2  # layers to run where computing dominates, not reading
-READING_ROWS = (1, 2, 4, 8)
-COMPUTING_ROWS = (16, 64, 256)
+_FEW = 4  # layers to run where computing dominates, not reading
+READING_ROWS = (1, 2, 4, 8, 16)
+COMPUTING_ROWS = (64, 256)
 DEPTH = 512  # positions of context at which attention is measured
 NAP_SECONDS = 0.004  # as long as a hop over Wi-Fi; pauses from 1 ms to 16 ms cost about the same
 SAME = 1.03  # more threads must be at least this much faster
@@ -236,7 +237,7 @@ def _reading(
 def _attend_rates(stage: Stage, seconds: float, watch: Watch) -> tuple[float, float]:
     """MAC/s of attention in steps of one row and of many rows, from the extra time of a step at DEPTH
     positions (or as many as the context allows) compared with position 0. 0 where noise exceeds it."""
-    rows = min(COMPUTING_ROWS[1], stage.options.max_rows, stage.model.config.context // 2)
+    rows = min(COMPUTING_ROWS[0], stage.options.max_rows, stage.model.config.context // 2)
     depth = min(DEPTH, stage.model.config.context - rows)
     macs = sum(unit_cost(stage.model, u).attend_macs for u in range(stage.first, stage.last))
     found = []

@@ -17,7 +17,7 @@ from . import __version__
 from .engine.backends import choose
 from .engine.files import cache_directory, write_whole
 from .engine.host import resident_bytes
-from .engine.measure import DeviceMeasurements, Watch, layers_for, measure, stopwatch
+from .engine.measure import METHOD, DeviceMeasurements, Watch, layers_for, measure, stopwatch
 from .engine.model_directory import Model
 from .engine.stage import StageOptions
 from .engine.strict import decode, encode
@@ -86,4 +86,4 @@ def _alike(one: int, other: int) -> bool:
 def _key(model: Model, options: StageOptions, first: int, slow: float | None) -> str:
     backend = choose(options.backend)[0]
     parts = (platform.node(), device_key(backend, options.isa), options.threads, options.max_rows)
-    return " ".join(map(str, (__version__, model.hash, *parts, options.resident, first, slow)))
+    return " ".join(map(str, (__version__, METHOD, model.hash, *parts, options.resident, first, slow)))

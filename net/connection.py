@@ -30,6 +30,7 @@ from .errors import (
 )
 from .listen import host_port
 from .messages import Error, Message, PairedDevice
+from .packed import Buffer
 from .tls import WAKE_BYTES, TlsChannel, TlsStream
 from .wire import Signal, WireProtocol
 
@@ -40,6 +41,8 @@ system makes and takes away each time, which costs more than a small message."""
 FLUSH_SECONDS = 1.0
 LOOK_SECONDS = 0.1
 """How often a thread that waits for room in a queue looks whether it should stop."""
+MOST_BUFFERS = 64
+"""The most buffers of one write: systems have a limit, usually of 1,024."""
 QUEUE = 64
 STEP_QUEUE = 4
 """Length of the queue of a `step` or `bulk` connection, whose frames have up to 4 MiB. It is short so that a
@@ -82,7 +85,7 @@ class Connection:
         self.device: PairedDevice | None = stream.device if isinstance(stream, TlsStream) else None
         self._lock = threading.Condition()
         """Guards what is below, and writes to the socket."""
-        self._unsent: deque[bytes | memoryview] = deque()
+        self._unsent: deque[memoryview] = deque()
         self._lost: NodeLostError | None = None
         self._ending = self._broken = False
         self._busy = False
@@ -123,11 +126,10 @@ class Connection:
                 raise self._loss("the connection has ended")
             if len(self._unsent) >= self._most:
                 return False
-            data = b"".join(buffer for message in messages for buffer in self._wire.send(message))
-            self._unsent.append(data)
-            if len(self._unsent) == 1:
-                self._flush()
-            if self._unsent:
+            buffers = [buffer for message in messages for buffer in self._wire.send(message)]
+            sent = 0 if self._unsent else self._accepted(buffers)
+            if sent < sum(map(len, buffers)):
+                self._unsent.append(memoryview(b"".join(buffers))[sent:])
                 self._tell()
             return True
 
@@ -315,23 +317,28 @@ class Connection:
                 await trio.aclose_forcefully(self._stream)
 
     def _flush(self) -> None:
-        """Writes what the socket accepts. The caller holds the lock."""
-        if self._socket is None:
-            return
+        """Writes what the socket accepts of what waits. The caller holds the lock."""
+        while self._unsent:
+            sent = self._accepted([self._unsent[0]])
+            if sent < len(self._unsent[0]):
+                self._unsent[0] = self._unsent[0][sent:]
+                return
+            self._unsent.popleft()
+
+    def _accepted(self, buffers: Sequence[Buffer]) -> int:
+        """Writes the first bytes, as far as the socket accepts them; returns how many. The rows of a prompt
+        are not copied. The caller holds the lock."""
         try:
-            while self._unsent:
-                data = self._unsent[0]
-                sent = self._socket.send(data)
-                if sent < len(data):
-                    self._unsent[0] = memoryview(data)[sent:]
-                else:
-                    self._unsent.popleft()
+            if isinstance(self._socket, socket.socket) and len(buffers) <= MOST_BUFFERS:
+                return self._socket.sendmsg(buffers)
+            return 0 if self._socket is None else self._socket.send(b"".join(buffers))
         except BlockingIOError:
-            return
+            return 0
         except OSError as error:
             self._ending = self._broken = True
             self._loss(f"the connection broke ({_cause(error)})")
             self._tell()
+            return 0
 
     def _tell(self) -> None:
         """Wakes the writing task, from any thread."""

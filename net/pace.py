@@ -100,7 +100,7 @@ class NodePace:
             return Progress(epoch, self._calls, 0.0, rest, waiting)
         if running is None:
             return Progress(epoch, self._calls, None, None, waiting)
-        return Progress(epoch, self._calls, self._age, self._expected(running), waiting)
+        return Progress(epoch, self._calls, self._age, self.expected(running), waiting)
 
     def stuck(self, unseen: float = 0.0) -> float | None:
         """For how long the current call has been running, if that is too long; else None. `unseen` seconds
@@ -108,12 +108,12 @@ class NodePace:
         running = self._running
         if running is None:
             return None
-        expected = self._expected(running)
+        expected = self.expected(running)
         bound = self._first_call if expected is None else call_bound(expected)
         age = self._age + unseen
         return age if age > bound else None
 
-    def _expected(self, batch: Batch) -> float | None:
+    def expected(self, batch: Batch) -> float | None:
         """The seconds that a call should take now; None for the first one of a node, or if nothing is
         known."""
         if self._expect is None or self._ended is None or not batch.steps:

@@ -57,8 +57,12 @@ def max_step_rows(cols: int) -> int:
     return min(MAX_ROWS, (STEP_LIMIT - _STEP.size - 8) * 8 // (32 * max(1, cols) + 1))
 
 
-def encode(message: Message) -> list[bytes]:
-    """The body of a message, in parts. ValueError or struct.error: its values are invalid."""
+Buffer = bytes | memoryview
+
+
+def encode(message: Message) -> list[Buffer]:
+    """The body of a message, in parts, which may share the message's memory. ValueError or struct.error: its
+    values are invalid."""
     match message:
         case Step():
             return _encode_step(message)
@@ -68,7 +72,7 @@ def encode(message: Message) -> list[bytes]:
             rows, cols = message.output.shape
             _check_run(message.first, rows, cols)
             fixed = _ROWS.pack(*_where(message), message.first, rows, cols)
-            return [fixed, message.output.astype("<f4", copy=False).tobytes()]
+            return [fixed, _floats(message.output)]
         case Mask():
             return [_MASK.pack(*_where(message), message.number), message.bits]
         case Tokens():
@@ -101,7 +105,7 @@ def _where(message: Step | Result | Rows | Mask | Tokens | Pages) -> tuple[int, 
 # Steps
 
 
-def _encode_step(step: Step) -> list[bytes]:
+def _encode_step(step: Step) -> list[Buffer]:
     rows, cols = step.rows, 0 if step.hidden is None else step.hidden.shape[1]
     if step.hidden is not None and (step.tokens or not cols):
         raise ValueError(f"a Step has {len(step.tokens)} token ids beside hidden rows of {cols} columns")
@@ -119,8 +123,11 @@ def _encode_step(step: Step) -> list[bytes]:
     fixed += struct.pack(f"<{count}Q", *step.tags)
     if step.hidden is None:
         return [fixed + struct.pack(f"<{rows}i", *step.tokens)]
-    # tobytes copies, since the stage may reuse its buffer before this is written.
-    return [fixed, step.hidden.astype("<f4", copy=False).tobytes()]
+    return [fixed, _floats(step.hidden)]
+
+
+def _floats(rows: NDArray[np.float32]) -> memoryview:
+    return np.ascontiguousarray(rows, "<f4").data.cast("B")
 
 
 def _decode_step(body: bytearray) -> Step:
@@ -143,8 +150,8 @@ def _decode_step(body: bytearray) -> Step:
     tokens: tuple[int, ...] = ()
     hidden = None
     if cols:
-        # The copy is aligned and writable, as the C library requires.
-        hidden = np.frombuffer(body, "<f4", rows * cols, at).astype(np.float32).reshape(rows, cols)
+        # The C library requires aligned rows. They usually are, and the body is of this message alone.
+        hidden = np.require(np.frombuffer(body, "<f4", rows * cols, at).reshape(rows, cols), np.float32, "A")
     else:
         tokens = tuple(_ids("a Step", body, rows, at))
     return Step(
@@ -183,7 +190,7 @@ def _check_want(
 # Results
 
 
-def _encode_result(result: Result) -> list[bytes]:
+def _encode_result(result: Result) -> list[Buffer]:
     rows, what = result.rows, Want.NOTHING
     if result.tokens:
         what = Want.TOKENS
@@ -271,7 +278,7 @@ def _decode_rows(body: bytearray) -> Rows:
 # What the last node is told, bulk data
 
 
-def _encode_tokens(tokens: Tokens) -> list[bytes]:
+def _encode_tokens(tokens: Tokens) -> list[Buffer]:
     count = len(tokens.tokens)
     _check_told(tokens.number, tokens.first, count)
     fixed = _TOKENS.pack(*_where(tokens), tokens.number, tokens.first, count)

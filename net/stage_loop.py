@@ -416,7 +416,9 @@ class ThreadLoop:
         parts, start = self._parts, self.clock()
         self._away, self._calls = True, self._calls + 1
         if any(step.rows > 1 for step in batch.steps):
-            self._call(self._hurry)
+            expected = parts.pace.expected(batch)
+            if expected is None or expected > PUMP_SECONDS:
+                self._call(self._hurry)
         parts.pace.began(batch)
         if batch.steps:
             self._latest = batch.steps[-1].session

@@ -18,7 +18,7 @@ from enum import Enum, auto
 from .errors import LocalProtocolError, MismatchError, NetError, RemoteProtocolError
 from .message_table import BY_CODE, BY_KIND, Entry
 from .messages import PROTOCOL, Hello, Message, Purpose
-from .packed import decode, encode
+from .packed import Buffer, decode, encode
 
 MAGIC = b"SHOL"
 HEADER = struct.Struct("<4sHHI")
@@ -84,9 +84,9 @@ class WireProtocol:
             self._buffer.clear()
             raise self._failure from error
 
-    def send(self, message: Message) -> list[bytes]:
-        """Returns the frame of a message as buffers. LocalProtocolError: the message is not allowed here, or
-        its values are invalid."""
+    def send(self, message: Message) -> list[Buffer]:
+        """Returns the frame of a message as buffers, which may share its memory. LocalProtocolError: the
+        message is not allowed here, or its values are invalid."""
         entry = BY_KIND[type(message)]
         name = type(message).__name__
         if isinstance(message, Hello) == self._greeted["here"] and name != "Error":

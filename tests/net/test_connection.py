@@ -133,6 +133,31 @@ def test_all_rows_that_have_arrived_are_returned_together_with_what_follows_them
     trio.run(main)
 
 
+def test_rows_of_which_the_socket_takes_a_part_may_change_once_they_are_posted(lab: ModuleType) -> None:
+    async def main() -> None:
+        ends = [trio.SocketStream(trio.socket.from_stdlib_socket(end)) for end in socket.socketpair()]
+        ends[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32 * 1024)
+        async with (
+            open_connection(ends[0], "b", dialled=True) as down,
+            open_connection(ends[1], "a", dialled=False) as up,
+        ):
+            for one, other, name in ((down, up, "a"), (up, down, "b")):
+                await one.send(lab.identity(name, 1).hello("step"))
+                await other.expect(Hello)
+            rows = np.arange(64_000, dtype=np.float32).reshape(64, 1000)
+            step = Step(1, Epoch(1, 1), 0, (), Want.TOKEN, rows.copy(), tags=(7,))
+            later = Step(1, Epoch(1, 1), 64, (), Want.TOKEN, rows[:1])
+            assert down.post(step) and down._unsent, "the socket has taken a part"
+            assert step.hidden is not None
+            step.hidden[:] = 0
+            assert down.post(later)
+            for expected in (rows, rows[:1]):
+                got = await up.expect(Step)
+                assert got.hidden is not None and np.array_equal(got.hidden, expected)
+
+    trio.run(main)
+
+
 def test_what_was_queued_is_written_before_the_end(lab: ModuleType) -> None:
     async def main() -> None:
         here, there = trio.testing.memory_stream_pair()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import socket
 import struct
@@ -19,10 +20,12 @@ from typing import Any
 import pytest
 
 import shoal
+from shoal.answer_text import AnswerText, Item
 from shoal.answering import LocalEngine
+from shoal.engine.request_scheduler import Job
 from shoal.server.app import Options
 from shoal.server.bodies import ApiError, chat_body, completion_body, embedding_body, parse
-from shoal.server.http import Limits
+from shoal.server.http import Limits, _Connection
 from shoal.server.opening import LOCAL_HOSTS
 
 from .conftest import SECONDS, Serving, serving, until
@@ -151,6 +154,58 @@ def test_a_client_that_leaves_ends_its_answer(strict: Serving, monkeypatch: pyte
         until(lambda: not engine._batcher._scheduler.running)
         assert len(calls) <= 7
     monkeypatch.undo()
+
+
+@pytest.fixture
+def without_collections() -> Iterator[None]:
+    """Only what nothing refers to is freed."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_what_a_request_held_is_freed_when_it_ends(
+    strict: Serving, without_collections: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python looks for cycles rarely in a process of many objects: sockets and texts would pile up."""
+
+    def held() -> list[object]:
+        return [one for one in gc.get_objects() if isinstance(one, _Connection | Job | ApiError)]
+
+    until(lambda: not held())
+    chat = {"messages": HELLO, "max_tokens": 4}
+    for body in (
+        chat,
+        {**chat, "stream": True, "n": 2},
+        {**chat, "messages": []},
+        {**chat, "model": "other"},
+    ):
+        strict.post("/v1/chat/completions", **body)
+        until(lambda: not held())
+    exchange(strict.port, b"GET /nothing HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    until(lambda: not held())
+    monkeypatch.setattr(AnswerText, "take", failing)
+    assert strict.post("/v1/chat/completions", **chat).status_code == 500
+    until(lambda: not held())
+    monkeypatch.undo()
+    leaving(strict, {**ENDLESS, "stream": True})
+    until(lambda: not held())
+
+
+def failing(answer: AnswerText, item: Item) -> str:
+    raise RuntimeError
+
+
+def leaving(made: Serving, asked: Any) -> None:
+    """A client that goes after the first bytes of its response."""
+    body = json.dumps(asked).encode()
+    with closing(socket.create_connection(("127.0.0.1", made.port), SECONDS)) as connection:
+        connection.sendall(
+            HEAD.replace(b"completions", b"chat/completions")
+            + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+        )
+        assert connection.recv(1 << 10)
 
 
 def test_a_client_that_breaks_an_idle_connection_is_no_mistake_of_the_server(llm: shoal.LLM) -> None:

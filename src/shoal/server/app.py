@@ -105,6 +105,7 @@ class ServerApp:
             seconds = time.perf_counter() - begun
             self.served.metrics.request(self._path(exchange), exchange.status or 499, seconds)
             self._say(exchange, call, error, seconds)
+            del error  # its traceback refers to this frame
 
     def _path(self, exchange: _Exchange) -> str:
         known = any(path == exchange.path for _, path in self._routes)
@@ -332,6 +333,9 @@ async def _until_gone(receive: Receive, exchange: _Exchange, parts: AsyncGenerat
             failure = error
         nursery.cancel_scope.cancel()
     if failure is not None:
-        raise failure
+        try:
+            raise failure
+        finally:
+            del failure  # its traceback refers to this frame
     if gone and not exchange.complete:
         raise OSError("the client has gone")

@@ -146,7 +146,7 @@ class Arrivals(Generic[T]):
         finally:
             self._bell.listeners -= 1
         if failures:
-            raise failures[0]
+            raise failures.pop()
 
     async def _until(self, look: Callable[[], bool]) -> None:
         """Calls `look` now and whenever there is news, until it returns True."""
@@ -224,8 +224,8 @@ class Asked:
         self._arrivals.put((i, item), last=not isinstance(item, int))
 
     def _stop(self) -> None:
-        for stop in self._stops:
-            stop(wait=False)
+        while self._stops:  # each refers to an answer, and that to this object: none may stay
+            self._stops.pop()(wait=False)
 
     async def arrived(self) -> None:
         """Waits for the first token, or the end. Raises what has ended an answer before its first token."""

@@ -233,7 +233,8 @@ class _Connection:
         if request.http_version not in (b"1.0", b"1.1"):
             raise h11.RemoteProtocolError(f"HTTP/{request.http_version.decode()} is not spoken here")
         exchange = _Exchange(self, request)
-        await self._app(exchange.scope, exchange.receive, exchange.send)
+        scope = {**self.scope(request), "shoal.offer": exchange.offer}
+        await self._app(scope, exchange.receive, exchange.send)
         if not exchange.complete:
             raise trio.BrokenResourceError  # the response cannot be ended as it was begun
 
@@ -370,7 +371,6 @@ class _Exchange:
 
     def __init__(self, connection: _Connection, request: h11.Request) -> None:
         self._connection, self._head = connection, request.method == b"HEAD"
-        self.scope = {**connection.scope(request), "shoal.offer": self.offer}
         self._deadline = trio.current_time() + connection.body_seconds
         self._read = self.complete = False
         self._start: h11.Response | None = None

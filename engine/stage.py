@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from .arrays import F32
 from .backends import choose
-from .backends.base import CANCELLED, BoundProgram, Executor, Outcome, SequenceRows
-from .batch import MOST_REPORTED, Result, Run, Sampling, Want
+from .backends.base import CANCELLED, BoundProgram, Executor, SequenceRows
+from .batch import Result, Run, Sampling, Want
 from .calls import Calls, Flag
+from .checked_runs import check_inputs, check_tokens, joined_hidden, results_of, rows_of
 from .errors import CancelledRunError, ContextError, MissingDependencyError, ShoalError
 from .incoming import Arriving, Incoming
 from .kept_rows import KeptRows
@@ -31,7 +32,6 @@ from .memory import trim_heap
 from .model_directory import Model
 from .prepared import PreparedRange
 from .ranges import Ranges
-from .sampler import check_allowed
 from .threads import chosen
 from .transition import OpenSequence, Transition
 
@@ -495,7 +495,7 @@ class Stage:
             raise ValueError(
                 f"the batch wants logits of more than {bound.max_wanted} rows, this stage's max_wanted"
             )
-        hidden = None if bound.reads_tokens else _joined([run.hidden for run in batch])
+        hidden = None if bound.reads_tokens else joined_hidden(batch)
         try:
             outcome = executor.run(rows, hidden, any(run.want is Want.LOGITS for run in batch), cancel)
         finally:
@@ -508,12 +508,12 @@ class Stage:
             else:
                 state.length = max(state.length, end)
                 state.kv.ran_part(end, units)
-        results = self._results(batch, rows, outcome)
+        results = results_of(batch, rows, outcome)
         if self.options.keep_rows and units.stop == self.last:
             for result in results:
                 if result.hidden is not None:
-                    rows_of = result.sequence, self.last, result.first, result.hidden
-                    self._kept.note_later(*rows_of, part=part is not None)
+                    where = result.sequence, self.last, result.first
+                    self._kept.note_later(*where, result.hidden, part=part is not None)
         return results
 
     def _units(self, part: tuple[int, int] | None) -> range:
@@ -526,63 +526,18 @@ class Stage:
         """Checks one run, and allocates its pages. Truncates its sequence to the run's first position, unless
         only a part of the units runs."""
         state = self._sequences.get(run.sequence)
-        n, end = len(run.tokens), run.first + len(run.tokens)
         if state is None:
             raise ValueError(f"sequence {run.sequence} is not open")
-        if n == 0 or not 0 <= run.first <= state.length:
-            raise ValueError(
-                f"sequence {run.sequence} holds {state.length} positions and cannot run {n} rows from "
-                f"position {run.first}"
-            )
-        if end > len(state.tokens):
-            raise ContextError(
-                f"sequence {run.sequence} would have {end} positions, more than its context of "
-                f"{len(state.tokens)}"
-            )
-        self._check_tokens(run.tokens)
-        if run.history is not None:
-            if run.history.shape != (end,):
-                raise ValueError(f"a history of shape {run.history.shape} is not one of {end} positions")
-            self._check_tokens(run.history)
-        if run.sampling is not None:
-            self._check_tokens([token for token, _ in run.sampling.bias])
-        if not bound.reads_tokens:
-            width = self.model.program.cut_cols
-            if run.hidden is None or run.hidden.shape != (n, width):
-                raise ValueError(
-                    f"the stage of units [{units.start}, {units.stop}) needs hidden rows of shape "
-                    f"({n}, {width})"
-                )
+        check_inputs(run, state, self.model, bound, units)
         state.kv.check(run.first, units)
         if run.part is None:
             state.length = min(state.length, run.first)  # set to the new length once the run succeeds
         kv = self._allocated(state.kv, run, units)
+        end = run.first + len(run.tokens)
         state.tokens[run.first : end] = run.tokens
         if run.history is not None:
             state.tokens[:end] = run.history
-        want = run.want if bound.last else Want.NOTHING
-        if want in (Want.TOKEN, Want.TOKENS, Want.SCORES):
-            self.model.check_generates()
-        wanted = n if want in (Want.LOGITS, Want.TOKENS, Want.SCORES) else int(want is Want.TOKEN)
-        given = None
-        report = run.report if want in (Want.TOKEN, Want.TOKENS, Want.SCORES) else None
-        if report is not None and not 0 <= report <= min(MOST_REPORTED, self.model.program.vocab):
-            raise ValueError(f"log-probabilities of {report} tokens are wanted, more than {MOST_REPORTED}")
-        if want is Want.SCORES:
-            if run.following is None:
-                raise ValueError("scores are wanted, and Run.following is None")
-            self._check_tokens([run.following])
-            given, report = np.array([*run.tokens[1:], run.following], np.int32), report or 0
-        if run.allowed is not None:
-            check_allowed(run.allowed, self.model.program.vocab)
-        return SequenceRows(
-            *(kv, state.tokens, run.sampling or state.sampling, n, run.first, wanted),
-            wanted if want in (Want.TOKEN, Want.TOKENS) else 0,
-            report,
-            run.allowed if want is Want.TOKEN else None,
-            given,
-            want is Want.ROWS,
-        )
+        return rows_of(run, state, kv, self.model, bound)
 
     def _allocated(self, kv: SequenceKv, run: Run, units: range) -> KvRows:
         """Allocates the pages of a run. What is incoming makes room for it. ContextError: no memory."""
@@ -608,13 +563,8 @@ class Stage:
                 f"a context of {context} tokens is not between 1 and the model's {longest}"
                 f"{self.model.config.limit}"
             )
-        self._check_tokens(tokens)
+        check_tokens(tokens, self.model)
         return context
-
-    def _check_tokens(self, tokens: Sequence[int] | NDArray[np.int32]) -> None:
-        ids = np.asarray(tokens)
-        if len(ids) and (ids.min() < 0 or ids.max() >= self.model.program.vocab):
-            raise ValueError(f"a token id is not in [0, {self.model.program.vocab})")
 
     def _free_number(self, sequence: int | None) -> int:
         """The given sequence number, or a free one for None. ValueError: it is taken."""
@@ -643,36 +593,6 @@ class Stage:
             self._calls.forget([number])
             if state := self._sequences.pop(number, None):
                 state.kv.truncate(0)
-
-    def _results(self, batch: Sequence[Run], rows: Sequence[SequenceRows], outcome: Outcome) -> list[Result]:
-        results, row, wanted = [], 0, 0
-        for run, item in zip(batch, rows, strict=True):
-            hidden = None if outcome.hidden is None else outcome.hidden[row : row + item.rows]
-            logits = None
-            if run.want is Want.LOGITS and outcome.logits is not None:
-                logits = outcome.logits[wanted : wanted + item.wanted]
-            told = [outcome.reports[i] for i in range(wanted, wanted + item.wanted) if i in outcome.reports]
-            drawn = outcome.drawn[wanted : wanted + item.wanted].tolist() if item.sample else []
-            token = drawn.pop() if run.want is Want.TOKEN and drawn else None
-            output = None
-            if item.output and outcome.output is not None:
-                output = outcome.output[row : row + item.rows]
-            results.append(
-                Result(
-                    *(run.sequence, run.first, item.rows, hidden, token, logits),
-                    () if run.report is None else tuple(told),
-                    tuple(drawn),
-                    () if item.given is None else tuple(one.drawn for one in told),
-                    output,
-                )
-            )
-            row, wanted = row + item.rows, wanted + item.wanted
-        return results
-
-
-def _joined(parts: Sequence[F32 | None]) -> F32:
-    arrays = [part for part in parts if part is not None]
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _check_range(model: Model, first: int, last: int) -> None:

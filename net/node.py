@@ -63,6 +63,7 @@ from .messages import (
 from .pace import NodePace
 from .probe import measure_peer
 from .relay import vouched
+from .stacks import thread_lines
 from .stage_manager import MOST_ORDERS, StageManager
 from .tls import TlsStream
 from .watch import attend
@@ -228,7 +229,8 @@ class Node:
             stuck = self.stuck()
             assignment = self._assignment
             if stuck is not None and not reported and assignment is not None:
-                self._parts.log(stuck)
+                for line in (stuck, *thread_lines()):
+                    self._parts.log(line)
                 await assignment.report(StageStuckError(stuck))
             reported = stuck is not None
 

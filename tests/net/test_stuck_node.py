@@ -76,4 +76,5 @@ def test_a_stuck_stage_leaves_the_chain_and_sigterm_ends_its_node(tmp_path: Path
     words = "a call of the stage has not returned for"
     log = (tmp_path / "b.log").read_text().splitlines()
     assert any(words in line for line in log[:-1])
+    assert any(line.startswith("thread stage is in _locked (slow.py:") for line in log)
     assert words in log[-1] and log[-1].startswith("shoal: error: ")

@@ -97,6 +97,7 @@ class Outcome:
 
     seconds: float = 0.0
     tokens: int = 0
+    tokens_at: list[list[float]] = field(default_factory=list)
     first_token_at: list[float | None] = field(default_factory=list)
     done_at: list[float | None] = field(default_factory=list)
     changes: int = 0
@@ -319,7 +320,11 @@ class _Run:
         self.rules, self.requests = rules, requests
         self.sessions: list[_Session | None] = [None] * len(requests)
         self.left = len(requests)
-        self.outcome = Outcome(first_token_at=[None] * self.left, done_at=[None] * self.left)
+        self.outcome = Outcome(
+            tokens_at=[[] for _ in requests],
+            first_token_at=[None] * self.left,
+            done_at=[None] * self.left,
+        )
         self.heap: list[tuple[float, int, Callable[[], None]]] = []
         self.count = 0
         self.now = 0.0
@@ -387,6 +392,7 @@ class _Run:
         if step.want is Want.TOKEN:
             session.known += 1
             self.outcome.tokens += 1
+            self.outcome.tokens_at[step.session].append(self.now)
             if session.known == session.born + 1:
                 self.outcome.first_token_at[step.session] = self.now
             if session.known == session.end:

@@ -5,7 +5,8 @@ Messages of one session stay in order. A batch has at most one Step of each sess
 - Rows of sequences that decode and were computed together on the previous stage stay together (`Step.more`),
   with others that wait as well, up to the rows of a group. On the first stage, rows of sequences of one group
   go together (net/scheduler.py).
-- Rows of sequences that decode go before rows of prompts. Prompts take turns.
+- Rows of sequences that decode go before rows of prompts. Prompts take turns. While they wait, all sequences
+  that decode are one group: each group would read all weights once more in every lap.
 - While sequences decode, Steps of prompts are divided into slices. A slice goes with rows of sequences that
   decode, or fills the time until the next of them is due: as many rows as let no sequence take STRETCH times
   as long from token to token as without prompts, and no fewer than a call is worth. Stages do so one by one.
@@ -206,7 +207,7 @@ class Inbox:
         prompts = []
         if len(self._lines) > len(self._decoding):
             prompts = [session for session in self._lines if session not in self._decoding]
-        chosen = self._chosen(now)
+        chosen = self._chosen(now, pressed=bool(prompts) and self._divides)
         steps: list[Step] = []
         if isinstance(chosen, _Call):
             sessions = chosen.decoding[: min(MAX_STEPS, self.max_rows)]
@@ -220,8 +221,9 @@ class Inbox:
                 least = self._least(usual)
                 room = least if end is None else max(end - now, least)
                 self._add(steps, prompts, room)
-        elif prompts and chosen is None:
-            chosen = self._alone(steps, prompts, now)
+        elif prompts and (chosen is None or self._divides):
+            times = [time for time in (chosen, self._alone(steps, prompts, now)) if time is not None]
+            chosen = min(times, default=None)
         if steps or notices:
             return Batch(tuple(notices), tuple(steps))
         assert not isinstance(chosen, _Call), "a call has rows"
@@ -253,9 +255,9 @@ class Inbox:
         if call.whole and not call.decoding:
             self._calls.pop()
 
-    def _chosen(self, now: float) -> _Call | float | None:
+    def _chosen(self, now: float, *, pressed: bool) -> _Call | float | None:
         """The next call of sequences that decode; or the time until which to wait for more of them; or None
-        if none of their rows waits."""
+        if none of their rows waits. `pressed`: rows of prompts wait, so that all sequences are one group."""
         if not self._decoding:
             return None
         if self._calls and self._calls[0].decoding:
@@ -264,18 +266,23 @@ class Inbox:
             if not call.whole and now < end:
                 return end
             call.whole = True
-            self._merge()
+            self._merge(pressed)
             return call
-        found = self._streams.choose(now)
+        if pressed:
+            found = self._streams.together(now, STRETCH, self._seconds(self._last))
+        else:
+            found = self._streams.choose(now)
         return _Call(found) if isinstance(found, list) else found
 
-    def _merge(self) -> None:
+    def _merge(self, pressed: bool) -> None:
         """Joins calls that wait, as long as they are not more than a group: sequences whose laps end at
-        different times meet where they wait for each other, at the busiest stage."""
+        different times meet where they wait for each other, at the busiest stage. `pressed` as in
+        `_chosen`."""
         grouping = self._streams.grouping
         if grouping is None:
             return
-        call, most = self._calls.popleft(), -(-len(self._streams) // grouping.groups)
+        groups = 1 if pressed else grouping.groups
+        call, most = self._calls.popleft(), -(-len(self._streams) // groups)
         while self._calls and len(call.decoding) + len(self._calls[0].decoding) <= most:
             if not self._calls[0].whole:
                 break
@@ -301,7 +308,7 @@ class Inbox:
         self._join_parts(prompts[0])
         usual, front = self._seconds(self._last), self._front(prompts[0])
         end = self._streams.deadline(STRETCH, now)
-        room = STRETCH * usual if end is None else end - now - usual * self._streams.groups
+        room = STRETCH * usual if end is None else end - now - usual
         due = self._streams.due(now)
         if due is not None:
             with_them = room + usual - max(0.0, due[0] - now)

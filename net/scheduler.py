@@ -99,11 +99,6 @@ class Streams:
             return None
         return of_many(self._groupings, len(self._streams))
 
-    @property
-    def groups(self) -> int:
-        """The number of groups."""
-        return len({stream.group for stream in self._streams.values()})
-
     def arrived(self, session: int, now: float) -> None:
         """A row of the session waits from now on."""
         stream = self._streams.get(session)
@@ -168,10 +163,10 @@ class Streams:
         return min(times, default=None)
 
     def share(self, seconds: float) -> float:
-        """The share of the time in which the stage computes rows that decode, without prompts, if a call of a
-        group takes so many seconds; 1 if that is not known."""
+        """The share of the time in which the stage computes rows that decode, without prompts, if a call of
+        all of them takes so many seconds; 1 if that is not known."""
         times = [stream.quiet for stream in self._streams.values() if stream.quiet is not None]
-        return min(1.0, self.groups * seconds / min(times)) if times else 1.0
+        return min(1.0, seconds / min(times)) if times else 1.0
 
     def due(self, now: float) -> tuple[float, float] | None:
         """When the next row should arrive, and until when at the latest; None if none is expected."""
@@ -202,6 +197,20 @@ class Streams:
                 return [session for _, session in rows]
             until = end if until is None else min(until, end)
         return until
+
+    def together(self, now: float, stretch: float, seconds: float) -> list[int] | float | None:
+        """As `choose`, where all sequences are one group: those that wait, first come first, unless the
+        others are due before any of them takes `stretch` times as long as without prompts, or within half
+        of a call. A call of all takes so many `seconds`."""
+        rows = sorted((s.here, session) for session, s in self._streams.items() if s.here is not None)
+        if not rows:
+            return None
+        here = [session for _, session in rows]
+        end = self.deadline(stretch, now, here)
+        limit = max(math.inf if end is None else end - seconds, now + seconds / 2)
+        away = [stream for stream in self._streams.values() if stream.here is None]
+        until = self._waits(away, limit, now)
+        return here if until is None else until
 
     def _waits(self, away: Iterable[_Stream], limit: float, now: float) -> float | None:
         """Until when a group waits for its sequences that are away, at most until `limit`; None if for none

@@ -319,6 +319,39 @@ def test_a_slice_that_is_not_worth_a_call_waits_for_a_row_that_is_due() -> None:
     assert [step.session for step in take(box, now + 0.012).steps] == [0, 50]
 
 
+def two(later: bool = False) -> tuple[Inbox, float]:
+    """An inbox with two sequences that decode in groups of their own, and when the last call ended."""
+    box, now = Inbox(NOW, 256, 64, (Grouping(2),) * 8, costly), 1.0
+    for at in range(9):
+        for session, away in ((0, 0.008), (1, 0.0)):
+            now += away
+            box.put(passed(session, at) if later else rows(session, at), now)
+            now = ended(box, take(box, now), now)
+    return box, now
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_beside_prompts_all_sequences_share_a_call(later: bool) -> None:
+    """Else each group would read all weights in every lap, while the prompt keeps the stages busy."""
+    for some, expected in (([], [(0, 9, 1)]), ([50], [(0, 9, 1), (1, 9, 1)])):
+        box, now = two(later)
+        for session in some:
+            box.put(passed(session, 0, 64) if later else prompt(session, 0, 64), now)
+        for session in (0, 1):
+            box.put(passed(session, 9) if later else rows(session, 9), now + 0.01)
+        assert [part for part in parts(take(box, now + 0.01)) if part[0] != 50] == expected
+
+
+def test_while_a_row_waits_for_another_sequence_rows_of_a_prompt_are_computed() -> None:
+    box, now = two()
+    box.put(rows(0, 9), now + 0.001)
+    box.put(prompt(50, 0, 64), now + 0.001)
+    batch = take(box, now + 0.001)
+    assert [step.session for step in batch.steps] == [50]
+    # After it the row that waits still ends in time.
+    assert ended(box, batch, now + 0.001) + ROW <= now - ROW + STRETCH * (0.008 + 2 * ROW)
+
+
 def test_the_last_part_of_a_divided_prompt_wants_the_token() -> None:
     box, now = busy()
     box.put(prompt(50, 0, 16, want=Want.TOKEN), now)

@@ -68,6 +68,24 @@ def test_nothing_waits_for_a_sequence_that_is_due_later_than_the_wait_pays() -> 
     assert isinstance(streams.choose(0.198), float)
 
 
+def test_beside_prompts_all_sequences_wait_for_each_other_until_one_would_be_late() -> None:
+    streams = Streams((Grouping(2),) * 4)
+    made(streams, 1, [0.010] * 9, 0.0)
+    made(streams, 2, [0.010] * 9, 0.004)  # its last call ended at 0.084
+    streams.taken([1])
+    streams.ran([1], 0.092)  # so it is due at 0.102
+    assert streams.choose(0.094) == [2]
+    assert streams.together(0.094, 1.8, 0.002) == [2]  # which must begin at 0.1 at the latest
+    until = streams.together(0.094, 2.2, 0.002)
+    assert isinstance(until, float) and 0.102 < until <= 0.104
+    # Less than half of a call is always waited, or groups that have met would part.
+    assert isinstance(streams.together(0.1015, 1.8, 0.002), float)
+    streams.arrived(1, 0.102)
+    assert streams.together(0.102, 1.8, 0.002) == [2, 1]
+    streams.taken([1, 2])
+    assert streams.together(0.102, 1.8, 0.002) is None
+
+
 def test_nothing_waits_for_a_sequence_whose_laps_are_unknown_or_that_is_gone() -> None:
     streams = Streams(ONE)
     streams.arrived(1, 0.0)

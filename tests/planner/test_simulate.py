@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -113,6 +114,23 @@ def test_streams_that_wait_share_a_call() -> None:
     assert found.tokens_per_s == pytest.approx(8 / (call + 0.004), rel=0.02)
     assert together.tokens_per_s == pytest.approx(found.tokens_per_s, rel=0.01)
     assert found.tokens_per_s > 5 * figures(cluster, stages).tokens_per_s
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_streams_that_share_a_call_beside_a_prompt_leave_it_most_of_the_time(count: int) -> None:
+    """Weights take 1 ms a layer and call, a row 0.2 ms."""
+    devices = tuple(replace(device, macs_per_s=5e9, step_overhead_s=2e-4) for device in DEVICES)
+    cluster = Cluster(devices, {pair: LinkSpeed(1e-4, 1e8) for pair in LINKS}, "h")
+    model = ModelCosts((EMBEDDING, *[LAYER] * 6, replace(HEAD, bytes=500_000, read_bytes=500_000)))
+    stages = [[Assignment("a", 0, 4), Assignment("b", 4, 8)], STAGES][count - 2]
+    prompt, options = Request(2.0, 2000, 1), {"model": model, "cluster": cluster, "stages": stages}
+    alone = first(run([prompt], **options)) - 2.0
+    found = run([*[Request(0.0, 1, 1500)] * 3, prompt], **options)
+    assert first(found, 3) - 2.0 < 1.3 * alone
+    gaps = [pair for own in found.tokens_at[:3] for pair in itertools.pairwise(own)]
+    quiet = statistics.median(b - a for a, b in gaps if 1.0 < b < 2.0)
+    beside = [(b - a) / quiet for a, b in gaps if b > 2.0 and a < first(found, 3)]
+    assert statistics.median(beside) < 2.2 and max(beside) < 3.0
 
 
 def test_a_stage_costs_what_its_units_do() -> None:

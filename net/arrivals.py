@@ -51,7 +51,7 @@ def found(state: ClusterState, event: Found, now: float) -> Outcome:
         commands = (Redial(member),)
     elif event.anew and before.alive:  # the connection may work still
         commands = (SendPing(member), TryAnew(member))
-        state = state.changed(member, pulse=before.pulse.ping(now))
+        state = state.changed(member, heartbeat=before.heartbeat.ping(now))
     return state, commands
 
 

@@ -57,7 +57,7 @@ from .events import (
     TryAnew,
 )
 from .identity import host_port
-from .liveness import Pulse
+from .liveness import Heartbeat
 from .members import ITSELF, NO_FETCHING, NO_POLICY, ClusterState, Transition, device_of, labelled
 from .messages import Condition, Hello
 from .transition import Outcome
@@ -132,7 +132,7 @@ def _joined(state: ClusterState, event: Joined, now: float) -> Outcome:
         lost=None,
         joined=before.joined if was else now,
         began=before.began if same else now,
-        pulse=Pulse(before.pulse.trip, now),
+        heartbeat=Heartbeat(before.heartbeat.trip, now),
         condition=before.condition if same else NO_POLICY,
         held=_held(event.hello),
         target=before.target if same else None,
@@ -311,7 +311,8 @@ def _heard(state: ClusterState, event: Heard, now: float) -> Outcome:
     """Removes a node of which a call has been running for too long."""
     member, progress = state.members[event.member], event.progress
     state = state.changed(
-        event.member, pulse=member.pulse.heard(now - member.pulse.pinged if event.answered else None)
+        event.member,
+        heartbeat=member.heartbeat.heard(now - member.heartbeat.pinged if event.answered else None),
     )
     if event.condition is not None and event.condition != member.condition and member.alive:
         return _conditioned(state, event.member, event.condition, now)
@@ -412,10 +413,10 @@ def _blamed(state: ClusterState, event: StageBroken) -> int:
 
 def _stalled(state: ClusterState, member: int) -> Outcome:
     """Replaces the control connection to a node, if it is still silent: a new one works."""
-    pulse = state.members[member].pulse
-    if not state.members[member].alive or pulse.waiting is None:
+    heartbeat = state.members[member].heartbeat
+    if not state.members[member].alive or heartbeat.waiting is None:
         return state, ()
-    return state.changed(member, pulse=replace(pulse, waiting=None)), (Redial(member),)
+    return state.changed(member, heartbeat=replace(heartbeat, waiting=None)), (Redial(member),)
 
 
 def _tick(state: ClusterState, event: Tick, now: float) -> Outcome:
@@ -465,8 +466,8 @@ def _tired(state: ClusterState, now: float) -> bool:
 
 def _silent(state: ClusterState, now: float) -> bool:
     """Whether a node of the chain is late with an answer, which may be why the chain stands still."""
-    pulses = (state.members[i].pulse for i in state.holders())
-    return any(pulse.silence(now) > pulse.trip.suspect() for pulse in pulses)
+    heartbeats = (state.members[i].heartbeat for i in state.holders())
+    return any(heartbeat.silence(now) > heartbeat.trip.suspect() for heartbeat in heartbeats)
 
 
 def _beats(state: ClusterState, event: Tick, now: float) -> Outcome:
@@ -475,10 +476,10 @@ def _beats(state: ClusterState, event: Tick, now: float) -> Outcome:
     commands: list[Command] = []
     for i in state.alive():
         member, changing = state.members[i], state.phase in ("loading", "moving", "committing")
-        pulse, timing = member.pulse, state.timing
+        heartbeat, timing = member.heartbeat, state.timing
         busy = (state.holds(i) or state.changes(i)) and (changing or event.busy)
-        silence = pulse.silence(now)
-        bound = pulse.bound(timing.overdue, busy=busy)
+        silence = heartbeat.silence(now)
+        bound = heartbeat.bound(timing.overdue, busy=busy)
         loads = state.loads(i)
         if busy and loads is not None:
             bound = min(timing.overdue, bound + loads / BUSY_BYTES_PER_S)
@@ -491,10 +492,10 @@ def _beats(state: ClusterState, event: Tick, now: float) -> Outcome:
             if state.phase == "failed":
                 break
             continue
-        if busy and silence > pulse.trip.suspect():
+        if busy and silence > heartbeat.trip.suspect():
             commands.append(TryAnew(i))
-        if pulse.due(now, timing.busy if busy else timing.heartbeat):
-            state = state.changed(i, pulse=pulse.ping(now))
+        if heartbeat.due(now, timing.busy if busy else timing.heartbeat):
+            state = state.changed(i, heartbeat=heartbeat.ping(now))
             commands.append(SendPing(i))
     return state, tuple(commands)
 

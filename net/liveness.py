@@ -107,7 +107,7 @@ UNKNOWN_TRIP = RoundTrip()
 
 
 @dataclass(frozen=True, slots=True)
-class Pulse:
+class Heartbeat:
     """The pings of one connection, and the silence after them. Silence begins with the first ping that
     nothing has followed, so a peer that was not pinged is never silent."""
 
@@ -117,11 +117,11 @@ class Pulse:
     waiting: float | None = None
     """When the first ping was sent after which nothing has been heard."""
 
-    def ping(self, now: float) -> Pulse:
+    def ping(self, now: float) -> Heartbeat:
         """After a ping is sent."""
         return replace(self, pinged=now, waiting=now if self.waiting is None else self.waiting)
 
-    def heard(self, trip: float | None = None) -> Pulse:
+    def heard(self, trip: float | None = None) -> Heartbeat:
         """After anything arrived; with the round trip, if it answers the last ping."""
         return replace(self, waiting=None, trip=self.trip if trip is None else self.trip.measured(trip))
 

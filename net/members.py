@@ -12,11 +12,11 @@ from ..planner import Assignment
 from .errors import NetError, NodeLostError, StageStuckError
 from .events import Shift
 from .identity import host_port
-from .liveness import DEFAULT_TIMING, LOAD_BYTES_PER_S, Pulse, Timing, call_bound, load_bound
+from .liveness import DEFAULT_TIMING, LOAD_BYTES_PER_S, Heartbeat, Timing, call_bound, load_bound
 from .messages import Condition, Epoch, Held, Hello, Peer
 from .placement import COORDINATOR, Placement
 
-NO_PLACEMENT, NO_PULSE, NO_POLICY = Placement(()), Pulse(), Condition()
+NO_PLACEMENT, NO_HEARTBEAT, NO_POLICY = Placement(()), Heartbeat(), Condition()
 UNPREDICTED_SECONDS = 1.0
 """What the first call after a transition should take, beside reading weights."""
 SILENT_SECONDS, RATE_WEIGHT = 3.0, 0.3
@@ -75,7 +75,7 @@ class Member:
     """When it last joined."""
     began: float = 0.0
     """When its process first joined."""
-    pulse: Pulse = NO_PULSE
+    heartbeat: Heartbeat = NO_HEARTBEAT
     faulty: int | None = None
     """The incarnation of a process that has broken the protocol or could not run its stage: it would do so
     again, so that process is not used any more."""

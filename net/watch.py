@@ -17,7 +17,7 @@ from .liveness import (
     IDLE_TICK_SECONDS,
     TICK_SECONDS,
     Awake,
-    Pulse,
+    Heartbeat,
     RoundTrip,
     Stillness,
     Timing,
@@ -56,7 +56,7 @@ class Watch:
         self._awake = Awake(trio.current_time(), 2 * IDLE_TICK_SECONDS)
         # A stage that computes without a pause answers no ping at once, so this trip may be the only one.
         trip = RoundTrip() if connection.trip is None else RoundTrip().measured(connection.trip)
-        self._pulse, self._nonce, self._probing = Pulse(trip), FIRST_NONCE, False
+        self._heartbeat, self._nonce, self._probing = Heartbeat(trip), FIRST_NONCE, False
 
     async def run(self) -> None:
         """Watches until cancelled. NodeLostError: the connection has ended, or the peer is silent for too
@@ -74,30 +74,30 @@ class Watch:
             assert isinstance(message, Pong), "the wire lets nothing else through"
             now = self._awake.at(trio.current_time())
             answered = message.nonce == self._nonce and message.at_once
-            self._pulse = self._pulse.heard(now - self._pulse.pinged if answered else None)
+            self._heartbeat = self._heartbeat.heard(now - self._heartbeat.pinged if answered else None)
             self._ponged(message)
 
     def _look(self, now: float, tasks: trio.Nursery) -> None:
-        busy, timing, silence = self._busy(), self._timing, self._pulse.silence(now)
-        if silence > self._pulse.bound(timing.overdue, busy=busy):
+        busy, timing, silence = self._busy(), self._timing, self._heartbeat.silence(now)
+        if silence > self._heartbeat.bound(timing.overdue, busy=busy):
             raise NodeLostError(
                 f"{self._connection.peer} is lost: it has answered nothing for {silence:.1f} s"
             )
-        if busy and silence > self._pulse.trip.suspect() and not self._probing:
+        if busy and silence > self._heartbeat.trip.suspect() and not self._probing:
             self._probing = True
             tasks.start_soon(self._try_anew)
-        if self._pulse.due(now, timing.busy if busy else timing.heartbeat):
+        if self._heartbeat.due(now, timing.busy if busy else timing.heartbeat):
             self._nonce += 1
             # If the queue is full, rows are on their way, and the peer says that it receives them.
             self._connection.post(Ping(self._nonce))
-            self._pulse = self._pulse.ping(now)
+            self._heartbeat = self._heartbeat.ping(now)
 
     async def _try_anew(self) -> None:
-        silent_since = self._pulse.waiting
+        silent_since = self._heartbeat.waiting
         try:
             await self._probe()
             await trio.sleep(SETTLE_SECONDS)
-            if self._pulse.waiting == silent_since is not None:
+            if self._heartbeat.waiting == silent_since is not None:
                 raise ConnectionStalledError(
                     f"{self._connection.peer} answers on a new connection, and not on the one for rows"
                 )

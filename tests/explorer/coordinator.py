@@ -25,7 +25,7 @@ from shoal.net.chain import Chain
 from shoal.net.epochs import Epochs, _FirstLink
 from shoal.net.errors import NodeLostError
 from shoal.net.generation import Drawn, Flow, Generation, Part
-from shoal.net.members import NO_PULSE, ClusterState
+from shoal.net.members import NO_HEARTBEAT, ClusterState
 from shoal.net.messages import Abort, Close, Epoch, Loaded, Release
 from shoal.net.sampling_updates import UpdateSender
 from shoal.net.session import Session
@@ -457,7 +457,9 @@ _ERRORS: dict[type, ShoalError] = {}
 def timeless(state: ClusterState) -> ClusterState:
     """A state of the coordinator without times, and with one error for each kind of error."""
     members = tuple(
-        replace(m, pulse=NO_PULSE, joined=0.0, began=0.0, lost=None if m.lost is None else _error(m.lost))
+        replace(
+            m, heartbeat=NO_HEARTBEAT, joined=0.0, began=0.0, lost=None if m.lost is None else _error(m.lost)
+        )
         for m in state.members
     )
     move, setback = state.transition, state.setback

@@ -407,8 +407,8 @@ class Distributed:
         state: ClusterState = self.value(new[CLUSTER])
         if not state.members[i].alive:
             return
-        pulse = replace(state.members[i].pulse, waiting=0.0)
-        new[CLUSTER] = self._id(state.changed(i, pulse=pulse))
+        heartbeat = replace(state.members[i].heartbeat, waiting=0.0)
+        new[CLUSTER] = self._id(state.changed(i, heartbeat=heartbeat))
         self._coordinate(new, events.Stalled(i))
 
     def _do_snap(self, new: list[int], wire: Wire) -> None:

@@ -433,7 +433,7 @@ def test_a_late_answer_is_a_reason_to_try_another_connection() -> None:
     state, commands = after(state, Tick(busy=True), now=1.0)
     assert commands == [SendPing(0), SendPing(1), SendPing(2)]
     state, _ = after(state, *(Heard(i, answered=True) for i in range(3)), now=1.01)
-    assert state.members[0].pulse.trip.smoothed == pytest.approx(0.01)
+    assert state.members[0].heartbeat.trip.smoothed == pytest.approx(0.01)
     state, commands = after(state, Tick(busy=True), now=1.5)
     assert SendPing(1) in commands
     state, _ = after(state, Heard(0), Heard(2), now=1.6)

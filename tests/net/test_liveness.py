@@ -8,7 +8,7 @@ from shoal.net.liveness import (
     FIRST_LATE,
     SLOWEST_REDIAL,
     Awake,
-    Pulse,
+    Heartbeat,
     RoundTrip,
     Stillness,
     call_bound,
@@ -44,14 +44,14 @@ def test_the_bound_of_silence_follows_the_link_and_never_exceeds_the_fixed_one()
 
 
 def test_silence_begins_with_the_first_ping_that_nothing_follows() -> None:
-    pulse = Pulse()
-    assert pulse.silence(1e9) == 0
-    pulse = pulse.ping(5.0).ping(5.5)
-    assert pulse.silence(6.0) == 1.0 and pulse.pinged == 5.5
-    assert pulse.heard().silence(7.0) == 0 and pulse.heard().trip == RoundTrip()
-    assert pulse.heard(0.002).trip == RoundTrip(0.002, 0.001)
-    assert pulse.heard().ping(8.0).silence(8.25) == 0.25
-    assert (pulse.bound(10, busy=True), pulse.bound(10, busy=False)) == (5, 10)
+    heartbeat = Heartbeat()
+    assert heartbeat.silence(1e9) == 0
+    heartbeat = heartbeat.ping(5.0).ping(5.5)
+    assert heartbeat.silence(6.0) == 1.0 and heartbeat.pinged == 5.5
+    assert heartbeat.heard().silence(7.0) == 0 and heartbeat.heard().trip == RoundTrip()
+    assert heartbeat.heard(0.002).trip == RoundTrip(0.002, 0.001)
+    assert heartbeat.heard().ping(8.0).silence(8.25) == 0.25
+    assert (heartbeat.bound(10, busy=True), heartbeat.bound(10, busy=False)) == (5, 10)
 
 
 def test_time_in_which_this_process_did_not_run_is_no_silence() -> None:

@@ -291,7 +291,7 @@ def test_looks_that_come_a_little_early_do_not_skip_pings(lab: ModuleType) -> No
             for tick in range(9):
                 now = 0.25 * tick + (0.003 if tick % 4 else 0.005)
                 watched._look(now, tasks)
-                watched._pulse = watched._pulse.heard()
+                watched._heartbeat = watched._heartbeat.heard()
         assert [round(4 * at) for at in sent] == [0, 2, 4, 6, 8]
 
     pair(lab, test)

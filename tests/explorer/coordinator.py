@@ -2,9 +2,9 @@
 them what the coordinator's tasks do.
 
 Epochs, Chain, Session and Generation are objects that change. Between two steps of the model they are kept as
-values: `Desk` makes the objects from a `Front`, a step uses them, and `Desk.front` takes their values.
-Admission is left out: every session is admitted. Times are left out, too: after each step all times of the
-state are 0, and time that passes is an event with a late `now`.
+values: `CoordinatorStep` makes the objects from a `Front`, a step uses them, and its `front` takes their
+values. Admission is left out: every session is admitted. Times are left out, too: after each step all times
+of the state are 0, and time that passes is an event with a late `now`.
 """
 
 from __future__ import annotations
@@ -132,26 +132,26 @@ class _Link:
     """The connection to the first node of an epoch, and its scope. What is sent becomes an effect, and so
     does its end."""
 
-    def __init__(self, desk: Desk, member: int, epoch: Epoch) -> None:
-        self._desk, self.member = desk, member
+    def __init__(self, step: CoordinatorStep, member: int, epoch: Epoch) -> None:
+        self._step, self.member = step, member
         self._wire = ("step", COORDINATOR, member, epoch.counter)
 
     def post(self, *messages: Any) -> bool:
-        self._desk.effects += [("send", self._wire, message, ()) for message in messages]
+        self._step.effects += [("send", self._wire, message, ()) for message in messages]
         return True
 
     def cancel(self) -> None:
-        self._desk.effects.append(("close", self._wire))
+        self._step.effects.append(("close", self._wire))
 
 
 class _Tasks:
     """Where Epochs starts tasks: those that connect."""
 
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
+    def __init__(self, step: CoordinatorStep) -> None:
+        self._step = step
 
     def start_soon(self, task: object, first: _FirstLink, member: int) -> None:
-        scope: Any = _Link(self._desk, member, first.epoch)
+        scope: Any = _Link(self._step, member, first.epoch)
         first.scope = scope
 
 
@@ -200,7 +200,7 @@ class Script(NamedTuple):
         return found
 
 
-class Desk:
+class CoordinatorStep:
     """The coordinator during one step."""
 
     def __init__(self, script: Script, state: ClusterState, front: Front) -> None:

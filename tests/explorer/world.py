@@ -29,7 +29,7 @@ from shoal.net.messages import (
 
 from . import actions, invariants, reduction, words
 from .bound import NAMES, NUMBER, OFFER, Bound, Env, placement
-from .coordinator import LOST, Desk, Front, Script, timeless
+from .coordinator import LOST, CoordinatorStep, Front, Script, timeless
 from .search import Edge, State, Violation
 from .stage import COORDINATOR, Node, Nodes, Wire
 
@@ -589,36 +589,36 @@ class Distributed:
                 raise AssertionError(effect)
 
     def _coordinator_step(self, state: ClusterState, front: Front, event: Any) -> Any:
-        desk = Desk(self.script, state, front)
+        step = CoordinatorStep(self.script, state, front)
         try:
             match event:
                 case ("deliver", member, message):
-                    desk.deliver(member, message)
+                    step.deliver(member, message)
                 case ("loaded", member, message):
-                    desk.loaded(member, message)
+                    step.loaded(member, message)
                 case ("ask", index):
-                    desk.ask(index)
+                    step.ask(index)
                 case ("leave", index):
-                    desk.leave(index)
+                    step.leave(index)
                 case ("tick", now):
-                    desk.happens(events.Tick(), now)
+                    step.happens(events.Tick(), now)
                 case ("planned", answer):  # its nodes have been there for long enough
-                    desk.happens(answer, actions.SETTLED)
+                    step.happens(answer, actions.SETTLED)
                 case ("broken", member, epoch, again, incarnation):
-                    desk.broken(member, epoch, again, incarnation)
+                    step.broken(member, epoch, again, incarnation)
                 case ("reached",):
-                    desk.reached()
+                    step.reached()
                 case ("unreachable", incarnation):
-                    desk.unreachable(incarnation)
+                    step.unreachable(incarnation)
                 case _:
-                    desk.happens(event)
-            if desk.state.issued > self.bound.most_epochs:
-                raise Violation(f"there have been {desk.state.issued} epochs: the chain never settles")
-            desk.settle()
+                    step.happens(event)
+            if step.state.issued > self.bound.most_epochs:
+                raise Violation(f"there have been {step.state.issued} epochs: the chain never settles")
+            step.settle()
         except Violation as violation:
             return violation
-        effects = [self._numbered_down(effect) for effect in desk.effects]
-        return self._id(timeless(desk.state)), self._id(desk.front()), tuple(effects)
+        effects = [self._numbered_down(effect) for effect in step.effects]
+        return self._id(timeless(step.state)), self._id(step.front()), tuple(effects)
 
     def _numbered_down(self, effect: Any) -> Any:
         if effect[0] == "down":

@@ -21,7 +21,7 @@ from ..engine.batch import Want
 from ..engine.errors import ModelFileError, ShoalError
 from ..engine.power import on_mains
 from ..planner import LinkSpeed
-from .carry import Giver, Taker
+from .carry import KvReceiver, KvSender
 from .connection import Connection, Hop, in_thread, open_tasks
 from .dial import OpenStream, enter_dial, open_tcp
 from .errors import RemoteProtocolError, to_wire
@@ -185,7 +185,7 @@ class Assignment:
         self._reaching: trio.CancelScope | None = None
         self._loop: StageLoop | None = None
         self._looping: trio.CancelScope | None = None
-        self._givers: dict[int, Giver] = {}
+        self._givers: dict[int, KvSender] = {}
         self.work: StageWork | None = None
         """The stage at work, once `begin` was called."""
         self.prepared: Any = None
@@ -193,7 +193,7 @@ class Assignment:
         self.reading = 0.0
         """How long the first call may take longer, to read the units that `prepared` adds, as a part of the
         bound of a call (liveness.call_bound)."""
-        self.taker: Taker | None = None
+        self.taker: KvReceiver | None = None
         self.rows: tuple[Kept, ...] = ()
         """The positions whose rows the stage has kept, to fill units that are lost in this epoch."""
 
@@ -247,7 +247,7 @@ class Assignment:
         Broken when the connection ends before `send_tail` is done."""
         link = self._links.get(taker.incarnation)
         units = [u for gift in gifts for u in range(gift.first, gift.last) if u not in self._parts.stateless]
-        giver = self._givers[taker.incarnation] = Giver(
+        giver = self._givers[taker.incarnation] = KvSender(
             stage,
             work,
             self.epoch,
@@ -387,7 +387,7 @@ class Assignment:
         if pong.at_once and self._loop is not None:
             self._onward.answered(pong.nonce, self._loop.clock())
 
-    async def _give(self, taker: Peer, giver: Giver) -> None:
+    async def _give(self, taker: Peer, giver: KvSender) -> None:
         parts = self._parts
         try:
             async with AsyncExitStack() as stack:

@@ -31,7 +31,7 @@ CARRIED_CHUNKS = 1024
 """The most chunks in a Carried message."""
 
 
-class Giver:
+class KvSender:
     """Sends the keys and values of units to the node that takes them over. `work` is the stage at work in the
     base epoch, and `units` are those that have keys and values. With `history`, the taker is also told of
     the sessions. `bytes_per_s` is the rate of the link, or None if it is
@@ -229,7 +229,7 @@ class Giver:
                 await self._ordered.wait()
 
 
-class Taker:
+class KvReceiver:
     """Takes what givers send for one transition. `history`: the node has no stage in the base epoch, so it
     is told of the sessions, too. `stateless`: the units without keys and values."""
 

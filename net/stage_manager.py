@@ -19,7 +19,7 @@ import trio
 from ..engine.errors import NoPlanError, ShoalError
 from ..planner import LinkSpeed
 from .assignment import Assignment, NodeParts
-from .carry import Taker
+from .carry import KvReceiver
 from .connection import Connection, open_tasks
 from .copies import Copies
 from .errors import NetError, RemoteProtocolError, to_wire
@@ -454,7 +454,7 @@ class StageManager:
         if assignment.assign.takes:
             incoming = await self._parts.hop(stage.incoming)
             stateless = self._parts.stateless
-            assignment.taker = Taker(incoming, self._parts.hop, history=history, stateless=stateless)
+            assignment.taker = KvReceiver(incoming, self._parts.hop, history=history, stateless=stateless)
             self._notify()
 
     async def _adopt(self, assignment: Assignment, commit: Commit, base: Assignment | None) -> None:

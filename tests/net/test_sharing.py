@@ -18,7 +18,7 @@ from shoal.engine import sharing
 from shoal.engine.batch import Sampling
 from shoal.engine.sharing import Source, source_for
 from shoal.net import chain, tags
-from shoal.net.carry import Taker
+from shoal.net.carry import KvReceiver
 from shoal.net.connection import in_thread
 from shoal.net.coordinator import Coordinator
 from shoal.net.placement import Links, NodeInfo, Placement, plan_at
@@ -411,7 +411,7 @@ def test_a_session_that_has_ended_since_it_was_sent_is_compared_with_none() -> N
     def session(*tags: int) -> Session:
         return Session(512, len(tags) * CHUNK, array("Q", tags))
 
-    taker = Taker(cast("Any", Incoming()), in_thread, history=False)
+    taker = KvReceiver(cast("Any", Incoming()), in_thread, history=False)
     taker.check_alike({7: session(1, 2)}, {7: 2 * CHUNK})
     taker.check_alike({7: session(1, 2), 8: session(1, 3)}, {7: 2 * CHUNK, 8: CHUNK})
     with pytest.raises(ValueError, match="share positions of other tokens"):

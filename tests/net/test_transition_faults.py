@@ -15,7 +15,7 @@ from tests.net.hand import Hand, connected, places, with_nodes
 
 from shoal.engine.errors import ContextError, ModelFileError, NoPlanError
 from shoal.net import stage_manager, tags
-from shoal.net.carry import Giver
+from shoal.net.carry import KvSender
 from shoal.net.errors import NetError, NodeLostError, RemoteProtocolError
 from shoal.net.messages import (
     MOST_SESSIONS,
@@ -379,14 +379,14 @@ def test_rows_do_not_wait_for_weights_that_are_being_loaded(
 def test_chunks_are_read_in_portions_of_about_a_megabyte(lab: ModuleType) -> None:
     work = StageWork(lab.FakeStage(0, 6), NEXT, None)
     units, cuts = list(range(32)), [(at, at + 64) for at in range(0, 640, 64)]
-    giver = Giver(lab.FakeStage(0, 6), work, NEXT, units, history=False, hop=lab.inline, bytes_per_s=None)
+    giver = KvSender(lab.FakeStage(0, 6), work, NEXT, units, history=False, hop=lab.inline, bytes_per_s=None)
     for piece, most in ((1 << 22, 1), (256 * 1024, 4), (10_000, 104), (1000, 1048)):
         giver._piece = piece
         portions = giver._portions(cuts)
         pairs = [(cut, unit) for units_, some in portions for cut in some for unit in units_]
         assert pairs == [(cut, unit) for cut in cuts for unit in units]
         assert max(len(units_) * len(some) for units_, some in portions) <= most
-    both = Giver(
+    both = KvSender(
         lab.FakeStage(0, 6), work, NEXT, units, history=False, hop=lab.inline, bytes_per_s=None, takers=2
     )  # the two share the memory
     assert max(len(units_) * len(some) for units_, some in both._portions(cuts)) == 2

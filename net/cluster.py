@@ -21,7 +21,8 @@ suffice, and is an error otherwise.
 Where the coordinator is to stay (`open_ended`), nodes may be none at first, are found later
 (net/arrivals.py), and are waited for without a limit: what would end it otherwise is told to the user.
 
-`now` is in seconds of a monotonic clock that stands still while this process does not run (liveness.Awake).
+`now` is in seconds of a monotonic clock that stands still while this process does not run
+(liveness.AwakeClock).
 """
 
 from __future__ import annotations

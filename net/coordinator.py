@@ -36,7 +36,7 @@ from .generation import Generation
 from .holding import FetchReport
 from .identity import Identity, ModelShape, is_home
 from .known import KnownLinks, estimate
-from .liveness import DEFAULT_TIMING, TICK_SECONDS, Awake, Stillness, Timing, call_bound, redial_pause
+from .liveness import DEFAULT_TIMING, TICK_SECONDS, AwakeClock, Stillness, Timing, call_bound, redial_pause
 from .measuring import LinkMeasurer
 from .members import ClusterState, Member, Moves, device_of, peer_of
 from .messages import (
@@ -163,7 +163,7 @@ class Coordinator:
         self._pace = ChainPace(self.links)
         self._copies: Mapping[str, Sequence[int]] = {}
         """The units of which the rebalancer wants copies, by label."""
-        self._awake = Awake(0.0)
+        self._awake = AwakeClock(0.0)
         self._results, self._still = 0, Stillness()
         self._controls = [Control(options.log) for _ in addresses]
         self._happened = deque[Event]()
@@ -191,7 +191,7 @@ class Coordinator:
     ) -> AsyncIterator[Coordinator]:
         """Connects to the nodes, plans, assigns stages, and waits until the chain is loaded."""
         coordinator = cls(addresses, identity, shape, plan, options)
-        coordinator._awake = Awake(trio.current_time())
+        coordinator._awake = AwakeClock(trio.current_time())
         async with open_tasks() as tasks:
             coordinator._tasks = coordinator._epochs.tasks = tasks
             tasks.start_soon(coordinator._fail)

@@ -57,7 +57,7 @@ def next_tick(now: float, seconds: float) -> float:
     return (math.floor(now / seconds) + 1) * seconds
 
 
-class Awake:
+class AwakeClock:
     """A clock that stands still while this process does not run: suspended, or on a device that sleeps. What
     counts as a peer's silence is then only time in which this process could have heard it. `tick` is called
     often, and a longer pause counts as `most` seconds."""

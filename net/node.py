@@ -31,7 +31,7 @@ from .errors import (
 )
 from .fetching import Fetcher
 from .file_server import serve_files
-from .liveness import IDLE_TICK_SECONDS, TICK_SECONDS, Awake, load_bound, next_tick
+from .liveness import IDLE_TICK_SECONDS, TICK_SECONDS, AwakeClock, load_bound, next_tick
 from .messages import (
     Abort,
     Assign,
@@ -221,7 +221,7 @@ class Node:
 
     async def _look_at_calls(self) -> None:
         """Measures how long the stage's calls run, and reports one that does not return."""
-        awake, reported = Awake(trio.current_time(), 2 * IDLE_TICK_SECONDS), False
+        awake, reported = AwakeClock(trio.current_time(), 2 * IDLE_TICK_SECONDS), False
         while True:
             pause = TICK_SECONDS if self._pace.busy else IDLE_TICK_SECONDS
             await trio.sleep_until(next_tick(trio.current_time(), pause))

@@ -16,7 +16,7 @@ from .errors import NodeLostError
 from .liveness import (
     IDLE_TICK_SECONDS,
     TICK_SECONDS,
-    Awake,
+    AwakeClock,
     Heartbeat,
     RoundTrip,
     Stillness,
@@ -53,7 +53,7 @@ class Watch:
     ) -> None:
         self._connection, self._timing = connection, timing
         self._busy, self._probe, self._ponged = busy, probe, ponged
-        self._awake = Awake(trio.current_time(), 2 * IDLE_TICK_SECONDS)
+        self._awake = AwakeClock(trio.current_time(), 2 * IDLE_TICK_SECONDS)
         # A stage that computes without a pause answers no ping at once, so this trip may be the only one.
         trip = RoundTrip() if connection.trip is None else RoundTrip().measured(connection.trip)
         self._heartbeat, self._nonce, self._probing = Heartbeat(trip), FIRST_NONCE, False
@@ -118,7 +118,7 @@ async def attend(
     """The part of the side that was dialled. While rows arrive, behind which pings may wait, or anything
     arrives at a `busy` stage, or the stage accepts no more (`held_back`), it sends a Pong at every tick.
     NodeLostError: nothing has arrived for `timing.overdue`."""
-    awake = Awake(trio.current_time(), 2 * IDLE_TICK_SECONDS)
+    awake = AwakeClock(trio.current_time(), 2 * IDLE_TICK_SECONDS)
     still, before = Stillness(), connection.received
     still.seconds(awake.tick(trio.current_time()), before, due=True)
 

@@ -7,7 +7,7 @@ from shoal.net.inbox import Batch
 from shoal.net.liveness import (
     FIRST_LATE,
     SLOWEST_REDIAL,
-    Awake,
+    AwakeClock,
     Heartbeat,
     RoundTrip,
     Stillness,
@@ -55,7 +55,7 @@ def test_silence_begins_with_the_first_ping_that_nothing_follows() -> None:
 
 
 def test_time_in_which_this_process_did_not_run_is_no_silence() -> None:
-    awake = Awake(100.0, most=0.5)
+    awake = AwakeClock(100.0, most=0.5)
     assert awake.tick(100.25) == 0.25
     assert (awake.at(100.5), awake.at(160.0)) == (0.5, 0.75)  # asked before the tick that is late
     assert awake.tick(160.25) == 0.75

@@ -64,7 +64,7 @@ WITH_TRIO = [
     "src/shoal/server/house.py",
     "src/shoal/server/http.py",
     "src/shoal/server/opening.py",
-    "src/shoal/server/places.py",
+    "src/shoal/server/limiter.py",
     "src/shoal/server/run.py",
     "src/shoal/server/served.py",
 ]

@@ -203,14 +203,14 @@ def test_a_long_text_that_becomes_tokens_lets_other_threads_run(tiny: Path) -> N
 
 
 def test_each_text_of_a_request_takes_a_place(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
-    line, taken = served.app.served.places.line, list[int]()
-    join = line.join
+    queue, taken = served.app.served.limiter.queue, list[int]()
+    join = queue.join
 
-    def joined(client: str, places: int) -> object:
-        taken.append(places)
-        return join(client, places)
+    def joined(client: str, slots: int) -> object:
+        taken.append(slots)
+        return join(client, slots)
 
-    monkeypatch.setattr(line, "join", joined)
+    monkeypatch.setattr(queue, "join", joined)
     served.made("/v1/embeddings", input=["a", "b", "c"])
     served.made("/v1/completions", prompt=["a b", "c d"], echo=True, logprobs=1, max_tokens=0)
     assert taken == [3, 2]

@@ -308,7 +308,7 @@ def test_those_that_leave_end_their_work_and_no_other(strict: Serving) -> None:
     with ThreadPoolExecutor(16) as clients:
         list(clients.map(come_and_leave, LEAVING))
     assert strict.made(COMPLETE, prompt="A", max_tokens=2)["choices"]  # they were accepted before this one
-    until(lambda: not strict.app.served.places.line.running and strict.server._open == 0)
+    until(lambda: not strict.app.served.limiter.queue.running and strict.server._open == 0)
 
 
 def test_the_server_is_as_before(strict: Serving) -> None:
@@ -319,4 +319,4 @@ def test_the_server_is_as_before(strict: Serving) -> None:
     assert strict.made(COMPLETE, prompt="A", max_tokens=2)["choices"]
     assert not [line for line in strict.log if "Traceback" in line or " at\n" in line]
     assert 'status="5' not in counted
-    until(lambda: strict.app.served.places.line.used == 0)
+    until(lambda: strict.app.served.limiter.queue.used == 0)

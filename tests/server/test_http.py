@@ -149,7 +149,7 @@ def test_a_client_that_leaves_ends_its_answer(strict: Serving, monkeypatch: pyte
             connection.sendall(request + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
             until(lambda: len(calls) == 6)
         until(lambda: [line for line in strict.log if line.endswith(", ended early")])
-        assert not strict.app.served.places.line.running
+        assert not strict.app.served.limiter.queue.running
         gate.set()
         until(lambda: not engine._batcher._scheduler.running)
         assert len(calls) <= 7
@@ -231,40 +231,40 @@ def test_a_connection_too_many_is_closed_although_it_says_nothing(llm: shoal.LLM
 
 def test_too_many_requests_are_told_when_to_come_again(llm: shoal.LLM) -> None:
     with serving(llm, Options(slots=1, queue=2)) as busy:
-        line, held = busy.app.served.places.line, list[Any]()
+        queue, held = busy.app.served.limiter.queue, list[Any]()
         for _ in range(2):  # one that is answered, one that waits
-            busy.tell(lambda: held.append(line.join("other", 1)))
+            busy.tell(lambda: held.append(queue.join("other", 1)))
         with ThreadPoolExecutor(1) as threads:
             waits = threads.submit(busy.post, "/v1/completions", prompt="A", max_tokens=1)
-            until(lambda: len(line.waiting) == 2)
+            until(lambda: len(queue.waiting) == 2)
             reply = busy.post("/v1/completions", prompt="A", max_tokens=1)
             assert reply.status_code == 429
             assert int(reply.headers["retry-after"]) >= 1
             assert reply.json()["error"]["type"] == "rate_limit_error"
             for ticket in held:
-                busy.tell(partial(line.leave, ticket))
+                busy.tell(partial(queue.leave, ticket))
             assert waits.result(SECONDS).status_code == 200
-        until(lambda: not line.running)
+        until(lambda: not queue.running)
 
 
 def test_a_text_becomes_tokens_when_it_is_its_clients_turn(llm: shoal.LLM) -> None:
     """Who sends many long texts has its share of that work, too."""
     with serving(llm, Options(slots=1)) as busy, ThreadPoolExecutor(3) as threads:
         served, held = busy.app.served, list[Any]()
-        line, encoded, encode = served.places.line, list[str](), served.tokenizer.encode
+        queue, encoded, encode = served.limiter.queue, list[str](), served.tokenizer.encode
         served.tokenizer.encode = lambda text, **how: encoded.append(text) or encode(text, **how)
-        busy.tell(lambda: held.append(line.join("other", 1)))
+        busy.tell(lambda: held.append(queue.join("other", 1)))
         bodies = {
             "/v1/completions": {"prompt": "A", "max_tokens": 1},
             "/v1/chat/completions": {"messages": HELLO, "max_tokens": 1},
             "/v1/embeddings": {"input": "A"},
         }
         waiting = [threads.submit(partial(busy.post, path, **body)) for path, body in bodies.items()]
-        until(lambda: len(line.waiting) == 3)
+        until(lambda: len(queue.waiting) == 3)
         assert encoded == []
         assert busy.post("/tokenize", content="now").json()["count"] == len(llm.tokenize("now"))
         assert encoded == ["now"]
-        busy.tell(lambda: line.leave(held[0]))
+        busy.tell(lambda: queue.leave(held[0]))
         assert [reply.result(SECONDS).status_code for reply in waiting] == [200] * 3
 
 

@@ -4,7 +4,7 @@
     http         HTTP/1.1 on trio: bytes in, ASGI out
     app          which requests are let in, and what is said of each
     bodies       JSON bodies, checked, as dataclasses
-    places       who is answered now, who waits, who is sent away
+    limiter      who is answered now, who waits, who is sent away
     served       what all paths share: the model, its engine, answers when it is their turn
     asking       answers of an engine, awaited
     chats, completions, responses   the paths that answer

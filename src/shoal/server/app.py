@@ -24,8 +24,8 @@ from .bodies import Fields, parse
 from .errors import ApiError, api_error
 from .house import GetStatus, House
 from .http import Message, Receive, Scope, Send
+from .limiter import RequestLimiter
 from .opening import Hosts
-from .places import Places
 from .routes import PAGE, routes
 from .served import Call, Chunk, Event, Flow, Handler, Part, Reply, Served
 
@@ -60,9 +60,9 @@ def serve_app(
     """The API of a model on an engine, which stays open. `context`: the context length, or a function that
     gives that of the plan in force (0: there is none yet). `status` tells of the devices of the engine; None:
     it has none. Errors as for Served."""
-    house, places = House(status), Places(options.slots, options.queue)
+    house, limiter = House(status), RequestLimiter(options.slots, options.queue)
     now = context if callable(context) else lambda: context
-    served = Served(engine, model, now, options.names, places, house.obstacle)
+    served = Served(engine, model, now, options.names, limiter, house.obstacle)
     return ServerApp(served, options, log, house)
 
 

@@ -27,7 +27,7 @@ from ..engine.tokenizer import Tokenizer
 from ..local.reconnecting import ReconnectingEngine
 from ..readings import Readings
 from ..results import Completion
-from .places import Waiting
+from .limiter import Waiting
 
 T = TypeVar("T")
 

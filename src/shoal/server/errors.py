@@ -16,7 +16,7 @@ from ..engine.errors import (
 from ..grammars import GrammarError
 from ..net.errors import NetError
 from .http import BodyError
-from .places import Busy
+from .limiter import Busy
 
 
 class ApiError(Exception):

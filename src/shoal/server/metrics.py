@@ -13,7 +13,7 @@ class Metrics:
     """The server's counters, in a registry of their own."""
 
     def __init__(self, running: Callable[[], float], waiting: Callable[[], float]) -> None:
-        """`running`, `waiting`: places that are taken, and requests that wait for one.
+        """`running`, `waiting`: slots that are taken, and requests that wait for one.
         MissingDependencyError: the package is not there."""
         try:
             import prometheus_client as library

@@ -30,8 +30,8 @@ from .bodies import (
     token_ids,
 )
 from .errors import ApiError, Obstacle
+from .limiter import RequestLimiter
 from .metrics import Metrics
-from .places import Places
 from .tools import form_of
 
 T = TypeVar("T")
@@ -105,14 +105,14 @@ class Served:
         model: Model,
         context: Callable[[], int],
         names: Sequence[str],
-        places: Places,
+        limiter: RequestLimiter,
         obstacle: Callable[[], Awaitable[Obstacle | None]],
     ) -> None:
         """`context()` is 0 before the first plan. `obstacle()` says why nothing can be answered.
         ModelFileError, MissingDependencyError: the model has no tokenizer, or a package is not there."""
         self.engine, self.model, self._context, self._obstacle = engine, model, context, obstacle
         self.names = tuple(names) or (model.path.name,)
-        self.places = places
+        self.limiter = limiter
         self.tokenizer = Tokenizer.open(model.path)
         self.template = Chat.open(model.path, self.tokenizer)
         self.token_bytes = TokenBytes(self.tokenizer)
@@ -122,9 +122,9 @@ class Served:
         self.created = int(time.time())
         self.fingerprint = f"shoal-{model.hash[:12]}"
         self._texts = trio.CapacityLimiter(1)
-        """Limits /tokenize and /detokenize, which wait for no place."""
-        line = places.line
-        self.metrics = Metrics(lambda: line.used, lambda: len(line.waiting))
+        """Limits /tokenize and /detokenize, which wait for no slot."""
+        queue = limiter.queue
+        self.metrics = Metrics(lambda: queue.used, lambda: len(queue.waiting))
 
     @property
     def context(self) -> int:
@@ -152,12 +152,12 @@ class Served:
     # --- answers
 
     @asynccontextmanager
-    async def turn(self, call: Call, places: int) -> AsyncIterator[None]:
-        """Waits for a plan and then for so many places, which the block holds. All that takes time for a
+    async def turn(self, call: Call, slots: int) -> AsyncIterator[None]:
+        """Waits for a plan and then for so many slots, which the block holds. All that takes time for a
         request belongs in there, also the tokens of its texts: a client that sends long ones has its share of
         that, too."""
         await self.patiently(self._planned)
-        async with self.places.taken(call.client, places, self.patiently):
+        async with self.limiter.taken(call.client, slots, self.patiently):
             yield
 
     @asynccontextmanager

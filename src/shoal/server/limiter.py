@@ -1,7 +1,7 @@
 """Who is answered now, who waits, and who is sent away.
 
-`Line` decides: the client with the fewest answers goes first, so one that sends many requests does not keep
-the others waiting. `Places` lets tasks wait for it."""
+`FairQueue` decides: the client with the fewest answers goes first, so one that sends many requests does not
+keep the others waiting. `RequestLimiter` lets tasks wait for it."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ Waiting = Callable[[Callable[[], Awaitable[object]]], Awaitable[object]]
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """A request that waits, or is answered in `places` places."""
+    """A request that waits, or is answered in so many `slots`."""
 
     client: str
-    places: int
+    slots: int
     called: trio.Event = field(default_factory=trio.Event)
 
 
-class Line:
-    """The requests that are answered in `slots` places, and those that wait, at most `most`."""
+class FairQueue:
+    """The requests that are answered in `slots` slots, and those that wait, at most `most`."""
 
     def __init__(self, slots: int, most: int) -> None:
         self.slots, self.most = slots, most
@@ -36,12 +36,12 @@ class Line:
 
     @property
     def used(self) -> int:
-        """Places that are taken."""
-        return sum(ticket.places for ticket in self.running)
+        """Slots that are taken."""
+        return sum(ticket.slots for ticket in self.running)
 
-    def join(self, client: str, places: int) -> Ticket | None:
+    def join(self, client: str, slots: int) -> Ticket | None:
         """A ticket, which may be called at once; None: too many wait."""
-        ticket = Ticket(client, min(places, self.slots))
+        ticket = Ticket(client, min(slots, self.slots))
         self.waiting.append(ticket)
         self._call()
         if ticket in self.waiting and len(self.waiting) > self.most:
@@ -50,21 +50,21 @@ class Line:
         return ticket
 
     def leave(self, ticket: Ticket) -> None:
-        """Frees the places of a ticket, or its turn."""
+        """Frees the slots of a ticket, or its turn."""
         (self.running if ticket in self.running else self.waiting).remove(ticket)
         self._call()
 
     def _call(self) -> None:
-        """Calls whose turn it is. A request that needs several places is not passed by smaller ones."""
+        """Calls whose turn it is. A request that needs several slots is not passed by smaller ones."""
         while self.waiting:
             of = {ticket.client: 0 for ticket in self.waiting}
             for ticket in self.running:
                 if ticket.client in of:
-                    of[ticket.client] += ticket.places
+                    of[ticket.client] += ticket.slots
             first = min(
                 self.waiting, key=lambda ticket: of[ticket.client]
             )  # of equals, the one that came first
-            if self.used + first.places > self.slots:
+            if self.used + first.slots > self.slots:
                 return
             self.waiting.remove(first)
             self.running.append(first)
@@ -79,18 +79,18 @@ class Busy(Exception):
         self.seconds = seconds
 
 
-class Places:
-    """A line for tasks."""
+class RequestLimiter:
+    """A FairQueue for tasks."""
 
     def __init__(self, slots: int, most: int) -> None:
-        self.line = Line(slots, most)
+        self.queue = FairQueue(slots, most)
         self._mean = 1.0
         """Seconds that a request takes, of late."""
 
     @asynccontextmanager
-    async def taken(self, client: str, places: int, waiting: Waiting) -> AsyncIterator[None]:
+    async def taken(self, client: str, slots: int, waiting: Waiting) -> AsyncIterator[None]:
         """Waits for a turn, by `waiting`, and holds it within the block. Busy: too many wait."""
-        ticket = self.line.join(client, places)
+        ticket = self.queue.join(client, slots)
         if ticket is None:
             raise Busy(self.seconds)
         try:
@@ -99,10 +99,10 @@ class Places:
             yield
             self._mean += 0.1 * (trio.current_time() - begun - self._mean)
         finally:
-            self.line.leave(ticket)
+            self.queue.leave(ticket)
 
     @property
     def seconds(self) -> int:
-        """When there may be a place in the line again: when as many have been answered as wait now."""
-        rounds = (len(self.line.waiting) + 1) / self.line.slots
+        """When there may be room in the queue again: when as many have been answered as wait now."""
+        rounds = (len(self.queue.waiting) + 1) / self.queue.slots
         return max(1, min(600, math.ceil(self._mean * rounds)))

@@ -46,7 +46,7 @@ FEW, PACE_SECONDS = 4, 0.01
 turn takes as long as that of one token. With more of them a step of the engine takes longer than this."""
 
 
-class Bell:
+class LoopWaker:
     """Wakes tasks of one event loop for items that other threads put. Putting is followed by a system call
     only if the loop has not been woken since, and at the end of a burst, so a step of many answers wakes the
     loop once."""
@@ -54,38 +54,38 @@ class Bell:
     def __init__(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
         self._waiting = deque[Callable[[], None]]()
-        self._rung = False
+        self._called = False
         self.listeners = 0
         """Tasks that take items as they come."""
 
-    def ring(self, wake: Callable[[], None]) -> None:
+    def call_soon(self, wake: Callable[[], None]) -> None:
         """Lets the loop call `wake`; in any thread."""
         self._waiting.append(wake)
-        if not self._rung:
-            self._rung = True
+        if not self._called:
+            self._called = True
             after_burst(self._wake)
 
     def _wake(self) -> None:
         with suppress(trio.RunFinishedError):  # nobody waits any more
-            self._token.run_sync_soon(self._answer)
+            self._token.run_sync_soon(self._run)
 
-    def _answer(self) -> None:
-        self._rung = False  # before the rest, so that what is put from now on rings again
+    def _run(self) -> None:
+        self._called = False  # before the rest, so that what is put from now on wakes it again
         while self._waiting:
             self._waiting.popleft()()
 
 
-_bell: trio.lowlevel.RunVar[Bell] = trio.lowlevel.RunVar("bell")
+_waker: trio.lowlevel.RunVar[LoopWaker] = trio.lowlevel.RunVar("waker")
 
 
-def _loop_bell() -> Bell:
-    """The bell of this event loop."""
+def _loop_waker() -> LoopWaker:
+    """The waker of this event loop."""
     try:
-        return _bell.get()
+        return _waker.get()
     except LookupError:
-        bell = Bell()
-        _bell.set(bell)
-        return bell
+        waker = LoopWaker()
+        _waker.set(waker)
+        return waker
 
 
 class Arrivals(Generic[T]):
@@ -93,7 +93,7 @@ class Arrivals(Generic[T]):
 
     def __init__(self) -> None:
         self._items = deque[T]()
-        self._bell = _loop_bell()
+        self._waker = _loop_waker()
         self._look: Callable[[], object] = _nothing
         self._last = False
         """Whether an item has arrived that nothing follows."""
@@ -102,7 +102,7 @@ class Arrivals(Generic[T]):
         """Adds an item; in any thread. `last`: nothing follows it."""
         self._items.append(item)
         self._last |= last
-        self._bell.ring(self._wake)
+        self._waker.call_soon(self._wake)
 
     def _wake(self) -> None:
         self._look()
@@ -128,7 +128,7 @@ class Arrivals(Generic[T]):
             if not self._items:
                 return False
             now = trio.current_time()
-            if now < due and not self._last and self._bell.listeners <= FEW:
+            if now < due and not self._last and self._waker.listeners <= FEW:
                 scope.deadline = due
                 return False
             due, self._last = now + PACE_SECONDS, False
@@ -138,13 +138,13 @@ class Arrivals(Generic[T]):
                 failures.append(error)
             return not more or bool(failures)
 
-        self._bell.listeners += 1
+        self._waker.listeners += 1
         try:
             while more and not failures:
                 with trio.CancelScope() as scope:  # until what waits is due
                     await self._until(taken)
         finally:
-            self._bell.listeners -= 1
+            self._waker.listeners -= 1
         if failures:
             raise failures.pop()
 
@@ -185,7 +185,7 @@ class Piece:
     made: Completion | None
 
 
-class Asked:
+class Answers:
     """Answers to questions, computed together. Leaving the block ends those that have not ended."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, questions: Sequence[Question]) -> None:

@@ -22,7 +22,7 @@ from ..engine.tokenizer import Tokenizer
 from ..grammars import GrammarError, LateGrammars, Masks
 from ..readings import embedding
 from ..token_bytes import TokenBytes
-from .asking import Asked, Piece, Question, never, read
+from .asking import Answers, Piece, Question, never, read
 from .bodies import (
     Fields,
     Wanted,
@@ -78,7 +78,7 @@ class Event:
 
 
 class Each(Protocol):
-    """The type of `Asked.each`."""
+    """The type of `Answers.each`."""
 
     async def __call__(self, take: Callable[[Piece], object], full: Callable[[], bool] = ...) -> bool: ...
 
@@ -164,8 +164,8 @@ class Served:
     async def answers(self, call: Call, questions: Sequence[Question]) -> AsyncIterator[Each]:
         """The pieces of answers to questions, once there is one: what goes wrong before is a response of its
         own. The caller has its turn."""
-        async with Asked(self.engine, self.tokenizer, questions) as asked:
-            await self.patiently(asked.arrived)
+        async with Answers(self.engine, self.tokenizer, questions) as answers:
+            await self.patiently(answers.arrived)
 
             async def each(take: Callable[[Piece], object], full: Callable[[], bool] = never) -> bool:
                 def counted(piece: Piece) -> None:
@@ -174,7 +174,7 @@ class Served:
                         call.tokens.append((piece.made.usage.prompt_tokens, len(piece.made.tokens)))
                     take(piece)
 
-                return await asked.each(counted, full)
+                return await answers.each(counted, full)
 
             yield each
 

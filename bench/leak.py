@@ -3,9 +3,11 @@
     python -m bench.leak [--requests 10000] [--clients 16]
 
 The model is tiny and says noise. Requests are whole and streamed chats, texts that are scored, embeddings,
-wrong ones, and streams whose client leaves after the first token. The process is looked at after a tenth of
-them, when its caches are full, and at the end; the exit code is 1 if descriptors or threads are more than
-then, an answer still runs, or memory has grown by more than 4 MB."""
+wrong ones, and streams whose client leaves after the first token. Before them come as many answers as the
+engine keeps keys and values of, each as long as the context: the pool takes memory for these from the system
+as they are first written, and keeps it, so it would grow until long answers have by chance been everywhere.
+The process is looked at after a tenth of the requests and at the end; the exit code is 1 if descriptors or
+threads are more than then, an answer still runs, or memory has grown by more than 4 MB."""
 
 from __future__ import annotations
 
@@ -29,6 +31,8 @@ from tests.models import tiny_chat_checkpoint
 from shoal.engine.convert import convert
 
 _CONTEXT, _THREADS, _SLOTS = 300, 1, 32
+_END = ("2", "3")
+"""The end tokens of the model."""
 _GROWTH = 4 << 20
 _SETTLE_S = 30.0
 
@@ -63,6 +67,18 @@ def bodies(number: int) -> Iterator[tuple[str, Any, int]]:
     yield "/v1/chat/completions", {"messages": []}, 400
     yield "/v1/completions", {"prompt": f"{number}", "n": 3, "max_tokens": 2, "stop": "x"}, 200
     yield "/nothing", {}, 404
+
+
+def fill(port: int) -> None:
+    """Answers of the whole context, as many as run together and then as many again, while the first ones are
+    kept for prompts that begin alike. RuntimeError: one fails, or is shorter."""
+    bodies = [
+        {"messages": [{"role": "user", "content": f"{i}"}], "logit_bias": dict.fromkeys(_END, -100)}
+        for i in range(2 * _SLOTS)
+    ]
+    for heard in ask(port, "/v1/chat/completions", bodies):
+        if heard.status != 200 or heard.json["usage"]["total_tokens"] < _CONTEXT:
+            raise RuntimeError(f"not an answer of the whole context: {heard.status}, {heard.body[-300:]!r}")
 
 
 def leave(port: int, number: int) -> None:
@@ -112,6 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = Path(directory) / "tiny"
         convert(tiny_chat_checkpoint(Path(directory) / "checkpoint"), model)
         with shoal_server(model, _THREADS, _SLOTS, _CONTEXT) as (port, process):
+            fill(port)
             begun, first = time.perf_counter(), args.requests // 10
             send(port, 0, first, args.clients)
             before = settled(process.pid, port)

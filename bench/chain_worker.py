@@ -111,6 +111,9 @@ async def head(job: dict[str, Any]) -> dict[str, Any]:
     ) as coordinator:
         opened = time.monotonic() - start
         found = await JOBS[job["do"]](coordinator, model, job)
+        if job["do"] == "press" and hasattr(plans, "beside"):  # not in an older checkout
+            predicted = plans.beside(coordinator.nodes, coordinator.links, job["long"])
+            found["predicted"] = [predicted.gap, predicted.prompt]
         return {
             "open_s": opened,
             "stages": [[s.device, s.first, s.last] for s in coordinator.placement.stages],

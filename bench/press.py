@@ -4,7 +4,8 @@
 
 A gap is the time from one token of a running stream to its next. Figures are the median while only the
 streams run, and the median and the longest from the arrival of the prompt until its first token; "of alone"
-is their ratio to the median alone. The prompt is measured alone on an idle chain, and beside the streams."""
+is their ratio to the median alone. The prompt is measured alone on an idle chain, and beside the streams.
+What is predicted is the planner's, by the latest measurements of the nodes (planner/pressed.py)."""
 
 from __future__ import annotations
 
@@ -63,6 +64,11 @@ def _add(samples: Samples, name: str, number: int, case: str, found: dict[str, o
     quiet, pressed = statistics.median(before), gaps(times, start, end)
     alone_s = found["alone_s"]
     assert isinstance(alone_s, float)
+    predicted = found.get("predicted")  # not by an older checkout
+    if isinstance(predicted, list):
+        gap, prompt = predicted
+        samples.add(f"{case}: gap beside, predicted, ms", name, number, gap * 1e3)
+        samples.add(f"{case}: prompt beside, predicted, s", name, number, prompt)
     for figure, value in (
         ("gap alone, ms", quiet * 1e3),
         ("gap beside, median, ms", statistics.median(pressed) * 1e3),

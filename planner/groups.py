@@ -158,7 +158,7 @@ def grouping(way: Way, count: int, depth: int = 0) -> Grouping:
     groups = best_groups(way, count, depth)
     rows = -(-count // groups)
     longest = STRETCH * round_seconds(way, count, groups, depth)
-    start, deep = (_slice(way, rows, depth, position, longest) for position in (0, DEEP))
+    start, deep = (slice_rows(way, rows, depth, position, longest) for position in (0, DEEP))
     slope = (start / deep - 1) / DEEP
     if rows == 1:
         return Grouping(groups, 0.0, start, slope)
@@ -167,9 +167,9 @@ def grouping(way: Way, count: int, depth: int = 0) -> Grouping:
     return Grouping(groups, LAPS * max(0.0, saved), start, slope)
 
 
-def _slice(way: Way, rows: int, depth: int, position: int, seconds: float) -> int:
+def slice_rows(way: Way, rows: int, depth: int, position: int, seconds: float) -> int:
     """The most rows of a prompt from that position on with which a call of `rows` decoded rows takes at most
-    so many seconds on every stage, and which a link carries in as many."""
+    so many seconds on every stage, and which a link carries in as many; at least one."""
     decoding = [(1, depth, True)] * rows
     row = max(way.busy)
 

@@ -14,6 +14,7 @@ from .net.placement import FilesMissingError, Links, NodeInfo, Placement
 from .planner.chunks import chunkings, window
 from .planner.groups import groupings
 from .planner.home import at_home
+from .planner.pressed import Pressed, pressed
 from .planner.streams import Follower
 from .planning import layer_constraints, planner_model
 from .private import Private, plan_ends
@@ -184,6 +185,14 @@ class NetworkPlanner:
         question = self._question(cluster_of(nodes, links), workload or self.workload)
         found = planner.evaluate(question, plan.stages)
         return replace(found, method=plan.method, optimal=plan.optimal, reasons=plan.reasons, ends=plan.ends)
+
+    def beside(self, nodes: Sequence[NodeInfo], links: Links, tokens: int) -> Pressed:
+        """What the concurrent sequences of the last plan and a prompt of so many tokens take together, by the
+        latest measurements. ValueError: a link is missing."""
+        assert self.plan is not None, "something was planned"
+        question, load = self._question(cluster_of(nodes, links), self.workload), self.workload
+        way = Follower(question).way(self.plan.assignments)
+        return pressed(way, load.streams, tokens, load.decode_depth)
 
     def _question(self, cluster: planner.Cluster, workload: planner.Workload) -> planner.Question:
         held = planner.Constraints()

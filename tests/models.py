@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 from shoal.commands.pull import pull
+from shoal.engine.convert import convert
 
 
 def smollm2_dir(dtype: str = "int8") -> Path:
@@ -56,6 +57,12 @@ def tiny_chat_checkpoint(directory: Path) -> Path:
     settings = {"bos_token": "<s>", "eos_token": "<|im_end|>", "chat_template": TEMPLATE}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     return directory
+
+
+def tiny_chat_model(place: Path) -> Path:
+    """The model directory of that checkpoint, in a folder of `place`."""
+    convert(tiny_chat_checkpoint(place / "checkpoint"), place / "tiny")
+    return place / "tiny"
 
 
 _PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}

@@ -15,11 +15,10 @@ from typing import Any
 
 import anyio
 import pytest
-from tests.models import tiny_chat_checkpoint
+from tests.models import tiny_chat_model
 from tests.patience import LIMIT
 
 import shoal
-from shoal.engine.convert import convert
 
 LIVELY: Any = {"temperature": 1.2, "seed": 9, "end": ()}
 CHATS = ["Hello", "What is a shoal?", "Tell me about the sea, at length"]
@@ -30,9 +29,7 @@ Use = Callable[[shoal.AsyncLLM, shoal.LLM], Awaitable[None]]
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("async")
-    convert(tiny_chat_checkpoint(directory / "checkpoint"), directory / "tiny")
-    return directory / "tiny"
+    return tiny_chat_model(tmp_path_factory.mktemp("async"))
 
 
 @pytest.fixture(params=["asyncio", "trio"])

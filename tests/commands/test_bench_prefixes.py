@@ -6,13 +6,11 @@ from pathlib import Path
 
 import pytest
 from bench import prefixes
-from tests.models import tiny_chat_checkpoint
-
-from shoal.engine.convert import convert
+from tests.models import tiny_chat_model
 
 
 def test_the_bench_counts_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    convert(tiny_chat_checkpoint(tmp_path / "checkpoint"), tmp_path / "tiny")
+    tiny_chat_model(tmp_path)
     sizes = ["--history", "60", "--prefix", "80", "--requests", "3", "--rounds", "1"]
     assert prefixes.main([str(tmp_path / "tiny"), *sizes]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if "shared" in line]

@@ -16,11 +16,10 @@ import anyio
 import numpy as np
 import pytest
 import trio
-from tests.models import smollm2_dir, tiny_chat_checkpoint
+from tests.models import smollm2_dir, tiny_chat_model
 from tests.patience import LIMIT
 
 import shoal
-from shoal.engine.convert import convert
 from shoal.engine.kv import page_bytes
 from shoal.net.assignment import NodeParts
 from shoal.net.identity import identity_of
@@ -137,9 +136,7 @@ def test_a_cancel_ends_the_call_within_one_op(
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("cancel")
-    convert(tiny_chat_checkpoint(directory / "checkpoint"), directory / "tiny")
-    return directory / "tiny"
+    return tiny_chat_model(tmp_path_factory.mktemp("cancel"))
 
 
 class Nodes:

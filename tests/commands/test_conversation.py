@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Self
 
 import pytest
-from tests.models import tiny_chat_checkpoint
+from tests.models import tiny_chat_model
 from tests.patience import LIMIT
 
 from shoal import conversation
 from shoal.answering import Settings
 from shoal.conversation import Conversation
-from shoal.engine.convert import convert
 from shoal.engine.errors import ContextError, ShoalError
 from shoal.engine.generate import Session
 from shoal.engine.model_directory import Model
@@ -34,9 +33,7 @@ from shoal.llm import LLM
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    directory = tmp_path_factory.mktemp("chat")
-    convert(tiny_chat_checkpoint(directory / "checkpoint"), directory / "tiny")
-    return Model.open(directory / "tiny")
+    return Model.open(tiny_chat_model(tmp_path_factory.mktemp("chat")))
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 import trio
-from tests.models import tiny_chat_checkpoint
+from tests.models import tiny_chat_model
 
 import shoal
 from shoal import house
 from shoal.answering import LocalEngine
-from shoal.engine.convert import convert
 from shoal.processes import NodeSpec, nodes
 
 LIVELY: Any = {"temperature": 1.2, "seed": 9, "end": ()}
@@ -26,9 +25,7 @@ CHATS = ["Hello", "What is a shoal?", "Tell me about the sea, at length"]
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("llm")
-    convert(tiny_chat_checkpoint(directory / "checkpoint"), directory / "tiny")
-    return directory / "tiny"
+    return tiny_chat_model(tmp_path_factory.mktemp("llm"))
 
 
 @pytest.fixture(scope="module")

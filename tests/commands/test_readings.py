@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.models import SPECIAL, tiny_chat_checkpoint
+from tests.models import SPECIAL, tiny_chat_checkpoint, tiny_chat_model
 from tests.weights.checkpoints import HEAD, change_config, rewrite, tensors
 
 from shoal import LLM, Classification
@@ -27,9 +27,7 @@ PAD = 4
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("readings")
-    convert(tiny_chat_checkpoint(folder / "source"), folder / "tiny")
-    return folder / "tiny"
+    return tiny_chat_model(tmp_path_factory.mktemp("readings"))
 
 
 @pytest.fixture(scope="module")

@@ -20,14 +20,13 @@ import trio
 import trio.lowlevel
 from tests.e2e.test_home import Device, Program, wait
 from tests.houses import Houses
-from tests.models import tiny_chat_checkpoint
+from tests.models import tiny_chat_model
 from tests.pairing import attack, inviting
 from tests.patience import LIMIT
 
 import shoal
 from shoal import house, pairing
 from shoal.cluster_view import coordinator_identity
-from shoal.engine.convert import convert
 from shoal.engine.errors import ShoalError
 from shoal.engine.model_directory import Model
 from shoal.net.assignment import NodeParts
@@ -190,8 +189,7 @@ def limited(main: Callable[[], Awaitable[None]]) -> None:
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
     place = tmp_path_factory.mktemp("attacked")
-    convert(tiny_chat_checkpoint(place / "checkpoint"), place / "tiny")
-    made = Home(place, place / "tiny")
+    made = Home(place, tiny_chat_model(place))
     try:
         made.begin()
         with on(made.laptop):

@@ -10,13 +10,12 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from tests.models import tiny_chat_checkpoint
+from tests.models import tiny_chat_model
 from tests.patience import LIMIT
 
 from shoal import planner
 from shoal.answering import Settings
 from shoal.engine.batch import Sampling
-from shoal.engine.convert import convert
 from shoal.engine.errors import ContextError
 from shoal.engine.generate import generate
 from shoal.engine.model_directory import Model
@@ -34,9 +33,7 @@ WORKLOAD = planner.Workload(context=200)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    directory = tmp_path_factory.mktemp("chat")
-    convert(tiny_chat_checkpoint(directory / "checkpoint"), directory / "tiny")
-    return Model.open(directory / "tiny")
+    return Model.open(tiny_chat_model(tmp_path_factory.mktemp("chat")))
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,8 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.models import tiny_chat_checkpoint
+from tests.models import tiny_chat_model
 
-from shoal.engine.convert import convert
 from shoal.processes import bare_node_bytes, end
 
 pytestmark = pytest.mark.slow
@@ -261,7 +260,7 @@ def test_a_second_start_fetches_nothing_that_is_there(home: House, alone: str) -
 def test_devices_begin_again_with_another_model_and_the_heads_own_node_is_kept_running(
     home: House, tmp_path: Path
 ) -> None:
-    convert(tiny_chat_checkpoint(tmp_path / "checkpoint"), tmp_path / "tiny")
+    tiny_chat_model(tmp_path)
     assert home.running["laptop"].stop() == 0
     told = {name: home.running[name].said for name in ("phone", "tablet")}
     laptop = home.up(str(tmp_path / "tiny"))

@@ -14,10 +14,9 @@ from bench.balance.company import company
 from bench.balance.play import Cast, Trace
 from bench.lab.air import _Purpose
 from bench.lab.hello import frame_bytes, said
-from tests.models import smollm2_dir, tiny_chat_checkpoint
+from tests.models import smollm2_dir, tiny_chat_model
 
 from shoal import house
-from shoal.engine.convert import convert
 from shoal.engine.model_directory import Model
 from shoal.net.identity import Identity
 from shoal.net.wire import WireProtocol
@@ -159,7 +158,7 @@ def test_the_house_of_who_runs_it_is_not_used(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     (tmp_path / "config" / "shoal").mkdir(parents=True)
     (tmp_path / "config" / "shoal" / house.HOUSE).touch(0o600)  # damaged: whoever uses it fails
-    convert(tiny_chat_checkpoint(tmp_path / "checkpoint"), tmp_path / "tiny")
+    tiny_chat_model(tmp_path)
     specs = [NodeSpec("n1", 300, options=("--measure-seconds", "0.01"))]
     with company(tmp_path / "tiny", specs, tmp_path) as nodes:
         nodes.members[0].start()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from tests.models import tiny_chat_checkpoint
+from tests.models import tiny_chat_model
 
 import shoal
 from shoal.answering import LocalEngine
@@ -33,9 +33,7 @@ ASK = ("Hello", "-n", "12", "--temperature", "1.2", "--seed", "9")
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("head")
-    convert(tiny_chat_checkpoint(directory / "checkpoint"), directory / "tiny")
-    return directory / "tiny"
+    return tiny_chat_model(tmp_path_factory.mktemp("head"))
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,11 @@ from typing import Any, Self
 
 import numpy as np
 import pytest
-from tests.models import tiny_chat_checkpoint
+from tests.models import tiny_chat_model
 
 import shoal
 from shoal.answering import LocalEngine
 from shoal.engine.batch import Logprobs, Result, Sampling
-from shoal.engine.convert import convert
 from shoal.engine.errors import NoPlanError, ShoalError
 from shoal.engine.model_directory import Model
 from shoal.engine.stage import Stage
@@ -45,9 +44,7 @@ NOW = Status(
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    directory = tmp_path_factory.mktemp("socket")
-    convert(tiny_chat_checkpoint(directory / "checkpoint"), directory / "tiny")
-    return Model.open(directory / "tiny")
+    return Model.open(tiny_chat_model(tmp_path_factory.mktemp("socket")))
 
 
 @pytest.fixture(scope="module")

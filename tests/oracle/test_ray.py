@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.models import tiny_chat_checkpoint
+from tests.models import tiny_chat_model
 
 import shoal
-from shoal.engine.convert import convert
 
 pytestmark = pytest.mark.oracle
 
@@ -20,7 +19,7 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "ray_data.py"
 
 
 def test_an_llm_in_each_worker(tmp_path: Path) -> None:
-    convert(tiny_chat_checkpoint(tmp_path / "checkpoint"), tmp_path / "tiny")
+    tiny_chat_model(tmp_path)
     texts = [f"The shoal of {number} fish turns" for number in range(40)] + ["x" * 1000, "y"]
     (tmp_path / "lines.txt").write_text("\n".join(texts) + "\n")
     arguments = [str(tmp_path / "tiny"), str(tmp_path / "lines.txt"), str(tmp_path / "scores")]

@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 from tests.e2e.test_home import SECONDS, House
-from tests.models import smollm2_dir, tiny_chat_checkpoint
+from tests.models import smollm2_dir, tiny_chat_model
 
 import shoal
-from shoal.engine.convert import convert
 from shoal.processes import end
 
 DESKTOP, PHONE = (1280, 800), (390, 844)
@@ -40,7 +39,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[shoal.LLM]:
     """A tiny model that speaks noise, in this process."""
     directory = tmp_path_factory.mktemp("tiny")
-    convert(tiny_chat_checkpoint(directory / "checkpoint"), directory / "tiny")
+    tiny_chat_model(directory)
     with shoal.LLM(directory / "tiny", context=300) as opened:
         yield opened
 

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 import trio
-from tests.models import tiny_chat_checkpoint
+from tests.models import tiny_chat_checkpoint, tiny_chat_model
 
 import shoal
 from shoal.engine.convert import convert
@@ -103,9 +103,7 @@ def serving(
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("served")
-    convert(tiny_chat_checkpoint(directory / "checkpoint"), directory / "tiny")
-    return directory / "tiny"
+    return tiny_chat_model(tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture(scope="session")

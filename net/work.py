@@ -422,7 +422,7 @@ class StageWork:
             found = result.tokens, result.scores, result.logprobs
             return Result(*where, step.rows, result.token, *found)
         assert result.hidden is not None, "every stage but the last returns hidden rows"
-        return replace(step, tokens=(), hidden=result.hidden, more=False)
+        return replace(step, tokens=(), hidden=result.hidden, more=decodes(step))
 
     def _forget(self, session: int) -> None:
         self.sessions.pop(session, None)
@@ -439,9 +439,9 @@ class StageWork:
 def _together(answers: list[Answer]) -> list[Answer]:
     """The answers of one call: rows of sequences that decode first, of which each but the last says that more
     of them follow. Rows of prompts need not stay with them."""
-    decoding = [answer for answer in answers if isinstance(answer, Step) and decodes(answer)]
-    others = [answer for answer in answers if not (isinstance(answer, Step) and decodes(answer))]
-    return [*(replace(step, more=True) for step in decoding[:-1]), *decoding[-1:], *others]
+    decoding = [answer for answer in answers if isinstance(answer, Step) and answer.more]
+    others = [answer for answer in answers if not (isinstance(answer, Step) and answer.more)]
+    return [*decoding[:-1], *(replace(step, more=False) for step in decoding[-1:]), *others]
 
 
 def _part(step: Step) -> tuple[int, int] | None:

@@ -100,9 +100,11 @@ class Chain:
         return [node.process.pid for node in self.nodes[:count]]
 
 
-def alone(checkout: Checkout, model: Model, job: str, **more: Any) -> Answer:
-    """A job of chain_worker.py in one process that holds all units, with one thread, on the last core."""
-    return _worker(checkout, "alone", {"do": job, "model": str(model.path), **more}, cores()[-1:])
+def alone(checkout: Checkout, model: Model, job: str, *, core: int | None = None, **more: Any) -> Answer:
+    """A job of chain_worker.py in one process that holds all units, with one thread, on a core: the last one,
+    unless another is given."""
+    pinned = cores()[-1:] if core is None else [core]
+    return _worker(checkout, "alone", {"do": job, "model": str(model.path), **more}, pinned)
 
 
 class Expected:

@@ -9,14 +9,18 @@ equal length and messages that cost nothing, the best grouping reaches
 
     max over g of  k / max(t(r1), (t(r1) + ... + t(rg)) / c)
 
-tokens/s. The program "one process" is this for c = 1, and "the cores" for a chain on all of its cores, c =
-min(nodes, cores)."""
+tokens/s. The program "one process" is this for c = 1. "The cores" is what a chain could reach on all of its
+cores, c = min(nodes, cores): the better of that, since one group may pass the stages one after another, and
+of the formula for c with the t(r) of c processes that compute at once, since these share the bandwidth of the
+memory. The coordinator has no core of its own in either."""
 
 from __future__ import annotations
 
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 
 from bench.chain import Chain, Expected, alone, chains, cores, in_turns, opened, over, parser, streamed
@@ -61,17 +65,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     samples, expected = Samples(), Expected(checkouts[0], model, PROMPT)
     sizes = batches(streams)
 
-    def one_process(number: int) -> None:
+    def at_once(count: int) -> dict[int, float]:
+        """t(r) of so many processes on a core each, at once."""
         job = {"prompt": PROMPT, "tokens": args.tokens // 2, "batches": sizes}
-        runs = alone(checkouts[0], model, "decode", **job)["runs"]
-        step_s = {size: step_seconds(run["times"][0]) for size, run in zip(sizes, runs, strict=True)}
-        for size in sizes:
-            samples.add(f"a step of {size}, ms", "one process", number, step_s[size] * 1e3)
-        for n in counts:
+        one = partial(alone, checkouts[0], model, "decode", **job)
+        with ThreadPoolExecutor(count) as pool:
+            found = list(pool.map(lambda core: one(core=core)["runs"], cores()[-count:]))
+        times = [[step_seconds(run["times"][0]) for run in runs] for runs in found]
+        return dict(zip(sizes, map(statistics.fmean, zip(*times, strict=True)), strict=True))
+
+    def one_process(number: int) -> None:
+        used = {n: min(n, len(cores())) for n in counts}
+        step_s = {c: at_once(c) for c in sorted({1, *used.values()})}
+        for c, seconds in step_s.items():
+            for size in sizes:
+                samples.add(f"a step of {size}, ms", f"{c} at once", number, seconds[size] * 1e3)
+        for n, c in used.items():
             for k in streams:
-                samples.add(_figure(n, k), "one process", number, best(k, 1, step_s))
-                if n > 1:
-                    samples.add(_figure(n, k), "the cores", number, best(k, min(n, len(cores())), step_s))
+                one, all_cores = best(k, 1, step_s[1]), best(k, c, step_s[c])
+                samples.add(_figure(n, k), "one process", number, one)
+                if c > 1:
+                    samples.add(_figure(n, k), "the cores", number, max(one, all_cores))
 
     def measure(chain: Chain, number: int) -> None:
         for n in counts:

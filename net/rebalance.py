@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 
-from ..planner import Assignment, Cluster, LinkSpeed, Question
+from ..planner import Assignment, LinkSpeed, Question
 from ..planner.evaluation import token_seconds
 from ..planner.moves import replans, room, room_beside, steals, travel, way
 from ..planner.streams import Follower
@@ -327,7 +327,7 @@ def _smoothed(memory: Memory, view: View) -> Question:
         return LinkSpeed(seconds, link.bytes_per_s if rate is None else rate.measured)
 
     links = {ends: smoothed(ends, link) for ends, link in cluster.links.items()}
-    return replace(view.question, cluster=Cluster(tuple(devices), links, cluster.coordinator))
+    return replace(view.question, cluster=replace(cluster, devices=tuple(devices), links=links))
 
 
 def _counted(memory: Memory, before: View | None, view: View, seconds: float) -> Memory:

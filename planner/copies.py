@@ -11,7 +11,7 @@ from types import MappingProxyType
 from . import cost
 from .evaluation import Plan
 from .moves import steals
-from .rows import Assignment, Cluster, Device, Question
+from .rows import Assignment, Device, Question
 from .solve import plan
 
 HOT = 2.5
@@ -60,7 +60,7 @@ def _later(
     cluster, held = question.cluster, question.constraints
     for stage in stages:
         devices = tuple(slowed(d, HOT) if d.name == stage.device else d for d in cluster.devices)
-        asked = replace(question, cluster=Cluster(devices, cluster.links, cluster.coordinator))
+        asked = replace(question, cluster=replace(cluster, devices=devices))
         yield from (steal.stages for steal in [*steals(asked, stages)][-1:])
         others = tuple(one.device for one in stages if one is not stage)
         if others and stage.device not in (held.first, held.last):  # without these there is no plan

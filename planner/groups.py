@@ -3,8 +3,9 @@ tokens/s that follow.
 
 A group is a set of sequences whose rows are computed together on every stage. Groups follow each other along
 the chain. A round, in which each sequence gets one token, takes a lap of the largest group, or the time for
-which all groups together occupy the busiest stage or link, whichever is longer. Many small groups keep all
-stages busy; few large ones share the reading of the weights.
+which all groups together occupy the busiest stage or link, or the memory of a machine that has several
+stages, whichever is longest. Many small groups keep all stages busy; few large ones share the reading of the
+weights.
 """
 
 import math
@@ -19,8 +20,11 @@ MOST_SEQUENCES = CALL_STEPS
 """The numbers of sequences for which a chain's groups are computed in advance: 1 up to this one."""
 NEAR = 1.05
 """Numbers of groups whose round takes at most so many times as long as the best count as equal. The one
-nearest to a group for each stage is chosen: measured costs are not exact, and fuller calls lose less where
+nearest to a group for each machine is chosen: measured costs are not exact, and fuller calls lose less where
 links or devices are slower than measured."""
+SHARED = 1.25
+"""How many times as fast as one stage several of a machine read weights at once. A core alone reads most of
+what the memory gives: on two cores of a Zen 5, two stages get 1.28 times as much as one."""
 LAPS = 3
 """A group may wait for a sequence for as long as having it back saves the busiest stage in so many laps."""
 STRETCH = 2.0
@@ -67,12 +71,18 @@ class Fixed:
 class Way:
     """A chain as rows pass it. Of each stage what its calls take; of each hop, coordinator to first and last
     to coordinator included, its latency, and for how long a row (on the last, a message) takes the link.
-    `together`: pairs of stages that one CPU computes."""
+    `together`: pairs of stages that one CPU computes. `shared`: stages that read from one memory."""
 
     stages: Sequence[Calls]
     latency: Sequence[float]
     busy: Sequence[float]
     together: Sequence[tuple[int, int]] = ()
+    shared: Sequence[Sequence[int]] = ()
+
+    @property
+    def machines(self) -> int:
+        """The number of machines that have stages."""
+        return len(self.stages) - sum(len(one) - 1 for one in self.shared)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +132,7 @@ def round_seconds(way: Way, count: int, groups: int, depth: int = 0) -> float:
     lap = lap_of(large)
     either = (lap + lap_of(small)) / 2 if more else lap
     shared = [taken[i] + taken[j] for i, j in way.together]
+    shared += [groups * sum(way.stages[i].rows(1) for i in one) / SHARED for one in way.shared]
     busiest = max(*taken, *shared, count * max(way.busy))
     seconds, paused = max(lap, busiest), 0.0
     while True:
@@ -141,7 +152,7 @@ def round_seconds(way: Way, count: int, groups: int, depth: int = 0) -> float:
 def best_groups(way: Way, count: int, depth: int = 0) -> int:
     """The number of groups with which `count` sequences get the most tokens/s. No group has more rows than a
     call may have; of all numbers of groups with the same largest group, the smallest is best."""
-    usual = min(count, len(way.stages))
+    usual = min(count, way.machines)
     numbers = {-(-count // rows) for rows in range(1, min(count, CALL_STEPS) + 1)}
     if usual * CALL_STEPS >= count:
         numbers.add(usual)

@@ -58,7 +58,7 @@ def with_second_range(model: ModelCosts, cluster: Cluster, name: str) -> Cluster
         if target == name:
             links[source, end.name] = link
     links[name, end.name] = links[end.name, name] = LOOPBACK
-    return Cluster((*devices, end), links, cluster.coordinator)
+    return replace(cluster, devices=(*devices, end), links=links)
 
 
 def at_home(cluster: Cluster, stages: Sequence[Assignment], home: Collection[str]) -> bool:

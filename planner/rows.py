@@ -7,7 +7,7 @@ multiply-accumulate.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -178,11 +178,13 @@ LOOPBACK = LinkSpeed(0.0, math.inf)
 class Cluster:
     """Devices, the links between them, and the coordinator: the node where tokens enter and return. A pair
     without a link cannot be neighbours in a chain. The coordinator may be one of the devices; its way to
-    itself is then free unless a link says otherwise."""
+    itself is then free unless a link says otherwise. `hosts`: the machine of a device, by its name, as far as
+    known; several on one are processes that share its memory."""
 
     devices: tuple[Device, ...]
     links: Mapping[tuple[str, str], LinkSpeed]
     coordinator: str
+    hosts: Mapping[str, Hashable] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.devices, tuple) or not self.devices:

@@ -7,6 +7,7 @@ src/shoal/plan_svg.py draws.
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 
 from . import cost
@@ -70,6 +71,14 @@ class Follower:
             busy=[cost.link_busy_seconds(link, size) for link, size in hops],
             together=[(names.index(one), j) for j, one in enumerate(beside) if one in names],
         )
+
+    def on_machines(self, stages: Sequence[Assignment]) -> Way:
+        """The same with the stages that share a machine's memory. How sequences share calls depends on that;
+        predictions take each device as a machine of its own, since it may stand for one."""
+        hosts = [self._question.cluster.hosts.get(stage.device, stage.device) for stage in stages]
+        several = [host for host in dict.fromkeys(hosts) if hosts.count(host) > 1]
+        shared = [[i for i, host in enumerate(hosts) if host == one] for one in several]
+        return replace(self.way(stages), shared=shared)
 
     def grouped(self, stages: Sequence[Assignment]) -> tuple[float, int]:
         """Seconds a token of all the concurrent sequences together on such stages, in the best number of

@@ -44,9 +44,9 @@ def cluster_of(nodes: Sequence[NodeInfo], links: Links, *, offered: bool = False
     if not devices:
         raise NoPlanError("No plan: there is no device yet that runs layers.")
     there = {COORDINATOR, *(device.name for device in devices)}
-    return planner.Cluster(
-        devices, {ends: link for ends, link in links.items() if there.issuperset(ends)}, COORDINATOR
-    )
+    known = {ends: link for ends, link in links.items() if there.issuperset(ends)}
+    hosts = {node.label: (node.host, node.home) for node in nodes}
+    return planner.Cluster(devices, known, COORDINATOR, hosts)
 
 
 def _first_of(node: NodeInfo, nodes: Sequence[NodeInfo]) -> NodeInfo | None:

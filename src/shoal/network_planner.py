@@ -30,7 +30,7 @@ _CHUNKS = (8, 256)
 def placement_of(question: planner.Question, stages: Sequence[planner.Assignment]) -> Placement:
     """These stages for the coordinator, with the best groups of sequences and chunks of prompts by the
     measurements in the question. ValueError: a link is not there."""
-    way, load = Follower(question).way(stages), question.workload
+    way, load = Follower(question).on_machines(stages), question.workload
     most = _chunk_rows(question, stages)
     return Placement(
         tuple(stages),

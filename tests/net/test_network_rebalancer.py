@@ -23,7 +23,7 @@ from shoal.net.placement import (
 )
 from shoal.network_planner import NetworkPlanner
 from shoal.network_rebalancer import NetworkRebalancer
-from shoal.planner import Plan, Workload
+from shoal.planner import LinkSpeed, Plan, Workload
 
 STREAMS = 4
 
@@ -254,3 +254,14 @@ def test_a_second_range_is_used_however_little_it_promises() -> None:
         device = replace(second.offer.device, ram_bytes=700_000, beside=beside)
         end = replace(second, host=first.host, home=first.home, offer=replace(second.offer, device=device))
         assert [one.beside for one in cluster_of([first, end], LINKS).devices] == expected
+
+
+def test_nodes_that_are_reached_under_one_address_share_a_machine(plans: NetworkPlanner) -> None:
+    apart = [replace(node, host=node.label) for node in nodes()]
+    hosts = cluster_of([*nodes()[:2], *apart[2:]], LINKS).hosts
+    first, second, *others = (hosts[node.label] for node in nodes())
+    assert first == second not in others
+    quick = dict.fromkeys(LINKS, LinkSpeed(1e-4, 1e9))
+    one, several = (plans(found, quick) for found in (nodes(), apart))
+    assert one.stages == several.stages, "plans do not depend on it"
+    assert one.groupings[1].groups < several.groupings[1].groups

@@ -1,5 +1,7 @@
 """How concurrent sequences share calls: the formula against cases by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from shoal.planner.cost import CALL_STEPS
@@ -85,6 +87,24 @@ def test_a_group_for_each_stage_unless_another_number_is_clearly_better() -> Non
     assert best_groups(way(USUAL, USUAL, USUAL, hop=0.0001), 4) == 3
     # Four of one are 4 % quicker where links are slow, which is less than costs are known to.
     assert best_groups(way(USUAL, USUAL, USUAL, hop=0.005), 4) == 3
+
+
+def test_fewer_groups_where_stages_read_from_one_memory() -> None:
+    apart = way(USUAL, USUAL, hop=0.0005)
+    one = replace(apart, shared=[[0, 1]])
+    # The weights are read in 4.5 ms a call; for a group, both stages read in 7.2 ms, for two in 14.4 ms.
+    assert [round_seconds(apart, 2, groups) for groups in (1, 2)] == pytest.approx([0.0115, 0.0105])
+    assert [round_seconds(one, 2, groups) for groups in (1, 2)] == pytest.approx([0.0115, 0.0144])
+    assert [best_groups(apart, count) for count in (2, 4, 16, 32)] == [2, 2, 2, 2]
+    assert [best_groups(one, count) for count in (2, 4, 16, 32)] == [1, 1, 2, 2]
+    # Of one group and two that are equally good, a machine takes one, and two machines take two.
+    equal = way(FLAT, FLAT, hop=0.002)
+    assert round_seconds(equal, 16, 1) == round_seconds(replace(equal, shared=[[0, 1]]), 16, 2)
+    assert [best_groups(it, 16) for it in (equal, replace(equal, shared=[[0, 1]]))] == [2, 1]
+    # A stage that is on a machine of its own reads meanwhile.
+    assert round_seconds(replace(way(USUAL, USUAL, USUAL, hop=0.0), shared=[[0, 2]]), 3, 3) == pytest.approx(
+        0.0216
+    )
 
 
 def test_calls_never_have_more_rows_than_a_node_takes() -> None:

@@ -4,6 +4,7 @@ plan."""
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from bench.simulator import Request, simulate
@@ -113,3 +114,13 @@ def test_no_plan_for_several_streams_is_worse_than_its_own_reasons() -> None:
             reasons += [reason.text for reason in answer.reasons]
     assert sum("tokens/s instead of" in text for text in reasons) >= 30
     assert not [text for text in reasons if "did not see" in text]
+
+
+def test_devices_of_one_machine_share_its_memory() -> None:
+    case = problem(0, 3, 8, 4)
+    stages = split(case)
+    assert Follower(case).on_machines(stages).shared == []
+    hosts = dict(zip([stage.device for stage in stages], ["a", "b", "a"], strict=True))
+    there = Follower(replace(case, cluster=replace(case.cluster, hosts=hosts)))
+    assert there.on_machines(stages).shared == [[0, 2]]
+    assert there.grouped(stages) == Follower(case).grouped(stages)

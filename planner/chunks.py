@@ -44,10 +44,8 @@ class Chunking:
         """The rows of a chunk that begins at that position."""
         if not self.slope:
             return self.rows
-        return max(
-            min(LEAST_CHUNK, self.rows),
-            int(self.rows / (1 + position * self.slope)) // LEAST_CHUNK * LEAST_CHUNK,
-        )
+        rows = LEAST_CHUNK * round(self.rows / (1 + position * self.slope) / LEAST_CHUNK)
+        return min(self.rows, max(LEAST_CHUNK, rows))
 
     def cut(self, first: int, last: int) -> list[tuple[int, int]]:
         """The (first position, rows) of each chunk of positions [first, last)."""

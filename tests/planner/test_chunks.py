@@ -48,7 +48,8 @@ def way(stages: int, latency: float = 0.0002, rates: tuple[tuple[int, float], ..
 def test_chunks_of_equal_rows_and_chunks_that_shrink() -> None:
     assert Chunking(16).cut(0, 40) == [(0, 16), (16, 16), (32, 8)]
     assert Chunking(16).cut(35, 36) == [(35, 1)]
-    assert Chunking(64, 0.001).cut(0, 200) == [(0, 64), (64, 56), (120, 56), (176, 24)]
+    assert Chunking(64, 0.001).cut(0, 200) == [(0, 64), (64, 64), (128, 56), (184, 16)]
+    assert Chunking(62, 0.001).at(1) == 62
     assert Chunking(64, 0.001).at(100_000) == 8
     assert Chunking(5, 0.001).at(100_000) == 5
     for wrong in ((0, 0.0), (8, -1.0), (8, math.nan)):

@@ -20,11 +20,11 @@ MOST_SEQUENCES = CALL_STEPS
 """The numbers of sequences for which a chain's groups are computed in advance: 1 up to this one."""
 NEAR = 1.05
 """Numbers of groups whose round takes at most so many times as long as the best count as equal. The one
-nearest to a group for each machine is chosen: measured costs are not exact, and fuller calls lose less where
+nearest to a group for each stage is chosen: measured costs are not exact, and fuller calls lose less where
 links or devices are slower than measured."""
 SHARED = 1.25
 """How many times as fast as one stage several of a machine read weights at once. A core alone reads most of
-what the memory gives: on two cores of a Zen 5, two stages get 1.28 times as much as one."""
+what the memory gives: on two cores of a virtual Zen 5, two stages get 1.3 to 2 times as much as one."""
 LAPS = 3
 """A group may wait for a sequence for as long as having it back saves the busiest stage in so many laps."""
 STRETCH = 2.0
@@ -78,11 +78,6 @@ class Way:
     busy: Sequence[float]
     together: Sequence[tuple[int, int]] = ()
     shared: Sequence[Sequence[int]] = ()
-
-    @property
-    def machines(self) -> int:
-        """The number of machines that have stages."""
-        return len(self.stages) - sum(len(one) - 1 for one in self.shared)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +147,7 @@ def round_seconds(way: Way, count: int, groups: int, depth: int = 0) -> float:
 def best_groups(way: Way, count: int, depth: int = 0) -> int:
     """The number of groups with which `count` sequences get the most tokens/s. No group has more rows than a
     call may have; of all numbers of groups with the same largest group, the smallest is best."""
-    usual = min(count, way.machines)
+    usual = min(count, len(way.stages))
     numbers = {-(-count // rows) for rows in range(1, min(count, CALL_STEPS) + 1)}
     if usual * CALL_STEPS >= count:
         numbers.add(usual)

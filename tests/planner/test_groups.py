@@ -97,10 +97,6 @@ def test_fewer_groups_where_stages_read_from_one_memory() -> None:
     assert [round_seconds(one, 2, groups) for groups in (1, 2)] == pytest.approx([0.0115, 0.0144])
     assert [best_groups(apart, count) for count in (2, 4, 16, 32)] == [2, 2, 2, 2]
     assert [best_groups(one, count) for count in (2, 4, 16, 32)] == [1, 1, 2, 2]
-    # Of one group and two that are equally good, a machine takes one, and two machines take two.
-    equal = way(FLAT, FLAT, hop=0.002)
-    assert round_seconds(equal, 16, 1) == round_seconds(replace(equal, shared=[[0, 1]]), 16, 2)
-    assert [best_groups(it, 16) for it in (equal, replace(equal, shared=[[0, 1]]))] == [2, 1]
     # A stage that is on a machine of its own reads meanwhile.
     assert round_seconds(replace(way(USUAL, USUAL, USUAL, hop=0.0), shared=[[0, 2]]), 3, 3) == pytest.approx(
         0.0216
